@@ -1,0 +1,71 @@
+"""Every error that unclip raises on purpose.
+
+Knows nothing of the rest of the library; every other module may import it.
+Each message names the value, the limit and the remedy.
+
+    UnclipError
+    ├── InputError (ValueError)            an argument is wrong: its value, type, shape or width
+    │   └── ImageError                     a picture cannot be used: broken, too large, not an image
+    ├── ConfigError (ValueError)           a setting is unknown, out of its limits, or not implemented
+    ├── CheckpointError (ValueError)       a model on disk cannot be used
+    │   ├── MissingFileError (FileNotFoundError)   a folder, file or shard is not there
+    │   ├── UnsafeFileError                a pickle, or a path that leaves its folder
+    │   └── WeightsError                   truncated, overlapping, duplicate, NaN, missing or extra weights
+    ├── DataError (ValueError)             a data set or one of its samples cannot be used
+    ├── TrainingError (RuntimeError)       a training run cannot go on (a loss that is not a number, say)
+    ├── OutputExistsError (FileExistsError)        a file would be overwritten and nobody asked for it
+    ├── MissingDependencyError (ImportError)       an optional package is needed for what was asked
+    └── Cancelled                          a callback stopped the run
+"""
+
+
+class UnclipError(Exception):
+    """Base of every error that unclip raises on purpose."""
+
+
+class InputError(UnclipError, ValueError):
+    """An argument is wrong: its value, its type, its shape or its width."""
+
+
+class ImageError(InputError):
+    """A picture cannot be used: it is broken, too large, or no picture at all."""
+
+
+class ConfigError(UnclipError, ValueError):
+    """A setting is unknown, outside its limits, or one that unclip does not implement."""
+
+
+class CheckpointError(UnclipError, ValueError):
+    """A model on disk cannot be used."""
+
+
+class MissingFileError(CheckpointError, FileNotFoundError):
+    """A folder, a file or a shard that a model needs is not there."""
+
+
+class UnsafeFileError(CheckpointError):
+    """A pickle that nobody asked to convert, or a path that leaves its folder."""
+
+
+class WeightsError(CheckpointError):
+    """Weights are truncated, overlapping, duplicate, not finite, missing, extra or of a wrong shape."""
+
+
+class DataError(UnclipError, ValueError):
+    """A data set, or one of its samples, cannot be used."""
+
+
+class TrainingError(UnclipError, RuntimeError):
+    """A training run cannot go on."""
+
+
+class OutputExistsError(UnclipError, FileExistsError):
+    """A file or folder would be overwritten, and nobody asked for that."""
+
+
+class MissingDependencyError(UnclipError, ImportError):
+    """An optional package is needed for what was asked; the message names it."""
+
+
+class Cancelled(UnclipError):
+    """A callback stopped the run before its last step."""
