@@ -1,0 +1,105 @@
+"""unclip: an open implementation of unCLIP (DALL·E 2, arXiv 2204.06125).
+
+Names resolve when they are first used, so that importing the package is instant.
+
+    from unclip import UnCLIPPipeline
+    pipe = UnCLIPPipeline.from_pretrained("unclip-emoji")
+    pipe("a red apple", seed=1).images[0].save("apple.png")
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unclip.diffusion.process import DiffusionProcess
+    from unclip.diffusion.scheduler import DDIMScheduler, DPMSolverMultistepScheduler, UnCLIPScheduler
+    from unclip.errors import (
+        Cancelled,
+        CheckpointError,
+        ConfigError,
+        DataError,
+        ImageError,
+        InputError,
+        MissingDependencyError,
+        MissingFileError,
+        OutputExistsError,
+        TrainingError,
+        UnclipError,
+        UnsafeFileError,
+        WeightsError,
+    )
+    from unclip.models.prior import PriorTransformer
+    from unclip.models.text_proj import UnCLIPTextProjModel
+    from unclip.models.unet import UNet2DConditionModel, UNet2DModel
+    from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
+    from unclip.pipelines.output import ImagePipelineOutput
+    from unclip.pipelines.text_to_image import UnCLIPPipeline
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Cancelled": "errors",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "DDIMScheduler": "diffusion.scheduler",
+    "DPMSolverMultistepScheduler": "diffusion.scheduler",
+    "DataError": "errors",
+    "DiffusionProcess": "diffusion.process",
+    "ImageError": "errors",
+    "ImagePipelineOutput": "pipelines.output",
+    "InputError": "errors",
+    "MissingDependencyError": "errors",
+    "MissingFileError": "errors",
+    "OutputExistsError": "errors",
+    "PriorTransformer": "models.prior",
+    "TrainingError": "errors",
+    "UNet2DConditionModel": "models.unet",
+    "UNet2DModel": "models.unet",
+    "UnCLIPImageVariationPipeline": "pipelines.image_variation",
+    "UnCLIPPipeline": "pipelines.text_to_image",
+    "UnCLIPScheduler": "diffusion.scheduler",
+    "UnCLIPTextProjModel": "models.text_proj",
+    "UnclipError": "errors",
+    "UnsafeFileError": "errors",
+    "WeightsError": "errors",
+}
+
+__all__ = [
+    "Cancelled",
+    "CheckpointError",
+    "ConfigError",
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "DataError",
+    "DiffusionProcess",
+    "ImageError",
+    "ImagePipelineOutput",
+    "InputError",
+    "MissingDependencyError",
+    "MissingFileError",
+    "OutputExistsError",
+    "PriorTransformer",
+    "TrainingError",
+    "UNet2DConditionModel",
+    "UNet2DModel",
+    "UnCLIPImageVariationPipeline",
+    "UnCLIPPipeline",
+    "UnCLIPScheduler",
+    "UnCLIPTextProjModel",
+    "UnclipError",
+    "UnsafeFileError",
+    "WeightsError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'unclip' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"unclip.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

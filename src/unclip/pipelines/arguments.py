@@ -1,0 +1,115 @@
+"""The checks and small conversions of a call's arguments, shared by the pipelines.
+
+Knows limits and messages; knows no component. Called at the start of every pipeline call.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unclip.diffusion.loop import OnStep, StepInfo
+from unclip.diffusion.noise import NoiseSource, generators_from_seed
+from unclip.errors import Cancelled, InputError
+from unclip.stages.condition import TextEmbedding
+from unclip.stages.encoders import check_prompt
+
+MAX_PICTURES = 1000
+
+Callback = Callable[[Any, int, int, dict[str, Any]], Mapping[str, Any] | None]
+"""(pipeline, step, timestep, {"stage", "num_steps", "latents", "x0"}) → None, or {"latents": …} and/or {"stop": True}."""
+
+
+def as_prompts(prompt: str | Sequence[str]) -> list[str]:
+    """One prompt or several, as a list.
+
+    Raises: InputError for anything but a string or a non-empty list of strings.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list | tuple) or not prompts:
+        raise InputError(f"prompt must be a string or a non-empty list of strings, not {prompt!r:.100}")
+    for each in prompts:
+        check_prompt(each)
+    return list(prompts)
+
+
+def check_count(num_images_per_prompt: int, num_prompts: int) -> int:
+    """The number of pictures of the call.
+
+    Raises: InputError unless it lies between 1 and 1000.
+    """
+    if isinstance(num_images_per_prompt, bool) or not isinstance(num_images_per_prompt, int):
+        raise InputError(f"num_images_per_prompt must be a whole number, not {num_images_per_prompt!r}")
+    total = num_images_per_prompt * num_prompts
+    if not 1 <= total <= MAX_PICTURES:
+        raise InputError(f"this call asks for {total} pictures; between 1 and {MAX_PICTURES} are made at once")
+    return total
+
+
+def noise_source(
+    generator: torch.Generator | Sequence[torch.Generator] | None, seed: int | Sequence[int] | None, batch_size: int
+) -> NoiseSource:
+    """Where a call's randomness comes from: a generator in the reference's order, or a seed a picture.
+
+    Raises: InputError when both are given, or their number is not the number of pictures.
+    """
+    if seed is None:
+        return NoiseSource(generator, batch_size)
+    if generator is not None:
+        raise InputError("give seed or generator, not both: they say the same thing in two ways")
+    return NoiseSource(generators_from_seed(seed, batch_size), batch_size)
+
+
+def check_latents(latents: Tensor | None, name: str) -> None:
+    """Raises: InputError for given noise that is no finite floating tensor (its shape is checked where it is used)."""
+    if latents is None:
+        return
+    if not isinstance(latents, Tensor) or not latents.is_floating_point():
+        raise InputError(f"{name} must be a floating-point tensor, not {getattr(latents, 'dtype', type(latents).__name__)}")
+    if not latents.isfinite().all():
+        raise InputError(f"{name} holds NaN or infinity")
+
+
+def check_embeddings(image_embeddings: Tensor, width: int) -> None:
+    """Raises: InputError unless it is a finite floating tensor [batch, width]."""
+    check_latents(image_embeddings, "image_embeddings")
+    if image_embeddings.ndim != 2 or image_embeddings.shape[1] != width or len(image_embeddings) < 1:
+        raise InputError(f"image_embeddings have shape {tuple(image_embeddings.shape)}; they must be [batch, {width}]")
+
+
+def given_text(output: Any, mask: Tensor | None) -> TextEmbedding:
+    """A caption's embedding that the caller computed: CLIPTextModelOutput or (text_embeds, last_hidden_state), and mask.
+
+    Raises: InputError when the mask is missing, or shapes disagree.
+    """
+    if mask is None:
+        raise InputError("text_model_output needs text_attention_mask, which says which of its tokens count")
+    if hasattr(output, "text_embeds"):
+        embeds, hidden_states = output.text_embeds, output.last_hidden_state
+    else:
+        embeds, hidden_states = output[0], output[1]
+    if embeds.ndim != 2 or hidden_states.ndim != 3 or mask.shape != hidden_states.shape[:2] or len(embeds) != len(mask):
+        raise InputError(
+            f"text_model_output has shapes {tuple(embeds.shape)} and {tuple(hidden_states.shape)}, the mask "
+            f"{tuple(mask.shape)}; they must be [batch, width], [batch, tokens, width] and [batch, tokens]"
+        )
+    return TextEmbedding(embeds, hidden_states, mask.bool().to(embeds.device))
+
+
+def on_step(pipeline: Any, stage: str, callback: Callback | None) -> OnStep | None:
+    """The loop's hook that tells a user's callback of each step of one stage.
+
+    Raises (in the loop): Cancelled when the callback answers {"stop": True}.
+    """
+    if callback is None:
+        return None
+
+    def tell(step: StepInfo) -> Tensor | None:
+        about = {"stage": stage, "num_steps": step.num_steps, "latents": step.x, "x0": step.x0}
+        answer = callback(pipeline, step.index, step.t, about) or {}
+        if answer.get("stop"):
+            raise Cancelled(f"the callback stopped the run in stage {stage!r} after step {step.index + 1} of {step.num_steps}")
+        return answer.get("latents")
+
+    return tell

@@ -1,0 +1,233 @@
+"""What every pipeline can do: hold components, be loaded, saved, moved and offloaded.
+
+Knows components by name and kind; knows not what a call does. Base of the two pipelines.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from unclip.checkpoints.files import atomic_folder, read_json, write_json
+from unclip.checkpoints.hub import resolve
+from unclip.diffusion.loop import Progress
+from unclip.errors import CheckpointError, InputError, UnsafeFileError
+from unclip.pipelines.component import index_entry, read_component, write_component
+
+STAGE_WORDS = {"prior": "prior", "decoder": "decoder", "super_res": "super-resolution"}
+
+
+class Pipeline:
+    """A set of named components. Calls change nothing in it, so one loaded pipeline serves several threads.
+
+    Subclasses name their components in `COMPONENTS` (name → classes that model_index.json may name), in the order in
+    which they work: offloading follows it.
+    """
+
+    COMPONENTS: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, **components: Any):
+        for name in self.COMPONENTS:
+            if components.get(name) is None:
+                raise InputError(f"{type(self).__name__} needs the component {name!r}")
+            setattr(self, name, components[name])
+        self._progress: dict[str, Any] = {}
+        self._offload_hooks: list[Any] = []
+        self.check()
+
+    def check(self) -> None:
+        """Raises: ConfigError when components do not fit one another."""
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Name → component; `OtherPipeline(**pipe.components, …)` shares loaded parts."""
+        return {name: getattr(self, name) for name in self.COMPONENTS}
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The components that have weights."""
+        return {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' type (the first network's)."""
+        return next(iter(self.networks.values())).dtype  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline computes: with offloading on, the device that networks are brought to."""
+        for network in self.networks.values():
+            for module in network.modules():
+                device = getattr(vars(module).get("_hf_hook"), "execution_device", None)
+                if device is not None:
+                    return torch.device(device)
+        return next(next(iter(self.networks.values())).parameters()).device
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path = "unclip-emoji",
+        *,
+        torch_dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **components: Any,
+    ) -> Self:
+        """Load a pipeline.
+
+        Args:
+            name_or_folder: a folder, a hub repository (`owner/name`), or the built-in model's name.
+            torch_dtype: the type of all weights; float32 by default.
+            variant: "fp16", say, reads `diffusion_pytorch_model.fp16.safetensors`.
+            revision, cache_dir, local_files_only, token: as the hub client has them.
+            components: parts to use in place of the folder's (`prior=my_prior`).
+
+        Raises:
+            CheckpointError: something is missing, broken or unsafe; the message names the component.
+            ConfigError: a component is of an unknown kind, or does not fit the others.
+        """
+        for name in components:
+            if name not in cls.COMPONENTS:
+                raise InputError(f"{cls.__name__} has no component {name!r}; it has {', '.join(cls.COMPONENTS)}")
+        folder = resolve(
+            name_or_folder,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+            variant=variant,
+        )
+        index = read_json(folder / "model_index.json")
+        parts = dict(components)
+        for name in cls.COMPONENTS:
+            if name not in parts:
+                class_name = _class_name(index, name, cls.__name__, folder)
+                parts[name] = read_component(folder, name, class_name, torch_dtype=torch_dtype, variant=variant)
+        return cls(**parts)
+
+    @classmethod
+    def from_pipe(cls, pipeline: "Pipeline", **components: Any) -> Self:
+        """This kind of pipeline from another's loaded components, and those it lacks given by name."""
+        shared = {name: part for name, part in pipeline.components.items() if name in cls.COMPONENTS}
+        return cls(**shared | components)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        """Write a folder that this library and, component by component, the ecosystem load.
+
+        It appears only when whole. Raises: OutputExistsError when it is there already and `overwrite` is false;
+        UnsafeFileError for `safe_serialization=False`.
+        """
+        if not safe_serialization:
+            raise UnsafeFileError("unclip writes no pickles: leave safe_serialization at True")
+        with atomic_folder(folder, overwrite=overwrite) as draft:
+            index: dict[str, Any] = {"_class_name": type(self).__name__, "_diffusers_version": "0.26.3"}
+            for name, part in self.components.items():
+                write_component(part, draft / name, variant=variant)
+                index[name] = index_entry(part)
+            write_json(draft / "model_index.json", index)
+
+    def to(self, *where: torch.device | torch.dtype | str | int, **named: Any) -> Self:
+        """Move and/or cast all networks: `to("cuda")`, `to(torch.float16)`, `to("cuda", torch.float16)`."""
+        if self._offload_hooks:
+            raise InputError("the pipeline is offloaded: its networks move by themselves; call remove_all_hooks() first")
+        for network in self.networks.values():
+            network.to(*where, **named)
+        return self
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """Keep one network at a time on the accelerator, the others in main memory (through accelerate's hooks)."""
+        from accelerate import cpu_offload_with_hook
+
+        self.remove_all_hooks()
+        target = _accelerator(gpu_id, device)
+        self.to("cpu")
+        previous = None
+        for network in self.networks.values():
+            _, previous = cpu_offload_with_hook(network, target, prev_module_hook=previous)
+            self._offload_hooks.append(previous)
+
+    def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """Keep one layer at a time on the accelerator: least memory, slowest."""
+        from accelerate import cpu_offload
+
+        self.remove_all_hooks()
+        target = _accelerator(gpu_id, device)
+        self.to("cpu")
+        for network in self.networks.values():
+            cpu_offload(network, target, offload_buffers=bool(network._parameters))
+            self._offload_hooks.append(network)
+
+    def remove_all_hooks(self) -> None:
+        """Undo offloading; the networks stay in main memory."""
+        if self._offload_hooks:
+            from accelerate.hooks import remove_hook_from_module
+
+            for network in self.networks.values():
+                remove_hook_from_module(network, recurse=True)
+        self._offload_hooks = []
+
+    def maybe_free_model_hooks(self) -> None:
+        """With model offload on, bring every network back to main memory; called at the end of each call."""
+        for hook in self._offload_hooks:
+            if hasattr(hook, "offload"):
+                hook.offload()
+
+    def enable_attention_slicing(self, slice_size: str | int = "auto") -> None:
+        """Compute attention in slices, which needs less memory: "auto" halves it, "max" takes one head at a time."""
+        for network in self.networks.values():
+            if hasattr(network, "enable_attention_slicing"):
+                network.enable_attention_slicing(slice_size)  # type: ignore[operator]
+
+    def disable_attention_slicing(self) -> None:
+        """Compute attention in one go again."""
+        for network in self.networks.values():
+            if hasattr(network, "disable_attention_slicing"):
+                network.disable_attention_slicing()  # type: ignore[operator]
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Options of tqdm for the bars of later calls: `disable=True` for none."""
+        self._progress = options
+
+    def progress(self, stage: str) -> Progress:
+        """The progress bar of one stage."""
+        options = {"desc": STAGE_WORDS[stage], "unit": "step", "file": sys.stderr} | self._progress
+        wrap: Callable[..., Any] = tqdm
+        return lambda steps: wrap(steps, **options)
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{name}={type(part).__name__}" for name, part in self.components.items())
+        return f"{type(self).__name__}({parts})"
+
+
+def _class_name(index: Mapping[str, Any], name: str, pipeline: str, folder: Path) -> str:
+    """The class of a component; which library an old folder says it came from does not matter, the class does."""
+    entry = index.get(name)
+    if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
+        raise CheckpointError(
+            f"{folder / 'model_index.json'} is of a {index.get('_class_name', 'pipeline without a name')} and names no "
+            f"{name!r}, which {pipeline} needs; give it by name: from_pretrained(…, {name}=…)"
+        )
+    return entry[1]
+
+
+def _accelerator(gpu_id: int | None, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if found is None:
+        raise InputError("offloading needs an accelerator and this machine has none; device='cpu' tries it out")
+    return torch.device(found.type, gpu_id or 0)

@@ -1,0 +1,47 @@
+"""The decoder as a stage: image embedding and caption → small picture (paper §2.1).
+
+Knows the decoder's U-Net and the text projection; knows no schedule. Called by pipelines and by training.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from unclip.diffusion.loop import Denoiser
+from unclip.diffusion.process import DiffusionProcess
+from unclip.models.text_proj import UnCLIPTextProjModel
+from unclip.models.unet import UNet2DConditionModel
+from unclip.stages.condition import DecoderCondition
+
+
+@dataclass(frozen=True)
+class DecoderStage:
+    """Diffuses small pictures [batch, 3, sample_size, sample_size]."""
+
+    decoder: UNet2DConditionModel
+    text_proj: UnCLIPTextProjModel
+    process: DiffusionProcess
+
+    def prepare(self, condition: DecoderCondition) -> Denoiser:
+        """Context tokens, and their keys and values in every cross-attention, are computed once."""
+        text, dtype = condition.text, self.decoder.dtype
+        projected_dtype = self.text_proj.dtype
+        tokens, time_embedding = self.text_proj.combine(
+            image_embeddings=condition.image_embedding.to(projected_dtype),
+            given=condition.given,
+            prompt_embeds=text.embeds.to(projected_dtype),
+            text_encoder_hidden_states=text.hidden_states.to(projected_dtype),
+        )
+        mask = F.pad(text.mask, (self.text_proj.config.clip_extra_context_tokens, 0), value=True)
+        context = self.decoder.prepare(tokens.to(dtype), mask)
+        added = time_embedding.to(dtype)
+        return lambda x_t, t: self.decoder.denoise(x_t.to(dtype), t, context, added).float()
+
+    def sample_shape(self, condition: DecoderCondition) -> tuple[int, ...]:
+        config = self.decoder.config
+        return (len(condition), config.in_channels, config.sample_size, config.sample_size)
+
+    def finish(self, x0: Tensor) -> Tensor:
+        """A picture in [-1, 1]."""
+        return x0.clamp(-1, 1)

@@ -1,0 +1,115 @@
+"""From a caption, or a picture, to CLIP's space.
+
+Knows transformers' CLIP classes; knows nothing of diffusion. Called by pipelines, training and evaluation.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers.image_processing_utils import BaseImageProcessor
+
+from unclip.errors import InputError
+from unclip.stages.condition import TextEmbedding
+from unclip.stages.images import rgb
+
+MAX_PROMPT_CHARACTERS = 100_000
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A CLIP text encoder with its tokenizer."""
+
+    text_encoder: CLIPTextModelWithProjection
+    tokenizer: CLIPTokenizer
+
+    def encode(self, prompts: Sequence[str], device: torch.device | str | None = None) -> TextEmbedding:
+        """Encode captions, each padded to the whole context. Equal captions are encoded once.
+
+        Args:
+            prompts: any text; what does not fit the context is cut off, with a warning that names it.
+            device: where the encoder runs and the result lies; its own by default.
+
+        Raises: InputError for something that is not a string, or of over 100,000 characters.
+        """
+        for prompt in prompts:
+            check_prompt(prompt)
+        unique = list(dict.fromkeys(prompts))
+        device = device or self.text_encoder.device
+        context = self._context()
+        tokens = self.tokenizer(
+            [_plain(p) for p in unique], padding="max_length", max_length=context, truncation=True, return_tensors="pt"
+        )
+        self._warn_of_cut(unique, context)
+        output = self.text_encoder(tokens["input_ids"].to(device))
+        encoded = TextEmbedding(
+            output.text_embeds, output.last_hidden_state, tokens["attention_mask"].bool().to(output.text_embeds.device)
+        )
+        if len(unique) == len(prompts):
+            return encoded
+        places = {prompt: row for row, prompt in enumerate(unique)}
+        return encoded.select([places[prompt] for prompt in prompts])
+
+    def _context(self) -> int:
+        return min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+
+    def _warn_of_cut(self, prompts: Sequence[str], context: int) -> None:
+        for prompt in prompts:
+            if len(prompt) < context // 4:
+                continue
+            ids = self.tokenizer(_plain(prompt), add_special_tokens=False, verbose=False)["input_ids"]
+            if len(ids) > context - 2:
+                cut = self.tokenizer.decode(ids[context - 2 :])
+                shown = cut if len(cut) <= 200 else cut[:200] + "…"
+                warnings.warn(
+                    f"the prompt has {len(ids)} tokens, the text encoder reads {context - 2}; left out: {shown!r}",
+                    stacklevel=4,
+                )
+
+
+@dataclass(frozen=True)
+class ImageEncoder:
+    """A CLIP image encoder with its preprocessing."""
+
+    image_encoder: CLIPVisionModelWithProjection
+    feature_extractor: BaseImageProcessor
+
+    def encode(
+        self, images: Image.Image | Sequence[Image.Image] | Tensor, device: torch.device | str | None = None
+    ) -> Tensor:
+        """Image embeddings [batch, embedding_dim], not normalised.
+
+        Args:
+            images: pictures (of any mode; their EXIF orientation is applied, transparency stands on white), or a tensor
+                [batch, 3, height, width] already preprocessed.
+
+        Raises: ImageError for a picture that cannot be used, InputError for something else.
+        """
+        if isinstance(images, Tensor):
+            pixels = images if images.ndim == 4 else images[None]
+            if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.isfinite().all():
+                raise InputError(f"an image tensor must be finite, of shape [batch, 3, height, width]; got {tuple(images.shape)}")
+        else:
+            pictures = [images] if isinstance(images, Image.Image) else list(images)
+            if not pictures or not all(isinstance(picture, Image.Image) for picture in pictures):
+                raise InputError("image must be a PIL image, a list of them, or a preprocessed tensor")
+            pixels = self.feature_extractor(images=[rgb(p) for p in pictures], return_tensors="pt")["pixel_values"]
+        pixels = pixels.to(device=device or self.image_encoder.device, dtype=self.image_encoder.dtype)
+        return self.image_encoder(pixels).image_embeds
+
+
+def check_prompt(prompt: object) -> None:
+    """Raises: InputError unless `prompt` is a string of a sane length."""
+    if not isinstance(prompt, str):
+        raise InputError(f"a prompt must be a string, not {type(prompt).__name__}: {prompt!r:.100}")
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise InputError(f"the prompt has {len(prompt):,} characters; at most {MAX_PROMPT_CHARACTERS:,} are read")
+
+
+def _plain(prompt: str) -> str:
+    """The prompt as text alone: a special token written out by a person must not end the caption early."""
+    return prompt.replace("<|endoftext|>", "< |endoftext| >").replace("<|startoftext|>", "< |startoftext| >")

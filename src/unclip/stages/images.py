@@ -1,0 +1,115 @@
+"""From pictures as people have them to pixels as networks want them, and back.
+
+Knows Pillow's modes and the traps in them; knows no network. Called by encoders, pipelines and the command line.
+"""
+
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from unclip.errors import ImageError
+
+MAX_PIXELS = 64_000_000
+MAX_ASPECT = 100
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Open a picture file as RGB; nothing is decoded before its declared size is checked.
+
+    Of several frames the first is taken.
+
+    Raises: ImageError for a missing, broken or truncated file, no picture at all, or one of too many pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                check_size(image, str(path))
+                image.seek(0)
+                image.load()
+                return rgb(image)
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{path} is not a picture of a known kind ({', '.join(FORMATS)})") from error
+    except ImageError:
+        raise
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def check_size(image: Image.Image, name: str = "the image") -> None:
+    """Raises: ImageError when a side is 0, the pixels are too many or the shape is too long."""
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageError(f"{name} is {width}×{height} pixels: there is nothing in it")
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{name} has {width * height:,} pixels ({width}×{height}); at most {MAX_PIXELS:,} are read: make it smaller")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ImageError(f"{name} is {width}×{height} pixels; one side may be at most {MAX_ASPECT} times the other: crop it")
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """The picture upright and in RGB: EXIF orientation applied, transparency on white, 16 bits scaled (not clipped) to 8.
+
+    Raises: ImageError when it cannot be decoded, or its size is out of limits.
+    """
+    check_size(image)
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            image = _eight_bits(image)
+        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            canvas = Image.new("RGBA", image.size, "white")
+            canvas.alpha_composite(image)
+            image = canvas
+        return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
+        raise ImageError(f"the image cannot be decoded: {error}") from error
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """float [batch, 3, height, width] in [-1, 1] → 8-bit pictures."""
+    return [Image.fromarray(array) for array in (to_numpy(images) * 255).round().astype(np.uint8)]
+
+
+def to_numpy(images: Tensor) -> np.ndarray:
+    """float [batch, 3, height, width] in [-1, 1] → float32 [batch, height, width, 3] in [0, 1]."""
+    return to_unit(images).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """float in [-1, 1] → float32 in [0, 1], clamped."""
+    return (images.float() * 0.5 + 0.5).clamp(0, 1)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """A picture → float32 [3, height, width] in [-1, 1]."""
+    return torch.from_numpy(np.asarray(rgb(image), dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+def grid(images: list[Image.Image], *, columns: int | None = None, gap: int = 4) -> Image.Image:
+    """One sheet of pictures of one size, white between them; about square unless `columns` is given."""
+    columns = min(len(images), columns or math.ceil(math.sqrt(len(images))))
+    rows = math.ceil(len(images) / columns)
+    width, height = images[0].size
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for place, image in enumerate(images):
+        sheet.paste(image, ((place % columns) * (width + gap), (place // columns) * (height + gap)))
+    return sheet
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise ImageError("the image has pixels that are not numbers")
+    if image.mode == "F":
+        top = 1.0 if values.max(initial=0) <= 1.0 else 255.0
+    else:
+        top = 65535.0 if values.max(initial=0) > 255 or image.mode.startswith("I;16") else 255.0
+    return Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8))

@@ -1,0 +1,83 @@
+"""The interface that prior, decoder and super-resolution share, and the one way to sample from any of them.
+
+Knows that a stage prepares a denoiser and finishes a result; knows no network. Called by pipelines, training's sample
+sheets and evaluation.
+"""
+
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from unclip.diffusion.guidance import guided, uses_guidance
+from unclip.diffusion.loop import Denoiser, OnStep, Progress, run
+from unclip.diffusion.noise import NoiseSource
+from unclip.diffusion.process import DiffusionProcess
+from unclip.diffusion.sampler import Sampler
+from unclip.errors import InputError
+from unclip.stages.condition import Batched
+
+Condition = TypeVar("Condition", bound=Batched, contravariant=True)
+
+
+class Stage(Protocol[Condition]):
+    """One diffusion model of the chain."""
+
+    process: DiffusionProcess
+
+    def prepare(self, condition: Condition) -> Denoiser:
+        """Compute once all that depends on neither x_t nor t."""
+        ...
+
+    def sample_shape(self, condition: Condition) -> tuple[int, ...]:
+        """The shape of x_t for a condition."""
+        ...
+
+    def finish(self, x0: Tensor) -> Tensor:
+        """From the loop's last state to the stage's result."""
+        ...
+
+
+def sample(
+    stage: Stage[Condition],
+    condition: Condition,
+    *,
+    sampler: Sampler,
+    timesteps: tuple[int, ...],
+    noise: NoiseSource,
+    null: Condition | None = None,
+    guidance_scale: float = 1.0,
+    latents: Tensor | None = None,
+    progress: Progress | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Draw one sample for each row of `condition`.
+
+    Args:
+        stage: the diffusion model.
+        condition: what is asked for.
+        sampler: how a step is taken.
+        timesteps: descending.
+        noise: where x_T (unless given) and the steps' noise come from, in this order.
+        null: what guidance pushes away from, as many rows as `condition`; needed for a scale above 1.
+        guidance_scale: not above 1 means one forward a step.
+        latents: x_T, of `stage.sample_shape(condition)`.
+
+    Returns: float32, as `stage.finish` gives it.
+
+    Raises: InputError for latents of a wrong shape.
+    """
+    shape = stage.sample_shape(condition)
+    if latents is None:
+        x = noise.draw(shape, condition.device)
+    elif tuple(latents.shape) != shape:
+        raise InputError(f"latents have shape {tuple(latents.shape)}; this call needs {shape}")
+    else:
+        x = latents.to(condition.device).float()
+    if uses_guidance(guidance_scale):
+        assert null is not None and len(null) == len(condition)
+        denoiser = guided(stage.prepare(null.join(condition)), guidance_scale)
+    else:
+        denoiser = stage.prepare(condition)
+    return stage.finish(run(denoiser, sampler, timesteps, x, noise=noise, progress=progress, on_step=on_step))
+
+

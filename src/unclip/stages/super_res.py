@@ -1,0 +1,62 @@
+"""Super-resolution as a stage: small picture → large picture (paper §2.1; Karlo's two networks).
+
+Knows its U-Nets and how the small picture is enlarged for them; knows no schedule. Called by pipelines and by training.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unclip.diffusion.loop import Denoiser
+from unclip.diffusion.process import DiffusionProcess
+from unclip.models.unet import UNet2DModel
+from unclip.stages.condition import SuperResCondition
+
+
+@dataclass(frozen=True)
+class SuperResStage:
+    """Diffuses large pictures [batch, 3, sample_size, sample_size] beside the enlarged small one.
+
+    Attributes:
+        first: the network of every step but the last.
+        last: the network of the step at `last_timestep`.
+        last_timestep: 0 for a schedule that ends there, as Karlo's does.
+    """
+
+    first: UNet2DModel
+    last: UNet2DModel
+    process: DiffusionProcess
+    last_timestep: int = 0
+
+    def prepare(self, condition: SuperResCondition) -> Denoiser:
+        """The small picture is enlarged once."""
+        size = self.first.config.sample_size
+        enlarged = enlarge(condition.low_res.float(), size)
+        per_dtype = {net.dtype: enlarged.to(net.dtype) for net in (self.first, self.last)}
+
+        def denoise(x_t: Tensor, t: int | Tensor) -> Tensor:
+            network = self.last if isinstance(t, int) and t == self.last_timestep else self.first
+            dtype = network.dtype
+            return network(torch.cat([x_t.to(dtype), per_dtype[dtype]], dim=1), t).sample.float()
+
+        return denoise
+
+    def sample_shape(self, condition: SuperResCondition) -> tuple[int, ...]:
+        config = self.first.config
+        return (len(condition), config.in_channels // 2, config.sample_size, config.sample_size)
+
+    def finish(self, x0: Tensor) -> Tensor:
+        """A picture in [-1, 1]."""
+        return x0.clamp(-1, 1)
+
+
+def enlarge(low_res: Tensor, size: int) -> Tensor:
+    """[batch, 3, h, w] → [batch, 3, size, size], bicubic with antialiasing, as Karlo conditions its networks.
+
+    MPS lacks that kernel: there the CPU does it, and the picture is the same.
+    """
+    device = low_res.device
+    on = low_res.cpu() if device.type == "mps" else low_res
+    return F.interpolate(on, size=(size, size), mode="bicubic", antialias=True, align_corners=False).to(device)

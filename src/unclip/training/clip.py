@@ -1,0 +1,169 @@
+"""The CLIP task: a text and an image encoder learn one space from captioned pictures.
+
+Knows transformers' CLIP classes and the contrastive loss; knows no diffusion. Called by the trainer.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from unclip.data.folder import CaptionedPictures, load_pictures
+from unclip.training.recipe import Recipe
+from unclip.training.tokenizer import END, START, train_tokenizer
+from unclip.training.trainer import Batch
+
+RECONSTRUCTION_SIZE = 16
+MAX_LOGIT_SCALE = math.log(100)
+
+
+class ContrastivePair(nn.Module):
+    """Text and image encoder with the contrastive loss of CLIP (Radford et al. 2021, arXiv 2103.00020).
+
+    Pictures of one index in a batch are all positives of its captions. `reconstruction_weight` adds a small head, thrown
+    away after training, that reads a 16×16 thumbnail out of the image embedding: it makes the embedding keep colours and
+    layout, which is what a decoder draws from.
+    """
+
+    def __init__(
+        self, text: CLIPTextModelWithProjection, image: CLIPVisionModelWithProjection, reconstruction_weight: float
+    ):
+        super().__init__()
+        self.text, self.image = text, image
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.reconstruction_weight = reconstruction_weight
+        width = image.config.projection_dim
+        if reconstruction_weight:
+            self.thumbnail = nn.Sequential(
+                nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, 3 * RECONSTRUCTION_SIZE**2)
+            )
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """`pixels` [batch, 3, size, size], `input_ids` [batch, tokens], `index` [batch]: which picture a row shows."""
+        embeds = self.image(pixel_values=batch["pixels"]).image_embeds.float()
+        text_embeds = self.text(input_ids=batch["input_ids"]).text_embeds.float()
+        logits = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp() * (
+            F.normalize(text_embeds, dim=-1) @ F.normalize(embeds, dim=-1).T
+        )
+        same = (batch["index"][:, None] == batch["index"][None, :]).float()
+        target = same / same.sum(dim=1, keepdim=True)
+        contrastive = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        hit = (same.gather(1, logits.argmax(dim=1, keepdim=True)) > 0).float().mean()
+        metrics = {"loss": contrastive, "contrastive": contrastive.detach(), "in_batch_retrieval": hit}
+        if self.reconstruction_weight:
+            wanted = F.adaptive_avg_pool2d(batch["pixels"].float(), RECONSTRUCTION_SIZE).flatten(1)
+            error = F.mse_loss(self.thumbnail(embeds).float(), wanted)
+            metrics["loss"] = contrastive + self.reconstruction_weight * error
+            metrics["reconstruction"] = error.detach()
+        return metrics
+
+
+class ClipTask:
+    """Trains a CLIP from scratch, its tokenizer first."""
+
+    def __init__(self, recipe: Recipe):
+        assert recipe.clip is not None
+        settings = self.settings = recipe.clip
+        self.pictures, self.held_out = load_pictures(recipe.data, settings.image_size).split()
+        texts = [caption for record in self.pictures.records for caption in record.captions]
+        self.tokenizer = train_tokenizer(
+            texts, vocabulary_size=settings.vocabulary_size, context_length=settings.context_length
+        )
+        torch.manual_seed(recipe.seed)
+        width = settings.projection_dim
+        self.module = ContrastivePair(
+            CLIPTextModelWithProjection(
+                CLIPTextConfig(
+                    vocab_size=len(self.tokenizer),
+                    hidden_size=width,
+                    intermediate_size=4 * width,
+                    projection_dim=width,
+                    num_hidden_layers=settings.text_layers,
+                    num_attention_heads=settings.text_heads,
+                    max_position_embeddings=settings.context_length,
+                    bos_token_id=self.tokenizer.convert_tokens_to_ids(START),
+                    eos_token_id=self.tokenizer.convert_tokens_to_ids(END),
+                    pad_token_id=self.tokenizer.convert_tokens_to_ids(END),
+                )
+            ),
+            CLIPVisionModelWithProjection(
+                CLIPVisionConfig(
+                    hidden_size=settings.image_width,
+                    intermediate_size=4 * settings.image_width,
+                    projection_dim=width,
+                    num_hidden_layers=settings.image_layers,
+                    num_attention_heads=settings.image_heads,
+                    image_size=settings.image_size,
+                    patch_size=settings.patch_size,
+                )
+            ),
+            settings.reconstruction_weight,
+        )
+        self.weights = torch.tensor([r.weight**settings.weight_power for r in self.pictures.records])
+
+    def batch(self, batch_size: int, generator: torch.Generator) -> Batch:
+        index = torch.multinomial(self.weights, batch_size, replacement=True, generator=generator)
+        captions = self.pictures.draw_captions(index, generator)
+        tokens = self.tokenizer(
+            captions, padding="longest", truncation=True, max_length=self.settings.context_length, return_tensors="pt"
+        )
+        pixels = shift_and_zoom(self.pictures.images(index), generator)
+        return {"pixels": pixels, "input_ids": tokens["input_ids"], "index": index}
+
+    def save(self, module: ContrastivePair, folder: Path) -> None:
+        module.text.save_pretrained(folder / "text_encoder")
+        module.image.save_pretrained(folder / "image_encoder")
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+        image_processor(self.settings.image_size).save_pretrained(folder / "feature_extractor")
+
+    @torch.no_grad()
+    def sample_sheet(self, module: ContrastivePair, path: Path) -> None:
+        """Writes `path` with the suffix .txt: retrieval among one picture a concept, trained and held out."""
+        lines = []
+        for name, pictures in (("trained", self.pictures), ("held out", self.held_out)):
+            rank = retrieval_ranks(module, self.tokenizer, pictures)
+            lines.append(f"{name}: top-1 {(rank < 1).float().mean():.3f}, top-5 {(rank < 5).float().mean():.3f}")
+        path.with_suffix(".txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def retrieval_ranks(module: ContrastivePair, tokenizer, pictures: CaptionedPictures) -> Tensor:
+    """For each picture, at which place (0 is first) its own plain caption comes among all plain captions."""
+    embeds, texts = [], []
+    for start in range(0, len(pictures), 256):
+        rows = range(start, min(start + 256, len(pictures)))
+        tokens = tokenizer([pictures.records[i].captions[0] for i in rows], padding=True, truncation=True, return_tensors="pt")
+        embeds.append(module.image(pixel_values=pictures.images(list(rows))).image_embeds)
+        texts.append(module.text(input_ids=tokens["input_ids"]).text_embeds)
+    scores = F.normalize(torch.cat(embeds), dim=-1) @ F.normalize(torch.cat(texts), dim=-1).T
+    return (scores > scores.diagonal()[:, None]).sum(dim=1)
+
+
+def image_processor(size_px: int) -> CLIPImageProcessorPil:
+    """The preprocessing of a CLIP trained here: resize, centre crop, pixels to [-1, 1]."""
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": size_px},
+        crop_size={"height": size_px, "width": size_px},
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+
+
+def shift_and_zoom(images: Tensor, generator: torch.Generator, *, shift: float = 0.08, zoom: float = 0.12) -> Tensor:
+    """Each picture moved by up to `shift` of its side and scaled by up to ±`zoom`, white where it left its place."""
+    batch = len(images)
+    draws = torch.rand(3, batch, generator=generator) * 2 - 1
+    scale = 1 + zoom * draws[0]
+    matrix = torch.zeros(batch, 2, 3)
+    matrix[:, 0, 0] = matrix[:, 1, 1] = scale
+    matrix[:, :, 2] = 2 * shift * draws[1:].T
+    grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
+    return F.grid_sample(images - 1, grid, padding_mode="zeros", align_corners=False) + 1

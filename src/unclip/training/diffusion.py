@@ -1,0 +1,331 @@
+"""The diffusion tasks: prior, decoder and super-resolution, trained through the stages that sampling uses.
+
+Knows stages, conditions and data; knows neither optimizer nor schedule of the run. Called by the trainer.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+
+from unclip.data.folder import CaptionedPictures, load_pictures
+from unclip.diffusion.noise import NoiseSource
+from unclip.diffusion.process import DiffusionProcess
+from unclip.diffusion.sampler import DDIMSampler
+from unclip.diffusion.scheduler import UnCLIPScheduler
+from unclip.errors import ConfigError
+from unclip.models.prior import PriorTransformer
+from unclip.models.text_proj import UnCLIPTextProjModel
+from unclip.models.unet import UNet2DConditionModel, UNet2DModel
+from unclip.stages.condition import DecoderCondition, PriorCondition, SuperResCondition, TextEmbedding
+from unclip.stages.decoder import DecoderStage
+from unclip.stages.encoders import TextEncoder
+from unclip.stages.images import grid, to_pil
+from unclip.stages.prior import PriorStage
+from unclip.stages.stage import Stage, sample
+from unclip.stages.super_res import SuperResStage
+from unclip.training.recipe import DecoderSettings, PriorSettings, ProcessRecipe, Recipe, SuperResSettings
+from unclip.training.trainer import Batch
+
+SHEET_PICTURES = 48
+SHEET_STEPS = 20
+
+
+class StageModule(nn.Module):
+    """A stage's networks with its loss: what is sampled is what is trained."""
+
+    def __init__(self, stage: Any, condition: Callable[[Batch], Any], weighting: str, **networks: nn.Module):
+        super().__init__()
+        for name, network in networks.items():
+            self.add_module(name, network)
+        self.stage: Stage = stage
+        self.condition, self.weighting = condition, weighting
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """`x0` and `noise` of the stage's shape, `t` [batch], and whatever the stage's condition is built from."""
+        process = self.stage.process
+        x0, noise, t = batch["x0"], batch["noise"], batch["t"]
+        x_t = process.add_noise(x0, noise, t)
+        output = self.stage.prepare(self.condition(batch))(x_t, t)
+        return {"loss": process.loss(output, x0, noise, x_t, t, weighting=self.weighting).mean()}
+
+
+def process_of(recipe: ProcessRecipe) -> DiffusionProcess:
+    """The process that a recipe describes."""
+    return DiffusionProcess(
+        num_timesteps=recipe.num_timesteps,
+        beta_schedule=recipe.beta_schedule,
+        prediction_type=recipe.prediction_type,
+        variance_type=recipe.variance_type,
+        clip_range=recipe.clip_range,
+    )
+
+
+def scheduler_of(recipe: ProcessRecipe) -> UnCLIPScheduler:
+    """The scheduler that is saved beside a network trained on this process."""
+    return UnCLIPScheduler(
+        num_train_timesteps=recipe.num_timesteps,
+        beta_schedule=recipe.beta_schedule,
+        prediction_type=recipe.prediction_type,
+        variance_type=recipe.variance_type,
+        clip_sample=recipe.clip_range is not None,
+        clip_sample_range=recipe.clip_range or 1.0,
+    )
+
+
+class FrozenClip:
+    """The CLIP that prior and decoder live in: captions encoded on demand, pictures once at the start."""
+
+    def __init__(self, folder: Path):
+        if not (folder / "text_encoder").is_dir():
+            raise ConfigError(f"{folder} holds no trained CLIP (no text_encoder): train that stage first")
+        text = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder").eval()
+        self.image_encoder = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder").eval()
+        self.text = TextEncoder(text, AutoTokenizer.from_pretrained(folder / "tokenizer"))
+        self.width: int = text.config.projection_dim
+        self.context: int = text.config.max_position_embeddings
+        with torch.no_grad():
+            self.empty = self.text.encode([""])
+
+    @torch.no_grad()
+    def embed(self, pictures: CaptionedPictures) -> Tensor:
+        """Image embeddings [num_pictures, width] of pictures at the encoder's own size."""
+        parts = []
+        for start in range(0, len(pictures), 128):
+            rows = list(range(start, min(start + 128, len(pictures))))
+            parts.append(self.image_encoder(pixel_values=pictures.images(rows)).image_embeds)
+        return torch.cat(parts)
+
+    @property
+    def image_size(self) -> int:
+        return self.image_encoder.config.image_size
+
+
+class Captioned:
+    """Draws batches of (embedding, caption) with the caption dropped now and then. Shared by prior and decoder."""
+
+    def __init__(self, recipe: Recipe, clip: FrozenClip, text_drop: float):
+        self.clip, self.text_drop = clip, text_drop
+        everything = load_pictures(recipe.data, clip.image_size)
+        self.pictures, _ = everything.split()
+        self.embeddings = clip.embed(self.pictures)
+        self.weights = torch.tensor([r.weight for r in self.pictures.records])
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, TextEmbedding]:
+        """Indices of pictures, and their captions' embeddings."""
+        index = torch.multinomial(self.weights, batch_size, replacement=True, generator=generator)
+        captions = self.pictures.draw_captions(index, generator)
+        keep = torch.rand(batch_size, generator=generator) >= self.text_drop
+        with torch.no_grad():
+            text = self.clip.text.encode([c if k else "" for c, k in zip(captions, keep.tolist(), strict=True)])
+        return index, text
+
+    def sheet_rows(self) -> list[int]:
+        """The same pictures every time: spread over the set by weight."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.multinomial(self.weights, min(SHEET_PICTURES, len(self.pictures)), generator=generator).tolist()
+
+
+def text_batch(text: TextEmbedding) -> Batch:
+    """A caption's embedding as a trainer's batch carries it."""
+    return {"text_embeds": text.embeds, "text_hidden_states": text.hidden_states, "text_mask": text.mask}
+
+
+def batch_text(batch: Batch) -> TextEmbedding:
+    """The inverse of `text_batch`."""
+    return TextEmbedding(batch["text_embeds"], batch["text_hidden_states"], batch["text_mask"])
+
+
+def noised(x0: Tensor, num_timesteps: int, generator: torch.Generator) -> Batch:
+    """x0 with the noise and the timesteps that a step trains on."""
+    return {
+        "x0": x0,
+        "noise": torch.randn(x0.shape, generator=generator),
+        "t": torch.randint(num_timesteps, (len(x0),), generator=generator),
+    }
+
+
+class PriorTask:
+    """Caption → whitened image embedding, mean-squared error on x0 (paper §2.2)."""
+
+    def __init__(self, recipe: Recipe):
+        assert recipe.prior is not None
+        self.settings: PriorSettings = recipe.prior
+        self.clip = FrozenClip(self.settings.clip)
+        self.data = Captioned(recipe, self.clip, self.settings.text_drop)
+        sizes = {"embedding_dim": self.clip.width, "num_embeddings": self.clip.context}
+        prior = PriorTransformer(**sizes | self.settings.model)
+        prior.initialize_for_training(torch.Generator().manual_seed(recipe.seed))
+        weights = (self.data.weights / self.data.weights.sum())[:, None]
+        mean = (weights * self.data.embeddings).sum(0, keepdim=True)
+        std = (weights * (self.data.embeddings - mean) ** 2).sum(0, keepdim=True).sqrt()
+        for parameter, value in ((prior.clip_mean, mean), (prior.clip_std, std)):
+            parameter.requires_grad_(False).copy_(value)
+        self.stage = PriorStage(prior, process_of(self.settings.process))
+        self.whitened = (self.data.embeddings - mean) / std
+        self.module = StageModule(
+            self.stage, lambda b: PriorCondition(batch_text(b)), self.settings.process.weighting, prior=prior
+        )
+
+    def batch(self, batch_size: int, generator: torch.Generator) -> Batch:
+        index, text = self.data.draw(batch_size, generator)
+        return text_batch(text) | noised(self.whitened[index], self.stage.process.num_timesteps, generator)
+
+    def save(self, module: StageModule, folder: Path) -> None:
+        self.stage.prior.save_pretrained(folder / "prior")
+        scheduler_of(self.settings.process).save_pretrained(folder / "prior_scheduler")
+
+    def sample_sheet(self, module: StageModule, path: Path) -> None:
+        """Writes `path` with the suffix .txt: cosine similarity of sampled and true embeddings, and of a wrong pairing."""
+        rows = self.data.sheet_rows()
+        text = self.clip.text.encode([self.data.pictures.records[i].captions[0] for i in rows])
+        drawn = draw_stage(self.stage, PriorCondition(text), PriorCondition(self.clip.empty), scale=2.0)
+        true = self.data.embeddings[rows]
+        right = F.cosine_similarity(drawn, true).mean()
+        wrong = F.cosine_similarity(drawn, true.roll(1, 0)).mean()
+        path.with_suffix(".txt").write_text(f"cosine to the true embedding {right:.3f}, to another's {wrong:.3f}\n")
+
+
+class DecoderTask:
+    """Image embedding and caption → small picture (paper §2.1)."""
+
+    def __init__(self, recipe: Recipe):
+        assert recipe.decoder is not None
+        self.settings: DecoderSettings = recipe.decoder
+        self.clip = FrozenClip(self.settings.clip)
+        self.data = Captioned(recipe, self.clip, self.settings.text_drop)
+        torch.manual_seed(recipe.seed)
+        decoder = UNet2DConditionModel(**self.settings.model)
+        decoder.initialize_for_training(torch.Generator().manual_seed(recipe.seed))
+        sizes = {
+            "clip_embeddings_dim": self.clip.width,
+            "time_embed_dim": 4 * decoder.config.block_out_channels[0],
+            "cross_attention_dim": decoder.config.cross_attention_dim,
+        }
+        text_proj = UnCLIPTextProjModel(**sizes | self.settings.text_proj)
+        text_proj.initialize_for_training(torch.Generator().manual_seed(recipe.seed))
+        decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.small, _ = load_pictures(recipe.data, decoder.config.sample_size).split()
+        self.spread = self.data.embeddings.std(dim=0)
+        self.stage = DecoderStage(decoder, text_proj, process_of(self.settings.process))
+        self.module = StageModule(
+            self.stage,
+            lambda b: DecoderCondition(batch_text(b), b["image_embedding"], b["given"]),
+            self.settings.process.weighting,
+            decoder=decoder,
+            text_proj=text_proj,
+        )
+
+    def batch(self, batch_size: int, generator: torch.Generator) -> Batch:
+        index, text = self.data.draw(batch_size, generator)
+        embedding = self.data.embeddings[index]
+        jitter = self.settings.embedding_noise * self.spread * torch.randn(embedding.shape, generator=generator)
+        given = torch.rand(batch_size, generator=generator) >= self.settings.image_drop
+        picture = noised(self.small.images(index), self.stage.process.num_timesteps, generator)
+        return text_batch(text) | picture | {"image_embedding": embedding + jitter, "given": given}
+
+    def save(self, module: StageModule, folder: Path) -> None:
+        self.stage.decoder.save_pretrained(folder / "decoder")
+        self.stage.text_proj.save_pretrained(folder / "text_proj")
+        scheduler_of(self.settings.process).save_pretrained(folder / "decoder_scheduler")
+
+    def sample_sheet(self, module: StageModule, path: Path) -> None:
+        """Pictures decoded from true embeddings, without caption; below each row the real ones."""
+        rows = self.data.sheet_rows()
+        empty = self.clip.empty.select([0] * len(rows))
+        condition = DecoderCondition.of(empty, self.data.embeddings[rows])
+        drawn = draw_stage(self.stage, condition, DecoderCondition.null(self.clip.empty), scale=2.0)
+        real = self.small.images(rows)
+        pairs = [part for k in range(0, len(rows), 12) for part in (drawn[k : k + 12], real[k : k + 12])]
+        grid(to_pil(F.interpolate(torch.cat(pairs), scale_factor=2)), columns=12).save(path)
+
+
+class SuperResTask:
+    """Small picture → large picture, trained on crops; the small one is degraded as the paper does (§2.1)."""
+
+    def __init__(self, recipe: Recipe):
+        assert recipe.super_res is not None
+        self.settings: SuperResSettings = recipe.super_res
+        torch.manual_seed(recipe.seed)
+        if self.settings.start_from:
+            network = UNet2DModel.from_pretrained(self.settings.start_from)
+        else:
+            network = UNet2DModel(**self.settings.model)
+            network.initialize_for_training(torch.Generator().manual_seed(recipe.seed))
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = network
+        self.pictures, self.held_out = load_pictures(recipe.data, network.config.sample_size).split()
+        self.weights = torch.tensor([r.weight**0.5 for r in self.pictures.records])
+        process = process_of(self.settings.process)
+        self.stage = SuperResStage(network, network, process)
+        self.module = StageModule(
+            _EnlargedStage(self.stage), lambda b: b["enlarged"], self.settings.process.weighting, network=network
+        )
+
+    def batch(self, batch_size: int, generator: torch.Generator) -> Batch:
+        settings, size = self.settings, self.network.config.sample_size
+        index = torch.multinomial(self.weights, batch_size, replacement=True, generator=generator)
+        large = self.pictures.images(index)
+        small = degrade(large, settings, generator)
+        enlarged = F.interpolate(small, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+        top, left = torch.randint(size - settings.crop_size + 1, (2,), generator=generator).tolist()
+        window = (..., slice(top, top + settings.crop_size), slice(left, left + settings.crop_size))
+        batch = noised(large[window], self.stage.process.num_timesteps, generator)
+        if settings.only_last_step:
+            batch["t"] = torch.zeros_like(batch["t"])
+        return batch | {"enlarged": enlarged[window]}
+
+    def save(self, module: StageModule, folder: Path) -> None:
+        self.network.save_pretrained(folder / ("super_res_last" if self.settings.only_last_step else "super_res_first"))
+        scheduler_of(self.settings.process).save_pretrained(folder / "super_res_scheduler")
+
+    def sample_sheet(self, module: StageModule, path: Path) -> None:
+        """Held-out pictures: enlarged by bicubic, by the network, and real."""
+        pictures = self.held_out if len(self.held_out) else self.pictures
+        large = pictures.images(list(range(min(8, len(pictures)))))
+        small = degrade(large, self.settings, torch.Generator().manual_seed(0))
+        drawn = draw_stage(self.stage, SuperResCondition(small), None, num_steps=7)
+        enlarged = F.interpolate(small, size=large.shape[-2:], mode="bicubic").clamp(-1, 1)
+        grid(to_pil(torch.cat([enlarged, drawn, large])), columns=len(large)).save(path)
+
+
+class _EnlargedStage:
+    """Super-resolution on crops: the condition is the crop of the enlarged picture itself."""
+
+    def __init__(self, stage: SuperResStage):
+        self.process, self.network = stage.process, stage.first
+
+    def prepare(self, enlarged: Tensor):
+        return lambda x_t, t: self.network(torch.cat([x_t, enlarged], dim=1), t).sample.float()
+
+
+def degrade(large: Tensor, settings: SuperResSettings, generator: torch.Generator) -> Tensor:
+    """The small picture that super-resolution must enlarge: blurred now and then (3×3 Gaussian), shrunk, noised."""
+    small = F.interpolate(large, size=(settings.low_res_size,) * 2, mode="area")
+    edge = torch.exp(torch.tensor(-0.5 / settings.blur_sigma**2))
+    line = torch.stack([edge, torch.ones(()), edge])
+    line = line / line.sum()
+    kernel = (line[:, None] * line[None, :]).expand(3, 1, 3, 3)
+    blurred = F.conv2d(F.pad(small, (1, 1, 1, 1), mode="replicate"), kernel, groups=3)
+    chosen = torch.rand(len(large), 1, 1, 1, generator=generator) < settings.blur_share
+    strength = torch.rand(len(large), 1, 1, 1, generator=generator) * settings.noise
+    small = torch.where(chosen, blurred, small)
+    return (small + strength * torch.randn(small.shape, generator=generator)).clamp(-1, 1)
+
+
+@torch.no_grad()
+def draw_stage(stage: Any, condition: Any, null: Any, *, scale: float = 1.0, num_steps: int = SHEET_STEPS) -> Tensor:
+    """Samples for a sheet: the same noise every time."""
+    return sample(
+        stage,
+        condition,
+        sampler=DDIMSampler(stage.process),
+        timesteps=stage.process.spaced_timesteps(num_steps),
+        noise=NoiseSource(torch.Generator().manual_seed(0), len(condition)),
+        null=null.select([0] * len(condition)) if null is not None else None,
+        guidance_scale=scale,
+    )

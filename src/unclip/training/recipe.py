@@ -1,0 +1,210 @@
+"""A training run as one typed TOML file.
+
+Knows every setting and its limits; knows nothing of how a step is taken. Called by the trainer, the tasks and `unclip train`.
+"""
+
+import dataclasses
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from unclip.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class OptimizerRecipe:
+    """AdamW with a linear warm-up, a constant rate and a linear decay over the last part of the run."""
+
+    learning_rate: float = 3e-4
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    warmup_steps: int = 100
+    decay_share: float = 0.2
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class ProcessRecipe:
+    """The diffusion process that a stage learns to undo: see `unclip.diffusion.DiffusionProcess`."""
+
+    num_timesteps: int = 1000
+    beta_schedule: str = "squaredcos_cap_v2"
+    prediction_type: str = "epsilon"
+    variance_type: str = "fixed_small_log"
+    clip_range: float | None = 1.0
+    weighting: str = "simple"
+
+
+@dataclass(frozen=True)
+class ClipSettings:
+    """CLIP (contrastive) training: the encoders' sizes and the tokenizer's."""
+
+    projection_dim: int = 256
+    vocabulary_size: int = 4096
+    context_length: int = 32
+    text_layers: int = 4
+    text_heads: int = 4
+    image_size: int = 64
+    patch_size: int = 8
+    image_width: int = 256
+    image_layers: int = 6
+    image_heads: int = 4
+    reconstruction_weight: float = 0.0
+    weight_power: float = 0.5
+
+
+@dataclass(frozen=True)
+class PriorSettings:
+    """Diffusion prior: where its CLIP lies, its network, and how often its text is dropped (paper §2.2)."""
+
+    clip: Path = Path()
+    model: dict[str, Any] = field(default_factory=dict)
+    process: ProcessRecipe = ProcessRecipe(prediction_type="sample", clip_range=5.0)
+    text_drop: float = 0.1
+
+
+@dataclass(frozen=True)
+class DecoderSettings:
+    """Decoder: where its CLIP lies, its networks, and how often embedding and caption are dropped (paper §2.1).
+
+    `embedding_noise` jitters the image embedding, in units of each dimension's spread, so that the decoder forgives a
+    prior that is a little off.
+    """
+
+    clip: Path = Path()
+    model: dict[str, Any] = field(default_factory=dict)
+    text_proj: dict[str, Any] = field(default_factory=dict)
+    process: ProcessRecipe = ProcessRecipe(variance_type="learned_range")
+    text_drop: float = 0.5
+    image_drop: float = 0.1
+    embedding_noise: float = 0.0
+
+
+@dataclass(frozen=True)
+class SuperResSettings:
+    """Super-resolution: its network, the input's size, and how the low-resolution input is degraded (paper §2.1)."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    process: ProcessRecipe = ProcessRecipe()
+    low_res_size: int = 64
+    crop_size: int = 64
+    blur_sigma: float = 0.6
+    blur_share: float = 0.5
+    noise: float = 0.0
+    only_last_step: bool = False
+    start_from: Path | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run.
+
+    Attributes:
+        stage: which network is trained; the section of that name must be there, the others must not.
+        data: a folder of captioned pictures.
+        steps: optimizer steps in all; batch_size: pictures a step, over all processes and accumulations.
+        precision: "no" is float32.
+        ema_decay: of the weights that are kept; warmed up as (1 + step) / (10 + step).
+    """
+
+    stage: Literal["clip", "prior", "decoder", "super_res"]
+    data: Path
+    steps: int = 10_000
+    batch_size: int = 64
+    accumulation: int = 1
+    seed: int = 0
+    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    ema_decay: float = 0.999
+    log_every_steps: int = 50
+    save_every_s: float = 600.0
+    sample_every_steps: int = 1000
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    clip: ClipSettings | None = None
+    prior: PriorSettings | None = None
+    decoder: DecoderSettings | None = None
+    super_res: SuperResSettings | None = None
+
+    def __post_init__(self) -> None:
+        for stage in typing.get_args(Recipe.__annotations__["stage"]):
+            if (getattr(self, stage) is not None) != (stage == self.stage):
+                verb = "needs" if stage == self.stage else "must not have"
+                raise ConfigError(f"a recipe for stage {self.stage!r} {verb} a section [{stage}]")
+        for name in ("steps", "batch_size", "accumulation", "log_every_steps", "sample_every_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.batch_size % self.accumulation:
+            raise ConfigError(f"batch_size {self.batch_size} is no multiple of accumulation {self.accumulation}")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay is {self.ema_decay}; it must lie in [0, 1)")
+
+
+def read_recipe(path: Path, **overrides: Any) -> Recipe:
+    """Read a recipe; relative paths in it are taken from the file's own folder.
+
+    Args:
+        path: the TOML file.
+        overrides: top-level settings that replace the file's (`steps=100`, say); None leaves the file's.
+
+    Raises: ConfigError for a missing file, a broken one, an unknown key or a value of a wrong type.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"the recipe {path} cannot be read: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"the recipe {path} is not valid TOML: {error}") from error
+    table |= {key: value for key, value in overrides.items() if value is not None}
+    return _build(Recipe, table, Path(path).parent, "")
+
+
+def _build(kind: type, table: dict[str, Any], base: Path, where: str) -> Any:
+    fields = {f.name for f in dataclasses.fields(kind)}
+    for key in table:
+        if key not in fields:
+            raise ConfigError(f"unknown key {where}{key} in the recipe; known here: {', '.join(sorted(fields))}")
+    hints = typing.get_type_hints(kind)
+    values = {key: _value(hints[key], value, base, f"{where}{key}") for key, value in table.items()}
+    missing = [
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in values
+    ]
+    if missing:
+        raise ConfigError(f"the recipe lacks {', '.join(where + name for name in missing)}")
+    return kind(**values)
+
+
+def _value(hint: Any, value: Any, base: Path, where: str) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        choices = [choice for choice in typing.get_args(hint) if choice is not type(None)]
+        return _value(choices[0], value, base, where)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, base, f"{where}.")
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            raise ConfigError(f"{where} is {value!r}; it must be one of {', '.join(map(repr, typing.get_args(hint)))}")
+        return value
+    if hint is Path:
+        return base / Path(value).expanduser()
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    plain = typing.get_origin(hint) or hint
+    if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
+        raise ConfigError(f"{where} is {value!r}; it must be {plain.__name__}")
+    return value
+
+
+def as_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain JSON-able data, for the run folder."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items() if v is not None}
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(recipe))
