@@ -1,0 +1,192 @@
+"""Turn the name of a model into a folder: a folder, a built-in model, or `owner/name` on the hub.
+
+Does not know what is in the folder, and never asks the hub for a pickle.
+Called by every from_pretrained and by the command line; importing it loads neither torch nor the hub's client.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import glob
+import importlib.resources
+import os
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from unclip.errors import CheckpointError, InputError, MissingDependencyError, MissingFileError
+
+BUILT_IN = {"unclip-emoji": "emoji"}
+"""Reserved model names, and their folders under `unclip/assets`; they need no network."""
+
+SUFFIXES = (".json", ".txt", ".safetensors")
+NAME_LIMIT = 1024
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,254}")
+_WEIGHTS = re.compile(
+    r"(?P<stem>[^.]+?)(?:\.(?P<variant>[^.]+?))?(?:-\d{5}-of-\d{5})?(?:\.(?P<late>[^.]+))?\.safetensors"
+)
+_INDEX = re.compile(r"(?P<stem>[^.]+)\.safetensors\.index(?:\.(?P<variant>[^.]+))?\.json")
+
+
+def resolve(
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    variant: str | None = None,
+    allow_patterns: Sequence[str] | None = None,
+) -> Path:
+    """The folder of a model: an existing folder itself, a built-in model's, or one downloaded from the hub.
+
+    Only .json, .txt and .safetensors files are downloaded (of these, those that match `allow_patterns` if given); with
+    `variant` that variant's weights where there are any, else the plain ones. Raises InputError when it is no text,
+    MissingFileError when nothing has that name, CheckpointError for whatever else keeps the hub from giving it.
+    """
+    name = _checked(name_or_path)
+    if os.path.isdir(name):
+        return Path(name)
+    if name in BUILT_IN:
+        return _built_in(name)
+    if os.path.exists(name):
+        raise CheckpointError(f"{name} is a file; name the model's folder. Original .ckpt files: unclip convert karlo")
+    if not _HUB_ID.fullmatch(name) or ".." in name:
+        raise MissingFileError(f"{_shown(name)} is no folder, and no owner/name on the hub{_suggestion(name)}")
+    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise CheckpointError(f"revision is {revision[:80]!r}; it must be a branch, a tag or a commit")
+    return _download(name, revision, cache_dir, local_files_only, token, variant, allow_patterns)
+
+
+def pick_files(
+    names: Sequence[str], variant: str | None = None, allow_patterns: Sequence[str] | None = None
+) -> list[str]:
+    """Those of a repository's files that a model needs: no pickles, and one set of weights a folder.
+
+    Weights beside a model_index.json belong to no component and are left out. Raises MissingFileError when `variant` is
+    given and no folder has it.
+    """
+    kept: list[str] = []
+    weights: dict[tuple[str, str], dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name in names:
+        if not name.endswith(SUFFIXES) or (
+            allow_patterns is not None and not any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns)
+        ):
+            continue
+        folder, _, base = name.rpartition("/")
+        index, found = _INDEX.fullmatch(base), _WEIGHTS.fullmatch(base)
+        if index:
+            weights[folder, index["stem"]][index["variant"]].append(name)
+        elif found:
+            weights[folder, found["stem"]][found["variant"] or found["late"]].append(name)
+        elif not name.endswith(".safetensors"):
+            kept.append(name)
+    there = {kind for sets in weights.values() for kind in sets if kind}
+    if variant is not None and variant not in there:
+        raise MissingFileError(f"there are no {variant} weights; there are: {', '.join(sorted(there)) or 'plain ones'}")
+    for (folder, _), sets in weights.items():
+        if folder or "model_index.json" not in names:
+            kept += sets.get(variant, sets.get(None, []))
+    return kept
+
+
+def _checked(name_or_path: str | os.PathLike[str]) -> str:
+    try:
+        name = os.fspath(name_or_path)
+    except TypeError:
+        name = None
+    if not isinstance(name, str):
+        raise InputError(f"a model is named by a text or a path, not by {type(name_or_path).__name__}")
+    if not name.strip():
+        raise MissingFileError("a model's name may not be empty; name a folder, a built-in model, or owner/name")
+    if "\0" in name or len(name) > NAME_LIMIT:
+        raise MissingFileError(
+            f"{_shown(name)} has a NUL in it or more than {NAME_LIMIT} characters; no model has that name"
+        )
+    return name
+
+
+def _built_in(name: str) -> Path:
+    folder = Path(str(importlib.resources.files("unclip").joinpath("assets", BUILT_IN[name])))
+    if not (folder / "model_index.json").is_file():
+        raise MissingFileError(
+            f"the built-in model {name} is not part of this installation ({folder}); install it again"
+        )
+    return folder
+
+
+def _suggestion(name: str) -> str:
+    close = difflib.get_close_matches(name.lower(), BUILT_IN, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; built in are: {', '.join(BUILT_IN)}"
+
+
+def _shown(name: str) -> str:
+    return repr(name if len(name) <= 120 else name[:100] + "…")
+
+
+def _download(
+    name: str,
+    revision: str | None,
+    cache_dir: str | os.PathLike[str] | None,
+    local_files_only: bool,
+    token: str | bool | None,
+    variant: str | None,
+    allow_patterns: Sequence[str] | None,
+) -> Path:
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError as problem:
+        raise MissingDependencyError("models from the hub need the package huggingface_hub; install it") from problem
+    place = None if cache_dir is None else os.fspath(cache_dir)
+    unreachable: Exception | None = None
+    try:
+        names: list[str] | None = None
+        if not local_files_only:
+            try:
+                info = huggingface_hub.HfApi(token=token).model_info(name, revision=revision)
+                names = [sibling.rfilename for sibling in info.siblings or ()]
+            except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
+                raise
+            except Exception as problem:  # the transport's own errors differ between versions of the hub's client
+                unreachable = problem
+        if names is None:  # the loader says what else is missing; a part of the repository is all we ever fetch
+            return Path(
+                huggingface_hub.snapshot_download(
+                    name, revision=revision, cache_dir=place, local_files_only=True, allow_patterns=["model_index.json"]
+                )
+            )
+        patterns = [glob.escape(file) for file in pick_files(names, variant, allow_patterns)]
+        if not patterns:
+            raise MissingFileError(f"{name} on the hub has none of {', '.join(SUFFIXES)} that could be used")
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, cache_dir=place, token=token, allow_patterns=patterns
+            )
+        )
+    except CheckpointError:
+        raise
+    except errors.GatedRepoError as problem:
+        raise CheckpointError(
+            f"{name} is gated: accept its terms on https://huggingface.co/{name}, then `hf auth login` or pass token="
+        ) from problem
+    except errors.RevisionNotFoundError as problem:
+        raise MissingFileError(f"{name} has no revision {revision!r}; leave it out for the newest") from problem
+    except errors.RepositoryNotFoundError as problem:
+        raise MissingFileError(
+            f"{name} is no folder here, and the hub has no model of that name or hides it{_suggestion(name)}. "
+            "A private model needs token= or `hf auth login`"
+        ) from problem
+    except errors.LocalEntryNotFoundError as problem:
+        why = f"the hub cannot be reached ({unreachable})" if unreachable else "only local files were asked for"
+        raise MissingFileError(
+            f"{name} is not in the cache and {why}; go online once, or name a folder{_suggestion(name)}"
+        ) from problem
+    except Exception as problem:
+        raise CheckpointError(f"{name} could not be downloaded: {problem}. Try again, or name a folder") from problem

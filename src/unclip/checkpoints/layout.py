@@ -1,0 +1,192 @@
+"""What a pipeline's folder says besides weights: components, classes, and configurations found from tensors' shapes.
+
+Does not know the networks that it describes, only their names, shapes and published settings.
+Called by convert.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from unclip.errors import WeightsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+API_VERSION = "0.26.3"
+"""The version of the folder layout that is written, as `_diffusers_version`."""
+
+PRIOR_CLIP_RANGE = 5.0
+"""Range to which the published folders clamp the prior's prediction; the original Karlo code uses 10."""
+
+DECODER_SIZE_PX = 64
+SUPER_RES_SIZE_PX = 256
+
+CLASSES: dict[str, tuple[str, str]] = {
+    "prior": ("diffusers", "PriorTransformer"),
+    "decoder": ("diffusers", "UNet2DConditionModel"),
+    "super_res_first": ("diffusers", "UNet2DModel"),
+    "super_res_last": ("diffusers", "UNet2DModel"),
+    "prior_scheduler": ("diffusers", "UnCLIPScheduler"),
+    "decoder_scheduler": ("diffusers", "UnCLIPScheduler"),
+    "super_res_scheduler": ("diffusers", "UnCLIPScheduler"),
+    "text_encoder": ("transformers", "CLIPTextModelWithProjection"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "text_proj": ("unclip", "UnCLIPTextProjModel"),
+    "image_encoder": ("transformers", "CLIPVisionModelWithProjection"),
+    "feature_extractor": ("transformers", "CLIPImageProcessor"),
+}
+SHARED = (
+    "decoder",
+    "text_encoder",
+    "tokenizer",
+    "text_proj",
+    "super_res_first",
+    "super_res_last",
+    "decoder_scheduler",
+    "super_res_scheduler",
+)
+TEXT_TO_IMAGE = ("prior", "prior_scheduler", *SHARED)
+VARIATION = (*SHARED, "feature_extractor", "image_encoder")
+
+
+def model_index(class_name: str, components: Iterable[str]) -> dict[str, Any]:
+    """The content of model_index.json."""
+    return {
+        "_class_name": class_name,
+        "_diffusers_version": API_VERSION,
+        **{name: list(CLASSES[name]) for name in components},
+    }
+
+
+def scheduler_configs(prior_clip_range: float = PRIOR_CLIP_RANGE) -> dict[str, dict[str, Any]]:
+    """scheduler_config.json of Karlo's three schedulers by component name."""
+    kinds = {
+        "prior_scheduler": ("fixed_small_log", "sample", prior_clip_range),
+        "decoder_scheduler": ("learned_range", "epsilon", 1.0),
+        "super_res_scheduler": ("fixed_small_log", "epsilon", 1.0),
+    }
+    return {
+        name: {
+            "_class_name": "UnCLIPScheduler",
+            "_diffusers_version": API_VERSION,
+            "num_train_timesteps": 1000,
+            "beta_schedule": "squaredcos_cap_v2",
+            "variance_type": variance_type,
+            "prediction_type": prediction_type,
+            "clip_sample": True,
+            "clip_sample_range": float(clip_range),
+        }
+        for name, (variance_type, prediction_type, clip_range) in kinds.items()
+    }
+
+
+def prior_config(state: Mapping[str, Tensor], head_dim: int) -> dict[str, Any]:
+    """config.json of the prior with these weights (folder layout names)."""
+    width, embedding_dim = state["proj_in.weight"].shape
+    return {
+        **_header("prior"),
+        "num_attention_heads": width // head_dim,
+        "attention_head_dim": head_dim,
+        "num_layers": _count(state, "transformer_blocks."),
+        "embedding_dim": embedding_dim,
+        "num_embeddings": state["positional_embedding"].shape[1] - 4,
+        "additional_embeddings": 4,  # text embedding, timestep, noisy image embedding, the place of the answer
+        "dropout": 0.0,
+    }
+
+
+def text_proj_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """config.json of the text projection with these weights."""
+    cross_attention_dim = state["encoder_hidden_states_proj.weight"].shape[0]
+    return {
+        **_header("text_proj"),
+        "clip_extra_context_tokens": state["clip_extra_context_tokens_proj.weight"].shape[0] // cross_attention_dim,
+        "clip_embeddings_dim": state["learned_classifier_free_guidance_embeddings"].shape[0],
+        "time_embed_dim": state["embedding_proj.weight"].shape[0],
+        "cross_attention_dim": cross_attention_dim,
+    }
+
+
+def decoder_config(state: Mapping[str, Tensor], head_dim: int) -> dict[str, Any]:
+    """config.json of the decoder with these weights."""
+    plain = _unet_config(state)
+    num_blocks = len(plain["block_out_channels"])
+    return {
+        **_header("decoder"),
+        **plain,
+        "sample_size": DECODER_SIZE_PX,
+        "down_block_types": ["ResnetDownsampleBlock2D", *["SimpleCrossAttnDownBlock2D"] * (num_blocks - 1)],
+        "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": [*["SimpleCrossAttnUpBlock2D"] * (num_blocks - 1), "ResnetUpsampleBlock2D"],
+        "cross_attention_dim": state["mid_block.attentions.0.add_k_proj.weight"].shape[1],
+        "class_embed_type": "identity",
+        "attention_head_dim": head_dim,
+    }
+
+
+def super_res_config(state: Mapping[str, Tensor], component: str) -> dict[str, Any]:
+    """config.json of a super-resolution network with these weights."""
+    plain = _unet_config(state)
+    num_blocks = len(plain["block_out_channels"])
+    return {
+        **_header(component),
+        **plain,
+        "sample_size": SUPER_RES_SIZE_PX,
+        "down_block_types": ["ResnetDownsampleBlock2D"] * num_blocks,
+        "up_block_types": ["ResnetUpsampleBlock2D"] * num_blocks,
+        "add_attention": False,
+    }
+
+
+def check_widths(
+    prior: Mapping[str, Any],
+    text_proj: Mapping[str, Any],
+    decoder: Mapping[str, Any],
+    clip: Mapping[str, Any],
+    time_embed_dim: int,
+) -> None:
+    """Raise WeightsError when the components, told by their configurations, do not fit each other."""
+    facts = (
+        ("the prior's embedding", prior["embedding_dim"], "the text encoder's", clip["projection_dim"]),
+        ("the prior's embedding", prior["embedding_dim"], "the text encoder's hidden", clip["hidden_size"]),
+        ("the prior's context", prior["num_embeddings"], "the text encoder's", clip["max_position_embeddings"]),
+        ("the prior's embedding", prior["embedding_dim"], "the text projection's", text_proj["clip_embeddings_dim"]),
+        (
+            "the decoder's context",
+            decoder["cross_attention_dim"],
+            "the text projection's",
+            text_proj["cross_attention_dim"],
+        ),
+        ("the decoder's time embedding", time_embed_dim, "the text projection's", text_proj["time_embed_dim"]),
+    )
+    for one, width, other, other_width in facts:
+        if width != other_width:
+            raise WeightsError(f"{one} width is {width}, {other} width {other_width}; these files are not of one model")
+
+
+def _unet_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    num_blocks = _count(state, "down_blocks.")
+    first = "down_blocks.0.resnets.0."
+    doubled = state[first + "time_emb_proj.weight"].shape[0] == 2 * state[first + "conv1.weight"].shape[0]
+    return {
+        "in_channels": state["conv_in.weight"].shape[1],
+        "out_channels": state["conv_out.weight"].shape[0],
+        "layers_per_block": _count(state, "down_blocks.0.resnets."),
+        "block_out_channels": [state[f"down_blocks.{b}.resnets.0.conv1.weight"].shape[0] for b in range(num_blocks)],
+        "resnet_time_scale_shift": "scale_shift" if doubled else "default",
+        "act_fn": "silu",
+        "norm_num_groups": 32,
+        "norm_eps": 1e-05,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+    }
+
+
+def _header(component: str) -> dict[str, Any]:
+    return {"_class_name": CLASSES[component][1], "_diffusers_version": API_VERSION}
+
+
+def _count(names: Iterable[str], start: str) -> int:
+    return len({name[len(start) :].split(".")[0] for name in names if name.startswith(start)})

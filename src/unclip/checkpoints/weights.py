@@ -1,0 +1,356 @@
+"""Read, judge and write safetensors weights: one file or shards with an index, plain or as a variant.
+
+Does not know which network they belong to: a module is a set of names and shapes, a checkpoint another.
+Called by the networks' from_pretrained and save_pretrained, the trainer, and the converters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unclip.checkpoints.files import TEMPORARY_PREFIX, atomic_file, read_json, safe_join, sync, write_json
+from unclip.checkpoints.header import TensorInfo, check_tensor_name, read_header
+from unclip.errors import CheckpointError, MissingFileError, UnsafeFileError, WeightsError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+DEFAULT_STEM = "diffusion_pytorch_model"
+TRANSFORMERS_STEM = "model"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".th", ".pkl")
+
+_READ_GROUP_BYTES = 256 << 20  # a file is mapped anew after so many bytes, so that originals leave memory
+_CHECK_ELEMENTS = 1 << 22
+
+
+# -- what is there -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WeightsIndex(Mapping[str, TensorInfo]):
+    """The tensors of one set of weights by name, in file order; headers are read and judged, weights are not read."""
+
+    tensors: Mapping[str, TensorInfo]
+    files: tuple[Path, ...]
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+
+def file_name(stem: str = DEFAULT_STEM, variant: str | None = None) -> str:
+    """`stem.safetensors` or `stem.VARIANT.safetensors`; CheckpointError for a variant that is no plain word."""
+    return f"{stem}{_dotted(variant)}.safetensors"
+
+
+def index_name(stem: str = DEFAULT_STEM, variant: str | None = None) -> str:
+    """`stem.safetensors.index.json` or `stem.safetensors.index.VARIANT.json`."""
+    return f"{stem}.safetensors.index{_dotted(variant)}.json"
+
+
+def open_weights(
+    folder: str | os.PathLike[str], *, stem: str = DEFAULT_STEM, variant: str | None = None
+) -> WeightsIndex:
+    """Find the weights `stem` in `folder` and judge every header, without reading weights.
+
+    A single file comes before an index. Raises MissingFileError (the message names what is there), UnsafeFileError when
+    there are only pickles or an index points out of the folder, WeightsError for damaged files or an index that
+    disagrees with its shards.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise MissingFileError(f"{folder} is not a folder")
+    single = safe_join(folder, file_name(stem, variant))
+    if single.exists():
+        return WeightsIndex(read_header(single), (single,))
+    index = safe_join(folder, index_name(stem, variant))
+    if index.exists():
+        return _open_shards(folder, index)
+    raise _nothing_found(folder, stem, variant)
+
+
+def _open_shards(folder: Path, index: Path) -> WeightsIndex:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise WeightsError(f"{index} must have a weight_map from tensor names to file names")
+    shards = {name: safe_join(folder, name) for name in sorted(set(weight_map.values()))}
+    for name in shards:
+        if not name.endswith(".safetensors"):
+            raise UnsafeFileError(f"{index} names {name[:80]!r}; only .safetensors files are read")
+    missing = [name for name, path in shards.items() if not path.exists()]
+    if missing:
+        raise MissingFileError(f"{index} names {_some(missing)}, which {folder} lacks; download the model again")
+    tensors: dict[str, TensorInfo] = {}
+    for shard, path in shards.items():
+        for name, info in read_header(path).items():
+            if name in tensors:
+                raise WeightsError(f"{name} is in two shards, {tensors[name].file.name} and {shard}")
+            if weight_map.get(name) != shard:
+                raise WeightsError(f"{shard} holds {name}, but {index} places it in {weight_map.get(name)}")
+            tensors[name] = info
+    lacking = sorted(set(weight_map) - set(tensors))
+    if lacking:
+        raise WeightsError(f"{index} lists {_some(lacking)}, which no shard holds")
+    return WeightsIndex(tensors, tuple(shards.values()))
+
+
+def _nothing_found(folder: Path, stem: str, variant: str | None) -> CheckpointError:
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(TEMPORARY_PREFIX))
+    weights = [name for name in names if ".safetensors" in name]
+    pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
+    wanted = file_name(stem, variant)
+    if weights:
+        remedy = "; ask for one of these variants, or for none" if variant else ""
+        return MissingFileError(f"{folder} has no {wanted}; there is {_some(weights)}{remedy}")
+    if pickles:
+        return UnsafeFileError(
+            f"{folder} has only pickles ({_some(pickles)}), which can run any code when read. "
+            "If you trust them: unclip convert pickle FOLDER"
+        )
+    return MissingFileError(f"{folder} has no {wanted}; there is {_some(names) or 'nothing'}")
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+def read_tensors(index: WeightsIndex) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) in file order, on the CPU, mapped from the file; nothing is checked for NaN here."""
+    from safetensors import SafetensorError, safe_open
+
+    for path, names in _groups(index):
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                for name in names:
+                    yield name, file.get_tensor(name)
+        except (SafetensorError, OSError) as problem:
+            raise WeightsError(f"{path} cannot be read: {problem}") from problem
+
+
+def _groups(index: WeightsIndex) -> Iterator[tuple[Path, list[str]]]:
+    """Tensor names by file, in groups of a bounded size."""
+    path, names, size_bytes = None, [], 0
+    for name, info in index.items():
+        if path is not None and (info.file != path or size_bytes >= _READ_GROUP_BYTES):
+            yield path, names
+            names, size_bytes = [], 0
+        path = info.file
+        names.append(name)
+        size_bytes += info.nbytes
+    if path is not None:
+        yield path, names
+
+
+def check_finite(tensor: Tensor, name: str, where: str = "the weights") -> None:
+    """Raise WeightsError when a floating `tensor` has a NaN or an infinity; needs no memory of its size."""
+    import torch
+
+    if not tensor.is_floating_point() or tensor.is_meta or tensor.numel() == 0:
+        return
+    for chunk in tensor.detach().reshape(-1).split(_CHECK_ELEMENTS):
+        if chunk.element_size() == 1:
+            chunk = chunk.float()  # torch has no minimum for its 8-bit floats
+        if not torch.isfinite(torch.stack(torch.aminmax(chunk))).all():
+            what = "NaN" if torch.isnan(chunk).any() else "an infinity"
+            raise WeightsError(f"{name} in {where} holds {what}; the file is damaged or its training went wrong")
+
+
+def checked_cast(tensor: Tensor, dtype: torch.dtype, name: str, where: str = "the weights") -> Tensor:
+    """`tensor` in `dtype`; WeightsError when it is not finite, or is not any more in that type."""
+    cast = tensor.to(dtype)
+    try:
+        check_finite(cast, name, where)
+    except WeightsError:
+        check_finite(tensor, name, where)
+        raise WeightsError(f"{name} in {where} is too large for {dtype}; use bfloat16 or float32") from None
+    return cast
+
+
+def check_file(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
+    """Judge a whole safetensors file, header and weights, before another library reads it; returns its tensors.
+
+    Raises what `read_header` raises, and WeightsError for NaN and infinities.
+    """
+    path = Path(path)
+    tensors = read_header(path)
+    for name, tensor in read_tensors(WeightsIndex(tensors, (path,))):
+        check_finite(tensor, name, str(path))
+    return tensors
+
+
+def load_into(
+    module: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    stem: str = DEFAULT_STEM,
+    variant: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Fill `module`, usually built on the meta device, with the weights in `folder`; all of it or nothing.
+
+    Names and shapes are compared before any weight is read. Floating tensors become `dtype`, or the type that the
+    module has for them; requires_grad stays as it is. At most about one copy of the weights is in memory: those that
+    keep their type stay mapped from the file, privately, so the file may be replaced (as unclip always does it) but not
+    changed in place while the module lives. Raises what `open_weights` raises, and WeightsError when names or shapes
+    differ, or a weight is not finite.
+    """
+    index = open_weights(folder, stem=stem, variant=variant)
+    wanted = module.state_dict(keep_vars=True)
+    _compare({name: tuple(value.shape) for name, value in wanted.items()}, index, folder)
+    loaded: dict[str, Any] = {}
+    for name, tensor in read_tensors(index):
+        target = wanted[name].dtype
+        if tensor.is_floating_point() != target.is_floating_point:
+            raise WeightsError(f"{name} in {folder} is {index[name].dtype}; the model needs {target}")
+        if dtype is not None and target.is_floating_point:
+            target = dtype
+        loaded[name] = checked_cast(tensor, target, name, str(folder))
+    module.load_state_dict(loaded, strict=True, assign=True)
+    left = [name for name, value in (*module.named_parameters(), *module.named_buffers()) if value.is_meta]
+    if left:
+        raise WeightsError(
+            f"{_some(left)} of {type(module).__name__} are in no checkpoint and were never given a value"
+        )
+
+
+def _compare(wanted: Mapping[str, tuple[int, ...]], index: WeightsIndex, folder: str | os.PathLike[str]) -> None:
+    problems = []
+    missing = [name for name in wanted if name not in index]
+    extra = [name for name in index if name not in wanted]
+    wrong = [name for name in index if name in wanted and index[name].shape != wanted[name]]
+    if missing:
+        problems.append(f"{len(missing)} missing ({_some(missing)})")
+    if extra:
+        problems.append(f"{len(extra)} that the model does not have ({_some(extra)})")
+    if wrong:
+        shown = [f"{name} is {list(index[name].shape)}, not {list(wanted[name])}" for name in wrong]
+        problems.append(f"{len(wrong)} of another shape ({_some(shown)})")
+    if problems:
+        raise WeightsError(
+            f"the weights in {folder} do not fit the model: {'; '.join(problems)}. Is its config.json right?"
+        )
+
+
+# -- writing -------------------------------------------------------------------------------------------------------
+
+
+def save_weights(
+    folder: str | os.PathLike[str],
+    state_dict: Mapping[str, Tensor],
+    *,
+    stem: str = DEFAULT_STEM,
+    variant: str | None = None,
+    max_shard_size: int | str = "10GB",
+) -> tuple[Path, ...]:
+    """Write weights into `folder` (made if need be) and return the files, in shards where they exceed `max_shard_size`.
+
+    Every file appears whole or not at all, and files of an earlier save with this stem and variant go once the new ones
+    stand. A kill while shards that replace others get their names leaves a folder that does not load rather than a
+    mixture; where even that may not be, write inside `atomic_folder`. Raises WeightsError, before anything is written,
+    for weights that are not finite or names that no file may hold.
+    """
+    for name, tensor in state_dict.items():
+        check_tensor_name(name, "the state dict")
+        check_finite(tensor, name, "the state dict")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    stale = [path for path in folder.iterdir() if _is_ours(path.name, stem, variant)]
+    shards = _plan(state_dict, parse_size(max_shard_size))
+    if len(shards) == 1:
+        written = [folder / file_name(stem, variant)]
+        with atomic_file(written[0]) as draft:
+            _save(state_dict, shards[0], draft)
+    else:
+        written = _save_shards(folder, state_dict, shards, stem, variant)
+    for path in stale:
+        if path not in written:
+            path.unlink(missing_ok=True)
+    return tuple(written)
+
+
+def _save_shards(
+    folder: Path, state_dict: Mapping[str, Tensor], shards: list[list[str]], stem: str, variant: str | None
+) -> list[Path]:
+    base, total = f"{stem}{_dotted(variant)}", len(shards)
+    paths = [folder / f"{base}-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
+    index = folder / index_name(stem, variant)
+    with contextlib.ExitStack() as renames:  # every shard is written and on the disk before the first gets its name
+        for names, path in zip(shards, paths, strict=True):
+            draft = renames.enter_context(atomic_file(path))
+            _save(state_dict, names, draft)
+            sync(draft)
+        if any(path.exists() for path in paths):
+            index.unlink(missing_ok=True)  # its shards are about to change under it
+    weight_map = {name: path.name for names, path in zip(shards, paths, strict=True) for name in names}
+    total_bytes = sum(state_dict[name].nbytes for name in state_dict)
+    write_json(index, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+    return [*paths, index]
+
+
+def _save(state_dict: Mapping[str, Tensor], names: list[str], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name in names:
+        tensor = state_dict[name].detach().cpu().contiguous()
+        address = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if address in seen else tensor  # the format has no notion of shared weights
+        seen.add(address)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _plan(state_dict: Mapping[str, Tensor], limit_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size_bytes = 0
+    for name, tensor in state_dict.items():
+        if shards[-1] and size_bytes + tensor.nbytes > limit_bytes:
+            shards.append([])
+            size_bytes = 0
+        shards[-1].append(name)
+        size_bytes += tensor.nbytes
+    return shards
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes in `size`: a count, or text such as "10GB", "500MB" (decimal) or "2GiB" (binary)."""
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+    found = re.fullmatch(r"(\d{1,15})\s*([A-Z]*)", str(size).strip().upper())
+    if isinstance(size, bool) or not found or found[2] not in units or int(found[1]) == 0:
+        raise CheckpointError(f'max_shard_size is {size!r}; give bytes, or a text such as "500MB" or "10GB"')
+    return int(found[1]) * units[found[2]]
+
+
+def _is_ours(name: str, stem: str, variant: str | None) -> bool:
+    base = re.escape(stem + _dotted(variant))
+    shard = re.fullmatch(base + r"-\d{5}-of-\d{5}\.safetensors", name)
+    return shard is not None or name in (file_name(stem, variant), index_name(stem, variant))
+
+
+def _dotted(variant: str | None) -> str:
+    if variant is None:
+        return ""
+    if not isinstance(variant, str) or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", variant):
+        raise CheckpointError(f"variant is {str(variant)[:80]!r}; it must be a word such as 'fp16'")
+    return f".{variant}"
+
+
+def _some(names: Iterable[str], limit: int = 4) -> str:
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

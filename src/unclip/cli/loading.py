@@ -1,0 +1,161 @@
+"""A model made ready for a command: found, read, put on its device, with its settings.
+
+Knows pipelines' folders and devices; knows not what is drawn. Called by `generate` and `vary`.
+"""
+
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from unclip.checkpoints.files import read_json
+from unclip.checkpoints.hub import resolve
+from unclip.cli.options import Dtype, SamplerName
+from unclip.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from unclip.diffusion.scheduler import Scheduler
+    from unclip.pipelines.pipeline import Pipeline
+
+DEFAULTS_FILE = "generation_defaults.json"
+COUNTS = ("prior_num_inference_steps", "decoder_num_inference_steps", "super_res_num_inference_steps")
+SCALES = ("prior_guidance_scale", "decoder_guidance_scale")
+STAGES = ("prior", "decoder", "super_res")
+
+Number = int | float
+P = TypeVar("P", bound="Pipeline")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """How a model is loaded, and where it computes."""
+
+    dtype: Dtype
+    device: str
+    cpu_offload: bool
+    quiet: bool
+
+
+def find_model(name: str, *, quiet: bool) -> tuple[Path, dict[str, Any]]:
+    """A pipeline's folder, fetched from the hub if need be, and its model_index.json."""
+    silence(downloads=quiet)
+    folder = resolve(name)
+    return folder, read_json(folder / "model_index.json")
+
+
+def model_name(name: str) -> str:
+    """The model as pictures name it: of a folder its own name alone, for where it lies is nobody's business."""
+    return Path(name).resolve().name if os.path.isdir(name) else name
+
+
+def read_defaults(folder: Path) -> dict[str, Number]:
+    """What the model recommends, by argument name, out of its `generation_defaults.json`; empty without one.
+
+    Raises: ConfigError for an unknown key or a value that is no number; CheckpointError for a broken file.
+    """
+    path = folder / DEFAULTS_FILE
+    if not path.exists():
+        return {}
+    found = read_json(path)
+    for key, value in found.items():
+        if key not in (*COUNTS, *SCALES):
+            raise ConfigError(f"{path} has the unknown key {key!r}; it may have {', '.join((*COUNTS, *SCALES))}")
+        if isinstance(value, bool) or not isinstance(value, int if key in COUNTS else int | float):
+            raise ConfigError(f"{path}: {key} is {value!r}; it must be a {'whole ' if key in COUNTS else ''}number")
+    return found
+
+
+def call_settings(pipeline_class: type, folder: Path, given: Mapping[str, Number | None]) -> dict[str, Number]:
+    """The arguments of a call, each as given, else as the model recommends, else the pipeline's own default.
+
+    Raises: InputError for a guidance scale out of limits, before a weight is read.
+    """
+    from unclip.diffusion.guidance import check_scale
+
+    defaults = inspect.signature(pipeline_class.__call__).parameters
+    recommended = read_defaults(folder)
+    settings: dict[str, Number] = {}
+    for name, value in given.items():
+        settings[name] = value if value is not None else recommended.get(name, defaults[name].default)
+    for name in SCALES:
+        if name in settings:
+            check_scale(settings[name], name)
+    return settings
+
+
+def load(pipeline_class: type[P], folder: Path, machine: Machine, sampler: SamplerName | None) -> P:
+    """The pipeline on its device, sampling as asked for, showing bars as asked for."""
+    import torch
+
+    where = pick_device(machine.device)
+    pipe = pipeline_class.from_pretrained(folder, torch_dtype=getattr(torch, machine.dtype))
+    if sampler is not None:
+        for name, scheduler in _schedulers(pipe).items():
+            setattr(pipe, name, _sampler_class(sampler).from_config(scheduler.config))
+    if machine.cpu_offload:
+        pipe.enable_model_cpu_offload(device=None if machine.device == "auto" else where)
+    else:
+        pipe.to(where)
+    pipe.set_progress_bar_config(disable=machine.quiet or None, leave=False)  # None: only on a terminal
+    return pipe
+
+
+def pick_device(name: str) -> "torch.device":
+    """The device called `name`; "auto" is the accelerator if there is one.
+
+    Raises: InputError when the machine has no such device.
+    """
+    import torch
+
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        return found or torch.device("cpu")
+    has = ["cpu"]
+    if found is not None:
+        has += [found.type, *(f"{found.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    if name not in has:
+        raise InputError(f"--device is {name!r}; this machine has {', '.join(has)}")
+    return torch.device(name)
+
+
+def sampler_name(pipe: "Pipeline") -> str:
+    """How the pipeline's stages sample: one name where they agree, else one a stage."""
+    names = [_short_name(scheduler) for scheduler in _schedulers(pipe).values()]
+    return names[0] if len(set(names)) == 1 else ", ".join(names)
+
+
+def silence(*, downloads: bool) -> None:
+    """Keep transformers' own bars and advice off the terminal, and the hub's bars too if asked."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    if downloads:
+        disable_progress_bars()
+
+
+def _schedulers(pipe: "Pipeline") -> dict[str, "Scheduler"]:
+    return {name: part for stage in STAGES if (part := pipe.components.get(name := f"{stage}_scheduler")) is not None}
+
+
+def _sampler_class(name: SamplerName) -> "type[Scheduler]":
+    from unclip.diffusion import scheduler
+
+    kinds: dict[SamplerName, type[Scheduler]] = {
+        SamplerName.ancestral: scheduler.UnCLIPScheduler,
+        SamplerName.ddim: scheduler.DDIMScheduler,
+        SamplerName.dpm: scheduler.DPMSolverMultistepScheduler,
+    }
+    return kinds[name]
+
+
+def _short_name(scheduler: "Scheduler") -> str:
+    for name in SamplerName:
+        if isinstance(scheduler, _sampler_class(name)):
+            return name.value
+    return type(scheduler).__name__

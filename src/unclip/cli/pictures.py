@@ -1,0 +1,116 @@
+"""Pictures on disk: safe names, what is written into each file, the sheet, and no file ever replaced unasked.
+
+Knows files and PNG texts; knows no model. Called by `batches.py`.
+"""
+
+import json
+import unicodedata
+from collections.abc import Iterator, Mapping
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unclip import __version__
+from unclip.checkpoints.files import atomic_file
+from unclip.errors import InputError, OutputExistsError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from PIL.PngImagePlugin import PngInfo
+
+MAX_SLUG_CHARACTERS = 60
+MAX_SLUG_BYTES = 120
+
+
+def slug(text: str, *, empty: str = "picture") -> str:
+    """A short file name out of any text: letters and digits of every script, hyphens between them, nothing else."""
+    kept: list[str] = []
+    for character in unicodedata.normalize("NFKC", text[:1000]).lower():
+        on_letter = bool(kept) and kept[-1] != "-"
+        if character.isalnum() or (on_letter and unicodedata.category(character) in ("Mn", "Mc")):
+            kept.append(character)
+        elif on_letter:
+            kept.append("-")
+    name = "".join(kept).strip("-")
+    if len(name) > MAX_SLUG_CHARACTERS:
+        head = name[:MAX_SLUG_CHARACTERS]
+        name = head.rpartition("-")[0] if "-" in head[MAX_SLUG_CHARACTERS // 2 :] else head
+    return name.encode()[:MAX_SLUG_BYTES].decode(errors="ignore").strip("-") or empty
+
+
+def png_texts(facts: Mapping[str, Any]) -> "PngInfo":
+    """What a picture file says of its making: a text a fact, settings as JSON, and the software."""
+    from PIL.PngImagePlugin import PngInfo
+
+    texts = PngInfo()
+    for name, value in facts.items():
+        if value is None:
+            continue
+        text = json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else str(value)
+        text = text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
+        if text.isascii():
+            texts.add_text(name, text)
+        else:
+            texts.add_itxt(name, text)
+    texts.add_text("Software", f"unclip {__version__}")
+    return texts
+
+
+class Album:
+    """Writes pictures into one folder and tells of each on stdout: its path, or a JSON object."""
+
+    def __init__(self, folder: Path, *, overwrite: bool, as_json: bool, keep: bool):
+        self.folder, self.overwrite, self.as_json = folder, overwrite, as_json
+        self.num_saved = 0
+        self.kept: list[Image] | None = [] if keep else None
+        """The pictures so far, for a sheet."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as problem:
+            raise InputError(f"--out {folder} cannot be made: {_reason(problem)}") from problem
+
+    def save(self, image: "Image", stem: str, facts: Mapping[str, Any]) -> Path:
+        """Write `stem.png`, whole or not at all, and return its path.
+
+        Raises: InputError when it cannot be written (a full disk, say).
+        """
+        texts = png_texts(facts)
+        for path in self._free_names(stem):
+            try:
+                with atomic_file(path, overwrite=self.overwrite) as draft:
+                    image.save(draft, format="PNG", pnginfo=texts)
+            except OutputExistsError:
+                if self.overwrite:
+                    raise
+                continue  # it came into being meanwhile
+            except OSError as problem:
+                raise InputError(f"{path} cannot be written: {_reason(problem)}") from problem
+            self.num_saved += 1
+            return path
+        raise AssertionError("there is always a free name")
+
+    def tell(self, path: Path, facts: Mapping[str, Any]) -> None:
+        """Say on stdout that a file is there."""
+        print(json.dumps({"path": str(path), **facts}) if self.as_json else path, flush=True)
+
+    def save_sheet(self, stem: str, facts: Mapping[str, Any], *, columns: int | None = None) -> None:
+        """Write the sheet of all kept pictures as `stem-grid.png`, and tell of it."""
+        from unclip.stages.images import grid
+
+        if self.kept:
+            facts = {**facts, "grid": len(self.kept)}
+            self.tell(self.save(grid(self.kept, columns=columns), f"{stem}-grid", facts), facts)
+
+    def _free_names(self, stem: str) -> Iterator[Path]:
+        """The paths to try: the plain name, then with a number."""
+        if self.overwrite:
+            yield self.folder / f"{stem}.png"
+            return
+        for number in count(1):
+            path = self.folder / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
+            if not path.exists() and not path.is_symlink():
+                yield path
+
+
+def _reason(problem: OSError | ValueError) -> str:
+    return getattr(problem, "strerror", None) or str(problem)

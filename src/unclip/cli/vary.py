@@ -1,0 +1,132 @@
+"""`unclip vary`: pictures that are like given ones.
+
+Knows picture files and options; the batches, the files and the model are other modules' affair.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unclip.cli import options
+from unclip.cli.batches import Wish, cut, finish, fresh_seed, make_all, picture_seed
+from unclip.cli.generate import plain
+from unclip.cli.loading import Machine, call_settings, find_model, load, model_name, sampler_name
+from unclip.cli.messages import error, note
+from unclip.cli.pictures import Album, slug
+from unclip.errors import CheckpointError, ImageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+EXAMPLES = options.examples(
+    "unclip vary photo.jpg",
+    "unclip vary apple.png pear.png -n 4 --grid --out variations",
+    'unclip vary cat.png --prompt "a cat with a hat" --seed 7',
+)
+
+
+def vary(
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="A picture file; one or several.")],
+    model: options.Model = "unclip-emoji",
+    num_images: Annotated[
+        int, typer.Option("--num-images", "-n", min=1, max=100_000, metavar="N", help="Variations of each picture.")
+    ] = 1,
+    seed: options.Seed = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="A caption that the decoder sees beside the picture.")
+    ] = None,
+    negative: options.Negative = None,
+    decoder_steps: options.DecoderSteps = None,
+    super_res_steps: options.SuperResSteps = None,
+    decoder_guidance: options.DecoderGuidance = None,
+    sampler: options.Sampler = None,
+    out: options.OutFolder = Path("."),
+    grid: options.Grid = False,
+    overwrite: options.OverwritePictures = False,
+    as_json: options.Json = False,
+    batch_size: options.BatchSize = 8,
+    dtype: options.DtypeOption = options.Dtype.float32,
+    device: options.Device = "auto",
+    cpu_offload: options.CpuOffload = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Make variations of pictures.
+
+    A variation shows what the given picture shows, drawn anew. Each becomes a PNG file named after the given file and
+    the seed. The paths are printed on stdout, one a line.
+    """
+    from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
+
+    folder, index = find_model(model, quiet=quiet)
+    check_can_vary(model, index)
+    given = {
+        "decoder_num_inference_steps": decoder_steps,
+        "super_res_num_inference_steps": super_res_steps,
+        "decoder_guidance_scale": decoder_guidance,
+    }
+    settings = call_settings(UnCLIPImageVariationPipeline, folder, given)
+    album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid)
+    if seed is None:
+        seed = fresh_seed()
+        if not quiet:
+            note(f"seed {seed}")
+    prompt, negative = (None if text is None else plain(text) for text in (prompt, negative))
+    failed: list[Path] = []
+
+    def wishes() -> Iterator[Wish]:
+        for place, path, image in opened(images, failed):
+            for copy in range(num_images):
+                name = f"{slug(plain(path.stem))}-variation"
+                yield Wish(image, picture_seed(seed, place * num_images + copy), name, {"image": plain(path.name)})
+
+    batches = cut(wishes(), batch_size)
+    first = next(batches, None)  # broken files are found before the weights are read
+    if first is not None:
+        pipe = load(UnCLIPImageVariationPipeline, folder, Machine(dtype, device, cpu_offload, quiet), sampler)
+        about = {
+            "prompt": prompt,
+            "negative": negative,
+            "model": model_name(model),
+            "settings": {**settings, "sampler": sampler_name(pipe), "dtype": dtype.value},
+        }
+
+        def draw(batch: list[Wish]) -> "list[Image]":
+            pictures, seeds = [wish.given for wish in batch], [wish.seed for wish in batch]
+            return pipe(pictures, prompt=prompt, negative_prompt=negative, seed=seeds, **settings).images  # type: ignore[arg-type, union-attr, return-value]
+
+        make_all(_chain(first, batches), draw, album, about)
+        if grid:
+            name = slug(plain(images[0].stem)) if len(images) == 1 else "pictures"
+            columns = num_images if len(images) > 1 and num_images > 1 else None
+            used = ", ".join(plain(path.name) for path in images if path not in failed)
+            album.save_sheet(f"{name}-variation-{seed}", {"image": used, **about, "seed": seed}, columns=columns)
+    finish(album, len(failed))
+
+
+def check_can_vary(model: str, index: dict[str, Any]) -> None:
+    """Raises: CheckpointError when the model's folder has no image encoder."""
+    lacking = [name for name in ("image_encoder", "feature_extractor") if name not in index]
+    if lacking:
+        raise CheckpointError(
+            f"{model} has no {' and no '.join(lacking)}, so it cannot look at pictures. Make a folder that can: "
+            f"unclip convert variation {model} --clip CLIP --out DIR (CLIP is the CLIP model that it was trained with)"
+        )
+
+
+def opened(paths: list[Path], failed: list[Path]) -> Iterator[tuple[int, Path, "Image"]]:
+    """Each picture that can be read, with its place; the others are told of and put into `failed`."""
+    from unclip.stages.images import open_image
+
+    for place, path in enumerate(paths):
+        try:
+            yield place, path, open_image(path)
+        except ImageError as problem:
+            error(problem)
+            failed.append(path)
+
+
+def _chain(first: list[Wish], rest: Iterator[list[Wish]]) -> Iterator[list[Wish]]:
+    yield first
+    yield from rest

@@ -1,0 +1,93 @@
+"""Where random numbers come from: one generator for a batch, or one for every image.
+
+Does not know what the noise is for, nor the schedule.
+Pipelines make one `NoiseSource` a call; the loop and the first x_T draw from it in order.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from unclip.errors import InputError
+
+_SEED_END = 2**64
+
+
+class NoiseSource:
+    """Standard normal noise, in the order and by the calls of the reference.
+
+    One generator makes each draw for the whole batch at once, so the same seed gives the reference's picture. A list
+    gives every image its own generator, so picture i does not depend on the batch it is made in. Noise is drawn on
+    the generator's own device and then moved; a CPU generator therefore gives the same noise everywhere.
+
+    Args:
+        generator: None for torch's global generator, one generator, or a list with one an image.
+        batch_size: number of images, 1 or more.
+
+    Raises:
+        InputError: the list's length is not `batch_size`, or something in it is no generator.
+    """
+
+    def __init__(self, generator: torch.Generator | Sequence[torch.Generator] | None, batch_size: int) -> None:
+        if isinstance(generator, Sequence):
+            if len(generator) != batch_size:
+                raise InputError(
+                    f"there are {len(generator)} generators for {batch_size} images; give one, or one an image"
+                )
+            generator = list(generator)
+        each = generator if isinstance(generator, list) else [generator]
+        if generator is not None and not all(isinstance(one, torch.Generator) for one in each):
+            raise InputError(f"the generator is {generator!r}; it must be a torch.Generator, a list of them, or None")
+        self._generator = generator
+        self._batch_size = batch_size
+
+    def draw(self, shape: Sequence[int], device: torch.device | str) -> Tensor:
+        """The next noise, always float32, so that one seed gives one picture whatever the network's dtype.
+
+        Args:
+            shape: [batch, ...], with the source's batch size.
+            device: where the noise is wanted.
+
+        Raises:
+            InputError: `shape` is for another number of images.
+        """
+        shape = tuple(shape)
+        if not shape or shape[0] != self._batch_size:
+            raise InputError(f"noise of shape {shape} is wanted from a source for {self._batch_size} images")
+        if isinstance(self._generator, list):
+            return torch.cat([_randn((1, *shape[1:]), one, device) for one in self._generator])
+        return _randn(shape, self._generator, device)
+
+
+def _randn(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str) -> Tensor:
+    if generator is None:
+        return torch.randn(shape, device=device, dtype=torch.float32)
+    return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32).to(device)
+
+
+def generators_from_seed(seed: int | Sequence[int], batch_size: int) -> list[torch.Generator]:
+    """One CPU generator an image.
+
+    Args:
+        seed: an integer in 0..2^64 - 1: image i takes seed + i (modulo 2^64), so it is the first image of that seed.
+            Or one such integer an image.
+        batch_size: number of images, 1 or more.
+
+    Raises:
+        InputError: a seed is no integer or outside its limits, or there are more or fewer of them than images.
+    """
+    if isinstance(seed, Sequence) and not isinstance(seed, (str, bytes)):
+        seeds = [_check_seed(one) for one in seed]
+        if len(seeds) != batch_size:
+            raise InputError(f"there are {len(seeds)} seeds for {batch_size} images; give one seed, or one an image")
+    else:
+        first = _check_seed(seed)
+        seeds = [(first + index) % _SEED_END for index in range(batch_size)]
+    return [torch.Generator().manual_seed(one) for one in seeds]
+
+
+def _check_seed(seed: object) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _SEED_END:
+        raise InputError(f"the seed is {seed!r}; it must be an integer from 0 to 2^64 - 1")
+    return seed

@@ -1,0 +1,365 @@
+"""The diffusion process: what noise does to a sample, and what a network's output says about it.
+
+Does not know which network or sampler uses it, what a sample shows, or where the noise comes from.
+Training asks it for x_t, the target and the loss; the loop asks it for x0; samplers ask it for weights.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from unclip.diffusion import schedule
+from unclip.diffusion.schedule import Tables
+from unclip.errors import ConfigError, InputError
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+VARIANCE_TYPES = ("fixed_small_log", "fixed_small", "fixed_large", "learned_range")
+WEIGHTINGS = ("simple", "min_snr")
+
+_MIN_SNR_GAMMA = 5.0  # Hang et al. 2303.09556
+_LEAST_VARIANCE = 1e-20
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network's output says about x_t. All float32, all of x_t's shape.
+
+    Attributes:
+        x0: the clean sample, inside the process's clipping range.
+        noise: the noise that leads from this `x0` to x_t: x_t = alpha * x0 + sigma * noise.
+        log_variance: of a learned variance the network's raw fraction, -1 for the posterior's variance and 1 for
+            beta; `DiffusionProcess.log_variance` maps it. None for a fixed variance.
+    """
+
+    x0: Tensor
+    noise: Tensor
+    log_variance: Tensor | None = None
+
+
+class Posterior(NamedTuple):
+    """q(x_next | x_t, x0) for two timesteps, as Python floats (Ho et al. 2006.11239, eq. 6 and 7).
+
+    The mean is `x0_weight` * x0 + `x_t_weight` * x_t. `beta` is the variance that was added between the two
+    timesteps, recomputed where timesteps are skipped; `variance` is what is left of it when x0 is known.
+    """
+
+    x0_weight: float
+    x_t_weight: float
+    variance: float
+    beta: float
+
+
+@dataclass(frozen=True)
+class DiffusionProcess:
+    """A schedule, and what the network predicts. Immutable; no module, so nothing of it is in a state dict.
+
+    Tables are float64; tensors are brought to float32 before any arithmetic and stay there, whatever the network's
+    dtype. Wherever a method takes `t`, it is a Python int (then the tables are read as Python floats and no device
+    is waited for) or a LongTensor [batch]. Sample tensors are [batch, ...], with the channels second.
+
+    Attributes:
+        num_timesteps: noise levels; timestep 0 has the least noise.
+        beta_schedule: "squaredcos_cap_v2", "linear" or "scaled_linear".
+        beta_start, beta_end: first and last beta of the linear schedules; the cosine schedule ignores them.
+        prediction_type: "epsilon" (the noise), "sample" (x0) or "v_prediction" (Salimans & Ho 2202.00512, app. D).
+        variance_type: of a reverse step. "fixed_small" is the posterior's variance, "fixed_small_log" the same but
+            at least 1e-20, "fixed_large" beta, and "learned_range" between the two (Nichol & Dhariwal 2102.09672,
+            eq. 15), where the network puts out twice the channels.
+        clip_range: predicted x0 is clamped to [-clip_range, clip_range]; None leaves it.
+
+    Raises:
+        ConfigError: a field is unknown or outside its limits.
+    """
+
+    num_timesteps: int = 1000
+    beta_schedule: str = "squaredcos_cap_v2"
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    prediction_type: str = "epsilon"
+    variance_type: str = "fixed_small_log"
+    clip_range: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        schedule.check_schedule(self.num_timesteps, self.beta_schedule, self.beta_start, self.beta_end)
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise ConfigError(
+                f"prediction_type is {self.prediction_type!r}; it must be one of {', '.join(PREDICTION_TYPES)}"
+            )
+        if self.variance_type not in VARIANCE_TYPES:
+            raise ConfigError(f"variance_type is {self.variance_type!r}; it must be one of {', '.join(VARIANCE_TYPES)}")
+        limit = self.clip_range
+        if limit is not None and (
+            isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit < math.inf
+        ):
+            raise ConfigError(f"the clipping range is {limit!r}; it must be a finite number above 0, or None")
+        _ = self.tables  # an unusable schedule is refused here, not at the first step
+
+    @property
+    def tables(self) -> Tables:
+        """The schedule's float64 numbers, shared by every process with the same schedule."""
+        return schedule.tables(self.num_timesteps, self.beta_schedule, self.beta_start, self.beta_end)
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network puts out twice the channels of a sample."""
+        return self.variance_type == "learned_range"
+
+    def spaced_timesteps(self, num_steps: int) -> tuple[int, ...]:
+        """`num_steps` timesteps evenly from the last down to 0, as Karlo spaces them; one step is (last,).
+
+        Raises:
+            InputError: `num_steps` is no integer in 1..num_timesteps.
+        """
+        return schedule.spaced_timesteps(self.num_timesteps, num_steps)
+
+    # ---- forward: from the clean sample to x_t ----
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
+        """x_t = alpha * x0 + sigma * noise (Ho et al. 2006.11239, eq. 4), float32.
+
+        Raises:
+            InputError: `noise` has another shape than `x0`, or `t` is no timestep.
+        """
+        if noise.shape != x0.shape:
+            raise InputError(f"noise has shape {tuple(noise.shape)}; it must be the sample's, {tuple(x0.shape)}")
+        alpha, sigma = self._alpha_sigma(t, x0)
+        return alpha * x0.float() + sigma * noise.float()
+
+    def target(self, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
+        """What the network should put out for x_t = add_noise(x0, noise, t), without the variance half; float32."""
+        if self.prediction_type == "epsilon":
+            return noise.float()
+        if self.prediction_type == "sample":
+            return x0.float()
+        alpha, sigma = self._alpha_sigma(t, x0)
+        return alpha * noise.float() - sigma * x0.float()  # 2202.00512, app. D
+
+    # ---- reverse: from the network's output to x0 ----
+
+    def predict(self, output: Tensor, x_t: Tensor, t: int | Tensor) -> Prediction:
+        """Read a network's output.
+
+        Where x0 is clipped, the noise is recomputed from x_t and the clipped x0 (what the ecosystem calls
+        `use_clipped_model_output`), so that the two always agree. Ancestral sampling reads x0 only.
+
+        Args:
+            output: of x_t's shape, or with twice its channels for a learned variance.
+            x_t: the noisy sample that went in.
+            t: its timestep.
+
+        Raises:
+            InputError: `output` has the wrong shape (a learned variance without its channels, say), or `t` is no
+                timestep.
+        """
+        output, fraction = self._split(output, x_t)
+        x_t = x_t.float()
+        alpha, sigma = self._alpha_sigma(t, x_t)
+        if self.prediction_type == "epsilon":
+            x0, noise = (x_t - sigma * output) / alpha, output
+        elif self.prediction_type == "sample":
+            x0, noise = output, (x_t - alpha * output) / sigma
+        else:
+            x0, noise = alpha * x_t - sigma * output, alpha * output + sigma * x_t  # 2202.00512, app. D
+        if self.clip_range is not None:
+            x0 = x0.clamp(-self.clip_range, self.clip_range)
+            noise = (x_t - alpha * x0) / sigma
+        return Prediction(x0, noise, fraction)
+
+    def posterior(self, t: int, t_next: int) -> Posterior:
+        """q(x_next | x_t, x0) for a step that may skip timesteps; `t_next` -1 is the clean sample.
+
+        Beta is recomputed from the two noise levels, 1 - alphas_cumprod[t] / alphas_cumprod[t_next], as Karlo does;
+        for neighbours that is the schedule's own beta.
+
+        Raises:
+            InputError: not -1 <= t_next < t < num_timesteps.
+        """
+        self._check_timestep(t)
+        if not -1 <= t_next < t:
+            raise InputError(f"the next timestep is {t_next}; it must be from -1 (clean) to {t - 1}, below {t}")
+        left = self.tables.alphas_cumprod[t]
+        left_next = self.tables.alphas_cumprod[t_next] if t_next >= 0 else 1.0
+        beta = 1 - left / left_next
+        return Posterior(
+            x0_weight=math.sqrt(left_next) * beta / (1 - left),
+            x_t_weight=math.sqrt(1 - beta) * (1 - left_next) / (1 - left),
+            variance=beta * (1 - left_next) / (1 - left),
+            beta=beta,
+        )
+
+    def log_variance(self, prediction: Prediction, t: int, t_next: int) -> float | Tensor:
+        """Log of the variance of the reverse step t -> t_next: a number, or a tensor if the network learned it.
+
+        Raises:
+            InputError: the variance is learned and the prediction has none, or the timesteps are no step.
+        """
+        posterior = self.posterior(t, t_next)
+        small = math.log(max(posterior.variance, _LEAST_VARIANCE))
+        if self.variance_type == "fixed_small_log":
+            return small
+        if self.variance_type == "fixed_small":
+            return math.log(posterior.variance) if posterior.variance > 0 else -math.inf
+        large = math.log(posterior.beta)
+        if self.variance_type == "fixed_large":
+            return large
+        if prediction.log_variance is None:
+            raise InputError("the process learns its variance, but the prediction has none")
+        return _between(prediction.log_variance, small, large)
+
+    @overload
+    def snr(self, t: int) -> float: ...
+    @overload
+    def snr(self, t: Tensor) -> Tensor: ...
+    def snr(self, t: int | Tensor) -> float | Tensor:
+        """Signal-to-noise ratio alpha^2 / sigma^2: a number for an int, float32 [batch] for a LongTensor."""
+        if isinstance(t, Tensor):
+            self._check_timesteps(t)
+            return self.tables.on("snr", t.device)[t]
+        self._check_timestep(t)
+        return self.tables.snr[t]
+
+    # ---- training ----
+
+    def loss(
+        self,
+        output: Tensor,
+        x0: Tensor,
+        noise: Tensor,
+        x_t: Tensor,
+        t: int | Tensor,
+        *,
+        weighting: str = "simple",
+        vlb_weight: float = 0.001,
+    ) -> Tensor:
+        """Mean-squared error of each sample, float32 [batch]; with a learned variance, the hybrid loss.
+
+        The hybrid adds `vlb_weight` * num_timesteps * L_t, an estimate of the whole variational bound in bits a
+        dimension (Nichol & Dhariwal 2102.09672, eq. 16). The mean in it is behind a stop-gradient, so it teaches
+        the variance alone. L_0 is the likelihood of pictures with 256 even levels in [-1, 1] (Ho et al. 2006.11239,
+        eq. 13); the other terms are Gaussian divergences (2102.09672, eq. 6), of the unclipped x0.
+
+        Args:
+            output: the network's, of x_t's shape or with twice its channels.
+            x0, noise, x_t: the clean sample, its noise, and `add_noise` of the two.
+            t: timestep, int or LongTensor [batch].
+            weighting: "simple" weighs every timestep alike (2006.11239, eq. 14); "min_snr" weighs the error of x0
+                by min(snr, 5), whatever the network predicts (Hang et al. 2303.09556, section 3.4).
+            vlb_weight: 0 or more; 0 leaves the variance untaught.
+
+        Raises:
+            InputError: a shape, `t` or `weighting` is wrong.
+        """
+        if weighting not in WEIGHTINGS:
+            raise InputError(f"the weighting is {weighting!r}; it must be one of {', '.join(WEIGHTINGS)}")
+        if isinstance(t, int):
+            self._check_timestep(t)
+            t = torch.full((x_t.shape[0],), t, dtype=torch.long, device=x_t.device)
+        output, fraction = self._split(output, x_t)
+        x0, x_t = x0.float(), x_t.float()
+        error = _mean((output - self.target(x0, noise, t)) ** 2)
+        if weighting == "min_snr":
+            error = error * self._min_snr_weight(t)
+        if fraction is None or vlb_weight == 0:
+            return error
+        return error + vlb_weight * self.num_timesteps * self._bound(output.detach(), fraction, x0, x_t, t)
+
+    def _min_snr_weight(self, t: Tensor) -> Tensor:
+        # In terms of x0 the weight is min(snr, gamma); an error of noise is snr times, one of v is snr + 1 times x0's.
+        snr = self.snr(t)
+        weight = snr.clamp(max=_MIN_SNR_GAMMA)
+        if self.prediction_type == "epsilon":
+            return weight / snr
+        if self.prediction_type == "v_prediction":
+            return weight / (snr + 1)
+        return weight
+
+    def _bound(self, output: Tensor, fraction: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """L_t in bits a dimension, [batch]."""
+        guess = self._unclipped().predict(output, x_t, t).x0
+        small = self._at("min_log_variance", t, x_t)
+        log_variance = _between(fraction, small, self._at("max_log_variance", t, x_t))
+        # Both means share x_t's part, so their difference is that of x0 alone: exact where x_t's part is large.
+        gap = self._at("x0_weight", t, x_t) * (x0 - guess)
+        divergence = 0.5 * (
+            log_variance - small + torch.exp(small - log_variance) + gap**2 * torch.exp(-log_variance) - 1
+        )
+        # At t = 0 the mean is x0 itself: x0_weight is 1 and x_t's weight 0.
+        likelihood = _level_log_likelihood(x0, guess, torch.exp(0.5 * log_variance))
+        return torch.where(t == 0, -_mean(likelihood), _mean(divergence)) / math.log(2)
+
+    def _unclipped(self) -> "DiffusionProcess":
+        return DiffusionProcess(
+            self.num_timesteps,
+            self.beta_schedule,
+            self.beta_start,
+            self.beta_end,
+            self.prediction_type,
+            clip_range=None,
+        )
+
+    # ---- reading arguments ----
+
+    def _split(self, output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The output without its variance half, and that half; both float32."""
+        plain, doubled = x_t.shape, (x_t.shape[0], 2 * x_t.shape[1], *x_t.shape[2:])
+        if output.shape != (doubled if self.learns_variance else plain):
+            expected = (
+                f"{tuple(doubled)}, half of it for the learned variance" if self.learns_variance else tuple(plain)
+            )
+            raise InputError(
+                f"the network's output has shape {tuple(output.shape)}; a process with variance type "
+                f"{self.variance_type!r} and samples of shape {tuple(plain)} needs {expected}"
+            )
+        if not self.learns_variance:
+            return output.float(), None
+        mean, fraction = output.float().split(x_t.shape[1], dim=1)
+        return mean, fraction
+
+    def _alpha_sigma(self, t: int | Tensor, x: Tensor) -> tuple[float | Tensor, float | Tensor]:
+        return self._at("alpha", t, x), self._at("sigma", t, x)
+
+    def _at(self, name: str, t: int | Tensor, x: Tensor) -> float | Tensor:
+        """Entry t of a table: a Python float, or a float32 tensor that broadcasts against `x`."""
+        if not isinstance(t, Tensor):
+            self._check_timestep(t)
+            return getattr(self.tables, name)[t]
+        self._check_timesteps(t)
+        if t.shape[0] not in (1, x.shape[0]):
+            raise InputError(f"there are {t.shape[0]} timesteps for {x.shape[0]} samples; give one, or one a sample")
+        return self.tables.on(name, x.device)[t.to(x.device)].view(-1, *[1] * (x.ndim - 1))
+
+    def _check_timestep(self, t: int) -> None:
+        if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < self.num_timesteps:
+            raise InputError(f"the timestep is {t!r}; it must be an integer from 0 to {self.num_timesteps - 1}")
+
+    def _check_timesteps(self, t: Tensor) -> None:
+        if t.ndim != 1 or t.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"timesteps are {t.dtype} of shape {tuple(t.shape)}; they must be int64 of shape [batch]")
+        # Only where looking is free: on a device it would wait for everything before it.
+        if t.device.type == "cpu" and bool(((t < 0) | (t >= self.num_timesteps)).any()):
+            raise InputError(
+                f"timesteps go from {int(t.min())} to {int(t.max())}; they must be from 0 to {self.num_timesteps - 1}"
+            )
+
+
+def _between(fraction: Tensor, small: float | Tensor, large: float | Tensor) -> Tensor:
+    # Nichol & Dhariwal 2102.09672, eq. 15, with the network's [-1, 1] brought to [0, 1].
+    share = (fraction + 1) / 2
+    return share * large + (1 - share) * small
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.flatten(1).mean(dim=1)
+
+
+def _level_log_likelihood(x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Log-probability of the level, one of 256 in [-1, 1], that x0 stands on (Ho et al. 2006.11239, eq. 13)."""
+    below = torch.special.ndtr((x0 - 1 / 255 - mean) / std)
+    above = torch.special.ndtr((x0 + 1 / 255 - mean) / std)
+    # The outermost levels reach to infinity.
+    below = torch.where(x0 < -0.999, 0.0, below)
+    above = torch.where(x0 > 0.999, 1.0, above)
+    return torch.log((above - below).clamp(min=1e-12))

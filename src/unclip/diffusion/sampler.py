@@ -1,0 +1,292 @@
+"""Samplers: one step from x_t towards the clean sample, or back.
+
+Do not know the network, the condition or the loop, and mutate nothing: one sampler serves several threads.
+The loop calls them; a scheduler makes them.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from unclip.diffusion.process import DiffusionProcess, Prediction
+from unclip.errors import ConfigError, InputError
+
+Memory = Any
+"""What a sampler hands from a step to the next one; None before the first. Only the sampler looks inside."""
+
+
+class Sampler(Protocol):
+    """The shape that all samplers share. Frozen: `step` returns what changes."""
+
+    @property
+    def process(self) -> DiffusionProcess:
+        """Reads the network's outputs, and holds the noise levels."""
+        ...
+
+    def steps(self, timesteps: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """The (t, t_next) that lead along `timesteps`; t_next -1 is the clean sample.
+
+        Raises:
+            InputError: `timesteps` is empty, leaves the process's range, or goes the wrong way.
+        """
+        ...
+
+    def needs_noise(self, t: int, t_next: int) -> bool:
+        """Whether the step from `t` to `t_next` takes noise."""
+        ...
+
+    def step(
+        self,
+        prediction: Prediction,
+        x_t: Tensor,
+        t: int,
+        t_next: int,
+        memory: Memory = None,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Memory]:
+        """x at `t_next`, float32, and the memory for the step after it.
+
+        Args:
+            prediction: what the network said about `x_t`.
+            x_t: the state at timestep `t`, [batch, ...].
+            t, t_next: from where to where.
+            memory: what the step before returned; None at the first.
+            noise: standard normal, of x_t's shape; needed where `needs_noise` says so, ignored elsewhere.
+
+        Raises:
+            InputError: the noise is missing, or the timesteps go the wrong way.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class AncestralSampler:
+    """Sampling of the reverse process itself (Ho et al. 2006.11239, algorithm 2), as Karlo does it.
+
+    Where timesteps are skipped, beta is recomputed for the two noise levels. The variance is the process's, learned
+    or fixed. No noise goes into the clean sample.
+    """
+
+    process: DiffusionProcess
+
+    def steps(self, timesteps: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """See `Sampler.steps`: descending, then to the clean sample."""
+        return _down(self.process, timesteps)
+
+    def needs_noise(self, t: int, t_next: int) -> bool:
+        """Everywhere but into the clean sample."""
+        return t_next >= 0
+
+    def step(
+        self,
+        prediction: Prediction,
+        x_t: Tensor,
+        t: int,
+        t_next: int,
+        memory: Memory = None,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Memory]:
+        """See `Sampler.step`."""
+        posterior = self.process.posterior(t, t_next)
+        mean = posterior.x0_weight * prediction.x0 + posterior.x_t_weight * x_t.float()  # 2006.11239, eq. 7
+        if not self.needs_noise(t, t_next):
+            return mean, None
+        log_variance = self.process.log_variance(prediction, t, t_next)
+        std = torch.exp(0.5 * log_variance) if isinstance(log_variance, Tensor) else math.exp(0.5 * log_variance)
+        return mean + std * _given(noise, t, t_next), None
+
+
+@dataclass(frozen=True)
+class DDIMSampler:
+    """Denoising diffusion implicit models (Song et al. 2010.02502, eq. 12), of first order.
+
+    Args:
+        process: its variance type plays no part; a learned variance is split off and ignored.
+        eta: from 0, deterministic, to 1, as much noise as ancestral sampling (eq. 16).
+
+    Raises:
+        ConfigError: `eta` is no number from 0 to 1.
+    """
+
+    process: DiffusionProcess
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.eta, bool) or not isinstance(self.eta, (int, float)) or not 0 <= self.eta <= 1:
+            raise ConfigError(f"eta is {self.eta!r}; it must be a number from 0 (no noise) to 1")
+
+    def steps(self, timesteps: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """See `Sampler.steps`: descending, then to the clean sample."""
+        return _down(self.process, timesteps)
+
+    def needs_noise(self, t: int, t_next: int) -> bool:
+        """With an eta above 0, everywhere but into the clean sample."""
+        return self.eta > 0 and t_next >= 0
+
+    def step(
+        self,
+        prediction: Prediction,
+        x_t: Tensor,
+        t: int,
+        t_next: int,
+        memory: Memory = None,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Memory]:
+        """See `Sampler.step`."""
+        posterior = self.process.posterior(t, t_next)
+        if t_next < 0:
+            return prediction.x0, None
+        alpha_next, sigma_next = self.process.tables.alpha[t_next], self.process.tables.sigma[t_next]
+        std = self.eta * math.sqrt(posterior.variance)  # 2010.02502, eq. 16
+        kept = math.sqrt(max(sigma_next**2 - std**2, 0.0))
+        x = alpha_next * prediction.x0 + kept * prediction.noise  # eq. 12
+        return (x + std * _given(noise, t, t_next) if self.eta > 0 else x), None
+
+
+@dataclass(frozen=True)
+class DDIMInversionSampler:
+    """DDIM's deterministic step taken upwards: from a picture to the x_T that leads back to it.
+
+    The same equation as `DDIMSampler` with eta 0 (Song et al. 2010.02502, section 4.3), towards more noise. The
+    picture counts as x at the first timestep, which with timestep 0 is off by its least noise; each way is exact up
+    to first order in the step. Clipping x0 costs exactness where the clip bites.
+    """
+
+    process: DiffusionProcess
+
+    def steps(self, timesteps: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """See `Sampler.steps`: ascending; one step fewer than timesteps."""
+        _check_path(self.process, timesteps)
+        steps = tuple(itertools.pairwise(timesteps))
+        if not steps or any(t_next <= t for t, t_next in steps):
+            raise InputError(f"an inversion goes up along two timesteps or more, not along {_shown(timesteps)}")
+        return steps
+
+    def timesteps(self, num_steps: int) -> tuple[int, ...]:
+        """The timesteps of a sampling in `num_steps`, from 0 up, to walk backwards what it will walk down.
+
+        Raises:
+            InputError: `num_steps` is no integer in 2..num_timesteps (one step has nothing to invert).
+        """
+        timesteps = self.process.spaced_timesteps(num_steps)[::-1]
+        if len(timesteps) < 2:
+            raise InputError(f"the number of steps is {num_steps}; an inversion needs 2 or more")
+        return timesteps
+
+    def needs_noise(self, t: int, t_next: int) -> bool:
+        """Never."""
+        return False
+
+    def step(
+        self,
+        prediction: Prediction,
+        x_t: Tensor,
+        t: int,
+        t_next: int,
+        memory: Memory = None,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Memory]:
+        """See `Sampler.step`; here `t_next` is above `t`."""
+        if not 0 <= t < t_next < self.process.num_timesteps:
+            raise InputError(
+                f"an inversion step goes up, from 0 at least to {self.process.num_timesteps - 1} at most; "
+                f"this one goes from {t} to {t_next}"
+            )
+        tables = self.process.tables
+        return tables.alpha[t_next] * prediction.x0 + tables.sigma[t_next] * prediction.noise, None
+
+
+@dataclass(frozen=True)
+class _LastPrediction:
+    """What the two-step solver remembers of the step before."""
+
+    x0: Tensor
+    half_log_snr: float
+
+
+@dataclass(frozen=True)
+class DPMSolverPlusPlus2MSampler:
+    """DPM-Solver++(2M), deterministic, predicting x0 (Lu et al. 2211.01095, algorithm 2).
+
+    The first step is of first order, for want of a step before; so is the last, to the clean sample, which is x0.
+    It is at its best on timesteps that leave out 0: the step down to it is a long one in log-SNR.
+
+    Args:
+        process: its variance type plays no part; a learned variance is split off and ignored.
+        order: 2; or 1, which is DDIM.
+
+    Raises:
+        ConfigError: `order` is neither.
+    """
+
+    process: DiffusionProcess
+    order: int = 2
+
+    def __post_init__(self) -> None:
+        if isinstance(self.order, bool) or self.order not in (1, 2):
+            raise ConfigError(f"the solver's order is {self.order!r}; it must be 1 or 2")
+
+    def steps(self, timesteps: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """See `Sampler.steps`: descending, then to the clean sample."""
+        return _down(self.process, timesteps)
+
+    def needs_noise(self, t: int, t_next: int) -> bool:
+        """Never."""
+        return False
+
+    def step(
+        self,
+        prediction: Prediction,
+        x_t: Tensor,
+        t: int,
+        t_next: int,
+        memory: Memory = None,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Memory]:
+        """See `Sampler.step`."""
+        self.process.posterior(t, t_next)  # checks the direction
+        if t_next < 0:
+            return prediction.x0, None
+        tables = self.process.tables
+        now = tables.half_log_snr[t]
+        width = tables.half_log_snr[t_next] - now
+        x0 = prediction.x0
+        if self.order == 2 and memory is not None:
+            # 2211.01095, algorithm 2: D = (1 + 1 / 2r) x0 - 1 / 2r x0_before, r the ratio of the two widths.
+            lean = 0.5 * width / (now - memory.half_log_snr)
+            x0 = (1 + lean) * x0 - lean * memory.x0
+        # The same algorithm's update; with x0 in place of D it is DDIM's.
+        x = tables.sigma[t_next] / tables.sigma[t] * x_t.float() - tables.alpha[t_next] * math.expm1(-width) * x0
+        return x, _LastPrediction(prediction.x0, now)
+
+
+def _down(process: DiffusionProcess, timesteps: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    _check_path(process, timesteps)
+    steps = tuple(itertools.pairwise((*timesteps, -1)))
+    if any(t_next >= t for t, t_next in steps):
+        raise InputError(f"timesteps must descend; these are {_shown(timesteps)}")
+    return steps
+
+
+def _check_path(process: DiffusionProcess, timesteps: Sequence[int]) -> None:
+    if not timesteps:
+        raise InputError("there are no timesteps; give one or more")
+    for t in timesteps:
+        if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < process.num_timesteps:
+            raise InputError(f"a timestep is {t!r}; it must be an integer from 0 to {process.num_timesteps - 1}")
+
+
+def _shown(timesteps: Sequence[int]) -> str:
+    head = ", ".join(str(t) for t in timesteps[:8])
+    return f"({head}, …)" if len(timesteps) > 8 else f"({head})"
+
+
+def _given(noise: Tensor | None, t: int, t_next: int) -> Tensor:
+    if noise is None:
+        raise InputError(f"the step from {t} to {t_next} needs noise, and none was given")
+    return noise.float()

@@ -1,0 +1,183 @@
+"""Noise schedules: how much of the picture is left at each timestep, as float64 tables.
+
+Knows nothing of networks, predictions or samplers: numbers in, numbers out.
+`process` reads the tables; the schedulers of `scheduler` choose a spacing.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unclip.errors import ConfigError, InputError
+
+BETA_SCHEDULES = ("squaredcos_cap_v2", "linear", "scaled_linear")
+SPACINGS = ("linspace", "leading", "trailing")
+
+# Beyond this the signal is lost in float32 and x0 = (x_t - sigma * noise) / alpha divides by nothing.
+_LEAST_ALPHA_CUMPROD = 1e-20
+_MOST_TIMESTEPS = 100_000
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """The numbers of one schedule; every field has one float64 entry a timestep.
+
+    Attributes:
+        betas: the variance that timestep t adds, in (0, 1).
+        alphas_cumprod: product of 1 - beta up to t, the share of the variance that is still signal.
+        alpha: square root of `alphas_cumprod`: x_t = alpha * x0 + sigma * noise (Ho et al. 2006.11239, eq. 4).
+        sigma: square root of 1 - `alphas_cumprod`.
+        snr: alpha^2 / sigma^2.
+        half_log_snr: log(alpha / sigma), the time of DPM-Solver (Lu et al. 2211.01095).
+        x0_weight: what the clean sample counts for in the mean of q(x_{t-1} | x_t, x0) (2006.11239, eq. 7).
+        min_log_variance: log of that distribution's variance. Timestep 0 has none and takes timestep 1's, as in
+            Nichol & Dhariwal 2102.09672.
+        max_log_variance: log of beta.
+    """
+
+    betas: tuple[float, ...]
+    alphas_cumprod: tuple[float, ...]
+    alpha: tuple[float, ...]
+    sigma: tuple[float, ...]
+    snr: tuple[float, ...]
+    half_log_snr: tuple[float, ...]
+    x0_weight: tuple[float, ...]
+    min_log_variance: tuple[float, ...]
+    max_log_variance: tuple[float, ...]
+
+    def on(self, name: str, device: torch.device) -> Tensor:
+        """Field `name` as a float32 tensor [num_timesteps] on `device`, made once and kept."""
+        return _on_device(self, name, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _on_device(tables: Tables, name: str, device: torch.device) -> Tensor:
+    return torch.tensor(getattr(tables, name), dtype=torch.float32).to(device)
+
+
+def _cosine_betas(num_timesteps: int) -> list[float]:
+    # Nichol & Dhariwal 2102.09672, eq. 17, with s = 0.008; betas are cut at 0.999 as the paper says.
+    def alpha_bar(step: int) -> float:
+        return math.cos((step / num_timesteps + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    return [min(1 - alpha_bar(step + 1) / alpha_bar(step), 0.999) for step in range(num_timesteps)]
+
+
+def _even(first: float, last: float, count: int) -> list[float]:
+    if count == 1:
+        return [first]
+    return [first + (last - first) * index / (count - 1) for index in range(count)]
+
+
+def _betas(num_timesteps: int, beta_schedule: str, beta_start: float, beta_end: float) -> list[float]:
+    if beta_schedule == "squaredcos_cap_v2":
+        return _cosine_betas(num_timesteps)
+    if beta_schedule == "linear":
+        return _even(beta_start, beta_end, num_timesteps)
+    return [root**2 for root in _even(math.sqrt(beta_start), math.sqrt(beta_end), num_timesteps)]
+
+
+def check_schedule(num_timesteps: object, beta_schedule: object, beta_start: object, beta_end: object) -> None:
+    """Raise ConfigError unless the arguments describe a schedule that `tables` can compute."""
+    if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, int):
+        raise ConfigError(f"the number of training timesteps is {num_timesteps!r}; it must be an integer")
+    if not 1 <= num_timesteps <= _MOST_TIMESTEPS:
+        raise ConfigError(f"the number of training timesteps is {num_timesteps}; it must be in 1..{_MOST_TIMESTEPS}")
+    if beta_schedule not in BETA_SCHEDULES:
+        raise ConfigError(f"beta_schedule is {beta_schedule!r}; it must be one of {', '.join(BETA_SCHEDULES)}")
+    for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
+        if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 < beta < 1:
+            raise ConfigError(f"{name} is {beta!r}; it must be a number above 0 and below 1")
+
+
+@functools.lru_cache(maxsize=32)
+def tables(num_timesteps: int, beta_schedule: str, beta_start: float, beta_end: float) -> Tables:
+    """The tables of a schedule, computed in float64 once for each set of arguments.
+
+    Args:
+        num_timesteps: from 1 to 100,000.
+        beta_schedule: "squaredcos_cap_v2" (cosine; `beta_start` and `beta_end` play no part), "linear" (even steps),
+            or "scaled_linear" (even steps of the square root).
+        beta_start: the first beta, in (0, 1).
+        beta_end: the last beta, in (0, 1).
+
+    Raises:
+        ConfigError: an argument is outside its limits, or less than 1e-20 of the signal's variance is left at the end.
+    """
+    check_schedule(num_timesteps, beta_schedule, beta_start, beta_end)
+    beta_table = _betas(num_timesteps, beta_schedule, beta_start, beta_end)
+    alphas_cumprod: list[float] = []
+    left = 1.0
+    for beta in beta_table:
+        left *= 1 - beta
+        alphas_cumprod.append(left)
+    if left < _LEAST_ALPHA_CUMPROD:
+        raise ConfigError(
+            f"the {beta_schedule} schedule of {num_timesteps} timesteps up to beta {beta_end} leaves {left:.1e} of the "
+            f"signal, less than {_LEAST_ALPHA_CUMPROD:.0e}; use fewer timesteps or a smaller beta_end"
+        )
+    snr = [a / (1 - a) for a in alphas_cumprod]
+    before = [1.0, *alphas_cumprod[:-1]]
+    variances = [beta * (1 - b) / (1 - a) for beta, a, b in zip(beta_table, alphas_cumprod, before, strict=True)]
+    variances[0] = variances[1] if num_timesteps > 1 else beta_table[0]
+    return Tables(
+        betas=tuple(beta_table),
+        alphas_cumprod=tuple(alphas_cumprod),
+        alpha=tuple(math.sqrt(a) for a in alphas_cumprod),
+        sigma=tuple(math.sqrt(1 - a) for a in alphas_cumprod),
+        snr=tuple(snr),
+        half_log_snr=tuple(0.5 * math.log(ratio) for ratio in snr),
+        x0_weight=tuple(
+            math.sqrt(b) * beta / (1 - a) for beta, a, b in zip(beta_table, alphas_cumprod, before, strict=True)
+        ),
+        min_log_variance=tuple(math.log(variance) for variance in variances),
+        max_log_variance=tuple(math.log(beta) for beta in beta_table),
+    )
+
+
+def check_num_steps(num_steps: object, num_timesteps: int) -> int:
+    """`num_steps` if it is an integer in 1..`num_timesteps`; InputError otherwise (a bool is no integer here)."""
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int):
+        raise InputError(f"the number of steps is {num_steps!r}; it must be an integer from 1 to {num_timesteps}")
+    if not 1 <= num_steps <= num_timesteps:
+        raise InputError(
+            f"the number of steps is {num_steps}; it must be from 1 to {num_timesteps}, the timesteps of the training"
+        )
+    return num_steps
+
+
+def spaced_timesteps(
+    num_timesteps: int, num_steps: int, spacing: str = "linspace", *, includes_zero: bool = True
+) -> tuple[int, ...]:
+    """`num_steps` different timesteps, descending.
+
+    Args:
+        num_timesteps: of the training.
+        num_steps: in 1..`num_timesteps`; as many steps as timesteps is every timestep, whatever the rule.
+        spacing: "linspace", evenly from the last timestep to 0 (Karlo's; one step is the last timestep alone);
+            "leading", multiples of a whole stride from 0 up; "trailing", even strides down from the last timestep.
+        includes_zero: False makes one step more and leaves out its timestep 0, as the ecosystem's DPM-Solver does
+            for "linspace" and "leading" ("trailing" is the same either way).
+
+    Raises:
+        InputError: `num_steps` is no integer, or outside its limits.
+        ConfigError: `spacing` is unknown.
+    """
+    num_steps = check_num_steps(num_steps, num_timesteps)
+    if spacing not in SPACINGS:
+        raise ConfigError(f"timestep_spacing is {spacing!r}; it must be one of {', '.join(SPACINGS)}")
+    if num_steps == num_timesteps:
+        return tuple(range(num_timesteps - 1, -1, -1))
+    if spacing == "trailing":
+        return tuple(round(num_timesteps - index * num_timesteps / num_steps) - 1 for index in range(num_steps))
+    points = num_steps if includes_zero else num_steps + 1
+    if spacing == "leading":
+        stride: float = num_timesteps // points
+    elif points == 1:
+        return (num_timesteps - 1,)
+    else:
+        stride = (num_timesteps - 1) / (points - 1)
+    return tuple(round(index * stride) for index in reversed(range(points - num_steps, points)))

@@ -1,0 +1,29 @@
+"""The networks: prior, decoder, super-resolution, and the projection between CLIP and the decoder.
+
+They know no noise, no schedule and no pipeline. Stages and training call them.
+"""
+
+from unclip.models.component import Component
+from unclip.models.config import ModelConfig
+from unclip.models.prior import PriorConfig, PriorPrefix, PriorTransformer, PriorTransformerOutput
+from unclip.models.text_proj import UnCLIPTextProjConfig, UnCLIPTextProjModel
+from unclip.models.unet import UNet2DConditionModel, UNet2DConditionOutput, UNet2DModel, UNet2DOutput, UNetContext
+from unclip.models.unet_config import UNet2DConditionConfig, UNet2DConfig
+
+__all__ = [
+    "Component",
+    "ModelConfig",
+    "PriorConfig",
+    "PriorPrefix",
+    "PriorTransformer",
+    "PriorTransformerOutput",
+    "UNet2DConditionConfig",
+    "UNet2DConditionModel",
+    "UNet2DConditionOutput",
+    "UNet2DConfig",
+    "UNet2DModel",
+    "UNet2DOutput",
+    "UNetContext",
+    "UnCLIPTextProjConfig",
+    "UnCLIPTextProjModel",
+]

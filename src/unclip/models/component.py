@@ -1,0 +1,179 @@
+"""What every network of a pipeline has besides its layers: a configuration, a folder to live in, a device.
+
+Knows no architecture and no pipeline. The four networks derive from it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from unclip.errors import ConfigError, UnsafeFileError
+from unclip.models.attention import set_slicing
+from unclip.models.config import ModelConfig
+
+C = TypeVar("C", bound=ModelConfig)
+
+
+class Component(nn.Module, Generic[C]):
+    """Base of the networks. A subclass names its `config_class` and builds its layers in `build(config)`.
+
+    Args:
+        config: a configuration, or a mapping with its keys.
+        settings: single settings by name, over those of `config`.
+
+    Raises:
+        ConfigError: see `ModelConfig`; nothing has been allocated then.
+    """
+
+    config_class: ClassVar[type[ModelConfig]]
+    config: C
+
+    def __init__(self, config: ModelConfig | Mapping[str, Any] | None = None, /, **settings: Any) -> None:
+        super().__init__()
+        if settings or not isinstance(config, self.config_class):
+            config = self.config_class.from_dict({**(config or {}), **settings})
+        self.config = config  # pyright: ignore[reportAttributeAccessIssue]
+        self.build(self.config)
+
+    def build(self, config: C) -> None:
+        """Make the layers that `config` describes."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_config(cls, config: ModelConfig | Mapping[str, Any], /) -> Self:
+        """A network with fresh weights as PyTorch's layers draw them; `initialize_for_training` has better ones."""
+        return cls(config)
+
+    def initialize_for_training(self, generator: torch.Generator | None = None) -> Self:
+        """Draw every weight anew, from `generator` if there is one, in a way that trains well from scratch."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, a=5**0.5, generator=generator)
+                if module.bias is not None:
+                    bound = module.weight[0].numel() ** -0.5
+                    nn.init.uniform_(module.bias, -bound, bound, generator=generator)
+            elif isinstance(module, nn.GroupNorm | nn.LayerNorm):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes: its offloading hook's device if it has one, else where its weights are."""
+        for module in self.modules():
+            hook = vars(module).get("_hf_hook")
+            device = getattr(hook, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+        return next(self.parameters()).device
+
+    def enable_attention_slicing(self, slice_size: str | int = "auto") -> None:
+        """Bound the memory of attention: half of the heads at a time ("auto"), one ("max"), or `slice_size` maps."""
+        set_slicing(self, slice_size)
+
+    def disable_attention_slicing(self) -> None:
+        """Compute all heads of an attention at once again."""
+        set_slicing(self, None)
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+    ) -> None:
+        """Write config.json and the weights, as safetensors, into `folder`, which is made if need be.
+
+        Raises:
+            UnsafeFileError: `safe_serialization` is False: pickles can run code when read and are not written.
+        """
+        from unclip.checkpoints.files import write_json
+        from unclip.checkpoints.weights import save_weights
+
+        if not safe_serialization:
+            raise UnsafeFileError(
+                "safe_serialization=False asks for a pickle, which can run code when it is read; "
+                "unclip writes safetensors only. Leave the argument out."
+            )
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        header = {"_class_name": type(self).__name__, "_diffusers_version": "0.26.3", "_unclip_version": _version()}
+        save_weights(folder, self.state_dict(), variant=variant, max_shard_size=max_shard_size)
+        write_json(folder / "config.json", header | dict(self.config))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        *,
+        subfolder: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+    ) -> Self:
+        """A network read from a folder or a hub repository, in evaluation mode; float32 unless `torch_dtype` is given.
+
+        The layers are built without memory and get the file's weights assigned: nothing is drawn and thrown away.
+
+        Raises:
+            ConfigError: config.json describes another class, or something that is not implemented.
+            CheckpointError: a file is missing, unsafe or broken, or its weights do not fit the configuration.
+        """
+        from unclip.checkpoints.files import read_json
+        from unclip.checkpoints.hub import resolve
+        from unclip.checkpoints.weights import load_into
+
+        folder = resolve(
+            name_or_folder,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+            variant=variant,
+        )
+        if subfolder:
+            folder = folder / subfolder
+        settings = read_json(folder / "config.json")
+        name = settings.get("_class_name", cls.__name__)
+        if name != cls.__name__:
+            raise ConfigError(f"{folder} holds a {name}, not a {cls.__name__}, as its config.json says; use that class")
+        with torch.device("meta"):
+            model = cls.from_config(settings)
+        load_into(model, folder, variant=variant, dtype=torch_dtype)
+        return model.eval()
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("unclip")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def zero(*layers: nn.Module) -> None:
+    """Set all parameters of `layers` to 0, so that a residual branch starts as the identity."""
+    for layer in layers:
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)
+
+
+def check_rows(**tensors: Tensor) -> None:
+    """Raise InputError unless the tensors, given by name, agree in their first dimension."""
+    from unclip.errors import InputError
+
+    if len({len(tensor) for tensor in tensors.values()}) > 1:
+        sizes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise InputError(f"the batch sizes differ: {sizes}")

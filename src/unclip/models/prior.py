@@ -1,0 +1,314 @@
+"""The diffusion prior: a transformer that predicts an image embedding from a text's encoding.
+
+Knows no noise and no schedule. Called by the prior's stage and by training.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unclip.errors import InputError
+from unclip.models.attention import MASKED, KeyValue, PriorBlock, mask_bias
+from unclip.models.component import Component, check_rows
+from unclip.models.config import MAX_LAYERS, ModelConfig
+from unclip.models.embeddings import ACTIVATIONS, TimestepEmbedding, sinusoidal_embedding, timestep_rows
+from unclip.models.entry import entry_point, routes_entry_points
+
+
+@dataclass(frozen=True, eq=False)
+class PriorConfig(ModelConfig):
+    """Settings of `PriorTransformer`, with the ecosystem's keys and defaults.
+
+    The tokens are num_embeddings of the text, then additional_embeddings: the text's embedding, the timestep,
+    the noised image embedding and, if added_emb_type is "prd", the query whose output is the prediction.
+    """
+
+    num_attention_heads: int = 32
+    attention_head_dim: int = 64
+    num_layers: int = 20
+    embedding_dim: int = 768
+    num_embeddings: int = 77
+    additional_embeddings: int = 4
+    dropout: float = 0.0
+    time_embed_act_fn: str = "silu"
+    norm_in_type: str | None = None
+    embedding_proj_norm_type: str | None = None
+    encoder_hid_proj_type: str | None = "linear"
+    added_emb_type: str | None = "prd"
+    time_embed_dim: int | None = None
+    embedding_proj_dim: int | None = None
+    clip_embed_dim: int | None = None
+
+    @property
+    def width(self) -> int:
+        """Width of a token inside the transformer."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def output_width(self) -> int:
+        """Width of the predicted embedding."""
+        return self.clip_embed_dim or self.embedding_dim
+
+    def check(self) -> None:
+        self.check_whole("num_attention_heads", "attention_head_dim", "embedding_dim", "num_embeddings")
+        self.check_whole("num_layers", high=MAX_LAYERS)
+        self.check_whole("additional_embeddings", low=0, high=1024)
+        self.check_whole("time_embed_dim", "embedding_proj_dim", "clip_embed_dim", high=65_536, optional=True)
+        self.check_real("dropout", low=0.0, high=1.0)
+        self.check_one_of("time_embed_act_fn", tuple(ACTIVATIONS))
+        self.check_one_of("norm_in_type", (None, "layer"))
+        self.check_one_of("embedding_proj_norm_type", (None, "layer"))
+        self.check_one_of("encoder_hid_proj_type", (None, "linear"))
+        self.check_one_of("added_emb_type", (None, "prd"))
+        if self.width > 65_536 or self.width < 2:
+            raise self._refuse("num_attention_heads × attention_head_dim", "from 2 to 65536", self.width)
+
+    def approximate_parameters(self) -> int:
+        return self.num_layers * 12 * self.width**2
+
+
+class PriorTransformerOutput(NamedTuple):
+    """What `PriorTransformer` returns: `predicted_image_embedding` [batch, clip_embed_dim]."""
+
+    predicted_image_embedding: Tensor
+
+
+@dataclass(frozen=True)
+class PriorPrefix:
+    """What the tokens before the timestep's contribute to every step.
+
+    `layers`: their keys and values in each layer; `bias`: what is added to the scores of the tokens that follow,
+    [batch, 1, following tokens, all tokens].
+    """
+
+    layers: tuple[KeyValue, ...]
+    bias: Tensor
+
+
+class PriorTransformer(Component[PriorConfig]):
+    """A causal transformer over the text, its embedding, the timestep and the noised image embedding.
+
+    Source: arXiv 2204.06125 §2.2 ("diffusion prior"), predicting the embedding itself rather than the noise.
+
+    `clip_mean` and `clip_std` [1, clip_embed_dim] whiten embeddings: the network works on those, see `whiten`.
+    """
+
+    config_class: ClassVar = PriorConfig
+
+    def build(self, config: PriorConfig) -> None:
+        width, text_width = config.width, config.embedding_proj_dim or config.embedding_dim
+        self.time_embedding = TimestepEmbedding(
+            width, config.time_embed_dim or width, width, act_fn=config.time_embed_act_fn
+        )
+        self.proj_in = nn.Linear(config.embedding_dim, width)
+        self.embedding_proj_norm = nn.LayerNorm(text_width) if config.embedding_proj_norm_type else None
+        self.embedding_proj = nn.Linear(text_width, width)
+        self.encoder_hidden_states_proj = (
+            nn.Linear(config.embedding_dim, width) if config.encoder_hid_proj_type else None
+        )
+        num_tokens = config.num_embeddings + config.additional_embeddings
+        self.positional_embedding = nn.Parameter(torch.zeros(1, num_tokens, width))
+        self.prd_embedding = nn.Parameter(torch.zeros(1, 1, width)) if config.added_emb_type else None
+        self.transformer_blocks = nn.ModuleList(
+            [PriorBlock(width, config.attention_head_dim, config.dropout) for _ in range(config.num_layers)]
+        )
+        self.norm_in = nn.LayerNorm(width) if config.norm_in_type else None
+        self.norm_out = nn.LayerNorm(width)
+        self.proj_to_clip_embeddings = nn.Linear(width, config.output_width)
+        # Statistics of the data: in the state dict, and not for an optimizer.
+        self.clip_mean = nn.Parameter(torch.zeros(1, config.output_width), requires_grad=False)
+        self.clip_std = nn.Parameter(torch.ones(1, config.output_width), requires_grad=False)
+
+    def initialize_for_training(self, generator: torch.Generator | None = None) -> Self:
+        """As `Component`'s; besides, small random positions, and branches scaled down by the depth.
+
+        `clip_mean` and `clip_std` are set to 0 and 1: the data's have to be put there.
+        """
+        super().initialize_for_training(generator)
+        nn.init.normal_(self.positional_embedding, std=0.01, generator=generator)
+        if self.prd_embedding is not None:
+            nn.init.normal_(self.prd_embedding, std=0.01, generator=generator)
+        scale = (2 * self.config.num_layers) ** -0.5
+        with torch.no_grad():
+            for name, parameter in self.transformer_blocks.named_parameters():
+                if name.endswith(("to_out.0.weight", "net.2.weight")):
+                    parameter.mul_(scale)
+                elif name.endswith(("to_out.0.bias", "net.2.bias")):
+                    parameter.zero_()
+        nn.init.zeros_(self.clip_mean)
+        nn.init.ones_(self.clip_std)
+        return self
+
+    # The tokens, in their order
+
+    def _text_tokens(self, proj_embedding: Tensor, encoder_hidden_states: Tensor | None) -> Tensor:
+        """[batch, text tokens + 1, width], without positions."""
+        expected = self.config.embedding_proj_dim or self.config.embedding_dim
+        if proj_embedding.dim() not in (2, 3) or proj_embedding.shape[-1] != expected:
+            raise InputError(f"proj_embedding is {tuple(proj_embedding.shape)}; it must be [batch, {expected}]")
+        if self.embedding_proj_norm is not None:
+            proj_embedding = self.embedding_proj_norm(proj_embedding)
+        summary = self.embedding_proj(proj_embedding)
+        summary = summary[:, None] if summary.dim() == 2 else summary
+        if encoder_hidden_states is None:
+            if self.encoder_hidden_states_proj is not None:
+                raise InputError('encoder_hid_proj_type is "linear": encoder_hidden_states must be given')
+            return summary
+        text = encoder_hidden_states
+        expected = self.config.width if self.encoder_hidden_states_proj is None else self.config.embedding_dim
+        if text.dim() != 3 or text.shape[-1] != expected:
+            raise InputError(f"encoder_hidden_states is {tuple(text.shape)}; it must be [batch, tokens, {expected}]")
+        check_rows(proj_embedding=proj_embedding, encoder_hidden_states=text)
+        if self.encoder_hidden_states_proj is not None:
+            text = self.encoder_hidden_states_proj(text)
+        return torch.cat([text, summary], dim=1)
+
+    def _step_tokens(self, hidden_states: Tensor, timestep: Tensor | float) -> Tensor:
+        """[batch, 1 + image tokens + queries, width], without positions."""
+        width = self.config.embedding_dim
+        if hidden_states.dim() not in (2, 3) or hidden_states.shape[-1] != width:
+            raise InputError(f"hidden_states is {tuple(hidden_states.shape)}; it must be [batch, {width}]")
+        batch = len(hidden_states)
+        rows = timestep_rows(timestep, hidden_states.device)
+        if len(rows) not in (1, batch):
+            raise InputError(f"{len(rows)} timesteps for a batch of {batch}; give one, or one for each")
+        time = self.time_embedding(sinusoidal_embedding(rows, self.config.width).to(self.dtype))
+        image = self.proj_in(hidden_states)
+        image = image[:, None] if image.dim() == 2 else image
+        tokens = [time.to(image.dtype).expand(batch, -1)[:, None], image]
+        if self.prd_embedding is not None:
+            tokens.append(self.prd_embedding.to(image.dtype).expand(batch, -1, -1))
+        return torch.cat(tokens, dim=1)
+
+    def _placed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        tokens = tokens + positions.to(tokens.dtype)
+        return tokens if self.norm_in is None else self.norm_in(tokens)
+
+    def _read_out(self, tokens: Tensor) -> Tensor:
+        output = self.proj_to_clip_embeddings(self.norm_out(tokens))
+        return output if self.prd_embedding is None else output[:, 0]
+
+    @property
+    def _num_queries(self) -> int:
+        return 0 if self.prd_embedding is None else 1
+
+    # Prepare once, step many
+
+    @entry_point
+    def prepare(
+        self, proj_embedding: Tensor, encoder_hidden_states: Tensor | None, attention_mask: Tensor
+    ) -> PriorPrefix:
+        """All that the text contributes to every step: causality makes it independent of what follows.
+
+        Args:
+            proj_embedding: the text's embedding [batch, embedding_dim].
+            encoder_hidden_states: the text's tokens [batch, num_embeddings, embedding_dim].
+            attention_mask: [batch, num_embeddings], true or 1 for the text's own tokens.
+
+        Raises:
+            InputError: a shape is wrong.
+        """
+        prefix = self._text_tokens(proj_embedding, encoder_hidden_states)
+        batch, length = prefix.shape[:2]
+        expected = (batch, self.config.num_embeddings)
+        if tuple(attention_mask.shape) != expected:
+            raise InputError(f"attention_mask is {tuple(attention_mask.shape)}; it must be {expected}")
+        num_tokens = self.positional_embedding.shape[1]
+        if length != self.config.num_embeddings + 1 or num_tokens < length + 2 + self._num_queries:
+            raise InputError(
+                f"{length} tokens stand before the timestep's, of {num_tokens} in all; "
+                f"with a mask there must be num_embeddings + 1 = {self.config.num_embeddings + 1}, "
+                f"and additional_embeddings ({self.config.additional_embeddings}) must leave room for the others"
+            )
+        seen = F.pad(attention_mask.to(prefix.dtype), (0, num_tokens - attention_mask.shape[1]), value=1.0)
+        causal = torch.full((num_tokens, num_tokens), MASKED, dtype=prefix.dtype, device=prefix.device).triu_(1)
+        bias = mask_bias(seen, prefix.dtype) + causal
+
+        tokens = self._placed(prefix, self.positional_embedding[:, :length])
+        own_bias = bias[:, :, :length, :length]
+        layers = []
+        for block in self.transformer_blocks[:-1]:
+            tokens, memory = block(tokens, own_bias)
+            layers.append(memory)
+        # Nobody reads these tokens' output, so of the last layer only keys and values are needed.
+        layers.append(self.transformer_blocks[-1].prepare(tokens))  # pyright: ignore[reportCallIssue]
+        return PriorPrefix(tuple(layers), bias[:, :, length:])
+
+    @entry_point
+    def denoise(self, hidden_states: Tensor, timestep: Tensor | float, prefix: PriorPrefix) -> Tensor:
+        """The predicted embedding [batch, clip_embed_dim]; [batch, n, clip_embed_dim] without a "prd" query.
+
+        Args:
+            hidden_states: the noised image embedding [batch, embedding_dim], or n of them [batch, n, embedding_dim].
+            timestep: a number, or a tensor [] or [batch].
+            prefix: from `prepare`, for the same batch.
+
+        Raises:
+            InputError: a shape is wrong.
+        """
+        step = self._step_tokens(hidden_states, timestep)
+        expected = prefix.bias.shape[2]
+        if step.shape[1] != expected:
+            raise InputError(
+                f"{step.shape[1]} tokens follow the text's; this network has places for {expected} "
+                f"(additional_embeddings is {self.config.additional_embeddings})"
+            )
+        check_rows(hidden_states=step, prefix=prefix.bias)
+        tokens = self._placed(step, self.positional_embedding[:, -expected:])
+        last = len(self.transformer_blocks) - 1
+        for i, (block, memory) in enumerate(zip(self.transformer_blocks, prefix.layers, strict=True)):
+            first_read = 0 if i < last else (expected - 1 if self._num_queries else 1)
+            tokens, _ = block(tokens, prefix.bias, before=memory, first_read=first_read)
+        return self._read_out(tokens)
+
+    @routes_entry_points
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | float,
+        proj_embedding: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> PriorTransformerOutput | tuple[Tensor]:
+        """`prepare` and `denoise` in one. Without a mask every token sees every other, as in the ecosystem's class."""
+        if attention_mask is None:
+            output = self._bidirectional(hidden_states, timestep, proj_embedding, encoder_hidden_states)
+        else:
+            prefix = self.prepare(proj_embedding, encoder_hidden_states, attention_mask)
+            output = self.denoise(hidden_states, timestep, prefix)
+        return PriorTransformerOutput(output) if return_dict else (output,)
+
+    def _bidirectional(
+        self, hidden_states: Tensor, timestep: Tensor | float, proj_embedding: Tensor, text: Tensor | None
+    ) -> Tensor:
+        before, step = self._text_tokens(proj_embedding, text), self._step_tokens(hidden_states, timestep)
+        check_rows(hidden_states=step, proj_embedding=before)
+        length, num_tokens = before.shape[1], before.shape[1] + step.shape[1]
+        positions = self.positional_embedding
+        if positions.shape[1] < num_tokens:  # then positions are of the image's tokens only
+            positions = F.pad(positions, (0, 0, length + 1, self._num_queries))
+        if positions.shape[1] != num_tokens:
+            raise InputError(
+                f"there are {num_tokens} tokens and {positions.shape[1]} positions; "
+                f"num_embeddings ({self.config.num_embeddings}) and additional_embeddings do not fit this input"
+            )
+        tokens = self._placed(torch.cat([before, step], dim=1), positions)
+        for block in self.transformer_blocks:
+            tokens, _ = block(tokens, None)
+        return self._read_out(tokens[:, -1:] if self._num_queries else tokens[:, length + 1 :])
+
+    # Whitened and plain embeddings
+
+    @entry_point
+    def post_process_latents(self, prior_latents: Tensor) -> Tensor:
+        """A whitened embedding [batch, clip_embed_dim] as CLIP's own: times `clip_std`, plus `clip_mean`."""
+        return prior_latents * self.clip_std + self.clip_mean
+
+    @entry_point
+    def whiten(self, image_embedding: Tensor) -> Tensor:
+        """The inverse of `post_process_latents`: minus `clip_mean`, divided by `clip_std`."""
+        return (image_embedding - self.clip_mean) / self.clip_std

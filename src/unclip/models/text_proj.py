@@ -1,0 +1,131 @@
+"""Text and image embeddings in the form that the decoder wants: context tokens and an addition to the time embedding.
+
+Knows neither CLIP nor the decoder's network. Called by the decoder's stage and by training.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from unclip.errors import InputError
+from unclip.models.component import Component, check_rows
+from unclip.models.config import ModelConfig
+from unclip.models.entry import entry_point, routes_entry_points
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class UnCLIPTextProjConfig(ModelConfig):
+    """Settings of `UnCLIPTextProjModel`, with the ecosystem's keys and defaults."""
+
+    clip_extra_context_tokens: int = 4
+    clip_embeddings_dim: int = 768
+    time_embed_dim: int
+    cross_attention_dim: int
+
+    def check(self) -> None:
+        self.check_whole("clip_extra_context_tokens", high=1024)
+        self.check_whole("clip_embeddings_dim", "cross_attention_dim")
+        self.check_whole("time_embed_dim", high=65_536)
+
+    def approximate_parameters(self) -> int:
+        tokens = self.clip_extra_context_tokens + 1
+        return self.clip_embeddings_dim * (2 * self.time_embed_dim + tokens * self.cross_attention_dim)
+
+
+class UnCLIPTextProjModel(Component[UnCLIPTextProjConfig]):
+    """Projects CLIP's embeddings into the decoder's context and time embedding.
+
+    Source: arXiv 2204.06125 §2.1: "projecting and adding CLIP embeddings to the existing timestep embedding", and
+    "into four extra tokens of context".
+    """
+
+    config_class: ClassVar = UnCLIPTextProjConfig
+
+    def build(self, config: UnCLIPTextProjConfig) -> None:
+        width, context_width = config.clip_embeddings_dim, config.cross_attention_dim
+        self.learned_classifier_free_guidance_embeddings = nn.Parameter(torch.zeros(width))
+        self.embedding_proj = nn.Linear(width, config.time_embed_dim)
+        self.clip_image_embeddings_project_to_time_embeddings = nn.Linear(width, config.time_embed_dim)
+        self.clip_extra_context_tokens_proj = nn.Linear(width, config.clip_extra_context_tokens * context_width)
+        self.encoder_hidden_states_proj = nn.Linear(width, context_width)
+        self.text_encoder_hidden_states_norm = nn.LayerNorm(context_width)
+
+    def initialize_for_training(self, generator: torch.Generator | None = None) -> Self:
+        """As `Component`'s; besides, the embedding that stands for "no image" starts at zero."""
+        super().initialize_for_training(generator)
+        nn.init.zeros_(self.learned_classifier_free_guidance_embeddings)
+        return self
+
+    @entry_point
+    def combine(
+        self,
+        *,
+        image_embeddings: Tensor,
+        given: Tensor | None,
+        prompt_embeds: Tensor,
+        text_encoder_hidden_states: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """The decoder's context tokens and its addition to the time embedding.
+
+        Args:
+            image_embeddings: [batch, clip_embeddings_dim], not whitened.
+            given: bool [batch]; rows with False take the learned embedding for "no image" instead of their own,
+                for guidance as for training without a condition. None: all are given.
+            prompt_embeds: the texts' embeddings [batch, clip_embeddings_dim].
+            text_encoder_hidden_states: the texts' tokens [batch, tokens, clip_embeddings_dim].
+
+        Returns:
+            [batch, clip_extra_context_tokens + tokens, cross_attention_dim] and [batch, time_embed_dim].
+
+        Raises:
+            InputError: a shape is wrong.
+        """
+        width = self.config.clip_embeddings_dim
+        for name, tensor, dimensions in (
+            ("image_embeddings", image_embeddings, 2),
+            ("prompt_embeds", prompt_embeds, 2),
+            ("text_encoder_hidden_states", text_encoder_hidden_states, 3),
+        ):
+            if tensor.dim() != dimensions or tensor.shape[-1] != width:
+                wanted = f"[batch, {'tokens, ' * (dimensions - 2)}{width}]"
+                raise InputError(f"{name} is {tuple(tensor.shape)}; it must be {wanted}")
+        check_rows(
+            image_embeddings=image_embeddings,
+            prompt_embeds=prompt_embeds,
+            text_encoder_hidden_states=text_encoder_hidden_states,
+        )
+        if given is not None:
+            check_rows(image_embeddings=image_embeddings, given=given)
+            absent = self.learned_classifier_free_guidance_embeddings.to(image_embeddings.dtype)
+            image_embeddings = torch.where(given.bool()[:, None], image_embeddings, absent)
+
+        addition = self.clip_image_embeddings_project_to_time_embeddings(image_embeddings)
+        addition = addition + self.embedding_proj(prompt_embeds)
+        # Karlo's weights hold the tokens interleaved: token number runs fastest.
+        extra = self.clip_extra_context_tokens_proj(image_embeddings)
+        extra = extra.unflatten(-1, (-1, self.config.clip_extra_context_tokens)).transpose(1, 2)
+        text = self.text_encoder_hidden_states_norm(self.encoder_hidden_states_proj(text_encoder_hidden_states))
+        return torch.cat([extra, text.to(extra.dtype)], dim=1), addition
+
+    @routes_entry_points
+    def forward(
+        self,
+        *,
+        image_embeddings: Tensor,
+        prompt_embeds: Tensor,
+        text_encoder_hidden_states: Tensor,
+        do_classifier_free_guidance: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """As `combine`. With guidance the texts are [null; given], twice as many as the images."""
+        given = None
+        if do_classifier_free_guidance:
+            given = torch.arange(2 * len(image_embeddings), device=image_embeddings.device) >= len(image_embeddings)
+            image_embeddings = torch.cat([image_embeddings, image_embeddings])
+        return self.combine(
+            image_embeddings=image_embeddings,
+            given=given,
+            prompt_embeds=prompt_embeds,
+            text_encoder_hidden_states=text_encoder_hidden_states,
+        )

@@ -1,0 +1,241 @@
+"""The UNets: the decoder's, which looks at text and image embedding, and super-resolution's, which does not.
+
+Know no noise, no schedule and no guidance. Called by the decoder's and super-resolution's stages and by training.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from unclip.errors import InputError
+from unclip.models.attention import AddedKeyValueAttention, KeyValue, mask_bias
+from unclip.models.component import Component, zero
+from unclip.models.embeddings import TimestepEmbedding, activation, sinusoidal_embedding, timestep_rows
+from unclip.models.entry import entry_point, routes_entry_points
+from unclip.models.kernels import GroupNorm
+from unclip.models.resnet import ResnetBlock
+from unclip.models.unet_blocks import BlockMaker, DownBlock, Level, MidBlock, UpBlock
+from unclip.models.unet_config import CROSS_DOWN, CROSS_MID, CROSS_UP, UNet2DConditionConfig, UNet2DConfig, UNetConfig
+
+C = TypeVar("C", bound=UNetConfig)
+
+
+class UNet2DOutput(NamedTuple):
+    """What `UNet2DModel` returns: `sample` [batch, out_channels, height, width]."""
+
+    sample: Tensor
+
+
+class UNet2DConditionOutput(NamedTuple):
+    """What `UNet2DConditionModel` returns: `sample` [batch, out_channels, height, width]."""
+
+    sample: Tensor
+
+
+@dataclass(frozen=True)
+class UNetContext:
+    """What a UNet needs of its context tokens at every step: their keys and values in each attention, and the mask.
+
+    `layers` are in the order in which the attentions run; `bias` is [batch, 1, 1, tokens] or None.
+    """
+
+    layers: tuple[KeyValue, ...]
+    bias: Tensor | None
+
+
+NO_CONTEXT = UNetContext((), None)
+
+
+class _UNet(Component[C]):
+    """What the two UNets share: a way down, a middle, a way up, and skips between the ways."""
+
+    def build(self, config: C) -> None:
+        channels, last = config.block_out_channels, config.num_levels - 1
+        # The ecosystem's UNet2DModel has silu here, whatever act_fn says of its blocks.
+        outer_act = config.act_fn if isinstance(config, UNet2DConditionConfig) else "silu"
+        maker = BlockMaker(
+            embedding_width=config.embedding_width,
+            num_groups=config.norm_num_groups,
+            eps=config.norm_eps,
+            act_fn=config.act_fn,
+            dropout=config.dropout,
+            scale_shift=config.resnet_time_scale_shift == "scale_shift",
+            head_width=config.attention_head_dim,
+            context_width=config.cross_attention_dim if isinstance(config, UNet2DConditionConfig) else 0,
+        )
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels[0], config.embedding_width, act_fn=outer_act)
+        self.embedding_act = activation(config.act_fn)
+
+        self.down_blocks = nn.ModuleList()
+        width, skips = channels[0], [channels[0]]
+        for i, kind in enumerate(config.down_block_types):
+            attend, halve = kind == CROSS_DOWN, i < last
+            self.down_blocks.append(DownBlock(maker, width, channels[i], config.layers[i], attend=attend, halve=halve))
+            width = channels[i]
+            skips += [width] * (config.layers[i] + int(halve))
+        self.mid_block = MidBlock(maker, width, attend=config.mid_block_type == CROSS_MID)
+        self.up_blocks = nn.ModuleList()
+        for i, kind in zip(range(last, -1, -1), config.up_block_types, strict=True):
+            taken = [skips.pop() for _ in range(config.layers[i] + 1)]
+            self.up_blocks.append(UpBlock(maker, width, taken, channels[i], attend=kind == CROSS_UP, double=i > 0))
+            width = channels[i]
+
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, width, eps=config.norm_eps)
+        self.conv_act = activation(outer_act)
+        self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+
+    def initialize_for_training(self, generator: torch.Generator | None = None) -> Self:
+        """As `Component`'s; besides, every residual branch and the output start at zero."""
+        super().initialize_for_training(generator)
+        for module in self.modules():
+            if isinstance(module, ResnetBlock):
+                zero(module.conv2)
+            elif isinstance(module, AddedKeyValueAttention):
+                zero(module.to_out)
+        zero(self.conv_out)
+        return self
+
+    def _levels(self) -> Sequence[Level]:
+        return [*self.down_blocks, self.mid_block, *self.up_blocks]  # pyright: ignore[reportReturnType]
+
+    def _embed(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None) -> Tensor:
+        """The time embedding, activated: [batch or 1, embedding_width]."""
+        config = self.config
+        rows = timestep_rows(timestep, sample.device)
+        if len(rows) not in (1, len(sample)):
+            raise InputError(f"{len(rows)} timesteps for a batch of {len(sample)}; give one, or one for each")
+        features = sinusoidal_embedding(
+            rows, config.block_out_channels[0], flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
+        )
+        embedding = self.time_embedding(features.to(self.dtype))
+        if config.class_embed_type == "identity":
+            if class_labels is None:
+                raise InputError('class_embed_type is "identity": give class_labels, [batch, time embedding width]')
+            embedding = embedding + class_labels.to(embedding.dtype)
+        return self.embedding_act(embedding)
+
+    def _run(self, sample: Tensor, embedding: Tensor, context: UNetContext) -> Tensor:
+        """One pass down and up again; `embedding` is activated."""
+        config = self.config
+        if sample.dim() != 4 or sample.shape[1] != config.in_channels:
+            raise InputError(
+                f"the sample is {tuple(sample.shape)}; it must be [batch, {config.in_channels}, height, width]"
+            )
+        multiple = 2 ** (config.num_levels - 1)
+        if sample.shape[2] % multiple or sample.shape[3] % multiple:
+            raise InputError(
+                f"the sample's size {sample.shape[2]} x {sample.shape[3]} must be a multiple of {multiple} both ways"
+            )
+        added, bias = iter(context.layers), context.bias
+        x = self.conv_in(sample)
+        skips = [x]
+        for down_block in self.down_blocks:
+            skips += down_block(skips[-1], embedding, added, bias)
+        x = self.mid_block(skips[-1], embedding, added, bias)
+        for up_block in self.up_blocks:
+            x = up_block(x, skips, embedding, added, bias)
+        return self.conv_out(self.conv_act(self.conv_norm_out(x)))
+
+
+class UNet2DConditionModel(_UNet[UNet2DConditionConfig]):
+    """The decoder's network: pictures conditioned on context tokens and on an addition to the time embedding.
+
+    Source: arXiv 2204.06125 §2.1 (a modified GLIDE, Nichol et al. 2021).
+    """
+
+    config_class: ClassVar = UNet2DConditionConfig
+
+    @entry_point
+    def prepare(self, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None) -> UNetContext:
+        """All that the context contributes to every step.
+
+        Args:
+            encoder_hidden_states: the context tokens [batch, tokens, cross_attention_dim].
+            attention_mask: [batch, tokens], true or 1 for tokens that are seen; None: all are.
+
+        Raises:
+            InputError: a shape is wrong.
+        """
+        tokens, width = encoder_hidden_states, self.config.cross_attention_dim
+        if tokens.dim() != 3 or tokens.shape[-1] != width:
+            raise InputError(f"encoder_hidden_states is {tuple(tokens.shape)}; it must be [batch, tokens, {width}]")
+        if attention_mask is not None and attention_mask.shape != tokens.shape[:2]:
+            raise InputError(
+                f"attention_mask is {tuple(attention_mask.shape)}; the tokens need {tuple(tokens.shape[:2])}"
+            )
+        layers = tuple(layer for level in self._levels() for layer in level.prepare(tokens))
+        return UNetContext(layers, None if attention_mask is None else mask_bias(attention_mask, tokens.dtype))
+
+    @entry_point
+    def denoise(
+        self, sample: Tensor, timestep: Tensor | float, context: UNetContext, class_labels: Tensor | None = None
+    ) -> Tensor:
+        """One step's raw output [batch, out_channels, height, width].
+
+        Args:
+            sample: [batch, in_channels, height, width], sizes multiples of 2 ** (levels - 1).
+            timestep: a number, or a tensor [] or [batch].
+            context: from `prepare`, for the same batch.
+            class_labels: [batch, time embedding width], added to the time embedding.
+
+        Raises:
+            InputError: a shape is wrong, or class_labels are missing.
+        """
+        return self._run(sample, self._embed(sample, timestep, class_labels), context)
+
+    @routes_entry_points
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        encoder_hidden_states: Tensor,
+        class_labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DConditionOutput | tuple[Tensor]:
+        """`prepare` and `denoise` in one; either mask is [batch, tokens] over the context, the first going before."""
+        mask = encoder_attention_mask if attention_mask is None else attention_mask
+        output = self.denoise(sample, timestep, self.prepare(encoder_hidden_states, mask), class_labels)
+        return UNet2DConditionOutput(output) if return_dict else (output,)
+
+
+class UNet2DModel(_UNet[UNet2DConfig]):
+    """Super-resolution's network: pictures conditioned on the timestep and on what is stacked into their channels.
+
+    Source: arXiv 2204.06125 §2.1, "upsamplers": no attention, no text.
+    """
+
+    config_class: ClassVar = UNet2DConfig
+
+    @entry_point
+    def denoise(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
+        """One step's raw output [batch, out_channels, height, width]; arguments and errors as `forward`'s."""
+        return self._run(sample, self._embed(sample, timestep, class_labels), NO_CONTEXT)
+
+    @routes_entry_points
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[Tensor]:
+        """One step.
+
+        Args:
+            sample: [batch, in_channels, height, width], sizes multiples of 2 ** (levels - 1).
+            timestep: a number, or a tensor [] or [batch].
+            class_labels: only with class_embed_type "identity": [batch, time embedding width].
+
+        Raises:
+            InputError: a shape is wrong, or class_labels are missing or too many.
+        """
+        if class_labels is not None and self.config.class_embed_type is None:
+            raise InputError("class_labels are given to a network without class_embed_type; leave them out")
+        output = self.denoise(sample, timestep, class_labels)
+        return UNet2DOutput(output) if return_dict else (output,)

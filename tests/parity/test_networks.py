@@ -1,0 +1,176 @@
+"""The same weights in diffusers' classes and in ours give the same tensors."""
+
+import warnings
+
+import pytest
+import torch
+
+from unclip.models import PriorTransformer, UnCLIPTextProjModel, UNet2DConditionModel, UNet2DModel
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import diffusers
+    from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel as ReferenceTextProj
+
+torch.set_num_threads(1)
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+PRIOR = dict(num_attention_heads=2, attention_head_dim=8, num_layers=3, embedding_dim=16, num_embeddings=7)
+DECODER = dict(
+    sample_size=8,
+    in_channels=3,
+    out_channels=6,
+    layers_per_block=1,
+    block_out_channels=(8, 16, 24),
+    down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D"),
+    mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+    up_block_types=("SimpleCrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    cross_attention_dim=12,
+    attention_head_dim=8,
+    norm_num_groups=4,
+    class_embed_type="identity",
+    resnet_time_scale_shift="scale_shift",
+)
+SUPER_RES = dict(
+    in_channels=6,
+    out_channels=3,
+    layers_per_block=2,
+    block_out_channels=(8, 16),
+    down_block_types=("ResnetDownsampleBlock2D",) * 2,
+    up_block_types=("ResnetUpsampleBlock2D",) * 2,
+    norm_num_groups=4,
+    add_attention=False,
+)
+
+
+def twins(ours, reference, config):
+    """The reference and ours with the same random weights, which went from one to the other and back, strictly."""
+    torch.manual_seed(0)
+    theirs = reference(**config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            # Scales, and not weights, must stay near one for the network to stay in its range.
+            is_scale = name.endswith("weight") and parameter.dim() == 1
+            parameter.normal_(mean=float(is_scale), std=0.2)
+    mine = ours.from_config(config).eval()
+    mine.load_state_dict(theirs.state_dict(), strict=True)
+    theirs.load_state_dict(mine.state_dict(), strict=True)
+    return theirs, mine
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"norm_in_type": "layer"},
+        {"embedding_proj_norm_type": "layer"},
+        {"embedding_proj_dim": 12},
+        {"clip_embed_dim": 20},
+        {"time_embed_dim": 40, "time_embed_act_fn": "gelu"},
+        {"added_emb_type": None, "additional_embeddings": 3},
+        {"encoder_hid_proj_type": None},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mask", [None, [[1] * 3 + [0] * 4, [1] * 7], [[0] * 7, [0, 0, 1, 1, 0, 1, 0]]], ids=str)
+@torch.no_grad()
+def test_prior(settings, mask):
+    theirs, mine = twins(PriorTransformer, diffusers.PriorTransformer, PRIOR | settings)
+    mask = None if mask is None else torch.tensor(mask).bool()
+    x, text = torch.randn(2, 16), torch.randn(2, 7, 16)
+    embedding = torch.randn(2, settings.get("embedding_proj_dim", 16))
+    for timestep in (5, torch.tensor(7), torch.tensor([0, 999])):
+        expected = theirs(x, timestep, embedding, text, mask).predicted_image_embedding
+        got = mine(x, timestep, embedding, text, mask).predicted_image_embedding
+        assert got.shape == expected.shape
+        torch.testing.assert_close(got, expected, **CLOSE)
+    assert len(mine(x, 5, embedding, text, mask, return_dict=False)) == 1
+
+
+@torch.no_grad()
+def test_prior_without_text_tokens():
+    """Shap-E's way: many image tokens, no text tokens, no query, and positions for the image's tokens only."""
+    settings = {"additional_embeddings": 0, "added_emb_type": None, "encoder_hid_proj_type": None, "clip_embed_dim": 32}
+    theirs, mine = twins(PriorTransformer, diffusers.PriorTransformer, PRIOR | settings | {"norm_in_type": "layer"})
+    x, embedding = torch.randn(2, 7, 16), torch.randn(2, 16)
+    expected = theirs(x, 3, embedding).predicted_image_embedding
+    assert expected.shape == (2, 7, 32)
+    torch.testing.assert_close(mine(x, 3, embedding).predicted_image_embedding, expected, **CLOSE)
+
+
+@torch.no_grad()
+def test_prior_whitening():
+    theirs, mine = twins(PriorTransformer, diffusers.PriorTransformer, PRIOR)
+    x = torch.randn(2, 16)
+    torch.testing.assert_close(mine.post_process_latents(x), theirs.post_process_latents(x))
+    torch.testing.assert_close(mine.whiten(mine.post_process_latents(x)), x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"resnet_time_scale_shift": "default"},
+        {"class_embed_type": None},
+        {"layers_per_block": (1, 2, 3)},
+        {"act_fn": "gelu"},
+        {"flip_sin_to_cos": False, "freq_shift": 1},
+        {"time_embedding_dim": 20},
+        {"norm_eps": 1e-3},
+        {"up_block_types": ("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D")},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("mask_name", [None, "attention_mask", "encoder_attention_mask"])
+@torch.no_grad()
+def test_decoder(settings, mask_name):
+    theirs, mine = twins(UNet2DConditionModel, diffusers.UNet2DConditionModel, DECODER | settings)
+    x, context = torch.randn(2, 3, 8, 12), torch.randn(2, 5, 12)
+    inputs = {} if mask_name is None else {mask_name: torch.tensor([[1, 1, 0, 0, 1], [0, 0, 0, 0, 0]]).bool()}
+    if (DECODER | settings)["class_embed_type"]:
+        inputs["class_labels"] = torch.randn(2, settings.get("time_embedding_dim", 32))
+    for timestep in (5, 0.5, torch.tensor(7), torch.tensor([0, 999])):
+        expected = theirs(x, timestep, context, **inputs).sample
+        torch.testing.assert_close(mine(x, timestep, context, **inputs).sample, expected, **CLOSE)
+    assert len(mine(x, 5, context, return_dict=False, **inputs)) == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"resnet_time_scale_shift": "scale_shift"}, {"act_fn": "gelu"}], ids=str)
+@pytest.mark.parametrize("class_embed_type", [None, "identity"])
+@torch.no_grad()
+def test_super_res(settings, class_embed_type):
+    config = SUPER_RES | settings | {"class_embed_type": class_embed_type}
+    theirs, mine = twins(UNet2DModel, diffusers.UNet2DModel, config)
+    x, labels = torch.randn(2, 6, 8, 6), torch.randn(2, 32) if class_embed_type else None
+    for timestep in (5, torch.tensor([0, 999])):
+        expected = theirs(x, timestep, labels).sample
+        torch.testing.assert_close(mine(x, timestep, labels).sample, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("guidance", [False, True])
+@torch.no_grad()
+def test_text_proj(guidance):
+    config = dict(clip_extra_context_tokens=3, clip_embeddings_dim=16, time_embed_dim=24, cross_attention_dim=20)
+    theirs, mine = twins(UnCLIPTextProjModel, ReferenceTextProj, config)
+    texts = 4 if guidance else 2
+    inputs = dict(
+        image_embeddings=torch.randn(2, 16),
+        prompt_embeds=torch.randn(texts, 16),
+        text_encoder_hidden_states=torch.randn(texts, 5, 16),
+        do_classifier_free_guidance=guidance,
+    )
+    for got, expected in zip(mine(**inputs), theirs(**inputs), strict=True):
+        torch.testing.assert_close(got, expected, **CLOSE)
+
+
+def test_gradients():
+    """Not only the outputs: what a training step sees is the same too."""
+    theirs, mine = twins(UNet2DConditionModel, diffusers.UNet2DConditionModel, DECODER)
+    x, context, labels = torch.randn(2, 3, 8, 8), torch.randn(2, 5, 12), torch.randn(2, 32)
+    for model in (theirs, mine):
+        model(x, torch.tensor([3, 700]), context, class_labels=labels).sample.square().mean().backward()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in mine.named_parameters():
+        torch.testing.assert_close(
+            parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )

@@ -1,0 +1,307 @@
+"""Whole pipelines: the same weights and the same generator give the picture that diffusers gives.
+
+The reference joins the context's mask wrongly where a level has exactly as many pixels as there are context tokens
+(it then takes the mask for one that already covers the pixels); the tiny sizes avoid that.
+
+Diffusers keeps its schedule in float32, which scales the result of a stage's last step by 0.9995 (see
+test_schedulers.py). So its tables are replaced by float64 ones, and the pictures agree within 1e-4 (measured: 4e-6);
+with its tables as they are they agree within what that rounding explains (measured: 4e-3).
+"""
+
+import json
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import unclip
+from unclip import UnCLIPImageVariationPipeline, UnCLIPPipeline
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import diffusers
+    from diffusers.pipelines.deprecated.unclip import pipeline_unclip, pipeline_unclip_image_variation, text_proj
+    from diffusers.utils import logging as diffusers_logging
+
+ATOL, ROUNDED = 1e-4, 2e-2
+STEPS = {"prior_num_inference_steps": 3, "decoder_num_inference_steps": 3, "super_res_num_inference_steps": 3}
+PARTS = {
+    "prior": diffusers.PriorTransformer,
+    "decoder": diffusers.UNet2DConditionModel,
+    "super_res_first": diffusers.UNet2DModel,
+    "super_res_last": diffusers.UNet2DModel,
+    "text_proj": text_proj.UnCLIPTextProjModel,
+}
+REFERENCES = {
+    "text": pipeline_unclip.UnCLIPPipeline,
+    "variation": pipeline_unclip_image_variation.UnCLIPImageVariationPipeline,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quiet():
+    before = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    yield
+    diffusers_logging.set_verbosity(before)
+
+
+def reference_parts(components, configs, *, precise=True):
+    """diffusers' networks and schedulers with the weights and settings of ours; transformers' parts shared."""
+    parts = dict(components)
+    for name, cls in PARTS.items():
+        settings = dict(configs["super_res" if name.startswith("super_res") else name])
+        if name.startswith("super_res"):
+            settings["resnet_time_scale_shift"] = components[name].config.resnet_time_scale_shift
+        parts[name] = cls(**settings).eval()
+        parts[name].load_state_dict(components[name].state_dict(), strict=True)
+    for name in ("prior_scheduler", "decoder_scheduler", "super_res_scheduler"):
+        config = components[name].config
+        kept = ("variance_type", "clip_sample", "clip_sample_range", "prediction_type", "beta_schedule")
+        parts[name] = diffusers.UnCLIPScheduler(**{key: config[key] for key in kept})
+        if precise:
+            in_float64(parts[name], components[name].process)
+    return parts
+
+
+def in_float64(scheduler, process):
+    """Diffusers' scheduler with tables that lose nothing."""
+    scheduler.betas = torch.tensor(process.tables.betas, dtype=torch.float64)
+    scheduler.alphas = 1 - scheduler.betas
+    scheduler.alphas_cumprod = torch.cumprod(scheduler.alphas, dim=0)
+    scheduler.one = torch.ones((), dtype=torch.float64)
+    return scheduler
+
+
+def reference(kind, parts):
+    names = UnCLIPPipeline.COMPONENTS if kind == "text" else UnCLIPImageVariationPipeline.COMPONENTS
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipeline = REFERENCES[kind](**{name: parts[name] for name in names})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module", params=["default", "scale_shift"])
+def twins(request, tiny_components, tiny_configs, build_pipeline):
+    """kind → (reference, ours), for both ways in which super-resolution may take its timestep."""
+    components = tiny_components(super_res={"resnet_time_scale_shift": request.param})
+    parts = reference_parts(components, tiny_configs)
+    return {kind: (reference(kind, parts), build_pipeline(kind, components)) for kind in REFERENCES}
+
+
+def generators(*seeds):
+    made = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return made[0] if len(made) == 1 else made
+
+
+def compare(twins, kind, arguments, steps=STEPS, limit=ATOL):
+    """Both pipelines' pictures for `arguments()`, which is called once for each, as generators are used up."""
+    steps = {name: steps[name] for name in steps if kind == "text" or not name.startswith("prior")}
+    theirs, ours = (pipeline(output_type="np", **steps, **arguments()).images for pipeline in twins[kind])
+    assert theirs.shape == ours.shape
+    assert ours.std() > 0.05  # or the comparison says nothing
+    difference = np.abs(theirs - ours).max()
+    print(f"largest difference: {difference:.2e}")
+    assert difference <= limit
+
+
+def text_output(pipeline, prompts, as_tuple):
+    tokens = pipeline.tokenizer(prompts, padding="max_length", max_length=11, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        output = pipeline.text_encoder(tokens["input_ids"])
+    given = (output.text_embeds, output.last_hidden_state) if as_tuple else output
+    return {"text_model_output": given, "text_attention_mask": tokens["attention_mask"]}
+
+
+TEXT_CASES = {
+    "guided": lambda: {"prompt": "a cat", "generator": generators(1)},
+    "unguided": lambda: {
+        "prompt": "a cat",
+        "generator": generators(1),
+        "prior_guidance_scale": 1.0,
+        "decoder_guidance_scale": 1.0,
+    },
+    "other scales": lambda: {
+        "prompt": "a cat",
+        "generator": generators(1),
+        "prior_guidance_scale": 2.0,
+        "decoder_guidance_scale": 3.5,
+    },
+    "only the decoder guided": lambda: {"prompt": "a cat", "generator": generators(1), "prior_guidance_scale": 1.0},
+    "empty prompt": lambda: {"prompt": "", "generator": generators(1)},
+    "prompts × pictures, one generator": lambda: {
+        "prompt": ["a cat", "a red apple", "a cat"],
+        "num_images_per_prompt": 2,
+        "generator": generators(3),
+    },
+    "prompts × pictures, a generator each": lambda: {
+        "prompt": ["a cat", "a red apple"],
+        "num_images_per_prompt": 2,
+        "generator": generators(3, 1, 4, 2),
+    },
+    "given latents": lambda: {
+        "prompt": ["a cat", "an apple"],
+        "generator": generators(2),
+        "prior_latents": torch.randn(2, 16, generator=generators(5)),
+        "decoder_latents": torch.randn(2, 3, 8, 8, generator=generators(6)),
+        "super_res_latents": torch.randn(2, 3, 16, 16, generator=generators(7)),
+    },
+}
+
+
+@pytest.mark.parametrize("case", TEXT_CASES)
+def test_text_to_image(twins, case):
+    compare(twins, "text", TEXT_CASES[case])
+
+
+@pytest.mark.parametrize("steps", [(2, 5, 3), (7, 2, 7), (25, 25, 7)], ids=str)
+def test_numbers_of_steps(twins, steps):
+    compare(
+        twins,
+        "text",
+        lambda: {"prompt": "a red apple", "generator": generators(9)},
+        steps=dict(zip(STEPS, steps, strict=True)),
+    )
+
+
+@pytest.mark.parametrize("as_tuple", [True, False], ids=["tuple", "CLIPTextModelOutput"])
+def test_text_model_output(twins, as_tuple):
+    pipeline = twins["text"][1]
+    compare(
+        twins,
+        "text",
+        lambda: {
+            **text_output(pipeline, ["a cat", "a red apple"], as_tuple),
+            "num_images_per_prompt": 2,
+            "generator": generators(2),
+        },
+    )
+
+
+def test_global_generator(twins):
+    def arguments():
+        torch.manual_seed(11)
+        return {"prompt": "a cat"}
+
+    with torch.random.fork_rng():
+        compare(twins, "text", arguments)
+
+
+def test_with_the_references_own_tables(tiny_components, tiny_configs, build_pipeline):
+    components = tiny_components()
+    parts = reference_parts(components, tiny_configs, precise=False)
+    pair = {"text": (reference("text", parts), build_pipeline("text", components))}
+    compare(pair, "text", TEXT_CASES["guided"], limit=ROUNDED)
+
+
+def picture(seed=0, size=(23, 17)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+VARIATION_CASES = {
+    "one picture": lambda: {"image": picture(), "generator": generators(1)},
+    "unguided": lambda: {"image": picture(), "generator": generators(1), "decoder_guidance_scale": 1.0},
+    "list": lambda: {"image": [picture(0), picture(1)], "num_images_per_prompt": 2, "generator": generators(4)},
+    "a generator each": lambda: {"image": [picture(0), picture(1, (16, 31))], "generator": generators(4, 2)},
+    "tensor": lambda: {"image": torch.randn(2, 3, 16, 16, generator=generators(1)), "generator": generators(2)},
+    "image embeddings": lambda: {
+        "image_embeddings": torch.randn(2, 16, generator=generators(8)),
+        "num_images_per_prompt": 2,
+        "generator": generators(2),
+    },
+    "given latents": lambda: {
+        "image": picture(),
+        "generator": generators(2),
+        "decoder_latents": torch.randn(1, 3, 8, 8, generator=generators(6)),
+        "super_res_latents": torch.randn(1, 3, 16, 16, generator=generators(7)),
+    },
+}
+
+
+@pytest.mark.parametrize("case", VARIATION_CASES)
+def test_variations(twins, case):
+    compare(twins, "variation", VARIATION_CASES[case])
+
+
+# ---- folders ----
+
+
+def make(pipeline, seed=3):
+    return pipeline("a cat", generator=generators(seed), output_type="np", **STEPS).images
+
+
+@pytest.fixture(scope="module")
+def saved_by_reference(twins, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference")
+    for kind, (theirs, _) in twins.items():
+        theirs.save_pretrained(folder / kind)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved_by_us(twins, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ours")
+    for kind, (_, ours) in twins.items():
+        ours.save_pretrained(folder / kind)
+    return folder
+
+
+LIBRARIES = ["unclip", "diffusers", "deprecated", "diffusers.pipelines.deprecated.unclip.text_proj", "unclip.models.text_proj"]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_folder_of_the_reference_loads_here(twins, saved_by_reference, tmp_path, library):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for part in (saved_by_reference / "text").iterdir():
+        if part.is_dir():
+            shutil.copytree(part, folder / part.name)
+    index = json.loads((saved_by_reference / "text" / "model_index.json").read_text())
+    index["text_proj"] = [library, "UnCLIPTextProjModel"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    loaded = UnCLIPPipeline.from_pretrained(folder)
+    loaded.set_progress_bar_config(disable=True)
+    assert np.abs(make(loaded) - make(twins["text"][0])).max() <= ATOL
+    assert np.array_equal(make(loaded), make(twins["text"][1]))
+
+
+def test_a_variation_folder_of_the_reference_loads_here(twins, saved_by_reference):
+    loaded = UnCLIPImageVariationPipeline.from_pretrained(saved_by_reference / "variation")
+    loaded.set_progress_bar_config(disable=True)
+    arguments = {
+        "image": picture(),
+        "output_type": "np",
+        "decoder_num_inference_steps": 3,
+        "super_res_num_inference_steps": 3,
+    }
+    ours = loaded(generator=generators(5), **arguments).images
+    theirs = twins["variation"][0](generator=generators(5), **arguments).images
+    assert np.abs(ours - theirs).max() <= ATOL
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_network_saved_here_loads_in_the_reference(twins, saved_by_us, name):
+    theirs = PARTS[name].from_pretrained(saved_by_us / "text" / name)
+    ours = getattr(twins["text"][1], name).state_dict()
+    assert theirs.state_dict().keys() == ours.keys()
+    assert all(torch.equal(value, ours[key]) for key, value in theirs.state_dict().items())
+    for key, value in getattr(twins["text"][0], name).config.items():
+        if not key.startswith("_"):
+            assert theirs.config[key] == value or list(theirs.config[key]) == list(value), key
+
+
+@pytest.mark.parametrize("name", ["prior_scheduler", "decoder_scheduler", "super_res_scheduler"])
+def test_a_scheduler_saved_here_loads_in_the_reference(twins, saved_by_us, name):
+    theirs = diffusers.UnCLIPScheduler.from_pretrained(saved_by_us / "text" / name)
+    expected = getattr(twins["text"][0], name).config
+    assert {k: v for k, v in theirs.config.items() if k[0] != "_"} == {k: v for k, v in expected.items() if k[0] != "_"}
+
+
+def test_a_folder_saved_here_loads_in_the_reference_pipeline(twins, saved_by_us):
+    assert unclip.UnCLIPTextProjModel  # imported: the reference looks the class up in the module `unclip`
+    theirs = REFERENCES["text"].from_pretrained(saved_by_us / "text")
