@@ -34,11 +34,14 @@ _AT_FDCWD = -100
 # -- JSON ----------------------------------------------------------------------------------------------------------
 
 
-def parse_json_object(data: bytes, what: str, error: type[CheckpointError] = CheckpointError) -> dict[str, Any]:
+def parse_json_object(
+    data: bytes, what: str, error: type[CheckpointError] = CheckpointError, *, allow_infinity: bool = False
+) -> dict[str, Any]:
     """The JSON object in `data`; `what` names it in messages.
 
     Raises `error` for text that is not UTF-8 or not JSON, for anything but an object, and for what Python's parser lets
-    through: a key given twice, NaN and infinities (also as 1e999).
+    through: a key given twice, NaN and infinities (also as 1e999). With `allow_infinity` the words Infinity and
+    -Infinity are numbers, as the ecosystem's schedulers write them.
     """
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -49,6 +52,9 @@ def parse_json_object(data: bytes, what: str, error: type[CheckpointError] = Che
             raise error(f"{what} has the key {twice[:80]!r} twice; which one holds cannot be known, so remove one")
         return found
 
+    def constant(text: str) -> float:
+        return float(text) if allow_infinity and text != "NaN" else no_constant(text)
+
     def no_constant(text: str) -> NoReturn:
         raise error(f"{what} holds {text}, which is not a JSON number; only finite numbers are allowed")
 
@@ -58,7 +64,7 @@ def parse_json_object(data: bytes, what: str, error: type[CheckpointError] = Che
 
     try:
         text = data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constant, parse_float=finite)
+        value = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=constant, parse_float=finite)
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as problem:
@@ -68,8 +74,10 @@ def parse_json_object(data: bytes, what: str, error: type[CheckpointError] = Che
     return value
 
 
-def read_json(path: str | os.PathLike[str], *, limit_bytes: int = JSON_LIMIT_BYTES) -> dict[str, Any]:
-    """The JSON object in the file `path`.
+def read_json(
+    path: str | os.PathLike[str], *, limit_bytes: int = JSON_LIMIT_BYTES, allow_infinity: bool = False
+) -> dict[str, Any]:
+    """The JSON object in the file `path`; `allow_infinity` as in `parse_json_object`.
 
     Raises MissingFileError when there is no such file, CheckpointError when it is no regular file, larger than
     `limit_bytes`, not JSON, not an object, or has duplicate keys or numbers that are not finite.
@@ -77,7 +85,7 @@ def read_json(path: str | os.PathLike[str], *, limit_bytes: int = JSON_LIMIT_BYT
     size_bytes = file_size(path)
     if size_bytes > limit_bytes:
         raise CheckpointError(f"{path} is {size_bytes} bytes; a JSON file here may have at most {limit_bytes}")
-    return parse_json_object(Path(path).read_bytes(), str(path))
+    return parse_json_object(Path(path).read_bytes(), str(path), allow_infinity=allow_infinity)
 
 
 def file_size(path: str | os.PathLike[str]) -> int:

@@ -80,7 +80,8 @@ def call_settings(pipeline_class: type, folder: Path, given: Mapping[str, Number
     recommended = read_defaults(folder)
     settings: dict[str, Number] = {}
     for name, value in given.items():
-        settings[name] = value if value is not None else recommended.get(name, defaults[name].default)
+        own: Number = defaults[name].default
+        settings[name] = recommended.get(name, own) if value is None else value
     for name in SCALES:
         if name in settings:
             check_scale(settings[name], name)

@@ -3,6 +3,7 @@
 Knows folders, components' configurations and tables; knows no network.
 """
 
+import io
 import json
 import re
 import sys
@@ -34,6 +35,8 @@ SIZES = (
     "max_position_embeddings", "vocab_size", "clip_embeddings_dim",
 )  # fmt: skip
 """The settings that say how large a network is, in the order in which they are shown."""
+PLAIN_WIDTH = 240
+"""Columns of a table that goes into a file or a pipe, where nothing should be wrapped."""
 
 
 @dataclass(frozen=True)
@@ -169,14 +172,16 @@ def show(
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(markup=False, emoji=False, highlight=False)
-    if not sys.stdout.isatty():
-        console.width = 200
+    on_terminal = sys.stdout.isatty()
+    page = sys.stdout if on_terminal else io.StringIO()
+    width = None if on_terminal else PLAIN_WIDTH
+    console = Console(file=page, width=width, markup=False, emoji=False, highlight=False)
 
     def table(*columns: str) -> Table:
-        made = Table(box=box.SIMPLE_HEAD if sys.stdout.isatty() else None, pad_edge=False)
+        made = Table(box=box.SIMPLE_HEAD if on_terminal else None, pad_edge=False)
         for column in columns:
-            made.add_column(column, justify="right" if column in ("parameters", "on disk") else "left", overflow="fold")
+            justify = "right" if column in ("parameters", "on disk") else "left"
+            made.add_column(column, justify=justify, no_wrap=column not in ("sizes", "settings"), overflow="fold")
         return made
 
     parts = table("component", "class", "parameters", "on disk", "dtype", "sizes")
@@ -202,6 +207,8 @@ def show(
     console.print(printable(f"recommended: {listed(defaults) or 'nothing in particular'}"))
     for paper, file in papers.items():
         console.print(printable(f"{paper.replace('_', ' ')}: {file or 'none here'}"))
+    if isinstance(page, io.StringIO):
+        print("\n".join(line.rstrip() for line in page.getvalue().splitlines()), flush=True)
 
 
 def listed(values: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ Knows files and PNG texts; knows no model. Called by `batches.py`.
 """
 
 import json
+import sys
 import unicodedata
 from collections.abc import Iterator, Mapping
 from itertools import count
@@ -35,7 +36,9 @@ def slug(text: str, *, empty: str = "picture") -> str:
     if len(name) > MAX_SLUG_CHARACTERS:
         head = name[:MAX_SLUG_CHARACTERS]
         name = head.rpartition("-")[0] if "-" in head[MAX_SLUG_CHARACTERS // 2 :] else head
-    return name.encode()[:MAX_SLUG_BYTES].decode(errors="ignore").strip("-") or empty
+    name = name.encode()[:MAX_SLUG_BYTES].decode(errors="ignore")
+    files = sys.getfilesystemencoding()  # ASCII in a bare C locale
+    return name.encode(files, errors="ignore").decode(files).strip("-") or empty
 
 
 def png_texts(facts: Mapping[str, Any]) -> "PngInfo":

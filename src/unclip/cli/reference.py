@@ -36,8 +36,9 @@ go to stderr. So `unclip generate … | xargs …` works, and `--json` gives one
 `--overwrite` is given; a number is added to the name instead. Every file appears whole or not at all, and as soon as
 its batch is done: whatever stops a long run, what was finished stays.
 
-**Seeds.** Picture i of a run has seed + i, and is the picture that a run of its own with that seed makes. Each file
-holds the prompt, the seed, the model and the settings as PNG texts, so a picture can be made again:
+**Seeds.** Picture i of a run, counted from 0, has seed + i, and is the picture that a run of its own with that seed
+makes (but for rounding, which may differ with the batch and the device). Each file holds the prompt,
+the seed, the model and the settings as PNG texts, so a picture can be made again:
 
 ```python
 from PIL import Image

@@ -126,7 +126,7 @@ def assemble(
     """
     import torch
 
-    from unclip.training.assemble import assemble as put_together  # type: ignore[import-not-found]
+    from unclip.training.assemble import assemble as put_together
 
     put_together(
         clip=clip,

@@ -250,7 +250,7 @@ class Scheduler:
             token=token,
             allow_patterns=[file],
         )
-        return cls.from_config(read_json(safe_join(folder, file)), **overrides)
+        return cls.from_config(read_json(safe_join(folder, file), allow_infinity=True), **overrides)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write scheduler_config.json into `folder`, which is made if it is not there."""

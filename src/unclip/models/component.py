@@ -141,6 +141,7 @@ class Component(nn.Module, Generic[C]):
             local_files_only=local_files_only,
             token=token,
             variant=variant,
+            allow_patterns=[f"{subfolder}/*", "model_index.json"] if subfolder else None,
         )
         if subfolder:
             folder = folder / subfolder

@@ -18,7 +18,7 @@ from unclip.stages.encoders import check_prompt
 MAX_PICTURES = 1000
 
 Callback = Callable[[Any, int, int, dict[str, Any]], Mapping[str, Any] | None]
-"""(pipeline, step, timestep, {"stage", "num_steps", "latents", "x0"}) → None, or {"latents": …} and/or {"stop": True}."""
+"""(pipeline, step, timestep, {"stage", "num_steps", "latents", "x0"}) → None, or {"latents": …}, or {"stop": True}."""
 
 
 def as_prompts(prompt: str | Sequence[str]) -> list[str]:
@@ -29,6 +29,8 @@ def as_prompts(prompt: str | Sequence[str]) -> list[str]:
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list | tuple) or not prompts:
         raise InputError(f"prompt must be a string or a non-empty list of strings, not {prompt!r:.100}")
+    if len(prompts) > MAX_PICTURES:
+        raise InputError(f"there are {len(prompts)} prompts; at most {MAX_PICTURES} pictures are made at once")
     for each in prompts:
         check_prompt(each)
     return list(prompts)
@@ -61,34 +63,48 @@ def noise_source(
     return NoiseSource(generators_from_seed(seed, batch_size), batch_size)
 
 
-def check_latents(latents: Tensor | None, name: str) -> None:
-    """Raises: InputError for given noise that is no finite floating tensor (its shape is checked where it is used)."""
+def check_tensor(tensor: object, name: str) -> None:
+    """Raises: InputError unless it is a finite floating-point tensor that has values."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        found = getattr(tensor, "dtype", type(tensor).__name__)
+        raise InputError(f"{name} must be a floating-point tensor, not {found}")
+    if tensor.is_meta:
+        raise InputError(f"{name} lies on the meta device, where tensors have no values")
+    if not tensor.isfinite().all():
+        raise InputError(f"{name} holds NaN or infinity")
+
+
+def check_latents(latents: Tensor | None, name: str, shape: tuple[int, ...]) -> None:
+    """Raises: InputError for given noise that is no finite floating-point tensor of that shape."""
     if latents is None:
         return
-    if not isinstance(latents, Tensor) or not latents.is_floating_point():
-        raise InputError(f"{name} must be a floating-point tensor, not {getattr(latents, 'dtype', type(latents).__name__)}")
-    if not latents.isfinite().all():
-        raise InputError(f"{name} holds NaN or infinity")
+    check_tensor(latents, name)
+    if tuple(latents.shape) != shape:
+        raise InputError(f"{name} have shape {tuple(latents.shape)}; this call needs {shape}")
 
 
 def check_embeddings(image_embeddings: Tensor, width: int) -> None:
     """Raises: InputError unless it is a finite floating tensor [batch, width]."""
-    check_latents(image_embeddings, "image_embeddings")
+    check_tensor(image_embeddings, "image_embeddings")
     if image_embeddings.ndim != 2 or image_embeddings.shape[1] != width or len(image_embeddings) < 1:
         raise InputError(f"image_embeddings have shape {tuple(image_embeddings.shape)}; they must be [batch, {width}]")
 
 
 def given_text(output: Any, mask: Tensor | None) -> TextEmbedding:
-    """A caption's embedding that the caller computed: CLIPTextModelOutput or (text_embeds, last_hidden_state), and mask.
+    """A caption's embedding that the caller computed: CLIPTextModelOutput or (text_embeds, last_hidden_state); mask.
 
     Raises: InputError when the mask is missing, or shapes disagree.
     """
-    if mask is None:
-        raise InputError("text_model_output needs text_attention_mask, which says which of its tokens count")
+    if not isinstance(mask, Tensor):
+        raise InputError("text_model_output needs text_attention_mask, a tensor that says which of its tokens count")
     if hasattr(output, "text_embeds"):
         embeds, hidden_states = output.text_embeds, output.last_hidden_state
-    else:
+    elif isinstance(output, list | tuple) and len(output) >= 2:
         embeds, hidden_states = output[0], output[1]
+    else:
+        raise InputError("text_model_output must be a CLIPTextModelOutput, or (text_embeds, last_hidden_state)")
+    check_tensor(embeds, "text_model_output's text_embeds")
+    check_tensor(hidden_states, "text_model_output's last_hidden_state")
     if embeds.ndim != 2 or hidden_states.ndim != 3 or mask.shape != hidden_states.shape[:2] or len(embeds) != len(mask):
         raise InputError(
             f"text_model_output has shapes {tuple(embeds.shape)} and {tuple(hidden_states.shape)}, the mask "
@@ -104,12 +120,22 @@ def on_step(pipeline: Any, stage: str, callback: Callback | None) -> OnStep | No
     """
     if callback is None:
         return None
+    if not callable(callback):
+        raise InputError(f"callback_on_step_end must be a function, not {type(callback).__name__}")
 
     def tell(step: StepInfo) -> Tensor | None:
         about = {"stage": stage, "num_steps": step.num_steps, "latents": step.x, "x0": step.x0}
-        answer = callback(pipeline, step.index, step.t, about) or {}
+        answer = callback(pipeline, step.index, step.t, about)
+        if answer is None:
+            return None
+        if not isinstance(answer, Mapping) or not answer.keys() <= {*about, "stop"}:
+            raise InputError(
+                f"the callback returned {answer!r:.100}; it may return None, or a dict with 'latents' or 'stop'"
+            )
         if answer.get("stop"):
-            raise Cancelled(f"the callback stopped the run in stage {stage!r} after step {step.index + 1} of {step.num_steps}")
+            raise Cancelled(
+                f"the callback stopped the run in stage {stage!r} after step {step.index + 1} of {step.num_steps}"
+            )
         return answer.get("latents")
 
     return tell

@@ -4,7 +4,8 @@ Knows the classes that a model_index.json may name and what they need; knows no 
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def read_component(
         place = safe_join(folder, name)
         if not place.is_dir():
             raise MissingFileError(f"{place} is not there")
-        return _reader(class_name)(place, torch_dtype, variant)
+        with _no_bars():
+            return _reader(class_name)(place, torch_dtype, variant)
     except UnclipError as error:
         raise type(error)(f"component {name!r} ({class_name}) cannot be loaded: {error}") from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -57,19 +59,34 @@ def read_component(
 
 def write_component(component: Any, folder: Path, *, variant: str | None) -> None:
     """Write one component into a folder of its own."""
-    if isinstance(component, nn.Module):
-        component.save_pretrained(folder, variant=variant)
-    else:
-        component.save_pretrained(folder)
+    with _no_bars():
+        if isinstance(component, nn.Module):
+            component.save_pretrained(folder, variant=variant)  # type: ignore[operator]
+        else:
+            component.save_pretrained(folder)
 
 
 def index_entry(component: Any) -> list[str]:
-    """[library, class] as model_index.json names a component, readable by the ecosystem's loaders where they have it."""
+    """[library, class] as model_index.json names a component; the ecosystem's loaders know most of them."""
     name = type(component).__name__
     if name in OURS:
         return ["unclip" if name == "UnCLIPTextProjModel" else "diffusers", name]
     aliases = {"CLIPImageProcessorPil": "CLIPImageProcessor", "CLIPTokenizerFast": "CLIPTokenizer"}
     return ["transformers", aliases.get(name, name)]
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """No bars of transformers' own on stderr, one for every part; afterwards its setting is what it was."""
+    from transformers.utils import logging
+
+    # Not by `disable_progress_bar()`: that one changes the hub client's setting too, which could not be put back.
+    shown = logging.is_progress_bar_enabled()
+    logging._tqdm_active = False
+    try:
+        yield
+    finally:
+        logging._tqdm_active = shown
 
 
 def _reader(class_name: str) -> Callable[[Path, torch.dtype | None, str | None], Any]:
@@ -101,5 +118,6 @@ def _read_clip(cls: Any, folder: Path, dtype: torch.dtype | None, variant: str |
     )
     wrong = sorted(map(str, [*about["missing_keys"], *about.get("mismatched_keys", [])]))
     if wrong:
-        raise WeightsError(f"{len(wrong)} weights are missing in {folder} or of another shape ({', '.join(wrong[:3])}…)")
+        some = ", ".join(wrong[:3])
+        raise WeightsError(f"{len(wrong)} weights are missing in {folder} or of another shape ({some}…)")
     return model.eval()

@@ -16,13 +16,13 @@ from unclip.diffusion.scheduler import Scheduler
 from unclip.errors import ConfigError, InputError
 from unclip.models.text_proj import UnCLIPTextProjModel
 from unclip.models.unet import UNet2DConditionModel, UNet2DModel
-from unclip.pipelines.arguments import Callback, as_prompts, on_step
+from unclip.pipelines.arguments import Callback, as_prompts, check_latents, on_step
 from unclip.pipelines.output import ImagePipelineOutput, in_form
 from unclip.pipelines.pipeline import Pipeline
 from unclip.stages.condition import DecoderCondition, SuperResCondition, TextEmbedding
 from unclip.stages.decoder import DecoderStage
 from unclip.stages.encoders import TextEncoder
-from unclip.stages.stage import sample
+from unclip.stages.stage import sample, size_px
 from unclip.stages.super_res import SuperResStage
 
 
@@ -70,22 +70,25 @@ class GenerationPipeline(Pipeline):
         """Raises: ConfigError when the components' widths or sizes do not fit one another."""
         text, proj, decoder = self.text_encoder.config, self.text_proj.config, self.decoder.config
         first, last = self.super_res_first.config, self.super_res_last.config
-        channels = decoder.in_channels
-        learned = self.decoder_scheduler.process.learns_variance
+        channels, dim = decoder.in_channels, proj.clip_embeddings_dim
+        for config in (decoder, first):
+            size_px(config.sample_size)
         fits = [
-            ("text_proj.clip_embeddings_dim", proj.clip_embeddings_dim, "text_encoder.projection_dim", text.projection_dim),
-            ("text_proj.clip_embeddings_dim", proj.clip_embeddings_dim, "text_encoder.hidden_size", text.hidden_size),
-            ("text_proj.cross_attention_dim", proj.cross_attention_dim, "decoder.cross_attention_dim", decoder.cross_attention_dim),
-            ("text_proj.time_embed_dim", proj.time_embed_dim, "decoder's time embedding", 4 * decoder.block_out_channels[0]),
+            ("text_proj.clip_embeddings_dim", dim, "text_encoder.projection_dim", text.projection_dim),
+            ("text_proj.clip_embeddings_dim", dim, "text_encoder.hidden_size", text.hidden_size),
+            ("text_proj.cross_attention_dim", proj.cross_attention_dim, "decoder's", decoder.cross_attention_dim),
+            ("text_proj.time_embed_dim", proj.time_embed_dim, "decoder's", 4 * decoder.block_out_channels[0]),
             ("super_res_first.in_channels", first.in_channels, "twice the decoder's", 2 * channels),
             ("super_res_last.in_channels", last.in_channels, "super_res_first.in_channels", first.in_channels),
             ("super_res_last.sample_size", last.sample_size, "super_res_first.sample_size", first.sample_size),
-        ]  # fmt: skip
-        if learned:
-            fits.append(("decoder.out_channels", decoder.out_channels, "twice its in_channels (learned variance)", 2 * channels))
+        ]
+        if self.decoder_scheduler.process.learns_variance:
+            fits.append(
+                ("decoder.out_channels", decoder.out_channels, "2 in_channels (learned variance)", 2 * channels)
+            )
         self._check_fits(fits)
 
-    def _check_fits(self, fits: Sequence[tuple[str, int, str, int]]) -> None:
+    def _check_fits(self, fits: Sequence[tuple[str, int | None, str, int | None]]) -> None:
         for name, value, other, wanted in fits:
             if value != wanted:
                 raise ConfigError(f"the components do not fit: {name} is {value}, but {other} is {wanted}")
@@ -93,6 +96,20 @@ class GenerationPipeline(Pipeline):
     def _check_steps(self, name: str, run: StageRun) -> None:
         """Raises: InputError, before anything is computed, for a number of steps that the scheduler cannot take."""
         getattr(self, f"{name}_scheduler").spaced_timesteps(run.num_steps)
+
+    def _sample_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one sample of a stage."""
+        if name == "decoder":
+            channels, size = self.decoder.config.in_channels, size_px(self.decoder.config.sample_size)
+        else:
+            config = self.super_res_first.config
+            channels, size = config.in_channels // 2, size_px(config.sample_size)
+        return (channels, size, size)
+
+    def _check_latents(self, batch_size: int, **runs: StageRun) -> None:
+        """Raises: InputError, before any stage runs, for given noise that is not for its stage."""
+        for name, run in runs.items():
+            check_latents(run.latents, f"{name}_latents", (batch_size, *self._sample_shape(name)))
 
     def _text(self) -> TextEncoder:
         return TextEncoder(self.text_encoder, self.tokenizer)
@@ -107,18 +124,22 @@ class GenerationPipeline(Pipeline):
 
     def _run(self, name: str, stage: Any, condition: Any, null: Any, run: StageRun, call: Call) -> Tensor:
         scheduler: Scheduler = getattr(self, f"{name}_scheduler")
-        return sample(
-            stage,
-            condition,
-            sampler=scheduler.sampler(),
-            timesteps=scheduler.spaced_timesteps(run.num_steps),
-            noise=call.noise,
-            null=null,
-            guidance_scale=run.guidance_scale,
-            latents=run.latents,
-            progress=self.progress(name),
-            on_step=on_step(self, name, call.callback),
-        )
+        try:
+            return sample(
+                stage,
+                condition,
+                sampler=scheduler.sampler(),
+                timesteps=scheduler.spaced_timesteps(run.num_steps),
+                noise=call.noise,
+                null=null,
+                guidance_scale=run.guidance_scale,
+                latents=run.latents,
+                progress=self.progress(name),
+                on_step=on_step(self, name, call.callback),
+            )
+        except BaseException:
+            self.maybe_free_model_hooks()  # a run that was stopped leaves nothing on the accelerator either
+            raise
 
     def _decode(
         self, text: TextEmbedding, null_text: TextEmbedding | None, embeddings: Tensor, run: StageRun, call: Call

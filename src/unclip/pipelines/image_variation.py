@@ -14,7 +14,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from unclip.diffusion.guidance import check_scale
 from unclip.errors import InputError
-from unclip.pipelines.arguments import Callback, check_count, check_embeddings, check_latents, noise_source
+from unclip.pipelines.arguments import Callback, check_count, check_embeddings, noise_source
 from unclip.pipelines.generation import Call, GenerationPipeline, StageRun
 from unclip.pipelines.output import ImagePipelineOutput, check_output_type
 from unclip.stages.encoders import ImageEncoder
@@ -23,7 +23,8 @@ from unclip.stages.encoders import ImageEncoder
 class UnCLIPImageVariationPipeline(GenerationPipeline):
     """Makes pictures that share a given picture's CLIP embedding (arXiv 2204.06125, §3.1).
 
-    Components as those of `UnCLIPPipeline` without prior, and `feature_extractor` and `image_encoder` (transformers' CLIP).
+    Components as those of `UnCLIPPipeline` without prior, and `feature_extractor` and `image_encoder` (transformers'
+    CLIP).
     """
 
     COMPONENTS = (
@@ -90,8 +91,6 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
         """
         check_output_type(output_type)
         check_scale(decoder_guidance_scale, "decoder_guidance_scale")
-        check_latents(decoder_latents, "decoder_latents")
-        check_latents(super_res_latents, "super_res_latents")
         decoder = StageRun(decoder_num_inference_steps, decoder_guidance_scale, decoder_latents)
         super_res = StageRun(super_res_num_inference_steps, 1.0, super_res_latents)
         self._check_steps("decoder", decoder)
@@ -100,6 +99,7 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
         embeddings = self._embed(image, image_embeddings)
         count = len(embeddings)
         batch_size = check_count(num_images_per_prompt, count)
+        self._check_latents(batch_size, decoder=decoder, super_res=super_res)
         call = Call(noise_source(generator, seed, batch_size), callback_on_step_end)
         text = self._repeated_text(prompt, count, num_images_per_prompt)
         null_text = None

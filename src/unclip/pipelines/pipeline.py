@@ -6,7 +6,7 @@ Knows components by name and kind; knows not what a call does. Base of the two p
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_type_hints
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from unclip.checkpoints.files import atomic_folder, read_json, write_json
 from unclip.checkpoints.hub import resolve
 from unclip.diffusion.loop import Progress
-from unclip.errors import CheckpointError, InputError, UnsafeFileError
+from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError
 from unclip.pipelines.component import index_entry, read_component, write_component
 
 STAGE_WORDS = {"prior": "prior", "decoder": "decoder", "super_res": "super-resolution"}
@@ -24,8 +24,8 @@ STAGE_WORDS = {"prior": "prior", "decoder": "decoder", "super_res": "super-resol
 class Pipeline:
     """A set of named components. Calls change nothing in it, so one loaded pipeline serves several threads.
 
-    Subclasses name their components in `COMPONENTS` (name → classes that model_index.json may name), in the order in
-    which they work: offloading follows it.
+    Subclasses name their components in `COMPONENTS`, in the order in which they work (offloading follows it), and
+    annotate each with its class.
     """
 
     COMPONENTS: ClassVar[tuple[str, ...]] = ()
@@ -35,9 +35,22 @@ class Pipeline:
             if components.get(name) is None:
                 raise InputError(f"{type(self).__name__} needs the component {name!r}")
             setattr(self, name, components[name])
+        self._check_kinds()
         self._progress: dict[str, Any] = {}
         self._offload_hooks: list[Any] = []
         self.check()
+
+    def _check_kinds(self) -> None:
+        """Raises: ConfigError for a network or scheduler that is none of unclip's, such as diffusers' of that name."""
+        kinds = get_type_hints(type(self))
+        for name, part in self.components.items():
+            kind = kinds[name]
+            if kind.__module__.startswith("unclip.") and not isinstance(part, kind):
+                found = f"{type(part).__module__}.{type(part).__name__}"
+                raise ConfigError(
+                    f"component {name!r} is a {found}; it must be a {kind.__module__}.{kind.__name__} "
+                    "(its from_pretrained and from_config read what diffusers' class of that name saved)"
+                )
 
     def check(self) -> None:
         """Raises: ConfigError when components do not fit one another."""
@@ -143,9 +156,11 @@ class Pipeline:
     def to(self, *where: torch.device | torch.dtype | str | int, **named: Any) -> Self:
         """Move and/or cast all networks: `to("cuda")`, `to(torch.float16)`, `to("cuda", torch.float16)`."""
         if self._offload_hooks:
-            raise InputError("the pipeline is offloaded: its networks move by themselves; call remove_all_hooks() first")
+            raise InputError(
+                "the pipeline is offloaded: its networks move by themselves; call remove_all_hooks() first"
+            )
         for network in self.networks.values():
-            network.to(*where, **named)
+            network.to(*where, **named)  # type: ignore[call-overload]
         return self
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
@@ -160,7 +175,9 @@ class Pipeline:
             _, previous = cpu_offload_with_hook(network, target, prev_module_hook=previous)
             self._offload_hooks.append(previous)
 
-    def enable_sequential_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
         """Keep one layer at a time on the accelerator: least memory, slowest."""
         from accelerate import cpu_offload
 
@@ -173,6 +190,7 @@ class Pipeline:
 
     def remove_all_hooks(self) -> None:
         """Undo offloading; the networks stay in main memory."""
+        self.maybe_free_model_hooks()
         if self._offload_hooks:
             from accelerate.hooks import remove_hook_from_module
 

@@ -18,7 +18,6 @@ from unclip.pipelines.arguments import (
     as_prompts,
     check_count,
     check_embeddings,
-    check_latents,
     given_text,
     noise_source,
 )
@@ -31,9 +30,9 @@ from unclip.stages.prior import PriorStage
 class UnCLIPPipeline(GenerationPipeline):
     """Makes pictures of captions (arXiv 2204.06125, figure 2).
 
-    Components, by name: `text_encoder` and `tokenizer` (transformers' CLIP), `prior` and `prior_scheduler`, `text_proj`,
-    `decoder` and `decoder_scheduler`, `super_res_first` (every step of super-resolution but the last), `super_res_last`
-    and `super_res_scheduler`. Any scheduler of the library fits each stage.
+    Components, by name: `text_encoder` and `tokenizer` (transformers' CLIP), `prior` and `prior_scheduler`,
+    `text_proj`, `decoder` and `decoder_scheduler`, `super_res_first` (every step of super-resolution but the last),
+    `super_res_last` and `super_res_scheduler`. Any scheduler of the library fits each stage.
     """
 
     COMPONENTS = (
@@ -116,8 +115,6 @@ class UnCLIPPipeline(GenerationPipeline):
         check_output_type(output_type)
         check_scale(prior_guidance_scale, "prior_guidance_scale")
         check_scale(decoder_guidance_scale, "decoder_guidance_scale")
-        for name, latents in (("prior", prior_latents), ("decoder", decoder_latents), ("super_res", super_res_latents)):
-            check_latents(latents, f"{name}_latents")
         prior = StageRun(prior_num_inference_steps, prior_guidance_scale, prior_latents)
         decoder = StageRun(decoder_num_inference_steps, decoder_guidance_scale, decoder_latents)
         super_res = StageRun(super_res_num_inference_steps, 1.0, super_res_latents)
@@ -128,6 +125,7 @@ class UnCLIPPipeline(GenerationPipeline):
 
         text = self._encode(prompt, text_model_output, text_attention_mask, image_embeddings)
         batch_size = check_count(num_images_per_prompt, len(text))
+        self._check_latents(batch_size, prior=prior, decoder=decoder, super_res=super_res)
         call = Call(noise_source(generator, seed, batch_size), callback_on_step_end)
         null_text = None
         if (prior.guided and image_embeddings is None) or decoder.guided:
@@ -141,12 +139,17 @@ class UnCLIPPipeline(GenerationPipeline):
         large = self._enlarge(small, super_res, call)
         return self._finish(large, small, embeddings, output_type, return_intermediates, return_dict)
 
+    def _sample_shape(self, name: str) -> tuple[int, ...]:
+        return (self.prior.config.embedding_dim,) if name == "prior" else super()._sample_shape(name)
+
     def _encode(self, prompt: Any, output: Any, mask: Tensor | None, image_embeddings: Tensor | None) -> TextEmbedding:
         """The captions' embeddings, one row a prompt."""
         if output is not None:
             if prompt is not None:
                 raise InputError("give prompt or text_model_output, not both")
             text = given_text(output, mask).to(self.device)
+        elif mask is not None:
+            raise InputError("text_attention_mask goes with text_model_output, which is missing")
         elif prompt is not None:
             text = self._text().encode(as_prompts(prompt), self.device)
         elif image_embeddings is not None:
@@ -154,7 +157,9 @@ class UnCLIPPipeline(GenerationPipeline):
         else:
             raise InputError("give a prompt, or text_model_output with text_attention_mask, or image_embeddings")
         if image_embeddings is not None and len(image_embeddings) != len(text):
-            raise InputError(f"there are {len(image_embeddings)} image_embeddings for {len(text)} prompts; give one for each")
+            raise InputError(
+                f"there are {len(image_embeddings)} image_embeddings for {len(text)} prompts; give one for each"
+            )
         return text
 
     def _embed(self, text: TextEmbedding, null_text: TextEmbedding | None, run: StageRun, call: Call) -> Tensor:

@@ -102,13 +102,14 @@ class DecoderCondition(Batched):
     @classmethod
     def of(cls, text: TextEmbedding, image_embedding: Tensor) -> Self:
         """The condition of given embeddings."""
-        return cls(text, image_embedding, torch.ones(len(image_embedding), dtype=torch.bool, device=image_embedding.device))
+        given = torch.ones(len(image_embedding), dtype=torch.bool, device=image_embedding.device)
+        return cls(text, image_embedding, given)
 
     @classmethod
     def null(cls, text: TextEmbedding) -> Self:
         """The condition that guidance pushes away from: an empty (or negative) caption and no image embedding."""
-        width = torch.zeros_like(text.embeds)
-        return cls(text, width, torch.zeros(len(width), dtype=torch.bool, device=width.device))
+        nothing = torch.zeros_like(text.embeds)
+        return cls(text, nothing, torch.zeros(len(nothing), dtype=torch.bool, device=nothing.device))
 
 
 @dataclass(frozen=True)

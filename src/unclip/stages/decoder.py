@@ -13,6 +13,7 @@ from unclip.diffusion.process import DiffusionProcess
 from unclip.models.text_proj import UnCLIPTextProjModel
 from unclip.models.unet import UNet2DConditionModel
 from unclip.stages.condition import DecoderCondition
+from unclip.stages.stage import size_px
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class DecoderStage:
 
     def sample_shape(self, condition: DecoderCondition) -> tuple[int, ...]:
         config = self.decoder.config
-        return (len(condition), config.in_channels, config.sample_size, config.sample_size)
+        size = size_px(config.sample_size)
+        return (len(condition), config.in_channels, size, size)
 
     def finish(self, x0: Tensor) -> Tensor:
         """A picture in [-1, 1]."""

@@ -3,6 +3,7 @@
 Knows transformers' CLIP classes; knows nothing of diffusion. Called by pipelines, training and evaluation.
 """
 
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from unclip.stages.condition import TextEmbedding
 from unclip.stages.images import rgb
 
 MAX_PROMPT_CHARACTERS = 100_000
+
+# A tokenizer keeps padding and truncation as state from call to call: two threads in it would change each other's.
+_tokenizing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,13 @@ class TextEncoder:
         unique = list(dict.fromkeys(prompts))
         device = device or self.text_encoder.device
         context = self._context()
-        tokens = self.tokenizer(
-            [_plain(p) for p in unique], padding="max_length", max_length=context, truncation=True, return_tensors="pt"
-        )
-        self._warn_of_cut(unique, context)
+        texts = [_plain(prompt) for prompt in unique]
+        with _tokenizing:
+            tokens = self.tokenizer(
+                texts, padding="max_length", max_length=context, truncation=True, return_tensors="pt"
+            )
+            full = tokens["attention_mask"].sum(dim=1) == context
+            self._warn_of_cut([text for text, is_full in zip(texts, full.tolist(), strict=True) if is_full], context)
         output = self.text_encoder(tokens["input_ids"].to(device))
         encoded = TextEmbedding(
             output.text_embeds, output.last_hidden_state, tokens["attention_mask"].bool().to(output.text_embeds.device)
@@ -57,13 +64,11 @@ class TextEncoder:
     def _context(self) -> int:
         return min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
 
-    def _warn_of_cut(self, prompts: Sequence[str], context: int) -> None:
-        for prompt in prompts:
-            if len(prompt) < context // 4:
-                continue
-            ids = self.tokenizer(_plain(prompt), add_special_tokens=False, verbose=False)["input_ids"]
+    def _warn_of_cut(self, texts: Sequence[str], context: int) -> None:
+        for text in texts:
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             if len(ids) > context - 2:
-                cut = self.tokenizer.decode(ids[context - 2 :])
+                cut = str(self.tokenizer.decode(ids[context - 2 :]))
                 shown = cut if len(cut) <= 200 else cut[:200] + "…"
                 warnings.warn(
                     f"the prompt has {len(ids)} tokens, the text encoder reads {context - 2}; left out: {shown!r}",
@@ -92,7 +97,9 @@ class ImageEncoder:
         if isinstance(images, Tensor):
             pixels = images if images.ndim == 4 else images[None]
             if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.isfinite().all():
-                raise InputError(f"an image tensor must be finite, of shape [batch, 3, height, width]; got {tuple(images.shape)}")
+                raise InputError(
+                    f"an image tensor must be finite, of shape [batch, 3, height, width]; got {tuple(images.shape)}"
+                )
         else:
             pictures = [images] if isinstance(images, Image.Image) else list(images)
             if not pictures or not all(isinstance(picture, Image.Image) for picture in pictures):

@@ -48,13 +48,17 @@ def check_size(image: Image.Image, name: str = "the image") -> None:
     if width < 1 or height < 1:
         raise ImageError(f"{name} is {width}×{height} pixels: there is nothing in it")
     if width * height > MAX_PIXELS:
-        raise ImageError(f"{name} has {width * height:,} pixels ({width}×{height}); at most {MAX_PIXELS:,} are read: make it smaller")
+        raise ImageError(
+            f"{name} has {width * height:,} pixels ({width}×{height}); at most {MAX_PIXELS:,} are read: make it smaller"
+        )
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ImageError(f"{name} is {width}×{height} pixels; one side may be at most {MAX_ASPECT} times the other: crop it")
+        raise ImageError(
+            f"{name} is {width}×{height} pixels; one side may be at most {MAX_ASPECT} times the other: crop it"
+        )
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """The picture upright and in RGB: EXIF orientation applied, transparency on white, 16 bits scaled (not clipped) to 8.
+    """The picture upright and in RGB: EXIF orientation applied, transparency on white, 16 bits scaled, not clipped.
 
     Raises: ImageError when it cannot be decoded, or its size is out of limits.
     """

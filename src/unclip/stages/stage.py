@@ -13,7 +13,7 @@ from unclip.diffusion.loop import Denoiser, OnStep, Progress, run
 from unclip.diffusion.noise import NoiseSource
 from unclip.diffusion.process import DiffusionProcess
 from unclip.diffusion.sampler import Sampler
-from unclip.errors import InputError
+from unclip.errors import ConfigError, InputError
 from unclip.stages.condition import Batched
 
 Condition = TypeVar("Condition", bound=Batched, contravariant=True)
@@ -74,10 +74,19 @@ def sample(
     else:
         x = latents.to(condition.device).float()
     if uses_guidance(guidance_scale):
-        assert null is not None and len(null) == len(condition)
+        assert null is not None
+        assert len(null) == len(condition)
         denoiser = guided(stage.prepare(null.join(condition)), guidance_scale)
     else:
         denoiser = stage.prepare(condition)
     return stage.finish(run(denoiser, sampler, timesteps, x, noise=noise, progress=progress, on_step=on_step))
 
 
+def size_px(sample_size: object) -> int:
+    """A network's `sample_size` as the side of the square pictures it makes.
+
+    Raises: ConfigError when its configuration does not say it.
+    """
+    if not isinstance(sample_size, int):
+        raise ConfigError(f"a network's sample_size is {sample_size!r}; set it to the side of its pictures in pixels")
+    return sample_size

@@ -13,6 +13,7 @@ from unclip.diffusion.loop import Denoiser
 from unclip.diffusion.process import DiffusionProcess
 from unclip.models.unet import UNet2DModel
 from unclip.stages.condition import SuperResCondition
+from unclip.stages.stage import size_px
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class SuperResStage:
 
     def prepare(self, condition: SuperResCondition) -> Denoiser:
         """The small picture is enlarged once."""
-        size = self.first.config.sample_size
+        size = size_px(self.first.config.sample_size)
         enlarged = enlarge(condition.low_res.float(), size)
         per_dtype = {net.dtype: enlarged.to(net.dtype) for net in (self.first, self.last)}
 
@@ -45,7 +46,8 @@ class SuperResStage:
 
     def sample_shape(self, condition: SuperResCondition) -> tuple[int, ...]:
         config = self.first.config
-        return (len(condition), config.in_channels // 2, config.sample_size, config.sample_size)
+        size = size_px(config.sample_size)
+        return (len(condition), config.in_channels // 2, size, size)
 
     def finish(self, x0: Tensor) -> Tensor:
         """A picture in [-1, 1]."""

@@ -73,7 +73,10 @@ class ClipTask:
     def __init__(self, recipe: Recipe):
         assert recipe.clip is not None
         settings = self.settings = recipe.clip
-        self.pictures, self.held_out = load_pictures(recipe.data, settings.image_size).split()
+        everything = load_pictures(recipe.data, settings.image_size)
+        self.pictures, self.held_out = everything.split()
+        if settings.include_held_out:
+            self.pictures = everything
         texts = [caption for record in self.pictures.records for caption in record.captions]
         self.tokenizer = train_tokenizer(
             texts, vocabulary_size=settings.vocabulary_size, context_length=settings.context_length

@@ -42,7 +42,11 @@ class ProcessRecipe:
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """CLIP (contrastive) training: the encoders' sizes and the tokenizer's."""
+    """CLIP (contrastive) training: the encoders' sizes and the tokenizer's.
+
+    `weight_power` flattens how often pictures are drawn (0: all alike). `include_held_out` is for a judge, which must know
+    the concepts that the generating model was never shown.
+    """
 
     projection_dim: int = 256
     vocabulary_size: int = 4096
@@ -56,6 +60,7 @@ class ClipSettings:
     image_heads: int = 4
     reconstruction_weight: float = 0.0
     weight_power: float = 0.5
+    include_held_out: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,4 @@
+"""How good a model is: measures that a person can check, by networks that had no part in the drawing.
+
+Knows pipelines and metrics; trains nothing. Called by `unclip evaluate`.
+"""

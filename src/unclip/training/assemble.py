@@ -1,0 +1,89 @@
+"""Put trained stages together into one pipeline folder.
+
+Knows run folders and the layout of a pipeline; trains nothing. Called by `unclip assemble`.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from unclip.checkpoints.files import atomic_folder, write_json
+from unclip.errors import MissingFileError
+from unclip.pipelines.component import index_entry, read_component, write_component
+
+# Component → (which run it comes from, its folder there, its class).
+PARTS = {
+    "text_encoder": ("clip", "text_encoder", "CLIPTextModelWithProjection"),
+    "tokenizer": ("clip", "tokenizer", "CLIPTokenizer"),
+    "image_encoder": ("clip", "image_encoder", "CLIPVisionModelWithProjection"),
+    "feature_extractor": ("clip", "feature_extractor", "CLIPImageProcessor"),
+    "prior": ("prior", "prior", "PriorTransformer"),
+    "prior_scheduler": ("prior", "prior_scheduler", "UnCLIPScheduler"),
+    "text_proj": ("decoder", "text_proj", "UnCLIPTextProjModel"),
+    "decoder": ("decoder", "decoder", "UNet2DConditionModel"),
+    "decoder_scheduler": ("decoder", "decoder_scheduler", "UnCLIPScheduler"),
+    "super_res_first": ("super_res_first", "super_res_first", "UNet2DModel"),
+    "super_res_last": ("super_res_last", "super_res_last", "UNet2DModel"),
+    "super_res_scheduler": ("super_res_first", "super_res_scheduler", "UnCLIPScheduler"),
+}
+
+
+def assemble(
+    *,
+    clip: Path,
+    prior: Path,
+    decoder: Path,
+    super_res_first: Path,
+    super_res_last: Path | None = None,
+    out: Path,
+    dtype: torch.dtype = torch.float32,
+    defaults: Mapping[str, Any] | None = None,
+    files: Mapping[str, Path] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write one folder that both pipelines load, from the run folders of the stages.
+
+    Args:
+        clip, prior, decoder, super_res_first: run folders (with `model/` in them).
+        super_res_last: another run for the last step; without it the first network does all steps.
+        out: the folder to make.
+        dtype: of the weights on disk.
+        defaults: what `generate` takes unless told otherwise (`decoder_guidance_scale`, …).
+        files: texts to lay beside the components: name → file.
+        overwrite: replace `out`, at once and whole.
+
+    Raises:
+        MissingFileError: a run has no model yet.
+        OutputExistsError: `out` is there.
+        ConfigError: the stages do not fit one another.
+    """
+    runs = {"clip": clip, "prior": prior, "decoder": decoder, "super_res_first": super_res_first}
+    runs["super_res_last"] = super_res_last or super_res_first
+    for name, run in runs.items():
+        if not (run / "model").is_dir():
+            raise MissingFileError(f"{run} has no folder model/: train {name} there first")
+    index: dict[str, Any] = {"_class_name": "UnCLIPPipeline", "_diffusers_version": "0.26.3"}
+    with atomic_folder(out, overwrite=overwrite) as draft:
+        for name, (run, folder, class_name) in PARTS.items():
+            if name == "super_res_last" and super_res_last is None:
+                folder = "super_res_first"
+            component = _read(runs[run] / "model", folder, class_name)
+            if isinstance(component, nn.Module):
+                component.to(dtype)
+            write_component(component, draft / name, variant=None)
+            index[name] = index_entry(component)
+        write_json(draft / "model_index.json", index)
+        if defaults:
+            write_json(draft / "generation_defaults.json", dict(defaults))
+        steps = {name: json.loads((run / "state" / "state.json").read_text())["step"] for name, run in runs.items()}
+        write_json(draft / "training_steps.json", steps)
+        for name, file in (files or {}).items():
+            (draft / name).write_bytes(file.read_bytes())
+
+
+def _read(folder: Path, name: str, class_name: str) -> Any:
+    return read_component(folder, name, class_name, torch_dtype=None, variant=None)

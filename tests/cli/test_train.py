@@ -1,0 +1,132 @@
+"""`unclip data`, `unclip train` and `unclip assemble`: what is passed on, and one real run."""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+RECIPE = """
+stage = "clip"
+data = "pictures"
+steps = 3
+batch_size = 2
+precision = "no"
+sample_every_steps = 100
+log_every_steps = 1
+
+[clip]
+projection_dim = 16
+vocabulary_size = 520
+context_length = 8
+text_layers = 1
+text_heads = 2
+image_size = 16
+image_width = 16
+image_layers = 1
+image_heads = 2
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rows = []
+    for place, colour in enumerate(("red", "green", "blue", "white")):
+        Image.new("RGB", (16, 16), colour).save(folder / f"{colour}.png")
+        rows.append({"file_name": f"{colour}.png", "captions": [f"a {colour} tile"], "concept": str(place)})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    return tmp_path / "recipe.toml"
+
+
+@pytest.mark.filterwarnings("default")
+def test_train_clip_and_go_on(unclip, recipe, tmp_path):
+    run = tmp_path / "run"
+    done = unclip("train", recipe, "--out", run, "--steps", 1, "-q")
+    assert done.code == 0, done.err
+    assert done.lines == [str(run / "model")]
+    assert json.loads((run / "state" / "state.json").read_text())["step"] == 1
+    done = unclip("train", recipe, "--out", run)
+    assert done.code == 0, done.err
+    assert "going on from step 1 of 3" in done.err
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+    about = unclip("info", run / "model", "--json")
+    assert json.loads(about.out)["components"]["image_encoder"]["parameters"] > 0
+
+
+def test_stopped_training_is_130(unclip, recipe, tmp_path, monkeypatch):
+    from unclip.training import trainer
+
+    monkeypatch.setattr(trainer.Trainer, "run", lambda self, progress: None)
+    done = unclip("train", recipe, "--out", tmp_path / "run")
+    assert (done.code, done.out) == (130, "")
+    assert "the same command goes on" in done.err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("stage = 1", "stage"), ("stage = ", "not valid TOML"), (RECIPE + "depth = 3", "unknown key clip.depth")],
+)
+def test_bad_recipes(unclip, tmp_path, text, words):
+    (tmp_path / "bad.toml").write_text(text)
+    done = unclip("train", tmp_path / "bad.toml", "--out", tmp_path / "run")
+    assert (done.code, done.out) == (1, "")
+    assert words in done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_recipe(unclip, tmp_path):
+    done = unclip("train", tmp_path / "none.toml", "--out", tmp_path / "run")
+    assert done.code == 1
+    assert "cannot be read" in done.err
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"), [("prior", "PriorTask"), ("decoder", "DecoderTask"), ("super_res", "SuperResTask")]
+)
+def test_each_stage_has_its_task(monkeypatch, stage, name):
+    from unclip.cli.train import make_task
+    from unclip.training import diffusion
+
+    monkeypatch.setattr(diffusion, name, lambda recipe: (name, recipe))
+    recipe = types.SimpleNamespace(stage=stage)
+    assert make_task(recipe) == (name, recipe)
+
+
+def test_data_emoji(unclip, tmp_path, monkeypatch):
+    from unclip.data import emoji
+
+    asked = []
+    counts = {"pictures": 3, "held_out_concepts": 1}
+    monkeypatch.setattr(emoji, "build_emoji", lambda out, **more: asked.append((out, more)) or counts)
+    done = unclip("data", "emoji", "--out", tmp_path / "emoji", "--packages", tmp_path)
+    assert done.lines == [str(tmp_path / "emoji")]
+    assert done.err == "3 pictures, 1 held out concepts\n"
+    assert asked[0][0] == tmp_path / "emoji"
+    assert asked[0][1]["packages"] == tmp_path
+    assert asked[0][1]["progress"] is not None
+
+
+def test_data_emoji_without_its_packages(unclip, tmp_path):
+    pytest.importorskip("resvg_py")
+    done = unclip("data", "emoji", "--out", tmp_path / "emoji", "--packages", tmp_path)
+    assert (done.code, done.out) == (1, "")
+    assert "npm pack" in done.err
+
+
+def test_assemble_passes_its_options_on(unclip, tmp_path, monkeypatch):
+    asked = {}
+    module = types.ModuleType("unclip.training.assemble")
+    module.assemble = lambda **named: asked.update(named)
+    monkeypatch.setitem(sys.modules, "unclip.training.assemble", module)
+    names = ("clip", "prior", "decoder", "super-res-first", "super-res-last")
+    options = [word for name in names for word in (f"--{name}", tmp_path / name)]
+    done = unclip("assemble", *options, "--out", tmp_path / "model", "--dtype", "float16")
+    assert done.lines == [str(tmp_path / "model")], done.err
+    runs = {name.replace("-", "_"): tmp_path / name for name in names}
+    assert asked == {**runs, "out": tmp_path / "model", "dtype": torch.float16, "overwrite": False}

@@ -1,0 +1,532 @@
+"""What pipelines do besides calls: share, load, save, move, offload and slice their components."""
+
+import json
+import os
+import shutil
+import threading
+
+import pytest
+import torch
+from transformers.utils import logging
+
+import unclip.pipelines.pipeline as pipeline_module
+from unclip import (
+    Cancelled,
+    CheckpointError,
+    ConfigError,
+    DDIMScheduler,
+    ImagePipelineOutput,
+    InputError,
+    MissingFileError,
+    OutputExistsError,
+    UnCLIPImageVariationPipeline,
+    UnCLIPPipeline,
+    UnsafeFileError,
+    UNet2DModel,
+    WeightsError,
+)
+
+
+def picture(pipeline, few, seed=1):
+    return pipeline("a cat", seed=seed, output_type="pt", **few).images
+
+
+def variation(pipeline):
+    steps = {"decoder_num_inference_steps": 2, "super_res_num_inference_steps": 2}
+    return pipeline(torch.ones(1, 3, 16, 16), seed=1, output_type="pt", **steps).images
+
+
+def quiet(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_pipeline, tiny_variation, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    tiny_pipeline.save_pretrained(folder / "text")
+    tiny_variation.save_pretrained(folder / "variation")
+    return folder
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    """A folder of a pipeline's, to be broken."""
+    return shutil.copytree(saved / "text", tmp_path / "copied")
+
+
+# ---- sharing ----
+
+
+def test_components_are_named_and_shared(tiny_pipeline, few):
+    assert list(tiny_pipeline.components) == list(UnCLIPPipeline.COMPONENTS)
+    assert list(tiny_pipeline.networks) == [
+        "text_encoder",
+        "prior",
+        "text_proj",
+        "decoder",
+        "super_res_first",
+        "super_res_last",
+    ]
+    twin = quiet(UnCLIPPipeline(**tiny_pipeline.components))
+    assert all(part is getattr(tiny_pipeline, name) for name, part in twin.components.items())
+    assert torch.equal(picture(twin, few), picture(tiny_pipeline, few))
+    assert repr(twin).startswith("UnCLIPPipeline(text_encoder=CLIPTextModelWithProjection, tokenizer=")
+
+
+def test_from_pipe_shares_what_both_have(tiny_pipeline, tiny_variation):
+    more = {name: getattr(tiny_variation, name) for name in ("image_encoder", "feature_extractor")}
+    made = quiet(UnCLIPImageVariationPipeline.from_pipe(tiny_pipeline, **more))
+    assert made.decoder is tiny_pipeline.decoder
+    assert torch.equal(variation(made), variation(tiny_variation))
+    other = DDIMScheduler.from_config(tiny_pipeline.decoder_scheduler.config)
+    assert UnCLIPPipeline.from_pipe(tiny_pipeline, decoder_scheduler=other).decoder_scheduler is other
+
+
+def test_a_missing_component(tiny_pipeline):
+    with pytest.raises(InputError, match="UnCLIPImageVariationPipeline needs the component 'image_encoder'"):
+        UnCLIPImageVariationPipeline.from_pipe(tiny_pipeline)
+    with pytest.raises(InputError, match="needs the component 'text_encoder'"):
+        UnCLIPPipeline()
+
+
+@pytest.mark.parametrize("part", ["prior", "decoder", "super_res_scheduler", "text_proj"])
+def test_a_component_of_another_kind(tiny_pipeline, part):
+    with pytest.raises(ConfigError, match=f"component '{part}' is a torch.nn.modules.linear.Identity; it must be a unclip"):
+        UnCLIPPipeline(**tiny_pipeline.components | {part: torch.nn.Identity()})
+
+
+def test_the_references_class_is_refused_with_a_remedy(tiny_pipeline, tiny_configs):
+    import diffusers
+
+    theirs = diffusers.PriorTransformer(**tiny_configs["prior"])
+    with pytest.raises(ConfigError, match=r"diffusers\.models.*from_pretrained"):
+        UnCLIPPipeline(**tiny_pipeline.components | {"prior": theirs})
+
+
+@pytest.mark.parametrize(
+    ("part", "settings", "words"),
+    [
+        ("prior", {"embedding_dim": 24}, "prior.embedding_dim is 24"),
+        ("prior", {"num_embeddings": 12}, "prior.num_embeddings is 12"),
+        ("decoder", {"cross_attention_dim": 16}, "text_proj.cross_attention_dim is 12"),
+        ("decoder", {"out_channels": 3}, "decoder.out_channels is 3"),
+        ("decoder", {"block_out_channels": (16, 16)}, "text_proj.time_embed_dim is 32"),
+        ("decoder", {"sample_size": None}, "sample_size is None"),
+        ("super_res_first", {"in_channels": 3}, "super_res_first.in_channels is 3"),
+        ("super_res_last", {"in_channels": 3}, "super_res_last.in_channels is 3"),
+        ("super_res_last", {"sample_size": 32}, "super_res_last.sample_size is 32"),
+        ("text_proj", {"clip_embeddings_dim": 24}, "text_proj.clip_embeddings_dim is 24"),
+    ],
+)
+def test_components_that_do_not_fit(tiny_pipeline, part, settings, words):
+    there = getattr(tiny_pipeline, part)
+    with torch.device("meta"):
+        other = type(there)(there.config, **settings)
+    with pytest.raises(ConfigError, match=words):
+        UnCLIPPipeline(**tiny_pipeline.components | {part: other})
+
+
+def test_an_image_encoder_that_does_not_fit(tiny_variation):
+    from transformers import CLIPVisionModelWithProjection
+
+    config = tiny_variation.image_encoder.config.__class__(
+        hidden_size=16, intermediate_size=8, projection_dim=24, num_hidden_layers=1, num_attention_heads=2, image_size=16
+    )
+    with pytest.raises(ConfigError, match="image_encoder.projection_dim is 24"):
+        UnCLIPImageVariationPipeline.from_pipe(tiny_variation, image_encoder=CLIPVisionModelWithProjection(config))
+
+
+# ---- saving and loading ----
+
+
+def test_saved_and_loaded_is_the_same(tiny_pipeline, tiny_variation, saved, few):
+    loaded = quiet(UnCLIPPipeline.from_pretrained(saved / "text"))
+    torch.testing.assert_close(picture(loaded, few), picture(tiny_pipeline, few), rtol=0, atol=1e-5)
+    for name, network in loaded.networks.items():
+        before = tiny_pipeline.networks[name].state_dict()
+        assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items()), name
+        assert not network.training
+    for name in ("prior_scheduler", "decoder_scheduler", "super_res_scheduler"):
+        assert getattr(loaded, name).config == getattr(tiny_pipeline, name).config
+    loaded = quiet(UnCLIPImageVariationPipeline.from_pretrained(str(saved / "variation")))
+    torch.testing.assert_close(variation(loaded), variation(tiny_variation), rtol=0, atol=1e-5)
+
+
+def test_the_index_names_the_ecosystems_classes(saved):
+    index = json.loads((saved / "variation" / "model_index.json").read_text())
+    assert index["_class_name"] == "UnCLIPImageVariationPipeline"
+    assert index["text_proj"] == ["unclip", "UnCLIPTextProjModel"]
+    assert index["decoder"] == ["diffusers", "UNet2DConditionModel"]
+    assert index["image_encoder"] == ["transformers", "CLIPVisionModelWithProjection"]
+    assert index["feature_extractor"] == ["transformers", "CLIPImageProcessor"]
+    assert index["tokenizer"] == ["transformers", "CLIPTokenizer"]
+
+
+def test_no_bars_while_loading_and_saving(saved, tmp_path, capsys):
+    assert logging.is_progress_bar_enabled()
+    UnCLIPPipeline.from_pretrained(saved / "text").save_pretrained(tmp_path / "again")
+    assert capsys.readouterr().err == ""
+    assert logging.is_progress_bar_enabled()
+    logging._tqdm_active = False
+    try:
+        UnCLIPPipeline.from_pretrained(saved / "text")
+        assert not logging.is_progress_bar_enabled()
+    finally:
+        logging._tqdm_active = True
+
+
+def test_other_schedulers_are_saved_too(tiny_pipeline, few, tmp_path):
+    other = DDIMScheduler.from_config(tiny_pipeline.decoder_scheduler.config)
+    mixed = quiet(UnCLIPPipeline.from_pipe(tiny_pipeline, decoder_scheduler=other))
+    mixed.save_pretrained(tmp_path / "mixed")
+    loaded = quiet(UnCLIPPipeline.from_pretrained(tmp_path / "mixed"))
+    assert type(loaded.decoder_scheduler) is DDIMScheduler
+    torch.testing.assert_close(picture(loaded, few), picture(mixed, few), rtol=0, atol=1e-5)
+
+
+def test_parts_in_place_of_the_folders(saved, tiny_pipeline, copied):
+    shutil.rmtree(copied / "prior")
+    loaded = UnCLIPPipeline.from_pretrained(copied, prior=tiny_pipeline.prior)
+    assert loaded.prior is tiny_pipeline.prior
+
+
+def test_a_component_that_there_is_none_of(saved):
+    with pytest.raises(InputError, match="UnCLIPPipeline has no component 'safety_checker'; it has text_encoder"):
+        UnCLIPPipeline.from_pretrained(saved / "text", safety_checker=None)
+
+
+def test_variations_from_a_folder_without_an_image_encoder(saved, tiny_variation):
+    with pytest.raises(CheckpointError, match="is of a UnCLIPPipeline and names no 'image_encoder'"):
+        UnCLIPImageVariationPipeline.from_pretrained(saved / "text")
+    more = {name: getattr(tiny_variation, name) for name in ("image_encoder", "feature_extractor")}
+    loaded = quiet(UnCLIPImageVariationPipeline.from_pretrained(saved / "text", **more))
+    torch.testing.assert_close(variation(loaded), variation(tiny_variation), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["CLIPFeatureExtractor", "CLIPImageProcessor", "CLIPImageProcessorFast"])
+def test_old_names_of_the_feature_extractor(saved, tmp_path, name):
+    folder = shutil.copytree(saved / "variation", tmp_path / "old")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["feature_extractor"] = ["transformers", name]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert UnCLIPImageVariationPipeline.from_pretrained(folder).feature_extractor.crop_size["height"] == 16
+
+
+def test_weights_in_bfloat16(saved, few):
+    loaded = quiet(UnCLIPPipeline.from_pretrained(saved / "text", torch_dtype=torch.bfloat16))
+    assert loaded.dtype == torch.bfloat16
+    for network in loaded.networks.values():
+        assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
+    made = picture(loaded, few)
+    assert made.dtype == torch.float32
+    assert made.isfinite().all()
+
+
+def test_variants(tiny_pipeline, few, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path / "model", variant="fp16")
+    assert (tmp_path / "model/prior/diffusion_pytorch_model.fp16.safetensors").exists()
+    assert (tmp_path / "model/text_encoder/model.fp16.safetensors").exists()
+    loaded = quiet(UnCLIPPipeline.from_pretrained(tmp_path / "model", variant="fp16"))
+    torch.testing.assert_close(picture(loaded, few), picture(tiny_pipeline, few), rtol=0, atol=1e-5)
+    with pytest.raises(MissingFileError, match="component 'text_encoder'"):
+        UnCLIPPipeline.from_pretrained(tmp_path / "model")
+
+
+def test_nothing_is_overwritten_unasked(tiny_pipeline, copied):
+    (copied / "mine.txt").write_text("keep")
+    with pytest.raises(OutputExistsError):
+        tiny_pipeline.save_pretrained(copied)
+    assert (copied / "mine.txt").read_text() == "keep"
+    tiny_pipeline.save_pretrained(copied, overwrite=True)
+    assert not (copied / "mine.txt").exists()
+    UnCLIPPipeline.from_pretrained(copied)
+
+
+def test_no_pickles_are_written(tiny_pipeline, tmp_path):
+    with pytest.raises(UnsafeFileError, match="no pickles"):
+        tiny_pipeline.save_pretrained(tmp_path / "model", safe_serialization=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("last", ["tokenizer", "super_res_scheduler"])
+def test_a_half_written_folder_never_takes_the_name(tiny_pipeline, tmp_path, monkeypatch, last):
+    original = pipeline_module.write_component
+
+    def broken(component, folder, **options):
+        if folder.name == last:
+            raise OSError(28, "No space left on device")
+        original(component, folder, **options)
+
+    monkeypatch.setattr(pipeline_module, "write_component", broken)
+    with pytest.raises(OSError, match="No space left"):
+        tiny_pipeline.save_pretrained(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+# ---- broken folders name the component ----
+
+
+def rewrite_index(folder, **entries):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | entries))
+
+
+def test_a_missing_part(copied):
+    shutil.rmtree(copied / "decoder")
+    with pytest.raises(MissingFileError, match=r"component 'decoder' \(UNet2DConditionModel\).*is not there"):
+        UnCLIPPipeline.from_pretrained(copied)
+
+
+def test_no_index(tmp_path):
+    with pytest.raises(MissingFileError, match=r"model_index\.json"):
+        UnCLIPPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("entry", [None, "UNet2DModel", ["diffusers"], ["diffusers", None], [None, None]])
+def test_an_index_entry_that_names_no_class(copied, entry):
+    rewrite_index(copied, decoder=entry)
+    with pytest.raises(CheckpointError, match="names no 'decoder'"):
+        UnCLIPPipeline.from_pretrained(copied)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionSafetyChecker", "os.system", "__class__", "Component", ""])
+def test_an_unknown_class(copied, name):
+    rewrite_index(copied, decoder=["diffusers", name])
+    with pytest.raises(ConfigError, match="component 'decoder'.*unclip has no class"):
+        UnCLIPPipeline.from_pretrained(copied)
+
+
+@pytest.mark.parametrize("name", ["UNet2DModel", "CLIPTokenizer", "CLIPTextModelWithProjection", "UnCLIPScheduler"])
+def test_a_class_that_is_not_the_parts(copied, name):
+    rewrite_index(copied, decoder=["diffusers", name])
+    with pytest.raises((ConfigError, CheckpointError), match="decoder"):
+        UnCLIPPipeline.from_pretrained(copied)
+
+
+def test_swapped_parts(copied):
+    rewrite_index(copied, decoder=["diffusers", "UNet2DModel"])
+    shutil.rmtree(copied / "decoder")
+    shutil.copytree(copied / "super_res_first", copied / "decoder")
+    with pytest.raises(ConfigError, match="component 'decoder' is a unclip.models.unet.UNet2DModel"):
+        UnCLIPPipeline.from_pretrained(copied)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "prior"])
+def test_damaged_weights(copied, part):
+    (file,) = (copied / part).glob("*.safetensors")
+    os.truncate(file, file.stat().st_size - 100)
+    with pytest.raises(WeightsError, match=f"component '{part}'"):
+        UnCLIPPipeline.from_pretrained(copied)
+
+
+@pytest.mark.parametrize("change", ["nan", "missing", "shape"])
+def test_weights_of_the_text_encoder_are_checked(copied, change):
+    from safetensors.torch import load_file, save_file
+
+    file = copied / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("text_projection.weight"))
+    if change == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = tensors[name] * float("nan") if change == "nan" else tensors[name][:8].contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="component 'text_encoder'"):
+        UnCLIPPipeline.from_pretrained(copied)
+
+
+def test_a_tokenizer_without_files(copied):
+    for file in (copied / "tokenizer").iterdir():
+        file.unlink()
+    with pytest.raises(CheckpointError, match="component 'tokenizer'"):
+        UnCLIPPipeline.from_pretrained(copied)
+
+
+def test_a_link_that_leaves_the_folder(copied, saved):
+    shutil.rmtree(copied / "prior")
+    (copied / "prior").symlink_to(saved / "text" / "prior")
+    with pytest.raises(UnsafeFileError, match="component 'prior'"):
+        UnCLIPPipeline.from_pretrained(copied)
+
+
+# ---- type and place ----
+
+
+def test_to_another_type_and_back(own_pipeline, tiny_pipeline, few):
+    assert own_pipeline.dtype == torch.float32
+    assert own_pipeline.to(torch.bfloat16) is own_pipeline
+    assert own_pipeline.dtype == torch.bfloat16
+    rough = picture(own_pipeline, few)
+    assert rough.isfinite().all()
+    own_pipeline.to("cpu", torch.float64)
+    assert own_pipeline.dtype == torch.float64
+    assert own_pipeline.to(dtype=torch.float32).dtype == torch.float32
+    assert own_pipeline.device == torch.device("cpu")
+
+
+def test_bfloat16_is_close_to_float32(own_pipeline, tiny_pipeline):
+    """Where chance decides little: from a given embedding's noise, one step."""
+    arguments = {
+        "seed": 1,
+        "return_intermediates": True,
+        "prior_num_inference_steps": 5,
+        "decoder_num_inference_steps": 1,
+        "super_res_num_inference_steps": 1,
+        "prior_guidance_scale": 1.0,
+    }
+    exact = tiny_pipeline("a cat", **arguments).image_embeddings
+    rough = own_pipeline.to(torch.bfloat16)("a cat", **arguments).image_embeddings
+    assert (rough - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_mixed_types(own_pipeline, few):
+    own_pipeline.text_encoder.to(torch.bfloat16)
+    own_pipeline.super_res_last.to(torch.bfloat16)
+    assert picture(own_pipeline, few).isfinite().all()
+
+
+# ---- slicing ----
+
+
+def test_attention_slicing_acts_and_changes_nothing(own_pipeline, tiny_pipeline, few, monkeypatch):
+    import unclip.models.attention as attention
+
+    calls = []
+    original = attention.attention
+    monkeypatch.setattr(attention, "attention", lambda *given: calls.append(given[0].shape[1]) or original(*given))
+    expected = picture(tiny_pipeline, few)
+    whole = list(calls)
+    for size in ("auto", "max", 1):
+        calls.clear()
+        own_pipeline.enable_attention_slicing(size)
+        torch.testing.assert_close(picture(own_pipeline, few), expected, rtol=0, atol=1e-5)
+        assert len(calls) > len(whole)
+        assert set(calls) == {1}  # of two heads, one at a time
+    calls.clear()
+    own_pipeline.disable_attention_slicing()
+    assert torch.equal(picture(own_pipeline, few), expected)
+    assert calls == whole
+    with pytest.raises(InputError, match="slice_size"):
+        own_pipeline.enable_attention_slicing("some")
+
+
+# ---- offloading ----
+
+
+def hooked(pipeline):
+    return [name for name, n in pipeline.networks.items() if any(hasattr(m, "_hf_hook") for m in n.modules())]
+
+
+@pytest.mark.parametrize("kind", ["model", "sequential"])
+def test_offloading_changes_no_picture(own_pipeline, tiny_pipeline, few, kind):
+    getattr(own_pipeline, f"enable_{kind}_cpu_offload")(device="cpu")
+    assert hooked(own_pipeline) == list(own_pipeline.networks)
+    assert own_pipeline.device == torch.device("cpu")
+    for _ in range(2):
+        torch.testing.assert_close(picture(own_pipeline, few), picture(tiny_pipeline, few), rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match="offloaded"):
+        own_pipeline.to("cpu")
+    own_pipeline.remove_all_hooks()
+    assert hooked(own_pipeline) == []
+    torch.testing.assert_close(picture(own_pipeline, few), picture(tiny_pipeline, few), rtol=0, atol=1e-5)
+    own_pipeline.to(torch.float64)
+
+
+@pytest.mark.parametrize("kind", ["model", "sequential"])
+def test_offloading_of_variations(own_variation, tiny_variation, kind):
+    getattr(own_variation, f"enable_{kind}_cpu_offload")(device="cpu")
+    torch.testing.assert_close(variation(own_variation), variation(tiny_variation), rtol=0, atol=1e-5)
+
+
+def test_sequential_offload_takes_the_weights_away(own_pipeline, tiny_pipeline, few):
+    """Between uses no weight has memory of its own in the networks: all lie in the hooks' map."""
+    own_pipeline.enable_sequential_cpu_offload(device="cpu")
+
+    def all_away():
+        return all(p.is_meta for network in own_pipeline.networks.values() for p in network.parameters())
+
+    assert all_away()
+    picture(own_pipeline, few)
+    assert all_away()
+    own_pipeline.remove_all_hooks()
+    for name, network in own_pipeline.networks.items():
+        expected = tiny_pipeline.networks[name].state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in network.state_dict().items()), name
+
+
+def test_model_offload_keeps_one_network_at_a_time(own_pipeline, few, monkeypatch):
+    """With hooks that would move networks if there were another device, every network is told to leave in turn."""
+    import accelerate.hooks as hooks
+
+    own_pipeline.enable_model_cpu_offload(device="cpu")
+    names = {id(network): name for name, network in own_pipeline.networks.items()}
+    events = []
+    enter, leave = hooks.CpuOffload.pre_forward, hooks.UserCpuOffloadHook.offload
+
+    def entering(self, module, *args, **kwargs):
+        events.append(("in", names[id(module)]))
+        return enter(self, module, *args, **kwargs)
+
+    def leaving(self):
+        events.append(("out", names[id(self.model)]))
+        leave(self)
+
+    monkeypatch.setattr(hooks.CpuOffload, "pre_forward", entering)
+    monkeypatch.setattr(hooks.UserCpuOffloadHook, "offload", leaving)
+    picture(own_pipeline, few)
+    entered = [name for event, name in events if event == "in"]
+    assert list(dict.fromkeys(entered)) == list(own_pipeline.networks)
+    for before, after in zip(names.values(), list(names.values())[1:], strict=False):
+        assert events.index(("out", before)) < events.index(("in", after)) + 2
+        assert ("out", before) in events
+    assert events[-len(names) :] == [("out", name) for name in names.values()]  # at the end of the call, all
+
+
+def test_a_stopped_run_frees_the_accelerator_too(own_pipeline, few, monkeypatch):
+    freed = []
+    own_pipeline.enable_model_cpu_offload(device="cpu")
+    monkeypatch.setattr(own_pipeline, "maybe_free_model_hooks", lambda: freed.append(True))
+    with pytest.raises(Cancelled):
+        own_pipeline("a cat", callback_on_step_end=lambda *given: {"stop": True}, **few)
+    assert freed
+
+
+def test_offloading_twice_and_otherwise(own_pipeline, tiny_pipeline, few):
+    own_pipeline.enable_sequential_cpu_offload(device="cpu")
+    own_pipeline.enable_model_cpu_offload(device="cpu")
+    assert not any(p.is_meta for network in own_pipeline.networks.values() for p in network.parameters())
+    torch.testing.assert_close(picture(own_pipeline, few), picture(tiny_pipeline, few), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["model", "sequential"])
+def test_offloading_needs_an_accelerator(own_pipeline, monkeypatch, kind):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.raises(InputError, match="needs an accelerator"):
+        getattr(own_pipeline, f"enable_{kind}_cpu_offload")()
+
+
+def test_offloading_finds_the_accelerator(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    assert pipeline_module._accelerator(None, None) == torch.device("cuda", 0)
+    assert pipeline_module._accelerator(1, None) == torch.device("cuda", 1)
+    assert pipeline_module._accelerator(1, "cuda:3") == torch.device("cuda", 3)
+
+
+def test_loading_in_several_threads(saved):
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(UnCLIPPipeline.from_pretrained(saved / "text"))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3
+    assert logging.is_progress_bar_enabled()
+
+
+def test_the_output_is_what_the_package_exports(tiny_pipeline, few):
+    assert isinstance(tiny_pipeline("a cat", **few), ImagePipelineOutput)
+    assert isinstance(tiny_pipeline.super_res_first, UNet2DModel)
