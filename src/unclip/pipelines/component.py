@@ -4,6 +4,7 @@ Knows the classes that a model_index.json may name and what they need; knows no 
 """
 
 import importlib
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,9 @@ TRANSFORMERS = {
     "CLIPImageProcessorFast": "CLIPImageProcessorPil",
     "CLIPImageProcessorPil": "CLIPImageProcessorPil",
 }
+
+# transformers' setting is one for the process: two threads would put back each other's.
+_bars = threading.Lock()
 
 
 def read_component(
@@ -81,12 +85,13 @@ def _no_bars() -> Iterator[None]:
     from transformers.utils import logging
 
     # Not by `disable_progress_bar()`: that one changes the hub client's setting too, which could not be put back.
-    shown = logging.is_progress_bar_enabled()
-    logging._tqdm_active = False
-    try:
-        yield
-    finally:
-        logging._tqdm_active = shown
+    with _bars:
+        shown = logging.is_progress_bar_enabled()
+        logging._tqdm_active = False
+        try:
+            yield
+        finally:
+            logging._tqdm_active = shown
 
 
 def _reader(class_name: str) -> Callable[[Path, torch.dtype | None, str | None], Any]:
@@ -99,8 +104,19 @@ def _reader(class_name: str) -> Callable[[Path, torch.dtype | None, str | None],
         cls = getattr(importlib.import_module("transformers"), TRANSFORMERS[class_name])
         if "Model" in class_name:
             return lambda folder, dtype, variant: _read_clip(cls, folder, dtype, variant)
+        if "Tokenizer" in class_name:
+            return lambda folder, dtype, variant: _read_tokenizer(cls, folder)
         return lambda folder, dtype, variant: cls.from_pretrained(folder, local_files_only=True)
     raise ConfigError(f"unclip has no class {class_name!r}; it reads {', '.join(sorted([*OURS, *TRANSFORMERS]))}")
+
+
+def _read_tokenizer(cls: Any, folder: Path) -> Any:
+    """A tokenizer with the folder's vocabulary; without one, transformers would make up an empty one."""
+    if not (folder / "tokenizer.json").is_file():
+        for name in ("vocab.json", "merges.txt"):
+            if not (folder / name).is_file():
+                raise MissingFileError(f"{folder} has neither tokenizer.json nor {name}; download the model again")
+    return cls.from_pretrained(folder, local_files_only=True)
 
 
 def _read_clip(cls: Any, folder: Path, dtype: torch.dtype | None, variant: str | None) -> Any:

@@ -73,6 +73,10 @@ class GenerationPipeline(Pipeline):
         channels, dim = decoder.in_channels, proj.clip_embeddings_dim
         for config in (decoder, first):
             size_px(config.sample_size)
+        if len(self.tokenizer) > text.vocab_size:
+            raise ConfigError(
+                f"the components do not fit: tokenizer has {len(self.tokenizer)} tokens, text_encoder {text.vocab_size}"
+            )
         fits = [
             ("text_proj.clip_embeddings_dim", dim, "text_encoder.projection_dim", text.projection_dim),
             ("text_proj.clip_embeddings_dim", dim, "text_encoder.hidden_size", text.hidden_size),
