@@ -21,7 +21,7 @@ def write_folder(folder: Path) -> None:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     from unclip.checkpoints.files import write_json
-    from unclip.checkpoints.layout import model_index
+    from unclip.checkpoints.layout import TEXT_TO_IMAGE, model_index
     from unclip.training.tokenizer import train_tokenizer
 
     torch.manual_seed(0)
@@ -42,7 +42,7 @@ def write_folder(folder: Path) -> None:
         bos_token_id=len(tokenizer) - 2, eos_token_id=len(tokenizer) - 1, pad_token_id=0,
     )  # fmt: skip
     CLIPTextModelWithProjection(text).to(torch.bfloat16).save_pretrained(folder / "text_encoder")
-    write_json(folder / "model_index.json", model_index("UnCLIPPipeline"))
+    write_json(folder / "model_index.json", model_index("UnCLIPPipeline", TEXT_TO_IMAGE))
 
 
 def karlo_networks():

@@ -21,8 +21,10 @@ from unclip import (
     OutputExistsError,
     UnCLIPImageVariationPipeline,
     UnCLIPPipeline,
-    UnsafeFileError,
+    UnCLIPScheduler,
+    UNet2DConditionModel,
     UNet2DModel,
+    UnsafeFileError,
     WeightsError,
 )
 
@@ -92,7 +94,7 @@ def test_a_missing_component(tiny_pipeline):
 
 @pytest.mark.parametrize("part", ["prior", "decoder", "super_res_scheduler", "text_proj"])
 def test_a_component_of_another_kind(tiny_pipeline, part):
-    with pytest.raises(ConfigError, match=f"component '{part}' is a torch.nn.modules.linear.Identity; it must be a unclip"):
+    with pytest.raises(ConfigError, match=rf"component '{part}' is a torch\..*Identity; it must be a unclip"):
         UnCLIPPipeline(**tiny_pipeline.components | {part: torch.nn.Identity()})
 
 
@@ -116,6 +118,7 @@ def test_the_references_class_is_refused_with_a_remedy(tiny_pipeline, tiny_confi
         ("super_res_first", {"in_channels": 3}, "super_res_first.in_channels is 3"),
         ("super_res_last", {"in_channels": 3}, "super_res_last.in_channels is 3"),
         ("super_res_last", {"sample_size": 32}, "super_res_last.sample_size is 32"),
+        ("super_res_last", {"out_channels": 6}, "super_res_last.out_channels is 6"),
         ("text_proj", {"clip_embeddings_dim": 24}, "text_proj.clip_embeddings_dim is 24"),
     ],
 )
@@ -127,13 +130,28 @@ def test_components_that_do_not_fit(tiny_pipeline, part, settings, words):
         UnCLIPPipeline(**tiny_pipeline.components | {part: other})
 
 
+def test_a_learned_variance_needs_a_scheduler_that_knows_it(tiny_pipeline, few):
+    plain = UnCLIPScheduler()
+    with pytest.raises(ConfigError, match=r"decoder\.out_channels is 6, but its scheduler's .*fixed_small_log.* is 3"):
+        UnCLIPPipeline(**tiny_pipeline.components | {"decoder_scheduler": plain})
+    torch.manual_seed(0)
+    decoder = UNet2DConditionModel(tiny_pipeline.decoder.config, out_channels=3).eval()
+    without = quiet(UnCLIPPipeline.from_pipe(tiny_pipeline, decoder=decoder, decoder_scheduler=plain))
+    assert picture(without, few).isfinite().all()
+
+
 def test_an_image_encoder_that_does_not_fit(tiny_variation):
     from transformers import CLIPVisionModelWithProjection
 
     config = tiny_variation.image_encoder.config.__class__(
-        hidden_size=16, intermediate_size=8, projection_dim=24, num_hidden_layers=1, num_attention_heads=2, image_size=16
+        hidden_size=16,
+        intermediate_size=8,
+        projection_dim=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
     )
-    with pytest.raises(ConfigError, match="image_encoder.projection_dim is 24"):
+    with pytest.raises(ConfigError, match=r"image_encoder\.projection_dim is 24"):
         UnCLIPImageVariationPipeline.from_pipe(tiny_variation, image_encoder=CLIPVisionModelWithProjection(config))
 
 
@@ -163,17 +181,14 @@ def test_the_index_names_the_ecosystems_classes(saved):
     assert index["tokenizer"] == ["transformers", "CLIPTokenizer"]
 
 
-def test_no_bars_while_loading_and_saving(saved, tmp_path, capsys):
-    assert logging.is_progress_bar_enabled()
+def test_no_bars_while_loading_and_saving(saved, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(logging, "_tqdm_active", True)
     UnCLIPPipeline.from_pretrained(saved / "text").save_pretrained(tmp_path / "again")
     assert capsys.readouterr().err == ""
     assert logging.is_progress_bar_enabled()
-    logging._tqdm_active = False
-    try:
-        UnCLIPPipeline.from_pretrained(saved / "text")
-        assert not logging.is_progress_bar_enabled()
-    finally:
-        logging._tqdm_active = True
+    monkeypatch.setattr(logging, "_tqdm_active", False)
+    UnCLIPPipeline.from_pretrained(saved / "text")
+    assert not logging.is_progress_bar_enabled()
 
 
 def test_other_schedulers_are_saved_too(tiny_pipeline, few, tmp_path):
@@ -182,7 +197,8 @@ def test_other_schedulers_are_saved_too(tiny_pipeline, few, tmp_path):
     mixed.save_pretrained(tmp_path / "mixed")
     loaded = quiet(UnCLIPPipeline.from_pretrained(tmp_path / "mixed"))
     assert type(loaded.decoder_scheduler) is DDIMScheduler
-    torch.testing.assert_close(picture(loaded, few), picture(mixed, few), rtol=0, atol=1e-5)
+    assert loaded.decoder_scheduler.config == other.config
+    torch.testing.assert_close(picture(loaded, few, 2), picture(mixed, few, 2), rtol=0, atol=1e-5)
 
 
 def test_parts_in_place_of_the_folders(saved, tiny_pipeline, copied):
@@ -293,7 +309,7 @@ def test_an_index_entry_that_names_no_class(copied, entry):
 @pytest.mark.parametrize("name", ["StableDiffusionSafetyChecker", "os.system", "__class__", "Component", ""])
 def test_an_unknown_class(copied, name):
     rewrite_index(copied, decoder=["diffusers", name])
-    with pytest.raises(ConfigError, match="component 'decoder'.*unclip has no class"):
+    with pytest.raises(ConfigError, match=r"component 'decoder'.*unclip has no class"):
         UnCLIPPipeline.from_pretrained(copied)
 
 
@@ -308,7 +324,7 @@ def test_swapped_parts(copied):
     rewrite_index(copied, decoder=["diffusers", "UNet2DModel"])
     shutil.rmtree(copied / "decoder")
     shutil.copytree(copied / "super_res_first", copied / "decoder")
-    with pytest.raises(ConfigError, match="component 'decoder' is a unclip.models.unet.UNet2DModel"):
+    with pytest.raises(ConfigError, match=r"component 'decoder' is a unclip\.models\.unet\.UNet2DModel"):
         UnCLIPPipeline.from_pretrained(copied)
 
 
@@ -341,6 +357,28 @@ def test_a_tokenizer_without_files(copied):
         file.unlink()
     with pytest.raises(CheckpointError, match="component 'tokenizer'"):
         UnCLIPPipeline.from_pretrained(copied)
+
+
+def test_a_tokenizer_with_old_files(copied, tiny_pipeline):
+    tokenizer = json.loads((copied / "tokenizer" / "tokenizer.json").read_text())
+    (copied / "tokenizer" / "vocab.json").write_text(json.dumps(tokenizer["model"]["vocab"]))
+    (copied / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(MissingFileError, match=r"neither tokenizer\.json nor merges\.txt"):
+        UnCLIPPipeline.from_pretrained(copied)
+    merges = "\n".join(" ".join(pair) for pair in tokenizer["model"]["merges"])
+    (copied / "tokenizer" / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    loaded = UnCLIPPipeline.from_pretrained(copied)
+    text = "a red apple, an emoji 🍏 and a cat"
+    assert loaded.tokenizer(text)["input_ids"] == tiny_pipeline.tokenizer(text)["input_ids"]
+
+
+def test_a_tokenizer_of_another_text_encoder(tiny_pipeline):
+    from unclip.training.tokenizer import train_tokenizer
+
+    captions = ["the quick brown fox jumps over the lazy dog"] * 3
+    other = train_tokenizer(captions, vocabulary_size=540, context_length=11)
+    with pytest.raises(ConfigError, match=r"tokenizer has 5\d\d tokens, text_encoder 520"):
+        UnCLIPPipeline(**tiny_pipeline.components | {"tokenizer": other})
 
 
 def test_a_link_that_leaves_the_folder(copied, saved):
@@ -456,7 +494,10 @@ def test_sequential_offload_takes_the_weights_away(own_pipeline, tiny_pipeline, 
 
 
 def test_model_offload_keeps_one_network_at_a_time(own_pipeline, few, monkeypatch):
-    """With hooks that would move networks if there were another device, every network is told to leave in turn."""
+    """Every network enters through its hook, in order, and each hook sends away the one before it.
+
+    On a machine with one device nothing moves, so what is held here is who enters and whom a hook would send away.
+    """
     import accelerate.hooks as hooks
 
     own_pipeline.enable_model_cpu_offload(device="cpu")
@@ -477,9 +518,8 @@ def test_model_offload_keeps_one_network_at_a_time(own_pipeline, few, monkeypatc
     picture(own_pipeline, few)
     entered = [name for event, name in events if event == "in"]
     assert list(dict.fromkeys(entered)) == list(own_pipeline.networks)
-    for before, after in zip(names.values(), list(names.values())[1:], strict=False):
-        assert events.index(("out", before)) < events.index(("in", after)) + 2
-        assert ("out", before) in events
+    chain = [network._hf_hook.prev_module_hook for network in own_pipeline.networks.values()]
+    assert [None if hook is None else names[id(hook.model)] for hook in chain] == [None, *list(names.values())[:-1]]
     assert events[-len(names) :] == [("out", name) for name in names.values()]  # at the end of the call, all
 
 
@@ -514,7 +554,8 @@ def test_offloading_finds_the_accelerator(monkeypatch):
     assert pipeline_module._accelerator(1, "cuda:3") == torch.device("cuda", 3)
 
 
-def test_loading_in_several_threads(saved):
+def test_loading_in_several_threads(saved, monkeypatch):
+    monkeypatch.setattr(logging, "_tqdm_active", True)
     found = []
     threads = [
         threading.Thread(target=lambda: found.append(UnCLIPPipeline.from_pretrained(saved / "text"))) for _ in range(3)

@@ -90,10 +90,14 @@ def check_embeddings(image_embeddings: Tensor, width: int) -> None:
         raise InputError(f"image_embeddings have shape {tuple(image_embeddings.shape)}; they must be [batch, {width}]")
 
 
-def given_text(output: Any, mask: Tensor | None) -> TextEmbedding:
-    """A caption's embedding that the caller computed: CLIPTextModelOutput or (text_embeds, last_hidden_state); mask.
+def given_text(output: Any, mask: Tensor | None, *, width: int | None, tokens: int, text_width: int) -> TextEmbedding:
+    """A caption's embedding that the caller computed.
 
-    Raises: InputError when the mask is missing, or shapes disagree.
+    Args:
+        output: CLIPTextModelOutput, or (text_embeds [batch, width], last_hidden_state [batch, tokens, text_width]).
+        mask: [batch, tokens].
+
+    Raises: InputError when the mask is missing, or a shape is another.
     """
     if not isinstance(mask, Tensor):
         raise InputError("text_model_output needs text_attention_mask, a tensor that says which of its tokens count")
@@ -105,10 +109,12 @@ def given_text(output: Any, mask: Tensor | None) -> TextEmbedding:
         raise InputError("text_model_output must be a CLIPTextModelOutput, or (text_embeds, last_hidden_state)")
     check_tensor(embeds, "text_model_output's text_embeds")
     check_tensor(hidden_states, "text_model_output's last_hidden_state")
-    if embeds.ndim != 2 or hidden_states.ndim != 3 or mask.shape != hidden_states.shape[:2] or len(embeds) != len(mask):
+    batch = len(embeds) if embeds.ndim else 0
+    wanted = ((batch, width), (batch, tokens, text_width), (batch, tokens))
+    if batch < 1 or (embeds.shape, hidden_states.shape, mask.shape) != wanted:
         raise InputError(
             f"text_model_output has shapes {tuple(embeds.shape)} and {tuple(hidden_states.shape)}, the mask "
-            f"{tuple(mask.shape)}; they must be [batch, width], [batch, tokens, width] and [batch, tokens]"
+            f"{tuple(mask.shape)}; they must be [batch, {width}], [batch, {tokens}, {text_width}] and [batch, {tokens}]"
         )
     return TextEmbedding(embeds, hidden_states, mask.bool().to(embeds.device))
 

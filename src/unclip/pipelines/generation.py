@@ -86,10 +86,14 @@ class GenerationPipeline(Pipeline):
             ("super_res_last.in_channels", last.in_channels, "super_res_first.in_channels", first.in_channels),
             ("super_res_last.sample_size", last.sample_size, "super_res_first.sample_size", first.sample_size),
         ]
-        if self.decoder_scheduler.process.learns_variance:
-            fits.append(
-                ("decoder.out_channels", decoder.out_channels, "2 in_channels (learned variance)", 2 * channels)
-            )
+        for name, config, scheduler in (
+            ("decoder", decoder, self.decoder_scheduler),
+            ("super_res_first", first, self.super_res_scheduler),
+            ("super_res_last", last, self.super_res_scheduler),
+        ):
+            kind = scheduler.config["variance_type"]
+            wanted = channels * (2 if scheduler.process.learns_variance else 1)
+            fits.append((f"{name}.out_channels", config.out_channels, f"its scheduler's ({kind=})", wanted))
         self._check_fits(fits)
 
     def _check_fits(self, fits: Sequence[tuple[str, int | None, str, int | None]]) -> None:

@@ -147,7 +147,14 @@ class UnCLIPPipeline(GenerationPipeline):
         if output is not None:
             if prompt is not None:
                 raise InputError("give prompt or text_model_output, not both")
-            text = given_text(output, mask).to(self.device)
+            config = self.text_encoder.config
+            text = given_text(
+                output,
+                mask,
+                width=config.projection_dim,
+                tokens=config.max_position_embeddings,
+                text_width=config.hidden_size,
+            ).to(self.device)
         elif mask is not None:
             raise InputError("text_attention_mask goes with text_model_output, which is missing")
         elif prompt is not None:

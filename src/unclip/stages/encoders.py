@@ -95,26 +95,41 @@ class ImageEncoder:
         Raises: ImageError for a picture that cannot be used, InputError for something else.
         """
         if isinstance(images, Tensor):
-            pixels = images if images.ndim == 4 else images[None]
-            if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.isfinite().all():
-                raise InputError(
-                    f"an image tensor must be finite, of shape [batch, 3, height, width]; got {tuple(images.shape)}"
-                )
+            pixels = self._checked(images if images.ndim == 4 else images[None])
         else:
-            pictures = [images] if isinstance(images, Image.Image) else list(images)
-            if not pictures or not all(isinstance(picture, Image.Image) for picture in pictures):
+            pictures = [images] if isinstance(images, Image.Image) else images
+            if not isinstance(pictures, list | tuple) or not pictures:
                 raise InputError("image must be a PIL image, a list of them, or a preprocessed tensor")
+            for picture in pictures:
+                if not isinstance(picture, Image.Image):
+                    raise InputError(f"a list of images must hold PIL images alone, not a {type(picture).__name__}")
             pixels = self.feature_extractor(images=[rgb(p) for p in pictures], return_tensors="pt")["pixel_values"]
         pixels = pixels.to(device=device or self.image_encoder.device, dtype=self.image_encoder.dtype)
         return self.image_encoder(pixels).image_embeds
 
+    def _checked(self, pixels: Tensor) -> Tensor:
+        size = self.image_encoder.config.image_size
+        if pixels.ndim != 4 or len(pixels) < 1 or pixels.shape[1:] != (3, size, size):
+            raise InputError(f"an image tensor must be [batch, 3, {size}, {size}]; this one is {tuple(pixels.shape)}")
+        if not pixels.is_floating_point() or pixels.is_meta or not pixels.isfinite().all():
+            raise InputError(
+                "an image tensor must hold finite floating-point numbers, as the feature extractor makes them; "
+                f"this one is {pixels.dtype} on {pixels.device}"
+            )
+        return pixels
+
 
 def check_prompt(prompt: object) -> None:
-    """Raises: InputError unless `prompt` is a string of a sane length."""
+    """Raises: InputError unless `prompt` is a string of characters, of a sane length."""
     if not isinstance(prompt, str):
         raise InputError(f"a prompt must be a string, not {type(prompt).__name__}: {prompt!r:.100}")
     if len(prompt) > MAX_PROMPT_CHARACTERS:
         raise InputError(f"the prompt has {len(prompt):,} characters; at most {MAX_PROMPT_CHARACTERS:,} are read")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        where = f"at {error.start} (a lone surrogate)"
+        raise InputError(f"the prompt has half a character {where}: {prompt!a:.100}") from None
 
 
 def _plain(prompt: str) -> str:

@@ -60,6 +60,8 @@ def check_size(image: Image.Image, name: str = "the image") -> None:
 def rgb(image: Image.Image) -> Image.Image:
     """The picture upright and in RGB: EXIF orientation applied, transparency on white, 16 bits scaled, not clipped.
 
+    A colour profile (ICC) is not applied: the numbers are taken for sRGB.
+
     Raises: ImageError when it cannot be decoded, or its size is out of limits.
     """
     check_size(image)
@@ -67,7 +69,9 @@ def rgb(image: Image.Image) -> Image.Image:
         image = ImageOps.exif_transpose(image)
         if image.mode in ("I", "F") or image.mode.startswith("I;16"):
             image = _eight_bits(image)
-        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        if image.mode == "La":
+            image = image.convert("LA")
+        if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
             image = image.convert("RGBA")
             canvas = Image.new("RGBA", image.size, "white")
             canvas.alpha_composite(image)
@@ -116,4 +120,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         top = 1.0 if values.max(initial=0) <= 1.0 else 255.0
     else:
         top = 65535.0 if values.max(initial=0) > 255 or image.mode.startswith("I;16") else 255.0
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        values = np.where(values == transparent, top, values)
     return Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8))

@@ -1,0 +1,55 @@
+"""Draw the pictures of the README with the built-in model.
+
+    python examples/readme_pictures.py          # writes docs/images/*.png
+"""
+
+import json
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from unclip import UnCLIPImageVariationPipeline, UnCLIPPipeline
+from unclip.checkpoints.hub import resolve
+from unclip.stages.images import grid
+
+CAPTIONS = [
+    "red apple", "banana", "pizza", "hamburger", "birthday cake",
+    "cat face", "dog face", "lion", "fish", "butterfly",
+    "rose", "cactus", "evergreen tree", "rainbow", "fire",
+    "red heart", "smiling face", "automobile", "rocket", "soccer ball",
+]  # fmt: skip
+VARIED = ["red apple", "dog face", "rocket"]
+LABEL_PX = 18
+
+
+def labelled(image: Image.Image, text: str) -> Image.Image:
+    """The picture with its caption below."""
+    card = Image.new("RGB", (image.width, image.height + LABEL_PX), "white")
+    card.paste(image)
+    font = ImageFont.load_default(12)
+    ImageDraw.Draw(card).text((image.width / 2, image.height + 2), text, fill="#444444", font=font, anchor="ma")
+    return card
+
+
+def main() -> None:
+    folder = Path(__file__).parents[1] / "docs" / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    model = resolve("unclip-emoji")
+    defaults = json.loads((model / "generation_defaults.json").read_text(encoding="utf-8"))
+    pipe = UnCLIPPipeline.from_pretrained(model)
+    vary = UnCLIPImageVariationPipeline.from_pretrained(model)
+    images = pipe(CAPTIONS, seed=1, **defaults).images
+    sheet = [labelled(image, text) for image, text in zip(images, CAPTIONS, strict=True)]
+    grid(sheet, columns=5, gap=8).save(folder / "sheet.png", optimize=True)
+
+    defaults = {name: value for name, value in defaults.items() if not name.startswith("prior")}
+    originals = [images[CAPTIONS.index(text)] for text in VARIED]
+    variations = vary(originals, num_images_per_prompt=5, seed=100, **defaults).images
+    rows = []
+    for place, original in enumerate(originals):
+        rows += [original, *variations[5 * place : 5 * place + 5]]
+    grid(rows, columns=6, gap=8).save(folder / "variations.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""The defects that are known of diffusers' unCLIP pipelines, one test each, by their numbers in the project's notes."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unclip import InputError, UnCLIPImageVariationPipeline, UnCLIPPipeline
+from unclip.stages.super_res import enlarge
+
+
+def watch(monkeypatch, owner, method):
+    """The numbers of rows that a method is called with, one entry a call."""
+    rows = []
+    original = getattr(owner, method)
+
+    def watched(*args, **kwargs):
+        rows.append(len(args[0]))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, method, watched)
+    return rows
+
+
+def test_defect_01_what_was_saved_loads_again(tiny_pipeline, tiny_variation, tmp_path):
+    for pipeline, cls in ((tiny_pipeline, UnCLIPPipeline), (tiny_variation, UnCLIPImageVariationPipeline)):
+        pipeline.save_pretrained(tmp_path / cls.__name__)
+        assert isinstance(cls.from_pretrained(tmp_path / cls.__name__), cls)
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder", "super_res"])
+def test_defect_02_numbers_of_steps_at_their_limits(make, tiny_pipeline, stage):
+    name = f"{stage}_num_inference_steps"
+    assert make("a cat", seed=1, **{name: 1}).isfinite().all()
+    for steps in (0, -1, 1001):
+        with pytest.raises(InputError):
+            make("a cat", **{name: steps})
+    timesteps = getattr(tiny_pipeline, f"{stage}_scheduler").spaced_timesteps(1000)
+    assert len(set(timesteps)) == 1000
+
+
+def test_defect_03_guidance_belongs_to_a_stage(make, tiny_pipeline, monkeypatch):
+    prior = watch(monkeypatch, tiny_pipeline.prior, "denoise")
+    decoder = watch(monkeypatch, tiny_pipeline.decoder, "denoise")
+    off = make("a cat", seed=1, prior_guidance_scale=1.0)
+    assert (prior, decoder) == ([1, 1], [2, 2])
+    assert torch.equal(make("a cat", seed=1, prior_guidance_scale=0.5), off)  # with the decoder guided …
+    both_off = [make("a cat", seed=1, prior_guidance_scale=s, decoder_guidance_scale=1.0) for s in (0.5, 1.0)]
+    assert torch.equal(*both_off)  # … and without
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_defect_04_the_schedules_arithmetic_is_float32(own_pipeline, few, dtype):
+    seen = []
+    own_pipeline.to(dtype)
+    own_pipeline("a cat", seed=1, callback_on_step_end=lambda *given: seen.append(given[3]), **few)
+    assert {about["latents"].dtype for about in seen} == {torch.float32}
+    assert {about["x0"].dtype for about in seen} == {torch.float32}
+    # The state has more digits than the networks' type could hold.
+    assert any(not torch.equal(about["latents"].to(dtype).float(), about["latents"]) for about in seen[:-1])
+
+
+def test_defect_05_the_empty_prompt_is_encoded_once(make, tiny_pipeline, monkeypatch):
+    rows = watch(monkeypatch, tiny_pipeline.text_encoder, "forward")
+    make(["a cat", "an apple", "a red cat"], num_images_per_prompt=2, seed=1)
+    assert rows == [3, 1]
+
+
+def test_defect_06_negative_prompts_and_captions_for_variations(make, vary):
+    assert not torch.equal(make("a cat", seed=1, negative_prompt="an apple"), make("a cat", seed=1))
+    picture = Image.new("RGB", (16, 16), "red")
+    assert not torch.equal(vary(picture, seed=1, prompt="an apple"), vary(picture, seed=1))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"prompt": None},
+        {"text_model_output": (torch.zeros(1, 16), torch.zeros(1, 11, 16))},
+        {"prompt": "a cat", "output_type": "latent"},
+    ],
+    ids=["no prompt", "no mask", "unknown output"],
+)
+def test_defect_07_inputs_are_checked(tiny_pipeline, few, arguments):
+    with pytest.raises(InputError):
+        tiny_pipeline(**few | arguments)
+
+
+@pytest.mark.parametrize("name", ["decoder_latents", "super_res_latents"])
+def test_defect_07_variations_check_latents(vary, name):
+    with pytest.raises(InputError, match=f"{name} have shape"):
+        vary(image_embeddings=torch.zeros(1, 16), **{name: torch.zeros(1, 3, 4, 4)})
+
+
+def test_defect_08_a_step_reads_no_tensor_back(make, tiny_pipeline, monkeypatch):
+    """Timesteps are Python numbers: the networks get an int, and nothing asks a tensor for its value."""
+    timesteps = []
+    for network in (tiny_pipeline.prior, tiny_pipeline.decoder):
+        original = network.denoise
+        monkeypatch.setattr(network, "denoise", lambda x, t, *a, f=original: timesteps.append(t) or f(x, t, *a))
+    embeddings = torch.zeros(1, 16)
+    arguments = {"image_embeddings": embeddings, "seed": 1, "decoder_guidance_scale": 1.0}
+    make("a cat", seed=1)
+
+    read = []
+    for name in ("item", "__int__", "__float__", "__index__", "tolist", "__bool__"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, f=original, n=name: read.append(n) or f(self))
+    few_reads, many_reads = [], []
+    for steps, reads in ((2, few_reads), (12, many_reads)):
+        read.clear()
+        make("a cat", **arguments, decoder_num_inference_steps=steps, super_res_num_inference_steps=steps)
+        reads.extend(read)
+    assert timesteps
+    assert all(type(t) is int for t in timesteps)
+    assert len(few_reads) == len(many_reads)
+
+
+def test_defect_09_the_priors_clamp_is_a_setting(own_pipeline, few):
+    from unclip import UnCLIPScheduler
+
+    assert own_pipeline.prior_scheduler.process.clip_range == 5.0
+    own_pipeline.prior_scheduler = UnCLIPScheduler.from_config(
+        own_pipeline.prior_scheduler.config, clip_sample_range=0.25
+    )
+    with torch.no_grad():
+        own_pipeline.prior.clip_std.fill_(1)
+        own_pipeline.prior.clip_mean.zero_()
+    output = own_pipeline("a cat", seed=1, return_intermediates=True, **few)
+    assert output.image_embeddings.abs().max() <= 0.25 + 1e-6
+
+
+def test_defect_10_preprocessing_is_the_feature_extractors(vary, tiny_variation, own_variation):
+    """As it is configured: one that crops sees the centre only, one that squashes (as Karlo's code) sees it all.
+
+    The file decides, so that a folder gives the reference's pictures; there is no second rule in the code.
+    """
+    wide = np.full((16, 48, 3), 255, dtype=np.uint8)
+    marked = wide.copy()
+    marked[:, :8] = 0  # outside the central square
+    pair = Image.fromarray(wide), Image.fromarray(marked)
+    assert torch.equal(vary(pair[0], seed=1), vary(pair[1], seed=1))
+    processor = own_variation.feature_extractor
+    processor.size, processor.do_center_crop = {"height": 16, "width": 16}, False
+    steps = {"decoder_num_inference_steps": 2, "super_res_num_inference_steps": 2, "output_type": "pt"}
+    squashed = [own_variation(picture, seed=1, **steps).images for picture in pair]
+    assert not torch.equal(*squashed)
+
+
+def test_defect_11_enlarging_is_bicubic_everywhere(monkeypatch):
+    """Where the accelerator has no such kernel the CPU does it; nothing falls back to nearest neighbours."""
+    import torch.nn.functional as F
+
+    small = torch.rand(1, 3, 8, 8)
+    expected = F.interpolate(small, size=(16, 16), mode="bicubic", antialias=True, align_corners=False)
+    assert torch.equal(enlarge(small, 16), expected)
+
+    class OnMps(torch.Tensor):
+        device = torch.device("mps")
+        moved = 0
+
+        def cpu(self):
+            OnMps.moved += 1
+            return self.as_subclass(torch.Tensor)
+
+    back = []
+    original = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, to: back.append(to) or original(self, "cpu"))
+    assert torch.equal(enlarge(small.as_subclass(OnMps), 16), expected)
+    assert OnMps.moved == 1
+    assert back == [torch.device("mps")]
+
+
+def test_defect_12_no_parameter_is_used_outside_a_forward(own_pipeline, few, make):
+    """Offloading that wraps forwards finds every use: un-whitening the embedding, the learned null embedding, …"""
+    own_pipeline.enable_sequential_cpu_offload(device="cpu")
+    picture = own_pipeline("a cat", seed=1, output_type="pt", **few).images
+    torch.testing.assert_close(picture, make("a cat", seed=1), rtol=0, atol=1e-5)
+
+
+def test_defect_13_noise_can_be_held_along_an_interpolation(make):
+    """One seed for every frame: the picture changes with the embedding alone."""
+    ends = torch.randn(2, 16, generator=torch.Generator().manual_seed(1))
+    weights = torch.linspace(0, 1, 3)[:, None]
+    frames = (1 - weights) * ends[:1] + weights * ends[1:]
+    film = make(image_embeddings=frames, seed=[7] * 3)
+    for i in range(3):
+        torch.testing.assert_close(film[i : i + 1], make(image_embeddings=frames[i : i + 1], seed=7), rtol=0, atol=1e-5)
+    still = make(image_embeddings=frames[:1].expand(2, -1), seed=[7, 7])
+    torch.testing.assert_close(still[0], still[1], rtol=0, atol=1e-5)
+
+
+def test_defect_14_a_seed_is_never_used_up(make):
+    assert torch.equal(make("a cat", seed=3), make("a cat", seed=3))
+    assert not torch.equal(make("a cat", seed=3), make("a cat", seed=4))
+
+
+def test_defect_15_importing_takes_no_seconds():
+    """What takes seconds is torch; test_package.py measures the time."""
+    subprocess.run([sys.executable, "-c", "import unclip, sys; assert 'torch' not in sys.modules"], check=True)

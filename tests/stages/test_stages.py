@@ -1,0 +1,174 @@
+"""The three stages: shapes, what they prepare, and the one way to sample from them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from unclip import ConfigError, InputError
+from unclip.diffusion.noise import NoiseSource, generators_from_seed
+from unclip.stages.condition import DecoderCondition, PriorCondition, SuperResCondition, TextEmbedding
+from unclip.stages.decoder import DecoderStage
+from unclip.stages.prior import PriorStage
+from unclip.stages.stage import sample, size_px
+from unclip.stages.super_res import SuperResStage, enlarge
+
+
+def text(rows=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(11) < 5
+    return TextEmbedding(
+        torch.randn(rows, 16, generator=generator),
+        torch.randn(rows, 11, 16, generator=generator),
+        mask.expand(rows, -1),
+    )
+
+
+@pytest.fixture
+def stages(tiny_pipeline):
+    pipe = tiny_pipeline
+    return {
+        "prior": PriorStage(pipe.prior, pipe.prior_scheduler.process),
+        "decoder": DecoderStage(pipe.decoder, pipe.text_proj, pipe.decoder_scheduler.process),
+        "super_res": SuperResStage(pipe.super_res_first, pipe.super_res_last, pipe.super_res_scheduler.process),
+    }
+
+
+CONDITIONS = {
+    "prior": lambda: PriorCondition(text()),
+    "decoder": lambda: DecoderCondition.of(text(), text(seed=3).embeds),
+    "super_res": lambda: SuperResCondition(torch.rand(2, 3, 8, 8) * 2 - 1),
+}
+SHAPES = {"prior": (2, 16), "decoder": (2, 3, 8, 8), "super_res": (2, 3, 16, 16)}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@torch.no_grad()
+def test_shapes(stages, name):
+    stage, condition = stages[name], CONDITIONS[name]()
+    assert stage.sample_shape(condition) == SHAPES[name]
+    x = torch.randn(SHAPES[name])
+    output = stage.prepare(condition)(x, 500)
+    assert output.dtype == torch.float32
+    assert output.shape == (2, 6, 8, 8) if name == "decoder" else SHAPES[name]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@torch.no_grad()
+def test_a_timestep_a_row_as_in_training(stages, name):
+    stage, condition = stages[name], CONDITIONS[name]()
+    denoise, x = stage.prepare(condition), torch.randn(SHAPES[name])
+    rows = denoise(x, torch.tensor([10, 700]))
+    for i, t in enumerate((10, 700)):
+        torch.testing.assert_close(rows[i], denoise(x, t)[i], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_training_reaches_the_weights(own_pipeline, name):
+    pipe = own_pipeline
+    stage = {
+        "prior": PriorStage(pipe.prior, pipe.prior_scheduler.process),
+        "decoder": DecoderStage(pipe.decoder, pipe.text_proj, pipe.decoder_scheduler.process),
+        "super_res": SuperResStage(pipe.super_res_first, pipe.super_res_first, pipe.super_res_scheduler.process),
+    }[name]
+    stage.prepare(CONDITIONS[name]())(torch.randn(SHAPES[name]), torch.tensor([10, 700])).square().mean().backward()
+    trained = [getattr(stage, part) for part in ("prior", "decoder", "text_proj", "first") if hasattr(stage, part)]
+    for network in trained:
+        assert any(parameter.grad is not None and parameter.grad.any() for parameter in network.parameters())
+
+
+@torch.no_grad()
+def test_a_null_image_embedding_is_the_learned_one(stages, tiny_pipeline):
+    stage, x = stages["decoder"], torch.randn(2, 3, 8, 8)
+    null = stage.prepare(DecoderCondition.null(text()))(x, 5)
+    learned = tiny_pipeline.text_proj.learned_classifier_free_guidance_embeddings.expand(2, -1)
+    assert torch.equal(null, stage.prepare(DecoderCondition.of(text(), learned))(x, 5))
+    assert not torch.equal(null, stage.prepare(DecoderCondition.of(text(), torch.zeros(2, 16)))(x, 5))
+
+
+@torch.no_grad()
+def test_padding_is_not_seen(stages):
+    """Other numbers under the mask change nothing."""
+    here, x = text(), {"prior": torch.randn(2, 16), "decoder": torch.randn(2, 3, 8, 8)}
+    noisy = here.hidden_states.where(here.mask[..., None], torch.randn_like(here.hidden_states))
+    there = TextEmbedding(here.embeds, noisy, here.mask)
+    for name, condition in (("prior", PriorCondition), ("decoder", lambda t: DecoderCondition.of(t, here.embeds))):
+        one, other = (stages[name].prepare(condition(t))(x[name], 5) for t in (here, there))
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_finishing(stages, tiny_pipeline):
+    x = torch.randn(2, 16)
+    prior = tiny_pipeline.prior
+    assert torch.equal(stages["prior"].finish(x), x * prior.clip_std + prior.clip_mean)
+    for name in ("decoder", "super_res"):
+        assert stages[name].finish(torch.tensor([-3.0, 0.5, 3.0])).tolist() == [-1, 0.5, 1]
+
+
+@torch.no_grad()
+def test_super_resolution_changes_networks_at_its_last_timestep(stages, tiny_pipeline):
+    stage, condition, x = stages["super_res"], CONDITIONS["super_res"](), torch.randn(2, 3, 16, 16)
+    large = enlarge(condition.low_res, 16)
+    denoise, stacked = stage.prepare(condition), torch.cat([x, large], dim=1)
+    assert torch.equal(denoise(x, 0), tiny_pipeline.super_res_last(stacked, 0).sample)
+    assert torch.equal(denoise(x, 5), tiny_pipeline.super_res_first(stacked, 5).sample)
+
+
+@torch.no_grad()
+def test_super_resolution_in_two_types(own_pipeline):
+    own_pipeline.super_res_last.to(torch.bfloat16)
+    pipe = own_pipeline
+    stage = SuperResStage(pipe.super_res_first, pipe.super_res_last, pipe.super_res_scheduler.process)
+    denoise = stage.prepare(CONDITIONS["super_res"]())
+    for t in (0, 5):
+        assert denoise(torch.randn(2, 3, 16, 16), t).dtype == torch.float32
+
+
+def test_enlarging():
+    small = torch.rand(2, 3, 8, 8)
+    large = enlarge(small, 16)
+    assert large.shape == (2, 3, 16, 16)
+    assert torch.equal(large, F.interpolate(small, (16, 16), mode="bicubic", antialias=True, align_corners=False))
+    flat = torch.full((1, 3, 4, 4), 0.25)
+    torch.testing.assert_close(enlarge(flat, 16), torch.full((1, 3, 16, 16), 0.25))
+    torch.testing.assert_close(enlarge(torch.rand(1, 3, 32, 16), 16).shape, (1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("size", [None, (64, 64), "64"])
+def test_a_size_that_a_configuration_does_not_say(size):
+    assert size_px(64) == 64
+    with pytest.raises(ConfigError, match="sample_size is"):
+        size_px(size)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@torch.no_grad()
+def test_sampling(stages, tiny_pipeline, name):
+    scheduler = getattr(tiny_pipeline, f"{name}_scheduler")
+
+    def draw(seed, **more):
+        noise = NoiseSource(generators_from_seed(seed, 2), 2)
+        timesteps = scheduler.spaced_timesteps(2)
+        torch.manual_seed(0)
+        condition = CONDITIONS[name]()
+        return sample(stages[name], condition, sampler=scheduler.sampler(), timesteps=timesteps, noise=noise, **more)
+
+    first = draw(1)
+    assert first.shape == SHAPES[name]
+    assert first.dtype == torch.float32
+    assert torch.equal(first, draw(1))
+    assert not torch.equal(first, draw(2))
+    x = torch.randn(SHAPES[name], dtype=torch.float64)
+    assert draw(1, latents=x).isfinite().all()
+    with pytest.raises(InputError, match="latents have shape"):
+        draw(1, latents=x[:1])
+
+
+@torch.no_grad()
+def test_sampling_with_guidance_needs_a_null_condition(stages, tiny_pipeline):
+    scheduler = tiny_pipeline.prior_scheduler
+    arguments = {"sampler": scheduler.sampler(), "timesteps": (999, 0), "noise": NoiseSource(None, 2)}
+    with pytest.raises(AssertionError):
+        sample(stages["prior"], CONDITIONS["prior"](), guidance_scale=2.0, **arguments)
+    null = PriorCondition(text(seed=9))
+    assert sample(stages["prior"], CONDITIONS["prior"](), null=null, guidance_scale=2.0, **arguments).shape == (2, 16)
