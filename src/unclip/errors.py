@@ -67,5 +67,5 @@ class MissingDependencyError(UnclipError, ImportError):
     """An optional package is needed for what was asked; the message names it."""
 
 
-class Cancelled(UnclipError):
+class Cancelled(UnclipError):  # noqa: N818  (it is no failure)
     """A callback stopped the run before its last step."""

@@ -129,4 +129,4 @@ def test_assemble_passes_its_options_on(unclip, tmp_path, monkeypatch):
     done = unclip("assemble", *options, "--out", tmp_path / "model", "--dtype", "float16")
     assert done.lines == [str(tmp_path / "model")], done.err
     runs = {name.replace("-", "_"): tmp_path / name for name in names}
-    assert asked == {**runs, "out": tmp_path / "model", "dtype": torch.float16, "overwrite": False}
+    assert asked == {**runs, "out": tmp_path / "model", "dtype": torch.float16, "defaults": None, "overwrite": False}

@@ -81,9 +81,11 @@ def train(
     """
     from tqdm import tqdm
 
+    from unclip.cli.loading import silence
     from unclip.training.recipe import read_recipe
     from unclip.training.trainer import Trainer
 
+    silence(downloads=True)
     settings = read_recipe(recipe, steps=steps)
     trainer = Trainer(make_task(settings), settings, out)
     first = trainer.accelerator.is_main_process
@@ -103,11 +105,12 @@ def make_task(recipe: "Recipe") -> "Task":
     if recipe.stage == "clip":
         from unclip.training.clip import ClipTask
 
-        return ClipTask(recipe)  # type: ignore[return-value]
+        return ClipTask(recipe)
     from unclip.training.diffusion import DecoderTask, PriorTask, SuperResTask
 
-    tasks = {"prior": PriorTask, "decoder": DecoderTask, "super_res": SuperResTask}
-    return tasks[recipe.stage](recipe)  # type: ignore[return-value]
+    if recipe.stage == "prior":
+        return PriorTask(recipe)
+    return DecoderTask(recipe) if recipe.stage == "decoder" else SuperResTask(recipe)
 
 
 def assemble(
@@ -115,8 +118,19 @@ def assemble(
     prior: Annotated[Path, typer.Option(metavar="RUN", help="Run of stage prior.")],
     decoder: Annotated[Path, typer.Option(metavar="RUN", help="Run of stage decoder.")],
     super_res_first: Annotated[Path, typer.Option(metavar="RUN", help="Run of super_res, for all steps but the last.")],
-    super_res_last: Annotated[Path, typer.Option(metavar="RUN", help="Run of super_res, for the last step.")],
     out: options.NewFolder,
+    super_res_last: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN", help="Run of super_res, for the last step.", show_default="the first's network does it too"
+        ),
+    ] = None,
+    defaults: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="JSON that becomes the model's generation_defaults.json.", show_default="none"
+        ),
+    ] = None,
     dtype: options.KeptDtype = None,
     overwrite: options.OverwriteFolder = False,
 ) -> None:
@@ -126,6 +140,7 @@ def assemble(
     """
     import torch
 
+    from unclip.checkpoints.files import read_json
     from unclip.training.assemble import assemble as put_together
 
     put_together(
@@ -136,6 +151,7 @@ def assemble(
         super_res_last=super_res_last,
         out=out,
         dtype=None if dtype is None else getattr(torch, dtype),
+        defaults=None if defaults is None else read_json(defaults),
         overwrite=overwrite,
     )
     print(out, flush=True)

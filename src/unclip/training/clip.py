@@ -3,6 +3,8 @@
 Knows transformers' CLIP classes and the contrastive loss; knows no diffusion. Called by the trainer.
 """
 
+import hashlib
+import json
 import math
 from pathlib import Path
 
@@ -18,7 +20,9 @@ from transformers import (
 )
 
 from unclip.data.folder import CaptionedPictures, load_pictures
-from unclip.training.recipe import Recipe
+from unclip.errors import ConfigError
+from unclip.pipelines.component import write_component
+from unclip.training.recipe import ClipSettings, Recipe
 from unclip.training.tokenizer import END, START, train_tokenizer
 from unclip.training.trainer import Batch
 
@@ -29,9 +33,12 @@ MAX_LOGIT_SCALE = math.log(100)
 class ContrastivePair(nn.Module):
     """Text and image encoder with the contrastive loss of CLIP (Radford et al. 2021, arXiv 2103.00020).
 
-    Pictures of one index in a batch are all positives of its captions. `reconstruction_weight` adds a small head, thrown
-    away after training, that reads a 16×16 thumbnail out of the image embedding: it makes the embedding keep colours and
-    layout, which is what a decoder draws from.
+    Pictures of one index in a batch are all positives of its captions. `reconstruction_weight` adds a small head,
+    thrown away after training, that reads a 16×16 thumbnail out of the image embedding: it makes the embedding keep
+    colours and layout, which is what a decoder draws from.
+
+    A caption's negatives are the pictures of its own piece of the batch: with accumulation, or several processes, there
+    are fewer of them.
     """
 
     def __init__(
@@ -74,13 +81,15 @@ class ClipTask:
         assert recipe.clip is not None
         settings = self.settings = recipe.clip
         everything = load_pictures(recipe.data, settings.image_size)
-        self.pictures, self.held_out = everything.split()
+        self.pictures, self.held_out = everything.split(need_training=not settings.include_held_out)
         if settings.include_held_out:
             self.pictures = everything
         texts = [caption for record in self.pictures.records for caption in record.captions]
         self.tokenizer = train_tokenizer(
             texts, vocabulary_size=settings.vocabulary_size, context_length=settings.context_length
         )
+        _check_sizes(settings)
+        vocabulary = self.tokenizer.get_vocab()
         torch.manual_seed(recipe.seed)
         width = settings.projection_dim
         self.module = ContrastivePair(
@@ -93,9 +102,9 @@ class ClipTask:
                     num_hidden_layers=settings.text_layers,
                     num_attention_heads=settings.text_heads,
                     max_position_embeddings=settings.context_length,
-                    bos_token_id=self.tokenizer.convert_tokens_to_ids(START),
-                    eos_token_id=self.tokenizer.convert_tokens_to_ids(END),
-                    pad_token_id=self.tokenizer.convert_tokens_to_ids(END),
+                    bos_token_id=vocabulary[START],
+                    eos_token_id=vocabulary[END],
+                    pad_token_id=vocabulary[END],
                 )
             ),
             CLIPVisionModelWithProjection(
@@ -113,6 +122,10 @@ class ClipTask:
         )
         self.weights = torch.tensor([r.weight**settings.weight_power for r in self.pictures.records])
 
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
+
     def batch(self, batch_size: int, generator: torch.Generator) -> Batch:
         index = torch.multinomial(self.weights, batch_size, replacement=True, generator=generator)
         captions = self.pictures.draw_captions(index, generator)
@@ -122,32 +135,49 @@ class ClipTask:
         pixels = shift_and_zoom(self.pictures.images(index), generator)
         return {"pixels": pixels, "input_ids": tokens["input_ids"], "index": index}
 
-    def save(self, module: ContrastivePair, folder: Path) -> None:
-        module.text.save_pretrained(folder / "text_encoder")
-        module.image.save_pretrained(folder / "image_encoder")
-        self.tokenizer.save_pretrained(folder / "tokenizer")
-        image_processor(self.settings.image_size).save_pretrained(folder / "feature_extractor")
+    def save(self, folder: Path) -> None:
+        parts = {
+            "text_encoder": self.module.text,
+            "image_encoder": self.module.image,
+            "tokenizer": self.tokenizer,
+            "feature_extractor": image_processor(self.settings.image_size),
+        }
+        for name, part in parts.items():
+            write_component(part, folder / name, variant=None)
 
     @torch.no_grad()
-    def sample_sheet(self, module: ContrastivePair, path: Path) -> None:
+    def sample_sheet(self, path: Path) -> None:
         """Writes `path` with the suffix .txt: retrieval among one picture a concept, trained and held out."""
         lines = []
         for name, pictures in (("trained", self.pictures), ("held out", self.held_out)):
-            rank = retrieval_ranks(module, self.tokenizer, pictures)
+            if not len(pictures):
+                continue
+            rank = retrieval_ranks(self.module, self.tokenizer, pictures)
             lines.append(f"{name}: top-1 {(rank < 1).float().mean():.3f}, top-5 {(rank < 5).float().mean():.3f}")
         path.with_suffix(".txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def retrieval_ranks(module: ContrastivePair, tokenizer, pictures: CaptionedPictures) -> Tensor:
     """For each picture, at which place (0 is first) its own plain caption comes among all plain captions."""
-    embeds, texts = [], []
+    embeds, texts, device = [], [], module.logit_scale.device
     for start in range(0, len(pictures), 256):
         rows = range(start, min(start + 256, len(pictures)))
-        tokens = tokenizer([pictures.records[i].captions[0] for i in rows], padding=True, truncation=True, return_tensors="pt")
-        embeds.append(module.image(pixel_values=pictures.images(list(rows))).image_embeds)
-        texts.append(module.text(input_ids=tokens["input_ids"]).text_embeds)
+        captions = [pictures.records[i].captions[0] for i in rows]
+        tokens = tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
+        embeds.append(module.image(pixel_values=pictures.images(list(rows)).to(device)).image_embeds)
+        texts.append(module.text(input_ids=tokens["input_ids"].to(device)).text_embeds)
     scores = F.normalize(torch.cat(embeds), dim=-1) @ F.normalize(torch.cat(texts), dim=-1).T
     return (scores > scores.diagonal()[:, None]).sum(dim=1)
+
+
+def _check_sizes(settings: ClipSettings) -> None:
+    for width, heads, what in (
+        (settings.projection_dim, settings.text_heads, "clip.projection_dim and clip.text_heads"),
+        (settings.image_width, settings.image_heads, "clip.image_width and clip.image_heads"),
+        (settings.image_size, settings.patch_size, "clip.image_size and clip.patch_size"),
+    ):
+        if width % heads:
+            raise ConfigError(f"{what} are {width} and {heads}; the first must be a multiple of the second")
 
 
 def image_processor(size_px: int) -> CLIPImageProcessorPil:

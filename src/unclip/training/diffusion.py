@@ -3,6 +3,7 @@
 Knows stages, conditions and data; knows neither optimizer nor schedule of the run. Called by the trainer.
 """
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from unclip.data.folder import CaptionedPictures, load_pictures
 from unclip.diffusion.noise import NoiseSource
@@ -21,13 +21,14 @@ from unclip.errors import ConfigError
 from unclip.models.prior import PriorTransformer
 from unclip.models.text_proj import UnCLIPTextProjModel
 from unclip.models.unet import UNet2DConditionModel, UNet2DModel
+from unclip.pipelines.component import read_component, write_component
 from unclip.stages.condition import DecoderCondition, PriorCondition, SuperResCondition, TextEmbedding
 from unclip.stages.decoder import DecoderStage
 from unclip.stages.encoders import TextEncoder
 from unclip.stages.images import grid, to_pil
 from unclip.stages.prior import PriorStage
-from unclip.stages.stage import Stage, sample
-from unclip.stages.super_res import SuperResStage
+from unclip.stages.stage import sample, size_px
+from unclip.stages.super_res import SuperResStage, enlarge
 from unclip.training.recipe import DecoderSettings, PriorSettings, ProcessRecipe, Recipe, SuperResSettings
 from unclip.training.trainer import Batch
 
@@ -42,7 +43,7 @@ class StageModule(nn.Module):
         super().__init__()
         for name, network in networks.items():
             self.add_module(name, network)
-        self.stage: Stage = stage
+        self.stage = stage
         self.condition, self.weighting = condition, weighting
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -83,11 +84,17 @@ class FrozenClip:
     def __init__(self, folder: Path):
         if not (folder / "text_encoder").is_dir():
             raise ConfigError(f"{folder} holds no trained CLIP (no text_encoder): train that stage first")
-        text = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder").eval()
-        self.image_encoder = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder").eval()
-        self.text = TextEncoder(text, AutoTokenizer.from_pretrained(folder / "tokenizer"))
+
+        def part(name: str, class_name: str) -> Any:
+            return read_component(folder, name, class_name, torch_dtype=None, variant=None)
+
+        text = part("text_encoder", "CLIPTextModelWithProjection")
+        self.image_encoder = part("image_encoder", "CLIPVisionModelWithProjection")
+        self.text = TextEncoder(text, part("tokenizer", "CLIPTokenizer"))
         self.width: int = text.config.projection_dim
         self.context: int = text.config.max_position_embeddings
+        weights = sorted([*folder.glob("text_encoder/*.safetensors"), *folder.glob("image_encoder/*.safetensors")])
+        self.fingerprint = hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()
         with torch.no_grad():
             self.empty = self.text.encode([""])
 
@@ -162,7 +169,7 @@ class PriorTask:
         prior.initialize_for_training(torch.Generator().manual_seed(recipe.seed))
         weights = (self.data.weights / self.data.weights.sum())[:, None]
         mean = (weights * self.data.embeddings).sum(0, keepdim=True)
-        std = (weights * (self.data.embeddings - mean) ** 2).sum(0, keepdim=True).sqrt()
+        std = (weights * (self.data.embeddings - mean) ** 2).sum(0, keepdim=True).sqrt().clamp_min(1e-6)
         for parameter, value in ((prior.clip_mean, mean), (prior.clip_std, std)):
             parameter.requires_grad_(False).copy_(value)
         self.stage = PriorStage(prior, process_of(self.settings.process))
@@ -171,23 +178,29 @@ class PriorTask:
             self.stage, lambda b: PriorCondition(batch_text(b)), self.settings.process.weighting, prior=prior
         )
 
+    @property
+    def fingerprint(self) -> str:
+        return self.clip.fingerprint
+
     def batch(self, batch_size: int, generator: torch.Generator) -> Batch:
         index, text = self.data.draw(batch_size, generator)
         return text_batch(text) | noised(self.whitened[index], self.stage.process.num_timesteps, generator)
 
-    def save(self, module: StageModule, folder: Path) -> None:
-        self.stage.prior.save_pretrained(folder / "prior")
-        scheduler_of(self.settings.process).save_pretrained(folder / "prior_scheduler")
+    def save(self, folder: Path) -> None:
+        write_component(self.stage.prior, folder / "prior", variant=None)
+        write_component(scheduler_of(self.settings.process), folder / "prior_scheduler", variant=None)
 
-    def sample_sheet(self, module: StageModule, path: Path) -> None:
-        """Writes `path` with the suffix .txt: cosine similarity of sampled and true embeddings, and of a wrong pairing."""
+    def sample_sheet(self, path: Path) -> None:
+        """Writes `path` with the suffix .txt: cosine of sampled and true embeddings, and of a wrong pairing."""
         rows = self.data.sheet_rows()
         text = self.clip.text.encode([self.data.pictures.records[i].captions[0] for i in rows])
-        drawn = draw_stage(self.stage, PriorCondition(text), PriorCondition(self.clip.empty), scale=2.0)
+        drawn = draw_stage(self.module, self.stage, PriorCondition(text), PriorCondition(self.clip.empty), scale=2.0)
         true = self.data.embeddings[rows]
         right = F.cosine_similarity(drawn, true).mean()
         wrong = F.cosine_similarity(drawn, true.roll(1, 0)).mean()
-        path.with_suffix(".txt").write_text(f"cosine to the true embedding {right:.3f}, to another's {wrong:.3f}\n")
+        path.with_suffix(".txt").write_text(
+            f"cosine to the true embedding {right:.3f}, to another's {wrong:.3f}\n", encoding="utf-8"
+        )
 
 
 class DecoderTask:
@@ -208,10 +221,17 @@ class DecoderTask:
         }
         text_proj = UnCLIPTextProjModel(**sizes | self.settings.text_proj)
         text_proj.initialize_for_training(torch.Generator().manual_seed(recipe.seed))
-        decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.small, _ = load_pictures(recipe.data, decoder.config.sample_size).split()
+        _lay_out(decoder)
+        self.small, _ = load_pictures(recipe.data, size_px(decoder.config.sample_size)).split()
         self.spread = self.data.embeddings.std(dim=0)
-        self.stage = DecoderStage(decoder, text_proj, process_of(self.settings.process))
+        process = process_of(self.settings.process)
+        wanted = decoder.config.in_channels * (2 if process.learns_variance else 1)
+        if decoder.config.out_channels != wanted:
+            raise ConfigError(
+                f"decoder.model.out_channels is {decoder.config.out_channels}; variance_type "
+                f"{process.variance_type!r} needs {wanted}"
+            )
+        self.stage = DecoderStage(decoder, text_proj, process)
         self.module = StageModule(
             self.stage,
             lambda b: DecoderCondition(batch_text(b), b["image_embedding"], b["given"]),
@@ -219,6 +239,10 @@ class DecoderTask:
             decoder=decoder,
             text_proj=text_proj,
         )
+
+    @property
+    def fingerprint(self) -> str:
+        return self.clip.fingerprint
 
     def batch(self, batch_size: int, generator: torch.Generator) -> Batch:
         index, text = self.data.draw(batch_size, generator)
@@ -228,17 +252,17 @@ class DecoderTask:
         picture = noised(self.small.images(index), self.stage.process.num_timesteps, generator)
         return text_batch(text) | picture | {"image_embedding": embedding + jitter, "given": given}
 
-    def save(self, module: StageModule, folder: Path) -> None:
-        self.stage.decoder.save_pretrained(folder / "decoder")
-        self.stage.text_proj.save_pretrained(folder / "text_proj")
-        scheduler_of(self.settings.process).save_pretrained(folder / "decoder_scheduler")
+    def save(self, folder: Path) -> None:
+        write_component(self.stage.decoder, folder / "decoder", variant=None)
+        write_component(self.stage.text_proj, folder / "text_proj", variant=None)
+        write_component(scheduler_of(self.settings.process), folder / "decoder_scheduler", variant=None)
 
-    def sample_sheet(self, module: StageModule, path: Path) -> None:
+    def sample_sheet(self, path: Path) -> None:
         """Pictures decoded from true embeddings, without caption; below each row the real ones."""
         rows = self.data.sheet_rows()
         empty = self.clip.empty.select([0] * len(rows))
         condition = DecoderCondition.of(empty, self.data.embeddings[rows])
-        drawn = draw_stage(self.stage, condition, DecoderCondition.null(self.clip.empty), scale=2.0)
+        drawn = draw_stage(self.module, self.stage, condition, DecoderCondition.null(self.clip.empty), scale=2.0)
         real = self.small.images(rows)
         pairs = [part for k in range(0, len(rows), 12) for part in (drawn[k : k + 12], real[k : k + 12])]
         grid(to_pil(F.interpolate(torch.cat(pairs), scale_factor=2)), columns=12).save(path)
@@ -256,9 +280,15 @@ class SuperResTask:
         else:
             network = UNet2DModel(**self.settings.model)
             network.initialize_for_training(torch.Generator().manual_seed(recipe.seed))
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        _lay_out(network)
         self.network = network
-        self.pictures, self.held_out = load_pictures(recipe.data, network.config.sample_size).split()
+        self.size_px = size_px(network.config.sample_size)
+        if self.settings.crop_size > self.size_px:
+            raise ConfigError(
+                f"super_res.crop_size is {self.settings.crop_size}, the network's pictures have {self.size_px} pixels: "
+                "make it no larger"
+            )
+        self.pictures, self.held_out = load_pictures(recipe.data, self.size_px).split()
         self.weights = torch.tensor([r.weight**0.5 for r in self.pictures.records])
         process = process_of(self.settings.process)
         self.stage = SuperResStage(network, network, process)
@@ -266,12 +296,16 @@ class SuperResTask:
             _EnlargedStage(self.stage), lambda b: b["enlarged"], self.settings.process.weighting, network=network
         )
 
+    @property
+    def fingerprint(self) -> str:
+        return ""
+
     def batch(self, batch_size: int, generator: torch.Generator) -> Batch:
-        settings, size = self.settings, self.network.config.sample_size
+        settings, size = self.settings, self.size_px
         index = torch.multinomial(self.weights, batch_size, replacement=True, generator=generator)
         large = self.pictures.images(index)
         small = degrade(large, settings, generator)
-        enlarged = F.interpolate(small, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+        enlarged = enlarge(small, size)
         top, left = torch.randint(size - settings.crop_size + 1, (2,), generator=generator).tolist()
         window = (..., slice(top, top + settings.crop_size), slice(left, left + settings.crop_size))
         batch = noised(large[window], self.stage.process.num_timesteps, generator)
@@ -279,17 +313,18 @@ class SuperResTask:
             batch["t"] = torch.zeros_like(batch["t"])
         return batch | {"enlarged": enlarged[window]}
 
-    def save(self, module: StageModule, folder: Path) -> None:
-        self.network.save_pretrained(folder / ("super_res_last" if self.settings.only_last_step else "super_res_first"))
-        scheduler_of(self.settings.process).save_pretrained(folder / "super_res_scheduler")
+    def save(self, folder: Path) -> None:
+        name = "super_res_last" if self.settings.only_last_step else "super_res_first"
+        write_component(self.network, folder / name, variant=None)
+        write_component(scheduler_of(self.settings.process), folder / "super_res_scheduler", variant=None)
 
-    def sample_sheet(self, module: StageModule, path: Path) -> None:
+    def sample_sheet(self, path: Path) -> None:
         """Held-out pictures: enlarged by bicubic, by the network, and real."""
         pictures = self.held_out if len(self.held_out) else self.pictures
         large = pictures.images(list(range(min(8, len(pictures)))))
         small = degrade(large, self.settings, torch.Generator().manual_seed(0))
-        drawn = draw_stage(self.stage, SuperResCondition(small), None, num_steps=7)
-        enlarged = F.interpolate(small, size=large.shape[-2:], mode="bicubic").clamp(-1, 1)
+        drawn = draw_stage(self.module, self.stage, SuperResCondition(small), None, num_steps=7)
+        enlarged = enlarge(small, self.size_px).clamp(-1, 1)
         grid(to_pil(torch.cat([enlarged, drawn, large])), columns=len(large)).save(path)
 
 
@@ -301,6 +336,11 @@ class _EnlargedStage:
 
     def prepare(self, enlarged: Tensor):
         return lambda x_t, t: self.network(torch.cat([x_t, enlarged], dim=1), t).sample.float()
+
+
+def _lay_out(network: Any) -> None:
+    """Channels last: convolutions on a CPU are faster so."""
+    network.to(memory_format=torch.channels_last)
 
 
 def degrade(large: Tensor, settings: SuperResSettings, generator: torch.Generator) -> Tensor:
@@ -318,14 +358,17 @@ def degrade(large: Tensor, settings: SuperResSettings, generator: torch.Generato
 
 
 @torch.no_grad()
-def draw_stage(stage: Any, condition: Any, null: Any, *, scale: float = 1.0, num_steps: int = SHEET_STEPS) -> Tensor:
-    """Samples for a sheet: the same noise every time."""
+def draw_stage(
+    module: nn.Module, stage: Any, condition: Any, null: Any, *, scale: float = 1.0, num_steps: int = SHEET_STEPS
+) -> Tensor:
+    """Samples for a sheet, computed where `module` lies and returned to the CPU: the same noise every time."""
+    device = next(module.parameters()).device
     return sample(
         stage,
-        condition,
+        condition.to(device),
         sampler=DDIMSampler(stage.process),
         timesteps=stage.process.spaced_timesteps(num_steps),
         noise=NoiseSource(torch.Generator().manual_seed(0), len(condition)),
-        null=null.select([0] * len(condition)) if null is not None else None,
+        null=null.select([0] * len(condition)).to(device) if null is not None else None,
         guidance_scale=scale,
-    )
+    ).cpu()

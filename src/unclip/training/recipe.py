@@ -1,9 +1,11 @@
 """A training run as one typed TOML file.
 
-Knows every setting and its limits; knows nothing of how a step is taken. Called by the trainer, the tasks and `unclip train`.
+Knows every setting and its limits; knows nothing of how a step is taken. Called by the trainer, the tasks and
+`unclip train`.
 """
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -12,6 +14,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unclip.errors import ConfigError
+
+
+def _check(
+    section: str,
+    settings: Any,
+    *,
+    above_zero: tuple[str, ...] = (),
+    not_negative: tuple[str, ...] = (),
+    below_one: tuple[str, ...] = (),
+    shares: tuple[str, ...] = (),
+) -> None:
+    """Raises: ConfigError for a number outside its limits, or one that is none."""
+    for names, limits, fits in (
+        (above_zero, "above 0", lambda value: value > 0),
+        (not_negative, "0 or more", lambda value: value >= 0),
+        (below_one, "from 0 to below 1", lambda value: 0 <= value < 1),
+        (shares, "from 0 to 1", lambda value: 0 <= value <= 1),
+    ):
+        for name in names:
+            value = getattr(settings, name)
+            if not (math.isfinite(value) and fits(value)):
+                shown = f"{section}.{name}" if section else name
+                raise ConfigError(f"{shown} is {value}; it must be {limits}")
 
 
 @dataclass(frozen=True)
@@ -26,6 +51,10 @@ class OptimizerRecipe:
     warmup_steps: int = 100
     decay_share: float = 0.2
     max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check("optimizer", self, above_zero=("learning_rate", "eps", "max_grad_norm"), shares=("decay_share",))
+        _check("optimizer", self, not_negative=("weight_decay", "warmup_steps"), below_one=("beta1", "beta2"))
 
 
 @dataclass(frozen=True)
@@ -44,8 +73,8 @@ class ProcessRecipe:
 class ClipSettings:
     """CLIP (contrastive) training: the encoders' sizes and the tokenizer's.
 
-    `weight_power` flattens how often pictures are drawn (0: all alike). `include_held_out` is for a judge, which must know
-    the concepts that the generating model was never shown.
+    `weight_power` flattens how often pictures are drawn (0: all alike). `include_held_out` is for a judge, which must
+    know the concepts that the generating model was never shown.
     """
 
     projection_dim: int = 256
@@ -62,6 +91,13 @@ class ClipSettings:
     weight_power: float = 0.5
     include_held_out: bool = False
 
+    def __post_init__(self) -> None:
+        sizes = ("projection_dim", "vocabulary_size", "image_size", "patch_size", "image_width")
+        depths = ("text_layers", "text_heads", "image_layers", "image_heads")
+        _check("clip", self, above_zero=sizes + depths, not_negative=("reconstruction_weight", "weight_power"))
+        if self.context_length < 3:
+            raise ConfigError(f"clip.context_length is {self.context_length}; start, end and a word need at least 3")
+
 
 @dataclass(frozen=True)
 class PriorSettings:
@@ -71,6 +107,9 @@ class PriorSettings:
     model: dict[str, Any] = field(default_factory=dict)
     process: ProcessRecipe = ProcessRecipe(prediction_type="sample", clip_range=5.0)
     text_drop: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check("prior", self, shares=("text_drop",))
 
 
 @dataclass(frozen=True)
@@ -89,6 +128,9 @@ class DecoderSettings:
     image_drop: float = 0.1
     embedding_noise: float = 0.0
 
+    def __post_init__(self) -> None:
+        _check("decoder", self, shares=("text_drop", "image_drop"), not_negative=("embedding_noise",))
+
 
 @dataclass(frozen=True)
 class SuperResSettings:
@@ -103,6 +145,10 @@ class SuperResSettings:
     noise: float = 0.0
     only_last_step: bool = False
     start_from: Path | None = None
+
+    def __post_init__(self) -> None:
+        _check("super_res", self, above_zero=("low_res_size", "crop_size", "blur_sigma"), shares=("blur_share",))
+        _check("super_res", self, not_negative=("noise",))
 
 
 @dataclass(frozen=True)
@@ -139,13 +185,10 @@ class Recipe:
             if (getattr(self, stage) is not None) != (stage == self.stage):
                 verb = "needs" if stage == self.stage else "must not have"
                 raise ConfigError(f"a recipe for stage {self.stage!r} {verb} a section [{stage}]")
-        for name in ("steps", "batch_size", "accumulation", "log_every_steps", "sample_every_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        counts = ("steps", "batch_size", "accumulation", "log_every_steps", "sample_every_steps")
+        _check("", self, above_zero=counts, not_negative=("seed", "save_every_s"), below_one=("ema_decay",))
         if self.batch_size % self.accumulation:
             raise ConfigError(f"batch_size {self.batch_size} is no multiple of accumulation {self.accumulation}")
-        if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"ema_decay is {self.ema_decay}; it must lie in [0, 1)")
 
 
 def read_recipe(path: Path, **overrides: Any) -> Recipe:
@@ -161,6 +204,8 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"the recipe {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the recipe {path} is no UTF-8 text (at byte {error.start})") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"the recipe {path} is not valid TOML: {error}") from error
     table |= {key: value for key, value in overrides.items() if value is not None}
@@ -189,12 +234,16 @@ def _value(hint: Any, value: Any, base: Path, where: str) -> Any:
         choices = [choice for choice in typing.get_args(hint) if choice is not type(None)]
         return _value(choices[0], value, base, where)
     if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where} is {value!r}; it must be a section [{where}]")
         return _build(typing.cast(type, hint), value, base, f"{where}.")
     if typing.get_origin(hint) is Literal:
         if value not in typing.get_args(hint):
             raise ConfigError(f"{where} is {value!r}; it must be one of {', '.join(map(repr, typing.get_args(hint)))}")
         return value
     if hint is Path:
+        if not isinstance(value, str) or "\0" in value:
+            raise ConfigError(f"{where} is {value!r}; it must be a path in quotes")
         return base / Path(value).expanduser()
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

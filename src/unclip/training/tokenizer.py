@@ -3,8 +3,9 @@
 Knows captions and transformers' `CLIPTokenizer`; knows no network. Called by the CLIP task.
 """
 
+import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from unclip.errors import ConfigError
 
@@ -30,22 +31,23 @@ def train_tokenizer(captions: Iterable[str], *, vocabulary_size: int, context_le
     from transformers import CLIPTokenizer
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    num_merges = vocabulary_size - 2 * len(alphabet) - 2
+    bytes_alone = [*alphabet, *(byte + "</w>" for byte in alphabet)]
+    num_merges = vocabulary_size - len(bytes_alone) - 2
     if num_merges < 0:
-        raise ConfigError(f"vocabulary_size is {vocabulary_size}; the bytes alone need {2 * len(alphabet) + 2}")
+        raise ConfigError(f"vocabulary_size is {vocabulary_size}; the bytes alone need {len(bytes_alone) + 2}")
     learner = CLIPTokenizer().backend_tokenizer
     learner.train_from_iterator(
         captions,
         trainers.BpeTrainer(
             vocab_size=vocabulary_size,
-            initial_alphabet=alphabet,
+            # Named as special they get their numbers first, always the same: numbers decide between pairs that are
+            # equally frequent, and else hang on a hash table's order, which changes from run to run.
+            special_tokens=bytes_alone,
             end_of_word_suffix="</w>",
             show_progress=False,
         ),
     )
-    import json
-
-    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]][:num_merges]
-    tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *dict.fromkeys(a + b for a, b in merges), START, END]
+    merges: Any = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]][:num_merges]
+    tokens = [*bytes_alone, *dict.fromkeys(a + b for a, b in merges), START, END]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=context_length)  # type: ignore[arg-type]
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=context_length)

@@ -1,25 +1,27 @@
-"""The one trainer: steps, precision, moving average, logs, checkpoints and resuming, for every stage alike.
+"""The one trainer: steps, precision, moving average, logs and resuming, for every stage alike.
 
-Knows a task only as a module, a source of batches and a way to be saved. Called by `unclip train`.
+Knows a task only as a module, a source of batches and a way to be saved; what lies in a run's folder is `state.py`'s
+affair. Called by `unclip train`.
 """
 
-import json
+import contextlib
+import math
 import signal
+import threading
 import time
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from unclip.checkpoints.files import atomic_folder, read_json, write_json
 from unclip.errors import ConfigError, TrainingError
-from unclip.training.recipe import Recipe, as_dict
+from unclip.training.recipe import Recipe
+from unclip.training.state import RunFolder, Snapshot, optimizer_tensors, restore_optimizer
 
 Batch = dict[str, Tensor]
 
@@ -27,17 +29,26 @@ Batch = dict[str, Tensor]
 class Task(Protocol):
     """What is trained. All randomness of a step is drawn into its batch, so a step is a function of (seed, step)."""
 
-    module: nn.Module
-    """Its forward takes a batch and returns named scalars, `loss` among them."""
-
-    def batch(self, batch_size: int, generator: torch.Generator) -> Batch: ...
-
-    def save(self, module: nn.Module, folder: Path) -> None:
-        """Write the networks of `module` in the ecosystem's layout."""
+    @property
+    def module(self) -> nn.Module:
+        """Its forward takes a batch and returns named scalars, `loss` among them."""
         ...
 
-    def sample_sheet(self, module: nn.Module, path: Path) -> None:
-        """Draw a picture of what the networks can do now."""
+    @property
+    def fingerprint(self) -> str:
+        """Of what the weights mean nothing without: a tokenizer's vocabulary, the CLIP whose space is learned."""
+        ...
+
+    def batch(self, batch_size: int, generator: torch.Generator) -> Batch:
+        """Tensors that all have `batch_size` rows."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the module's networks in the ecosystem's layout."""
+        ...
+
+    def sample_sheet(self, path: Path) -> None:
+        """Draw a picture of what the networks can do now, or write a text (with the suffix .txt) that says it."""
         ...
 
 
@@ -54,16 +65,45 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return optimizer.learning_rate * warm * min(1.0, left)
 
 
+def share(batch: Batch, *, num_processes: int, rank: int, num_pieces: int) -> list[Batch]:
+    """One process's part of a batch, cut into pieces for gradient accumulation.
+
+    All parts of all processes together are the batch, each row once, and all are of one size: so the mean of their
+    losses, and of their gradients, is that of the batch.
+
+    Raises: ConfigError when the rows cannot be shared out evenly.
+    """
+    count = num_processes * num_pieces
+    for value in batch.values():
+        if len(value) % count:
+            raise ConfigError(
+                f"a batch of {len(value)} cannot be shared out evenly among {num_processes} processes with "
+                f"accumulation {num_pieces}: make batch_size a multiple of {count}"
+            )
+    chunks = {name: value.chunk(count) for name, value in batch.items()}
+    return [
+        {name: parts[piece * num_processes + rank] for name, parts in chunks.items()} for piece in range(num_pieces)
+    ]
+
+
 class Trainer:
     """Runs one recipe in one folder, from its last checkpoint if it has one.
 
     The folder holds `recipe.json`, `metrics.jsonl`, `samples/`, `state/` (to resume from) and `model/` (the moving
-    average in the ecosystem's layout).
+    average in the ecosystem's layout). A step depends on the recipe, its seed and its number alone, so a run that was
+    interrupted gives the weights of one that was not.
+
+    Raises:
+        ConfigError: the folder holds a run of another network, or this machine cannot do what the recipe asks.
+        CheckpointError: the folder's state is broken.
     """
 
     def __init__(self, task: Task, recipe: Recipe, folder: Path):
-        self.task, self.recipe, self.folder = task, recipe, Path(folder)
-        self.accelerator = Accelerator(mixed_precision=recipe.precision)
+        self.task, self.recipe, self.run_folder = task, recipe, RunFolder(Path(folder))
+        try:
+            self.accelerator = Accelerator(mixed_precision=recipe.precision)
+        except ValueError as error:
+            raise ConfigError(f"precision {recipe.precision!r} is not to be had here: {error}") from error
         set_seed(recipe.seed)
         optimizer = torch.optim.AdamW(
             _parameter_groups(task.module, recipe.optimizer.weight_decay),
@@ -71,66 +111,60 @@ class Trainer:
             betas=(recipe.optimizer.beta1, recipe.optimizer.beta2),
             eps=recipe.optimizer.eps,
         )
-        self.ema = {name: p.detach().clone() for name, p in task.module.named_parameters() if p.requires_grad}
         self.module, self.optimizer = self.accelerator.prepare(task.module, optimizer)
+        self.ema = {name: p.detach().clone() for name, p in task.module.named_parameters() if p.requires_grad}
         self.step = 0
+        self._sums: dict[str, float] = {}  # of the metrics since the last row of the log
+        self._num_summed = 0
         self._stop = False
         self._resume()
 
-    def run(self, *, progress: Callable[..., Any] | None = None) -> None:
-        """Train to the recipe's last step. SIGINT and SIGTERM save and return.
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.run_folder.path
 
-        Raises: TrainingError when the loss is no longer a number; the last checkpoint stays as it was.
+    def run(self, *, progress: Callable[..., Any] | None = None) -> None:
+        """Train to the recipe's last step. The first SIGINT or SIGTERM saves and returns, a second one kills.
+
+        Args:
+            progress: makes a bar, as `tqdm` does.
+
+        Raises: TrainingError when the loss is no longer a number, the folder cannot be written, or another process
+            trains in it; the last checkpoint stays as it was.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "recipe.json", as_dict(self.recipe))
-        bar = progress(total=self.recipe.steps, initial=self.step, unit="step") if progress else None
-        saved_at = logged_at = time.monotonic()
-        sums: dict[str, float] = {}
-        first = self.step
-        with self._signals():
-            while self.step < self.recipe.steps and not self._stop:
-                metrics = self._train_step()
-                self.step += 1
-                for name, value in metrics.items():
-                    sums[name] = sums.get(name, 0.0) + value
-                if bar is not None:
-                    bar.update(1)
-                if self.step % self.recipe.log_every_steps == 0:
-                    count = min(self.recipe.log_every_steps, self.step - first)
-                    now = time.monotonic()
-                    row = {name: total / count for name, total in sums.items()}
-                    row["pictures_per_s"] = count * self.recipe.batch_size / (now - logged_at)
-                    self._log(row)
-                    if bar is not None:
-                        bar.set_postfix(loss=f"{row['loss']:.4f}", pictures_s=f"{row['pictures_per_s']:.0f}")
-                    sums, logged_at, first = {}, now, self.step
-                if self.step % self.recipe.sample_every_steps == 0:
-                    self._sample()
-                if time.monotonic() - saved_at > self.recipe.save_every_s:
-                    self.save()
-                    saved_at = time.monotonic()
-            self.save()
-        if bar is not None:
-            bar.close()
+        with contextlib.ExitStack() as stack:
+            if self._is_main:
+                stack.enter_context(self.run_folder.locked())
+                with self._writing():
+                    self.run_folder.start(self.recipe, self.step)
+            bar = progress(total=self.recipe.steps, initial=self.step, unit="step") if progress else None
+            if bar is not None:
+                stack.callback(bar.close)
+            stack.enter_context(self._signals())
+            if self.step < self.recipe.steps:  # a finished run is left as it is
+                self._loop(bar)
+                self.save()
 
     def save(self) -> None:
-        """Write the state to resume from and the averaged model; each replaces the old one only when whole."""
-        if not self.accelerator.is_main_process:
-            return
-        module = self.accelerator.unwrap_model(self.module)
-        with atomic_folder(self.folder / "state", overwrite=True) as draft:
-            save_file({k: v.detach().contiguous().clone() for k, v in module.state_dict().items()}, draft / "module.safetensors")
-            save_file({k: v.contiguous() for k, v in self.ema.items()}, draft / "ema.safetensors")
-            save_file(_optimizer_tensors(self.optimizer), draft / "optimizer.safetensors")
-            write_json(draft / "state.json", {"step": self.step, "seed": self.recipe.seed, "stage": self.recipe.stage})
-        with self.averaged(), atomic_folder(self.folder / "model", overwrite=True) as draft:
-            self.task.save(module, draft)
+        """Write the state to resume from and the averaged model; each replaces the old one only when whole.
 
-    @contextmanager
-    def averaged(self):
+        Raises: TrainingError when the disk is full or a folder cannot be written; the old ones stay as they were.
+        """
+        if not self._is_main:
+            return
+        log = {"sums": self._sums, "num_summed": self._num_summed}
+        snapshot = Snapshot(self.step, log, self.task.module.state_dict(), self.ema, optimizer_tensors(self.optimizer))
+        with self._writing():
+            with self.averaged(), self.run_folder.new_model() as draft:
+                self.task.save(draft)
+            # Last, so that a state of the last step means that the model is the last one too.
+            self.run_folder.save_state(snapshot, self.recipe, self.task.fingerprint)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
         """Within it, the module carries the moving average of its weights."""
-        module = self.accelerator.unwrap_model(self.module)
+        module = self.task.module
         own = {name: p.detach().clone() for name, p in module.named_parameters() if name in self.ema}
         _assign(module, self.ema)
         module.eval()
@@ -140,84 +174,132 @@ class Trainer:
             _assign(module, own)
             module.train()
 
-    def _train_step(self) -> dict[str, float]:
+    @property
+    def _is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def _loop(self, bar: Any) -> None:
         recipe = self.recipe
+        saved_at = logged_at = time.monotonic()
+        timed = 0
+        while self.step < recipe.steps and not self._stop:
+            metrics = self._train_step()
+            self.step += 1
+            timed += 1
+            self._num_summed += 1
+            for name, value in metrics.items():
+                self._sums[name] = self._sums.get(name, 0.0) + value
+            now = time.monotonic()
+            row = {name: total / self._num_summed for name, total in self._sums.items()}
+            row["pictures_per_s"] = timed * recipe.batch_size / max(now - logged_at, 1e-9)
+            if bar is not None:
+                told = {"loss": f"{row['loss']:.4f}", "pictures/s": f"{row['pictures_per_s']:.1f}"}
+                bar.set_postfix(told, refresh=False)
+                bar.update(1)
+            if self.step % recipe.log_every_steps == 0 or self.step == recipe.steps:
+                self._log(row)
+                self._sums, self._num_summed, logged_at, timed = {}, 0, now, 0
+            if self.step % recipe.sample_every_steps == 0:
+                self._sample()
+            if time.monotonic() - saved_at > recipe.save_every_s:
+                self.save()
+                saved_at = time.monotonic()
+
+    def _train_step(self) -> dict[str, float]:
+        recipe, accelerator = self.recipe, self.accelerator
+        torch.manual_seed((recipe.seed * 1_000_003 + self.step) % 2**63)  # for what a network draws itself, as dropout
         batch = self.task.batch(recipe.batch_size, step_generator(recipe.seed, self.step))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, self.step)
+        parts = share(
+            batch,
+            num_processes=accelerator.num_processes,
+            rank=accelerator.process_index,
+            num_pieces=recipe.accumulation,
+        )
         totals: dict[str, float] = {}
-        for part in self._parts(batch):
-            with self.accelerator.autocast():
-                metrics = self.module(part)
-            self.accelerator.backward(metrics["loss"] / recipe.accumulation)
+        for place, part in enumerate(parts, 1):
+            on_device = {name: value.to(accelerator.device) for name, value in part.items()}
+            waits = contextlib.nullcontext() if place == len(parts) else accelerator.no_sync(self.module)
+            with waits:
+                with accelerator.autocast():
+                    metrics = self.module(on_device)
+                accelerator.backward(metrics["loss"] / recipe.accumulation)
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value.detach()) / recipe.accumulation
-        if not torch.isfinite(torch.tensor(totals["loss"])):
-            raise TrainingError(
-                f"the loss is {totals['loss']} at step {self.step}; the last checkpoint in {self.folder / 'state'} is "
-                "whole: lower the learning rate and run again"
-            )
-        self.accelerator.clip_grad_norm_(self.module.parameters(), recipe.optimizer.max_grad_norm)
+        norm = accelerator.clip_grad_norm_(self.module.parameters(), recipe.optimizer.max_grad_norm)
+        self._check_finite(totals["loss"], norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._update_average()
         return totals
 
-    def _parts(self, batch: Batch) -> list[Batch]:
-        """This process's share of the batch, cut for gradient accumulation."""
-        world, rank, pieces = self.accelerator.num_processes, self.accelerator.process_index, self.recipe.accumulation
-        parts = []
-        for piece in range(pieces):
-            part = {}
-            for name, value in batch.items():
-                chunk = value.chunk(world * pieces)[piece * world + rank]
-                part[name] = chunk.to(self.accelerator.device)
-            parts.append(part)
-        return parts
+    def _check_finite(self, loss: float, norm: Any) -> None:
+        """Before the weights are touched: a gradient that is no number would spoil them, and then the checkpoint."""
+        wrong = None if math.isfinite(loss) else f"the loss is {loss}"
+        # With float16 the scaler itself skips a step whose gradient overflowed.
+        if wrong is None and self.accelerator.scaler is None and norm is not None and not math.isfinite(float(norm)):
+            wrong = f"the gradient's norm is {float(norm)}"
+        if wrong is not None:
+            raise TrainingError(
+                f"{wrong} at step {self.step}; {self.run_folder.last_checkpoint()}: lower the learning rate, or look "
+                "for a broken picture, and run again"
+            )
 
     @torch.no_grad()
     def _update_average(self) -> None:
         decay = min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step))
-        module = self.accelerator.unwrap_model(self.module)
-        live = {name: p for name, p in module.named_parameters() if name in self.ema}
-        torch._foreach_lerp_(list(self.ema.values()), [live[name].detach() for name in self.ema], 1 - decay)
+        for name, parameter in self.task.module.named_parameters():
+            if name in self.ema:
+                self.ema[name].lerp_(parameter.detach(), 1 - decay)
 
     def _resume(self) -> None:
-        state = self.folder / "state"
-        if not state.is_dir():
+        snapshot = self.run_folder.read_state(self.recipe, self.task.module.state_dict(), self.task.fingerprint)
+        if snapshot is None:
             return
-        about = read_json(state / "state.json")
-        if about["stage"] != self.recipe.stage or about["seed"] != self.recipe.seed:
-            raise ConfigError(
-                f"{state} is of a run with stage {about['stage']!r} and seed {about['seed']}, the recipe has "
-                f"{self.recipe.stage!r} and {self.recipe.seed}: name another run folder"
-            )
-        module = self.accelerator.unwrap_model(self.module)
-        module.load_state_dict(load_file(state / "module.safetensors"))
-        for name, value in load_file(state / "ema.safetensors").items():
+        self.task.module.load_state_dict(snapshot.module)
+        for name, value in snapshot.ema.items():
             self.ema[name].copy_(value)
-        _load_optimizer(self.optimizer, load_file(state / "optimizer.safetensors"))
-        self.step = about["step"]
+        restore_optimizer(self.optimizer, snapshot.optimizer)
+        self.step = snapshot.step
+        self._sums, self._num_summed = snapshot.log["sums"], snapshot.log["num_summed"]
 
     def _log(self, row: dict[str, float]) -> None:
-        if self.accelerator.is_main_process:
-            line = {"step": self.step, "learning_rate": learning_rate(self.recipe, self.step - 1)}
+        if self._is_main:
+            line: dict[str, float] = {"step": self.step, "learning_rate": learning_rate(self.recipe, self.step - 1)}
             line |= {name: float(f"{value:.6g}") for name, value in row.items()}
-            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as log:
-                log.write(json.dumps(line) + "\n")
+            with self._writing():
+                self.run_folder.log(line)
 
     def _sample(self) -> None:
-        if self.accelerator.is_main_process:
-            (self.folder / "samples").mkdir(exist_ok=True)
-            with self.averaged() as module, torch.no_grad():
-                self.task.sample_sheet(module, self.folder / "samples" / f"{self.step:07d}.png")
+        if self._is_main:
+            with self._writing(), self.averaged(), torch.no_grad():
+                self.task.sample_sheet(self.run_folder.sample_path(self.step))
 
-    @contextmanager
-    def _signals(self):
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Within it, a file that cannot be written stops the run with a message that says what is left."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(
+                f"{self.folder} cannot be written at step {self.step}: {error}; {self.run_folder.last_checkpoint()}: "
+                "make room on the disk, or see to the folder's rights, and run again"
+            ) from error
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may take signals
+            return
+        old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
         def stop(number: int, frame: Any) -> None:
             self._stop = True
+            signal.signal(number, old[signal.Signals(number)])
 
-        old = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in old:
+            signal.signal(number, stop)
         try:
             yield
         finally:
@@ -239,19 +321,3 @@ def _assign(module: nn.Module, values: dict[str, Tensor]) -> None:
     for name, parameter in module.named_parameters():
         if name in values:
             parameter.copy_(values[name])
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{index}/{name}": value.detach().contiguous().clone()
-        for index, entry in optimizer.state_dict()["state"].items()
-        for name, value in entry.items()
-    }
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split("/")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,241 @@
+"""What lies in a run's folder: the state to resume from, the model, the log.
+
+Knows files and tensors by name; knows neither task nor step. Called by the trainer.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unclip.checkpoints.files import TEMPORARY_PREFIX, atomic_file, atomic_folder, read_json, write_json
+from unclip.errors import CheckpointError, ConfigError, TrainingError
+from unclip.training.recipe import Recipe, as_dict
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that the next steps of a run depend on.
+
+    Attributes:
+        step: how many steps are done.
+        log: sums of the metrics since the last row of the log, and over how many steps.
+        module: the module's state dict.
+        ema: the moving average of what is trained.
+        optimizer: its state, from `optimizer_tensors`.
+    """
+
+    step: int
+    log: dict[str, Any]
+    module: Mapping[str, Tensor]
+    ema: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run. `state/` and `model/` are only ever replaced whole."""
+
+    path: Path
+
+    @property
+    def state(self) -> Path:
+        return self.path / "state"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within it, no other trainer may work here. The lock goes with the process, however that ends.
+
+        Raises: TrainingError when another one does, or the folder cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainingError(f"{self.path} cannot be made: {error}; name another run folder") from error
+        try:
+            import fcntl
+        except ImportError:  # not on Windows
+            yield
+            return
+        handle = os.open(self.path, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise TrainingError(
+                        f"another process trains in {self.path}; wait, or name another folder"
+                    ) from error
+            yield
+        finally:
+            os.close(handle)
+
+    def start(self, recipe: Recipe, step: int) -> None:
+        """Note the recipe, drop what a killed run logged after the step that is gone on from, and clear its drafts."""
+        for left in self.path.glob(f"{TEMPORARY_PREFIX}*"):
+            if not left.name.endswith("-old"):  # that may be the only whole one there is
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        write_json(self.path / "recipe.json", as_dict(recipe))
+        if self.metrics.is_file():
+            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if _logged_step(line, default=step + 1) <= step]
+            if kept != lines:
+                with atomic_file(self.metrics) as draft:
+                    draft.write_text("".join(kept), encoding="utf-8")
+
+    def log(self, row: Mapping[str, float]) -> None:
+        """Append a row to metrics.jsonl."""
+        with open(self.metrics, "a", encoding="utf-8") as log:
+            log.write(json.dumps(row) + "\n")
+
+    def sample_path(self, step: int) -> Path:
+        """Where the sheet of a step goes."""
+        (self.path / "samples").mkdir(exist_ok=True)
+        return self.path / "samples" / f"{step:07d}.png"
+
+    def save_state(self, snapshot: Snapshot, recipe: Recipe, fingerprint: str) -> None:
+        """Replace `state/`, once the new one is complete."""
+        about = {
+            "step": snapshot.step,
+            "seed": recipe.seed,
+            "stage": recipe.stage,
+            "log": snapshot.log,
+            "fingerprint": fingerprint,
+        }
+        with atomic_folder(self.state, overwrite=True) as draft:
+            for name in ("module", "ema", "optimizer"):
+                tensors = getattr(snapshot, name)
+                save_file(
+                    {k: v.detach().contiguous().clone() for k, v in tensors.items()}, draft / f"{name}.safetensors"
+                )
+            write_json(draft / "state.json", about)
+
+    def new_model(self) -> contextlib.AbstractContextManager[Path]:
+        """A folder to write the model into; it replaces `model/` at the end, if nothing went wrong."""
+        return atomic_folder(self.path / "model", overwrite=True)
+
+    def last_checkpoint(self) -> str:
+        """What there is to go on from, in words."""
+        try:
+            return f"the checkpoint of step {read_json(self.state / 'state.json')['step']} in {self.state} is whole"
+        except (CheckpointError, KeyError, OSError):
+            return "there is no checkpoint yet"
+
+    def read_state(self, recipe: Recipe, module: Mapping[str, Tensor], fingerprint: str) -> Snapshot | None:
+        """The state to go on from; None when there is none.
+
+        Args:
+            recipe: what is to be trained.
+            module: state dict of the module that it describes.
+            fingerprint: the task's.
+
+        Raises:
+            ConfigError: the state is that of another network.
+            CheckpointError: a file is missing or broken.
+        """
+        if not self.state.is_dir():
+            return None
+        about = read_json(self.state / "state.json")
+        try:
+            step, seed, stage = about["step"], about["seed"], about["stage"]
+        except KeyError as error:
+            raise CheckpointError(f"{self.state / 'state.json'} lacks {error}: remove {self.state}") from error
+        if stage != recipe.stage or seed != recipe.seed:
+            raise ConfigError(
+                f"{self.state} is of a run with stage {stage!r} and seed {seed}, the recipe has {recipe.stage!r} and "
+                f"{recipe.seed}: name another run folder"
+            )
+        changed = self._changed_settings(recipe)
+        tensors = {name: self._read(name) for name in ("module", "ema", "optimizer")}
+        self._check_shapes(tensors["module"], module, changed)
+        self._check_shapes(tensors["ema"], {name: module[name] for name in tensors["ema"] if name in module}, changed)
+        settled = [line for line in changed if line.startswith((f"{stage}.process.", f"{stage}.model."))]
+        if settled:
+            raise self._other_run(settled)
+        if stage == "clip" and "fingerprint" not in about:
+            raise self._other_run(["it does not say which tokenizer it was trained with"])
+        if about.get("fingerprint", fingerprint) != fingerprint:
+            what = "captions of the data set, which the tokenizer comes from," if stage == "clip" else "CLIP"
+            raise self._other_run([f"the {what} changed since"])
+        return Snapshot(step, about.get("log") or {"sums": {}, "num_summed": 0}, **tensors)
+
+    def _read(self, name: str) -> dict[str, Tensor]:
+        path = self.state / f"{name}.safetensors"
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}; remove {self.state} to start anew") from error
+
+    def _changed_settings(self, recipe: Recipe) -> list[str]:
+        """The stage's settings that recipe.json has otherwise."""
+        try:
+            before = _flat(read_json(self.path / "recipe.json", allow_infinity=True).get(recipe.stage) or {})
+        except CheckpointError:
+            return []
+        now = _flat(json.loads(json.dumps(as_dict(recipe)))[recipe.stage])
+        return [
+            f"{recipe.stage}.{key} was {before.get(key)!r} and is {now.get(key)!r}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and ((key in before and key in now) or key.startswith("model."))
+        ]
+
+    def _check_shapes(self, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], changed: list[str]) -> None:
+        shapes, needed = ({name: tuple(value.shape) for name, value in each.items()} for each in (found, wanted))
+        wrong = [name for name in sorted(shapes.keys() | needed.keys()) if shapes.get(name) != needed.get(name)]
+        if wrong:
+            name = wrong[0]
+            raise self._other_run(
+                [f"{name} has shape {shapes.get(name)} there and {needed.get(name)} by the recipe", *changed]
+            )
+
+    def _other_run(self, reasons: list[str]) -> ConfigError:
+        return ConfigError(
+            f"{self.state} is of another network than the recipe's: {'; '.join(reasons)}. Name another run folder, or "
+            "put the recipe back"
+        )
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state by names "index/key"."""
+    return {
+        f"{index}/{name}": value
+        for index, entry in optimizer.state_dict()["state"].items()
+        for name, value in entry.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`; rates and betas stay as they are."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split("/")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _logged_step(line: str, *, default: int) -> int:
+    """Which step a row of the log is of; `default` for a line that is none, as a killed process may leave it."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else default
+    except (ValueError, KeyError, TypeError):
+        return default
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,240 @@
+"""The emoji data set: made end to end from small packages, and the rules of captions and weights."""
+
+import hashlib
+import io
+import json
+import sys
+import tarfile
+from dataclasses import replace
+
+import pytest
+
+from unclip.data import emoji
+from unclip.data.folder import load_pictures, read_records
+from unclip.errors import DataError, MissingDependencyError, OutputExistsError
+
+DOT = '<circle cx="16" cy="16" r="15" fill="{}"/>'
+LABELS = [
+    {"hexcode": "1F34E", "label": "red apple", "tags": ["apple", "fruit"], "group": 4, "subgroup": 33},
+    {"hexcode": "2764-FE0F", "label": "red heart", "group": 8, "subgroup": 14},
+    {"hexcode": "1F9D1", "label": "person", "group": 1, "subgroup": 21, "gender": 0},
+    {"hexcode": "1F1E6", "label": "a flag", "group": 9, "subgroup": 100},
+    {"hexcode": "1F999", "label": "drawn by nobody", "group": 3, "subgroup": 39},
+]
+ICONS = {
+    "flat": {"1f34e": "apple", "2764": "heart", "1f9d1": "walker"},
+    "noto": {"1f34e": "apple", "2764-fe0f": "heart", "1f1e6": "apple", "1f999": "lost"},
+    "twemoji": {"1f34e": "apple"},
+}
+
+
+def tarball(files):
+    held = io.BytesIO()
+    with tarfile.open(fileobj=held, mode="w:gz") as tar:
+        for name, content in files.items():
+            data = json.dumps(content).encode()
+            about = tarfile.TarInfo(f"package/{name}")
+            about.size = len(data)
+            tar.addfile(about, io.BytesIO(data))
+    return held.getvalue()
+
+
+def icon_set(style):
+    return {
+        "icons": {"apple": {"body": DOT.format("red")}, "heart": {"body": DOT.format("#c00"), "width": 64}},
+        "aliases": {
+            "walker": {"parent": "turned"},
+            "turned": {"parent": "half", "hFlip": True},
+            "lost": {"parent": "no"},
+        },
+        "width": 32,
+        "height": 32,
+    } | ({} if style != "flat" else {"icons": ICON_BODIES})
+
+
+ICON_BODIES = {
+    "apple": {"body": DOT.format("red")},
+    "heart": {"body": DOT.format("#c00"), "width": 64},
+    "half": {"body": '<rect width="16" height="32" fill="black"/>'},
+}
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """A folder of four small tarballs, their hashes put in place of the pinned ones."""
+    folder = tmp_path / "packages"
+    folder.mkdir()
+
+    def put(package, files):
+        content = tarball(files)
+        (folder / package.tarball).write_bytes(content)
+        return replace(package, sha256=hashlib.sha256(content).hexdigest())
+
+    monkeypatch.setattr(emoji, "LABELS", put(emoji.LABELS, {"en/data.json": LABELS}))
+    styles = {
+        style: put(package, {"icons.json": icon_set(style), "chars.json": ICONS[style]})
+        for style, package in emoji.STYLES.items()
+    }
+    monkeypatch.setattr(emoji, "STYLES", styles)
+    return folder
+
+
+# -- end to end ----------------------------------------------------------------------------------------------------
+
+
+def test_made_end_to_end(packages, tmp_path):
+    pytest.importorskip("resvg_py")
+    counts = emoji.build_emoji(tmp_path / "set", packages=packages)
+    records = {record.file_name: record for record in read_records(tmp_path / "set")}
+    assert counts == {
+        "pictures": 6,
+        "concepts": 3,
+        "held_out_concepts": sum(map(emoji.is_held_out, ("1f34e", "2764", "1f9d1"))),
+    }
+    assert sorted(records) == [
+        "images/flat/1f34e.png",
+        "images/flat/1f9d1.png",
+        "images/flat/2764.png",
+        "images/noto/1f34e.png",
+        "images/noto/2764.png",
+        "images/twemoji/1f34e.png",
+    ]
+    apple = records["images/noto/1f34e.png"]
+    assert (apple.concept, apple.label, apple.style) == ("1f34e", "red apple", "noto")
+    assert apple.captions[0] == "red apple, noto style"
+    assert apple.weight == pytest.approx(3.5 * 0.13)
+    pictures = load_pictures(tmp_path / "set", 128)
+    places = {record.file_name: row for row, record in enumerate(pictures.records)}
+    red = pictures.pixels[places["images/flat/1f34e.png"]]
+    assert red[:, 64, 64].tolist() == [255, 0, 0]
+    assert red[:, 0, 0].tolist() == [255, 255, 255]
+    turned = pictures.pixels[places["images/flat/1f9d1.png"]]  # the left half, flipped
+    assert turned[0, 64, 20] == 255
+    assert turned[0, 64, 108] == 0
+    sources = json.loads((tmp_path / "set" / "SOURCES.json").read_text())
+    assert [source["licence"] for source in sources] == ["MIT", "MIT", "Apache-2.0", "CC-BY-4.0"]
+
+
+def test_progress_wraps_the_concepts(packages, tmp_path):
+    pytest.importorskip("resvg_py")
+    told = []
+    emoji.build_emoji(tmp_path / "set", packages=packages, progress=lambda them, **about: told.append(about) or them)
+    assert told == [{"desc": "rendering", "unit": "concept"}]
+
+
+def test_a_folder_that_is_there(packages, tmp_path):
+    pytest.importorskip("resvg_py")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "mine").write_text("x")
+    with pytest.raises(OutputExistsError):
+        emoji.build_emoji(tmp_path / "set", packages=packages)
+    assert [path.name for path in (tmp_path / "set").iterdir()] == ["mine"]
+
+
+def test_another_hash(packages, tmp_path):
+    pytest.importorskip("resvg_py")
+    (packages / emoji.STYLES["noto"].tarball).write_bytes(tarball({"icons.json": {}, "chars.json": {}}))
+    with pytest.raises(DataError, match="not the pinned"):
+        emoji.build_emoji(tmp_path / "set", packages=packages)
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_package_that_is_not_there(packages, tmp_path):
+    pytest.importorskip("resvg_py")
+    (packages / emoji.STYLES["twemoji"].tarball).unlink()
+    with pytest.raises(DataError, match="get it with: npm pack @iconify-json/twemoji@"):
+        emoji.build_emoji(tmp_path / "set", packages=packages)
+
+
+def test_a_package_without_its_file(packages, tmp_path, monkeypatch):
+    pytest.importorskip("resvg_py")
+    content = tarball({"other.json": {}})
+    (packages / emoji.LABELS.tarball).write_bytes(content)
+    monkeypatch.setattr(emoji, "LABELS", replace(emoji.LABELS, sha256=hashlib.sha256(content).hexdigest()))
+    with pytest.raises(DataError, match=r"holds no file package/en/data\.json"):
+        emoji.build_emoji(tmp_path / "set", packages=packages)
+
+
+def test_without_resvg(packages, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'unclip\[train\]'"):
+        emoji.build_emoji(tmp_path / "set", packages=packages)
+
+
+# -- fetching ------------------------------------------------------------------------------------------------------
+
+
+def test_without_npm(tmp_path, monkeypatch):
+    pytest.importorskip("resvg_py")
+    monkeypatch.setattr(emoji.shutil, "which", lambda name: None)
+    with pytest.raises(MissingDependencyError, match="npm; or download the four tarballs"):
+        emoji.build_emoji(tmp_path / "set")
+
+
+def fake_npm(folder, script):
+    npm = folder / "npm"
+    npm.write_text(f"#!/bin/sh\n{script}\n")
+    npm.chmod(0o755)
+    return str(npm)
+
+
+def test_npm_fetches(packages, tmp_path, monkeypatch):
+    pytest.importorskip("resvg_py")
+    npm = fake_npm(tmp_path, f'echo "$@" >> {tmp_path}/asked; cp {packages}/*.tgz .')
+    monkeypatch.setattr(emoji.shutil, "which", lambda name: npm)
+    assert emoji.build_emoji(tmp_path / "set")["pictures"] == 6
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked[0] == "pack --silent emojibase-data@17.0.0"
+    assert len(asked) == 4
+
+
+def test_npm_fails(packages, tmp_path, monkeypatch):
+    pytest.importorskip("resvg_py")
+    npm = fake_npm(tmp_path, "echo no network >&2; exit 1")
+    monkeypatch.setattr(emoji.shutil, "which", lambda name: npm)
+    with pytest.raises(DataError, match=r"npm could not fetch emojibase-data@17\.0\.0: no network"):
+        emoji.build_emoji(tmp_path / "set")
+
+
+# -- rules ---------------------------------------------------------------------------------------------------------
+
+
+def test_captions():
+    entry = {"label": "Evil “Eye”", "tags": ["Blue", "bead", "charm"]}
+    flat = list(emoji.captions(entry, "flat"))
+    assert flat[:4] == ["evil eye", "an evil eye", "an emoji of an evil eye", "a picture of an evil eye"]
+    assert flat[4:] == [
+        "evil eye, blue",
+        "evil eye, bead",
+        "evil eye, charm",
+        "blue bead",
+        "evil eye, blue, bead, charm",
+        "evil eye, flat style",
+    ]
+    assert list(emoji.captions(entry, "noto")) == [f"{text}, noto style" for text in flat[:-1]]
+    assert list(emoji.captions({"label": "cat"}, "flat"))[-1] == "cat, flat style"
+
+
+def test_hexcode():
+    assert emoji.hexcode("2764-FE0F-200D-1F525") == "2764-200d-1f525"
+
+
+def test_weights():
+    assert emoji.concept_weight({"group": 4, "subgroup": 33}) == 3.5
+    assert emoji.concept_weight({"group": 4}) == 3.5
+    assert emoji.concept_weight({"group": 8, "subgroup": 14}) == 3.0
+    assert emoji.concept_weight({"group": 1, "subgroup": 26, "gender": 1}) == pytest.approx(0.2)
+
+
+def test_held_out_concepts_never_change():
+    codes = [f"{code:x}" for code in range(0x1F300, 0x1F700)]
+    held_out = [code for code in codes if emoji.is_held_out(code)]
+    assert 0.03 < len(held_out) / len(codes) < 0.07
+    assert hashlib.sha256(" ".join(held_out).encode()).hexdigest()[:8] == "95f380f6"
+
+
+def test_pins():
+    for package in (emoji.LABELS, *emoji.STYLES.values()):
+        assert len(package.sha256) == 64
+    assert emoji.STYLES["flat"].tarball == "iconify-json-fluent-emoji-flat-1.2.6.tgz"
+    assert sum(emoji.STYLE_WEIGHTS.values()) == pytest.approx(1.0)

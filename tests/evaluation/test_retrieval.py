@@ -1,0 +1,168 @@
+"""Retrieval by a judge whose answers are known."""
+
+import json
+import types
+
+import pytest
+import torch
+from PIL import Image
+
+from unclip.data.folder import Record
+from unclip.errors import DataError, InputError
+from unclip.evaluation.retrieval import Judge, bare_caption, concepts_of, ranks, retrieval
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "black": (0, 0, 0), "cyan": (0, 255, 255)}
+
+
+class FakeJudge:
+    """Sees a picture's colour; a caption is the colour it names."""
+
+    def read(self, captions):
+        self.captions = list(captions)
+        known = [next((rgb for name, rgb in COLOURS.items() if name in caption), (9, 9, 9)) for caption in captions]
+        return unit(torch.tensor(known, dtype=torch.float))
+
+    def look(self, images):
+        return unit(torch.tensor([image.resize((1, 1)).getpixel((0, 0)) for image in images], dtype=torch.float))
+
+
+def unit(values):
+    return torch.nn.functional.normalize(values - 100, dim=-1)
+
+
+class FakePipeline:
+    """Draws the colour that the prompt names, or always one."""
+
+    def __init__(self, always=None):
+        self.always, self.calls = always, []
+
+    def __call__(self, prompts, *, seed, **more):
+        self.calls.append((list(prompts), seed, more))
+        named = [next((rgb for name, rgb in COLOURS.items() if name in prompt), (9, 9, 9)) for prompt in prompts]
+
+        return types.SimpleNamespace(images=[Image.new("RGB", (8, 8), self.always or rgb) for rgb in named])
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Four concepts in the plain style (one held out), two styles of one, and one in another style alone."""
+    rows = []
+    for name in ("red", "green", "blue", "black"):
+        rows.append({"concept": name, "style": "flat", "captions": [name, f"a {name}"], "held_out": name == "black"})
+    rows.insert(0, {"concept": "red", "style": "noto", "captions": ["red, noto style"]})
+    rows.append({"concept": "cyan", "style": "noto", "captions": ["cyan, noto style"]})
+    for place, row in enumerate(rows):
+        row["file_name"] = f"{place}.png"
+        Image.new("RGB", (8, 8), COLOURS[row["concept"]]).save(tmp_path / row["file_name"])
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path
+
+
+def test_a_perfect_model(data):
+    judge, pipeline = FakeJudge(), FakePipeline()
+    found = retrieval(pipeline, judge, data, num_seen=10, batch_size=2, seed=7, decoder_guidance_scale=2.0)
+    assert sorted(judge.captions) == ["black", "blue", "cyan", "green", "red"]
+    perfect = {"at_1": 1.0, "at_5": 1.0}
+    assert found == {
+        "num_captions": 5,
+        "chance_at_1": 0.2,
+        "chance_at_5": 1.0,
+        "seen": {"num": 3, "generated": perfect, "real": perfect},
+        "held_out": {"num": 1, "generated": perfect, "real": perfect},
+    }
+    asked = [prompt for prompts, _, _ in pipeline.calls for prompt in prompts]
+    assert sorted(asked[:3]) == ["blue", "green", "red"]
+    assert asked[3:] == ["black"]
+    assert [seeds for _, seeds, _ in pipeline.calls] == [[7, 8], [9], [7]]
+    assert all(more == {"decoder_guidance_scale": 2.0} for _, _, more in pipeline.calls)
+
+
+def test_a_model_that_draws_one_thing(data):
+    found = retrieval(FakePipeline(always=COLOURS["red"]), FakeJudge(), data, num_seen=3)
+    assert found["seen"]["generated"]["at_1"] == pytest.approx(1 / 3, abs=1e-3)
+    assert found["held_out"]["generated"]["at_1"] == 0
+    assert found["seen"]["real"]["at_1"] == 1
+
+
+def test_the_choice_hangs_on_the_seed_alone(data):
+    def asked(seed, size):
+        pipeline = FakePipeline()
+        retrieval(pipeline, FakeJudge(), data, num_seen=2, seed=seed, batch_size=size)
+        return [prompt for prompts, _, _ in pipeline.calls for prompt in prompts]
+
+    assert asked(3, 1) == asked(3, 16)
+    assert len({tuple(asked(seed, 16)) for seed in range(20)}) > 1
+
+
+def test_sheets(data, tmp_path):
+    retrieval(FakePipeline(), FakeJudge(), data, num_seen=3, sheet=tmp_path / "new" / "sheet")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["sheet-held-out.png", "sheet-seen.png"]
+
+
+def test_without_held_out_concepts_and_styles(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "red"}')
+    found = retrieval(FakePipeline(), FakeJudge(), tmp_path, progress=list)
+    assert found["held_out"] == {"num": 0}
+    assert found["seen"]["num"] == 1
+
+
+def test_bad_arguments(data, tmp_path):
+    with pytest.raises(InputError, match="num_seen is 0"):
+        retrieval(FakePipeline(), FakeJudge(), data, num_seen=0)
+    with pytest.raises(InputError, match="batch_size is 0"):
+        retrieval(FakePipeline(), FakeJudge(), data, batch_size=0)
+    (data / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "red", "held_out": true}')
+    with pytest.raises(DataError, match="no concept that a model could have been trained on"):
+        retrieval(FakePipeline(), FakeJudge(), data)
+
+
+# -- places --------------------------------------------------------------------------------------------------------
+
+
+def test_ranks():
+    captions = torch.eye(3)
+    images = torch.tensor([[0.9, 0.3, 0.1], [0.5, 0.7, 0.2], [0.3, 0.4, 0.2]])
+    assert ranks(images, [0, 0, 2], captions).tolist() == [0, 1, 2]
+
+
+def test_a_judge_that_sees_no_difference_finds_nothing():
+    assert ranks(torch.ones(2, 3), [0, 2], torch.ones(4, 3)).tolist() == [3, 3]
+
+
+def test_embeddings_that_are_no_numbers_find_nothing():
+    images = torch.tensor([[float("nan")] * 3, [1.0, 0.0, 0.0]])
+    assert ranks(images, [0, 0], torch.eye(3)).tolist() == [2, 0]
+
+
+def test_concepts():
+    def record(concept, style, caption):
+        return Record(f"{style}/{concept}", (caption,), concept=concept, style=style)
+
+    rows = [
+        record("x", "noto", "x, noto style"),
+        record("x", "flat", "x"),
+        record("x", "twemoji", "x, twemoji style"),
+        record("y", "twemoji", "y, twemoji style"),
+        record("y", "noto", "y, noto style"),
+        record("", "", "loose"),
+        record("", "", "looser"),
+    ]
+    found = concepts_of(rows)
+    assert [each.file_name for each in found] == ["flat/x", "twemoji/y", "/", "/"]
+    assert [bare_caption(each) for each in found] == ["x", "y", "loose", "looser"]
+
+
+def test_a_real_judge(tmp_path, tiny_components):
+    from unclip.pipelines.component import write_component
+
+    parts = tiny_components()
+    for name in ("text_encoder", "tokenizer", "image_encoder", "feature_extractor"):
+        write_component(parts[name], tmp_path / name, variant=None)
+    judge = Judge.load(tmp_path)
+    embeds = judge.look([Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")])
+    known = judge.read(["a cat", "a dog", "a cat"])
+    assert embeds.shape[1] == known.shape[1]
+    torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(2))
+    torch.testing.assert_close(known.norm(dim=-1), torch.ones(3))
+    assert torch.equal(known[0], known[2])

@@ -1,0 +1,103 @@
+"""Recipes: what is read, and what is refused with a message that helps."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from unclip.errors import ConfigError
+from unclip.training.recipe import as_dict, read_recipe
+
+ROOT = Path(__file__).parents[2] / "recipes"
+PRIOR = 'stage = "prior"\ndata = "set"\n'
+
+
+@pytest.fixture
+def read(tmp_path):
+    def reader(text: str, **overrides):
+        (tmp_path / "recipe.toml").write_text(text)
+        return read_recipe(tmp_path / "recipe.toml", **overrides)
+
+    return reader
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*/*.toml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_recipe_of_the_repository_is_valid(path):
+    recipe = read_recipe(path)
+    assert recipe.data.parent.parent.name == "work"
+    assert recipe.stage == ("clip" if path.stem == "judge" else path.stem)
+    json.dumps(as_dict(recipe))
+
+
+def test_paths_are_relative_to_the_file(read, tmp_path):
+    recipe = read(PRIOR + '[prior]\nclip = "../clip"\n')
+    assert recipe.data == tmp_path / "set"
+    assert recipe.prior.clip == tmp_path / ".." / "clip"
+    assert read('stage = "prior"\ndata = "/set"\n[prior]').data == Path("/set")
+
+
+def test_sections_and_free_tables(read):
+    recipe = read(
+        PRIOR + "[optimizer]\nlearning_rate = 1\n[prior.process]\nnum_timesteps = 10\n[prior.model]\nnum_layers = 3\n"
+    )
+    assert recipe.optimizer.learning_rate == 1.0
+    assert isinstance(recipe.optimizer.learning_rate, float)
+    assert recipe.prior.process.num_timesteps == 10
+    assert recipe.prior.model == {"num_layers": 3}
+    assert recipe.prior.text_drop == 0.1
+
+
+def test_overrides(read):
+    assert read(PRIOR + "steps = 5\n[prior]\n", steps=7).steps == 7
+    assert read(PRIOR + "steps = 5\n[prior]\n", steps=None).steps == 5
+
+
+def test_the_recipe_as_plain_data(read):
+    plain = as_dict(read(PRIOR + '[prior]\nclip = "c"\n'))
+    assert plain["prior"]["clip"].endswith("/c")
+    assert "decoder" not in plain
+    assert json.loads(json.dumps(plain)) == plain
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (PRIOR + "depth = 1\n[prior]", "unknown key depth"),
+        (PRIOR + "[prior]\ndepth = 1", r"unknown key prior\.depth"),
+        (PRIOR + "[prior.process]\nsteps = 1", r"unknown key prior\.process\.steps"),
+        (PRIOR, r"needs a section \[prior\]"),
+        (PRIOR + "[prior]\n[clip]", r"must not have a section \[clip\]"),
+        ('stage = "prior"\n[prior]', "lacks data"),
+        ('data = "x"\n[prior]', "lacks stage"),
+        ('stage = "prio"\ndata = "x"', "stage is 'prio'; it must be one of 'clip'"),
+        (PRIOR + 'steps = "5"\n[prior]', "steps is '5'; it must be int"),
+        (PRIOR + "steps = 5.5\n[prior]", r"steps is 5\.5; it must be int"),
+        (PRIOR + "steps = true\n[prior]", "steps is True; it must be int"),
+        (PRIOR + "ema_decay = true\n[prior]", "ema_decay is True; it must be float"),
+        ('stage = "prior"\ndata = 3\n[prior]', "data is 3; it must be a path"),
+        ('stage = "prior"\ndata = "a\\u0000b"\n[prior]', "it must be a path"),
+        (PRIOR + "prior = 3", r"prior is 3; it must be a section \[prior\]"),
+        (PRIOR + "optimizer = 3\n[prior]", "optimizer is 3; it must be a section"),
+        (PRIOR + "[prior]\nmodel = 3", r"prior\.model is 3; it must be dict"),
+        (PRIOR + "steps = 0\n[prior]", "steps is 0; it must be above 0"),
+        (PRIOR + "seed = -1\n[prior]", "seed is -1; it must be 0 or more"),
+        (PRIOR + "ema_decay = 1.0\n[prior]", r"ema_decay is 1\.0; it must be from 0 to below 1"),
+        (PRIOR + "batch_size = 10\naccumulation = 3\n[prior]", "no multiple of accumulation 3"),
+        (PRIOR + "save_every_s = nan\n[prior]", "save_every_s is nan"),
+        (PRIOR + "[optimizer]\nlearning_rate = inf\n[prior]", r"optimizer\.learning_rate is inf"),
+        (PRIOR + "[prior]\ntext_drop = 1.5", r"prior\.text_drop is 1\.5; it must be from 0 to 1"),
+        ('stage = "clip"\ndata = "x"\n[clip]\ncontext_length = 2', r"clip\.context_length is 2"),
+        ("stage = ", "not valid TOML"),
+    ],
+)
+def test_bad_recipes(read, text, words):
+    with pytest.raises(ConfigError, match=words):
+        read(text)
+
+
+def test_files_that_are_no_recipes(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_recipe(tmp_path / "none.toml")
+    (tmp_path / "latin.toml").write_bytes(b'stage = "\xe9"')
+    with pytest.raises(ConfigError, match="no UTF-8 text"):
+        read_recipe(tmp_path / "latin.toml")

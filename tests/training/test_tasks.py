@@ -1,0 +1,298 @@
+"""Each task: it learns, its batches are functions of (seed, step), and what it saves loads here and elsewhere."""
+
+import dataclasses
+import json
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import unclip
+from unclip.errors import ConfigError, DataError
+from unclip.training import diffusion
+from unclip.training.clip import ClipTask, retrieval_ranks, shift_and_zoom
+from unclip.training.diffusion import DecoderTask, PriorTask, SuperResTask, degrade
+from unclip.training.recipe import SuperResSettings
+from unclip.training.trainer import step_generator
+
+TASKS = {"clip": ClipTask, "prior": PriorTask, "decoder": DecoderTask, "super_res": SuperResTask}
+STAGES = pytest.mark.parametrize("stage", list(TASKS))
+
+
+def mean_loss(task, seeds=range(1000, 1008)) -> float:
+    """Over the same eight batches, which no training step of the test draws."""
+    with torch.no_grad():
+        return sum(task.module(task.batch(16, step_generator(0, seed)))["loss"].item() for seed in seeds) / len(seeds)
+
+
+@STAGES
+def test_it_learns(tiny, stage):
+    task = TASKS[stage](tiny(stage))
+    optimizer = torch.optim.AdamW(task.module.parameters(), lr=2e-3)
+    before = mean_loss(task)
+    for step in range(60):
+        loss = task.module(task.batch(16, step_generator(0, step)))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    wanted = {"clip": 0.7, "prior": 0.8, "decoder": 0.7, "super_res": 0.6}[stage]
+    assert mean_loss(task) < wanted * before
+
+
+@STAGES
+def test_batches_and_weights_are_functions_of_the_seed(tiny, stage):
+    one, other = TASKS[stage](tiny(stage)), TASKS[stage](tiny(stage))
+    for (name, mine), theirs in zip(one.module.state_dict().items(), other.module.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs), name
+    other.batch(8, step_generator(3, 0))  # what was drawn before does not matter
+    mine, theirs = one.batch(8, step_generator(3, 7)), other.batch(8, step_generator(3, 7))
+    later = one.batch(8, step_generator(3, 8))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) and len(mine[name]) == 8 for name in mine)
+    assert any(mine[name].shape != later[name].shape or not torch.equal(mine[name], later[name]) for name in mine)
+
+
+@STAGES
+def test_what_is_saved_loads_again(tiny, stage, tmp_path):
+    task = TASKS[stage](tiny(stage))
+    with torch.no_grad():
+        for parameter in task.module.parameters():
+            parameter.add_(0.01)
+    task.save(tmp_path)
+    parts = {
+        "clip": {"text_encoder": task.module.text, "image_encoder": task.module.image} if stage == "clip" else {},
+        "prior": {"prior": "PriorTransformer"},
+        "decoder": {"decoder": "UNet2DConditionModel", "text_proj": "UnCLIPTextProjModel"},
+        "super_res": {"super_res_first": "UNet2DModel"},
+    }[stage]
+    for name, kind in parts.items():
+        if stage == "clip":
+            again, own = type(kind).from_pretrained(tmp_path / name), kind
+        else:
+            again = getattr(unclip, kind).from_pretrained(tmp_path / name)
+            own = getattr(task.module, "network" if stage == "super_res" else name)
+        assert_same(again, own)
+        if stage != "clip" and hasattr(diffusers, kind):
+            assert_same(getattr(diffusers, kind).from_pretrained(tmp_path / name), own)
+    if stage != "clip":
+        scheduler = diffusers.UnCLIPScheduler.from_pretrained(tmp_path / f"{stage}_scheduler")
+        process = getattr(task.settings, "process")  # noqa: B009
+        assert scheduler.config.prediction_type == process.prediction_type
+        assert scheduler.config.clip_sample_range == process.clip_range
+    else:
+        assert (tmp_path / "tokenizer" / "tokenizer_config.json").is_file()
+        size = json.loads((tmp_path / "feature_extractor" / "preprocessor_config.json").read_text())["crop_size"]
+        assert size == {"height": 32, "width": 32}
+
+
+def assert_same(one: nn.Module, other: nn.Module) -> None:
+    mine, theirs = dict(one.state_dict()), dict(other.state_dict())
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert torch.equal(mine[name], theirs[name]), name
+
+
+@STAGES
+def test_sheets(tiny, stage, tmp_path, monkeypatch):
+    monkeypatch.setattr(diffusion, "SHEET_STEPS", 2)
+    task = TASKS[stage](tiny(stage))
+    task.sample_sheet(tmp_path / "0001.png")
+    if stage in ("clip", "prior"):
+        text = (tmp_path / "0001.txt").read_text()
+        assert ("trained: top-1" in text and "held out: top-1" in text) or "cosine" in text
+    else:
+        assert (tmp_path / "0001.png").stat().st_size > 200
+
+
+# -- CLIP ----------------------------------------------------------------------------------------------------------
+
+
+def test_contrastive_loss_takes_one_picture_twice_as_one(tiny):
+    task = ClipTask(tiny("clip", section={"reconstruction_weight": 0.0}))
+    batch = task.batch(2, step_generator(0, 0))
+    twice = {name: torch.cat([value[:1], value[:1]]) for name, value in batch.items()}
+    found = task.module(twice)
+    assert found["in_batch_retrieval"] == 1.0
+    assert found["loss"].item() == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-5)
+    assert "reconstruction" not in found
+    assert not hasattr(task.module, "thumbnail")
+
+
+def test_ranks(tiny):
+    task = ClipTask(tiny("clip"))
+    ranks = retrieval_ranks(task.module, task.tokenizer, task.pictures)
+    assert ranks.shape == (10,)
+    assert 0 <= ranks.min() <= ranks.max() <= 9
+
+
+def test_a_judge_sees_everything_and_has_no_held_out_part(tiny, tmp_path):
+    task = ClipTask(tiny("clip", section={"include_held_out": True}))
+    assert len(task.pictures) == 12
+    assert len(ClipTask(tiny("clip")).pictures) == 10
+
+
+def test_without_held_out_pictures_the_sheet_says_so_by_silence(tiny, tmp_path, pictures):
+    lines = [json.loads(line) | {"held_out": False} for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+    for line in lines:
+        (tmp_path / line["file_name"]).write_bytes((pictures / line["file_name"]).read_bytes())
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    task = ClipTask(dataclasses.replace(tiny("clip"), data=tmp_path))
+    task.sample_sheet(tmp_path / "1.png")
+    assert "held out" not in (tmp_path / "1.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"text_heads": 3}, "projection_dim"), ({"image_heads": 3}, "image_width"), ({"patch_size": 7}, "image_size")],
+)
+def test_clip_sizes_that_do_not_fit(tiny, change, words):
+    with pytest.raises(ConfigError, match=words):
+        ClipTask(tiny("clip", section=change))
+
+
+def test_shift_and_zoom():
+    images = torch.rand(4, 3, 16, 16) * 2 - 1
+    same = shift_and_zoom(images, torch.Generator().manual_seed(0), shift=0.0, zoom=0.0)
+    torch.testing.assert_close(same, images, atol=1e-5, rtol=0)
+    moved = shift_and_zoom(images, torch.Generator().manual_seed(0))
+    assert not torch.allclose(moved, images, atol=0.1)
+    white = shift_and_zoom(torch.ones(2, 3, 16, 16), torch.Generator().manual_seed(1), shift=0.5)
+    torch.testing.assert_close(white, torch.ones(2, 3, 16, 16))
+
+
+# -- prior and decoder ---------------------------------------------------------------------------------------------
+
+
+def test_whitening(tiny):
+    task = PriorTask(tiny("prior"))
+    weights = task.data.weights / task.data.weights.sum()
+    mean = (weights[:, None] * task.whitened).sum(0)
+    spread = (weights[:, None] * (task.whitened - mean) ** 2).sum(0).sqrt()
+    torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-5, rtol=0)
+    torch.testing.assert_close(spread, torch.ones_like(spread), atol=1e-4, rtol=0)
+    back = task.stage.finish(task.whitened)
+    torch.testing.assert_close(back, task.data.embeddings, atol=1e-5, rtol=0)
+    assert not task.module.prior.clip_mean.requires_grad
+    assert not task.module.prior.clip_std.requires_grad
+
+
+def test_the_prior_drops_captions_at_the_stated_rate(tiny):
+    task = PriorTask(tiny("prior", section={"text_drop": 0.25}))
+    assert dropped(task, 2000) == pytest.approx(0.25, abs=0.04)
+    assert dropped(PriorTask(tiny("prior", section={"text_drop": 0.0})), 200) == 0
+    assert dropped(PriorTask(tiny("prior", section={"text_drop": 1.0})), 200) == 1
+
+
+def test_the_decoder_drops_captions_and_embeddings_each_for_itself(tiny):
+    task = DecoderTask(tiny("decoder", section={"text_drop": 0.5, "image_drop": 0.2}))
+    batch = task.batch(2000, step_generator(0, 0))
+    empty = is_empty(task, batch)
+    gone = ~batch["given"]
+    assert empty.float().mean().item() == pytest.approx(0.5, abs=0.04)
+    assert gone.float().mean().item() == pytest.approx(0.2, abs=0.04)
+    assert (empty & gone).float().mean().item() == pytest.approx(0.1, abs=0.03)
+
+
+def dropped(task, count) -> float:
+    return is_empty(task, task.batch(count, step_generator(0, 0))).float().mean().item()
+
+
+def is_empty(task, batch):
+    return (batch["text_embeds"] - task.clip.empty.embeds).abs().amax(dim=1) < 1e-5
+
+
+def test_embeddings_are_jittered_by_their_spread(tiny):
+    plain = DecoderTask(tiny("decoder", section={"embedding_noise": 0.0})).batch(2000, step_generator(0, 0))
+    task = DecoderTask(tiny("decoder", section={"embedding_noise": 0.5}))
+    jitter = task.batch(2000, step_generator(0, 0))["image_embedding"] - plain["image_embedding"]
+    torch.testing.assert_close(jitter.std(dim=0), 0.5 * task.spread, rtol=0.1, atol=1e-6)
+    # everything else is drawn alike
+    assert torch.equal(task.batch(2000, step_generator(0, 0))["noise"], plain["noise"])
+
+
+def test_without_a_clip(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="train that stage first"):
+        PriorTask(tiny("prior", section={"clip": tmp_path}))
+
+
+def test_learned_variance_needs_twice_the_channels(tiny):
+    recipe = tiny("decoder")
+    process = dataclasses.replace(recipe.decoder.process, variance_type="learned_range")
+    with pytest.raises(ConfigError, match=r"out_channels is 3.*needs 6"):
+        DecoderTask(tiny("decoder", section={"process": process}))
+    model = recipe.decoder.model | {"out_channels": 6}
+    task = DecoderTask(tiny("decoder", section={"process": process, "model": model}))
+    assert task.module(task.batch(4, step_generator(0, 0)))["loss"].isfinite()
+
+
+def test_everything_held_out(tiny, tmp_path, pictures):
+    line = json.loads((pictures / "metadata.jsonl").read_text().splitlines()[0]) | {"held_out": True}
+    (tmp_path / line["file_name"]).write_bytes((pictures / line["file_name"]).read_bytes())
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+    with pytest.raises(DataError, match="none of 1 pictures is there to train on"):
+        ClipTask(dataclasses.replace(tiny("clip"), data=tmp_path))
+
+
+# -- super-resolution ----------------------------------------------------------------------------------------------
+
+
+def settings(**changes):
+    return SuperResSettings(**{"low_res_size": 8, "crop_size": 16, "blur_share": 0.0, "noise": 0.0, **changes})
+
+
+def test_degrade_without_anything_is_the_mean_of_each_tile():
+    large = torch.rand(2, 3, 32, 32) * 2 - 1
+    small = degrade(large, settings(), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(small, large.unfold(2, 4, 4).unfold(3, 4, 4).mean(dim=(-1, -2)))
+
+
+def test_degrade_blurs_a_share():
+    large = torch.zeros(400, 3, 32, 32)
+    large[:, :, 16:20, 16:20] = 1.0
+    small = degrade(large, settings(blur_share=0.3), torch.Generator().manual_seed(0))
+    blurred = small[:, 0, 4, 4] < 0.99
+    assert blurred.float().mean().item() == pytest.approx(0.3, abs=0.07)
+    edge = torch.tensor(-0.5 / 0.6**2).exp()
+    line = torch.stack([edge, torch.ones(()), edge]) / (1 + 2 * edge)
+    first = small[blurred][0, 0, 3:6, 3:6]
+    torch.testing.assert_close(first, line[:, None] * line[None, :])
+    assert small[blurred][0].sum().item() == pytest.approx(3.0, abs=1e-4)  # nothing is lost
+
+
+def test_degrade_adds_noise_up_to_a_strength():
+    small = degrade(torch.zeros(500, 3, 32, 32), settings(noise=0.2), torch.Generator().manual_seed(0))
+    spread = small.flatten(1).std(dim=1)
+    assert spread.max() < 0.25
+    assert spread.mean().item() == pytest.approx(0.1, abs=0.02)
+    assert degrade(torch.ones(9, 3, 32, 32), settings(noise=0.2), torch.Generator()).max() <= 1
+
+
+def test_crops_lie_where_their_enlarged_twins_lie(tiny):
+    task = SuperResTask(tiny("super_res", section={"noise": 0.0, "blur_share": 0.0}))
+    batch = task.batch(16, step_generator(0, 0))
+    assert batch["x0"].shape == batch["enlarged"].shape == (16, 3, 16, 16)
+    near = (batch["x0"] - batch["enlarged"]).pow(2).mean()
+    far = (batch["x0"] - batch["enlarged"].roll(1, 0)).pow(2).mean()
+    assert near < 0.3 * far
+
+
+def test_the_last_step_alone(tiny, tmp_path):
+    task = SuperResTask(tiny("super_res", section={"only_last_step": True}))
+    assert task.batch(8, step_generator(0, 0))["t"].eq(0).all()
+    task.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["super_res_last", "super_res_scheduler"]
+
+
+def test_a_network_to_start_from(tiny, tmp_path):
+    SuperResTask(tiny("super_res")).save(tmp_path)
+    saved = load_file(tmp_path / "super_res_first" / "diffusion_pytorch_model.safetensors")
+    task = SuperResTask(tiny("super_res", seed=99, section={"start_from": tmp_path / "super_res_first"}))
+    assert all(torch.equal(value, saved[name]) for name, value in task.network.state_dict().items())
+    assert all(parameter.requires_grad for parameter in task.network.parameters())
+
+
+def test_crops_larger_than_the_picture(tiny):
+    with pytest.raises(ConfigError, match="crop_size is 64"):
+        SuperResTask(tiny("super_res", section={"crop_size": 64}))

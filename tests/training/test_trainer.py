@@ -1,0 +1,532 @@
+"""The trainer: what a step is, what a kill, a full disk or a bad loss leave behind, and what is gone on from."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from unclip.errors import CheckpointError, ConfigError, TrainingError
+from unclip.training import state
+from unclip.training import trainer as trainer_module
+from unclip.training.clip import ClipTask
+from unclip.training.diffusion import DecoderTask, PriorTask
+from unclip.training.recipe import ClipSettings, OptimizerRecipe, PriorSettings, Recipe
+from unclip.training.trainer import Trainer, learning_rate, share, step_generator
+
+
+class Line(nn.Module):
+    """y = w x + b, and a dropout, so that something draws from torch's own generator."""
+
+    def __init__(self):
+        super().__init__()
+        self.line = nn.Linear(3, 1)
+        self.dropout = nn.Dropout(0.2)
+        self.register_parameter("fixed", nn.Parameter(torch.ones(2), requires_grad=False))
+
+    def forward(self, batch):
+        error = (self.line(self.dropout(batch["x"])) - batch["x"].sum(dim=1, keepdim=True)).pow(2)
+        return {"loss": error.mean(), "worst": error.max().detach()}
+
+
+class LineTask:
+    """The smallest task there is; `spoil` may change a batch or raise."""
+
+    def __init__(self, spoil=None):
+        torch.manual_seed(0)
+        self.module = Line()
+        self.fingerprint = "line"
+        self.spoil = spoil
+        self.drawn = 0
+
+    def batch(self, batch_size, generator):
+        batch = {"x": torch.randn(batch_size, 3, generator=generator)}
+        self.drawn += 1
+        return batch if self.spoil is None else self.spoil(batch, self.drawn)
+
+    def save(self, folder):
+        save_file({k: v.clone() for k, v in self.module.state_dict().items()}, folder / "line.safetensors")
+
+    def sample_sheet(self, path):
+        path.with_suffix(".txt").write_text(f"{self.module.training}")
+
+
+def line_recipe(**changes) -> Recipe:
+    settings = {"steps": 12, "batch_size": 8, "precision": "no", "log_every_steps": 5, "sample_every_steps": 6}
+    return Recipe(**{"stage": "clip", "data": Path("x"), "clip": ClipSettings(), **settings, **changes})
+
+
+def rows(folder: Path) -> list[dict]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in found:
+        row.pop("pictures_per_s")
+    return found
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{path.parent.name}/{path.stem}/{name}": value
+        for path in sorted(folder.rglob("*.safetensors"))
+        for name, value in load_file(path).items()
+    }
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    mine, theirs = tensors(one), tensors(other)
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert torch.equal(mine[name], theirs[name]), name
+    assert rows(one) == rows(other)
+    assert (one / "state" / "state.json").read_text() == (other / "state" / "state.json").read_text()
+
+
+def stopped_at(step: int):
+    """A spoiler that asks this process to stop, as Ctrl-C does, while a step is computed."""
+
+    def spoil(batch, drawn):
+        if drawn == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch
+
+    return spoil
+
+
+# -- a run ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_files(tmp_path):
+    trainer = Trainer(LineTask(), line_recipe(), tmp_path / "run")
+    trainer.run()
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert names == ["metrics.jsonl", "model", "recipe.json", "samples", "state"]
+    assert [row["step"] for row in rows(tmp_path / "run")] == [5, 10, 12]
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["batch_size"] == 8
+    assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == ["0000006.txt", "0000012.txt"]
+    assert (tmp_path / "run" / "samples" / "0000012.txt").read_text() == "False"  # in evaluation mode
+    model = load_file(tmp_path / "run" / "model" / "line.safetensors")
+    assert torch.equal(model["line.weight"], trainer.ema["line.weight"])
+    assert not torch.equal(model["line.weight"], trainer.task.module.line.weight)
+    assert torch.equal(model["fixed"], torch.ones(2))
+
+
+def test_it_learns(tmp_path):
+    recipe = line_recipe(steps=80, optimizer=OptimizerRecipe(learning_rate=0.1, warmup_steps=2, weight_decay=0.0))
+    Trainer(LineTask(), recipe, tmp_path / "run").run()
+    losses = [row["loss"] for row in rows(tmp_path / "run")]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_the_log_holds_means(tmp_path):
+    task, seen = LineTask(), []
+    trainer = Trainer(task, line_recipe(steps=5), tmp_path / "run")
+    step = trainer._train_step
+    trainer._train_step = lambda: seen.append(step()) or seen[-1]
+    trainer.run()
+    (row,) = rows(tmp_path / "run")
+    for name in ("loss", "worst"):
+        assert row[name] == pytest.approx(sum(found[name] for found in seen) / 5, rel=1e-5)
+
+
+def test_progress_tells_loss_and_pictures_a_second(tmp_path):
+    told = []
+
+    class Bar:
+        def __init__(self, total, initial, unit):
+            told.append((total, initial, unit))
+
+        def set_postfix(self, values, refresh):
+            told.append(values)
+
+        def update(self, count):
+            told.append(count)
+
+        def close(self):
+            told.append("closed")
+
+    Trainer(LineTask(), line_recipe(steps=2), tmp_path / "run").run(progress=Bar)
+    assert told[0] == (2, 0, "step")
+    assert set(told[1]) == {"loss", "pictures/s"}
+    assert told[2:] == [1, told[3], 1, "closed"]
+
+    def fails(batch, drawn):
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        Trainer(LineTask(fails), line_recipe(), tmp_path / "other").run(progress=Bar)
+    assert told[-1] == "closed"
+
+
+def test_learning_rate():
+    recipe = line_recipe(steps=100, optimizer=OptimizerRecipe(learning_rate=1.0, warmup_steps=10, decay_share=0.2))
+    rates = [learning_rate(recipe, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9:81] == [1.0] * 72
+    assert rates[90] == pytest.approx(0.5)
+    assert rates[99] == pytest.approx(0.05)
+    flat = line_recipe(steps=3, optimizer=OptimizerRecipe(learning_rate=2.0, warmup_steps=0, decay_share=0.0))
+    assert [learning_rate(flat, step) for step in range(3)] == [2.0] * 3
+
+
+def test_the_average_is_warmed_up(tmp_path):
+    trainer = Trainer(LineTask(), line_recipe(ema_decay=0.5), tmp_path / "run")
+    start = trainer.ema["line.bias"].clone()
+    trainer._train_step()
+    wanted = torch.lerp(start, trainer.task.module.line.bias.detach(), 0.9)  # 1 - (1 + 0) / (10 + 0)
+    torch.testing.assert_close(trainer.ema["line.bias"], wanted)
+    trainer.step = 1000
+    before = trainer.ema["line.bias"].clone()
+    trainer._train_step()
+    torch.testing.assert_close(
+        trainer.ema["line.bias"], torch.lerp(before, trainer.task.module.line.bias.detach(), 0.5)
+    )
+
+
+# -- sharing a batch out -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_processes", "num_pieces"), [(1, 1), (2, 1), (1, 3), (2, 3), (4, 3)])
+def test_each_row_is_computed_once(num_processes, num_pieces):
+    batch = {"x": torch.arange(24), "y": torch.arange(48).view(24, 2)}
+    shares = [share(batch, num_processes=num_processes, rank=r, num_pieces=num_pieces) for r in range(num_processes)]
+    parts = [part for each in shares for part in each]
+    assert sorted(torch.cat([part["x"] for part in parts]).tolist()) == list(range(24))
+    assert {len(part["x"]) for part in parts} == {24 // (num_processes * num_pieces)}
+    assert all(torch.equal(part["y"][:, 0], 2 * part["x"]) for part in parts)
+    values = batch["x"].double() ** 2
+    means = [sum((p["x"].double() ** 2).mean() for p in each) / num_pieces for each in shares]
+    assert sum(means) / num_processes == pytest.approx(values.mean().item())
+
+
+def test_a_batch_that_cannot_be_shared_out():
+    with pytest.raises(ConfigError, match=r"a batch of 10 .* 2 processes .* 3: make batch_size a multiple of 6"):
+        share({"x": torch.zeros(10)}, num_processes=2, rank=0, num_pieces=3)
+
+
+def test_accumulation_is_one_large_batch(tiny, tmp_path):
+    found = {}
+    for pieces in (1, 4):
+        task = DecoderTask(tiny("decoder", accumulation=pieces, batch_size=8))
+        trainer = Trainer(task, tiny("decoder", accumulation=pieces, batch_size=8), tmp_path / str(pieces))
+        losses = []
+        for _ in range(2):
+            losses.append(trainer._train_step()["loss"])
+            trainer.step += 1
+        found[pieces] = losses, {k: v.clone() for k, v in task.module.state_dict().items()}
+    assert found[1][0] == pytest.approx(found[4][0], rel=1e-4)
+    for name, value in found[1][1].items():
+        torch.testing.assert_close(value, found[4][1][name], atol=2e-4, rtol=1e-3)
+
+
+# -- going on ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [1, 5, 7])
+def test_stopped_and_gone_on_is_as_if_never_stopped(tmp_path, step):
+    Trainer(LineTask(), line_recipe(), tmp_path / "straight").run()
+    first = Trainer(LineTask(stopped_at(step)), line_recipe(), tmp_path / "stopped")
+    first.run()
+    assert first.step == step
+    assert (tmp_path / "stopped" / "model").is_dir()
+    second = Trainer(LineTask(), line_recipe(), tmp_path / "stopped")
+    assert second.step == step
+    second.run()
+    assert_equal_runs(tmp_path / "straight", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize(("stage", "task"), [("clip", ClipTask), ("prior", PriorTask), ("decoder", DecoderTask)])
+def test_real_tasks_go_on_exactly(tiny, tmp_path, stage, task):
+    recipe = tiny(stage, steps=4, log_every_steps=3, sample_every_steps=100)
+    Trainer(task(recipe), recipe, tmp_path / "straight").run()
+    first = Trainer(task(recipe), recipe, tmp_path / "stopped")
+    batch = first.task.batch
+    first.task.batch = lambda size, generator: stopped_at(2)(batch(size, generator), first.step + 1)
+    first.run()
+    assert first.step == 2
+    Trainer(task(recipe), recipe, tmp_path / "stopped").run()
+    assert_equal_runs(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_signals_are_put_back(tmp_path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    Trainer(LineTask(stopped_at(2)), line_recipe(), tmp_path / "run").run()
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path):
+    def twice(batch, drawn):
+        if drawn == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+        return batch
+
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(LineTask(twice), line_recipe(), tmp_path / "run").run()
+
+
+def test_in_a_thread(tmp_path):
+    trainer = Trainer(LineTask(), line_recipe(steps=2), tmp_path / "run")
+    thread = threading.Thread(target=trainer.run)
+    thread.start()
+    thread.join()
+    assert trainer.step == 2
+
+
+def test_rows_past_the_checkpoint_are_dropped(tmp_path):
+    run = tmp_path / "run"
+    Trainer(LineTask(), line_recipe(steps=5), run).run()
+    kept = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(kept + '{"step": 10, "loss": 7}\n{"step": 11, "lo')
+    (run / ".unclip-tmp-left").mkdir()
+    (run / ".unclip-tmp-left" / "half").write_text("x")
+    (run / ".unclip-tmp-file.json").write_text("x")
+    Trainer(LineTask(), line_recipe(), run).run()
+    assert [row["step"] for row in rows(run)] == [5, 10, 12]
+    assert not list(run.glob(".unclip-tmp*"))
+
+
+def test_a_log_without_a_checkpoint_starts_anew(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 5, "loss": 7, "pictures_per_s": 1}\n[]\n')
+    Trainer(LineTask(), line_recipe(), tmp_path).run()
+    assert [row["step"] for row in rows(tmp_path)] == [5, 10, 12]
+    assert rows(tmp_path)[0]["loss"] != 7
+
+
+def test_a_finished_run_stays(tmp_path):
+    Trainer(LineTask(), line_recipe(), tmp_path).run()
+    before, log, written = tensors(tmp_path), rows(tmp_path), (tmp_path / "model").stat().st_mtime_ns
+    Trainer(LineTask(), line_recipe(), tmp_path).run()
+    assert all(torch.equal(before[name], value) for name, value in tensors(tmp_path).items())
+    assert rows(tmp_path) == log
+    assert (tmp_path / "model").stat().st_mtime_ns == written
+
+
+def test_a_state_of_before_the_log_was_kept_in_it(tmp_path):
+    Trainer(LineTask(), line_recipe(steps=5), tmp_path).run()
+    about = json.loads((tmp_path / "state" / "state.json").read_text())
+    old = {"step": 5, "seed": 0, "stage": "prior"}
+    assert about.items() >= {**old, "stage": "clip"}.items()
+    recipe = line_recipe(stage="prior", clip=None, prior=PriorSettings())
+    (tmp_path / "state" / "state.json").write_text(json.dumps(old))
+    assert Trainer(LineTask(), recipe, tmp_path).step == 5
+    (tmp_path / "state" / "state.json").write_text(json.dumps({**old, "stage": "clip"}))
+    with pytest.raises(ConfigError, match="does not say which tokenizer"):
+        Trainer(LineTask(), line_recipe(), tmp_path)
+
+
+def test_other_captions(tmp_path):
+    Trainer(LineTask(), line_recipe(), tmp_path).run()
+    task = LineTask()
+    task.fingerprint = "other"
+    with pytest.raises(ConfigError, match=r"the captions of the data set, .* changed since"):
+        Trainer(task, line_recipe(), tmp_path)
+
+
+# -- what is not gone on from --------------------------------------------------------------------------------------
+
+
+def test_another_seed_or_stage(tmp_path):
+    Trainer(LineTask(), line_recipe(), tmp_path).run()
+    with pytest.raises(ConfigError, match="stage 'clip' and seed 0, the recipe has 'clip' and 1: name another"):
+        Trainer(LineTask(), line_recipe(seed=1), tmp_path)
+
+
+def test_another_size(tiny, tmp_path):
+    recipe = tiny("prior", steps=1)
+    Trainer(PriorTask(recipe), recipe, tmp_path).run()
+    changed = tiny("prior", steps=2, section={"model": recipe.prior.model | {"attention_head_dim": 8}})
+    words = r"has shape .* there and .* by the recipe; prior\.model\.attention_head_dim was 16 and is 8"
+    with pytest.raises(ConfigError, match=words):
+        Trainer(PriorTask(changed), changed, tmp_path)
+    (tmp_path / "recipe.json").unlink()
+    with pytest.raises(ConfigError, match=r"has shape .* there and"):
+        Trainer(PriorTask(changed), changed, tmp_path)
+
+
+def test_another_process(tiny, tmp_path):
+    recipe = tiny("prior", steps=1)
+    Trainer(PriorTask(recipe), recipe, tmp_path).run()
+    process = dataclasses.replace(recipe.prior.process, prediction_type="epsilon")
+    changed = tiny("prior", steps=2, section={"process": process})
+    with pytest.raises(ConfigError, match=r"prior\.process\.prediction_type was 'sample' and is 'epsilon'"):
+        Trainer(PriorTask(changed), changed, tmp_path)
+    allowed = tiny("prior", steps=2, batch_size=8, section={"text_drop": 0.5})
+    assert Trainer(PriorTask(allowed), allowed, tmp_path).step == 1
+
+
+def test_another_clip(tiny, tmp_path):
+    recipe = tiny("prior", steps=1)
+    Trainer(PriorTask(recipe), recipe, tmp_path / "run").run()
+    ClipTask(tiny("clip", seed=9)).save(tmp_path / "clip")
+    changed = tiny("prior", section={"clip": tmp_path / "clip"})
+    with pytest.raises(ConfigError, match="the CLIP changed since"):
+        Trainer(PriorTask(changed), changed, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["module.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_broken_state(tmp_path, name):
+    Trainer(LineTask(), line_recipe(), tmp_path).run()
+    path = tmp_path / "state" / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        Trainer(LineTask(), line_recipe(), tmp_path)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        Trainer(LineTask(), line_recipe(), tmp_path)
+
+
+def test_a_state_that_lacks_its_step(tmp_path):
+    Trainer(LineTask(), line_recipe(), tmp_path).run()
+    (tmp_path / "state" / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"state\.json lacks 'step'"):
+        Trainer(LineTask(), line_recipe(), tmp_path)
+
+
+def test_precision_that_is_not_there(tmp_path, monkeypatch):
+    def refuses(mixed_precision):
+        raise ValueError("fp16 mixed precision requires a GPU")
+
+    monkeypatch.setattr(trainer_module, "Accelerator", refuses)
+    with pytest.raises(ConfigError, match="precision 'fp16' is not to be had here"):
+        Trainer(LineTask(), line_recipe(precision="fp16"), tmp_path)
+
+
+def test_two_trainers_in_one_folder(tmp_path):
+    second = []
+
+    def other(batch, drawn):
+        with pytest.raises(TrainingError, match="another process trains in") as caught:
+            Trainer(LineTask(), line_recipe(), tmp_path).run()
+        second.append(caught)
+        return batch
+
+    Trainer(LineTask(other), line_recipe(steps=1), tmp_path).run()
+    assert second
+
+
+# -- what goes wrong -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("value", "words"), [(float("nan"), "the loss is nan"), (float("inf"), "the loss is")])
+def test_a_loss_that_is_no_number(tmp_path, value, words):
+    Trainer(LineTask(), line_recipe(steps=4), tmp_path).run()
+    before = tensors(tmp_path)
+
+    def spoil(batch, drawn):
+        return {"x": batch["x"] * value} if drawn == 3 else batch
+
+    trainer = Trainer(LineTask(spoil), line_recipe(), tmp_path)
+    with pytest.raises(TrainingError, match=f"{words}.*at step 6; the checkpoint of step 4 in .* is whole"):
+        trainer.run()
+    assert all(torch.equal(before[name], found) for name, found in tensors(tmp_path).items())
+    assert all(parameter.isfinite().all() for parameter in trainer.task.module.parameters())
+
+
+def test_a_gradient_that_is_no_number(tmp_path):
+    class Root(Line):
+        def forward(self, batch):
+            return {"loss": (self.line(batch["x"]) * 0).abs().sqrt().mean()}  # 0, with a gradient of 0/0
+
+    task = LineTask()
+    task.module = Root()
+    trainer = Trainer(task, line_recipe(), tmp_path)
+    with pytest.raises(TrainingError, match=r"the gradient's norm is nan at step 0; there is no checkpoint yet"):
+        trainer.run()
+    assert task.module.line.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("IoError: code 28")])
+@pytest.mark.parametrize("name", ["module", "optimizer", "model"])
+def test_a_full_disk(tmp_path, monkeypatch, error, name):
+    Trainer(LineTask(), line_recipe(steps=4), tmp_path).run()
+    before, about = tensors(tmp_path), (tmp_path / "state" / "state.json").read_text()
+
+    def full(values, path):
+        if path.stem == name or (name == "model" and path.stem == "line"):
+            path.write_bytes(b"half")
+            raise error
+        return save_file(values, path)
+
+    monkeypatch.setattr(state, "save_file", full)
+    task = LineTask()
+    if name == "model":
+        task.save = lambda folder: full({}, folder / "line.safetensors")
+    words = r"cannot be written at step 12: .*28.*; the checkpoint of step 4 in .* is whole: make room"
+    with pytest.raises(TrainingError, match=words):
+        Trainer(task, line_recipe(), tmp_path).run()
+    kept = {key: value for key, value in tensors(tmp_path).items() if name == "model" or key.startswith("state/")}
+    assert len(kept) > 5
+    assert all(torch.equal(before[key], value) for key, value in kept.items())
+    assert (tmp_path / "state" / "state.json").read_text() == about
+    assert not list(tmp_path.glob(".unclip-tmp*"))
+    monkeypatch.undo()
+    trainer = Trainer(LineTask(), line_recipe(), tmp_path)
+    trainer.run()
+    assert trainer.step == 12
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(TrainingError, match="cannot be made"):
+        Trainer(LineTask(), line_recipe(), tmp_path / "file" / "run").run()
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, {tests!r})
+import importlib.util
+spec = importlib.util.spec_from_file_location("lines", {this!r})
+lines = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(lines)
+from pathlib import Path
+recipe = lines.line_recipe(steps=400, save_every_s=0.0, sample_every_steps=1000)
+print("ready", flush=True)
+lines.Trainer(lines.LineTask(), recipe, Path({folder!r})).run()
+print("done", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(tmp_path):
+    recipe = line_recipe(steps=400, sample_every_steps=1000)
+    Trainer(LineTask(), recipe, tmp_path / "straight").run()
+    run = tmp_path / "killed"
+    script = textwrap.dedent(KILLED).format(tests=str(Path(__file__).parent), this=__file__, folder=str(run))
+    dice, kills, steps = random.Random(0), 0, []
+    signals = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL, None, None]
+    for number in signals:
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(dice.uniform(0.02, 0.8))
+        if number is not None:
+            process.send_signal(number)
+        rest = process.communicate(timeout=60)[0]
+        kills += rest != "done\n"
+        if (run / "state").is_dir():
+            steps.append(json.loads((run / "state" / "state.json").read_text())["step"])
+    assert kills >= 3
+    assert steps == sorted(steps)
+    assert steps[-1] == 400
+    assert_equal_runs(tmp_path / "straight", run)
+    assert not list(run.glob(".unclip-tmp*"))
+
+
+def test_the_generator_of_a_step():
+    draws = {
+        tuple(torch.rand(3, generator=step_generator(seed, step)).tolist()) for seed in (0, 1) for step in range(9)
+    }
+    assert len(draws) == 18
