@@ -50,7 +50,7 @@ def twins(name: str, network: torch.nn.Module) -> torch.nn.Module:
     if name == "text_proj":
         from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel as Theirs
     else:
-        Theirs = getattr(diffusers, type(network).__name__)  # noqa: N806
+        Theirs = getattr(diffusers, type(network).__name__)
     settings = {key: value for key, value in network.config.items() if not key.startswith("_")}
     with torch.device("meta"):
         twin = Theirs(**settings)
@@ -82,78 +82,99 @@ def networks(size: str, dtype: torch.dtype):
     return {name: (lambda build=build: random(build)) for name, build in karlo_networks().items()}
 
 
-@torch.no_grad()
-def stages(size: str, dtype: torch.dtype, steps: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Seconds a step of prior, decoder (guided: two rows a picture) and super-resolution, for one picture."""
+def loop(prepare: Callable[[], Callable], x: torch.Tensor, path: range) -> Callable[[], None]:
+    """Our way: prepare once, then the steps."""
+
+    def run() -> None:
+        denoiser = prepare()
+        for t in path:
+            denoiser(x, t)
+
+    return run
+
+
+def caption(width: int, tokens: int):
+    """Null and given caption, random."""
+    from unclip.stages.condition import TextEmbedding
+
+    mask = torch.ones(2, tokens, dtype=torch.bool)
+    return TextEmbedding(torch.randn(2, width), torch.randn(2, tokens, width), mask)
+
+
+def prior_stage(build, process, dtype: torch.dtype, path: range, repeats: int) -> dict[str, float]:
+    """The prior, guided: two rows a picture."""
     from unclip.diffusion.guidance import guided
-    from unclip.stages.condition import DecoderCondition, PriorCondition, SuperResCondition, TextEmbedding
-    from unclip.stages.decoder import DecoderStage
+    from unclip.stages.condition import PriorCondition
     from unclip.stages.prior import PriorStage
-    from unclip.stages.super_res import SuperResStage
-    from unclip import UnCLIPScheduler
-
-    build, results = networks(size, dtype), {}
-    process = UnCLIPScheduler().process
-    path = range(steps * 10, 0, -10)
-
-    def text(width: int, tokens: int) -> TextEmbedding:
-        return TextEmbedding(torch.randn(2, width), torch.randn(2, tokens, width), torch.ones(2, tokens, dtype=torch.bool))
-
-    def loop(prepare, x):
-        def run():
-            denoiser = prepare()
-            for t in path:
-                denoiser(x, t)
-
-        return run
 
     prior = build["prior"]()
-    twin, width, tokens = twins("prior", prior), prior.config.embedding_dim, prior.config.num_embeddings
-    both, x = text(width, tokens), torch.randn(1, width)
+    twin, width = twins("prior", prior), prior.config.embedding_dim
+    text, x = caption(width, prior.config.num_embeddings), torch.randn(1, width)
+    embeds, hidden_states = text.embeds.to(dtype), text.hidden_states.to(dtype)
 
-    def theirs():
+    def theirs() -> None:
         for t in path:
-            twin(
-                torch.cat([x, x]).to(dtype), torch.tensor(t), both.embeds.to(dtype), both.hidden_states.to(dtype), both.mask
-            )
+            twin(torch.cat([x, x]).to(dtype), torch.tensor(t), embeds, hidden_states, text.mask)
 
-    condition = PriorCondition(both)
-    results["prior"] = compare(
-        loop(lambda: guided(PriorStage(prior, process).prepare(condition), GUIDANCE), x), theirs, repeats
-    )
-    del prior, twin
+    stage = PriorStage(prior, process)
+    return compare(loop(lambda: guided(stage.prepare(PriorCondition(text)), GUIDANCE), x, path), theirs, repeats)
+
+
+def decoder_stage(build, process, dtype: torch.dtype, path: range, repeats: int) -> dict[str, float]:
+    """The decoder with its text projection, guided: two rows a picture."""
+    from unclip.diffusion.guidance import guided
+    from unclip.stages.condition import DecoderCondition
+    from unclip.stages.decoder import DecoderStage
 
     decoder, text_proj = build["decoder"](), build["text_proj"]()
     twin, twin_proj = twins("decoder", decoder), twins("text_proj", text_proj)
-    side, extra = decoder.config.sample_size, text_proj.config.clip_extra_context_tokens
+    side, width = decoder.config.sample_size, text_proj.config.clip_embeddings_dim
+    extra = text_proj.config.clip_extra_context_tokens
+    text, embedding = caption(width, 77 if width == 768 else 32), torch.randn(2, width)
     x = torch.randn(1, decoder.config.in_channels, side, side)
-    embedding = torch.randn(2, width)
 
-    def theirs():
+    def theirs() -> None:
         tokens, added = twin_proj(
-            image_embeddings=embedding[1:].to(dtype), prompt_embeds=both.embeds.to(dtype),
-            text_encoder_hidden_states=both.hidden_states.to(dtype), do_classifier_free_guidance=True,
-        )  # fmt: skip
-        mask = torch.nn.functional.pad(both.mask, (extra, 0), value=True)
+            image_embeddings=embedding[1:].to(dtype),
+            prompt_embeds=text.embeds.to(dtype),
+            text_encoder_hidden_states=text.hidden_states.to(dtype),
+            do_classifier_free_guidance=True,
+        )
+        mask = torch.nn.functional.pad(text.mask, (extra, 0), value=True)
         for t in path:
             twin(torch.cat([x, x]).to(dtype), torch.tensor(t), tokens, class_labels=added, attention_mask=mask)
 
-    condition = DecoderCondition(both, embedding, torch.tensor([False, True]))
+    condition = DecoderCondition(text, embedding, torch.tensor([False, True]))
     stage = DecoderStage(decoder, text_proj, process)
-    results["decoder"] = compare(loop(lambda: guided(stage.prepare(condition), GUIDANCE), x), theirs, repeats)
-    del decoder, twin
+    return compare(loop(lambda: guided(stage.prepare(condition), GUIDANCE), x, path), theirs, repeats)
+
+
+def super_res_stage(build, process, dtype: torch.dtype, path: range, repeats: int) -> dict[str, float]:
+    """Super-resolution, never guided."""
+    from unclip.stages.condition import SuperResCondition
+    from unclip.stages.super_res import SuperResStage
 
     network = build["super_res_first"]()
     twin, size_px = twins("super_res_first", network), network.config.sample_size
-    x, small = torch.randn(1, 3, size_px, size_px), SuperResCondition(torch.randn(1, 3, side, side))
-    stage = SuperResStage(network, network, process)
+    x, small = torch.randn(1, 3, size_px, size_px), torch.randn(1, 3, size_px // 4, size_px // 4)
 
-    def theirs():
-        large = torch.nn.functional.interpolate(small.low_res, size=(size_px,) * 2, mode="bicubic", antialias=True)
+    def theirs() -> None:
+        large = torch.nn.functional.interpolate(small, size=(size_px,) * 2, mode="bicubic", antialias=True)
         for t in path:
             twin(torch.cat([x, large], dim=1).to(dtype), torch.tensor(t))
 
-    results["super-resolution"] = compare(loop(lambda: stage.prepare(small), x), theirs, repeats)
+    stage = SuperResStage(network, network, process)
+    return compare(loop(lambda: stage.prepare(SuperResCondition(small)), x, path), theirs, repeats)
+
+
+@torch.no_grad()
+def stages(size: str, dtype: torch.dtype, steps: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Seconds a step of each stage, for one picture."""
+    from unclip import UnCLIPScheduler
+
+    build, process, path = networks(size, dtype), UnCLIPScheduler().process, range(steps * 10, 0, -10)
+    runs = {"prior": prior_stage, "decoder": decoder_stage, "super-resolution": super_res_stage}
+    results = {name: run(build, process, dtype, path, repeats) for name, run in runs.items()}
     for row in results.values():
         row["ours_s"], row["theirs_s"] = row["ours_s"] / steps, row["theirs_s"] / steps
     return results

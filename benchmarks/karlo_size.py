@@ -47,7 +47,7 @@ def write_folder(folder: Path) -> None:
 
 def karlo_networks():
     """Component → a function that builds it with Karlo's configuration (facts: its published config files)."""
-    from unclip import PriorTransformer, UNet2DConditionModel, UNet2DModel, UnCLIPTextProjModel
+    from unclip import PriorTransformer, UnCLIPTextProjModel, UNet2DConditionModel, UNet2DModel
 
     widths, resnets = (320, 640, 960, 1280), "ResnetDownsampleBlock2D"
     attention = ("SimpleCrossAttnDownBlock2D",) * 3

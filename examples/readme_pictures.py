@@ -1,6 +1,6 @@
 """Draw the pictures of the README with the built-in model.
 
-    python examples/readme_pictures.py          # writes docs/images/*.png
+python examples/readme_pictures.py          # writes docs/images/*.png
 """
 
 import json
