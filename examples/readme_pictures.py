@@ -3,13 +3,11 @@
 python examples/readme_pictures.py          # writes docs/images/*.png
 """
 
-import json
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from unclip import UnCLIPImageVariationPipeline, UnCLIPPipeline
-from unclip.checkpoints.hub import resolve
 from unclip.stages.images import grid
 
 CAPTIONS = [
@@ -34,17 +32,14 @@ def labelled(image: Image.Image, text: str) -> Image.Image:
 def main() -> None:
     folder = Path(__file__).parents[1] / "docs" / "images"
     folder.mkdir(parents=True, exist_ok=True)
-    model = resolve("unclip-emoji")
-    defaults = json.loads((model / "generation_defaults.json").read_text(encoding="utf-8"))
-    pipe = UnCLIPPipeline.from_pretrained(model)
-    vary = UnCLIPImageVariationPipeline.from_pretrained(model)
-    images = pipe(CAPTIONS, seed=1, **defaults).images
+    pipe = UnCLIPPipeline.from_pretrained("unclip-emoji")
+    vary = UnCLIPImageVariationPipeline.from_pretrained("unclip-emoji")
+    images = pipe(CAPTIONS, seed=1, **pipe.recommended).images
     sheet = [labelled(image, text) for image, text in zip(images, CAPTIONS, strict=True)]
     grid(sheet, columns=5, gap=8).save(folder / "sheet.png", optimize=True)
 
-    defaults = {name: value for name, value in defaults.items() if not name.startswith("prior")}
     originals = [images[CAPTIONS.index(text)] for text in VARIED]
-    variations = vary(originals, num_images_per_prompt=5, seed=100, **defaults).images
+    variations = vary(originals, num_images_per_prompt=5, seed=100, **vary.recommended).images
     rows = []
     for place, original in enumerate(originals):
         rows += [original, *variations[5 * place : 5 * place + 5]]

@@ -4,7 +4,7 @@ Names resolve when they are first used, so that importing the package is instant
 
     from unclip import UnCLIPPipeline
     pipe = UnCLIPPipeline.from_pretrained("unclip-emoji")
-    pipe("a red apple", seed=1).images[0].save("apple.png")
+    pipe("a red apple", seed=1, **pipe.recommended).images[0].save("apple.png")
 """
 
 import importlib

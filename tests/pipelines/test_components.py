@@ -571,3 +571,17 @@ def test_loading_in_several_threads(saved, monkeypatch):
 def test_the_output_is_what_the_package_exports(tiny_pipeline, few):
     assert isinstance(tiny_pipeline("a cat", **few), ImagePipelineOutput)
     assert isinstance(tiny_pipeline.super_res_first, UNet2DModel)
+
+
+def test_recommended_settings_travel_with_a_model(tiny_pipeline, tmp_path):
+    tiny_pipeline.save_pretrained(tmp_path / "model")
+    assert UnCLIPPipeline.from_pretrained(tmp_path / "model").recommended == {}
+    settings = '{"prior_guidance_scale": 2, "decoder_num_inference_steps": 3}'
+    (tmp_path / "model" / "generation_defaults.json").write_text(settings)
+    pipe = UnCLIPPipeline.from_pretrained(tmp_path / "model")
+    assert pipe.recommended == {"prior_guidance_scale": 2, "decoder_num_inference_steps": 3}
+    pipe.save_pretrained(tmp_path / "again")
+    assert UnCLIPPipeline.from_pretrained(tmp_path / "again").recommended == pipe.recommended
+    (tmp_path / "model" / "generation_defaults.json").write_text('{"decoder_num_inference_steps": 2.5}')
+    with pytest.raises(ConfigError, match="whole number"):
+        UnCLIPPipeline.from_pretrained(tmp_path / "model")

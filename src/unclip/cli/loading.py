@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from unclip.checkpoints.files import read_json
 from unclip.checkpoints.hub import resolve
+from unclip.checkpoints.recommended import SCALES, Number, read_recommended
 from unclip.cli.options import Dtype, SamplerName
-from unclip.errors import ConfigError, InputError
+from unclip.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -21,12 +22,8 @@ if TYPE_CHECKING:
     from unclip.diffusion.scheduler import Scheduler
     from unclip.pipelines.pipeline import Pipeline
 
-DEFAULTS_FILE = "generation_defaults.json"
-COUNTS = ("prior_num_inference_steps", "decoder_num_inference_steps", "super_res_num_inference_steps")
-SCALES = ("prior_guidance_scale", "decoder_guidance_scale")
 STAGES = ("prior", "decoder", "super_res")
 
-Number = int | float
 P = TypeVar("P", bound="Pipeline")
 
 
@@ -52,23 +49,6 @@ def model_name(name: str) -> str:
     return Path(name).resolve().name if os.path.isdir(name) else name
 
 
-def read_defaults(folder: Path) -> dict[str, Number]:
-    """What the model recommends, by argument name, out of its `generation_defaults.json`; empty without one.
-
-    Raises: ConfigError for an unknown key or a value that is no number; CheckpointError for a broken file.
-    """
-    path = folder / DEFAULTS_FILE
-    if not path.exists():
-        return {}
-    found = read_json(path)
-    for key, value in found.items():
-        if key not in (*COUNTS, *SCALES):
-            raise ConfigError(f"{path} has the unknown key {key!r}; it may have {', '.join((*COUNTS, *SCALES))}")
-        if isinstance(value, bool) or not isinstance(value, int if key in COUNTS else int | float):
-            raise ConfigError(f"{path}: {key} is {value!r}; it must be a {'whole ' if key in COUNTS else ''}number")
-    return found
-
-
 def call_settings(pipeline_class: type, folder: Path, given: Mapping[str, Number | None]) -> dict[str, Number]:
     """The arguments of a call, each as given, else as the model recommends, else the pipeline's own default.
 
@@ -77,7 +57,7 @@ def call_settings(pipeline_class: type, folder: Path, given: Mapping[str, Number
     from unclip.diffusion.guidance import check_scale
 
     defaults = inspect.signature(pipeline_class.__call__).parameters
-    recommended = read_defaults(folder)
+    recommended = read_recommended(folder)
     settings: dict[str, Number] = {}
     for name, value in given.items():
         own: Number = defaults[name].default

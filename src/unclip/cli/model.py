@@ -16,9 +16,10 @@ import typer
 
 from unclip.checkpoints.files import file_size, read_json, safe_join
 from unclip.checkpoints.hub import resolve
+from unclip.checkpoints.recommended import read_recommended
 from unclip.checkpoints.weights import DEFAULT_STEM, TRANSFORMERS_STEM, open_weights
 from unclip.cli import options
-from unclip.cli.loading import model_name, read_defaults
+from unclip.cli.loading import model_name
 from unclip.cli.messages import error, printable
 from unclip.errors import CheckpointError, MissingFileError, UnclipError
 
@@ -77,7 +78,7 @@ def info(
     problem = ""
     defaults: dict[str, int | float] = {}
     try:
-        defaults = read_defaults(folder)
+        defaults = read_recommended(folder)
     except UnclipError as found:
         problem = str(found)
     papers = {"licence": licence(folder), "model_card": first_file(folder, ("README*", "MODEL_CARD*", "model_card*"))}

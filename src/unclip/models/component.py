@@ -96,6 +96,7 @@ class Component(nn.Module, Generic[C]):
             UnsafeFileError: `safe_serialization` is False: pickles can run code when read and are not written.
         """
         from unclip.checkpoints.files import write_json
+        from unclip.checkpoints.layout import API_VERSION
         from unclip.checkpoints.weights import save_weights
 
         if not safe_serialization:
@@ -105,7 +106,7 @@ class Component(nn.Module, Generic[C]):
             )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        header = {"_class_name": type(self).__name__, "_diffusers_version": "0.26.3", "_unclip_version": _version()}
+        header = {"_class_name": type(self).__name__, "_diffusers_version": API_VERSION, "_unclip_version": _version()}
         save_weights(folder, self.state_dict(), variant=variant, max_shard_size=max_shard_size)
         write_json(folder / "config.json", header | dict(self.config))
 

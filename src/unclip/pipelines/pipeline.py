@@ -3,6 +3,7 @@
 Knows components by name and kind; knows not what a call does. Base of the two pipelines.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from tqdm.auto import tqdm
 
 from unclip.checkpoints.files import atomic_folder, read_json, write_json
 from unclip.checkpoints.hub import resolve
+from unclip.checkpoints.layout import API_VERSION
+from unclip.checkpoints.recommended import Number, read_recommended, write_recommended
 from unclip.diffusion.loop import Progress
 from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError
 from unclip.pipelines.component import index_entry, read_component, write_component
@@ -38,6 +41,7 @@ class Pipeline:
         self._check_kinds()
         self._progress: dict[str, Any] = {}
         self._offload_hooks: list[Any] = []
+        self._recommended: dict[str, Number] = {}
         self.check()
 
     def _check_kinds(self) -> None:
@@ -59,6 +63,16 @@ class Pipeline:
     def components(self) -> dict[str, Any]:
         """Name → component; `OtherPipeline(**pipe.components, …)` shares loaded parts."""
         return {name: getattr(self, name) for name in self.COMPONENTS}
+
+    @property
+    def recommended(self) -> dict[str, Number]:
+        """The steps and guidance scales that the model's makers recommend: `pipe(prompt, **pipe.recommended)`.
+
+        Only a call's own arguments are in it; it is empty for a model that comes without recommendations. A call's
+        defaults stay those of the ecosystem.
+        """
+        arguments = inspect.signature(type(self).__call__).parameters
+        return {name: value for name, value in self._recommended.items() if name in arguments}
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -123,13 +137,17 @@ class Pipeline:
             if name not in parts:
                 class_name = _class_name(index, name, cls.__name__, folder)
                 parts[name] = read_component(folder, name, class_name, torch_dtype=torch_dtype, variant=variant)
-        return cls(**parts)
+        pipeline = cls(**parts)
+        pipeline._recommended = read_recommended(folder)
+        return pipeline
 
     @classmethod
     def from_pipe(cls, pipeline: "Pipeline", **components: Any) -> Self:
         """This kind of pipeline from another's loaded components, and those it lacks given by name."""
         shared = {name: part for name, part in pipeline.components.items() if name in cls.COMPONENTS}
-        return cls(**shared | components)
+        made = cls(**shared | components)
+        made._recommended = dict(pipeline._recommended)
+        return made
 
     def save_pretrained(
         self,
@@ -147,11 +165,12 @@ class Pipeline:
         if not safe_serialization:
             raise UnsafeFileError("unclip writes no pickles: leave safe_serialization at True")
         with atomic_folder(folder, overwrite=overwrite) as draft:
-            index: dict[str, Any] = {"_class_name": type(self).__name__, "_diffusers_version": "0.26.3"}
+            index: dict[str, Any] = {"_class_name": type(self).__name__, "_diffusers_version": API_VERSION}
             for name, part in self.components.items():
                 write_component(part, draft / name, variant=variant)
                 index[name] = index_entry(part)
             write_json(draft / "model_index.json", index)
+            write_recommended(draft, self._recommended)
 
     def to(self, *where: torch.device | torch.dtype | str | int, **named: Any) -> Self:
         """Move and/or cast all networks: `to("cuda")`, `to(torch.float16)`, `to("cuda", torch.float16)`."""

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from unclip.checkpoints.files import atomic_folder, read_json, write_json
+from unclip.checkpoints.layout import API_VERSION
+from unclip.checkpoints.recommended import write_recommended
 from unclip.errors import MissingFileError
 from unclip.pipelines.component import index_entry, read_component, write_component
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
@@ -67,7 +69,7 @@ def assemble(
     for name, run in runs.items():
         if not (run / "model").is_dir():
             raise MissingFileError(f"{run} has no folder model/: train {name} there first")
-    index: dict[str, Any] = {"_class_name": "UnCLIPPipeline", "_diffusers_version": "0.26.3"}
+    index: dict[str, Any] = {"_class_name": "UnCLIPPipeline", "_diffusers_version": API_VERSION}
     steps = {name: read_json(run / "state" / "state.json")["step"] for name, run in runs.items()}
     with atomic_folder(out, overwrite=overwrite) as draft:
         components: dict[str, Any] = {}
@@ -84,7 +86,7 @@ def assemble(
             index[name] = index_entry(component)
         write_json(draft / "model_index.json", index)
         if defaults:
-            write_json(draft / "generation_defaults.json", dict(defaults))
+            write_recommended(draft, defaults)
         write_json(draft / "training_steps.json", steps)
         for name, file in (files or {}).items():
             (draft / name).write_bytes(file.read_bytes())

@@ -1,0 +1,41 @@
+"""What a model's makers recommend for its calls: steps and guidance scales, in a file beside its components.
+
+Knows the file and its keys; knows no pipeline. Called by pipelines, assembling and the command line.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from unclip.checkpoints.files import read_json, write_json
+from unclip.errors import ConfigError
+
+FILE = "generation_defaults.json"
+COUNTS = ("prior_num_inference_steps", "decoder_num_inference_steps", "super_res_num_inference_steps")
+SCALES = ("prior_guidance_scale", "decoder_guidance_scale")
+
+Number = int | float
+
+
+def read_recommended(folder: Path) -> dict[str, Number]:
+    """What the model in `folder` recommends, by argument name; empty without the file.
+
+    Raises: ConfigError for an unknown key or a value that is no number; CheckpointError for a broken file.
+    """
+    path = folder / FILE
+    return check_recommended(read_json(path), str(path)) if path.exists() else {}
+
+
+def write_recommended(folder: Path, recommended: Mapping[str, Number]) -> None:
+    """Write the file, unless there is nothing to say. Raises: ConfigError as `read_recommended`."""
+    if recommended:
+        write_json(folder / FILE, check_recommended(recommended, FILE))
+
+
+def check_recommended(found: Mapping[str, Number], where: str) -> dict[str, Number]:
+    """The same settings. Raises: ConfigError for an unknown key or a value that is no number."""
+    for key, value in found.items():
+        if key not in (*COUNTS, *SCALES):
+            raise ConfigError(f"{where} has the unknown key {key!r}; it may have {', '.join((*COUNTS, *SCALES))}")
+        if isinstance(value, bool) or not isinstance(value, int if key in COUNTS else int | float):
+            raise ConfigError(f"{where}: {key} is {value!r}; it must be a {'whole ' if key in COUNTS else ''}number")
+    return dict(found)
