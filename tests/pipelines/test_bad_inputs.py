@@ -239,3 +239,13 @@ def test_scales_at_the_limits(make, scale):
 @pytest.mark.parametrize("seed", [0, 2**64 - 1])
 def test_seeds_at_the_limits(make, seed):
     assert make("a cat", seed=seed, num_images_per_prompt=2).isfinite().all()
+
+
+def test_latents_for_a_prior_that_does_not_run(tiny_pipeline, few):
+    with pytest.raises(InputError, match="prior_latents"):
+        tiny_pipeline("a cat", image_embeddings=torch.zeros(1, 16), prior_latents=torch.zeros(1, 16), **few)
+
+
+def test_a_negative_prompt_is_checked_without_guidance_too(tiny_pipeline, few):
+    with pytest.raises(InputError):
+        tiny_pipeline("a cat", negative_prompt=5, prior_guidance_scale=1, decoder_guidance_scale=1, **few)

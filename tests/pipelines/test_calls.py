@@ -184,7 +184,7 @@ def test_super_resolution_by_a_scheduler_that_does_not_end_at_0(own_pipeline, fe
     own_pipeline.super_res_scheduler = DPMSolverMultistepScheduler.from_config(own_pipeline.super_res_scheduler.config)
     counter.watch(own_pipeline.super_res_last, "forward", "last")
     own_pipeline("a cat", seed=1, **few | {"super_res_num_inference_steps": steps})
-    assert len(counter.rows["last"]) == (steps > 1)
+    assert counter.rows.get("last", []) == []  # its last network was tuned for timestep 0 alone
 
 
 # ---- guidance and captions ----

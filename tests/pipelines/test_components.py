@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 
+import diffusers as reference
 import pytest
 import torch
 from transformers.utils import logging
@@ -585,3 +586,23 @@ def test_recommended_settings_travel_with_a_model(tiny_pipeline, tmp_path):
     (tmp_path / "model" / "generation_defaults.json").write_text('{"decoder_num_inference_steps": 2.5}')
     with pytest.raises(ConfigError, match="whole number"):
         UnCLIPPipeline.from_pretrained(tmp_path / "model")
+
+
+def test_an_exchanged_component_is_checked(own_pipeline, few):
+    with pytest.raises(ConfigError, match="decoder_scheduler"):
+        own_pipeline.decoder_scheduler = reference.UnCLIPScheduler()
+    with pytest.raises(ConfigError, match="cannot be None"):
+        own_pipeline.prior = None
+    own_pipeline.decoder_scheduler = UnCLIPScheduler(variance_type="fixed_small_log")
+    with pytest.raises(ConfigError, match=r"decoder\.out_channels"):
+        own_pipeline("a cat", **few)
+
+
+def test_progress_options_are_checked_when_they_are_set(own_pipeline):
+    with pytest.raises(InputError, match="nonsense"):
+        own_pipeline.set_progress_bar_config(nonsense=1)
+
+
+def test_only_safetensors_are_read():
+    with pytest.raises(UnsafeFileError):
+        UnCLIPPipeline.from_pretrained("unclip-emoji", use_safetensors=False)

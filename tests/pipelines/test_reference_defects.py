@@ -8,7 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from unclip import InputError, UnCLIPImageVariationPipeline, UnCLIPPipeline
+from unclip import InputError, UnCLIPImageVariationPipeline, UnCLIPPipeline, UnCLIPScheduler
+from unclip.checkpoints import karlo
+from unclip.checkpoints.convert import convert_karlo, convert_text_to_image_to_variation
 from unclip.stages.super_res import enlarge
 
 
@@ -120,8 +122,6 @@ def test_defect_08_a_step_reads_no_tensor_back(make, tiny_pipeline, monkeypatch)
 
 
 def test_defect_09_the_priors_clamp_is_a_setting(own_pipeline, few):
-    from unclip import UnCLIPScheduler
-
     assert own_pipeline.prior_scheduler.process.clip_range == 5.0
     own_pipeline.prior_scheduler = UnCLIPScheduler.from_config(
         own_pipeline.prior_scheduler.config, clip_sample_range=0.25
@@ -133,21 +133,61 @@ def test_defect_09_the_priors_clamp_is_a_setting(own_pipeline, few):
     assert output.image_embeddings.abs().max() <= 0.25 + 1e-6
 
 
-def test_defect_10_preprocessing_is_the_feature_extractors(vary, tiny_variation, own_variation):
+def test_defect_09_a_converted_folder_has_karlos_clamp(tiny_pipeline, tiny_variation, tmp_path):
+    tiny_variation.save_pretrained(tmp_path / "clip")
+    prior, mean, std = karlo.export_prior(tiny_pipeline.prior.state_dict(), head_dim=8)
+    decoder = karlo.export_unet(tiny_pipeline.decoder.state_dict(), kind="decoder", head_dim=8)
+    decoder |= karlo.export_text_projection(tiny_pipeline.text_proj.state_dict())
+    super_res = {}
+    for part, prefix in (("super_res_first", "model_first_steps."), ("super_res_last", "model_last_step.")):
+        state = getattr(tiny_pipeline, part).state_dict()
+        super_res |= karlo.export_unet(state, kind="super_res", prefix=prefix)
+    files = {"prior": prior, "decoder": decoder, "super_res": super_res}
+    for name, state in files.items():
+        torch.save({"state_dict": state}, tmp_path / f"{name}.ckpt")
+    torch.save((mean, std), tmp_path / "stats.th")
+    out = convert_karlo(
+        **{name: tmp_path / f"{name}.ckpt" for name in files},
+        stats=tmp_path / "stats.th",
+        clip=tmp_path / "clip",
+        out=tmp_path / "karlo",
+        head_dim=8,
+    )
+    ranges = {
+        name: UnCLIPScheduler.from_pretrained(out, f"{name}_scheduler").process.clip_range
+        for name in ("prior", "decoder", "super_res")
+    }
+    assert ranges == {"prior": 10.0, "decoder": 1.0, "super_res": 1.0}
+
+
+def test_defect_10_preprocessing_is_the_feature_extractors(tiny_pipeline, own_variation, tmp_path):
     """As it is configured: one that crops sees the centre only, one that squashes (as Karlo's code) sees it all.
 
-    The file decides, so that a folder gives the reference's pictures; there is no second rule in the code.
+    The file decides, so that a folder gives the reference's pictures; there is no second rule in the code. Folders
+    made here squash, from whatever CLIP they are made, unless they were asked to crop.
     """
     wide = np.full((16, 48, 3), 255, dtype=np.uint8)
     marked = wide.copy()
     marked[:, :8] = 0  # outside the central square
-    pair = Image.fromarray(wide), Image.fromarray(marked)
-    assert torch.equal(vary(pair[0], seed=1), vary(pair[1], seed=1))
-    processor = own_variation.feature_extractor
-    processor.size, processor.do_center_crop = {"height": 16, "width": 16}, False
     steps = {"decoder_num_inference_steps": 2, "super_res_num_inference_steps": 2, "output_type": "pt"}
-    squashed = [own_variation(picture, seed=1, **steps).images for picture in pair]
-    assert not torch.equal(*squashed)
+
+    def sees_the_edge(pipeline):
+        pipeline.set_progress_bar_config(disable=True)
+        pictures = [pipeline(Image.fromarray(pixels), seed=1, **steps).images for pixels in (wide, marked)]
+        return not torch.equal(*pictures)
+
+    assert sees_the_edge(own_variation)
+    processor = own_variation.feature_extractor
+    processor.size, processor.do_center_crop = {"shortest_edge": 16}, True  # OpenAI's and the published folder's
+    assert not sees_the_edge(own_variation)
+
+    tiny_pipeline.save_pretrained(tmp_path / "text")
+    own_variation.save_pretrained(tmp_path / "clip")
+    for crop in (False, True):
+        out = convert_text_to_image_to_variation(
+            tmp_path / "text", tmp_path / f"crop {crop}", clip=tmp_path / "clip", crop=crop
+        )
+        assert sees_the_edge(UnCLIPImageVariationPipeline.from_pretrained(out)) is not crop
 
 
 def test_defect_11_enlarging_is_bicubic_everywhere(monkeypatch):

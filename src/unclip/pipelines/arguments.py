@@ -116,6 +116,8 @@ def given_text(output: Any, mask: Tensor | None, *, width: int | None, tokens: i
             f"text_model_output has shapes {tuple(embeds.shape)} and {tuple(hidden_states.shape)}, the mask "
             f"{tuple(mask.shape)}; they must be [batch, {width}], [batch, {tokens}, {text_width}] and [batch, {tokens}]"
         )
+    if mask.is_meta or not ((mask == 0) | (mask == 1)).all():
+        raise InputError("text_attention_mask must hold true and false, or 1 and 0, alone")
     return TextEmbedding(embeds, hidden_states, mask.bool().to(embeds.device))
 
 

@@ -122,13 +122,17 @@ class GenerationPipeline(Pipeline):
     def _text(self) -> TextEncoder:
         return TextEncoder(self.text_encoder, self.tokenizer)
 
-    def _repeated_text(self, prompt: str | Sequence[str] | None, rows: int, repeat: int) -> TextEmbedding:
-        """A caption for each of `rows` pictures or prompts; one (the empty one by default) is encoded once for all."""
-        prompts = [""] if prompt is None else as_prompts(prompt)
-        if len(prompts) not in (1, rows):
-            raise InputError(f"there are {len(prompts)} captions for {rows} pictures; give one, or one for each")
-        encoded = self._text().encode(prompts, self.device)
-        return (encoded if len(prompts) == rows else encoded.select([0] * rows)).repeat(repeat)
+    def _captions(self, prompt: str | Sequence[str] | None, rows: int) -> list[str]:
+        """One caption (the empty one by default), or one for each of `rows` prompts or pictures."""
+        captions = [""] if prompt is None else as_prompts(prompt)
+        if len(captions) not in (1, rows):
+            raise InputError(f"there are {len(captions)} captions for {rows} pictures; give one, or one for each")
+        return captions
+
+    def _repeated_text(self, captions: list[str], rows: int, repeat: int) -> TextEmbedding:
+        """The embeddings of `_captions` for every picture; one caption is encoded once for all."""
+        encoded = self._text().encode(captions, self.device)
+        return (encoded if len(captions) == rows else encoded.select([0] * rows)).repeat(repeat)
 
     def _run(self, name: str, stage: Any, condition: Any, null: Any, run: StageRun, call: Call) -> Tensor:
         scheduler: Scheduler = getattr(self, f"{name}_scheduler")
@@ -159,9 +163,7 @@ class GenerationPipeline(Pipeline):
 
     def _enlarge(self, small: Tensor, run: StageRun, call: Call) -> Tensor:
         """Small pictures → large ones, in [-1, 1]."""
-        scheduler = self.super_res_scheduler
-        last = scheduler.spaced_timesteps(run.num_steps)[-1] if run.num_steps > 1 else 0
-        stage = SuperResStage(self.super_res_first, self.super_res_last, scheduler.process, last)
+        stage = SuperResStage(self.super_res_first, self.super_res_last, self.super_res_scheduler.process)
         return self._run("super_res", stage, SuperResCondition(small), None, run, call)
 
     def _finish(

@@ -86,9 +86,11 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
             negative_prompt, seed, callback_on_step_end, return_intermediates: as in `UnCLIPPipeline`.
 
         Raises:
-            InputError: an argument is wrong (ImageError: a picture is); nothing was computed with it.
+            InputError: an argument is wrong (ImageError: a picture is); no stage has run.
+            ConfigError: a component that was exchanged does not fit the others.
             Cancelled: the callback stopped the run.
         """
+        self.check()
         check_output_type(output_type)
         check_scale(decoder_guidance_scale, "decoder_guidance_scale")
         decoder = StageRun(decoder_num_inference_steps, decoder_guidance_scale, decoder_latents)
@@ -101,10 +103,9 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
         batch_size = check_count(num_images_per_prompt, count)
         self._check_latents(batch_size, decoder=decoder, super_res=super_res)
         call = Call(noise_source(generator, seed, batch_size), callback_on_step_end)
-        text = self._repeated_text(prompt, count, num_images_per_prompt)
-        null_text = None
-        if decoder.guided:
-            null_text = self._repeated_text(negative_prompt, count, num_images_per_prompt)
+        captions, negative = self._captions(prompt, count), self._captions(negative_prompt, count)
+        text = self._repeated_text(captions, count, num_images_per_prompt)
+        null_text = self._repeated_text(negative, count, num_images_per_prompt) if decoder.guided else None
         embeddings = embeddings.repeat_interleave(num_images_per_prompt, dim=0)
         small = self._decode(text, null_text, embeddings, decoder, call)
         large = self._enlarge(small, super_res, call)

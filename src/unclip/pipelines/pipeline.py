@@ -4,6 +4,7 @@ Knows components by name and kind; knows not what a call does. Base of the two p
 """
 
 import inspect
+import io
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,23 +39,27 @@ class Pipeline:
             if components.get(name) is None:
                 raise InputError(f"{type(self).__name__} needs the component {name!r}")
             setattr(self, name, components[name])
-        self._check_kinds()
         self._progress: dict[str, Any] = {}
         self._offload_hooks: list[Any] = []
         self._recommended: dict[str, Number] = {}
         self.check()
 
-    def _check_kinds(self) -> None:
-        """Raises: ConfigError for a network or scheduler that is none of unclip's, such as diffusers' of that name."""
-        kinds = get_type_hints(type(self))
-        for name, part in self.components.items():
-            kind = kinds[name]
-            if kind.__module__.startswith("unclip.") and not isinstance(part, kind):
-                found = f"{type(part).__module__}.{type(part).__name__}"
-                raise ConfigError(
-                    f"component {name!r} is a {found}; it must be a {kind.__module__}.{kind.__name__} "
-                    "(its from_pretrained and from_config read what diffusers' class of that name saved)"
-                )
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Components can be exchanged (`pipe.decoder_scheduler = …`), for one of unclip's own kind.
+
+        Raises: ConfigError for a network or scheduler that is none of unclip's, such as diffusers' of that name.
+        Whether it fits the others is checked when the pipeline is next called.
+        """
+        kind = get_type_hints(type(self)).get(name) if name in self.COMPONENTS else None
+        if value is None and kind is not None:
+            raise ConfigError(f"component {name!r} cannot be None: it must be a {kind.__name__}")
+        if kind is not None and kind.__module__.startswith("unclip.") and not isinstance(value, kind):
+            found = f"{type(value).__module__}.{type(value).__name__}"
+            raise ConfigError(
+                f"component {name!r} is a {found}; it must be a {kind.__module__}.{kind.__name__} "
+                "(its from_pretrained and from_config read what diffusers' class of that name saved)"
+            )
+        super().__setattr__(name, value)
 
     def check(self) -> None:
         """Raises: ConfigError when components do not fit one another."""
@@ -105,6 +110,7 @@ class Pipeline:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
+        use_safetensors: bool = True,
         **components: Any,
     ) -> Self:
         """Load a pipeline.
@@ -114,12 +120,15 @@ class Pipeline:
             torch_dtype: the type of all weights; float32 by default.
             variant: "fp16", say, reads `diffusion_pytorch_model.fp16.safetensors`.
             revision, cache_dir, local_files_only, token: as the hub client has them.
+            use_safetensors: nothing else is read, so False is refused.
             components: parts to use in place of the folder's (`prior=my_prior`).
 
         Raises:
             CheckpointError: something is missing, broken or unsafe; the message names the component.
             ConfigError: a component is of an unknown kind, or does not fit the others.
         """
+        if not use_safetensors:
+            raise UnsafeFileError("only safetensors are read; for pickles you trust: unclip convert pickle --help")
         for name in components:
             if name not in cls.COMPONENTS:
                 raise InputError(f"{cls.__name__} has no component {name!r}; it has {', '.join(cls.COMPONENTS)}")
@@ -236,7 +245,14 @@ class Pipeline:
                 network.disable_attention_slicing()  # type: ignore[operator]
 
     def set_progress_bar_config(self, **options: Any) -> None:
-        """Options of tqdm for the bars of later calls: `disable=True` for none."""
+        """Options of tqdm for the bars of later calls: `disable=True` for none.
+
+        Raises: InputError for an option that tqdm does not have.
+        """
+        try:
+            tqdm([], **options | {"disable": False, "file": io.StringIO()}).close()
+        except (TypeError, KeyError) as error:
+            raise InputError(f"tqdm refuses these options: {error}") from error
         self._progress = options
 
     def progress(self, stage: str) -> Progress:

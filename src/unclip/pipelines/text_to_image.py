@@ -109,9 +109,11 @@ class UnCLIPPipeline(GenerationPipeline):
             return_intermediates: the output also has `image_embeddings` and `small_images`.
 
         Raises:
-            InputError: an argument is wrong; nothing was computed with it.
+            InputError: an argument is wrong; no stage has run.
+            ConfigError: a component that was exchanged does not fit the others.
             Cancelled: the callback stopped the run.
         """
+        self.check()
         check_output_type(output_type)
         check_scale(prior_guidance_scale, "prior_guidance_scale")
         check_scale(decoder_guidance_scale, "decoder_guidance_scale")
@@ -122,14 +124,17 @@ class UnCLIPPipeline(GenerationPipeline):
             self._check_steps(name, run)
         if image_embeddings is not None:
             check_embeddings(image_embeddings, self.prior.config.embedding_dim)
+            if prior_latents is not None:
+                raise InputError("prior_latents start the prior, which image_embeddings replace: give one of them")
 
         text = self._encode(prompt, text_model_output, text_attention_mask, image_embeddings)
         batch_size = check_count(num_images_per_prompt, len(text))
         self._check_latents(batch_size, prior=prior, decoder=decoder, super_res=super_res)
         call = Call(noise_source(generator, seed, batch_size), callback_on_step_end)
+        negative = self._captions(negative_prompt, len(text))
         null_text = None
         if (prior.guided and image_embeddings is None) or decoder.guided:
-            null_text = self._repeated_text(negative_prompt, len(text), num_images_per_prompt)
+            null_text = self._repeated_text(negative, len(text), num_images_per_prompt)
         text = text.repeat(num_images_per_prompt)
         if image_embeddings is None:
             embeddings = self._embed(text, null_text, prior, call)

@@ -21,15 +21,14 @@ class SuperResStage:
     """Diffuses large pictures [batch, 3, sample_size, sample_size] beside the enlarged small one.
 
     Attributes:
-        first: the network of every step but the last.
-        last: the network of the step at `last_timestep`.
-        last_timestep: 0 for a schedule that ends there, as Karlo's does.
+        first: the network of every timestep but 0.
+        last: the network of timestep 0, at which Karlo's schedule always ends and for which alone its second network
+            was tuned. A path that does not visit 0 (one step, or DPM-Solver's) is the first network's throughout.
     """
 
     first: UNet2DModel
     last: UNet2DModel
     process: DiffusionProcess
-    last_timestep: int = 0
 
     def prepare(self, condition: SuperResCondition) -> Denoiser:
         """The small picture is enlarged once."""
@@ -38,7 +37,7 @@ class SuperResStage:
         per_dtype = {net.dtype: enlarged.to(net.dtype) for net in (self.first, self.last)}
 
         def denoise(x_t: Tensor, t: int | Tensor) -> Tensor:
-            network = self.last if isinstance(t, int) and t == self.last_timestep else self.first
+            network = self.last if isinstance(t, int) and t == 0 else self.first
             dtype = network.dtype
             return network(torch.cat([x_t.to(dtype), per_dtype[dtype]], dim=1), t).sample.float()
 
