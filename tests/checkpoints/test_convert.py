@@ -10,13 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from unclip.checkpoints import convert, karlo
 from unclip.checkpoints.convert import convert_karlo, convert_pickle, convert_text_to_image_to_variation
 from unclip.checkpoints.files import read_json
-from unclip.checkpoints.weights import check_file
-from unclip.errors import CheckpointError, MissingFileError, OutputExistsError, UnsafeFileError, WeightsError
+from unclip.checkpoints.header import read_header
+from unclip.checkpoints.weights import WeightsIndex, check_finite, read_tensors
+from unclip.errors import (
+    CheckpointError,
+    InputError,
+    MissingFileError,
+    OutputExistsError,
+    UnsafeFileError,
+    WeightsError,
+)
 
 CLIP_DIM = 24
 NETWORKS = ("prior", "text_proj", "decoder", "super_res_first", "super_res_last")
@@ -137,13 +146,14 @@ def test_the_folder_is_the_published_layout(converted):
     }
     assert {entry.name for entry in converted.iterdir()} == {"model_index.json"} | {n for n in index if n[0] != "_"}
     for path in converted.rglob("*.safetensors"):
-        check_file(path)
+        for name, tensor in read_tensors(WeightsIndex(read_header(path), (path,))):
+            check_finite(tensor, name)
 
 
 @pytest.mark.parametrize(
     ("name", "variance", "prediction", "clip_range"),
     [
-        ("prior_scheduler", "fixed_small_log", "sample", 5.0),
+        ("prior_scheduler", "fixed_small_log", "sample", 10.0),
         ("decoder_scheduler", "learned_range", "epsilon", 1.0),
         ("super_res_scheduler", "fixed_small_log", "epsilon", 1.0),
     ],
@@ -164,14 +174,21 @@ def test_schedulers_are_karlos(converted, name, variance, prediction, clip_range
     assert config.beta_schedule == "squaredcos_cap_v2"
 
 
-def test_variant_type_and_karlos_own_clamp(originals, clip, tmp_path, reference):
+def test_variant_type_and_the_published_clamp(originals, clip, tmp_path, reference):
     out = convert_karlo(
-        **originals, clip=clip, out=tmp_path / "out", variant="fp16", dtype=torch.float16, prior_clip_range=10
+        **originals, clip=clip, out=tmp_path / "out", variant="fp16", dtype=torch.float16, prior_clip_range=5
     )
     weights = load_file(out / "prior" / "diffusion_pytorch_model.fp16.safetensors")
     assert all(torch.equal(tensor, reference["prior"][name].half()) for name, tensor in weights.items())
     assert (out / "text_encoder" / "model.fp16.safetensors").exists()
-    assert read_json(out / "prior_scheduler" / "scheduler_config.json")["clip_sample_range"] == 10.0
+    assert read_json(out / "prior_scheduler" / "scheduler_config.json")["clip_sample_range"] == 5.0
+
+
+@pytest.mark.parametrize("clip_range", [0, -1, float("nan"), float("inf")])
+def test_a_clamp_that_is_none_is_refused(originals, clip, tmp_path, nothing_left, clip_range):
+    nothing_left()
+    with pytest.raises(InputError, match="prior_clip_range"):
+        convert_karlo(**originals, clip=clip, out=tmp_path / "out", prior_clip_range=clip_range)
 
 
 def test_an_existing_folder_is_replaced_only_when_asked(originals, clip, tmp_path):
@@ -316,8 +333,27 @@ def test_a_variation_folder_shares_weights_and_has_clips_eyes(converted, clip, t
     with torch.no_grad():
         expected = whole.visual_projection(whole.vision_model(pixels).pooler_output)
         torch.testing.assert_close(encoder(pixels).image_embeds, expected, rtol=1e-5, atol=1e-5)
-    assert read_json(out / "feature_extractor" / "preprocessor_config.json")["crop_size"] == 8
     assert CLIPImageProcessor.from_pretrained(out / "feature_extractor").do_resize
+
+
+def test_variations_squash_pictures_unless_told_to_crop(converted, clip, tmp_path):
+    from transformers import CLIPImageProcessor
+
+    wide = Image.new("RGB", (24, 8), "white")
+    wide.paste("black", (0, 0, 6, 8))  # outside the central square
+    original = read_json(clip / "preprocessor_config.json")
+    seen = {}
+    for crop in (False, True):
+        out = convert_text_to_image_to_variation(converted, tmp_path / f"{crop}", clip=clip, crop=crop)
+        settings = read_json(out / "feature_extractor" / "preprocessor_config.json")
+        changed = {} if crop else {"do_center_crop": False, "size": {"height": 8, "width": 8}}
+        kept = {key: value for key, value in original.items() if key != "feature_extractor_type"}
+        assert settings == {**kept, "image_processor_type": "CLIPImageProcessor", **changed}
+        processor = CLIPImageProcessor.from_pretrained(out / "feature_extractor")
+        seen[crop] = processor(wide, return_tensors="pt")["pixel_values"]
+        assert seen[crop].shape == (1, 3, 8, 8)
+    assert seen[True].std(dim=(2, 3)).max() < 1e-6
+    assert seen[False][..., 0].max() < seen[False][..., -1].min()
 
 
 def test_weights_are_copied_where_links_are_not_to_be_had(converted, clip, tmp_path, monkeypatch):

@@ -65,6 +65,11 @@ def test_built_in_names_need_no_network(tmp_path, monkeypatch):
         resolve("unclip-emoji")
     (asset / "model_index.json").write_text("{}")
     assert resolve("unclip-emoji") == asset
+    judge = asset.with_name("emoji-judge")
+    with pytest.raises(MissingFileError, match="unclip-emoji-judge is not part"):
+        resolve(hub.BUILT_IN_JUDGE)
+    (judge / "text_encoder").mkdir(parents=True)  # a CLIP alone is no pipeline, and has no model_index.json
+    assert resolve(hub.BUILT_IN_JUDGE) == judge
 
 
 @pytest.mark.parametrize("name", ["unclip-emogi", "unclip_emoji", "Unclip-Emoji", "unclip-emojis", "./unclip-emoji"])

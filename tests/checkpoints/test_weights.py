@@ -16,7 +16,6 @@ from torch import nn
 from unclip.checkpoints import weights
 from unclip.checkpoints.weights import (
     WeightsIndex,
-    check_file,
     check_finite,
     checked_cast,
     load_into,
@@ -56,8 +55,6 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value, dtype):
     tensor[31, 7] = value
     save_file({"a": torch.ones(2), "b": tensor}, tmp_path / NAME)
     match = "b .* holds (NaN|an infinity)"
-    with pytest.raises(WeightsError, match=match):
-        check_file(tmp_path / NAME)
     module = nn.ParameterDict({"a": torch.empty(2, device="meta"), "b": torch.empty(50, 40, device="meta")})
     with pytest.raises(WeightsError, match=match):
         load_into(module, tmp_path)

@@ -2,11 +2,11 @@
 
 import json
 import shutil
-import types
 
 import pytest
 from PIL import Image
 
+from unclip.checkpoints import hub
 from unclip.evaluation import retrieval as measured
 
 FEW = ["--prior-steps", "2", "--decoder-steps", "2", "--super-res-steps", "2"]
@@ -47,6 +47,9 @@ def test_a_report(ask, tmp_path, model):
     assert (report["model"], report["seed"], report["num_seen"]) == ("tiny", 5, 9)
     assert report["settings"]["prior_guidance_scale"] == 4.0
     assert report["settings"]["sampler"] == "ancestral"
+    assert report["settings"]["batch_size"] == 16
+    assert report["judge_saw_all_concepts"] is None
+    assert (found["held_out"]["num_in_all"], found["held_out"]["num_without_plain_style"]) == (1, 0)
     assert str(tmp_path) not in json.dumps(report)
     assert sorted(path.name for path in (tmp_path / "sheets").iterdir()) == ["s-held-out.png", "s-seen.png"]
     lines = done.lines
@@ -87,24 +90,39 @@ def test_nothing_is_overwritten_unasked(ask, tmp_path, name):
     assert (tmp_path / name).read_bytes() != b"mine"
 
 
-def test_without_a_judge(ask, monkeypatch, tmp_path):
-    from unclip.cli import evaluate
+@pytest.fixture
+def installed(monkeypatch, tmp_path):
+    """The folder that stands for the assets of this installation."""
+    folder = tmp_path / "unclip" / "assets"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(hub.importlib.resources, "files", lambda name: tmp_path / name)
+    return folder
 
-    empty = types.SimpleNamespace(joinpath=lambda *parts: tmp_path / "none")
-    monkeypatch.setattr(evaluate.importlib.resources, "files", lambda name: empty)
+
+def test_without_a_judge(ask, installed):
     done = ask(judge=None)
     assert (done.code, done.out) == (1, "")
+    assert "unclip-emoji-judge is not part of this installation" in done.err
     assert "--judge" in done.err
+    assert ask(judge="nothing").code == 1
 
 
-def test_the_built_in_judge(ask, monkeypatch, tmp_path, model):
-    from unclip.cli import evaluate
-
-    inside = types.SimpleNamespace(joinpath=lambda *parts: model)
-    monkeypatch.setattr(evaluate, "built_in_judge", lambda: inside.joinpath())
+def test_the_built_in_judge(ask, installed, tmp_path, model):
+    for name in ("text_encoder", "tokenizer", "image_encoder", "feature_extractor"):  # no pipeline
+        shutil.copytree(model / name, installed / "emoji-judge" / name)
     done = ask("-q", judge=None)
     assert done.code == 0, done.err
-    assert json.loads((tmp_path / "report.json").read_text())["judge"] == "built-in"
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["judge"], report["judge_saw_all_concepts"]) == ("unclip-emoji-judge", True)
+
+
+@pytest.mark.parametrize("include_held_out", [True, False])
+def test_a_judge_of_ones_own(ask, tmp_path, model, include_held_out):
+    judge = shutil.copytree(model, tmp_path / "run" / "model")
+    (judge.parent / "recipe.json").write_text(json.dumps({"clip": {"include_held_out": include_held_out}}))
+    done = ask("-q", judge=judge)
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "report.json").read_text())["judge_saw_all_concepts"] is include_held_out
 
 
 def test_a_model_without_a_prior(ask, variation):

@@ -84,6 +84,7 @@ def test_convert_variation(unclip, text_to_image, model, tmp_path):
     done = unclip("convert", "variation", text_to_image, "--clip", model, "--out", out)
     assert (done.code, done.lines) == (0, [str(out)])
     assert "image_encoder" in json.loads((out / "model_index.json").read_text())
+    assert json.loads((out / "feature_extractor" / "preprocessor_config.json").read_text())["do_center_crop"] is False
     again = unclip("convert", "variation", text_to_image, "--clip", model, "--out", out)
     assert again.code == 1
     assert "exists already" in again.err
@@ -121,6 +122,9 @@ def test_convert_karlo_passes_its_options_on(unclip, tmp_path, monkeypatch):
         "prior": "p.ckpt", "decoder": "d.ckpt", "super_res": "s.ckpt", "stats": "t.th", "clip": "c",
     }  # fmt: skip
     assert (asked["dtype"], asked["variant"], asked["overwrite"]) == (torch.float16, "fp16", True)
+    assert asked["prior_clip_range"] == 10.0
+    unclip("convert", "karlo", *options, "--out", out, "--prior-clip-range", "5")
+    assert asked["prior_clip_range"] == 5.0
 
 
 def test_convert_karlo_needs_its_files(unclip, tmp_path):

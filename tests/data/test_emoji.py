@@ -157,7 +157,7 @@ def test_a_package_without_its_file(packages, tmp_path, monkeypatch):
 
 def test_without_resvg(packages, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "resvg_py", None)
-    with pytest.raises(MissingDependencyError, match=r"pip install 'unclip\[train\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install '\.\[train\]'"):
         emoji.build_emoji(tmp_path / "set", packages=packages)
 
 

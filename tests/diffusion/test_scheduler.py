@@ -1,6 +1,7 @@
 """Schedulers: settings from anywhere, files, and hand-written loops."""
 
 import copy
+import inspect
 import json
 import pickle
 from pathlib import Path
@@ -294,9 +295,9 @@ def test_a_hand_written_ancestral_loop_passes_the_next_timestep() -> None:
 def test_a_step_out_of_the_path_forgets_the_one_before() -> None:
     scheduler = DPMSolverMultistepScheduler()
     scheduler.set_timesteps(10)
-    fresh = DPMSolverMultistepScheduler().step(X, 500, X, 400).prev_sample
-    scheduler.step(2 * X, 999, X, 899)
-    assert torch.equal(scheduler.step(X, 500, X, 400).prev_sample, fresh)
+    fresh = DPMSolverMultistepScheduler().step(X, 500, X, prev_timestep=400).prev_sample
+    scheduler.step(2 * X, 999, X, prev_timestep=899)
+    assert torch.equal(scheduler.step(X, 500, X, prev_timestep=400).prev_sample, fresh)
     with pytest.raises(InputError, match="prev_timestep"):
         scheduler.step(X, 501, X)
 
@@ -312,18 +313,60 @@ def test_step_results() -> None:
     half = scheduler.step(X.to(torch.bfloat16), 500, X.to(torch.bfloat16), 400)
     assert half.prev_sample.dtype == torch.bfloat16
     assert half.pred_original_sample.dtype == torch.float32
-    clean = DDIMScheduler().step(X, 5, X, -7)
+    clean = DDIMScheduler().step(X, 5, X, prev_timestep=-7)
     assert torch.equal(clean.prev_sample, clean.pred_original_sample)
 
 
 def test_eta_of_one_step() -> None:
     scheduler = DDIMScheduler()
-    noisy = scheduler.step(X, 500, X, 400, torch.Generator().manual_seed(1), eta=0.5).prev_sample
-    setting = DDIMScheduler(eta=0.5).step(X, 500, X, 400, torch.Generator().manual_seed(1)).prev_sample
+
+    def generator() -> torch.Generator:
+        return torch.Generator().manual_seed(1)
+
+    noisy = scheduler.step(X, 500, X, 0.5, generator=generator(), prev_timestep=400).prev_sample
+    setting = DDIMScheduler(eta=0.5).step(X, 500, X, generator=generator(), prev_timestep=400).prev_sample
     assert torch.equal(noisy, setting)
-    assert not torch.equal(noisy, scheduler.step(X, 500, X, 400).prev_sample)
+    assert not torch.equal(noisy, scheduler.step(X, 500, X, prev_timestep=400).prev_sample)
+    still = DDIMScheduler(eta=0.5).step(X, 500, X, 0.0, prev_timestep=400).prev_sample
+    assert torch.equal(still, scheduler.step(X, 500, X, prev_timestep=400).prev_sample)
     with pytest.raises(ConfigError, match="eta"):
-        scheduler.step(X, 500, X, 400, eta=2.0)
+        scheduler.step(X, 500, X, eta=2.0, prev_timestep=400)
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_the_order_of_a_step_s_arguments_is_the_ecosystem_s(make) -> None:
+    def positional(function) -> list[str]:
+        parameters = inspect.signature(function).parameters.values()
+        return [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
+
+    assert positional(make.step) == positional(getattr(diffusers, make.__name__).step)
+
+
+def test_noise_that_was_drawn_before() -> None:
+    scheduler = DDIMScheduler(eta=0.7)
+    noise = torch.randn(X.shape, generator=torch.Generator().manual_seed(1))
+    drawn = scheduler.step(X, 500, X, generator=torch.Generator().manual_seed(1), prev_timestep=400)
+    given = scheduler.step(X, 500, X, variance_noise=noise, prev_timestep=400)
+    assert torch.equal(drawn.prev_sample, given.prev_sample)
+    with pytest.raises(InputError, match="both"):
+        scheduler.step(X, 500, X, generator=torch.Generator(), variance_noise=noise, prev_timestep=400)
+    for bad in (noise[:1], noise.long(), 3.0):
+        with pytest.raises(InputError, match="variance_noise"):
+            scheduler.step(X, 500, X, variance_noise=bad, prev_timestep=400)
+    solver = DPMSolverMultistepScheduler()
+    plain = solver.step(X, 500, X, prev_timestep=400).prev_sample
+    assert torch.equal(solver.step(X, 500, X, torch.Generator(), noise, prev_timestep=400).prev_sample, plain)
+
+
+def test_noise_that_is_not_of_the_clipped_picture_is_refused() -> None:
+    clipping, free = DDIMScheduler(), DDIMScheduler(clip_sample=False)
+    with pytest.raises(ConfigError, match="use_clipped_model_output=False"):
+        clipping.step(X, 500, X, use_clipped_model_output=False, prev_timestep=400)
+    for scheduler, values in ((clipping, (None, True)), (free, (None, True, False))):
+        made = [
+            scheduler.step(X, 500, X, use_clipped_model_output=value, prev_timestep=400).prev_sample for value in values
+        ]
+        assert all(torch.equal(one, made[0]) for one in made)
 
 
 @pytest.mark.parametrize("timestep", [1.0, True, "5", None, torch.tensor(5.0), torch.tensor([1, 2]), 1000, -1])

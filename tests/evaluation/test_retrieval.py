@@ -45,12 +45,12 @@ class FakePipeline:
 
 @pytest.fixture
 def data(tmp_path):
-    """Four concepts in the plain style (one held out), two styles of one, and one in another style alone."""
+    """Four concepts in the plain style (one held out), two styles of one, and one, held out, in another alone."""
     rows = []
     for name in ("red", "green", "blue", "black"):
         rows.append({"concept": name, "style": "flat", "captions": [name, f"a {name}"], "held_out": name == "black"})
     rows.insert(0, {"concept": "red", "style": "noto", "captions": ["red, noto style"]})
-    rows.append({"concept": "cyan", "style": "noto", "captions": ["cyan, noto style"]})
+    rows.append({"concept": "cyan", "style": "noto", "captions": ["cyan, noto style"], "held_out": True})
     for place, row in enumerate(rows):
         row["file_name"] = f"{place}.png"
         Image.new("RGB", (8, 8), COLOURS[row["concept"]]).save(tmp_path / row["file_name"])
@@ -67,8 +67,22 @@ def test_a_perfect_model(data):
         "num_captions": 5,
         "chance_at_1": 0.2,
         "chance_at_5": 1.0,
-        "seen": {"num": 3, "generated": perfect, "real": perfect},
-        "held_out": {"num": 1, "generated": perfect, "real": perfect},
+        "seen": {
+            "num": 3,
+            "drawn": "by training weight, each concept once at most",
+            "seeds": [7, 9],
+            "generated": perfect,
+            "real": perfect,
+        },
+        "held_out": {
+            "num": 1,
+            "drawn": "all that exist in the unmarked style",
+            "num_in_all": 2,
+            "num_without_plain_style": 1,
+            "seeds": [7, 7],
+            "generated": perfect,
+            "real": perfect,
+        },
     }
     asked = [prompt for prompts, _, _ in pipeline.calls for prompt in prompts]
     assert sorted(asked[:3]) == ["blue", "green", "red"]
@@ -103,7 +117,8 @@ def test_without_held_out_concepts_and_styles(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "red"}')
     found = retrieval(FakePipeline(), FakeJudge(), tmp_path, progress=list)
-    assert found["held_out"] == {"num": 0}
+    assert (found["held_out"]["num"], found["held_out"]["num_in_all"]) == (0, 0)
+    assert "generated" not in found["held_out"]
     assert found["seen"]["num"] == 1
 
 

@@ -6,7 +6,8 @@ import warnings
 import pytest
 import torch
 
-from unclip.errors import ConfigError, UnsafeFileError, WeightsError
+from unclip.checkpoints import files, weights
+from unclip.errors import ConfigError, MissingFileError, UnsafeFileError, WeightsError
 from unclip.models import PriorTransformer, UNet2DModel
 
 with warnings.catch_warnings():
@@ -73,3 +74,116 @@ def test_a_configuration_that_does_not_fit_the_weights(model, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(WeightsError):
         PriorTransformer.from_pretrained(tmp_path)
+
+
+class KilledError(Exception):
+    pass
+
+
+def die(*_, **__):
+    raise KilledError
+
+
+@pytest.fixture
+def other():
+    """Of the same shapes: its weights load with the configuration of `model`, and mean nothing then."""
+    settings = {**PRIOR, "num_attention_heads": 4, "attention_head_dim": 4}
+    return PriorTransformer(settings).initialize_for_training(torch.Generator().manual_seed(1))
+
+
+def is_in(folder, model):
+    """Whether a folder holds this model, whole."""
+    read = PriorTransformer.from_pretrained(folder)
+    state = model.state_dict()
+    return read.config == model.config and all(torch.equal(t, state[name]) for name, t in read.state_dict().items())
+
+
+@pytest.mark.parametrize("max_shard_size", ["10GB", "8KB"])
+def test_killed_between_weights_and_configuration(model, other, tmp_path, monkeypatch, max_shard_size):
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    monkeypatch.setattr(files, "write_json", die)
+    with pytest.raises(KilledError):
+        other.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    with pytest.raises(MissingFileError, match=r"config\.json"):
+        PriorTransformer.from_pretrained(tmp_path)
+    monkeypatch.undo()
+    other.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert is_in(tmp_path, other)
+
+
+@pytest.mark.parametrize("max_shard_size", ["10GB", "8KB"])
+@pytest.mark.parametrize("when", ["a weight is written", "a file is synced"])
+def test_a_save_that_fails_before_its_weights_stand_leaves_the_old_model(
+    model, other, tmp_path, monkeypatch, max_shard_size, when
+):
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setattr(weights, "_save" if when == "a weight is written" else "sync", die)
+    with pytest.raises(KilledError):
+        other.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    with torch.no_grad():
+        other.norm_out.weight[0] = float("nan")
+    monkeypatch.undo()
+    with pytest.raises(WeightsError, match="NaN"):
+        other.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert is_in(tmp_path, model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_killed_at_any_operation(model, other, tmp_path, monkeypatch):
+    """Whatever the last change of the folder was, it holds one model or the other, or none that loads."""
+    import os
+    import shutil
+    from pathlib import Path
+
+    left = []
+    outcomes = set()
+    for name, owner in (("replace", os), ("unlink", Path)):
+        original = getattr(owner, name)
+
+        def counted(*given, original=original, **named):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KilledError
+            return original(*given, **named)
+
+        monkeypatch.setattr(owner, name, counted)
+    for operations in range(40):
+        left[:] = [10**6]
+        folder = tmp_path / str(operations)
+        model.save_pretrained(folder, max_shard_size="20KB")
+        left[:] = [operations]
+        try:
+            other.save_pretrained(folder, max_shard_size="20KB")
+            killed = False
+        except KilledError:
+            killed = True
+        left[:] = [10**6]
+        try:
+            outcomes.add("old" if is_in(folder, model) else "new")
+            assert is_in(folder, model) or is_in(folder, other)
+        except (MissingFileError, WeightsError):
+            outcomes.add("none")
+        shutil.rmtree(folder)
+        if not killed:
+            break
+    assert not killed
+    assert outcomes == {"old", "new", "none"}
+
+
+def test_a_configuration_that_says_the_same_stays(model, tmp_path, monkeypatch):
+    """As when a newer version of unclip saves better weights of the same network."""
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"_unclip_version": "0.0.1"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model.initialize_for_training(torch.Generator().manual_seed(5))
+    monkeypatch.setattr(files, "write_json", die)
+    with pytest.raises(KilledError):
+        model.save_pretrained(tmp_path)
+    assert is_in(tmp_path, model)
+
+
+def test_a_broken_configuration_is_replaced(model, tmp_path):
+    tmp_path.joinpath("config.json").write_text("{")
+    model.save_pretrained(tmp_path)
+    assert is_in(tmp_path, model)

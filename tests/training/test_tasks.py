@@ -83,8 +83,9 @@ def test_what_is_saved_loads_again(tiny, stage, tmp_path):
         assert scheduler.config.clip_sample_range == process.clip_range
     else:
         assert (tmp_path / "tokenizer" / "tokenizer_config.json").is_file()
-        size = json.loads((tmp_path / "feature_extractor" / "preprocessor_config.json").read_text())["crop_size"]
-        assert size == {"height": 32, "width": 32}
+        settings = json.loads((tmp_path / "feature_extractor" / "preprocessor_config.json").read_text())
+        assert settings["size"] == settings["crop_size"] == {"height": 32, "width": 32}
+        assert settings["do_center_crop"] is False
 
 
 def assert_same(one: nn.Module, other: nn.Module) -> None:
@@ -163,6 +164,17 @@ def test_shift_and_zoom():
 
 
 # -- prior and decoder ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder", "super_res"])
+def test_the_first_weights_hang_on_the_recipes_seed_alone(tiny, stage):
+    states = []
+    for seed, chance in ((0, 1), (0, 2), (1, 1)):
+        torch.manual_seed(chance)
+        states.append(TASKS[stage](tiny(stage, seed=seed)).module.state_dict())
+    first, again, other = states
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+    assert not all(torch.equal(tensor, other[name]) for name, tensor in first.items())
 
 
 def test_whitening(tiny):

@@ -30,7 +30,7 @@ from unclip.checkpoints.weights import (
     read_tensors,
     save_weights,
 )
-from unclip.errors import CheckpointError, MissingFileError, UnsafeFileError, WeightsError
+from unclip.errors import CheckpointError, InputError, MissingFileError, UnsafeFileError, WeightsError
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,8 @@ StrPath = str | os.PathLike[str]
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
 PAD_TOKEN = "!"
 """Karlo pads prompts with this token, whose id is 0."""
+CLIP_IMAGE_SIZE_PX = 224
+"""What transformers' CLIP takes for the size of pictures where its configuration says nothing."""
 
 _PICKLE = re.compile(
     r"(?P<stem>diffusion_pytorch_model|pytorch_model)(?:\.(?P<variant>[A-Za-z0-9_]+))?(?:-\d{5}-of-\d{5})?\.bin"
@@ -73,12 +75,14 @@ def convert_karlo(
         variant: written into the weights' file names, for example "fp16" together with `dtype`.
         dtype: type of the floating weights written; None keeps each file's.
         overwrite: replace an existing `out`, as a whole.
-        prior_clip_range: 5.0 as in the published folders; the original code clamps at 10.
+        prior_clip_range: to what the prior's prediction is clamped: 10 in Karlo's code, 5 in the published folders.
         head_dim: width of an attention head, 64 in Karlo.
 
     Raises MissingFileError, UnsafeFileError (a pickle with more than tensors), WeightsError (other names, shapes or
-    widths than Karlo's) or OutputExistsError; `out` is as it was then.
+    widths than Karlo's), InputError (`prior_clip_range`) or OutputExistsError; `out` is as it was then.
     """
+    if not 0 < prior_clip_range < float("inf"):
+        raise InputError(f"prior_clip_range is {prior_clip_range}; it must be a number above 0")
     clip_folder = resolve(clip)
     with atomic_folder(out, overwrite=overwrite) as draft:
 
@@ -168,13 +172,14 @@ def _half_weights(folder: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def convert_text_to_image_to_variation(
-    folder: StrPath, out: StrPath, *, clip: StrPath, overwrite: bool = False
+    folder: StrPath, out: StrPath, *, clip: StrPath, crop: bool = False, overwrite: bool = False
 ) -> Path:
     """Write the `UnCLIPImageVariationPipeline` folder `out` and return it.
 
     It has the parts of the text-to-image `folder` but the prior, and the image encoder and preprocessor of `clip` (a
     folder or hub id in transformers' layout). Weights of the parts are hard links where the file system has them, and
-    are never loaded. Raises as `convert_karlo` does.
+    are never loaded. Pictures that are not square are squashed, as Karlo's own code does it; with `crop` the
+    preprocessor stays CLIP's, which keeps their centre. Raises as `convert_karlo` does.
     """
     source, clip_folder = resolve(folder), resolve(clip)
     index = read_json(source / "model_index.json")
@@ -201,6 +206,9 @@ def convert_text_to_image_to_variation(
         settings = read_json(safe_join(sub if sub.is_dir() else clip_folder, "preprocessor_config.json"))
         settings = {**settings, "image_processor_type": "CLIPImageProcessor"}
         settings.pop("feature_extractor_type", None)
+        if not crop:
+            size_px = config.get("image_size", CLIP_IMAGE_SIZE_PX)
+            settings |= {"do_resize": True, "do_center_crop": False, "size": {"height": size_px, "width": size_px}}
         write_json(_made(draft / "feature_extractor") / "preprocessor_config.json", settings)
         parts = layout.model_index("UnCLIPImageVariationPipeline", layout.VARIATION)
         write_json(draft / "model_index.json", {**parts, **{name: index[name] for name in layout.SHARED}})

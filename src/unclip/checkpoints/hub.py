@@ -18,7 +18,8 @@ from pathlib import Path
 
 from unclip.errors import CheckpointError, InputError, MissingDependencyError, MissingFileError
 
-BUILT_IN = {"unclip-emoji": "emoji"}
+BUILT_IN_JUDGE = "unclip-emoji-judge"
+BUILT_IN = {"unclip-emoji": "emoji", BUILT_IN_JUDGE: "emoji-judge"}
 """Reserved model names, and their folders under `unclip/assets`; they need no network."""
 
 SUFFIXES = (".json", ".txt", ".safetensors")
@@ -112,7 +113,7 @@ def _checked(name_or_path: str | os.PathLike[str]) -> str:
 
 def _built_in(name: str) -> Path:
     folder = Path(str(importlib.resources.files("unclip").joinpath("assets", BUILT_IN[name])))
-    if not (folder / "model_index.json").is_file():
+    if not any((folder / mark).exists() for mark in ("model_index.json", "text_encoder")):  # a pipeline, or a CLIP
         raise MissingFileError(
             f"the built-in model {name} is not part of this installation ({folder}); install it again"
         )

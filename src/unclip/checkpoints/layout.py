@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 API_VERSION = "0.26.3"
 """The version of the folder layout that is written, as `_diffusers_version`."""
 
-PRIOR_CLIP_RANGE = 5.0
-"""Range to which the published folders clamp the prior's prediction; the original Karlo code uses 10."""
+PRIOR_CLIP_RANGE = 10.0
+"""Range to which Karlo's own code clamps the prior's prediction; the published diffusers folders say 5."""
 
 DECODER_SIZE_PX = 64
 SUPER_RES_SIZE_PX = 256

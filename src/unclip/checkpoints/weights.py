@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,18 +181,6 @@ def checked_cast(tensor: Tensor, dtype: torch.dtype, name: str, where: str = "th
     return cast
 
 
-def check_file(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
-    """Judge a whole safetensors file, header and weights, before another library reads it; returns its tensors.
-
-    Raises what `read_header` raises, and WeightsError for NaN and infinities.
-    """
-    path = Path(path)
-    tensors = read_header(path)
-    for name, tensor in read_tensors(WeightsIndex(tensors, (path,))):
-        check_finite(tensor, name, str(path))
-    return tensors
-
-
 def load_into(
     module: nn.Module,
     folder: str | os.PathLike[str],
@@ -256,12 +244,14 @@ def save_weights(
     stem: str = DEFAULT_STEM,
     variant: str | None = None,
     max_shard_size: int | str = "10GB",
+    before_replacing: Callable[[], None] = lambda: None,
 ) -> tuple[Path, ...]:
     """Write weights into `folder` (made if need be) and return the files, in shards where they exceed `max_shard_size`.
 
     Every file appears whole or not at all, and files of an earlier save with this stem and variant go once the new ones
     stand. A kill while shards that replace others get their names leaves a folder that does not load rather than a
-    mixture; where even that may not be, write inside `atomic_folder`. Raises WeightsError, before anything is written,
+    mixture; where even that may not be, write inside `atomic_folder`. `before_replacing` is called once, when all new
+    files are whole on the disk and none has its name yet. Raises WeightsError, before anything is written,
     for weights that are not finite or names that no file may hold.
     """
     for name, tensor in state_dict.items():
@@ -275,8 +265,10 @@ def save_weights(
         written = [folder / file_name(stem, variant)]
         with atomic_file(written[0]) as draft:
             _save(state_dict, shards[0], draft)
+            sync(draft)
+            before_replacing()
     else:
-        written = _save_shards(folder, state_dict, shards, stem, variant)
+        written = _save_shards(folder, state_dict, shards, stem, variant, before_replacing)
     for path in stale:
         if path not in written:
             path.unlink(missing_ok=True)
@@ -284,7 +276,12 @@ def save_weights(
 
 
 def _save_shards(
-    folder: Path, state_dict: Mapping[str, Tensor], shards: list[list[str]], stem: str, variant: str | None
+    folder: Path,
+    state_dict: Mapping[str, Tensor],
+    shards: list[list[str]],
+    stem: str,
+    variant: str | None,
+    before_replacing: Callable[[], None],
 ) -> list[Path]:
     base, total = f"{stem}{_dotted(variant)}", len(shards)
     paths = [folder / f"{base}-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
@@ -294,6 +291,7 @@ def _save_shards(
             draft = renames.enter_context(atomic_file(path))
             _save(state_dict, names, draft)
             sync(draft)
+        before_replacing()
         if any(path.exists() for path in paths):
             index.unlink(missing_ok=True)  # its shards are about to change under it
     weight_map = {name: path.name for names, path in zip(shards, paths, strict=True) for name in names}

@@ -48,6 +48,12 @@ def karlo(
     variant: Annotated[
         str | None, typer.Option(metavar="WORD", help="Put WORD into the weights' file names: fp16, say.")
     ] = None,
+    prior_clip_range: Annotated[
+        float,
+        typer.Option(
+            metavar="X", help="Clamp the prior's prediction to ±X; published folders in diffusers' layout: 5."
+        ),
+    ] = 10.0,
     overwrite: options.OverwriteFolder = False,
 ) -> None:
     """Convert Karlo's original files into a text-to-image folder.
@@ -69,6 +75,7 @@ def karlo(
         variant=variant,
         dtype=None if dtype is None else getattr(torch, dtype),
         overwrite=overwrite,
+        prior_clip_range=prior_clip_range,
     )
     print(made, flush=True)
 
@@ -78,6 +85,9 @@ def variation(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of a text-to-image model.")],
     clip: Clip,
     out: options.NewFolder,
+    crop: Annotated[
+        bool, typer.Option("--crop", help="Look at the centre of pictures, as CLIP does; or squash them, as Karlo.")
+    ] = False,
     overwrite: options.OverwriteFolder = False,
 ) -> None:
     """Make a folder for `unclip vary` out of a text-to-image model.
@@ -87,7 +97,7 @@ def variation(
     from unclip.checkpoints.convert import convert_text_to_image_to_variation
 
     silence(downloads=False)
-    print(convert_text_to_image_to_variation(model, out, clip=clip, overwrite=overwrite), flush=True)
+    print(convert_text_to_image_to_variation(model, out, clip=clip, crop=crop, overwrite=overwrite), flush=True)
 
 
 @convert.command("pickle", epilog=PICKLE_EXAMPLES)

@@ -4,13 +4,14 @@ Knows files and options; what is measured, and how, is the affair of `unclip.eva
 """
 
 import functools
-import importlib.resources
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from unclip import __version__
+from unclip.checkpoints.files import read_json
+from unclip.checkpoints.hub import BUILT_IN_JUDGE, resolve
 from unclip.cli import options
 from unclip.cli.loading import Machine, call_settings, find_model, load, model_name, sampler_name
 from unclip.errors import CheckpointError, MissingFileError, OutputExistsError
@@ -35,11 +36,8 @@ def retrieval(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The JSON file to write.")],
     model: options.Model = "unclip-emoji",
     judge: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Folder of a CLIP that had no part in the model.", show_default="the built-in one"
-        ),
-    ] = None,
+        str, typer.Option(metavar="DIR", help="A CLIP that had no part in the model: a folder, or the built-in one.")
+    ] = BUILT_IN_JUDGE,
     num_seen: Annotated[int, typer.Option(min=1, metavar="N", help="Concepts to ask for that training knew.")] = 200,
     sheet: Annotated[
         Path | None,
@@ -70,7 +68,7 @@ def retrieval(
     for path in (out, *_sheets(sheet)):
         if path.is_dir() or (path.exists() and not overwrite):
             raise OutputExistsError(f"{path} is there already; give --overwrite, or name another file")
-    judge_folder = judge or built_in_judge()
+    judge_folder = find_judge(judge)
     folder, index = find_model(model, quiet=quiet)
     if "prior" not in index:
         raise CheckpointError(f"{model} has no prior, so it draws no captions and cannot be measured so")
@@ -110,25 +108,37 @@ def retrieval(
     about = {
         "unclip": __version__,
         "model": model_name(model),
-        "judge": judge_folder.resolve().name if judge else "built-in",
+        "judge": model_name(judge),
+        "judge_saw_all_concepts": saw_all_concepts(judge, judge_folder),
         "data": data.resolve().name,
         "num_seen": num_seen,
         "seed": seed,
-        "settings": {**settings, "sampler": sampler_name(pipe), "dtype": dtype.value},
+        "settings": {**settings, "sampler": sampler_name(pipe), "dtype": dtype.value, "batch_size": batch_size},
     }
     write_json(out, {**about, "retrieval": found})
     print(table(found), flush=True)
 
 
-def built_in_judge() -> Path:
-    """The judge that comes with the built-in model.
+def find_judge(name: str) -> Path:
+    """The folder of a judge.
 
-    Raises: MissingFileError when this installation has none.
+    Raises: MissingFileError when there is none of that name, or this installation has no built-in one.
     """
-    folder = Path(str(importlib.resources.files("unclip").joinpath("assets", "emoji-judge")))
-    if not folder.is_dir():
-        raise MissingFileError("this installation has no built-in judge; name a folder with --judge")
-    return folder
+    try:
+        return resolve(name)
+    except MissingFileError as error:
+        raise MissingFileError(f"{error}; or name the folder of another judge with --judge") from error
+
+
+def saw_all_concepts(name: str, folder: Path) -> bool | None:
+    """Whether the judge was trained on pictures of every concept, the held-out ones too; None where nobody can tell."""
+    if name == BUILT_IN_JUDGE and not Path(name).is_dir():
+        return True  # recipes/emoji/judge.toml
+    recipe = folder.resolve().parent / "recipe.json"  # of a run's folder, which holds model/
+    try:
+        return bool(read_json(recipe)["clip"]["include_held_out"])
+    except (CheckpointError, KeyError, TypeError):
+        return None
 
 
 def table(found: dict[str, Any]) -> str:

@@ -27,8 +27,6 @@ $ unclip generate "a red apple" --seed 42
 a-red-apple-42.png
 ```
 
-(With the prompt `red apple` it would be `red-apple-42.png`.)
-
 **What goes where.** Results (paths, tables, JSON) go to stdout, one a line; seeds, progress bars, warnings and errors
 go to stderr. So `unclip generate … | xargs …` works, and `--json` gives one JSON object a picture.
 

@@ -52,7 +52,7 @@ def emoji(
 ) -> None:
     """Render the emoji data set: three open designs, with captions.
 
-    Needs the extra packages of training: pip install "unclip[train]".
+    Needs the extra packages of training; in a checkout: pip install '.[train]'
     """
     from tqdm import tqdm
 

@@ -105,7 +105,9 @@ def build_emoji(
     try:
         import resvg_py
     except ImportError as error:
-        raise MissingDependencyError("rendering emoji needs resvg-py: pip install 'unclip[train]'") from error
+        raise MissingDependencyError(
+            "rendering emoji needs resvg-py: pip install resvg-py, or in a checkout pip install '.[train]'"
+        ) from error
     with tempfile.TemporaryDirectory() as scratch:
         folder = packages or _fetch(Path(scratch))
         labels = json.loads(_member(folder, LABELS, "en/data.json"))

@@ -11,6 +11,7 @@ from torch import Tensor
 from unclip.diffusion import settings as _settings
 from unclip.diffusion.sampler import AncestralSampler, DDIMSampler, DPMSolverPlusPlus2MSampler
 from unclip.diffusion.scheduler_base import Generators, Scheduler, SchedulerOutput
+from unclip.errors import ConfigError
 
 __all__ = ["DDIMScheduler", "DPMSolverMultistepScheduler", "Scheduler", "SchedulerOutput", "UnCLIPScheduler"]
 
@@ -149,18 +150,41 @@ class DDIMScheduler(Scheduler):
         model_output: Tensor,
         timestep: int | Tensor,
         sample: Tensor,
-        prev_timestep: int | Tensor | None = None,
+        eta: float | None = None,
+        use_clipped_model_output: bool | None = None,
         generator: Generators = None,
+        variance_noise: Tensor | None = None,
         return_dict: bool = True,
         *,
-        eta: float | None = None,
+        prev_timestep: int | Tensor | None = None,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """As `UnCLIPScheduler.step`, but None for `prev_timestep` is the next of `timesteps`.
+        """One step of a hand-written loop; the order of arguments is the ecosystem's.
 
-        `eta` replaces the setting for this step.
+        Args:
+            model_output: the network's, of sample's shape or, with a learned variance, twice its channels.
+            timestep: of `sample`.
+            sample: [batch, channels, ...].
+            eta: replaces the setting for this step; None keeps it.
+            use_clipped_model_output: None or True, as the noise is always consistent with the clipped x0; False only
+                where nothing is clipped and it makes no difference.
+            generator: for the noise: None, one, or a list of one an image.
+            variance_noise: the noise itself, of sample's shape, in place of a generator's.
+            return_dict: False gives a plain tuple.
+            prev_timestep: where to go; None is the next of `timesteps`.
+
+        Raises:
+            InputError: a shape or a timestep is wrong, or noise comes from two sources.
+            ConfigError: `eta` is outside 0..1, or `use_clipped_model_output` is False while x0 is clipped.
         """
+        if use_clipped_model_output is False and self._process.clip_range is not None:
+            raise ConfigError(
+                "use_clipped_model_output=False is not implemented where clip_sample is on: leave it out, "
+                "or make the scheduler with clip_sample=False"
+            )
         sampler = self._sampler if eta is None else DDIMSampler(self._process, eta)
-        return self._step(sampler, model_output, timestep, sample, prev_timestep, generator, return_dict)
+        return self._step(
+            sampler, model_output, timestep, sample, prev_timestep, generator, return_dict, noise=variance_noise
+        )
 
 
 class DPMSolverMultistepScheduler(Scheduler):
@@ -225,9 +249,11 @@ class DPMSolverMultistepScheduler(Scheduler):
         model_output: Tensor,
         timestep: int | Tensor,
         sample: Tensor,
-        prev_timestep: int | Tensor | None = None,
         generator: Generators = None,
+        variance_noise: Tensor | None = None,
         return_dict: bool = True,
+        *,
+        prev_timestep: int | Tensor | None = None,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """As `UnCLIPScheduler.step`, but None for `prev_timestep` is the next of `timesteps`."""
-        return self._step(self._sampler, model_output, timestep, sample, prev_timestep, generator, return_dict)
+        """As `DDIMScheduler.step`; `generator` and `variance_noise` play no part, as the solver is deterministic."""
+        return self._step(self._sampler, model_output, timestep, sample, prev_timestep, None, return_dict)

@@ -163,12 +163,14 @@ class Scheduler:
         prev_timestep: int | Tensor | None,
         generator: Generators,
         return_dict: bool,
+        noise: Tensor | None = None,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
         t = _integer(timestep)
         t_next = self._next(t) if prev_timestep is None else max(_integer(prev_timestep), -1)
         prediction = self._process.predict(model_output, sample, t)
-        noise = None
-        if sampler.needs_noise(t, t_next):
+        if noise is not None:
+            noise = _given_noise(noise, generator, sample)
+        elif sampler.needs_noise(t, t_next):
             noise = NoiseSource(generator, sample.shape[0]).draw(sample.shape, sample.device)
         # A step that does not go on where the last one ended begins a new run.
         memory = self._last[1] if self._last is not None and self._last[0] == t else None
@@ -261,6 +263,17 @@ class Scheduler:
         if self._process.beta_schedule == "squaredcos_cap_v2":
             del entries["beta_start"], entries["beta_end"]  # they mean nothing to it, and Karlo's files have none
         write_json(Path(folder) / CONFIG_NAME, entries)
+
+
+def _given_noise(noise: object, generator: Generators, sample: Tensor) -> Tensor:
+    if not isinstance(noise, Tensor) or noise.shape != sample.shape or not noise.is_floating_point():
+        what = tuple(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
+        raise InputError(
+            f"variance_noise is {what}; it must be floating and of the sample's shape {tuple(sample.shape)}"
+        )
+    if generator is not None:
+        raise InputError("generator and variance_noise are both given; pass one of them, as both say what the noise is")
+    return noise.to(sample.device, torch.float32)
 
 
 def _integer(timestep: object) -> int:

@@ -23,6 +23,11 @@ from unclip.stages.images import grid, open_image
 
 PLAIN_STYLE = "flat"
 """The unmarked style of the emoji set: its plain captions are bare labels."""
+DRAWN = {
+    "seen": "by training weight, each concept once at most",
+    "held_out": "all that exist in the unmarked style",
+}
+"""How the concepts of a group are chosen, as the report says it."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +127,9 @@ def retrieval(
         progress: wraps the starts of the batches, as tqdm does.
         call: arguments of the pipeline's call.
 
-    Returns: for "seen" and "held_out": the number, and at_1 and at_5 of generated and real pictures (no rates for a
-        group of none); and chance.
+    Returns: for "seen" and "held_out": the number, how they were chosen, the first and last seed, and at_1 and at_5 of
+        generated and real pictures (no rates for a group of none); how many held-out concepts there are in all, and
+        how many of them were left out; and chance.
 
     Raises:
         InputError: `num_seen` or `batch_size` is below 1.
@@ -142,9 +148,13 @@ def retrieval(
         "chance_at_5": min(1.0, 5 / len(captions)),
     }
     for name, group in _groups(concepts, num_seen, seed).items():
-        result[name] = {"num": len(group)}
+        result[name] = {"num": len(group), "drawn": DRAWN[name]}
+        if name == "held_out":
+            in_all = sum(record.held_out for record in concepts)
+            result[name] |= {"num_in_all": in_all, "num_without_plain_style": in_all - len(group)}
         if not group:
             continue
+        result[name]["seeds"] = [seed, seed + len(group) - 1]
         asked = [bare_caption(record) for record in group]
         made: list[Image.Image] = []
         for start in progress(range(0, len(group), batch_size)):

@@ -3,6 +3,7 @@
 Knows no architecture and no pipeline. The four networks derive from it.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
@@ -10,7 +11,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from unclip.errors import ConfigError, UnsafeFileError
+from unclip.errors import CheckpointError, ConfigError, UnsafeFileError
 from unclip.models.attention import set_slicing
 from unclip.models.config import ModelConfig
 
@@ -92,10 +93,14 @@ class Component(nn.Module, Generic[C]):
     ) -> None:
         """Write config.json and the weights, as safetensors, into `folder`, which is made if need be.
 
+        A model that is there already stays whole until the new weights are on the disk. Its config.json goes before
+        its weights do, unless it says the same: a kill leaves the old model, the new one, or a folder without
+        config.json, which does not load; never the weights of one with the configuration of the other.
+
         Raises:
             UnsafeFileError: `safe_serialization` is False: pickles can run code when read and are not written.
         """
-        from unclip.checkpoints.files import write_json
+        from unclip.checkpoints.files import sync, write_json
         from unclip.checkpoints.layout import API_VERSION
         from unclip.checkpoints.weights import save_weights
 
@@ -107,8 +112,15 @@ class Component(nn.Module, Generic[C]):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         header = {"_class_name": type(self).__name__, "_diffusers_version": API_VERSION, "_unclip_version": _version()}
-        save_weights(folder, self.state_dict(), variant=variant, max_shard_size=max_shard_size)
-        write_json(folder / "config.json", header | dict(self.config))
+        path, config = folder / "config.json", header | dict(self.config)
+
+        def forget() -> None:
+            if path.exists() and not _says_the_same(path, config):
+                path.unlink()
+                sync(folder)
+
+        save_weights(folder, self.state_dict(), variant=variant, max_shard_size=max_shard_size, before_replacing=forget)
+        write_json(path, config)
 
     @classmethod
     def from_pretrained(
@@ -154,6 +166,19 @@ class Component(nn.Module, Generic[C]):
             model = cls.from_config(settings)
         load_into(model, folder, variant=variant, dtype=torch_dtype)
         return model.eval()
+
+
+def _says_the_same(path: Path, config: Mapping[str, Any]) -> bool:
+    """Whether the file holds this configuration, by whatever version it was written."""
+    from unclip.checkpoints.files import read_json
+
+    def settings(entries: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in entries.items() if key == "_class_name" or not key.startswith("_")}
+
+    try:
+        return settings(read_json(path)) == settings(json.loads(json.dumps(config)))
+    except CheckpointError:
+        return False
 
 
 def _version() -> str:

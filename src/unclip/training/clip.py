@@ -181,9 +181,10 @@ def _check_sizes(settings: ClipSettings) -> None:
 
 
 def image_processor(size_px: int) -> CLIPImageProcessorPil:
-    """The preprocessing of a CLIP trained here: resize, centre crop, pixels to [-1, 1]."""
+    """The preprocessing of a CLIP trained here: resized, squashed where not square, pixels to [-1, 1]."""
     return CLIPImageProcessorPil(
-        size={"shortest_edge": size_px},
+        size={"height": size_px, "width": size_px},
+        do_center_crop=False,
         crop_size={"height": size_px, "width": size_px},
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],

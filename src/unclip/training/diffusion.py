@@ -173,7 +173,7 @@ class PriorTask:
         for parameter, value in ((prior.clip_mean, mean), (prior.clip_std, std)):
             parameter.requires_grad_(False).copy_(value)
         self.stage = PriorStage(prior, process_of(self.settings.process))
-        self.whitened = (self.data.embeddings - mean) / std
+        self.whitened = prior.whiten(self.data.embeddings)
         self.module = StageModule(
             self.stage, lambda b: PriorCondition(batch_text(b)), self.settings.process.weighting, prior=prior
         )
@@ -211,7 +211,6 @@ class DecoderTask:
         self.settings: DecoderSettings = recipe.decoder
         self.clip = FrozenClip(self.settings.clip)
         self.data = Captioned(recipe, self.clip, self.settings.text_drop)
-        torch.manual_seed(recipe.seed)
         decoder = UNet2DConditionModel(**self.settings.model)
         decoder.initialize_for_training(torch.Generator().manual_seed(recipe.seed))
         sizes = {
@@ -274,7 +273,6 @@ class SuperResTask:
     def __init__(self, recipe: Recipe):
         assert recipe.super_res is not None
         self.settings: SuperResSettings = recipe.super_res
-        torch.manual_seed(recipe.seed)
         if self.settings.start_from:
             network = UNet2DModel.from_pretrained(self.settings.start_from)
         else:

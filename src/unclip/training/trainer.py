@@ -236,6 +236,9 @@ class Trainer:
 
     def _check_finite(self, loss: float, norm: Any) -> None:
         """Before the weights are touched: a gradient that is no number would spoil them, and then the checkpoint."""
+        if self.accelerator.num_processes > 1:  # what one of them met must stop all, or the others wait for it forever
+            told = torch.tensor(loss, device=self.accelerator.device)
+            loss = float(self.accelerator.reduce(told, "mean"))  # pyright: ignore[reportArgumentType]
         wrong = None if math.isfinite(loss) else f"the loss is {loss}"
         # With float16 the scaler itself skips a step whose gradient overflowed.
         if wrong is None and self.accelerator.scaler is None and norm is not None and not math.isfinite(float(norm)):
