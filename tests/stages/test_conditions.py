@@ -70,12 +70,6 @@ def test_to(make):
     assert len(moved) == 2
 
 
-def test_where(make):
-    keep = torch.tensor([True, False, True])
-    assert same(make(1, 2, 3).where(keep, make(4, 5, 6)), make(1, 5, 3))
-    assert same(make(1, 2, 3).where(keep, make(9)), make(1, 9, 3))
-
-
 def test_frozen(make):
     value = make(1)
     name = dataclasses.fields(value)[0].name
@@ -91,5 +85,3 @@ def test_given_and_null_decoder_conditions():
     assert null.image_embedding.shape == given.image_embedding.shape
     both = null.join(given)
     assert both.given.tolist() == [False, False, True, True]
-    dropped = given.where(torch.tensor([False, True]), null)
-    assert dropped.given.tolist() == [False, True]

@@ -1,4 +1,4 @@
-"""What a stage is conditioned on, as small frozen values that join, repeat and drop.
+"""What a stage is conditioned on, as small frozen values that join, repeat and select.
 
 Knows tensors' batches only; knows no network. Built by pipelines and by training alike, so the two cannot drift apart.
 """
@@ -42,21 +42,6 @@ class Batched:
     def to(self, device: torch.device | str) -> Self:
         """The same value on a device."""
         return self._map(lambda value: value.to(device))
-
-    def where(self, keep: Tensor, other: Self) -> Self:
-        """Row i of this value where `keep[i]`, else of `other` (whose batch may be 1): how training drops a caption.
-
-        Args:
-            keep: bool [batch].
-        """
-        chosen = {}
-        for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if isinstance(mine, Batched):
-                chosen[field.name] = mine.where(keep, theirs)
-            else:
-                chosen[field.name] = torch.where(keep.view(-1, *[1] * (mine.ndim - 1)), mine, theirs)
-        return type(self)(**chosen)
 
     def _map(self, function) -> Self:
         values = ((field.name, getattr(self, field.name)) for field in fields(self))
