@@ -25,9 +25,9 @@ def unclip(folder: Path, *arguments: str) -> str:
 @pytest.mark.slow
 def test_from_pictures_to_a_picture(tmp_path, pictures):
     shutil.copytree(ROOT / "recipes" / "tiny", tmp_path / "recipes" / "tiny")
-    shutil.copytree(pictures, tmp_path / "work" / "tiny" / "data")
+    shutil.copytree(pictures, tmp_path / "runs" / "tiny" / "data")
     for stage in STAGES:
-        out = f"work/tiny/{stage}"
+        out = f"runs/tiny/{stage}"
         told = unclip(tmp_path, "train", f"recipes/tiny/{stage}.toml", "--out", out, "--steps", "30", "-q")
         assert told == f"{out}/model\n"
         losses = [json.loads(line)["loss"] for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
@@ -35,8 +35,8 @@ def test_from_pictures_to_a_picture(tmp_path, pictures):
     (tmp_path / "defaults.json").write_text(
         json.dumps({f"{stage}_num_inference_steps": 3 for stage in ("prior", "decoder", "super_res")})
     )
-    runs = [word for stage in STAGES[:3] for word in (f"--{stage}", f"work/tiny/{stage}")]
-    runs += ["--super-res-first", "work/tiny/super_res", "--defaults", "defaults.json"]
+    runs = [word for stage in STAGES[:3] for word in (f"--{stage}", f"runs/tiny/{stage}")]
+    runs += ["--super-res-first", "runs/tiny/super_res", "--defaults", "defaults.json"]
     assert unclip(tmp_path, "assemble", *runs, "--out", "model") == "model\n"
     made = unclip(tmp_path, "generate", "a red circle", "--model", "model", "--seed", "3", "--out", "made", "-q")
     with Image.open(tmp_path / made.strip()) as image:
@@ -44,7 +44,7 @@ def test_from_pictures_to_a_picture(tmp_path, pictures):
         assert image.size == (32, 32)
     varied = unclip(tmp_path, "vary", made.strip(), "--model", "model", "--seed", "3", "--out", "made", "-q")
     assert (tmp_path / varied.strip()).is_file()
-    judged = ["--judge", "work/tiny/clip/model", "--data", "work/tiny/data", "--out", "report.json", "-q"]
+    judged = ["--judge", "runs/tiny/clip/model", "--data", "runs/tiny/data", "--out", "report.json", "-q"]
     assert "seen, generated" in unclip(tmp_path, "evaluate", "retrieval", "--model", "model", *judged)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["retrieval"]["seen"]["num"] == 10

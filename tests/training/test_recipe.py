@@ -24,7 +24,7 @@ def read(tmp_path):
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*/*.toml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_recipe_of_the_repository_is_valid(path):
     recipe = read_recipe(path)
-    assert recipe.data.parent.parent.name == "work"
+    assert recipe.data.parent.parent.name == "runs"
     assert recipe.stage == {"judge": "clip", "super_res_last": "super_res"}.get(path.stem, path.stem)
     json.dumps(as_dict(recipe))
 
