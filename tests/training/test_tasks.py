@@ -297,12 +297,49 @@ def test_the_last_step_alone(tiny, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["super_res_last", "super_res_scheduler"]
 
 
-def test_a_network_to_start_from(tiny, tmp_path):
+NETWORKS = {"prior": ["prior"], "decoder": ["decoder", "text_proj"], "super_res": ["super_res_first"]}
+
+
+@pytest.mark.parametrize("stage", list(NETWORKS))
+def test_a_model_to_start_from(tiny, tmp_path, stage):
+    first = TASKS[stage](tiny(stage))
+    if stage == "prior":
+        first.stage.prior.clip_mean.add_(1.0)  # the whitening is what it learned with, not this data's
+    first.save(tmp_path)
+    task = TASKS[stage](tiny(stage, seed=99, start_from=tmp_path))
+    saved = {}
+    for name in NETWORKS[stage]:
+        file = tmp_path / name / "diffusion_pytorch_model.safetensors"
+        prefix = "network" if stage == "super_res" else name
+        saved |= {f"{prefix}.{key}": value for key, value in load_file(file).items()}
+    found = task.module.state_dict()
+    assert found.keys() == saved.keys()
+    assert all(torch.equal(found[name], saved[name]) for name in saved)
+    frozen = {name for name, parameter in task.module.named_parameters() if not parameter.requires_grad}
+    assert frozen == ({"prior.clip_mean", "prior.clip_std"} if stage == "prior" else set())
+    with torch.no_grad():
+        batch = first.batch(8, step_generator(0, 0))
+        assert torch.equal(first.module(batch)["loss"], task.module(batch)["loss"])
+
+
+def test_a_last_step_to_start_from(tiny, tmp_path):
+    for last in (False, True):
+        SuperResTask(tiny("super_res", seed=1 + last, section={"only_last_step": last})).save(tmp_path)
+        task = SuperResTask(tiny("super_res", section={"only_last_step": True}, start_from=tmp_path))
+        name = "super_res_last" if last else "super_res_first"
+        assert_same(task.network, unclip.UNet2DModel.from_pretrained(tmp_path / name))
+
+
+def test_a_start_of_another_size(tiny, tmp_path):
     SuperResTask(tiny("super_res")).save(tmp_path)
-    saved = load_file(tmp_path / "super_res_first" / "diffusion_pytorch_model.safetensors")
-    task = SuperResTask(tiny("super_res", seed=99, section={"start_from": tmp_path / "super_res_first"}))
-    assert all(torch.equal(value, saved[name]) for name, value in task.network.state_dict().items())
-    assert all(parameter.requires_grad for parameter in task.network.parameters())
+    model = tiny("super_res").super_res.model | {"layers_per_block": 3}
+    with pytest.raises(ConfigError, match=r"super_res_first .*layers_per_block is \d there and 3 here"):
+        SuperResTask(tiny("super_res", section={"model": model}, start_from=tmp_path))
+
+
+def test_a_clip_has_no_start(tiny, tmp_path):
+    with pytest.raises(ConfigError, match="start_from"):
+        tiny("clip", start_from=tmp_path)
 
 
 def test_crops_larger_than_the_picture(tiny):

@@ -6,7 +6,7 @@ Knows stages, conditions and data; knows neither optimizer nor schedule of the r
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from unclip.diffusion.process import DiffusionProcess
 from unclip.diffusion.sampler import DDIMSampler
 from unclip.diffusion.scheduler import UnCLIPScheduler
 from unclip.errors import ConfigError
+from unclip.models.component import Component
 from unclip.models.prior import PriorTransformer
 from unclip.models.text_proj import UnCLIPTextProjModel
 from unclip.models.unet import UNet2DConditionModel, UNet2DModel
@@ -76,6 +77,30 @@ def scheduler_of(recipe: ProcessRecipe) -> UnCLIPScheduler:
         clip_sample=recipe.clip_range is not None,
         clip_sample_range=recipe.clip_range or 1.0,
     )
+
+
+N = TypeVar("N", bound=Component)
+
+
+def first_network(cls: type[N], name: str, settings: dict[str, Any], recipe: Recipe) -> N:
+    """What training begins with: component `name` of `recipe.start_from`, or a fresh network of these settings.
+
+    Raises: ConfigError when the recipe's settings are not those of the network it starts from.
+    """
+    if recipe.start_from is None:
+        network = cls(**settings)
+        network.initialize_for_training(torch.Generator().manual_seed(recipe.seed))
+        return network
+    network = read_component(recipe.start_from, name, cls.__name__, torch_dtype=torch.float32, variant=None)
+    found = dict(network.config)
+    asked = dict(network.config_class.from_dict(found | settings))
+    other = [f"{key} is {found[key]!r} there and {asked[key]!r} here" for key in settings if found[key] != asked[key]]
+    if other:
+        raise ConfigError(
+            f"the recipe's {name} is not the one in {recipe.start_from}: {'; '.join(other)}. Leave these settings out, "
+            "or leave start_from out"
+        )
+    return network.train()
 
 
 class FrozenClip:
@@ -165,13 +190,15 @@ class PriorTask:
         self.clip = FrozenClip(self.settings.clip)
         self.data = Captioned(recipe, self.clip, self.settings.text_drop)
         sizes = {"embedding_dim": self.clip.width, "num_embeddings": self.clip.context}
-        prior = PriorTransformer(**sizes | self.settings.model)
-        prior.initialize_for_training(torch.Generator().manual_seed(recipe.seed))
-        weights = (self.data.weights / self.data.weights.sum())[:, None]
-        mean = (weights * self.data.embeddings).sum(0, keepdim=True)
-        std = (weights * (self.data.embeddings - mean) ** 2).sum(0, keepdim=True).sqrt().clamp_min(1e-6)
-        for parameter, value in ((prior.clip_mean, mean), (prior.clip_std, std)):
-            parameter.requires_grad_(False).copy_(value)
+        prior = first_network(PriorTransformer, "prior", sizes | self.settings.model, recipe)
+        for parameter in (prior.clip_mean, prior.clip_std):
+            parameter.requires_grad_(False)
+        if recipe.start_from is None:  # else its whitening is part of what it learned
+            weights = (self.data.weights / self.data.weights.sum())[:, None]
+            mean = (weights * self.data.embeddings).sum(0, keepdim=True)
+            std = (weights * (self.data.embeddings - mean) ** 2).sum(0, keepdim=True).sqrt().clamp_min(1e-6)
+            prior.clip_mean.copy_(mean)
+            prior.clip_std.copy_(std)
         self.stage = PriorStage(prior, process_of(self.settings.process))
         self.whitened = prior.whiten(self.data.embeddings)
         self.module = StageModule(
@@ -211,15 +238,13 @@ class DecoderTask:
         self.settings: DecoderSettings = recipe.decoder
         self.clip = FrozenClip(self.settings.clip)
         self.data = Captioned(recipe, self.clip, self.settings.text_drop)
-        decoder = UNet2DConditionModel(**self.settings.model)
-        decoder.initialize_for_training(torch.Generator().manual_seed(recipe.seed))
+        decoder = first_network(UNet2DConditionModel, "decoder", self.settings.model, recipe)
         sizes = {
             "clip_embeddings_dim": self.clip.width,
             "time_embed_dim": 4 * decoder.config.block_out_channels[0],
             "cross_attention_dim": decoder.config.cross_attention_dim,
         }
-        text_proj = UnCLIPTextProjModel(**sizes | self.settings.text_proj)
-        text_proj.initialize_for_training(torch.Generator().manual_seed(recipe.seed))
+        text_proj = first_network(UnCLIPTextProjModel, "text_proj", sizes | self.settings.text_proj, recipe)
         _lay_out(decoder)
         self.small, _ = load_pictures(recipe.data, size_px(decoder.config.sample_size)).split()
         self.spread = self.data.embeddings.std(dim=0)
@@ -273,11 +298,10 @@ class SuperResTask:
     def __init__(self, recipe: Recipe):
         assert recipe.super_res is not None
         self.settings: SuperResSettings = recipe.super_res
-        if self.settings.start_from:
-            network = UNet2DModel.from_pretrained(self.settings.start_from)
-        else:
-            network = UNet2DModel(**self.settings.model)
-            network.initialize_for_training(torch.Generator().manual_seed(recipe.seed))
+        start = "super_res_first"
+        if self.settings.only_last_step and recipe.start_from and (recipe.start_from / "super_res_last").is_dir():
+            start = "super_res_last"
+        network = first_network(UNet2DModel, start, self.settings.model, recipe)
         _lay_out(network)
         self.network = network
         self.size_px = size_px(network.config.sample_size)

@@ -144,7 +144,6 @@ class SuperResSettings:
     blur_share: float = 0.5
     noise: float = 0.0
     only_last_step: bool = False
-    start_from: Path | None = None
 
     def __post_init__(self) -> None:
         _check("super_res", self, above_zero=("low_res_size", "crop_size", "blur_sigma"), shares=("blur_share",))
@@ -158,6 +157,7 @@ class Recipe:
     Attributes:
         stage: which network is trained; the section of that name must be there, the others must not.
         data: a folder of captioned pictures.
+        start_from: a model folder; training goes on from its networks of this stage instead of fresh ones.
         steps: optimizer steps in all; batch_size: pictures a step, over all processes and accumulations.
         precision: "no" is float32.
         ema_decay: of the weights that are kept; warmed up as (1 + step) / (10 + step).
@@ -165,6 +165,7 @@ class Recipe:
 
     stage: Literal["clip", "prior", "decoder", "super_res"]
     data: Path
+    start_from: Path | None = None
     steps: int = 10_000
     batch_size: int = 64
     accumulation: int = 1
@@ -185,6 +186,8 @@ class Recipe:
             if (getattr(self, stage) is not None) != (stage == self.stage):
                 verb = "needs" if stage == self.stage else "must not have"
                 raise ConfigError(f"a recipe for stage {self.stage!r} {verb} a section [{stage}]")
+        if self.start_from and self.stage == "clip":
+            raise ConfigError("start_from is for prior, decoder and super_res; a CLIP is trained from its first step")
         counts = ("steps", "batch_size", "accumulation", "log_every_steps", "sample_every_steps")
         _check("", self, above_zero=counts, not_negative=("seed", "save_every_s"), below_one=("ema_decay",))
         if self.batch_size % self.accumulation:
