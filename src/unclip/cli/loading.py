@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from unclip.checkpoints.files import read_json
 from unclip.checkpoints.hub import resolve
 from unclip.checkpoints.recommended import SCALES, Number, read_recommended
+from unclip.cli.memory import keep_freed_memory
 from unclip.cli.options import Dtype, SamplerName
 from unclip.errors import InputError
 
@@ -73,6 +74,7 @@ def load(pipeline_class: type[P], folder: Path, machine: Machine, sampler: Sampl
     import torch
 
     where = pick_device(machine.device)
+    keep_freed_memory()
     pipe = pipeline_class.from_pretrained(folder, torch_dtype=getattr(torch, machine.dtype))
     if sampler is not None:
         for name, scheduler in _schedulers(pipe).items():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unclip.cli import options
+from unclip.cli.memory import keep_freed_memory
 from unclip.cli.messages import note
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def train(
     from unclip.training.trainer import Trainer
 
     silence(downloads=True)
+    keep_freed_memory()
     settings = read_recipe(recipe, steps=steps)
     trainer = Trainer(make_task(settings), settings, out)
     first = trainer.accelerator.is_main_process
