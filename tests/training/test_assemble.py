@@ -1,7 +1,6 @@
 """Trained stages put together: both pipelines load the folder and draw."""
 
 import dataclasses
-import json
 import shutil
 
 import pytest
@@ -18,9 +17,7 @@ from unclip.training.diffusion import DecoderTask, PriorTask, SuperResTask
 FEW = {"decoder_num_inference_steps": 2, "super_res_num_inference_steps": 2}
 
 
-def write_run(task, folder, step):
-    (folder / "state").mkdir(parents=True)
-    (folder / "state" / "state.json").write_text(json.dumps({"step": step}))
+def write_run(task, folder):
     task.save(folder / "model")
     return folder
 
@@ -28,18 +25,16 @@ def write_run(task, folder, step):
 @pytest.fixture
 def runs(tmp_path, tiny, clip_model):
     """A run of each stage, not trained at all."""
-    (tmp_path / "clip" / "state").mkdir(parents=True)
-    (tmp_path / "clip" / "state" / "state.json").write_text('{"step": 1}')
     shutil.copytree(clip_model, tmp_path / "clip" / "model")
     last = SuperResTask(tiny("super_res", section={"only_last_step": True}))
     with torch.no_grad():
         last.network.conv_out.bias.fill_(0.5)
     return {
         "clip": tmp_path / "clip",
-        "prior": write_run(PriorTask(tiny("prior")), tmp_path / "prior", 2),
-        "decoder": write_run(DecoderTask(tiny("decoder")), tmp_path / "decoder", 3),
-        "super_res_first": write_run(SuperResTask(tiny("super_res")), tmp_path / "super_res", 4),
-        "super_res_last": write_run(last, tmp_path / "super_res_last", 5),
+        "prior": write_run(PriorTask(tiny("prior")), tmp_path / "prior"),
+        "decoder": write_run(DecoderTask(tiny("decoder")), tmp_path / "decoder"),
+        "super_res_first": write_run(SuperResTask(tiny("super_res")), tmp_path / "super_res"),
+        "super_res_last": write_run(last, tmp_path / "super_res_last"),
     }
 
 
@@ -50,10 +45,8 @@ def test_both_pipelines_load_and_draw(runs, tmp_path, dtype):
     out = tmp_path / "out"
     assemble(**runs, out=out, dtype=dtype, defaults={"prior_guidance_scale": 2.0}, files={"LICENCE": licence})
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        [*PARTS, "model_index.json", "generation_defaults.json", "training_steps.json", "LICENCE"]
+        [*PARTS, "model_index.json", "generation_defaults.json", "LICENCE"]
     )
-    steps = {"clip": 1, "prior": 2, "decoder": 3, "super_res_first": 4, "super_res_last": 5}
-    assert json.loads((out / "training_steps.json").read_text()) == steps
     weights = load_file(out / "decoder" / "diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in weights.values()} == {dtype or torch.float32}
     pipe = UnCLIPPipeline.from_pretrained(out)
@@ -74,6 +67,15 @@ def test_one_network_for_all_of_super_resolution(runs, tmp_path):
         for name in ("super_res_first", "super_res_last")
     )
     assert all(torch.equal(value, last[name]) for name, value in first.items())
+
+
+def test_one_stage_anew_in_a_model(runs, tmp_path, tiny):
+    assemble(**runs, out=tmp_path / "old")
+    decoder = write_run(DecoderTask(tiny("decoder", seed=8)), tmp_path / "decoder_more")
+    assemble(**{name: tmp_path / "old" for name in runs} | {"decoder": decoder}, out=tmp_path / "new")
+    for name in ("decoder", "text_proj", "prior", "image_encoder", "super_res_last"):
+        old, new = (next((tmp_path / which / name).glob("*.safetensors")).read_bytes() for which in ("old", "new"))
+        assert (old == new) == (name not in ("decoder", "text_proj")), name
 
 
 def test_a_folder_that_is_there(runs, tmp_path):
@@ -101,7 +103,7 @@ def test_a_stage_in_the_place_of_another(runs, tmp_path):
 def test_stages_that_do_not_fit(runs, tmp_path, tiny):
     settings = {"projection_dim": 16}
     recipe = dataclasses.replace(tiny("clip", section=settings))
-    runs["clip"] = write_run(ClipTask(recipe), tmp_path / "narrow", 1)
+    runs["clip"] = write_run(ClipTask(recipe), tmp_path / "narrow")
     with pytest.raises(ConfigError, match="the components do not fit"):
         assemble(**runs, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -32,6 +32,8 @@ ASSEMBLE_EXAMPLES = options.examples(
     "  --super-res-first runs/super_res --super-res-last runs/super_res_last \\",
     "  --out models/mine",
     'unclip generate "a red apple" --model models/mine',
+    "unclip assemble --clip old --prior old --decoder runs/decoder \\",
+    "  --super-res-first old --super-res-last old --out new",
 )
 
 data = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -138,6 +140,7 @@ def assemble(
 ) -> None:
     """Put trained stages together into one model folder.
 
+    Where a run is asked for, a model's folder does too: then its stage is taken as it is.
     The folder serves both `unclip generate` and `unclip vary`. Its path is printed on stdout.
     """
     import torch

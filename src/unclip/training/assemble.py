@@ -1,6 +1,6 @@
 """Put trained stages together into one pipeline folder.
 
-Knows run folders and the layout of a pipeline; trains nothing. Called by `unclip assemble`.
+Knows runs' folders and the layout of a pipeline; trains nothing. Called by `unclip assemble`.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unclip.checkpoints.files import atomic_folder, read_json, write_json
+from unclip.checkpoints.files import atomic_folder, write_json
 from unclip.checkpoints.layout import API_VERSION
 from unclip.checkpoints.recommended import write_recommended
 from unclip.errors import MissingFileError
@@ -48,11 +48,11 @@ def assemble(
     files: Mapping[str, Path] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write one folder that both pipelines load, from the run folders of the stages.
+    """Write one folder that both pipelines load, from the stages' runs.
 
     Args:
-        clip, prior, decoder, super_res_first: run folders (with `model/` in them).
-        super_res_last: another run for the last step; without it the first network does all steps.
+        clip, prior, decoder, super_res_first: each a run's folder (with `model/` in it), or a model to take it from.
+        super_res_last: another one for the last step; without it the first network does all steps.
         out: the folder to make.
         dtype: of the weights on disk; as they are when left out.
         defaults: what `generate` takes unless told otherwise (`decoder_guidance_scale`, …).
@@ -60,23 +60,19 @@ def assemble(
         overwrite: replace `out`, at once and whole.
 
     Raises:
-        MissingFileError: a run has no model yet.
+        MissingFileError: a run has no model yet, or a model lacks the stage.
         OutputExistsError: `out` is there.
         ConfigError: the stages do not fit one another.
     """
     runs = {"clip": clip, "prior": prior, "decoder": decoder, "super_res_first": super_res_first}
     runs["super_res_last"] = super_res_last or super_res_first
-    for name, run in runs.items():
-        if not (run / "model").is_dir():
-            raise MissingFileError(f"{run} has no folder model/: train {name} there first")
     index: dict[str, Any] = {"_class_name": "UnCLIPPipeline", "_diffusers_version": API_VERSION}
-    steps = {name: read_json(run / "state" / "state.json")["step"] for name, run in runs.items()}
     with atomic_folder(out, overwrite=overwrite) as draft:
         components: dict[str, Any] = {}
         for name, (run, folder, class_name) in PARTS.items():
             if name == "super_res_last" and super_res_last is None:
                 folder = "super_res_first"
-            components[name] = _read(runs[run] / "model", folder, class_name)
+            components[name] = _read(runs[run], run, folder, class_name)
         for pipeline in (UnCLIPPipeline, UnCLIPImageVariationPipeline):  # they check what fits what
             pipeline(**{name: part for name, part in components.items() if name in pipeline.COMPONENTS})
         for name, component in components.items():
@@ -87,10 +83,12 @@ def assemble(
         write_json(draft / "model_index.json", index)
         if defaults:
             write_recommended(draft, defaults)
-        write_json(draft / "training_steps.json", steps)
         for name, file in (files or {}).items():
             (draft / name).write_bytes(file.read_bytes())
 
 
-def _read(folder: Path, name: str, class_name: str) -> Any:
-    return read_component(folder, name, class_name, torch_dtype=None, variant=None)
+def _read(run: Path, stage: str, name: str, class_name: str) -> Any:
+    model = run / "model" if (run / "model").is_dir() else run
+    if not (model / name).is_dir():
+        raise MissingFileError(f"{run} has neither model/{name} nor {name}: train {stage} there first")
+    return read_component(model, name, class_name, torch_dtype=None, variant=None)
