@@ -1,7 +1,7 @@
 """How this process gets its memory: what networks free is kept for their next step.
 
-Knows the C library's settings; knows nothing of networks. Called by the commands that run them; a library must not change
-its host's process, so nothing but the command line does.
+Knows the C library's settings; knows nothing of networks. Called by the commands that run them, and by nothing else: a
+library must not change its host's process.
 """
 
 import ctypes
