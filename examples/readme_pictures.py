@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from unclip import UnCLIPImageVariationPipeline, UnCLIPPipeline
-from unclip.stages.images import grid
+from unclip.images import grid
 
 CAPTIONS = [
     "red apple", "banana", "pizza", "hamburger", "birthday cake",

@@ -198,8 +198,8 @@ def test_too_many_broken_pictures(folder):
 def test_a_huge_picture_is_not_decoded(folder, monkeypatch):
     root = folder(entry())
     tile(root, size=(100, 100))
-    monkeypatch.setattr("unclip.data.folder.MAX_PIXELS", 9_999)
-    with pytest.raises(DataError, match="100×100 pixels are too many"):
+    monkeypatch.setattr("unclip.images.MAX_PIXELS", 9_999)
+    with pytest.raises(DataError, match=r"10,000 pixels \(100×100\); at most 9,999"):
         load_pictures(root, 8)
 
 

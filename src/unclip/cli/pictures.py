@@ -98,7 +98,7 @@ class Album:
 
     def save_sheet(self, stem: str, facts: Mapping[str, Any], *, columns: int | None = None) -> None:
         """Write the sheet of all kept pictures as `stem-grid.png`, and tell of it."""
-        from unclip.stages.images import grid
+        from unclip.images import grid
 
         if self.kept:
             facts = {**facts, "grid": len(self.kept)}

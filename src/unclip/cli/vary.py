@@ -117,7 +117,7 @@ def check_can_vary(model: str, index: dict[str, Any]) -> None:
 
 def opened(paths: list[Path], failed: list[Path]) -> Iterator[tuple[int, Path, "Image"]]:
     """Each picture that can be read, with its place; the others are told of and put into `failed`."""
-    from unclip.stages.images import open_image
+    from unclip.images import open_image
 
     for place, path in enumerate(paths):
         try:

@@ -11,15 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from unclip.checkpoints.files import safe_join
-from unclip.errors import DataError, UnsafeFileError
-
-MAX_PIXELS = 64_000_000
+from unclip.errors import DataError, ImageError, UnsafeFileError
+from unclip.images import open_image
 
 
 @dataclass(frozen=True)
@@ -149,13 +147,10 @@ def load_pictures(folder: Path, size_px: int, *, max_skipped_share: float = 0.01
         except UnsafeFileError as error:
             raise DataError(f"{folder / 'metadata.jsonl'} names a file outside the data set: {error}") from error
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of Pillow's: the size is checked here, and odd metadata harm nobody
-                with Image.open(path) as image:
-                    pixels.append(_square_pixels(image, size_px))
+            pixels.append(square_pixels(open_image(path), size_px))
             kept.append(record)
-        except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
-            skipped[record.file_name] = str(error) or type(error).__name__
+        except ImageError as error:
+            skipped[record.file_name] = str(error)
     if not kept or len(skipped) > max_skipped_share * (len(kept) + len(skipped)):
         first = next(iter(skipped.items()))
         raise DataError(
@@ -168,17 +163,12 @@ def load_pictures(folder: Path, size_px: int, *, max_skipped_share: float = 0.01
     return CaptionedPictures(kept, torch.stack(pixels), skipped)
 
 
-def _square_pixels(image: Image.Image, size_px: int) -> Tensor:
-    if image.width * image.height > MAX_PIXELS:  # from the header: nothing is decoded yet
-        raise ValueError(f"{image.width}×{image.height} pixels are too many; at most {MAX_PIXELS:,} are read")
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "I" or image.mode.startswith("I;16"):  # 16 bits: Pillow would clip them, not scale
-        image = Image.fromarray((np.asarray(image, dtype=np.float64).clip(0, 65535) / 257).round().astype(np.uint8))
-    rgba = image.convert("RGBA")
-    side = max(rgba.size)
-    canvas = Image.new("RGBA", (side, side), "white")
-    canvas.alpha_composite(rgba, ((side - rgba.width) // 2, (side - rgba.height) // 2))
-    rgb = canvas.convert("RGB")
+def square_pixels(image: Image.Image, size_px: int) -> Tensor:
+    """uint8 [3, size_px, size_px] of an RGB picture: padded to a square with white, then resized (antialiased)."""
+    side = max(image.size)
+    canvas = Image.new("RGB", (side, side), "white")
+    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     if side != size_px:
-        rgb = rgb.resize((size_px, size_px), Image.Resampling.BOX if side % size_px == 0 else Image.Resampling.LANCZOS)
-    return torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(size_px, size_px, 3).permute(2, 0, 1)
+        filter_ = Image.Resampling.BOX if side % size_px == 0 else Image.Resampling.LANCZOS
+        canvas = canvas.resize((size_px, size_px), filter_)
+    return torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).view(size_px, size_px, 3).permute(2, 0, 1)

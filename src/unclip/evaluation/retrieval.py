@@ -16,10 +16,10 @@ from torch import Tensor
 
 from unclip.data.folder import Record, read_records
 from unclip.errors import DataError, InputError
+from unclip.images import grid, open_image
 from unclip.pipelines.component import read_component
 from unclip.pipelines.text_to_image import UnCLIPPipeline
 from unclip.stages.encoders import ImageEncoder, TextEncoder
-from unclip.stages.images import grid, open_image
 
 PLAIN_STYLE = "flat"
 """The unmarked style of the emoji set: its plain captions are bare labels."""

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.errors import InputError
-from unclip.stages.images import to_numpy, to_pil, to_unit
+from unclip.images import to_numpy, to_pil, to_unit
 
 Images = list[Image.Image] | np.ndarray | Tensor
 OUTPUT_TYPES = ("pil", "np", "pt")

@@ -15,8 +15,8 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionM
 from transformers.image_processing_utils import BaseImageProcessor
 
 from unclip.errors import InputError
+from unclip.images import rgb
 from unclip.stages.condition import TextEmbedding
-from unclip.stages.images import rgb
 
 MAX_PROMPT_CHARACTERS = 100_000
 

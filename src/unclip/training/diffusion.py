@@ -18,6 +18,7 @@ from unclip.diffusion.process import DiffusionProcess
 from unclip.diffusion.sampler import DDIMSampler
 from unclip.diffusion.scheduler import UnCLIPScheduler
 from unclip.errors import ConfigError
+from unclip.images import grid, to_pil
 from unclip.models.component import Component
 from unclip.models.prior import PriorTransformer
 from unclip.models.text_proj import UnCLIPTextProjModel
@@ -26,7 +27,6 @@ from unclip.pipelines.component import read_component, write_component
 from unclip.stages.condition import DecoderCondition, PriorCondition, SuperResCondition, TextEmbedding
 from unclip.stages.decoder import DecoderStage
 from unclip.stages.encoders import TextEncoder
-from unclip.stages.images import grid, to_pil
 from unclip.stages.prior import PriorStage
 from unclip.stages.stage import sample, size_px
 from unclip.stages.super_res import SuperResStage, enlarge

@@ -10,9 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from unclip import ImageError
-from unclip.stages import images
-from unclip.stages.images import check_size, grid, open_image, rgb, to_numpy, to_pil, to_tensor, to_unit
+from unclip import ImageError, images
+from unclip.images import check_size, grid, open_image, rgb, to_numpy, to_pil, to_tensor, to_unit
 
 WHITE, RED, BLACK = (255, 255, 255), (255, 0, 0), (0, 0, 0)
 
