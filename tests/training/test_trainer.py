@@ -479,6 +479,29 @@ def test_a_full_disk(tmp_path, monkeypatch, error, name):
     assert trainer.step == 12
 
 
+def test_muon_goes_on_bit_for_bit_and_adamw_not_from_its_state(tmp_path, tiny):
+    recipe = tiny("prior", steps=6, optimizer=OptimizerRecipe(name="muon", warmup_steps=2))
+    straight = Trainer(PriorTask(recipe), recipe, tmp_path / "straight")
+    assert any("momentum" in value for value in _states_after(straight))
+    task = PriorTask(recipe)
+    draw, stop = task.batch, stopped_at(3)
+    drawn = iter(range(1, 100))
+    task.batch = lambda *about: stop(draw(*about), next(drawn))
+    Trainer(task, recipe, tmp_path / "stopped").run()
+    again = Trainer(PriorTask(recipe), recipe, tmp_path / "stopped")
+    assert again.step == 3
+    again.run()
+    assert_equal_runs(tmp_path / "straight", tmp_path / "stopped")
+    adamw = dataclasses.replace(recipe, optimizer=OptimizerRecipe(warmup_steps=2))
+    with pytest.raises(ConfigError, match=r"optimizer\.name was 'muon' and is 'adamw'"):
+        Trainer(PriorTask(adamw), adamw, tmp_path / "stopped")
+
+
+def _states_after(trainer: Trainer) -> list[dict]:
+    trainer.run()
+    return list(trainer.optimizer.state_dict()["state"].values())
+
+
 @pytest.mark.parametrize("elsewhere", [1.0, float("nan"), float("inf")])
 def test_a_bad_loss_of_another_process_stops_this_one(tmp_path, monkeypatch, elsewhere):
     trainer = Trainer(LineTask(), line_recipe(), tmp_path)

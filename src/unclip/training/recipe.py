@@ -41,8 +41,13 @@ def _check(
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
-    """AdamW with a linear warm-up, a constant rate and a linear decay over the last part of the run."""
+    """The optimizer, with a linear warm-up, a constant rate and a linear decay over the last part of the run.
 
+    Attributes:
+        name: "adamw"; or "muon", which takes AdamW's steps for what is no hidden matrix. The same rates do for both.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 3e-4
     beta1: float = 0.9
     beta2: float = 0.99

@@ -114,6 +114,7 @@ class RunFolder:
             "stage": recipe.stage,
             "log": snapshot.log,
             "fingerprint": fingerprint,
+            "optimizer": recipe.optimizer.name,
         }
         with atomic_folder(self.state, overwrite=True) as draft:
             for name in ("module", "ema", "optimizer"):
@@ -165,6 +166,9 @@ class RunFolder:
         settled = [line for line in changed if line.startswith((f"{stage}.process.", f"{stage}.model."))]
         if settled:
             raise self._other_run(settled)
+        optimizer = about.get("optimizer", "adamw")
+        if optimizer != recipe.optimizer.name:
+            raise self._other_run([f"optimizer.name was {optimizer!r} and is {recipe.optimizer.name!r}"])
         if stage == "clip" and "fingerprint" not in about:
             raise self._other_run(["it does not say which tokenizer it was trained with"])
         if about.get("fingerprint", fingerprint) != fingerprint:

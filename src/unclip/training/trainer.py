@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from unclip.errors import ConfigError, TrainingError
-from unclip.training.recipe import Recipe
+from unclip.training.muon import Muon, split_parameters
+from unclip.training.recipe import OptimizerRecipe, Recipe
 from unclip.training.state import RunFolder, Snapshot, optimizer_tensors, restore_optimizer
 
 Batch = dict[str, Tensor]
@@ -105,12 +106,7 @@ class Trainer:
         except ValueError as error:
             raise ConfigError(f"precision {recipe.precision!r} is not to be had here: {error}") from error
         set_seed(recipe.seed)
-        optimizer = torch.optim.AdamW(
-            _parameter_groups(task.module, recipe.optimizer.weight_decay),
-            lr=recipe.optimizer.learning_rate,
-            betas=(recipe.optimizer.beta1, recipe.optimizer.beta2),
-            eps=recipe.optimizer.eps,
-        )
+        optimizer = make_optimizer(task.module, recipe.optimizer)
         self.module, self.optimizer = self.accelerator.prepare(task.module, optimizer)
         self.ema = {name: p.detach().clone() for name, p in task.module.named_parameters() if p.requires_grad}
         self.step = 0
@@ -310,13 +306,17 @@ class Trainer:
                 signal.signal(number, handler)
 
 
-def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices and kernels decay; biases, norms' scales and single vectors do not."""
+def make_optimizer(module: nn.Module, recipe: OptimizerRecipe) -> torch.optim.Optimizer:
+    """What the recipe asks for. Matrices and kernels decay; biases, norms' scales and single vectors do not."""
+    settings: dict[str, Any] = {"lr": recipe.learning_rate, "betas": (recipe.beta1, recipe.beta2), "eps": recipe.eps}
+    if recipe.name == "muon":
+        return Muon(split_parameters(module, recipe.weight_decay), **settings)
     trained = [p for p in module.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
+    return torch.optim.AdamW(groups, **settings)
 
 
 @torch.no_grad()
