@@ -4,8 +4,10 @@ Knows Pillow's modes and the traps in them; knows no network. Called by encoders
 """
 
 import math
+import threading
 import warnings
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -18,28 +20,40 @@ MAX_PIXELS = 64_000_000
 MAX_ASPECT = 100
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
+_filters = threading.Lock()
 
-def open_image(path: str | Path) -> Image.Image:
+
+def open_image(file: str | Path | IO[bytes], name: str | None = None) -> Image.Image:
     """Open a picture file as RGB; nothing is decoded before its declared size is checked.
 
     Of several frames the first is taken.
 
+    Args:
+        file: a path, or an open file.
+        name: how messages call it; the path when left out.
+
     Raises: ImageError for a missing, broken or truncated file, no picture at all, or one of too many pixels.
     """
+    name = name or str(file)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                check_size(image, str(path))
-                image.seek(0)
-                image.load()
-                return rgb(image)
+        with _opened(file) as image:
+            check_size(image, name)
+            image.seek(0)
+            image.load()
+            return rgb(image)
     except UnidentifiedImageError as error:
-        raise ImageError(f"{path} is not a picture of a known kind ({', '.join(FORMATS)})") from error
+        raise ImageError(f"{name} is not a picture of a known kind ({', '.join(FORMATS)})") from error
     except ImageError:
         raise
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{path} cannot be read as a picture: {error}") from error
+        raise ImageError(f"{name} cannot be read as a picture: {error}") from error
+
+
+def _opened(file: str | Path | IO[bytes]) -> Image.Image:
+    # Pillow warns of large pictures, which are refused here anyway; filters of warnings belong to all threads at once.
+    with _filters, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(file, formats=FORMATS)
 
 
 def check_size(image: Image.Image, name: str = "the image") -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unclip.data.folder import load_pictures, read_records
+from unclip.data.folder import load_pictures, load_sizes, read_records
 from unclip.errors import DataError
 
 
@@ -203,7 +203,7 @@ def test_a_huge_picture_is_not_decoded(folder, monkeypatch):
         load_pictures(root, 8)
 
 
-# -- subsets and captions ------------------------------------------------------------------------------------------
+# -- subsets -------------------------------------------------------------------------------------------------------
 
 
 def test_split(folder):
@@ -220,17 +220,9 @@ def test_split(folder):
     assert len(pictures.split(need_training=False)[0]) == 1
 
 
-def test_captions_are_drawn_at_the_stated_rate(folder):
-    root = folder({"file_name": "a.png", "captions": ["plain", "one", "two", "three"]})
-    tile(root)
-    pictures = load_pictures(root, 8)
-    index = torch.zeros(4000, dtype=torch.long)
-
-    def draw(seed, **more):
-        return pictures.draw_captions(index, torch.Generator().manual_seed(seed), **more)
-
-    texts = draw(0)
-    assert texts == draw(0) != draw(1)
-    assert texts.count("plain") / 4000 == pytest.approx(0.5 + 0.5 / 4, abs=0.03)
-    assert texts.count("two") / 4000 == pytest.approx(0.5 / 4, abs=0.03)
-    assert set(draw(0, plain=1.0)) == {"plain"}
+def test_several_sizes_are_read_at_once(folder):
+    root = with_broken(folder, 1, 20)
+    with pytest.warns(UserWarning, match="1 pictures"):
+        small, large = load_sizes(root, [4, 8], max_skipped_share=0.1)
+    assert (small.pixels.shape, large.pixels.shape) == ((19, 3, 4, 4), (19, 3, 8, 8))
+    assert small.records == large.records

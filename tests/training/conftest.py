@@ -77,6 +77,6 @@ def tiny(pictures: Path, clip_model: Path) -> Callable[..., Recipe]:
         read = read_recipe(RECIPES / f"{stage}.toml")
         places = {"clip": clip_model} if stage in ("prior", "decoder") else {}
         settings = dataclasses.replace(getattr(read, stage), **places | (section or {}))
-        return dataclasses.replace(read, data=pictures, **{stage: settings}, **changes)
+        return dataclasses.replace(read, **{"data": pictures, stage: settings, **changes})
 
     return recipe

@@ -32,7 +32,10 @@ def test_what_is_no_matrix_takes_adamws_steps():
     mine = nn.Linear(8, 4)
     theirs = copy.deepcopy(mine)
     settings = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    one, other = Muon([{"params": list(mine.parameters())}], **settings), torch.optim.AdamW(theirs.parameters(), **settings)
+    one, other = (
+        Muon([{"params": list(mine.parameters())}], **settings),
+        torch.optim.AdamW(theirs.parameters(), **settings),
+    )
     for _ in range(20):
         x = torch.randn(16, 8)
         for model, optimizer in ((mine, one), (theirs, other)):

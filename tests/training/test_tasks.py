@@ -24,7 +24,9 @@ STAGES = pytest.mark.parametrize("stage", list(TASKS))
 def mean_loss(task, seeds=range(1000, 1008)) -> float:
     """Over the same eight batches, which no training step of the test draws."""
     with torch.no_grad():
-        return sum(task.module(task.batch(16, step_generator(0, seed)))["loss"].item() for seed in seeds) / len(seeds)
+        return sum(task.module(task.batch(seed, 16, step_generator(0, seed)))["loss"].item() for seed in seeds) / len(
+            seeds
+        )
 
 
 @STAGES
@@ -33,7 +35,7 @@ def test_it_learns(tiny, stage):
     optimizer = torch.optim.AdamW(task.module.parameters(), lr=2e-3)
     before = mean_loss(task)
     for step in range(60):
-        loss = task.module(task.batch(16, step_generator(0, step)))["loss"]
+        loss = task.module(task.batch(step, 16, step_generator(0, step)))["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -46,9 +48,9 @@ def test_batches_and_weights_are_functions_of_the_seed(tiny, stage):
     one, other = TASKS[stage](tiny(stage)), TASKS[stage](tiny(stage))
     for (name, mine), theirs in zip(one.module.state_dict().items(), other.module.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs), name
-    other.batch(8, step_generator(3, 0))  # what was drawn before does not matter
-    mine, theirs = one.batch(8, step_generator(3, 7)), other.batch(8, step_generator(3, 7))
-    later = one.batch(8, step_generator(3, 8))
+    other.batch(0, 8, step_generator(3, 0))  # what was drawn before does not matter
+    mine, theirs = one.batch(7, 8, step_generator(3, 7)), other.batch(7, 8, step_generator(3, 7))
+    later = one.batch(8, 8, step_generator(3, 8))
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) and len(mine[name]) == 8 for name in mine)
     assert any(mine[name].shape != later[name].shape or not torch.equal(mine[name], later[name]) for name in mine)
@@ -112,7 +114,7 @@ def test_sheets(tiny, stage, tmp_path, monkeypatch):
 
 def test_contrastive_loss_takes_one_picture_twice_as_one(tiny):
     task = ClipTask(tiny("clip", section={"reconstruction_weight": 0.0}))
-    batch = task.batch(2, step_generator(0, 0))
+    batch = task.batch(0, 2, step_generator(0, 0))
     twice = {name: torch.cat([value[:1], value[:1]]) for name, value in batch.items()}
     found = task.module(twice)
     assert found["in_batch_retrieval"] == 1.0
@@ -123,15 +125,16 @@ def test_contrastive_loss_takes_one_picture_twice_as_one(tiny):
 
 def test_ranks(tiny):
     task = ClipTask(tiny("clip"))
-    ranks = retrieval_ranks(task.module, task.tokenizer, task.pictures)
+    rows = task.source.examples(100)
+    ranks = retrieval_ranks(task.module, task.tokenizer, rows.captions, rows.images[32])
     assert ranks.shape == (10,)
     assert 0 <= ranks.min() <= ranks.max() <= 9
 
 
 def test_a_judge_sees_everything_and_has_no_held_out_part(tiny, tmp_path):
     task = ClipTask(tiny("clip", section={"include_held_out": True}))
-    assert len(task.pictures) == 12
-    assert len(ClipTask(tiny("clip")).pictures) == 10
+    assert len(task.source.records) == 12
+    assert len(ClipTask(tiny("clip")).source.records) == 10
 
 
 def test_without_held_out_pictures_the_sheet_says_so_by_silence(tiny, tmp_path, pictures):
@@ -179,13 +182,13 @@ def test_the_first_weights_hang_on_the_recipes_seed_alone(tiny, stage):
 
 def test_whitening(tiny):
     task = PriorTask(tiny("prior"))
-    weights = task.data.weights / task.data.weights.sum()
-    mean = (weights[:, None] * task.whitened).sum(0)
-    spread = (weights[:, None] * (task.whitened - mean) ** 2).sum(0).sqrt()
+    weights = task.data.source.weights / task.data.source.weights.sum()
+    whitened = task.stage.prior.whiten(task.data.table)
+    mean = (weights[:, None] * whitened).sum(0)
+    spread = (weights[:, None] * (whitened - mean) ** 2).sum(0).sqrt()
     torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-5, rtol=0)
     torch.testing.assert_close(spread, torch.ones_like(spread), atol=1e-4, rtol=0)
-    back = task.stage.finish(task.whitened)
-    torch.testing.assert_close(back, task.data.embeddings, atol=1e-5, rtol=0)
+    torch.testing.assert_close(task.stage.finish(whitened), task.data.table, atol=1e-5, rtol=0)
     assert not task.module.prior.clip_mean.requires_grad
     assert not task.module.prior.clip_std.requires_grad
 
@@ -199,7 +202,7 @@ def test_the_prior_drops_captions_at_the_stated_rate(tiny):
 
 def test_the_decoder_drops_captions_and_embeddings_each_for_itself(tiny):
     task = DecoderTask(tiny("decoder", section={"text_drop": 0.5, "image_drop": 0.2}))
-    batch = task.batch(2000, step_generator(0, 0))
+    batch = task.batch(0, 2000, step_generator(0, 0))
     empty = is_empty(task, batch)
     gone = ~batch["given"]
     assert empty.float().mean().item() == pytest.approx(0.5, abs=0.04)
@@ -208,7 +211,7 @@ def test_the_decoder_drops_captions_and_embeddings_each_for_itself(tiny):
 
 
 def dropped(task, count) -> float:
-    return is_empty(task, task.batch(count, step_generator(0, 0))).float().mean().item()
+    return is_empty(task, task.batch(0, count, step_generator(0, 0))).float().mean().item()
 
 
 def is_empty(task, batch):
@@ -216,12 +219,12 @@ def is_empty(task, batch):
 
 
 def test_embeddings_are_jittered_by_their_spread(tiny):
-    plain = DecoderTask(tiny("decoder", section={"embedding_noise": 0.0})).batch(2000, step_generator(0, 0))
+    plain = DecoderTask(tiny("decoder", section={"embedding_noise": 0.0})).batch(0, 2000, step_generator(0, 0))
     task = DecoderTask(tiny("decoder", section={"embedding_noise": 0.5}))
-    jitter = task.batch(2000, step_generator(0, 0))["image_embedding"] - plain["image_embedding"]
-    torch.testing.assert_close(jitter.std(dim=0), 0.5 * task.spread, rtol=0.1, atol=1e-6)
+    jitter = task.batch(0, 2000, step_generator(0, 0))["image_embedding"] - plain["image_embedding"]
+    torch.testing.assert_close(jitter.std(dim=0), 0.5 * task.spread[0], rtol=0.1, atol=1e-6)
     # everything else is drawn alike
-    assert torch.equal(task.batch(2000, step_generator(0, 0))["noise"], plain["noise"])
+    assert torch.equal(task.batch(0, 2000, step_generator(0, 0))["noise"], plain["noise"])
 
 
 def test_without_a_clip(tiny, tmp_path):
@@ -236,7 +239,7 @@ def test_learned_variance_needs_twice_the_channels(tiny):
         DecoderTask(tiny("decoder", section={"process": process}))
     model = recipe.decoder.model | {"out_channels": 6}
     task = DecoderTask(tiny("decoder", section={"process": process, "model": model}))
-    assert task.module(task.batch(4, step_generator(0, 0)))["loss"].isfinite()
+    assert task.module(task.batch(0, 4, step_generator(0, 0)))["loss"].isfinite()
 
 
 def test_everything_held_out(tiny, tmp_path, pictures):
@@ -283,7 +286,7 @@ def test_degrade_adds_noise_up_to_a_strength():
 
 def test_crops_lie_where_their_enlarged_twins_lie(tiny):
     task = SuperResTask(tiny("super_res", section={"noise": 0.0, "blur_share": 0.0}))
-    batch = task.batch(16, step_generator(0, 0))
+    batch = task.batch(0, 16, step_generator(0, 0))
     assert batch["x0"].shape == batch["enlarged"].shape == (16, 3, 16, 16)
     near = (batch["x0"] - batch["enlarged"]).pow(2).mean()
     far = (batch["x0"] - batch["enlarged"].roll(1, 0)).pow(2).mean()
@@ -292,7 +295,7 @@ def test_crops_lie_where_their_enlarged_twins_lie(tiny):
 
 def test_the_last_step_alone(tiny, tmp_path):
     task = SuperResTask(tiny("super_res", section={"only_last_step": True}))
-    assert task.batch(8, step_generator(0, 0))["t"].eq(0).all()
+    assert task.batch(0, 8, step_generator(0, 0))["t"].eq(0).all()
     task.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["super_res_last", "super_res_scheduler"]
 
@@ -318,7 +321,7 @@ def test_a_model_to_start_from(tiny, tmp_path, stage):
     frozen = {name for name, parameter in task.module.named_parameters() if not parameter.requires_grad}
     assert frozen == ({"prior.clip_mean", "prior.clip_std"} if stage == "prior" else set())
     with torch.no_grad():
-        batch = first.batch(8, step_generator(0, 0))
+        batch = first.batch(0, 8, step_generator(0, 0))
         assert torch.equal(first.module(batch)["loss"], task.module(batch)["loss"])
 
 

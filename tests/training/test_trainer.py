@@ -51,7 +51,10 @@ class LineTask:
         self.spoil = spoil
         self.drawn = 0
 
-    def batch(self, batch_size, generator):
+    is_local = False
+    skipped: dict[str, str] = {}  # noqa: RUF012
+
+    def batch(self, step, batch_size, generator):
         batch = {"x": torch.randn(batch_size, 3, generator=generator)}
         self.drawn += 1
         return batch if self.spoil is None else self.spoil(batch, self.drawn)

@@ -15,7 +15,7 @@ from unclip.cli.messages import note
 
 if TYPE_CHECKING:
     from unclip.training.recipe import Recipe
-    from unclip.training.trainer import Task
+    from unclip.training.task import Task
 
 INTERRUPTED = 130
 
@@ -96,6 +96,9 @@ def train(
     if trainer.step and first and not quiet:
         note(f"going on from step {trainer.step} of {settings.steps}")
     trainer.run(progress=functools.partial(tqdm, disable=None) if first and not quiet else None)
+    if first and trainer.task.skipped:
+        some = "; ".join(f"{name}: {why}" for name, why in list(trainer.task.skipped.items())[:3])
+        note(f"{len(trainer.task.skipped)} samples or shards could not be read ({out / 'skipped.json'}): {some}")
     if trainer.step < settings.steps:
         if first:
             note(f"stopped and saved at step {trainer.step} of {settings.steps}; the same command goes on from there")

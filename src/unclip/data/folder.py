@@ -73,15 +73,6 @@ class CaptionedPictures:
         chosen = self.pixels if indices is None else self.pixels[indices]
         return chosen.float() / 127.5 - 1
 
-    def draw_captions(self, indices: Tensor, generator: torch.Generator, *, plain: float = 0.5) -> list[str]:
-        """A caption for each picture: the plain one with probability `plain`, else any."""
-        chances = torch.rand(2, len(indices), generator=generator).tolist()
-        texts = []
-        for index, is_plain, which in zip(indices.tolist(), *chances, strict=True):
-            choices = self.records[index].captions
-            texts.append(choices[0] if is_plain < plain else choices[int(which * len(choices))])
-        return texts
-
 
 def read_records(folder: Path) -> list[Record]:
     """The lines of `metadata.jsonl`. Unknown keys are passed over, as the imagefolder convention wants.
@@ -130,27 +121,39 @@ def _record(line: str, where: str) -> Record:
 
 
 def load_pictures(folder: Path, size_px: int, *, max_skipped_share: float = 0.01) -> CaptionedPictures:
-    """Read every picture of a data set at one size.
+    """Read every picture of a data set at one size: `load_sizes` for one."""
+    return load_sizes(folder, [size_px], max_skipped_share=max_skipped_share)[0]
+
+
+def load_sizes(folder: Path, sizes_px: Sequence[int], *, max_skipped_share: float = 0.01) -> list[CaptionedPictures]:
+    """Read every picture of a data set once, at several sizes.
 
     Args:
         folder: has `metadata.jsonl` and the files it names.
-        size_px: pictures are made square by padding with white, then resized (antialiased) to this.
+        sizes_px: pictures are made square by padding with white, then resized (antialiased) to each.
         max_skipped_share: broken pictures are skipped and named, up to this share of all.
+
+    Returns: the same records for each size.
 
     Raises: DataError when more are broken, or a name leads out of the folder. A warning names what was skipped.
     """
     folder = Path(folder)
-    kept, pixels, skipped = [], [], {}
+    kept: list[Record] = []
+    pixels: dict[int, list[Tensor]] = {size: [] for size in sizes_px}
+    skipped: dict[str, str] = {}
     for record in read_records(folder):
         try:
             path = safe_join(folder, record.file_name)
         except UnsafeFileError as error:
             raise DataError(f"{folder / 'metadata.jsonl'} names a file outside the data set: {error}") from error
         try:
-            pixels.append(square_pixels(open_image(path), size_px))
-            kept.append(record)
+            image = open_image(path)
         except ImageError as error:
             skipped[record.file_name] = str(error)
+            continue
+        kept.append(record)
+        for size in pixels:
+            pixels[size].append(square_pixels(image, size))
     if not kept or len(skipped) > max_skipped_share * (len(kept) + len(skipped)):
         first = next(iter(skipped.items()))
         raise DataError(
@@ -159,8 +162,8 @@ def load_pictures(folder: Path, size_px: int, *, max_skipped_share: float = 0.01
         )
     if skipped:
         some = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
-        warnings.warn(f"{len(skipped)} pictures in {folder} cannot be read and are skipped: {some}", stacklevel=2)
-    return CaptionedPictures(kept, torch.stack(pixels), skipped)
+        warnings.warn(f"{len(skipped)} pictures in {folder} cannot be read and are skipped: {some}", stacklevel=3)
+    return [CaptionedPictures(kept, torch.stack(pixels[size]), skipped) for size in sizes_px]
 
 
 def square_pixels(image: Image.Image, size_px: int) -> Tensor:

@@ -19,15 +19,16 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from unclip.data.folder import CaptionedPictures, load_pictures
 from unclip.errors import ConfigError
 from unclip.pipelines.component import write_component
 from unclip.training.recipe import ClipSettings, Recipe
+from unclip.training.task import Batch, Sourced, source_of
 from unclip.training.tokenizer import END, START, train_tokenizer
-from unclip.training.trainer import Batch
 
 RECONSTRUCTION_SIZE = 16
 MAX_LOGIT_SCALE = math.log(100)
+SHOWN_ROWS = 1024
+"""How many pictures retrieval is tried on for a sheet."""
 
 
 class ContrastivePair(nn.Module):
@@ -74,19 +75,22 @@ class ContrastivePair(nn.Module):
         return metrics
 
 
-class ClipTask:
+class ClipTask(Sourced):
     """Trains a CLIP from scratch, its tokenizer first."""
 
     def __init__(self, recipe: Recipe):
         assert recipe.clip is not None
         settings = self.settings = recipe.clip
-        everything = load_pictures(recipe.data, settings.image_size)
-        self.pictures, self.held_out = everything.split(need_training=not settings.include_held_out)
-        if settings.include_held_out:
-            self.pictures = everything
-        texts = [caption for record in self.pictures.records for caption in record.captions]
+        self.source = source_of(
+            recipe,
+            (settings.image_size,),
+            weight_power=settings.weight_power,
+            include_held_out=settings.include_held_out,
+        )
         self.tokenizer = train_tokenizer(
-            texts, vocabulary_size=settings.vocabulary_size, context_length=settings.context_length
+            self.source.all_captions(),
+            vocabulary_size=settings.vocabulary_size,
+            context_length=settings.context_length,
         )
         _check_sizes(settings)
         vocabulary = self.tokenizer.get_vocab()
@@ -120,20 +124,22 @@ class ClipTask:
             ),
             settings.reconstruction_weight,
         )
-        self.weights = torch.tensor([r.weight**settings.weight_power for r in self.pictures.records])
 
     @property
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self.tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
 
-    def batch(self, batch_size: int, generator: torch.Generator) -> Batch:
-        index = torch.multinomial(self.weights, batch_size, replacement=True, generator=generator)
-        captions = self.pictures.draw_captions(index, generator)
+    def batch(self, step: int, batch_size: int, generator: torch.Generator) -> Batch:
+        rows = self.source.draw(step, batch_size, generator)
         tokens = self.tokenizer(
-            captions, padding="longest", truncation=True, max_length=self.settings.context_length, return_tensors="pt"
+            rows.captions,
+            padding="longest",
+            truncation=True,
+            max_length=self.settings.context_length,
+            return_tensors="pt",
         )
-        pixels = shift_and_zoom(self.pictures.images(index), generator)
-        return {"pixels": pixels, "input_ids": tokens["input_ids"], "index": index}
+        pixels = shift_and_zoom(rows.images[self.settings.image_size], generator)
+        return {"pixels": pixels, "input_ids": tokens["input_ids"], "index": rows.index}
 
     def save(self, folder: Path) -> None:
         parts = {
@@ -147,24 +153,23 @@ class ClipTask:
 
     @torch.no_grad()
     def sample_sheet(self, path: Path) -> None:
-        """Writes `path` with the suffix .txt: retrieval among one picture a concept, trained and held out."""
+        """Writes `path` with the suffix .txt: retrieval among some pictures, trained and held out."""
         lines = []
-        for name, pictures in (("trained", self.pictures), ("held out", self.held_out)):
-            if not len(pictures):
-                continue
-            rank = retrieval_ranks(self.module, self.tokenizer, pictures)
-            lines.append(f"{name}: top-1 {(rank < 1).float().mean():.3f}, top-5 {(rank < 5).float().mean():.3f}")
+        for name in ("trained", "held out"):
+            rows = self.source.examples(SHOWN_ROWS, held_out=name == "held out")
+            if rows.captions:
+                images = rows.images[self.settings.image_size]
+                rank = retrieval_ranks(self.module, self.tokenizer, rows.captions, images)
+                lines.append(f"{name}: top-1 {(rank < 1).float().mean():.3f}, top-5 {(rank < 5).float().mean():.3f}")
         path.with_suffix(".txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def retrieval_ranks(module: ContrastivePair, tokenizer, pictures: CaptionedPictures) -> Tensor:
-    """For each picture, at which place (0 is first) its own plain caption comes among all plain captions."""
+def retrieval_ranks(module: ContrastivePair, tokenizer, captions: list[str], images: Tensor) -> Tensor:
+    """For each picture, at which place (0 is first) its own caption comes among all of them."""
     embeds, texts, device = [], [], module.logit_scale.device
-    for start in range(0, len(pictures), 256):
-        rows = range(start, min(start + 256, len(pictures)))
-        captions = [pictures.records[i].captions[0] for i in rows]
-        tokens = tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
-        embeds.append(module.image(pixel_values=pictures.images(list(rows)).to(device)).image_embeds)
+    for start in range(0, len(captions), 256):
+        tokens = tokenizer(captions[start : start + 256], padding=True, truncation=True, return_tensors="pt")
+        embeds.append(module.image(pixel_values=images[start : start + 256].to(device)).image_embeds)
         texts.append(module.text(input_ids=tokens["input_ids"].to(device)).text_embeds)
     scores = F.normalize(torch.cat(embeds), dim=-1) @ F.normalize(torch.cat(texts), dim=-1).T
     return (scores > scores.diagonal()[:, None]).sum(dim=1)

@@ -3,7 +3,6 @@
 Knows stages, conditions and data; knows neither optimizer nor schedule of the run. Called by the trainer.
 """
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip.data.folder import CaptionedPictures, load_pictures
 from unclip.diffusion.noise import NoiseSource
 from unclip.diffusion.process import DiffusionProcess
 from unclip.diffusion.sampler import DDIMSampler
@@ -24,14 +22,14 @@ from unclip.models.prior import PriorTransformer
 from unclip.models.text_proj import UnCLIPTextProjModel
 from unclip.models.unet import UNet2DConditionModel, UNet2DModel
 from unclip.pipelines.component import read_component, write_component
-from unclip.stages.condition import DecoderCondition, PriorCondition, SuperResCondition, TextEmbedding
+from unclip.stages.condition import DecoderCondition, PriorCondition, SuperResCondition
 from unclip.stages.decoder import DecoderStage
-from unclip.stages.encoders import TextEncoder
 from unclip.stages.prior import PriorStage
 from unclip.stages.stage import sample, size_px
 from unclip.stages.super_res import SuperResStage, enlarge
+from unclip.training.conditions import Captioned, FrozenClip, batch_text, text_batch
 from unclip.training.recipe import DecoderSettings, PriorSettings, ProcessRecipe, Recipe, SuperResSettings
-from unclip.training.trainer import Batch
+from unclip.training.task import Batch, Sourced, source_of
 
 SHEET_PICTURES = 48
 SHEET_STEPS = 20
@@ -103,75 +101,6 @@ def first_network(cls: type[N], name: str, settings: dict[str, Any], recipe: Rec
     return network.train()
 
 
-class FrozenClip:
-    """The CLIP that prior and decoder live in: captions encoded on demand, pictures once at the start."""
-
-    def __init__(self, folder: Path):
-        if not (folder / "text_encoder").is_dir():
-            raise ConfigError(f"{folder} holds no trained CLIP (no text_encoder): train that stage first")
-
-        def part(name: str, class_name: str) -> Any:
-            return read_component(folder, name, class_name, torch_dtype=None, variant=None)
-
-        text = part("text_encoder", "CLIPTextModelWithProjection")
-        self.image_encoder = part("image_encoder", "CLIPVisionModelWithProjection")
-        self.text = TextEncoder(text, part("tokenizer", "CLIPTokenizer"))
-        self.width: int = text.config.projection_dim
-        self.context: int = text.config.max_position_embeddings
-        weights = sorted([*folder.glob("text_encoder/*.safetensors"), *folder.glob("image_encoder/*.safetensors")])
-        self.fingerprint = hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()
-        with torch.no_grad():
-            self.empty = self.text.encode([""])
-
-    @torch.no_grad()
-    def embed(self, pictures: CaptionedPictures) -> Tensor:
-        """Image embeddings [num_pictures, width] of pictures at the encoder's own size."""
-        parts = []
-        for start in range(0, len(pictures), 128):
-            rows = list(range(start, min(start + 128, len(pictures))))
-            parts.append(self.image_encoder(pixel_values=pictures.images(rows)).image_embeds)
-        return torch.cat(parts)
-
-    @property
-    def image_size(self) -> int:
-        return self.image_encoder.config.image_size
-
-
-class Captioned:
-    """Draws batches of (embedding, caption) with the caption dropped now and then. Shared by prior and decoder."""
-
-    def __init__(self, recipe: Recipe, clip: FrozenClip, text_drop: float):
-        self.clip, self.text_drop = clip, text_drop
-        everything = load_pictures(recipe.data, clip.image_size)
-        self.pictures, _ = everything.split()
-        self.embeddings = clip.embed(self.pictures)
-        self.weights = torch.tensor([r.weight for r in self.pictures.records])
-
-    def draw(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, TextEmbedding]:
-        """Indices of pictures, and their captions' embeddings."""
-        index = torch.multinomial(self.weights, batch_size, replacement=True, generator=generator)
-        captions = self.pictures.draw_captions(index, generator)
-        keep = torch.rand(batch_size, generator=generator) >= self.text_drop
-        with torch.no_grad():
-            text = self.clip.text.encode([c if k else "" for c, k in zip(captions, keep.tolist(), strict=True)])
-        return index, text
-
-    def sheet_rows(self) -> list[int]:
-        """The same pictures every time: spread over the set by weight."""
-        generator = torch.Generator().manual_seed(0)
-        return torch.multinomial(self.weights, min(SHEET_PICTURES, len(self.pictures)), generator=generator).tolist()
-
-
-def text_batch(text: TextEmbedding) -> Batch:
-    """A caption's embedding as a trainer's batch carries it."""
-    return {"text_embeds": text.embeds, "text_hidden_states": text.hidden_states, "text_mask": text.mask}
-
-
-def batch_text(batch: Batch) -> TextEmbedding:
-    """The inverse of `text_batch`."""
-    return TextEmbedding(batch["text_embeds"], batch["text_hidden_states"], batch["text_mask"])
-
-
 def noised(x0: Tensor, num_timesteps: int, generator: torch.Generator) -> Batch:
     """x0 with the noise and the timesteps that a step trains on."""
     return {
@@ -181,7 +110,7 @@ def noised(x0: Tensor, num_timesteps: int, generator: torch.Generator) -> Batch:
     }
 
 
-class PriorTask:
+class PriorTask(Sourced):
     """Caption → whitened image embedding, mean-squared error on x0 (paper §2.2)."""
 
     def __init__(self, recipe: Recipe):
@@ -189,18 +118,16 @@ class PriorTask:
         self.settings: PriorSettings = recipe.prior
         self.clip = FrozenClip(self.settings.clip)
         self.data = Captioned(recipe, self.clip, self.settings.text_drop)
+        self.source = self.data.source
         sizes = {"embedding_dim": self.clip.width, "num_embeddings": self.clip.context}
         prior = first_network(PriorTransformer, "prior", sizes | self.settings.model, recipe)
         for parameter in (prior.clip_mean, prior.clip_std):
             parameter.requires_grad_(False)
         if recipe.start_from is None:  # else its whitening is part of what it learned
-            weights = (self.data.weights / self.data.weights.sum())[:, None]
-            mean = (weights * self.data.embeddings).sum(0, keepdim=True)
-            std = (weights * (self.data.embeddings - mean) ** 2).sum(0, keepdim=True).sqrt().clamp_min(1e-6)
+            mean, std = self.data.spread()
             prior.clip_mean.copy_(mean)
             prior.clip_std.copy_(std)
         self.stage = PriorStage(prior, process_of(self.settings.process))
-        self.whitened = prior.whiten(self.data.embeddings)
         self.module = StageModule(
             self.stage, lambda b: PriorCondition(batch_text(b)), self.settings.process.weighting, prior=prior
         )
@@ -209,9 +136,10 @@ class PriorTask:
     def fingerprint(self) -> str:
         return self.clip.fingerprint
 
-    def batch(self, batch_size: int, generator: torch.Generator) -> Batch:
-        index, text = self.data.draw(batch_size, generator)
-        return text_batch(text) | noised(self.whitened[index], self.stage.process.num_timesteps, generator)
+    def batch(self, step: int, batch_size: int, generator: torch.Generator) -> Batch:
+        _, embeddings, text = self.data.draw(step, batch_size, generator)
+        whitened = self.stage.prior.whiten(embeddings.to(self.stage.prior.clip_mean.device)).cpu()
+        return text_batch(text) | noised(whitened, self.stage.process.num_timesteps, generator)
 
     def save(self, folder: Path) -> None:
         write_component(self.stage.prior, folder / "prior", variant=None)
@@ -219,10 +147,10 @@ class PriorTask:
 
     def sample_sheet(self, path: Path) -> None:
         """Writes `path` with the suffix .txt: cosine of sampled and true embeddings, and of a wrong pairing."""
-        rows = self.data.sheet_rows()
-        text = self.clip.text.encode([self.data.pictures.records[i].captions[0] for i in rows])
+        rows = self.source.examples(SHEET_PICTURES)
+        text = self.clip.text.encode(rows.captions)
         drawn = draw_stage(self.module, self.stage, PriorCondition(text), PriorCondition(self.clip.empty), scale=2.0)
-        true = self.data.embeddings[rows]
+        true = self.data.embeddings(rows)
         right = F.cosine_similarity(drawn, true).mean()
         wrong = F.cosine_similarity(drawn, true.roll(1, 0)).mean()
         path.with_suffix(".txt").write_text(
@@ -230,15 +158,17 @@ class PriorTask:
         )
 
 
-class DecoderTask:
+class DecoderTask(Sourced):
     """Image embedding and caption → small picture (paper §2.1)."""
 
     def __init__(self, recipe: Recipe):
         assert recipe.decoder is not None
         self.settings: DecoderSettings = recipe.decoder
         self.clip = FrozenClip(self.settings.clip)
-        self.data = Captioned(recipe, self.clip, self.settings.text_drop)
         decoder = first_network(UNet2DConditionModel, "decoder", self.settings.model, recipe)
+        self.size_px = size_px(decoder.config.sample_size)
+        self.data = Captioned(recipe, self.clip, self.settings.text_drop, (self.size_px,))
+        self.source = self.data.source
         sizes = {
             "clip_embeddings_dim": self.clip.width,
             "time_embed_dim": 4 * decoder.config.block_out_channels[0],
@@ -246,8 +176,7 @@ class DecoderTask:
         }
         text_proj = first_network(UnCLIPTextProjModel, "text_proj", sizes | self.settings.text_proj, recipe)
         _lay_out(decoder)
-        self.small, _ = load_pictures(recipe.data, size_px(decoder.config.sample_size)).split()
-        self.spread = self.data.embeddings.std(dim=0)
+        _, self.spread = self.data.spread()
         process = process_of(self.settings.process)
         wanted = decoder.config.in_channels * (2 if process.learns_variance else 1)
         if decoder.config.out_channels != wanted:
@@ -268,12 +197,11 @@ class DecoderTask:
     def fingerprint(self) -> str:
         return self.clip.fingerprint
 
-    def batch(self, batch_size: int, generator: torch.Generator) -> Batch:
-        index, text = self.data.draw(batch_size, generator)
-        embedding = self.data.embeddings[index]
+    def batch(self, step: int, batch_size: int, generator: torch.Generator) -> Batch:
+        rows, embedding, text = self.data.draw(step, batch_size, generator)
         jitter = self.settings.embedding_noise * self.spread * torch.randn(embedding.shape, generator=generator)
         given = torch.rand(batch_size, generator=generator) >= self.settings.image_drop
-        picture = noised(self.small.images(index), self.stage.process.num_timesteps, generator)
+        picture = noised(rows.images[self.size_px], self.stage.process.num_timesteps, generator)
         return text_batch(text) | picture | {"image_embedding": embedding + jitter, "given": given}
 
     def save(self, folder: Path) -> None:
@@ -283,16 +211,16 @@ class DecoderTask:
 
     def sample_sheet(self, path: Path) -> None:
         """Pictures decoded from true embeddings, without caption; below each row the real ones."""
-        rows = self.data.sheet_rows()
-        empty = self.clip.empty.select([0] * len(rows))
-        condition = DecoderCondition.of(empty, self.data.embeddings[rows])
+        rows = self.source.examples(SHEET_PICTURES)
+        real = rows.images[self.size_px]
+        empty = self.clip.empty.select([0] * len(real))
+        condition = DecoderCondition.of(empty, self.data.embeddings(rows))
         drawn = draw_stage(self.module, self.stage, condition, DecoderCondition.null(self.clip.empty), scale=2.0)
-        real = self.small.images(rows)
-        pairs = [part for k in range(0, len(rows), 12) for part in (drawn[k : k + 12], real[k : k + 12])]
+        pairs = [part for k in range(0, len(real), 12) for part in (drawn[k : k + 12], real[k : k + 12])]
         grid(to_pil(F.interpolate(torch.cat(pairs), scale_factor=2)), columns=12).save(path)
 
 
-class SuperResTask:
+class SuperResTask(Sourced):
     """Small picture → large picture, trained on crops; the small one is degraded as the paper does (§2.1)."""
 
     def __init__(self, recipe: Recipe):
@@ -310,8 +238,7 @@ class SuperResTask:
                 f"super_res.crop_size is {self.settings.crop_size}, the network's pictures have {self.size_px} pixels: "
                 "make it no larger"
             )
-        self.pictures, self.held_out = load_pictures(recipe.data, self.size_px).split()
-        self.weights = torch.tensor([r.weight**0.5 for r in self.pictures.records])
+        self.source = source_of(recipe, (self.size_px,), weight_power=0.5)
         process = process_of(self.settings.process)
         self.stage = SuperResStage(network, network, process)
         self.module = StageModule(
@@ -322,10 +249,9 @@ class SuperResTask:
     def fingerprint(self) -> str:
         return ""
 
-    def batch(self, batch_size: int, generator: torch.Generator) -> Batch:
+    def batch(self, step: int, batch_size: int, generator: torch.Generator) -> Batch:
         settings, size = self.settings, self.size_px
-        index = torch.multinomial(self.weights, batch_size, replacement=True, generator=generator)
-        large = self.pictures.images(index)
+        large = self.source.draw(step, batch_size, generator).images[size]
         small = degrade(large, settings, generator)
         enlarged = enlarge(small, size)
         top, left = torch.randint(size - settings.crop_size + 1, (2,), generator=generator).tolist()
@@ -341,9 +267,9 @@ class SuperResTask:
         write_component(scheduler_of(self.settings.process), folder / "super_res_scheduler", variant=None)
 
     def sample_sheet(self, path: Path) -> None:
-        """Held-out pictures: enlarged by bicubic, by the network, and real."""
-        pictures = self.held_out if len(self.held_out) else self.pictures
-        large = pictures.images(list(range(min(8, len(pictures)))))
+        """Held-out pictures, if there are any: enlarged by bicubic, by the network, and real."""
+        held_out, trained = (self.source.examples(8, held_out=held) for held in (True, False))
+        large = (held_out if held_out.captions else trained).images[self.size_px]
         small = degrade(large, self.settings, torch.Generator().manual_seed(0))
         drawn = draw_stage(self.module, self.stage, SuperResCondition(small), None, num_steps=7)
         enlarged = enlarge(small, self.size_px).clamp(-1, 1)

@@ -64,6 +64,7 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum"] = torch.zeros_like(p)
             momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+            assert p.grad is not None
             matrix = p.grad.lerp(momentum, group["momentum"]).flatten(1)  # Nesterov's look ahead
             alike[matrix.shape[0], matrix.shape[1]].append((p, matrix))
         for (rows, columns), members in alike.items():  # those of one shape together: few large products

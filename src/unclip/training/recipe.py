@@ -161,7 +161,7 @@ class Recipe:
 
     Attributes:
         stage: which network is trained; the section of that name must be there, the others must not.
-        data: a folder of captioned pictures.
+        data: a folder of captioned pictures, or tar shards: a folder of them, a glob, or URLs with {00000..00041}.
         start_from: a model folder; training goes on from its networks of this stage instead of fresh ones.
         steps: optimizer steps in all; batch_size: pictures a step, over all processes and accumulations.
         precision: "no" is float32.
@@ -169,7 +169,7 @@ class Recipe:
     """
 
     stage: Literal["clip", "prior", "decoder", "super_res"]
-    data: Path
+    data: Path | str
     start_from: Path | None = None
     steps: int = 10_000
     batch_size: int = 64
@@ -252,7 +252,7 @@ def _value(hint: Any, value: Any, base: Path, where: str) -> Any:
     if hint is Path:
         if not isinstance(value, str) or "\0" in value:
             raise ConfigError(f"{where} is {value!r}; it must be a path in quotes")
-        return base / Path(value).expanduser()
+        return value if "://" in value else base / Path(value).expanduser()
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     plain = typing.get_origin(hint) or hint

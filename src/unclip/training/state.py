@@ -101,6 +101,11 @@ class RunFolder:
         with open(self.metrics, "a", encoding="utf-8") as log:
             log.write(json.dumps(row) + "\n")
 
+    def note_skipped(self, skipped: Mapping[str, str]) -> None:
+        """Write skipped.json: what of the data could not be read, with the reason; nothing where all could."""
+        if skipped:
+            write_json(self.path / "skipped.json", dict(skipped))
+
     def sample_path(self, step: int) -> Path:
         """Where the sheet of a step goes."""
         (self.path / "samples").mkdir(exist_ok=True)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,34 +23,7 @@ from unclip.errors import ConfigError, TrainingError
 from unclip.training.muon import Muon, split_parameters
 from unclip.training.recipe import OptimizerRecipe, Recipe
 from unclip.training.state import RunFolder, Snapshot, optimizer_tensors, restore_optimizer
-
-Batch = dict[str, Tensor]
-
-
-class Task(Protocol):
-    """What is trained. All randomness of a step is drawn into its batch, so a step is a function of (seed, step)."""
-
-    @property
-    def module(self) -> nn.Module:
-        """Its forward takes a batch and returns named scalars, `loss` among them."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Of what the weights mean nothing without: a tokenizer's vocabulary, the CLIP whose space is learned."""
-        ...
-
-    def batch(self, batch_size: int, generator: torch.Generator) -> Batch:
-        """Tensors that all have `batch_size` rows."""
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Write the module's networks in the ecosystem's layout."""
-        ...
-
-    def sample_sheet(self, path: Path) -> None:
-        """Draw a picture of what the networks can do now, or write a text (with the suffix .txt) that says it."""
-        ...
+from unclip.training.task import Batch, Task
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -154,6 +127,7 @@ class Trainer:
         with self._writing():
             with self.averaged(), self.run_folder.new_model() as draft:
                 self.task.save(draft)
+            self.run_folder.note_skipped(self.task.skipped)
             # Last, so that a state of the last step means that the model is the last one too.
             self.run_folder.save_state(snapshot, self.recipe, self.task.fingerprint)
 
@@ -204,15 +178,10 @@ class Trainer:
     def _train_step(self) -> dict[str, float]:
         recipe, accelerator = self.recipe, self.accelerator
         torch.manual_seed((recipe.seed * 1_000_003 + self.step) % 2**63)  # for what a network draws itself, as dropout
-        batch = self.task.batch(recipe.batch_size, step_generator(recipe.seed, self.step))
+        batch, rank, num_processes = self._batch()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, self.step)
-        parts = share(
-            batch,
-            num_processes=accelerator.num_processes,
-            rank=accelerator.process_index,
-            num_pieces=recipe.accumulation,
-        )
+        parts = share(batch, num_processes=num_processes, rank=rank, num_pieces=recipe.accumulation)
         totals: dict[str, float] = {}
         for place, part in enumerate(parts, 1):
             on_device = {name: value.to(accelerator.device) for name, value in part.items()}
@@ -229,6 +198,16 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self._update_average()
         return totals
+
+    def _batch(self) -> tuple[Batch, int, int]:
+        """The batch of the step, and which part of it is this process's: its number, and of how many."""
+        size, rank, world = self.recipe.batch_size, self.accelerator.process_index, self.accelerator.num_processes
+        if not self.task.is_local:
+            return self.task.batch(self.step, size, step_generator(self.recipe.seed, self.step)), rank, world
+        if size % world:
+            raise ConfigError(f"batch_size {size} is no multiple of the {world} processes")
+        seed = self.recipe.seed + rank * 7_919  # each draws noise of its own
+        return self.task.batch(self.step, size // world, step_generator(seed, self.step)), 0, 1
 
     def _check_finite(self, loss: float, norm: Any) -> None:
         """Before the weights are touched: a gradient that is no number would spoil them, and then the checkpoint."""

@@ -1,0 +1,306 @@
+"""Captioned pictures streamed from tar shards, in the layout of webdataset that img2dataset writes.
+
+Knows tar files, where they lie and in which order they are read; knows neither pixels nor networks. Called by
+`unclip.data.stream` and the commands that build and inspect data.
+"""
+
+import contextlib
+import http.client
+import io
+import itertools
+import re
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from unclip.errors import DataError
+
+MAX_PART_BYTES = 256 * 2**20
+TRIES = 4
+TIMEOUT_S = 60.0
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_FAILURES = (OSError, EOFError, tarfile.TarError, zlib.error, http.client.HTTPException)
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """The files of one sample as they lie in a shard: {"jpg": …, "txt": …}, by what follows the key's first dot."""
+
+    key: str
+    shard: str
+    parts: Mapping[str, bytes]
+
+    @property
+    def name(self) -> str:
+        """How it is called in messages."""
+        return f"{self.shard}: {self.key}"
+
+
+@dataclass
+class Damage:
+    """What could not be read, by name, with the reason; and how much was looked at in all."""
+
+    broken: dict[str, str] = field(default_factory=dict)
+    num_read: int = 0
+
+
+def expand(source: str | Path) -> list[str]:
+    """The shards that `source` names: a folder, one tar, a glob, or any of them or a URL with ranges in braces.
+
+    "https://host/set/{00000..00041}.tar" is 42 shards.
+
+    Raises: DataError when there is none.
+    """
+    text = str(source)
+    ranges = [range(int(low), int(high) + 1) for low, high in _BRACES.findall(text)]
+    widths = [len(low) for low, _ in _BRACES.findall(text)]
+    pieces = _BRACES.split(text)[::3]
+    names = []
+    for numbers in itertools.product(*ranges):
+        filled = [f"{number:0{width}}" for number, width in zip(numbers, widths, strict=True)]
+        names.append("".join(itertools.chain(*itertools.zip_longest(pieces, filled, fillvalue=""))))
+    shards = list(itertools.chain.from_iterable(_found(name) for name in names))
+    if not shards:
+        raise DataError(
+            f"{source} names no shards; give a folder with .tar files, a glob, or a URL with {{00000..00009}}"
+        )
+    return shards
+
+
+def is_shards(source: str | Path) -> bool:
+    """Whether `source` means tar shards, and not a folder with `metadata.jsonl`."""
+    text = str(source)
+    if is_url(text) or text.endswith((".tar", ".tar.gz", ".tgz")) or "{" in text or "*" in text:
+        return True
+    folder = Path(text)
+    return folder.is_dir() and not (folder / "metadata.jsonl").is_file() and any(folder.glob("*.tar"))
+
+
+def is_url(name: str) -> bool:
+    """Whether a shard is fetched over the network."""
+    return name.startswith(("http://", "https://"))
+
+
+def read_shard(shard: str, damage: Damage | None = None) -> Iterator[RawSample]:
+    """The samples of one shard, in its order, as they are streamed.
+
+    A shard that is cut off or damaged gives the samples that are surely whole before the damage, and is named in
+    `damage`. A URL is tried several times before it counts as damaged; what it gave already is not given again.
+    """
+    given = 0
+    for attempt in itertools.count(1):
+        try:
+            for sample in itertools.islice(_samples(shard), given, None):
+                yield sample
+                given += 1
+            return
+        except _FAILURES as error:
+            worth_it = is_url(shard) and not _is_final(error)
+            if not worth_it or attempt == TRIES:
+                if damage is not None:
+                    damage.broken[shard] = f"{type(error).__name__}: {error} (after {given} samples)"
+                return
+            time.sleep(0.2 * 2**attempt)
+
+
+class ShardStream:
+    """An endless, shuffled, repeatable order of the samples in shards, that can be entered at any place.
+
+    Each epoch permutes the shards; of them this process takes every `world`-th; what they hold is shuffled in blocks of
+    `block` samples, which are in memory as encoded files. All of it depends on the seed and the place alone.
+
+    Args:
+        shards: as `expand` gives them; at least one for each process.
+        seed: of the order.
+        block: how many samples are shuffled together.
+        rank, world: this process's number, and how many there are.
+        counts: samples a shard, if known; learned while reading, and needed to enter in the middle.
+    """
+
+    def __init__(
+        self,
+        shards: list[str],
+        *,
+        seed: int,
+        block: int = 1024,
+        rank: int = 0,
+        world: int = 1,
+        counts: Mapping[str, int] | None = None,
+    ) -> None:
+        if len(shards) < world:
+            raise DataError(f"{len(shards)} shards for {world} processes; cut the data into {world} shards or more")
+        self.shards, self.seed, self.block, self.rank, self.world = shards, seed, block, rank, world
+        self.counts: dict[str, int] = dict(counts or {})
+        self.damage = Damage()
+
+    def read_from(self, position: int) -> Iterator[RawSample]:
+        """All samples from number `position` of this process's endless order on.
+
+        Raises: DataError when there are none at all.
+        """
+        epoch = 0
+        while position >= (length := self._length(epoch, up_to=position)):
+            if not length:
+                raise DataError(f"there is no sample in {len(self.shards)} shards: {self._some_damage()}")
+            position -= length
+            epoch += 1
+        for later in itertools.count(epoch):
+            yield from self._epoch(later, position)
+            position = 0
+
+    def one_epoch(self) -> Iterator[RawSample]:
+        """Every sample of this process's first epoch, once."""
+        return self._epoch(0, 0)
+
+    def _order(self, epoch: int) -> list[str]:
+        order = torch.randperm(len(self.shards), generator=self._generator(epoch)).tolist()
+        return [self.shards[number] for number in order[self.rank :: self.world]]
+
+    def _generator(self, *place: int) -> torch.Generator:
+        number = self.seed
+        for part in place:
+            number = (number * 1_000_003 + part + 1) % 2**63
+        return torch.Generator().manual_seed(number)
+
+    def _length(self, epoch: int, *, up_to: int) -> int:
+        """Samples of an epoch; counted no further than it takes to know that there are more than `up_to`."""
+        length = 0
+        for shard in self._order(epoch):
+            length += self._count(shard)
+            if length > up_to:
+                return length
+        return length
+
+    def _count(self, shard: str) -> int:
+        if shard not in self.counts:
+            for _ in self._read(shard):
+                pass
+        return self.counts[shard]
+
+    def _read(self, shard: str) -> Iterator[RawSample]:
+        number = 0
+        for number, sample in enumerate(read_shard(shard, self.damage), 1):  # noqa: B007
+            yield sample
+        self.counts[shard] = number
+
+    def _epoch(self, epoch: int, start: int) -> Iterator[RawSample]:
+        first_block, skip = divmod(start, self.block)
+        samples = self._raw(epoch, first_block * self.block)
+        for number in itertools.count(first_block):
+            held = list(itertools.islice(samples, self.block))
+            if not held:
+                return
+            for place in torch.randperm(len(held), generator=self._generator(epoch, self.rank, number)).tolist()[skip:]:
+                self.damage.num_read += 1
+                yield held[place]
+            skip = 0
+
+    def _raw(self, epoch: int, start: int) -> Iterator[RawSample]:
+        for shard in self._order(epoch):
+            known = self.counts.get(shard)
+            if known is not None and start >= known:
+                start -= known
+                continue
+            for sample in self._read(shard):
+                if start:
+                    start -= 1
+                else:
+                    yield sample
+
+    def _some_damage(self) -> str:
+        some = [f"{name}: {why}" for name, why in list(self.damage.broken.items())[:3]]
+        return "; ".join(some) or "they are empty"
+
+
+def write_shards(samples: Iterator[tuple[str, Mapping[str, bytes]]], folder: Path, *, per_shard: int) -> list[Path]:
+    """Write (key, parts) samples as 00000.tar, 00001.tar, … into `folder`, which is there already."""
+    written: list[Path] = []
+    for number in itertools.count():
+        chunk = list(itertools.islice(samples, per_shard))
+        if not chunk:
+            return written
+        path = folder / f"{number:05}.tar"
+        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for key, parts in chunk:
+                for extension, content in parts.items():
+                    _add(tar, f"{key}.{extension}", content)
+        written.append(path)
+    return written
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def _found(name: str) -> list[str]:
+    if is_url(name):
+        return [name]
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return sorted(str(tar) for tar in path.glob("*.tar"))
+    if any(letter in path.name for letter in "*?["):
+        return sorted(str(tar) for tar in path.parent.glob(path.name))
+    return [str(path)] if path.is_file() else []
+
+
+class _Member(tarfile.TarInfo):
+    """A member's header; tarfile takes a damaged one after the first for the end of the file, and this does not."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Any:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.HeaderError as error:
+            if type(error).__name__ == "EOFHeaderError":  # the two blocks of zeros that end a tar
+                raise
+            what = str(error) or "it is cut off"
+            raise tarfile.ReadError(f"a header is damaged: {what}") from error
+
+
+def _samples(shard: str) -> Iterator[RawSample]:
+    """Neighbours of one key together, as webdataset has them."""
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(_opened(shard))
+        tar = stack.enter_context(tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member))
+        key, parts = None, {}
+        for member in tar:
+            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
+            if not member.isfile():
+                continue
+            folder, slash, name = member.name.rpartition("/")
+            stem, dot, extension = name.partition(".")
+            if not (stem and dot):
+                continue
+            if (full := f"{folder}{slash}{stem}") != key:
+                if key is not None:
+                    yield RawSample(key, shard, parts)
+                key, parts = full, {}
+            if member.size > MAX_PART_BYTES:
+                raise tarfile.ReadError(f"{member.name} has {member.size:,} bytes; at most {MAX_PART_BYTES:,} are read")
+            content = tar.extractfile(member)
+            assert content is not None
+            parts[extension.lower()] = content.read()
+        if key is not None:
+            yield RawSample(key, shard, parts)
+
+
+def _opened(shard: str) -> IO[bytes]:
+    if not is_url(shard):
+        return open(shard, "rb")
+    request = urllib.request.Request(shard, headers={"User-Agent": "unclip"})
+    return urllib.request.urlopen(request, timeout=TIMEOUT_S)
+
+
+def _is_final(error: BaseException) -> bool:
+    """A server's word that asking again will not change."""
+    return isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500 and error.code not in (408, 429)

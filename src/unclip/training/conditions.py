@@ -1,0 +1,112 @@
+"""What prior and decoder are trained under: a frozen CLIP, and captions with image embeddings drawn from a data set.
+
+Knows CLIP's parts and data sources; knows no diffusion. Called by the tasks.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unclip.data.source import FolderSource, Rows
+from unclip.errors import ConfigError
+from unclip.pipelines.component import read_component
+from unclip.stages.condition import TextEmbedding
+from unclip.stages.encoders import TextEncoder
+from unclip.training.recipe import Recipe
+from unclip.training.task import Batch, source_of
+
+SPREAD_ROWS = 4096
+"""Of a stream, how many rows its embeddings' mean and spread are taken from."""
+
+
+class FrozenClip:
+    """The CLIP that prior and decoder live in: captions encoded on demand, pictures once at the start."""
+
+    def __init__(self, folder: Path):
+        if not (folder / "text_encoder").is_dir():
+            raise ConfigError(f"{folder} holds no trained CLIP (no text_encoder): train that stage first")
+
+        def part(name: str, class_name: str) -> Any:
+            return read_component(folder, name, class_name, torch_dtype=None, variant=None)
+
+        text = part("text_encoder", "CLIPTextModelWithProjection")
+        self.image_encoder = part("image_encoder", "CLIPVisionModelWithProjection")
+        self.text = TextEncoder(text, part("tokenizer", "CLIPTokenizer"))
+        self.width: int = text.config.projection_dim
+        self.context: int = text.config.max_position_embeddings
+        weights = sorted([*folder.glob("text_encoder/*.safetensors"), *folder.glob("image_encoder/*.safetensors")])
+        self.fingerprint = hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()
+        with torch.no_grad():
+            self.empty = self.text.encode([""])
+
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        """Image embeddings [num_pictures, width] of pictures at the encoder's own size, in [-1, 1]."""
+        parts = [self.image_encoder(pixel_values=part).image_embeds for part in images.split(128)]
+        return torch.cat(parts)
+
+    @property
+    def image_size(self) -> int:
+        return self.image_encoder.config.image_size
+
+
+class Captioned:
+    """Draws batches of (embedding, caption) with the caption dropped now and then. Shared by prior and decoder."""
+
+    def __init__(self, recipe: Recipe, clip: FrozenClip, text_drop: float, sizes_px: tuple[int, ...] = ()):
+        self.clip, self.text_drop = clip, text_drop
+        self.source = source_of(recipe, tuple(dict.fromkeys((clip.image_size, *sizes_px))))
+        # A folder's embeddings are computed once, those of shards when they are drawn, unless they lie there.
+        self.table: Tensor | None = None
+        if isinstance(self.source, FolderSource):
+            pictures = self.source.of_size(clip.image_size)
+            parts = [clip.embed(pictures.images(rows)) for rows in torch.arange(len(pictures)).split(128)]
+            self.table = torch.cat(parts)
+
+    def draw(self, step: int, batch_size: int, generator: torch.Generator) -> tuple[Rows, Tensor, TextEmbedding]:
+        """Rows of the data set, their image embeddings, and those of their captions."""
+        rows = self.source.draw(step, batch_size, generator)
+        keep = torch.rand(batch_size, generator=generator) >= self.text_drop
+        with torch.no_grad():
+            text = self.clip.text.encode([c if k else "" for c, k in zip(rows.captions, keep.tolist(), strict=True)])
+        return rows, self.embeddings(rows), text
+
+    def embeddings(self, rows: Rows) -> Tensor:
+        """Image embeddings [batch, width].
+
+        Raises: ConfigError when those that lie in the data are not of this CLIP's width.
+        """
+        if self.table is not None:
+            return self.table[rows.index]
+        if rows.embeddings is None:
+            return self.clip.embed(rows.images[self.clip.image_size])
+        if rows.embeddings.shape[1] != self.clip.width:
+            raise ConfigError(
+                f"the embeddings in the data have {rows.embeddings.shape[1]} numbers, the CLIP's have "
+                f"{self.clip.width}: they are of another CLIP"
+            )
+        return rows.embeddings
+
+    def spread(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [1, width] of the embeddings that are drawn."""
+        if isinstance(self.source, FolderSource) and self.table is not None:
+            weights = (self.source.weights / self.source.weights.sum())[:, None]
+            embeddings = self.table
+        else:
+            embeddings = self.embeddings(self.source.examples(SPREAD_ROWS))
+            weights = torch.full((len(embeddings), 1), 1 / len(embeddings))
+        mean = (weights * embeddings).sum(0, keepdim=True)
+        return mean, (weights * (embeddings - mean) ** 2).sum(0, keepdim=True).sqrt().clamp_min(1e-6)
+
+
+def text_batch(text: TextEmbedding) -> Batch:
+    """A caption's embedding as a trainer's batch carries it."""
+    return {"text_embeds": text.embeds, "text_hidden_states": text.hidden_states, "text_mask": text.mask}
+
+
+def batch_text(batch: Batch) -> TextEmbedding:
+    """The inverse of `text_batch`."""
+    return TextEmbedding(batch["text_embeds"], batch["text_hidden_states"], batch["text_mask"])

@@ -1,0 +1,75 @@
+"""What the trainer asks of a task, and what the tasks have in common: a source of pictures.
+
+Knows no network and no optimizer. Called by the trainer and the tasks.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from unclip.data.source import Source, open_source
+from unclip.training.recipe import Recipe
+
+Batch = dict[str, Tensor]
+
+
+class Task(Protocol):
+    """What is trained. All randomness of a step is drawn into its batch, so a step is a function of (seed, step)."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether `batch` gives this process's rows alone; else it gives the same for all, which are shared out."""
+        ...
+
+    @property
+    def module(self) -> nn.Module:
+        """Its forward takes a batch and returns named scalars, `loss` among them."""
+        ...
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """What of the data could not be read so far, with the reason."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what the weights mean nothing without: a tokenizer's vocabulary, the CLIP whose space is learned."""
+        ...
+
+    def batch(self, step: int, batch_size: int, generator: torch.Generator) -> Batch:
+        """What the step trains on: tensors that all have `batch_size` rows."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the module's networks in the ecosystem's layout."""
+        ...
+
+    def sample_sheet(self, path: Path) -> None:
+        """Draw a picture of what the networks can do now, or write a text (with the suffix .txt) that says it."""
+        ...
+
+
+class Sourced:
+    """A task that draws from a data set."""
+
+    source: Source
+
+    @property
+    def is_local(self) -> bool:
+        return self.source.is_local
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        return self.source.skipped
+
+
+def source_of(recipe: Recipe, sizes_px: tuple[int, ...], **how: Any) -> Source:
+    """The recipe's data set, as this process of a run reads it."""
+    place = PartialState()
+    return open_source(
+        recipe.data, sizes_px, seed=recipe.seed, rank=place.process_index, world=place.num_processes, **how
+    )

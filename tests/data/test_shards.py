@@ -1,0 +1,243 @@
+"""Shards: what names them, what they hold, what damage does, and an order that can be entered anywhere."""
+
+import io
+import itertools
+import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from unclip.data import shards as module
+from unclip.data.shards import Damage, ShardStream, expand, is_shards, read_shard
+from unclip.errors import DataError
+
+
+def numbers(samples) -> list[int]:
+    return [int(sample.key) for sample in samples]
+
+
+# -- names ---------------------------------------------------------------------------------------------------------
+
+
+def test_names(shards):
+    folder = shards(7, per_shard=2)
+    four = [str(folder / f"0000{n}.tar") for n in range(4)]
+    assert expand(folder) == expand(f"{folder}/*.tar") == expand(f"{folder}/{{00000..00003}}.tar") == four
+    assert expand(folder / "00002.tar") == four[2:3]
+    assert expand("http://host/{7..9}/{08..10}.tar")[:4] == [
+        "http://host/7/08.tar", "http://host/7/09.tar", "http://host/7/10.tar", "http://host/8/08.tar"
+    ]  # fmt: skip
+    assert len(expand("http://host/{7..9}/{08..10}.tar")) == 9
+    assert expand(f"{folder}/{{00002..00009}}.tar") == four[2:]
+
+
+def test_no_shards(tmp_path):
+    for source in (tmp_path, tmp_path / "none.tar", f"{tmp_path}/*.tar", f"{tmp_path}/{{0..3}}.tar"):
+        with pytest.raises(DataError, match="names no shards"):
+            expand(source)
+
+
+def test_what_is_shards_and_what_a_folder(shards, tmp_path):
+    folder = shards(2, per_shard=1)
+    for source in (folder, folder / "00000.tar", "https://host/0.tar", f"{folder}/*.tar", "x/{0..3}.tar"):
+        assert is_shards(source), source
+    (tmp_path / "metadata.jsonl").touch()
+    assert not is_shards(tmp_path)
+    (folder / "metadata.jsonl").touch()
+    assert not is_shards(folder)
+
+
+# -- one shard -----------------------------------------------------------------------------------------------------
+
+
+def test_samples_of_a_shard(shards):
+    folder = shards(3, per_shard=3)
+    first, second, third = read_shard(str(folder / "00000.tar"))
+    assert (first.key, second.key, third.key) == ("000000000", "000000001", "000000002")
+    assert sorted(first.parts) == ["json", "png", "txt"]
+    assert second.parts["txt"] == b"picture 1"
+    assert second.name.endswith("00000.tar: 000000001")
+
+
+def test_keys_extensions_and_folders(tmp_path):
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
+        for name in ("in/a.jpg", "in/a.img_emb.NPY", "b.txt", "in/b.txt", ".hidden", "nodot"):
+            module._add(tar, name, name.encode())
+        folder = tarfile.TarInfo("some.folder")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    found = {sample.key: sorted(sample.parts) for sample in read_shard(str(tmp_path / "a.tar.gz"))}
+    assert found == {"in/a": ["img_emb.npy", "jpg"], "b": ["txt"], "in/b": ["txt"]}
+
+
+@pytest.mark.parametrize("damage", ["cut in a file", "cut in a header", "cut between", "header", "no tar", "empty"])
+def test_a_damaged_shard_gives_what_comes_before_and_is_named(shards, damage):
+    path = shards(4, per_shard=4) / "00000.tar"
+    content = path.read_bytes()
+    third = content.index(b"000000002.png")  # where its header begins
+    path.write_bytes(
+        {
+            "cut in a file": content[: third + 520],
+            "cut in a header": content[: third + 100],
+            "cut between": content[:third],
+            "header": content[: third + 148] + b"garbage!" + content[third + 156 :],
+            "no tar": b"<html>not found</html>" * 100,
+            "empty": b"",
+        }[damage]
+    )
+    found = Damage()
+    whole = {"cut in a file": [0, 1], "no tar": [], "empty": []}
+    # Unless another key followed, a sample may lack parts, and is left out.
+    assert numbers(read_shard(str(path), found)) == whole.get(damage, [0])
+    assert list(found.broken) == [str(path)]
+    assert "samples)" in found.broken[str(path)]
+
+
+def test_a_whole_shard_is_not_named(shards):
+    found = Damage()
+    assert len(list(read_shard(str(shards(4, per_shard=4) / "00000.tar"), found))) == 4
+    assert not found.broken
+
+
+def test_a_part_too_large(shards, monkeypatch):
+    monkeypatch.setattr(module, "MAX_PART_BYTES", 50)
+    found = Damage()
+    assert not list(read_shard(str(shards(1, per_shard=1) / "00000.tar"), found))
+    assert "at most 50 are read" in str(found.broken)
+
+
+# -- URLs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(shards):
+    """Serves a shard of five samples; `replies` says how each request goes."""
+    content = (shards(5, per_shard=5) / "00000.tar").read_bytes()
+    replies: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            how = replies.pop(0)
+            status = int(how) if how.isdigit() else 200
+            self.send_response(status)
+            body = content if status == 200 else b""
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: len(body) // 2] if how == "cut" else body)
+
+        def log_message(self, *about):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/a.tar", replies
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch):
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+
+
+@pytest.mark.parametrize("replies", [["whole"], ["500", "whole"], ["cut", "whole"], ["cut", "503", "429", "whole"]])
+def test_a_url_is_tried_again_and_no_sample_comes_twice(server, replies):
+    url, queue = server
+    queue.extend(replies)
+    found = Damage()
+    assert numbers(read_shard(url, found)) == [0, 1, 2, 3, 4]
+    assert not queue
+    assert not found.broken
+
+
+@pytest.mark.parametrize(("replies", "words"), [(["404"], "404"), (["500"] * 4, "500"), (["cut"] * 4, "ReadError")])
+def test_a_url_that_fails(server, replies, words):
+    url, queue = server
+    queue.extend(replies)
+    found = Damage()
+    samples = list(read_shard(url, found))
+    assert len(samples) < 5
+    assert not queue
+    assert words in found.broken[url]
+
+
+def test_nobody_listens():
+    found = Damage()
+    assert not list(read_shard("http://127.0.0.1:9/a.tar", found))
+    assert "refused" in str(found.broken)
+
+
+# -- the order -----------------------------------------------------------------------------------------------------
+
+
+def take(stream, position, count):
+    samples = stream.read_from(position)
+    found = numbers(itertools.islice(samples, count))
+    samples.close()
+    return found
+
+
+def test_every_epoch_has_every_sample_once_in_another_order(shards):
+    stream = ShardStream(expand(shards(20, per_shard=6)), seed=1, block=7)
+    order = take(stream, 0, 60)
+    epochs = [order[:20], order[20:40], order[40:]]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert order != take(ShardStream(stream.shards, seed=2, block=7), 0, 60)
+
+
+def test_it_can_be_entered_anywhere(shards):
+    names = expand(shards(20, per_shard=6))
+    order = take(ShardStream(names, seed=1, block=7), 0, 70)
+    for position in range(0, 50, 3):
+        fresh = ShardStream(names, seed=1, block=7)
+        assert take(fresh, position, 20) == order[position : position + 20], position
+    again = ShardStream(names, seed=1, block=7)
+    assert take(again, 30, 5) == order[30:35]
+    assert take(again, 2, 5) == order[2:7]  # and with what was counted then
+
+
+def test_processes_share_the_shards(shards):
+    names = expand(shards(24, per_shard=4))
+    parts = [take(ShardStream(names, seed=1, block=5, rank=rank, world=3), 0, 8) for rank in range(3)]
+    assert sorted(itertools.chain(*parts)) == list(range(24))
+    with pytest.raises(DataError, match="6 shards for 7 processes"):
+        ShardStream(names, seed=1, world=7)
+
+
+def test_a_block_mixes_shards(shards):
+    stream = ShardStream(expand(shards(40, per_shard=10)), seed=0, block=40)
+    first = take(stream, 0, 10)
+    assert len({number // 10 for number in first}) > 1
+
+
+def test_damage_is_named_once_and_the_rest_goes_on(shards):
+    folder = shards(20, per_shard=5)
+    (folder / "00002.tar").write_bytes((folder / "00002.tar").read_bytes()[:8000])
+    stream = ShardStream(expand(folder), seed=0, block=4)
+    left = len(list(read_shard(str(folder / "00002.tar"))))
+    assert 0 < left < 5
+    length = 15 + left
+    order = take(stream, 0, 2 * length)
+    assert sorted(order[:length]) == sorted(order[length:])
+    assert take(ShardStream(stream.shards, seed=0, block=4), length + 3, 9) == order[length + 3 : length + 12]
+    assert list(stream.damage.broken) == [str(folder / "00002.tar")]
+
+
+def test_nothing_at_all(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w"):
+        pass
+    with pytest.raises(DataError, match="no sample in 1 shards: they are empty"):
+        next(ShardStream([str(tmp_path / "a.tar")], seed=0).read_from(0))
+    (tmp_path / "a.tar").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"no sample in 1 shards: .*ReadError"):
+        next(ShardStream([str(tmp_path / "a.tar")], seed=0).read_from(0))
+
+
+def test_written_shards_are_plain_tars(shards):
+    folder = shards(5, per_shard=2)
+    assert [path.name for path in sorted(folder.iterdir())] == ["00000.tar", "00001.tar", "00002.tar"]
+    with tarfile.open(folder / "00002.tar") as tar:
+        assert tar.getnames() == ["000000004.png", "000000004.txt", "000000004.json"]
+        assert io.BytesIO(tar.extractfile("000000004.png").read()).getvalue()[:4] == b"\x89PNG"

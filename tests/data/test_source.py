@@ -1,0 +1,256 @@
+"""What batches are drawn from: folders and shards alike, broken samples replaced and named, a stream repeatable."""
+
+import io
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unclip.data.shards import RawSample
+from unclip.data.source import FolderSource, ShardSource, choose_captions, decode, open_source
+from unclip.errors import DataError
+
+from .conftest import png
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def source():
+    """Opens shards, and closes them at the end."""
+    opened = []
+
+    def make(folder, **how):
+        opened.append(ShardSource(folder, [8, 4], **{"block": 6, **how}))
+        return opened[-1]
+
+    yield make
+    for one in opened:
+        one.close()
+
+
+def shown(rows) -> list[int]:
+    """The numbers that the pictures tell."""
+    colours = ((rows.images[8][:, :2, 4, 4] + 1) * 127.5).round().long()
+    return (colours[:, 0] + 256 * colours[:, 1]).tolist()
+
+
+# -- a folder ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    lines = []
+    for n in range(6):
+        (tmp_path / f"{n}.png").write_bytes(png(n))
+        lines.append({"file_name": f"{n}.png", "captions": [f"picture {n}", "other"], "weight": [4, 1, 1, 0, 1, 1][n]})
+    lines[5]["held_out"] = True
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return tmp_path
+
+
+def test_a_folder_is_drawn_by_weight(folder):
+    source = FolderSource(folder, [8, 4])
+    rows = source.draw(0, 4000, generator())
+    assert {size: tuple(images.shape) for size, images in rows.images.items()} == {
+        8: (4000, 3, 8, 8),
+        4: (4000, 3, 4, 4),
+    }
+    assert shown(rows) == rows.index.tolist()
+    shares = torch.bincount(rows.index, minlength=5) / 4000
+    torch.testing.assert_close(shares, torch.tensor([4.0, 1, 1, 0, 1]) / 7, atol=0.03, rtol=0)
+    even = FolderSource(folder, [8], weight_power=0.5).draw(0, 4000, generator()).index
+    assert (even == 0).float().mean().item() == pytest.approx(2 / 5, abs=0.03)
+    assert all(text in ("other", f"picture {n}") for text, n in zip(rows.captions, shown(rows), strict=True))
+
+
+def test_a_folders_examples(folder):
+    source = FolderSource(folder, [8])
+    assert sorted(shown(source.examples(100))) == [0, 1, 2, 4]  # a weight of 0 is never drawn
+    assert shown(source.examples(2)) == shown(source.examples(2))
+    assert source.examples(2).captions == [f"picture {n}" for n in shown(source.examples(2))]
+    assert shown(source.examples(9, held_out=True)) == [5]
+    assert sorted(set(source.all_captions())) == ["other", *(f"picture {n}" for n in range(5))]
+    assert len(FolderSource(folder, [8], include_held_out=True).records) == 6
+
+
+def test_captions_are_chosen_at_the_stated_rate():
+    choices = [("plain", "one", "two", "three")] * 4000
+    texts = choose_captions(choices, generator(0))
+    assert texts == choose_captions(choices, generator(0)) != choose_captions(choices, generator(1))
+    assert texts.count("plain") / 4000 == pytest.approx(0.5 + 0.5 / 4, abs=0.03)
+    assert texts.count("two") / 4000 == pytest.approx(0.5 / 4, abs=0.03)
+
+
+def test_which_source(folder, shards):
+    assert isinstance(open_source(folder, [8], seed=0), FolderSource)
+    streamed = open_source(shards(3, per_shard=1), [8], seed=0)
+    assert isinstance(streamed, ShardSource)
+    streamed.close()
+    assert (streamed.is_local, FolderSource.is_local) == (True, False)
+    with pytest.raises(DataError, match=r"no metadata\.jsonl"):
+        open_source(folder / "none", [8], seed=0)
+
+
+# -- shards --------------------------------------------------------------------------------------------------------
+
+
+def test_shards_give_pictures_and_captions(shards, source):
+    stream = source(shards(20, per_shard=4))
+    seen = []
+    for step in range(5):
+        rows = stream.draw(step, 4, generator(step))
+        assert (rows.images[8].shape, rows.images[4].shape) == ((4, 3, 8, 8), (4, 3, 4, 4))
+        assert rows.captions == [f"picture {n}" for n in shown(rows)]
+        assert rows.index.tolist() == [0, 1, 2, 3]
+        assert rows.embeddings is None
+        seen += shown(rows)
+    assert sorted(seen) == list(range(20))
+
+
+def test_a_step_is_the_same_whatever_was_drawn_before(shards, source):
+    folder = shards(20, per_shard=4)
+    straight = source(folder, seed=3)
+    steps = [shown(straight.draw(step, 3, generator())) for step in range(15)]
+    jumping = source(folder, seed=3)
+    for step in (9, 10, 2, 14, 0, 1):
+        assert shown(jumping.draw(step, 3, generator())) == steps[step], step
+    assert shown(source(folder, seed=4).draw(0, 3, generator())) != steps[0]
+
+
+def test_processes_draw_different_rows(shards, source):
+    folder = shards(20, per_shard=4)
+    parts = [shown(source(folder, rank=rank, world=2).draw(0, 8, generator())) for rank in range(2)]
+    assert not set(parts[0]) & set(parts[1])
+
+
+def test_examples_are_the_same_for_every_process(shards, source):
+    folder = shards(20, per_shard=4)
+    first, other = (source(folder, rank=rank, world=2).examples(6) for rank in range(2))
+    assert shown(first) == shown(other)
+    assert sorted(shown(source(folder).examples(500))) == list(range(20))
+
+
+def test_broken_samples_are_replaced_and_named(shards, source):
+    def spoil(number, parts):
+        if number == 3:
+            return parts | {"png": b"no picture"}
+        return {"png": parts["png"]} if number == 7 else parts
+
+    stream = source(shards(20, per_shard=4, change=spoil), max_skipped_share=0.1)
+    seen = []
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for step in range(5):
+            rows = stream.draw(step, 4, generator())
+            assert rows.captions == [f"picture {n}" for n in shown(rows)]
+            seen += shown(rows)
+    assert len(seen) == 20
+    assert set(seen) == set(range(20)) - {3, 7}
+    assert sorted(name[-9:] for name in stream.skipped) == ["000000003", "000000007"]
+    assert len(told) == 2
+
+
+def draw_all(stream, steps, count):
+    for step in range(steps):
+        stream.draw(step, count, generator())
+
+
+def test_too_many_broken_samples(shards, source):
+    stream = source(shards(40, per_shard=4, change=lambda n, parts: parts | {"txt": b" "} if n % 4 == 0 else parts))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(DataError, match=r"samples cannot be read, more than the 1% allowed; .*it has no caption"):
+            draw_all(stream, 10, 4)
+
+
+def test_damaged_shards_up_to_half(shards, source):
+    folder = shards(20, per_shard=5)
+    (folder / "00001.tar").write_bytes(b"x" * 2000)
+    stream = source(folder)
+    with pytest.warns(UserWarning, match=r"skipped .*00001\.tar"):
+        seen = [n for step in range(6) for n in shown(stream.draw(step, 5, generator()))]
+    assert not set(seen) & set(range(5, 10))
+    for n in (0, 2):
+        (folder / f"0000{n}.tar").write_bytes(b"x" * 2000)
+    stream = source(folder)
+    with pytest.raises(DataError, match="3 of 4 shards are damaged"):
+        draw_all(stream, 6, 5)
+
+
+def test_embeddings_in_the_shards(shards, source):
+    def embed(number, parts):
+        content = io.BytesIO()
+        np.save(content, np.full(5, number, dtype=np.float16))
+        return {"txt": parts["txt"], "img_emb.npy": content.getvalue()}
+
+    rows = source(shards(8, per_shard=4, change=embed)).draw(0, 4, generator())
+    assert rows.images == {}
+    assert rows.embeddings.dtype == torch.float32
+    assert rows.embeddings[:, 2].long().tolist() == [int(text.split()[1]) for text in rows.captions]
+
+
+# -- one sample ----------------------------------------------------------------------------------------------------
+
+
+def raw(**parts) -> RawSample:
+    return RawSample("k", "s.tar", {name.replace("_", "."): value for name, value in parts.items()})
+
+
+def array(values, **how) -> bytes:
+    content = io.BytesIO()
+    np.save(content, np.asarray(values, **how))
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("parts", "captions"),
+    [
+        ({"txt": b" a caption\n"}, ("a caption",)),
+        ({"txt": b"text", "json": b'{"caption": "of json"}'}, ("of json",)),
+        ({"json": b'{"captions": ["one", "two", " ", 3]}'}, ("one", "two")),
+        ({"txt": b"text", "json": b'{"caption": null}'}, ("text",)),
+        ({"txt": b"text", "json": b"[1]"}, ("text",)),
+    ],
+)
+def test_captions_of_a_sample(parts, captions):
+    assert decode(raw(png=png(1), **parts), [8]).captions == captions
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ({"png": png(1)}, "no caption"),
+        ({"png": png(1), "txt": b"\xff\xfe"}, "cannot be read"),
+        ({"png": png(1), "json": b"{"}, "cannot be read"),
+        ({"txt": b"text"}, "no picture"),
+        ({"png": b"", "txt": b"text"}, "not a picture"),
+        ({"png": png(1)[:48], "txt": b"text"}, "cannot be read"),
+        ({"img_emb.npy": b"x", "txt": b"text"}, "img_emb.npy cannot be read"),
+        ({"img_emb.npy": array([[1.0]]), "txt": b"text"}, "no list of finite numbers"),
+        ({"img_emb.npy": array([float("nan")]), "txt": b"text"}, "no list of finite numbers"),
+        ({"img_emb.npy": array([{}], dtype=object), "txt": b"text"}, "img_emb.npy cannot be read"),
+    ],
+)
+def test_a_sample_that_cannot_be_used(parts, words):
+    with pytest.raises(DataError, match=words):
+        decode(RawSample("k", "s.tar", parts), [8])
+
+
+def test_a_huge_picture_in_a_shard_is_not_decoded(monkeypatch):
+    monkeypatch.setattr("unclip.images.MAX_PIXELS", 50)
+    with pytest.raises(DataError, match="at most 50 are read"):
+        decode(raw(png=png(1), txt=b"text"), [8])
+
+
+def test_kinds_of_pictures():
+    content = io.BytesIO()
+    Image.new("RGB", (16, 8), "black").save(content, "WEBP", lossless=True)
+    pixels = decode(raw(webp=content.getvalue(), txt=b"text"), [16]).pixels[16]
+    assert pixels[:, :4].eq(255).all()
+    assert pixels[:, 4:12].eq(0).all()

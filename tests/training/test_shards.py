@@ -1,0 +1,163 @@
+"""Every stage trains on shards: from a folder, over HTTP, with a damaged shard among them, and goes on where it was."""
+
+import functools
+import io
+import json
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from unclip.cli.train import make_task
+from unclip.data.shards import write_shards
+from unclip.errors import ConfigError
+from unclip.training import task as task_module
+from unclip.training.diffusion import DecoderTask, PriorTask
+from unclip.training.trainer import Trainer, step_generator
+
+STAGES = pytest.mark.parametrize("stage", ["clip", "prior", "decoder", "super_res"])
+
+
+def pack(pictures: Path, folder: Path, *, copies: int = 4, per_shard: int = 8, embedding: int = 0) -> Path:
+    """The tiny pictures as shards, each several times; with `embedding`, that many numbers in place of the picture."""
+    folder.mkdir()
+    lines = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+
+    def parts(line: dict, number: int) -> dict[str, bytes]:
+        about = {"json": json.dumps({"captions": line["captions"]}).encode()}
+        if not embedding:
+            return about | {"png": (pictures / line["file_name"]).read_bytes()}
+        content = io.BytesIO()
+        np.save(content, np.random.default_rng(number).normal(number % 3, 2, embedding).astype(np.float32))
+        return about | {"img_emb.npy": content.getvalue()}
+
+    write_shards(((f"{n:05}", parts(line, n)) for n, line in enumerate(lines * copies)), folder, per_shard=per_shard)
+    return folder
+
+
+@pytest.fixture
+def sharded(tiny, pictures, tmp_path):
+    """A tiny recipe whose data are shards."""
+    return functools.partial(tiny, data=pack(pictures, tmp_path / "shards"))
+
+
+def closing(request, task):
+    request.addfinalizer(task.source.close)
+    return task
+
+
+@STAGES
+def test_it_learns_from_shards(sharded, stage, request):
+    task = closing(request, make_task(sharded(stage)))
+    assert task.is_local
+    optimizer = torch.optim.AdamW(task.module.parameters(), lr=2e-3)
+    losses = []
+    for step in range(60):
+        loss = task.module(task.batch(step, 16, step_generator(0, step)))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
+
+
+@STAGES
+def test_an_interrupted_run_on_shards_is_as_one_that_was_not(sharded, stage, tmp_path, request):
+    recipe = sharded(stage, steps=6, sample_every_steps=100)
+    Trainer(closing(request, make_task(recipe)), recipe, tmp_path / "straight").run()
+    half = Trainer(closing(request, make_task(recipe)), recipe, tmp_path / "stopped")
+    for _ in range(4):
+        half._train_step()
+        half.step += 1
+    half.save()
+    half.run_folder.start(recipe, half.step)
+    again = Trainer(closing(request, make_task(recipe)), recipe, tmp_path / "stopped")
+    assert again.step == 4
+    again.run()
+    one, other = (Trainer(make_task(recipe), recipe, tmp_path / name) for name in ("straight", "stopped"))
+    for task in (one.task, other.task):
+        closing(request, task)
+    for (name, mine), theirs in zip(one.ema.items(), other.ema.values(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+@STAGES
+def test_sheets_of_shards(sharded, stage, tmp_path, monkeypatch, request):
+    monkeypatch.setattr("unclip.training.diffusion.SHEET_STEPS", 2)
+    closing(request, task := make_task(sharded(stage)))
+    task.sample_sheet(tmp_path / "0001.png")
+    assert next(tmp_path.glob("0001.*")).stat().st_size > 20
+
+
+def test_a_prior_learns_from_embeddings_alone(tiny, pictures, tmp_path, request):
+    width = PriorTask(tiny("prior")).clip.width
+    data = pack(pictures, tmp_path / "embedded", embedding=width)
+    task = closing(request, PriorTask(tiny("prior", data=data)))
+    everything = task.source.examples(100).embeddings
+    assert everything.shape == (48, width)
+    torch.testing.assert_close(task.stage.prior.clip_mean[0], everything.mean(dim=0))
+    torch.testing.assert_close(task.stage.prior.clip_std[0], everything.std(dim=0, correction=0))
+    batch = task.batch(0, 16, step_generator(0, 0))
+    assert batch["x0"].shape == (16, width)
+    assert batch["x0"].std().item() == pytest.approx(1, abs=0.2)
+    other = pack(pictures, tmp_path / "other", embedding=width + 1)
+    with pytest.raises(ConfigError, match="they are of another CLIP"):
+        PriorTask(tiny("prior", data=other))
+
+
+def test_processes_draw_rows_and_noise_of_their_own(sharded, monkeypatch, request):
+    batches = []
+    for rank in range(2):
+        place = type("Place", (), {"process_index": rank, "num_processes": 2})
+        monkeypatch.setattr(task_module, "PartialState", place)
+        task = closing(request, DecoderTask(sharded("decoder")))
+        trainer = object.__new__(Trainer)
+        trainer.task, trainer.recipe, trainer.step = task, sharded("decoder", batch_size=8), 0
+        trainer.accelerator = place
+        batch, share_of, of = trainer._batch()
+        assert (share_of, of) == (0, 1)
+        assert len(batch["x0"]) == 4
+        batches.append(batch)
+    assert not torch.equal(batches[0]["noise"], batches[1]["noise"])
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *about):
+        pass
+
+
+@pytest.fixture
+def served(pictures, tmp_path):
+    """The URL of six shards; the third is cut off."""
+    folder = pack(pictures, tmp_path / "served")
+    third = folder / "00002.tar"
+    third.write_bytes(third.read_bytes()[:9000])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/{{00000..00005}}.tar"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_decoder_trained_on_shards_by_url_with_a_damaged_one(served, clip_model, tmp_path):
+    """By the command itself, from a recipe file."""
+    from typer.testing import CliRunner
+
+    from unclip.cli.main import app
+
+    text = (Path(__file__).parents[2] / "recipes" / "tiny" / "decoder.toml").read_text()
+    recipe = tmp_path / "decoder.toml"
+    lines = [f'data = "{served}"' if line.startswith("data") else line for line in text.splitlines()]
+    lines = [f'clip = "{clip_model}"' if line.startswith("clip =") else line for line in lines]
+    recipe.write_text("\n".join(lines))
+    done = CliRunner().invoke(app, ["train", str(recipe), "--out", str(tmp_path / "run"), "--steps", "12"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip().endswith("model")
+    assert "00002.tar: ReadError" in done.stderr
+    assert "1 samples or shards could not be read" in done.stderr
+    skipped = json.loads((tmp_path / "run" / "skipped.json").read_text())
+    assert [name.rsplit("/", 1)[1] for name in skipped] == ["00002.tar"]
+    assert (tmp_path / "run" / "model" / "decoder" / "diffusion_pytorch_model.safetensors").is_file()
