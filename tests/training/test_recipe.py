@@ -25,7 +25,9 @@ def read(tmp_path):
 def test_every_recipe_of_the_repository_is_valid(path):
     recipe = read_recipe(path)
     assert recipe.data.parent.parent.name == "runs"
-    assert recipe.stage == {"judge": "clip", "super_res_last": "super_res"}.get(path.stem, path.stem)
+    others = {"judge": "clip", "super_res_last": "super_res", "decoder_more": "decoder"}
+    assert recipe.stage == others.get(path.stem, path.stem)
+    assert recipe.start_from is None or (recipe.start_from / "model_index.json").is_file()
     json.dumps(as_dict(recipe))
 
 
@@ -34,6 +36,7 @@ def test_paths_are_relative_to_the_file(read, tmp_path):
     assert recipe.data == tmp_path / "set"
     assert recipe.prior.clip == tmp_path / ".." / "clip"
     assert read('stage = "prior"\ndata = "/set"\n[prior]').data == Path("/set")
+    assert read('stage = "prior"\ndata = "https://host/{0..3}.tar"\n[prior]').data == "https://host/{0..3}.tar"
 
 
 def test_sections_and_free_tables(read):

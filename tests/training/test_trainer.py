@@ -254,7 +254,7 @@ def test_real_tasks_go_on_exactly(tiny, tmp_path, stage, task):
     Trainer(task(recipe), recipe, tmp_path / "straight").run()
     first = Trainer(task(recipe), recipe, tmp_path / "stopped")
     batch = first.task.batch
-    first.task.batch = lambda size, generator: stopped_at(2)(batch(size, generator), first.step + 1)
+    first.task.batch = lambda *about: stopped_at(2)(batch(*about), first.step + 1)
     first.run()
     assert first.step == 2
     Trainer(task(recipe), recipe, tmp_path / "stopped").run()
