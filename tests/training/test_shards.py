@@ -112,7 +112,7 @@ def test_processes_draw_rows_and_noise_of_their_own(sharded, monkeypatch, reques
     batches = []
     for rank in range(2):
         place = type("Place", (), {"process_index": rank, "num_processes": 2})
-        monkeypatch.setattr(task_module, "PartialState", place)
+        monkeypatch.setattr(task_module, "PartialState", lambda cpu, place=place: place)
         task = closing(request, DecoderTask(sharded("decoder")))
         trainer = object.__new__(Trainer)
         trainer.task, trainer.recipe, trainer.step = task, sharded("decoder", batch_size=8), 0

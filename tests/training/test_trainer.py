@@ -508,14 +508,16 @@ def _states_after(trainer: Trainer) -> list[dict]:
 @pytest.mark.parametrize("elsewhere", [1.0, float("nan"), float("inf")])
 def test_a_bad_loss_of_another_process_stops_this_one(tmp_path, monkeypatch, elsewhere):
     trainer = Trainer(LineTask(), line_recipe(), tmp_path)
-    trainer._check_finite(1.0, torch.tensor(1.0))
+    assert trainer._mean({"loss": 1.0}) == {"loss": 1.0}
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
     monkeypatch.setattr(trainer.accelerator, "reduce", lambda told, how: (told + elsewhere) / 2)
+    found = trainer._mean({"loss": 1.0, "worst": 3.0})
     if elsewhere == 1.0:
-        trainer._check_finite(1.0, torch.tensor(1.0))
+        assert found == {"loss": 1.0, "worst": 2.0}
+        trainer._check_finite(found["loss"], torch.tensor(1.0))
     else:
         with pytest.raises(TrainingError, match="the loss is"):
-            trainer._check_finite(1.0, torch.tensor(1.0))
+            trainer._check_finite(found["loss"], torch.tensor(1.0))
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

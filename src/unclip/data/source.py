@@ -3,6 +3,7 @@
 Knows data sets and pixels; knows neither networks nor noise. Called by the training tasks.
 """
 
+import hashlib
 import io
 import itertools
 import json
@@ -229,8 +230,7 @@ class ShardSource:
             return error
 
     def _rows(self, samples: "list[_Sample]", captions: list[str]) -> Rows:
-        numbers: dict[str, int] = {}
-        index = torch.tensor([numbers.setdefault(sample.name, len(numbers)) for sample in samples])
+        index = torch.tensor([_number(sample.name) for sample in samples])
         images = {
             size: torch.stack([s.pixels[size] for s in samples]).float() / 127.5 - 1
             for size in self.sizes
@@ -324,6 +324,11 @@ def read_captions(raw: RawSample) -> tuple[str, ...]:
     if not text:
         raise DataError("it has no caption (.txt, or .json with caption or captions)")
     return (text,)
+
+
+def _number(name: str) -> int:
+    """The same for the same picture in every process."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
 
 
 def _embedding(content: bytes) -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 from transformers import (
     CLIPImageProcessorPil,
     CLIPTextConfig,
@@ -38,8 +39,8 @@ class ContrastivePair(nn.Module):
     thrown away after training, that reads a 16×16 thumbnail out of the image embedding: it makes the embedding keep
     colours and layout, which is what a decoder draws from.
 
-    A caption's negatives are the pictures of its own piece of the batch: with accumulation, or several processes, there
-    are fewer of them.
+    A caption's negatives are the pictures of its own piece of the batch, of all processes: with accumulation there are
+    fewer of them.
     """
 
     def __init__(
@@ -57,22 +58,35 @@ class ContrastivePair(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`pixels` [batch, 3, size, size], `input_ids` [batch, tokens], `index` [batch]: which picture a row shows."""
-        embeds = self.image(pixel_values=batch["pixels"]).image_embeds.float()
-        text_embeds = self.text(input_ids=batch["input_ids"]).text_embeds.float()
+        own_embeds = self.image(pixel_values=batch["pixels"]).image_embeds.float()
+        embeds = of_all_processes(own_embeds)
+        text_embeds = of_all_processes(self.text(input_ids=batch["input_ids"]).text_embeds.float())
         logits = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp() * (
             F.normalize(text_embeds, dim=-1) @ F.normalize(embeds, dim=-1).T
         )
-        same = (batch["index"][:, None] == batch["index"][None, :]).float()
+        index = of_all_processes(batch["index"])
+        same = (index[:, None] == index[None, :]).float()
         target = same / same.sum(dim=1, keepdim=True)
         contrastive = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         hit = (same.gather(1, logits.argmax(dim=1, keepdim=True)) > 0).float().mean()
         metrics = {"loss": contrastive, "contrastive": contrastive.detach(), "in_batch_retrieval": hit}
         if self.reconstruction_weight:
             wanted = F.adaptive_avg_pool2d(batch["pixels"].float(), RECONSTRUCTION_SIZE).flatten(1)
-            error = F.mse_loss(self.thumbnail(embeds).float(), wanted)
+            error = F.mse_loss(self.thumbnail(own_embeds).float(), wanted)
             metrics["loss"] = contrastive + self.reconstruction_weight * error
             metrics["reconstruction"] = error.detach()
         return metrics
+
+
+def of_all_processes(rows: Tensor) -> Tensor:
+    """The rows of all processes, in their order; gradients find their way back to the process that a row is of."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return rows
+    if not rows.requires_grad:
+        parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, rows)
+        return torch.cat(parts)
+    return torch.cat(all_gather(rows))
 
 
 class ClipTask(Sourced):

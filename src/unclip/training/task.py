@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 from unclip.data.source import Source, open_source
@@ -67,9 +68,14 @@ class Sourced:
         return self.source.skipped
 
 
+def computes_on_cpu() -> bool:
+    """Whether training runs on the CPU: there is nothing else, or accelerate was told so."""
+    return not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
 def source_of(recipe: Recipe, sizes_px: tuple[int, ...], **how: Any) -> Source:
     """The recipe's data set, as this process of a run reads it."""
-    place = PartialState()
+    place = PartialState(cpu=computes_on_cpu())
     return open_source(
         recipe.data, sizes_px, seed=recipe.seed, rank=place.process_index, world=place.num_processes, **how
     )

@@ -23,7 +23,7 @@ from unclip.errors import ConfigError, TrainingError
 from unclip.training.muon import Muon, split_parameters
 from unclip.training.recipe import OptimizerRecipe, Recipe
 from unclip.training.state import RunFolder, Snapshot, optimizer_tensors, restore_optimizer
-from unclip.training.task import Batch, Task
+from unclip.training.task import Batch, Task, computes_on_cpu
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -75,7 +75,7 @@ class Trainer:
     def __init__(self, task: Task, recipe: Recipe, folder: Path):
         self.task, self.recipe, self.run_folder = task, recipe, RunFolder(Path(folder))
         try:
-            self.accelerator = Accelerator(mixed_precision=recipe.precision)
+            self.accelerator = Accelerator(cpu=computes_on_cpu(), mixed_precision=recipe.precision)
         except ValueError as error:
             raise ConfigError(f"precision {recipe.precision!r} is not to be had here: {error}") from error
         set_seed(recipe.seed)
@@ -192,6 +192,7 @@ class Trainer:
                 accelerator.backward(metrics["loss"] / recipe.accumulation)
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value.detach()) / recipe.accumulation
+        totals = self._mean(totals)
         norm = accelerator.clip_grad_norm_(self.module.parameters(), recipe.optimizer.max_grad_norm)
         self._check_finite(totals["loss"], norm)
         self.optimizer.step()
@@ -209,11 +210,16 @@ class Trainer:
         seed = self.recipe.seed + rank * 7_919  # each draws noise of its own
         return self.task.batch(self.step, size // world, step_generator(seed, self.step)), 0, 1
 
+    def _mean(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Over all processes: so they log the whole batch, and what one of them met stops all."""
+        if self.accelerator.num_processes == 1:
+            return metrics
+        told = torch.tensor(list(metrics.values()), device=self.accelerator.device)
+        found: Tensor = self.accelerator.reduce(told, "mean")  # pyright: ignore[reportAssignmentType]
+        return dict(zip(metrics, found.tolist(), strict=True))
+
     def _check_finite(self, loss: float, norm: Any) -> None:
         """Before the weights are touched: a gradient that is no number would spoil them, and then the checkpoint."""
-        if self.accelerator.num_processes > 1:  # what one of them met must stop all, or the others wait for it forever
-            told = torch.tensor(loss, device=self.accelerator.device)
-            loss = float(self.accelerator.reduce(told, "mean"))  # pyright: ignore[reportArgumentType]
         wrong = None if math.isfinite(loss) else f"the loss is {loss}"
         # With float16 the scaler itself skips a step whose gradient overflowed.
         if wrong is None and self.accelerator.scaler is None and norm is not None and not math.isfinite(float(norm)):
