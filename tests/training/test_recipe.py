@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from unclip.errors import ConfigError
+from unclip.errors import ConfigError, MissingDependencyError
 from unclip.training.recipe import as_dict, read_recipe
 
 ROOT = Path(__file__).parents[2] / "recipes"
@@ -104,3 +104,20 @@ def test_files_that_are_no_recipes(tmp_path):
     (tmp_path / "latin.toml").write_bytes(b'stage = "\xe9"')
     with pytest.raises(ConfigError, match="no UTF-8 text"):
         read_recipe(tmp_path / "latin.toml")
+
+
+def test_trackers(read, monkeypatch):
+    assert read(TRACKED.format('["tensorboard"]')).trackers == ("tensorboard",)
+    for value, words in (
+        ('["nobody"]', "it may have tensorboard"),
+        ('"tensorboard"', "must be a list"),
+        ("[1]", "list"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            read(TRACKED.format(value))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match="pip install wandb"):
+        read(TRACKED.format('["wandb"]'))
+
+
+TRACKED = 'stage = "prior"\ndata = "set"\ntrackers = {}\n[prior]\n'

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -518,6 +519,40 @@ def test_a_bad_loss_of_another_process_stops_this_one(tmp_path, monkeypatch, els
     else:
         with pytest.raises(TrainingError, match="the loss is"):
             trainer._check_finite(found["loss"], torch.tensor(1.0))
+
+
+def test_one_process_that_is_asked_to_stop_stops_all(tmp_path, monkeypatch):
+    trainer = Trainer(LineTask(), line_recipe(), tmp_path)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    monkeypatch.setattr(trainer.accelerator, "reduce", lambda told, how: (told + torch.tensor([1.0, 1.0])) / 2)
+    trainer._mean({"loss": 1.0})
+    assert trainer._stop
+
+
+def test_metrics_go_to_a_tracker_too(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = line_recipe(trackers=("tensorboard",), log_every_steps=3)
+    Trainer(LineTask(), recipe, tmp_path).run()
+    events = EventAccumulator(str(next(tmp_path.rglob("events.*")).parent)).Reload()
+    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    wanted = [(row["step"], row["loss"]) for row in rows(tmp_path)]
+    assert len(found) == 4
+    for (step, value), (at, loss) in zip(found, wanted, strict=True):
+        assert step == at
+        assert value == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own modules
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")
+def test_compiled_training_is_the_same(tmp_path, tiny):
+    for name, compiled in (("plain", False), ("compiled", True)):
+        recipe = tiny("prior", steps=3, compile=compiled, precision="no", log_every_steps=1)
+        Trainer(PriorTask(recipe), recipe, tmp_path / name).run()
+    plain, compiled = ([row["loss"] for row in rows(tmp_path / name)] for name in ("plain", "compiled"))
+    assert compiled == pytest.approx(plain, rel=1e-4)
+    assert tensors(tmp_path / "plain").keys() == tensors(tmp_path / "compiled").keys()
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

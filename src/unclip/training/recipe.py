@@ -5,6 +5,7 @@ Knows every setting and its limits; knows nothing of how a step is taken. Called
 """
 
 import dataclasses
+import importlib.util
 import math
 import tomllib
 import types
@@ -13,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from unclip.errors import ConfigError
+from unclip.errors import ConfigError, MissingDependencyError
+
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 def _check(
@@ -165,6 +168,8 @@ class Recipe:
         start_from: a model folder; training goes on from its networks of this stage instead of fresh ones.
         steps: optimizer steps in all; batch_size: pictures a step, over all processes and accumulations.
         precision: "no" is float32.
+        compile: compile the networks first (torch.compile): minutes at the start, then faster steps where it helps.
+        trackers: what metrics go to beside metrics.jsonl: "tensorboard", "wandb", "trackio".
         ema_decay: of the weights that are kept; warmed up as (1 + step) / (10 + step).
     """
 
@@ -176,6 +181,8 @@ class Recipe:
     accumulation: int = 1
     seed: int = 0
     precision: Literal["no", "bf16", "fp16"] = "bf16"
+    compile: bool = False
+    trackers: tuple[str, ...] = ()
     ema_decay: float = 0.999
     log_every_steps: int = 50
     save_every_s: float = 600.0
@@ -193,6 +200,11 @@ class Recipe:
                 raise ConfigError(f"a recipe for stage {self.stage!r} {verb} a section [{stage}]")
         if self.start_from and self.stage == "clip":
             raise ConfigError("start_from is for prior, decoder and super_res; a CLIP is trained from its first step")
+        for name in self.trackers:
+            if name not in TRACKERS:
+                raise ConfigError(f"trackers has {name!r}; it may have {', '.join(TRACKERS)}")
+            if importlib.util.find_spec(name) is None:
+                raise MissingDependencyError(f"the tracker {name!r} is not installed: pip install {name}")
         counts = ("steps", "batch_size", "accumulation", "log_every_steps", "sample_every_steps")
         _check("", self, above_zero=counts, not_negative=("seed", "save_every_s"), below_one=("ema_decay",))
         if self.batch_size % self.accumulation:
@@ -249,6 +261,10 @@ def _value(hint: Any, value: Any, base: Path, where: str) -> Any:
         if value not in typing.get_args(hint):
             raise ConfigError(f"{where} is {value!r}; it must be one of {', '.join(map(repr, typing.get_args(hint)))}")
         return value
+    if hint == tuple[str, ...]:
+        if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
+            raise ConfigError(f"{where} is {value!r}; it must be a list of texts in quotes")
+        return tuple(value)
     if hint is Path:
         if not isinstance(value, str) or "\0" in value:
             raise ConfigError(f"{where} is {value!r}; it must be a path in quotes")
@@ -267,6 +283,8 @@ def as_dict(recipe: Recipe) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items() if v is not None}
+        if isinstance(value, tuple):
+            return list(value)
         return str(value) if isinstance(value, Path) else value
 
     return plain(dataclasses.asdict(recipe))

@@ -191,10 +191,10 @@ class RunFolder:
     def _changed_settings(self, recipe: Recipe) -> list[str]:
         """The stage's settings that recipe.json has otherwise."""
         try:
-            before = _flat(read_json(self.path / "recipe.json", allow_infinity=True).get(recipe.stage) or {})
+            before = flat(read_json(self.path / "recipe.json", allow_infinity=True).get(recipe.stage) or {})
         except CheckpointError:
             return []
-        now = _flat(json.loads(json.dumps(as_dict(recipe)))[recipe.stage])
+        now = flat(json.loads(json.dumps(as_dict(recipe)))[recipe.stage])
         return [
             f"{recipe.stage}.{key} was {before.get(key)!r} and is {now.get(key)!r}"
             for key in sorted(before.keys() | now.keys())
@@ -243,8 +243,9 @@ def _logged_step(line: str, *, default: int) -> int:
         return default
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, its keys with dots."""
+    single: dict[str, Any] = {}
     for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        single |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return single

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from unclip.errors import ConfigError, TrainingError
 from unclip.training.muon import Muon, split_parameters
-from unclip.training.recipe import OptimizerRecipe, Recipe
-from unclip.training.state import RunFolder, Snapshot, optimizer_tensors, restore_optimizer
+from unclip.training.recipe import OptimizerRecipe, Recipe, as_dict
+from unclip.training.state import RunFolder, Snapshot, flat, optimizer_tensors, restore_optimizer
 from unclip.training.task import Batch, Task, computes_on_cpu
 
 
@@ -75,11 +75,18 @@ class Trainer:
     def __init__(self, task: Task, recipe: Recipe, folder: Path):
         self.task, self.recipe, self.run_folder = task, recipe, RunFolder(Path(folder))
         try:
-            self.accelerator = Accelerator(cpu=computes_on_cpu(), mixed_precision=recipe.precision)
+            self.accelerator = Accelerator(
+                cpu=computes_on_cpu(),
+                mixed_precision=recipe.precision,
+                log_with=list(recipe.trackers) or None,
+                project_dir=folder,
+            )
         except ValueError as error:
             raise ConfigError(f"precision {recipe.precision!r} is not to be had here: {error}") from error
         set_seed(recipe.seed)
         optimizer = make_optimizer(task.module, recipe.optimizer)
+        if recipe.compile:
+            task.module.compile()
         self.module, self.optimizer = self.accelerator.prepare(task.module, optimizer)
         self.ema = {name: p.detach().clone() for name, p in task.module.named_parameters() if p.requires_grad}
         self.step = 0
@@ -107,6 +114,8 @@ class Trainer:
                 stack.enter_context(self.run_folder.locked())
                 with self._writing():
                     self.run_folder.start(self.recipe, self.step)
+            self._start_trackers()
+            stack.callback(self.accelerator.end_training)
             bar = progress(total=self.recipe.steps, initial=self.step, unit="step") if progress else None
             if bar is not None:
                 stack.callback(bar.close)
@@ -211,12 +220,14 @@ class Trainer:
         return self.task.batch(self.step, size // world, step_generator(seed, self.step)), 0, 1
 
     def _mean(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Over all processes: so they log the whole batch, and what one of them met stops all."""
+        """Over all processes: so they log the whole batch, and what one of them met, or was asked, stops all."""
         if self.accelerator.num_processes == 1:
             return metrics
-        told = torch.tensor(list(metrics.values()), device=self.accelerator.device)
+        told = torch.tensor([*metrics.values(), float(self._stop)], device=self.accelerator.device)
         found: Tensor = self.accelerator.reduce(told, "mean")  # pyright: ignore[reportAssignmentType]
-        return dict(zip(metrics, found.tolist(), strict=True))
+        *means, asked_to_stop = found.tolist()
+        self._stop = asked_to_stop > 0
+        return dict(zip(metrics, means, strict=True))
 
     def _check_finite(self, loss: float, norm: Any) -> None:
         """Before the weights are touched: a gradient that is no number would spoil them, and then the checkpoint."""
@@ -254,6 +265,14 @@ class Trainer:
             line |= {name: float(f"{value:.6g}") for name, value in row.items()}
             with self._writing():
                 self.run_folder.log(line)
+            if self.recipe.trackers:
+                self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=self.step)
+
+    def _start_trackers(self) -> None:
+        if self.recipe.trackers:
+            settings = flat(as_dict(self.recipe))
+            plain = {name: v if isinstance(v, int | float | str) else str(v) for name, v in settings.items()}
+            self.accelerator.init_trackers("unclip", config=plain)
 
     def _sample(self) -> None:
         if self._is_main:
