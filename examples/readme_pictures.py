@@ -5,10 +5,8 @@ python examples/readme_pictures.py          # writes docs/images/*.png
 
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
-
 from unclip import UnCLIPImageVariationPipeline, UnCLIPPipeline
-from unclip.images import grid
+from unclip.images import grid, labelled
 
 CAPTIONS = [
     "red apple", "banana", "pizza", "hamburger", "birthday cake",
@@ -17,16 +15,6 @@ CAPTIONS = [
     "red heart", "smiling face", "automobile", "rocket", "soccer ball",
 ]  # fmt: skip
 VARIED = ["red apple", "dog face", "rocket"]
-LABEL_PX = 18
-
-
-def labelled(image: Image.Image, text: str) -> Image.Image:
-    """The picture with its caption below."""
-    card = Image.new("RGB", (image.width, image.height + LABEL_PX), "white")
-    card.paste(image)
-    font = ImageFont.load_default(12)
-    ImageDraw.Draw(card).text((image.width / 2, image.height + 2), text, fill="#444444", font=font, anchor="ma")
-    return card
 
 
 def main() -> None:

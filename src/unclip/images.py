@@ -11,7 +11,7 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from unclip.errors import ImageError
@@ -124,6 +124,24 @@ def grid(images: list[Image.Image], *, columns: int | None = None, gap: int = 4)
     for place, image in enumerate(images):
         sheet.paste(image, ((place % columns) * (width + gap), (place // columns) * (height + gap)))
     return sheet
+
+
+LABEL_PX = 18
+
+
+def labelled(image: Image.Image, text: str) -> Image.Image:
+    """The picture with its caption below, in one line, cut where it is too long."""
+    card = Image.new("RGB", (image.width, image.height + LABEL_PX), "white")
+    card.paste(image)
+    font = ImageFont.load_default(12)
+    pen = ImageDraw.Draw(card)
+    text = " ".join(text.split())
+    shown = text
+    while shown and pen.textlength(shown + ("" if shown == text else "…"), font=font) > image.width:
+        shown = shown[:-1]
+    shown += "" if shown == text else "…"
+    pen.text((image.width / 2, image.height + 2), shown, fill="#444444", font=font, anchor="ma")
+    return card
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -13,9 +13,10 @@ import torch
 
 from unclip.cli.train import make_task
 from unclip.data.shards import write_shards
-from unclip.errors import ConfigError
+from unclip.errors import ConfigError, DataError
 from unclip.training import task as task_module
 from unclip.training.diffusion import DecoderTask, PriorTask
+from unclip.training.embedding import embed
 from unclip.training.trainer import Trainer, step_generator
 
 STAGES = pytest.mark.parametrize("stage", ["clip", "prior", "decoder", "super_res"])
@@ -70,8 +71,7 @@ def test_an_interrupted_run_on_shards_is_as_one_that_was_not(sharded, stage, tmp
     Trainer(closing(request, make_task(recipe)), recipe, tmp_path / "straight").run()
     half = Trainer(closing(request, make_task(recipe)), recipe, tmp_path / "stopped")
     for _ in range(4):
-        half._train_step()
-        half.step += 1
+        half.take_step()
     half.save()
     half.run_folder.start(recipe, half.step)
     again = Trainer(closing(request, make_task(recipe)), recipe, tmp_path / "stopped")
@@ -161,3 +161,30 @@ def test_a_decoder_trained_on_shards_by_url_with_a_damaged_one(served, clip_mode
     skipped = json.loads((tmp_path / "run" / "skipped.json").read_text())
     assert [name.rsplit("/", 1)[1] for name in skipped] == ["00002.tar"]
     assert (tmp_path / "run" / "model" / "decoder" / "diffusion_pytorch_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("keep_pictures", [False, True])
+def test_embeddings_computed_once_are_those_computed_each_time(
+    pictures, clip_model, tiny, tmp_path, request, keep_pictures
+):
+    packed = pack(pictures, tmp_path / "shards", copies=1)
+    damage = embed(packed, clip_model, tmp_path / "embedded", keep_pictures=keep_pictures, batch_size=5)
+    assert (damage.num_read, damage.broken) == (12, {})
+    stage = "decoder" if keep_pictures else "prior"
+    task = closing(request, make_task(tiny(stage, data=tmp_path / "embedded")))
+    rows = task.source.examples(100)
+    assert bool(rows.images) == keep_pictures
+    found = dict(zip(rows.captions, rows.embeddings, strict=True))
+    live = closing(request, DecoderTask(tiny("decoder", data=packed)))
+    rows = live.source.examples(100)
+    wanted = dict(zip(rows.captions, live.data.embeddings(rows), strict=True))
+    assert found.keys() == wanted.keys()
+    for caption in wanted:
+        torch.testing.assert_close(found[caption], wanted[caption], atol=2e-3, rtol=2e-3)
+
+
+def test_nothing_to_embed(tmp_path, clip_model):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "none.png", "text": "t"}')
+    with pytest.raises(DataError, match=r"nothing in .* can be read: none\.png"):
+        embed(tmp_path, clip_model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from unclip import __version__
 from unclip.cli import generate, model, options, train, vary
 from unclip.cli.convert import convert
+from unclip.cli.data import data
 from unclip.cli.evaluate import evaluate
 from unclip.cli.messages import error, note, shown_warnings
 from unclip.errors import UnclipError
@@ -93,7 +94,7 @@ app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("vary", epilog=vary.EXAMPLES)(vary.vary)
 app.command("info", epilog=model.EXAMPLES)(model.info)
 app.add_typer(convert, name="convert")
-app.add_typer(train.data, name="data")
+app.add_typer(data, name="data")
 app.command("train", epilog=train.TRAIN_EXAMPLES)(train.train)
 app.command("assemble", epilog=train.ASSEMBLE_EXAMPLES)(train.assemble)
 app.add_typer(evaluate, name="evaluate")

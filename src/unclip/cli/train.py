@@ -1,6 +1,6 @@
-"""`unclip data`, `unclip train` and `unclip assemble`: from pictures to a model.
+"""`unclip train` and `unclip assemble`: from pictures to a model.
 
-Knows recipes and folders by name; the work is done in `unclip.data` and `unclip.training`.
+Knows recipes and folders by name; the work is done in `unclip.training`.
 """
 
 import functools
@@ -19,13 +19,10 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 
-DATA_EXAMPLES = options.examples(
-    "unclip data emoji --out data/emoji", "unclip data emoji --out data/emoji --packages downloads"
-)
 TRAIN_EXAMPLES = options.examples(
     "unclip train recipes/emoji/clip.toml --out runs/clip",
     "unclip train recipes/emoji/prior.toml --out runs/prior",
-    "unclip train recipes/emoji/clip.toml --out runs/trial --steps 20",
+    "unclip train recipes/emoji/decoder.toml --dry-run",
 )
 ASSEMBLE_EXAMPLES = options.examples(
     "unclip assemble --clip runs/clip --prior runs/prior --decoder runs/decoder \\",
@@ -36,45 +33,24 @@ ASSEMBLE_EXAMPLES = options.examples(
     "  --super-res-first old --super-res-last old --out new",
 )
 
-data = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-
-
-@data.callback()
-def data_group() -> None:
-    """Make a data set to train on."""
-
-
-@data.command("emoji", epilog=DATA_EXAMPLES)
-def emoji(
-    out: options.NewFolder,
-    packages: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder with the four source tarballs.", show_default="fetched with npm"),
-    ] = None,
-    quiet: options.Quiet = False,
-) -> None:
-    """Render the emoji data set: three open designs, with captions.
-
-    Needs the extra packages of training; in a checkout: pip install '.[train]'
-    """
-    from tqdm import tqdm
-
-    from unclip.data.emoji import build_emoji
-
-    counts = build_emoji(out, packages=packages, progress=None if quiet else functools.partial(tqdm, disable=None))
-    if not quiet:
-        note(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
-    print(out, flush=True)
-
 
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file that describes the run.")],
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="RUN", help="The run's folder; a run that is there already goes on.")
-    ],
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="RUN",
+            help="The run's folder; a run that is there already goes on. Needed but for --dry-run.",
+        ),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Optimizer steps in all.", show_default="the recipe's")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Take a few steps, tell sizes, memory and time, and leave nothing.")
+    ] = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Train one stage by a recipe: clip, prior, decoder or super_res.
@@ -88,9 +64,14 @@ def train(
     from unclip.training.recipe import read_recipe
     from unclip.training.trainer import Trainer
 
+    if out is None and not dry_run:
+        raise typer.BadParameter("name the run's folder with --out RUN, or give --dry-run")
     silence(downloads=True)
     keep_freed_memory()
     settings = read_recipe(recipe, steps=steps)
+    if out is None or dry_run:
+        tell_cost(settings)
+        return
     trainer = Trainer(make_task(settings), settings, out)
     first = trainer.accelerator.is_main_process
     if trainer.step and first and not quiet:
@@ -105,6 +86,34 @@ def train(
         raise typer.Exit(INTERRUPTED)
     if first:
         print(out / "model", flush=True)
+
+
+def tell_cost(recipe: "Recipe") -> None:
+    """Print what a run of this recipe takes."""
+    from unclip.training.rehearsal import rehearse
+
+    cost = rehearse(make_task(recipe), recipe)
+    rows = [(f"parameters of {name}", f"{count:,}") for name, count in cost.parameters.items()]
+    rows += [
+        ("parameters trained", f"{cost.trained:,}"),
+        ("weights, gradients, optimizer, average", f"{cost.state_bytes / 2**20:,.0f} MiB"),
+        ("peak memory of a step", f"{cost.peak_bytes / 2**20:,.0f} MiB"),
+        ("a step", f"{cost.step_s:.3g} s, {cost.batch_size / cost.step_s:,.1f} pictures/s"),
+        ("the run", f"{cost.steps:,} steps, {cost.steps * cost.batch_size:,} pictures, {duration(cost.total_s)}"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}", flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Two units of time at most: "2 h 05 min"."""
+    minutes = seconds / 60
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes:.0f} min"
+    return f"{minutes // 60:.0f} h {minutes % 60:02.0f} min"
 
 
 def make_task(recipe: "Recipe") -> "Task":

@@ -162,8 +162,7 @@ class Trainer:
         saved_at = logged_at = time.monotonic()
         timed = 0
         while self.step < recipe.steps and not self._stop:
-            metrics = self._train_step()
-            self.step += 1
+            metrics = self.take_step()
             timed += 1
             self._num_summed += 1
             for name, value in metrics.items():
@@ -183,6 +182,15 @@ class Trainer:
             if time.monotonic() - saved_at > recipe.save_every_s:
                 self.save()
                 saved_at = time.monotonic()
+
+    def take_step(self) -> dict[str, float]:
+        """One optimizer step. Returns: its metrics.
+
+        Raises: TrainingError when the loss or a gradient is no number; nothing has changed then.
+        """
+        metrics = self._train_step()
+        self.step += 1
+        return metrics
 
     def _train_step(self) -> dict[str, float]:
         recipe, accelerator = self.recipe, self.accelerator

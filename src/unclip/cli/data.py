@@ -1,0 +1,141 @@
+"""`unclip data …`: pictures with captions made, looked into, packed and embedded.
+
+Knows files and options; the work is done in `unclip.data` and `unclip.training`.
+"""
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unclip.cli import options
+from unclip.cli.messages import note, warn
+from unclip.errors import OutputExistsError
+
+if TYPE_CHECKING:
+    from unclip.data.shards import Damage
+
+EMOJI_EXAMPLES = options.examples(
+    "unclip data emoji --out data/emoji", "unclip data emoji --out data/emoji --packages downloads"
+)
+INSPECT_EXAMPLES = options.examples(
+    "unclip data inspect data/emoji",
+    'unclip data inspect "shards/{00000..00007}.tar" --sheet sheet.png',
+)
+PACK_EXAMPLES = options.examples("unclip data pack data/emoji --out shards")
+EMBED_EXAMPLES = options.examples(
+    "unclip data embed data/emoji --clip runs/clip/model --out embedded",
+    "unclip data embed shards --clip models/mine --out embedded --keep-pictures",
+)
+
+Data = Annotated[
+    str, typer.Argument(metavar="DATA", help="A folder with metadata.jsonl, or shards: a folder, glob, URL.")
+]
+PerShard = Annotated[int, typer.Option(min=1, metavar="N", help="Samples in one shard.")]
+
+data = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+
+@data.callback()
+def data_group() -> None:
+    """Make a data set to train on, look into one, change its form."""
+
+
+@data.command("emoji", epilog=EMOJI_EXAMPLES)
+def emoji(
+    out: options.NewFolder,
+    packages: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder with the four source tarballs.", show_default="fetched with npm"),
+    ] = None,
+    quiet: options.Quiet = False,
+) -> None:
+    """Render the emoji data set: three open designs, with captions.
+
+    Needs the extra packages of training; in a checkout: pip install '.[train]'
+    """
+    from tqdm import tqdm
+
+    from unclip.data.emoji import build_emoji
+
+    counts = build_emoji(out, packages=packages, progress=None if quiet else functools.partial(tqdm, disable=None))
+    if not quiet:
+        note(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
+    print(out, flush=True)
+
+
+@data.command("inspect", epilog=INSPECT_EXAMPLES)
+def inspect(
+    source: Data,
+    sheet: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw some pictures with captions.")] = None,
+    num_shown: Annotated[int, typer.Option(min=1, max=1000, metavar="N", help="Pictures on the sheet.")] = 48,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it is there.")] = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Read a whole data set: count, name what is broken, draw a sheet."""
+    from unclip.checkpoints.files import atomic_file
+    from unclip.data.samples import inspect as look
+
+    if sheet is not None and sheet.exists() and not overwrite:
+        raise OutputExistsError(f"{sheet} is there already; give --overwrite, or name another file")
+    found = look(source, num_shown=num_shown, progress=_bar(quiet))
+    rows = {"samples": found.num_samples, "captions": found.num_captions, "with an embedding": found.num_embeddings}
+    for name, number in (rows | {"broken": len(found.broken)}).items():
+        print(f"{name:<18}{number:>12,}", flush=True)
+    for name, why in list(found.broken.items())[:10]:
+        warn(f"{name}: {why}")
+    if sheet is not None and found.sheet is not None:
+        with atomic_file(sheet) as draft:
+            found.sheet.save(draft, "PNG")
+        print(sheet, flush=True)
+    if not found.num_samples:
+        raise typer.Exit(1)
+
+
+@data.command("pack", epilog=PACK_EXAMPLES)
+def pack(source: Data, out: options.NewFolder, per_shard: PerShard = 10_000, quiet: options.Quiet = False) -> None:
+    """Write a data set as tar shards, to be streamed.
+
+    The layout is that of webdataset and img2dataset. Held-out pictures are left out.
+    """
+    from unclip.data.samples import pack as write
+
+    tell(write(source, out, per_shard=per_shard, progress=_bar(quiet)), quiet)
+    print(out, flush=True)
+
+
+@data.command("embed", epilog=EMBED_EXAMPLES)
+def embed(
+    source: Data,
+    clip: Annotated[
+        Path, typer.Option(metavar="MODEL", help="A folder with image_encoder: of a CLIP run, or a model.")
+    ],
+    out: options.NewFolder,
+    keep_pictures: Annotated[
+        bool, typer.Option("--keep-pictures", help="Copy the pictures too, for a decoder.")
+    ] = False,
+    per_shard: PerShard = 10_000,
+    quiet: options.Quiet = False,
+) -> None:
+    """Compute CLIP embeddings once, into shards to train a prior on."""
+    from unclip.cli.loading import silence
+    from unclip.training.embedding import embed as write
+
+    silence(downloads=True)
+    tell(write(source, clip, out, keep_pictures=keep_pictures, per_shard=per_shard, progress=_bar(quiet)), quiet)
+    print(out, flush=True)
+
+
+def tell(damage: "Damage", quiet: bool) -> None:
+    """What was read, and what could not be."""
+    for name, why in list(damage.broken.items())[:10]:
+        warn(f"{name}: {why}")
+    if not quiet:
+        note(f"{damage.num_read:,} samples read, {len(damage.broken):,} samples or shards broken")
+
+
+def _bar(quiet: bool) -> Any:
+    from tqdm import tqdm
+
+    return None if quiet else functools.partial(tqdm, disable=None)

@@ -1,0 +1,100 @@
+"""A whole data set looked at, and packed: nothing lost, what is broken named."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from unclip.data.samples import inspect, pack, raw_samples
+from unclip.data.shards import Damage, expand, read_shard
+from unclip.data.source import ShardSource, decode
+from unclip.errors import DataError, OutputExistsError
+
+from .conftest import png
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Five pictures, one of them held out, one broken, one missing."""
+    root = tmp_path / "set"
+    root.mkdir()
+    lines = []
+    for n in range(5):
+        (root / f"{n}.png").write_bytes(png(n) if n != 1 else b"no picture")
+        lines.append({"file_name": f"{n}.png", "captions": [f"picture {n}", "other"], "held_out": n == 3})
+    (root / "4.png").unlink()
+    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return root
+
+
+def test_packed_is_what_was_there(folder, tmp_path):
+    damage = pack(folder, tmp_path / "shards", per_shard=2)
+    assert damage.num_read == 4
+    assert list(damage.broken) == ["4.png"]
+    samples = [s for shard in expand(tmp_path / "shards") for s in read_shard(shard)]
+    assert [sample.parts["png"] for sample in samples] == [(folder / f"{n}.png").read_bytes() for n in (0, 1, 2)]
+    assert decode(samples[2], [8]).captions == ("picture 2", "other")
+    with pytest.raises(OutputExistsError):
+        pack(folder, tmp_path / "shards")
+
+
+def test_packed_shards_train(shards, tmp_path):
+    pack(shards(20, per_shard=7), tmp_path / "again", per_shard=4)
+    assert len(expand(tmp_path / "again")) == 5
+    source = ShardSource(tmp_path / "again", [8])
+    assert sorted(source.examples(100).captions) == sorted(f"picture {n}" for n in range(20))
+    source.close()
+
+
+def test_nothing_to_pack(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "none.png", "text": "t"}')
+    with pytest.raises(DataError, match=r"can be read.*none\.png"):
+        pack(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_inspected(folder):
+    found = inspect(folder)
+    assert (found.num_samples, found.num_captions, found.num_embeddings) == (2, 4, 0)
+    assert sorted(name.rsplit(": ")[0] for name in found.broken) == ["1.png", "4.png"]
+    assert found.sheet.width == 2 * 128 + 6
+
+
+def test_a_sheet_is_spread_over_the_whole(shards):
+    found = inspect(shards(200, per_shard=50), num_shown=4)
+    assert (found.num_samples, found.num_captions) == (200, 200)
+    sheet = found.sheet
+    assert sheet.size == (2 * 128 + 6, 2 * (128 + 18) + 6)
+    reds = [sheet.getpixel((x, y))[0] for y in (64, 64 + 152) for x in (64, 64 + 134)]
+    assert reds == sorted(reds)
+    assert reds[0] < 40
+    assert reds[-1] > 120
+
+
+def test_an_order_of_raw_samples(shards):
+    damage = Damage()
+    keys = [sample.key for sample in raw_samples(shards(6, per_shard=4), damage)]
+    assert keys == [f"{n:09}" for n in range(6)]
+    assert damage.num_read == 6
+
+
+def test_by_the_command_line(folder, tmp_path):
+    from typer.testing import CliRunner
+
+    from unclip.cli.main import app
+
+    sheet = tmp_path / "sheet.png"
+    done = CliRunner().invoke(app, ["data", "inspect", str(folder), "--sheet", str(sheet)])
+    assert done.exit_code == 0, done.output
+    assert "samples                      2" in done.stdout
+    assert "broken                       2" in done.stdout
+    assert "1.png" in done.stderr
+    with Image.open(sheet) as image:
+        assert image.format == "PNG"
+    again = CliRunner().invoke(app, ["data", "inspect", str(folder), "--sheet", str(sheet)])
+    assert again.exit_code == 1
+    assert "--overwrite" in again.stderr
+    done = CliRunner().invoke(app, ["data", "pack", str(folder), "--out", str(tmp_path / "shards")])
+    assert done.exit_code == 0, done.output
+    assert done.stdout == f"{tmp_path / 'shards'}\n"
+    assert "4 samples read, 1 samples or shards broken" in done.stderr
