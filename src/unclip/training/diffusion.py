@@ -28,11 +28,18 @@ from unclip.stages.prior import PriorStage
 from unclip.stages.stage import sample, size_px
 from unclip.stages.super_res import SuperResStage, enlarge
 from unclip.training.conditions import Captioned, FrozenClip, batch_text, text_batch
+from unclip.training.lora import adapt, merged, write_adapter
 from unclip.training.recipe import DecoderSettings, PriorSettings, ProcessRecipe, Recipe, SuperResSettings
 from unclip.training.task import Batch, Sourced, source_of
 
 SHEET_PICTURES = 48
 SHEET_STEPS = 20
+
+
+def write_network(network: nn.Module, folder: Path, name: str) -> None:
+    """Write component `name`, adapters merged into it, and the adapters alone beside it, if there are any."""
+    write_component(merged(network), folder / name, variant=None)
+    write_adapter(network, folder / f"{name}_lora")
 
 
 class StageModule(nn.Module):
@@ -101,6 +108,12 @@ def first_network(cls: type[N], name: str, settings: dict[str, Any], recipe: Rec
     return network.train()
 
 
+def put_adapters(network: nn.Module, recipe: Recipe) -> None:
+    """As the recipe has it: adapters in the network, or nothing."""
+    if recipe.lora is not None:
+        adapt(network, recipe.lora, recipe.seed)
+
+
 def noised(x0: Tensor, num_timesteps: int, generator: torch.Generator) -> Batch:
     """x0 with the noise and the timesteps that a step trains on."""
     return {
@@ -127,6 +140,7 @@ class PriorTask(Sourced):
             mean, std = self.data.spread()
             prior.clip_mean.copy_(mean)
             prior.clip_std.copy_(std)
+        put_adapters(prior, recipe)
         self.stage = PriorStage(prior, process_of(self.settings.process))
         self.module = StageModule(
             self.stage, lambda b: PriorCondition(batch_text(b)), self.settings.process.weighting, prior=prior
@@ -142,7 +156,7 @@ class PriorTask(Sourced):
         return text_batch(text) | noised(whitened, self.stage.process.num_timesteps, generator)
 
     def save(self, folder: Path) -> None:
-        write_component(self.stage.prior, folder / "prior", variant=None)
+        write_network(self.stage.prior, folder, "prior")
         write_component(scheduler_of(self.settings.process), folder / "prior_scheduler", variant=None)
 
     def sample_sheet(self, path: Path) -> None:
@@ -184,6 +198,8 @@ class DecoderTask(Sourced):
                 f"decoder.model.out_channels is {decoder.config.out_channels}; variance_type "
                 f"{process.variance_type!r} needs {wanted}"
             )
+        put_adapters(decoder, recipe)
+        text_proj.requires_grad_(recipe.lora is None)
         self.stage = DecoderStage(decoder, text_proj, process)
         self.module = StageModule(
             self.stage,
@@ -205,7 +221,7 @@ class DecoderTask(Sourced):
         return text_batch(text) | picture | {"image_embedding": embedding + jitter, "given": given}
 
     def save(self, folder: Path) -> None:
-        write_component(self.stage.decoder, folder / "decoder", variant=None)
+        write_network(self.stage.decoder, folder, "decoder")
         write_component(self.stage.text_proj, folder / "text_proj", variant=None)
         write_component(scheduler_of(self.settings.process), folder / "decoder_scheduler", variant=None)
 

@@ -159,6 +159,19 @@ class SuperResSettings:
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters instead of whole weights: their rank, their scale (alpha / rank), and which layers get one."""
+
+    rank: int = 8
+    alpha: float = 8.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
+
+    def __post_init__(self) -> None:
+        _check("lora", self, above_zero=("rank", "alpha"), below_one=("dropout",))
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One training run.
 
@@ -170,6 +183,7 @@ class Recipe:
         precision: "no" is float32.
         compile: compile the networks first (torch.compile): minutes at the start, then faster steps where it helps.
         trackers: what metrics go to beside metrics.jsonl: "tensorboard", "wandb", "trackio".
+        lora: train adapters in the network of `start_from` (prior or decoder) and leave its own weights.
         ema_decay: of the weights that are kept; warmed up as (1 + step) / (10 + step).
     """
 
@@ -188,6 +202,7 @@ class Recipe:
     save_every_s: float = 600.0
     sample_every_steps: int = 1000
     optimizer: OptimizerRecipe = OptimizerRecipe()
+    lora: LoraSettings | None = None
     clip: ClipSettings | None = None
     prior: PriorSettings | None = None
     decoder: DecoderSettings | None = None
@@ -200,6 +215,8 @@ class Recipe:
                 raise ConfigError(f"a recipe for stage {self.stage!r} {verb} a section [{stage}]")
         if self.start_from and self.stage == "clip":
             raise ConfigError("start_from is for prior, decoder and super_res; a CLIP is trained from its first step")
+        if self.lora and (self.stage not in ("prior", "decoder") or not self.start_from):
+            raise ConfigError("[lora] is for prior and decoder, and needs start_from: a model to adapt")
         for name in self.trackers:
             if name not in TRACKERS:
                 raise ConfigError(f"trackers has {name!r}; it may have {', '.join(TRACKERS)}")
