@@ -55,7 +55,7 @@ def folder(tmp_path):
 
 
 def test_a_folder_is_drawn_by_weight(folder):
-    source = FolderSource(folder, [8, 4])
+    source = FolderSource([folder], [8, 4])
     rows = source.draw(0, 4000, generator())
     assert {size: tuple(images.shape) for size, images in rows.images.items()} == {
         8: (4000, 3, 8, 8),
@@ -64,19 +64,35 @@ def test_a_folder_is_drawn_by_weight(folder):
     assert shown(rows) == rows.index.tolist()
     shares = torch.bincount(rows.index, minlength=5) / 4000
     torch.testing.assert_close(shares, torch.tensor([4.0, 1, 1, 0, 1]) / 7, atol=0.03, rtol=0)
-    even = FolderSource(folder, [8], weight_power=0.5).draw(0, 4000, generator()).index
+    even = FolderSource([folder], [8], weight_power=0.5).draw(0, 4000, generator()).index
     assert (even == 0).float().mean().item() == pytest.approx(2 / 5, abs=0.03)
     assert all(text in ("other", f"picture {n}") for text, n in zip(rows.captions, shown(rows), strict=True))
 
 
 def test_a_folders_examples(folder):
-    source = FolderSource(folder, [8])
+    source = FolderSource([folder], [8])
     assert sorted(shown(source.examples(100))) == [0, 1, 2, 4]  # a weight of 0 is never drawn
     assert shown(source.examples(2)) == shown(source.examples(2))
     assert source.examples(2).captions == [f"picture {n}" for n in shown(source.examples(2))]
     assert shown(source.examples(9, held_out=True)) == [5]
     assert sorted(set(source.all_captions())) == ["other", *(f"picture {n}" for n in range(5))]
-    assert len(FolderSource(folder, [8], include_held_out=True).records) == 6
+    assert len(FolderSource([folder], [8], include_held_out=True).records) == 6
+
+
+def test_several_folders_are_one(folder, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    (other / "a.png").write_bytes(png(200))
+    (other / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "the other", "weight": 3}')
+    source = open_source([folder, other], [8, 4], seed=0)
+    rows = source.draw(0, 4000, generator())
+    assert (rows.images[8].shape, rows.images[4].shape) == ((4000, 3, 8, 8), (4000, 3, 4, 4))
+    assert shown(rows).count(200) / 4000 == pytest.approx(3 / 10, abs=0.03)
+    assert shown(source.examples(9, held_out=True)) == [5]
+
+
+def test_shards_come_from_one_place(shards, folder):
+    with pytest.raises(DataError, match="read from one place"):
+        open_source([shards(2, per_shard=1), folder], [8], seed=0)
 
 
 def test_captions_are_chosen_at_the_stated_rate():

@@ -29,6 +29,11 @@ EMBED_EXAMPLES = options.examples(
     "unclip data embed shards --clip models/mine --out embedded --keep-pictures",
 )
 
+COMPOSE_EXAMPLES = options.examples(
+    "unclip data compose data/emoji --out data/composed",
+    "unclip data inspect data/composed --sheet sheet.png",
+)
+
 Data = Annotated[
     str, typer.Argument(metavar="DATA", help="A folder with metadata.jsonl, or shards: a folder, glob, URL.")
 ]
@@ -91,6 +96,28 @@ def inspect(
         print(sheet, flush=True)
     if not found.num_samples:
         raise typer.Exit(1)
+
+
+@data.command("compose", epilog=COMPOSE_EXAMPLES)
+def compose(
+    source: Annotated[Path, typer.Argument(metavar="DATA", help="A folder of single objects: unclip data emoji.")],
+    out: options.NewFolder,
+    count: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures to make.")] = 30_000,
+    seed: Annotated[int, typer.Option(min=0, max=2**32, metavar="N", help="Of all choices.")] = 0,
+    weight: Annotated[float, typer.Option(min=0.0, metavar="W", help="Of each picture in training.")] = 0.05,
+    quiet: options.Quiet = False,
+) -> None:
+    """Make pictures that show how captions compose.
+
+    Objects in other colours, on backgrounds, and two to a scene, with captions that say so. One combination in twenty
+    is held out.
+    """
+    from unclip.data.compose import compose as make
+
+    counts = make(source, out, count=count, seed=seed, weight=weight, progress=_bar(quiet))
+    if not quiet:
+        note(", ".join(f"{number} {name}" for name, number in counts.items()))
+    print(out, flush=True)
 
 
 @data.command("pack", epilog=PACK_EXAMPLES)

@@ -74,6 +74,13 @@ class CaptionedPictures:
         return chosen.float() / 127.5 - 1
 
 
+def join(parts: Sequence[CaptionedPictures]) -> CaptionedPictures:
+    """Pictures of several data sets, of one size, as one."""
+    records = [record for part in parts for record in part.records]
+    skipped = {name: why for part in parts for name, why in part.skipped.items()}
+    return CaptionedPictures(records, torch.cat([part.pixels for part in parts]), skipped)
+
+
 def read_records(folder: Path) -> list[Record]:
     """The lines of `metadata.jsonl`. Unknown keys are passed over, as the imagefolder convention wants.
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unclip.data.folder import CaptionedPictures, load_sizes, square_pixels
+from unclip.data.folder import CaptionedPictures, join, load_sizes, square_pixels
 from unclip.data.shards import RawSample, ShardStream, expand, is_shards
 from unclip.errors import DataError, ImageError
 from unclip.images import open_image
@@ -75,15 +75,20 @@ class Source(Protocol):
 
 
 class FolderSource:
-    """A folder with `metadata.jsonl` in memory; each picture is drawn by its weight to the power of `weight_power`."""
+    """Folders with `metadata.jsonl` in memory; a picture is drawn by its weight to the power of `weight_power`."""
 
     is_local = False
 
     def __init__(
-        self, folder: Path, sizes: Sequence[int], *, weight_power: float = 1.0, include_held_out: bool = False
+        self,
+        folders: Sequence[Path],
+        sizes: Sequence[int],
+        *,
+        weight_power: float = 1.0,
+        include_held_out: bool = False,
     ) -> None:
         self.sizes = tuple(sizes)
-        everything = load_sizes(folder, self.sizes)
+        everything = [join(parts) for parts in zip(*(load_sizes(part, self.sizes) for part in folders), strict=True)]
         split = [pictures.split(need_training=not include_held_out) for pictures in everything]
         self.pictures = everything if include_held_out else [training for training, _ in split]
         self.held_out = [held for _, held in split]
@@ -259,7 +264,7 @@ class _Sample:
 
 
 def open_source(
-    data: str | Path,
+    data: str | Path | Sequence[str | Path],
     sizes: Sequence[int],
     *,
     seed: int,
@@ -268,13 +273,18 @@ def open_source(
     rank: int = 0,
     world: int = 1,
 ) -> Source:
-    """The data set at `data`: a folder with `metadata.jsonl`, or tar shards (a folder of them, a glob, URLs).
+    """The data set at `data`: folders with `metadata.jsonl`, or tar shards (a folder of them, a glob, URLs).
 
     Raises: DataError when it is neither, or cannot be read.
     """
-    if is_shards(data):
-        return ShardSource(data, sizes, seed=seed, rank=rank, world=world)
-    return FolderSource(Path(data), sizes, weight_power=weight_power, include_held_out=include_held_out)
+    places = [data] if isinstance(data, str | Path) else list(data)
+    if any(is_shards(place) for place in places):
+        if len(places) > 1:
+            raise DataError("shards are read from one place; put them into one folder, or name them with one pattern")
+        return ShardSource(places[0], sizes, seed=seed, rank=rank, world=world)
+    return FolderSource(
+        [Path(place) for place in places], sizes, weight_power=weight_power, include_held_out=include_held_out
+    )
 
 
 def choose_captions(choices: Sequence[Sequence[str]], generator: torch.Generator) -> list[str]:

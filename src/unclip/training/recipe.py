@@ -177,7 +177,7 @@ class Recipe:
 
     Attributes:
         stage: which network is trained; the section of that name must be there, the others must not.
-        data: a folder of captioned pictures, or tar shards: a folder of them, a glob, or URLs with {00000..00041}.
+        data: a folder of captioned pictures, or a list of such; or tar shards: a folder, a glob, URLs with {000..041}.
         start_from: a model folder; training goes on from its networks of this stage instead of fresh ones.
         steps: optimizer steps in all; batch_size: pictures a step, over all processes and accumulations.
         precision: "no" is float32.
@@ -188,7 +188,7 @@ class Recipe:
     """
 
     stage: Literal["clip", "prior", "decoder", "super_res"]
-    data: Path | str
+    data: Path | str | tuple[Path | str, ...]
     start_from: Path | None = None
     steps: int = 10_000
     batch_size: int = 64
@@ -283,6 +283,8 @@ def _value(hint: Any, value: Any, base: Path, where: str) -> Any:
             raise ConfigError(f"{where} is {value!r}; it must be a list of texts in quotes")
         return tuple(value)
     if hint is Path:
+        if isinstance(value, list) and value and where == "data":
+            return tuple(_value(Path, part, base, where) for part in value)
         if not isinstance(value, str) or "\0" in value:
             raise ConfigError(f"{where} is {value!r}; it must be a path in quotes")
         return value if "://" in value else base / Path(value).expanduser()
@@ -301,7 +303,7 @@ def as_dict(recipe: Recipe) -> dict[str, Any]:
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items() if v is not None}
         if isinstance(value, tuple):
-            return list(value)
+            return [plain(part) for part in value]
         return str(value) if isinstance(value, Path) else value
 
     return plain(dataclasses.asdict(recipe))
