@@ -176,10 +176,10 @@ class ShardSource:
             if self._ahead is not None:
                 self._ahead.cancel()
             self._samples = self.stream.read_from(position)
-            self._ahead = self._reader.submit(self._batch, count)
+            self._ahead = self._reader.submit(self._batch, self._samples, count)
         samples = self._ahead.result()
         self._next = position + count
-        self._ahead = self._reader.submit(self._batch, count)
+        self._ahead = self._reader.submit(self._batch, self._samples, count)
         self._tell()
         captions = choose_captions([sample.captions for sample in samples], generator)
         return self._rows(samples, captions)
@@ -209,8 +209,8 @@ class ShardSource:
         for pool in (self._reader, self._decoders):
             pool.shutdown(cancel_futures=True)
 
-    def _batch(self, count: int) -> "list[_Sample]":
-        raw = list(itertools.islice(self._samples, count))
+    def _batch(self, samples: Iterator[RawSample], count: int) -> "list[_Sample]":
+        raw = list(itertools.islice(samples, count))
         found = list(self._decoders.map(self._decode, raw))
         good = [sample for sample in found if isinstance(sample, _Sample)]
         damage = self.stream.damage
