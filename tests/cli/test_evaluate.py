@@ -53,9 +53,10 @@ def test_a_report(ask, tmp_path, model):
     assert str(tmp_path) not in json.dumps(report)
     assert sorted(path.name for path in (tmp_path / "sheets").iterdir()) == ["s-held-out.png", "s-seen.png"]
     lines = done.lines
-    assert lines[0].split() == ["number", "first", "in", "five"]
-    assert [line.split()[0] for line in lines[1:]] == ["seen,", "seen,", "held", "held", "chance"]
-    assert lines[-1].split() == ["chance", "3", "33.3%", "100.0%"]
+    assert lines[0].split() == ["number", "first", "in", "five", "score"]
+    assert [line.split()[0] for line in lines[1:]] == ["seen,", "seen,", "held", "held", "chance", "seen:"]
+    assert lines[5].split() == ["chance", "3", "33.3%", "100.0%"]
+    assert "Fréchet distance" in lines[6]
 
 
 def test_defaults_of_the_model_and_options(ask, tmp_path, model, monkeypatch):
@@ -63,7 +64,7 @@ def test_defaults_of_the_model_and_options(ask, tmp_path, model, monkeypatch):
     defaults = {"prior_guidance_scale": 1.5, "decoder_guidance_scale": 2.5, "decoder_num_inference_steps": 9}
     (copied / "generation_defaults.json").write_text(json.dumps(defaults))
     asked = {}
-    rates = {"at_1": 0.5, "at_5": 1.0}
+    rates = {"at_1": 0.5, "at_5": 1.0, "clip_score": 0.3}
     found = {"num_captions": 3, "chance_at_1": 0.3, "chance_at_5": 1.0, "held_out": {"num": 0}}
     found["seen"] = {"num": 2, "generated": rates, "real": rates}
     monkeypatch.setattr(measured, "retrieval", lambda *them, **named: asked.update(named) or found)
@@ -146,3 +147,19 @@ def test_no_data(unclip, model, tmp_path):
     done = unclip("evaluate", "retrieval", *named, "-q")
     assert (done.code, done.out) == (1, "")
     assert "unclip data emoji" in done.err
+
+
+def test_variations_by_the_command_line(unclip, model, data, tmp_path):
+    few = ["--decoder-steps", "2", "--super-res-steps", "2", "--judge", model, "-q"]
+    out = tmp_path / "variations.json"
+    done = unclip("evaluate", "variations", "--model", model, "--data", data, "--out", out, *few)
+    assert done.code == 0, done.err
+    assert done.lines[0].split() == ["number", "first", "in", "five", "score"]
+    assert any(line.startswith("seen: cosine to its picture") for line in done.lines)
+    report = json.loads(out.read_text())
+    assert report["variations"]["seen"]["num"] == 2
+    assert 0 < report["variations"]["seen"]["pixel_difference"] < 1
+    assert report["settings"]["decoder_num_inference_steps"] == 2
+    again = unclip("evaluate", "variations", "--model", model, "--data", data, "--out", out, *few)
+    assert again.code == 1
+    assert "is there already" in again.err

@@ -62,7 +62,9 @@ def test_a_perfect_model(data):
     judge, pipeline = FakeJudge(), FakePipeline()
     found = retrieval(pipeline, judge, data, num_seen=10, batch_size=2, seed=7, decoder_guidance_scale=2.0)
     assert sorted(judge.captions) == ["black", "blue", "cyan", "green", "red"]
-    perfect = {"at_1": 1.0, "at_5": 1.0}
+    perfect = {"at_1": 1.0, "at_5": 1.0, "clip_score": 1.0}
+    distance = found["seen"].pop("distance")
+    assert distance["frechet"] == pytest.approx(0, abs=1e-4)
     assert found == {
         "num_captions": 5,
         "chance_at_1": 0.2,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from unclip.data.folder import Record, read_records
 from unclip.errors import DataError, InputError
+from unclip.evaluation.distances import frechet_distance, kernel_distance
 from unclip.images import grid, open_image
 from unclip.pipelines.component import read_component
 from unclip.pipelines.text_to_image import UnCLIPPipeline
@@ -98,6 +99,41 @@ def bare_caption(record: Record, plain_style: str = PLAIN_STYLE) -> str:
     return caption if record.style == plain_style else caption.removesuffix(f", {record.style} style")
 
 
+@dataclass(frozen=True)
+class Exam:
+    """What the judge is asked: which concepts, and among which captions it chooses.
+
+    Attributes:
+        concepts: all of the data set.
+        groups: those asked for, "seen" and "held_out".
+        captions: the bare captions of all concepts, each once; `known` are the judge's embeddings of them.
+    """
+
+    concepts: list[Record]
+    groups: dict[str, list[Record]]
+    captions: list[str]
+    known: Tensor
+
+    @classmethod
+    def prepare(cls, judge: Judge, data: Path, *, num_seen: int, batch_size: int, seed: int) -> "Exam":
+        """Raises: InputError when a number is below 1; DataError when the data set cannot be used."""
+        for name, count in (("num_seen", num_seen), ("batch_size", batch_size)):
+            if count < 1:
+                raise InputError(f"{name} is {count}; it must be at least 1")
+        concepts = concepts_of(read_records(data))
+        captions = list(dict.fromkeys(bare_caption(record) for record in concepts))
+        return cls(concepts, _groups(concepts, num_seen, seed), captions, judge.read(captions))
+
+    def rates(self, features: Tensor, group: Sequence[Record]) -> dict[str, float]:
+        """How often a picture's own caption comes first and among five, and its mean cosine (CLIP score)."""
+        rows = {caption: row for row, caption in enumerate(self.captions)}
+        own = [rows[bare_caption(record)] for record in group]
+        places = ranks(features, own, self.known)
+        found = {f"at_{k}": round((places < k).float().mean().item(), 4) for k in (1, 5)}
+        score = (features * self.known[own]).sum(dim=1).mean()
+        return found | {"clip_score": round(score.item(), 4)}
+
+
 def retrieval(
     pipeline: UnCLIPPipeline,
     judge: Judge,
@@ -127,30 +163,25 @@ def retrieval(
         progress: wraps the starts of the batches, as tqdm does.
         call: arguments of the pipeline's call.
 
-    Returns: for "seen" and "held_out": the number, how they were chosen, the first and last seed, and at_1 and at_5 of
-        generated and real pictures (no rates for a group of none); how many held-out concepts there are in all, and
-        how many of them were left out; and chance.
+    Returns: for "seen" and "held_out": the number, how they were chosen, the first and last seed, at_1, at_5 and
+        clip_score of generated and real pictures (none for a group of none), and the distance between the two sets in
+        the judge's space; how many held-out concepts there are in all, and how many of them were left out; and chance.
 
     Raises:
         InputError: `num_seen` or `batch_size` is below 1.
         DataError: the data set cannot be used.
     """
-    for name, count in (("num_seen", num_seen), ("batch_size", batch_size)):
-        if count < 1:
-            raise InputError(f"{name} is {count}; it must be at least 1")
-    concepts = concepts_of(read_records(data))
-    captions = list(dict.fromkeys(bare_caption(record) for record in concepts))
-    rows = {caption: row for row, caption in enumerate(captions)}
-    known = judge.read(captions)
+    exam = Exam.prepare(judge, data, num_seen=num_seen, batch_size=batch_size, seed=seed)
+    num_captions = len(exam.captions)
     result: dict[str, Any] = {
-        "num_captions": len(captions),
-        "chance_at_1": 1 / len(captions),
-        "chance_at_5": min(1.0, 5 / len(captions)),
+        "num_captions": num_captions,
+        "chance_at_1": 1 / num_captions,
+        "chance_at_5": min(1.0, 5 / num_captions),
     }
-    for name, group in _groups(concepts, num_seen, seed).items():
+    for name, group in exam.groups.items():
         result[name] = {"num": len(group), "drawn": DRAWN[name]}
         if name == "held_out":
-            in_all = sum(record.held_out for record in concepts)
+            in_all = sum(record.held_out for record in exam.concepts)
             result[name] |= {"num_in_all": in_all, "num_without_plain_style": in_all - len(group)}
         if not group:
             continue
@@ -161,9 +192,14 @@ def retrieval(
             part = asked[start : start + batch_size]
             made += pipeline(part, seed=[seed + start + i for i in range(len(part))], **call).images  # pyright: ignore
         real = [open_image(data / record.file_name) for record in group]
-        for kind, pictures in (("generated", made), ("real", real)):
-            places = ranks(judge.look(pictures), [rows[caption] for caption in asked], known)
-            result[name][kind] = {f"at_{k}": round((places < k).float().mean().item(), 4) for k in (1, 5)}
+        looked = {"generated": judge.look(made), "real": judge.look(real)}
+        result[name] |= {kind: exam.rates(features, group) for kind, features in looked.items()}
+        if len(group) > 1:
+            result[name]["distance"] = {
+                "space": "the judge's image embeddings",
+                "frechet": round(frechet_distance(*looked.values()), 4),
+                "kernel": round(kernel_distance(*looked.values()), 6),
+            }
         if sheet is not None:
             sheet.parent.mkdir(parents=True, exist_ok=True)
             columns = min(16, math.ceil(math.sqrt(len(made))))
@@ -172,6 +208,7 @@ def retrieval(
 
 
 def _groups(concepts: Sequence[Record], num_seen: int, seed: int) -> dict[str, list[Record]]:
+    """Which concepts are asked for: "seen" drawn by weight, "held_out" all; both of the plain style if there is one."""
     plain = [record for record in concepts if record.style == PLAIN_STYLE] or list(concepts)
     seen = [record for record in plain if not record.held_out and record.weight > 0]
     if not seen:
