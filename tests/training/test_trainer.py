@@ -401,7 +401,7 @@ def test_a_state_that_lacks_its_step(tmp_path):
 
 
 def test_precision_that_is_not_there(tmp_path, monkeypatch):
-    def refuses(mixed_precision):
+    def refuses(**settings):
         raise ValueError("fp16 mixed precision requires a GPU")
 
     monkeypatch.setattr(trainer_module, "Accelerator", refuses)
