@@ -202,6 +202,37 @@ def test_kernels_equal_pytorchs():
     assert norm(x.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", [prior_case, decoder_case, super_res_case])
+@torch.no_grad()
+def test_a_half_type_that_the_cpu_only_emulates_is_computed_in_float32(case, dtype, monkeypatch):
+    seen = []
+    for name in ("linear", "conv2d", "scaled_dot_product_attention"):
+        own = getattr(torch.nn.functional, name)
+
+        def watched(x, *args, own=own, **kwargs):
+            seen.append(x.dtype)
+            return own(x, *args, **kwargs)
+
+        monkeypatch.setattr(torch.nn.functional, name, watched)
+    model, inputs = case()
+    expected = model(*inputs)[0]
+    model.to(dtype)
+    halved = [x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
+    monkeypatch.setattr(kernels, "_cpu_computes", lambda dtype: True)
+    seen.clear()
+    model(*halved)
+    assert dtype in seen
+    monkeypatch.setattr(kernels, "_cpu_computes", lambda dtype: False)
+    seen.clear()
+    got = model(*halved)[0]
+    assert set(seen) == {torch.float32}
+    assert got.dtype == dtype
+    assert (got.float() - expected).norm() < 0.05 * expected.norm()
+    assert not kernels.is_emulated(torch.float32, torch.device("cpu"))
+    assert not kernels.is_emulated(dtype, torch.device("cuda"))
+
+
 @pytest.mark.parametrize("case", [decoder_case, super_res_case])
 @torch.no_grad()
 def test_channels_last_stays_so_and_changes_nothing(case):

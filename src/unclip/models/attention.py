@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unclip.errors import InputError
 from unclip.models.entry import entry_point, routes_entry_points
-from unclip.models.kernels import GroupNorm, attention
+from unclip.models.kernels import GroupNorm, Linear, attention
 
 MASKED = -10_000.0
 """What the ecosystem adds to the score of a token that must not be seen (and not minus infinity)."""
@@ -46,10 +46,10 @@ class HeadedAttention(nn.Module):
         super().__init__()
         self.num_heads = width // head_width
         self.slice_size: int | str | None = None
-        self.to_q = nn.Linear(width, width)
-        self.to_k = nn.Linear(width, width)
-        self.to_v = nn.Linear(width, width)
-        self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Dropout(dropout)])
+        self.to_q = Linear(width, width)
+        self.to_k = Linear(width, width)
+        self.to_v = Linear(width, width)
+        self.to_out = nn.ModuleList([Linear(width, width), nn.Dropout(dropout)])
 
     def split_heads(self, tokens: Tensor) -> Tensor:
         """[batch, tokens, width] → a view [batch, heads, tokens, head width]."""
@@ -93,8 +93,8 @@ class AddedKeyValueAttention(HeadedAttention):
     def __init__(self, channels: int, head_width: int, context_width: int, num_groups: int) -> None:
         super().__init__(channels, head_width)
         self.group_norm = GroupNorm(num_groups, channels, eps=1e-5)
-        self.add_k_proj = nn.Linear(context_width, channels)
-        self.add_v_proj = nn.Linear(context_width, channels)
+        self.add_k_proj = Linear(context_width, channels)
+        self.add_v_proj = Linear(context_width, channels)
 
     def prepare(self, context: Tensor) -> KeyValue:
         """Keys and values of the context [batch, tokens, context width]; the same at every step."""
@@ -114,7 +114,7 @@ class AddedKeyValueAttention(HeadedAttention):
 class _GeluLinear(nn.Module):
     def __init__(self, width: int, hidden_width: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(width, hidden_width)
+        self.proj = Linear(width, hidden_width)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return F.gelu(self.proj(tokens))
@@ -125,7 +125,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
-        self.net = nn.Sequential(_GeluLinear(width, 4 * width), nn.Dropout(dropout), nn.Linear(4 * width, width))
+        self.net = nn.Sequential(_GeluLinear(width, 4 * width), nn.Dropout(dropout), Linear(4 * width, width))
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.net(tokens)

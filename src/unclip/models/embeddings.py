@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.errors import ConfigError
+from unclip.models.kernels import Linear
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
@@ -63,9 +64,9 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, in_width: int, hidden_width: int, out_width: int | None = None, act_fn: str = "silu") -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(in_width, hidden_width)
+        self.linear_1 = Linear(in_width, hidden_width)
         self.act = activation(act_fn)
-        self.linear_2 = nn.Linear(hidden_width, out_width or hidden_width)
+        self.linear_2 = Linear(hidden_width, out_width or hidden_width)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.linear_2(self.act(self.linear_1(features)))

@@ -16,6 +16,7 @@ from unclip.models.component import Component, check_rows
 from unclip.models.config import MAX_LAYERS, ModelConfig
 from unclip.models.embeddings import ACTIVATIONS, TimestepEmbedding, sinusoidal_embedding, timestep_rows
 from unclip.models.entry import entry_point, routes_entry_points
+from unclip.models.kernels import Linear
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,12 +104,10 @@ class PriorTransformer(Component[PriorConfig]):
         self.time_embedding = TimestepEmbedding(
             width, config.time_embed_dim or width, width, act_fn=config.time_embed_act_fn
         )
-        self.proj_in = nn.Linear(config.embedding_dim, width)
+        self.proj_in = Linear(config.embedding_dim, width)
         self.embedding_proj_norm = nn.LayerNorm(text_width) if config.embedding_proj_norm_type else None
-        self.embedding_proj = nn.Linear(text_width, width)
-        self.encoder_hidden_states_proj = (
-            nn.Linear(config.embedding_dim, width) if config.encoder_hid_proj_type else None
-        )
+        self.embedding_proj = Linear(text_width, width)
+        self.encoder_hidden_states_proj = Linear(config.embedding_dim, width) if config.encoder_hid_proj_type else None
         num_tokens = config.num_embeddings + config.additional_embeddings
         self.positional_embedding = nn.Parameter(torch.zeros(1, num_tokens, width))
         self.prd_embedding = nn.Parameter(torch.zeros(1, 1, width)) if config.added_emb_type else None
@@ -117,7 +116,7 @@ class PriorTransformer(Component[PriorConfig]):
         )
         self.norm_in = nn.LayerNorm(width) if config.norm_in_type else None
         self.norm_out = nn.LayerNorm(width)
-        self.proj_to_clip_embeddings = nn.Linear(width, config.output_width)
+        self.proj_to_clip_embeddings = Linear(width, config.output_width)
         # Statistics of the data: in the state dict, and not for an optimizer.
         self.clip_mean = nn.Parameter(torch.zeros(1, config.output_width), requires_grad=False)
         self.clip_std = nn.Parameter(torch.ones(1, config.output_width), requires_grad=False)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.models.embeddings import activation
-from unclip.models.kernels import GroupNorm
+from unclip.models.kernels import Conv2d, GroupNorm, Linear
 
 
 class ResnetBlock(nn.Module):
@@ -37,13 +37,13 @@ class ResnetBlock(nn.Module):
         self.scale_shift = scale_shift
         self.resample = resample
         self.norm1 = GroupNorm(num_groups, in_channels, eps=eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(embedding_width, out_channels * (2 if scale_shift else 1))
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = Linear(embedding_width, out_channels * (2 if scale_shift else 1))
         self.norm2 = GroupNorm(num_groups, out_channels, eps=eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         self.act = activation(act_fn)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """`embedding` [batch or 1, embedding_width] has been through its activation already, once for all blocks."""

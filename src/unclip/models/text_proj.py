@@ -13,6 +13,7 @@ from unclip.errors import InputError
 from unclip.models.component import Component, check_rows
 from unclip.models.config import ModelConfig
 from unclip.models.entry import entry_point, routes_entry_points
+from unclip.models.kernels import Linear
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -46,10 +47,10 @@ class UnCLIPTextProjModel(Component[UnCLIPTextProjConfig]):
     def build(self, config: UnCLIPTextProjConfig) -> None:
         width, context_width = config.clip_embeddings_dim, config.cross_attention_dim
         self.learned_classifier_free_guidance_embeddings = nn.Parameter(torch.zeros(width))
-        self.embedding_proj = nn.Linear(width, config.time_embed_dim)
-        self.clip_image_embeddings_project_to_time_embeddings = nn.Linear(width, config.time_embed_dim)
-        self.clip_extra_context_tokens_proj = nn.Linear(width, config.clip_extra_context_tokens * context_width)
-        self.encoder_hidden_states_proj = nn.Linear(width, context_width)
+        self.embedding_proj = Linear(width, config.time_embed_dim)
+        self.clip_image_embeddings_project_to_time_embeddings = Linear(width, config.time_embed_dim)
+        self.clip_extra_context_tokens_proj = Linear(width, config.clip_extra_context_tokens * context_width)
+        self.encoder_hidden_states_proj = Linear(width, context_width)
         self.text_encoder_hidden_states_norm = nn.LayerNorm(context_width)
 
     def initialize_for_training(self, generator: torch.Generator | None = None) -> Self:

@@ -15,7 +15,7 @@ from unclip.models.attention import AddedKeyValueAttention, KeyValue, mask_bias
 from unclip.models.component import Component, zero
 from unclip.models.embeddings import TimestepEmbedding, activation, sinusoidal_embedding, timestep_rows
 from unclip.models.entry import entry_point, routes_entry_points
-from unclip.models.kernels import GroupNorm
+from unclip.models.kernels import Conv2d, GroupNorm
 from unclip.models.resnet import ResnetBlock
 from unclip.models.unet_blocks import BlockMaker, DownBlock, Level, MidBlock, UpBlock
 from unclip.models.unet_config import CROSS_DOWN, CROSS_MID, CROSS_UP, UNet2DConditionConfig, UNet2DConfig, UNetConfig
@@ -66,7 +66,7 @@ class _UNet(Component[C]):
             head_width=config.attention_head_dim,
             context_width=config.cross_attention_dim if isinstance(config, UNet2DConditionConfig) else 0,
         )
-        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], config.embedding_width, act_fn=outer_act)
         self.embedding_act = activation(config.act_fn)
 
@@ -86,7 +86,7 @@ class _UNet(Component[C]):
 
         self.conv_norm_out = GroupNorm(config.norm_num_groups, width, eps=config.norm_eps)
         self.conv_act = activation(outer_act)
-        self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(width, config.out_channels, 3, padding=1)
 
     def initialize_for_training(self, generator: torch.Generator | None = None) -> Self:
         """As `Component`'s; besides, every residual branch and the output start at zero."""

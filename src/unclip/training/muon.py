@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unclip.models.kernels import is_emulated
+
 # The quintic of the Newton-Schulz iteration, chosen to lift small singular values fast (Jordan et al. 2024).
 QUINTIC = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -89,12 +91,13 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """For each of [number, rows, columns], about the nearest matrix with orthonormal rows or columns, in bfloat16.
+    """For each of [number, rows, columns], about the nearest matrix with orthonormal rows or columns.
 
-    Five steps of the Newton-Schulz iteration: singular values end between about 0.7 and 1.2.
+    In bfloat16, or in float32 where the CPU only emulates bfloat16. Five steps of the Newton-Schulz iteration: singular
+    values end between about 0.7 and 1.2.
     """
     a, b, c = QUINTIC
-    x = matrices.to(torch.bfloat16)
+    x = matrices.to(torch.float32 if is_emulated(torch.bfloat16, matrices.device) else torch.bfloat16)
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT

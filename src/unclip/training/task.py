@@ -13,6 +13,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
 from unclip.data.source import Source, open_source
+from unclip.models.kernels import is_emulated
 from unclip.training.recipe import Recipe
 
 Batch = dict[str, Tensor]
@@ -71,6 +72,12 @@ class Sourced:
 def computes_on_cpu() -> bool:
     """Whether training runs on the CPU: there is nothing else, or accelerate was told so."""
     return not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def mixed_precision(precision: str) -> str:
+    """What a recipe's `precision` comes to here: "bf16" is "no" (float32) on a CPU that would only emulate it."""
+    emulated = precision == "bf16" and computes_on_cpu() and is_emulated(torch.bfloat16, torch.device("cpu"))
+    return "no" if emulated else precision
 
 
 def source_of(recipe: Recipe, sizes_px: tuple[int, ...], **how: Any) -> Source:

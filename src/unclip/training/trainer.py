@@ -23,7 +23,7 @@ from unclip.errors import ConfigError, TrainingError
 from unclip.training.muon import Muon, split_parameters
 from unclip.training.recipe import OptimizerRecipe, Recipe, as_dict
 from unclip.training.state import RunFolder, Snapshot, flat, optimizer_tensors, restore_optimizer
-from unclip.training.task import Batch, Task, computes_on_cpu
+from unclip.training.task import Batch, Task, computes_on_cpu, mixed_precision
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -77,7 +77,7 @@ class Trainer:
         try:
             self.accelerator = Accelerator(
                 cpu=computes_on_cpu(),
-                mixed_precision=recipe.precision,
+                mixed_precision=mixed_precision(recipe.precision),
                 log_with=list(recipe.trackers) or None,
                 project_dir=folder,
             )
