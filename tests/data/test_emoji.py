@@ -8,9 +8,11 @@ import tarfile
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 from unclip.data import emoji
 from unclip.data.folder import load_pictures, read_records
+from unclip.data.phrases import PHRASES
 from unclip.errors import DataError, MissingDependencyError, OutputExistsError
 
 DOT = '<circle cx="16" cy="16" r="15" fill="{}"/>'
@@ -213,6 +215,40 @@ def test_captions():
     ]
     assert list(emoji.captions(entry, "noto")) == [f"{text}, noto style" for text in flat[:-1]]
     assert list(emoji.captions({"label": "cat"}, "flat"))[-1] == "cat, flat style"
+
+
+def test_phrases_and_colours_are_captions_too():
+    found = list(emoji.captions({"label": "pizza", "tags": ["cheese"], "group": 4}, "flat", "orange"))
+    assert found[0] == "pizza"
+    assert {"slice of pizza", "orange pizza", "an orange pizza"} <= set(found)
+    assert len(found) == len(set(found))
+    faces = list(emoji.captions({"label": "sleepy face", "tags": ["good", "night", "zzz…"], "group": 0}, "noto"))
+    assert {"good face, noto style", "night face, noto style"} <= set(faces)
+    assert not any("zzz… face" in face for face in faces)
+    told = list(emoji.captions({"label": "red apple"}, "flat", "red"))  # its colour stands in the label already
+    assert "an apple" in told
+    assert "red red apple" not in told
+    assert not [text for text in told if text.startswith("a red red")]
+
+
+def test_every_phrase_belongs_to_a_label_that_may_be_drawn():
+    assert all(phrases and all(phrase == phrase.lower() for phrase in phrases) for phrases in PHRASES.values())
+    assert all(len(set(phrases)) == len(phrases) for phrases in PHRASES.values())
+
+
+@pytest.mark.parametrize(
+    ("colour", "word"),
+    [
+        ("#e02020", "red"), ("#ff822d", "orange"), ("#fcd53f", "yellow"), ("#44911b", "green"), ("#86d72f", "green"),
+        ("#0074ba", "blue"), ("#8d65c5", "purple"), ("#f59fb0", "pink"), ("#a56953", "brown"), ("#ffffff", "white"),
+        ("#9b9b9b", "grey"), ("#1c1c1c", "black"), ("#2d1b1b", None),
+    ],
+)  # fmt: skip
+def test_colours_have_the_names_that_people_give_them(colour, word):
+    image = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    image.paste(Image.new("RGBA", (10, 10), colour), (3, 3))
+    assert emoji.colour_of(image) == word
+    assert emoji.colour_of(Image.new("RGBA", (4, 4), (0, 0, 0, 0))) is None
 
 
 def test_hexcode():

@@ -16,7 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from unclip.checkpoints.files import atomic_folder
+from unclip.data.compose import COLOUR_WORDS, HUE_REACH, noun_of, own_hue, with_article
+from unclip.data.phrases import PHRASES
 from unclip.errors import DataError, MissingDependencyError
 
 RENDER_SIZE_PX = 128
@@ -80,6 +85,12 @@ SUBGROUP_WEIGHTS = {
     49: 0.8, 58: 0.4, 59: 3.0,  # maps, clocks, weather
     83: 0.2, 84: 0.4, 85: 0.2, 87: 0.4, 88: 0.3, 94: 0.2, 95: 0.2, 96: 0.8,  # signs, arrows, letters, shapes
 }  # fmt: skip
+# Up to which hue in degrees a person says which colour.
+HUE_NAMES = (
+    ("red", 16), ("orange", 35), ("yellow", 60), ("green", 168), ("blue", 252), ("purple", 300), ("pink", 338),
+    ("red", 361),
+)  # fmt: skip
+
 HELD_OUT_SHARE = 0.05
 # Of 400 salts the one that keeps fewest of 180 common words (cat, apple, car…) out of training: two of them.
 HELD_OUT_SALT = "unclip-held-out-259"
@@ -131,12 +142,14 @@ def build_emoji(
                     svg_string=svg, width=RENDER_SIZE_PX, height=RENDER_SIZE_PX, skip_system_fonts=True
                 )
                 (draft / file_name).write_bytes(bytes(png))
+                with Image.open(io.BytesIO(bytes(png))) as rendered:
+                    colour = colour_of(rendered.convert("RGBA"))
                 record = {
                     "file_name": file_name,
                     "concept": code,
                     "label": entry["label"],
                     "style": style,
-                    "captions": list(captions(entry, style)),
+                    "captions": list(captions(entry, style, colour)),
                     "weight": concept_weight(entry) * STYLE_WEIGHTS[style],
                     "held_out": held_out,
                 }
@@ -162,21 +175,56 @@ def concept_weight(entry: dict[str, Any]) -> float:
     return weight * (0.4 if "gender" in entry else 1.0)
 
 
-def captions(entry: dict[str, Any], style: str) -> Iterator[str]:
-    """The captions of one picture, the plain label first. The flat style goes unnamed, the others are said."""
+def captions(entry: dict[str, Any], style: str, colour: str | None = None) -> Iterator[str]:
+    """The captions of one picture, the plain label first. The flat style goes unnamed, the others are said.
+
+    Args:
+        entry: of emojibase: `label`, `tags`, `group`.
+        style: a key of `STYLES`.
+        colour: the word for the picture's own colour, if it has one: it goes before the noun.
+    """
     label = entry["label"].lower().replace("“", "").replace("”", "")
     tags = [tag.lower() for tag in entry.get("tags", [])]
-    article = "an" if label[0] in "aeiou" else "a"
-    texts = [label, f"{article} {label}", f"an emoji of {article} {label}", f"a picture of {article} {label}"]
-    texts += [f"{label}, {tag}" for tag in tags[:6]]
-    texts += [f"{tags[i]} {tags[i + 1]}" for i in range(0, min(len(tags), 6) - 1, 2)]
+    texts = [label, with_article(label), f"an emoji of {with_article(label)}", f"a picture of {with_article(label)}"]
+    texts += PHRASES.get(entry["label"], ())
+    noun = noun_of(label)
+    if noun is not None and noun != label:
+        texts.append(with_article(noun))
+    if colour is not None and noun is not None and not COLOUR_WORDS & set(label.split()):
+        texts += [f"{colour} {noun}", f"{with_article(colour)} {noun}"]
+    if label.endswith(" face") and entry.get("group") == 0:
+        texts += [f"{tag} face" for tag in tags if tag.isalpha() and tag not in label][:4]
+    texts += [f"{label}, {tag}" for tag in tags[:4]]
+    texts += [f"{tags[i]} {tags[i + 1]}" for i in range(0, min(len(tags), 4) - 1, 2)]
     texts += [", ".join([label, *tags[:3]])] if tags else []
+    texts = list(dict.fromkeys(text.lower() for text in texts))
     if style == "flat":
         yield from texts
         yield f"{label}, flat style"
         return
     for text in texts:
         yield f"{text}, {style} style"
+
+
+def colour_of(image: Image.Image) -> str | None:
+    """The word for the colour that most of an object [RGBA] has; None where a person might say another."""
+    hsv = np.asarray(image.convert("RGB").convert("HSV")).astype(np.float64)[np.asarray(image)[..., 3] > 128] / 255
+    if not len(hsv):
+        return None
+    centre = own_hue(image)
+    if centre is None:
+        value = float(np.median(hsv[:, 2]))
+        is_plain = float(np.mean(hsv[:, 1] < 0.2)) > 0.7
+        return ("white" if value > 0.88 else "grey" if value > 0.35 else "black") if is_plain else None
+    turn = (hsv[:, 0] * 360 - centre + 180) % 360 - 180  # degrees from the centre, either way
+    near = (np.abs(turn) < HUE_REACH) & (hsv[:, 1] > 0.3)
+    hue = float(np.median(turn[near]) + centre) % 360
+    saturation, value = np.median(hsv[near, 1:], axis=0)
+    if value < 0.3 or (value < 0.72 and (hue < 45 or hue > 300)):
+        return "brown" if 0.3 <= value and hue < 45 and saturation < 0.75 else None
+    if (hue > 285 or hue < 16) and saturation < 0.6:
+        return "pink" if value > 0.8 else None
+    return next(name for name, below in HUE_NAMES if hue < below)
 
 
 def _fetch(folder: Path) -> Path:
