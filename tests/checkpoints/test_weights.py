@@ -462,3 +462,15 @@ print(peak_mb() - before)
 """
     used = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert used < factor * size_mb, f"{used:.0f} MB for a file of {size_mb} MB"
+
+
+def test_kernels_take_the_modules_layout(tmp_path):
+    kernel = torch.randn(8, 4, 3, 3)
+    save_weights(tmp_path, {"weight": kernel, "bias": torch.zeros(8)})
+    plain, last = torch.nn.Conv2d(4, 8, 3), torch.nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+    for module in (plain, last):
+        load_into(module, tmp_path)
+        assert torch.equal(module.weight, kernel)
+    assert plain.weight.is_contiguous()
+    assert last.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not last.weight.is_contiguous()

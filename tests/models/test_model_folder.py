@@ -37,6 +37,16 @@ def test_round_trip(model, tmp_path):
     assert written["num_layers"] == 2
 
 
+def test_a_unet_is_channels_last_from_a_folder_as_built(tmp_path):
+    kinds = dict(down_block_types=["ResnetDownsampleBlock2D"] * 2, up_block_types=["ResnetUpsampleBlock2D"] * 2)
+    built = UNet2DModel(block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4, add_attention=False, **kinds)
+    built.save_pretrained(tmp_path)
+    for network in (built, UNet2DModel.from_pretrained(tmp_path)):
+        kernels = [module.weight for module in network.modules() if isinstance(module, torch.nn.Conv2d)]
+        assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+        assert not all(kernel.is_contiguous() for kernel in kernels)
+
+
 def test_variant(model, tmp_path):
     model.half().save_pretrained(tmp_path, variant="fp16")
     assert (tmp_path / "diffusion_pytorch_model.fp16.safetensors").exists()

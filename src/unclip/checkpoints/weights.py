@@ -192,10 +192,10 @@ def load_into(
     """Fill `module`, usually built on the meta device, with the weights in `folder`; all of it or nothing.
 
     Names and shapes are compared before any weight is read. Floating tensors become `dtype`, or the type that the
-    module has for them; requires_grad stays as it is. At most about one copy of the weights is in memory: those that
-    keep their type stay mapped from the file, privately, so the file may be replaced (as unclip always does it) but not
-    changed in place while the module lives. Raises what `open_weights` raises, and WeightsError when names or shapes
-    differ, or a weight is not finite.
+    module has for them, and take its kernels' memory layout; requires_grad stays as it is. At most about one copy of
+    the weights is in memory: those that keep type and layout stay mapped from the file, privately, so the file may be
+    replaced (as unclip always does it) but not changed in place while the module lives. Raises what `open_weights`
+    raises, and WeightsError when names or shapes differ, or a weight is not finite.
     """
     index = open_weights(folder, stem=stem, variant=variant)
     wanted = module.state_dict(keep_vars=True)
@@ -207,13 +207,22 @@ def load_into(
             raise WeightsError(f"{name} in {folder} is {index[name].dtype}; the model needs {target}")
         if dtype is not None and target.is_floating_point:
             target = dtype
-        loaded[name] = checked_cast(tensor, target, name, str(folder))
+        loaded[name] = _laid_out(checked_cast(tensor, target, name, str(folder)), wanted[name])
     module.load_state_dict(loaded, strict=True, assign=True)
     left = [name for name, value in (*module.named_parameters(), *module.named_buffers()) if value.is_meta]
     if left:
         raise WeightsError(
             f"{_some(left)} of {type(module).__name__} are in no checkpoint and were never given a value"
         )
+
+
+def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor, in channels-last order where the module has its kernel so (files never do)."""
+    import torch
+
+    if like.dim() != 4 or like.is_contiguous() or not like.is_contiguous(memory_format=torch.channels_last):
+        return tensor
+    return tensor.contiguous(memory_format=torch.channels_last)
 
 
 def _compare(wanted: Mapping[str, tuple[int, ...]], index: WeightsIndex, folder: str | os.PathLike[str]) -> None:

@@ -189,7 +189,6 @@ class DecoderTask(Sourced):
             "cross_attention_dim": decoder.config.cross_attention_dim,
         }
         text_proj = first_network(UnCLIPTextProjModel, "text_proj", sizes | self.settings.text_proj, recipe)
-        _lay_out(decoder)
         _, self.spread = self.data.spread()
         process = process_of(self.settings.process)
         wanted = decoder.config.in_channels * (2 if process.learns_variance else 1)
@@ -246,7 +245,6 @@ class SuperResTask(Sourced):
         if self.settings.only_last_step and recipe.start_from and (recipe.start_from / "super_res_last").is_dir():
             start = "super_res_last"
         network = first_network(UNet2DModel, start, self.settings.model, recipe)
-        _lay_out(network)
         self.network = network
         self.size_px = size_px(network.config.sample_size)
         if self.settings.crop_size > self.size_px:
@@ -300,11 +298,6 @@ class _EnlargedStage:
 
     def prepare(self, enlarged: Tensor):
         return lambda x_t, t: self.network(torch.cat([x_t, enlarged], dim=1), t).sample.float()
-
-
-def _lay_out(network: Any) -> None:
-    """Channels last: convolutions on a CPU are faster so."""
-    network.to(memory_format=torch.channels_last)
 
 
 def degrade(large: Tensor, settings: SuperResSettings, generator: torch.Generator) -> Tensor:
