@@ -221,7 +221,7 @@ def colour_of(image: Image.Image) -> str | None:
     hue = float(np.median(turn[near]) + centre) % 360
     saturation, value = np.median(hsv[near, 1:], axis=0)
     if value < 0.3 or (value < 0.72 and (hue < 45 or hue > 300)):
-        return "brown" if 0.3 <= value and hue < 45 and saturation < 0.75 else None
+        return "brown" if value >= 0.3 and hue < 45 and saturation < 0.75 else None
     if (hue > 285 or hue < 16) and saturation < 0.6:
         return "pink" if value > 0.8 else None
     return next(name for name, below in HUE_NAMES if hue < below)
