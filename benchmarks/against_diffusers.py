@@ -35,7 +35,8 @@ def timed(call: Callable[[], object]) -> float:
 
 def compare(ours: Callable[[], object], theirs: Callable[[], object], repeats: int) -> dict[str, float]:
     """Medians in seconds, and the median of the pairwise ratios theirs/ours."""
-    ours(), theirs()
+    if repeats > 1:
+        ours(), theirs()  # the first calls are slower
     pairs = [(timed(ours), timed(theirs)) for _ in range(repeats)]
     return {
         "ours_s": statistics.median(a for a, _ in pairs),
@@ -45,7 +46,7 @@ def compare(ours: Callable[[], object], theirs: Callable[[], object], repeats: i
 
 
 def twins(name: str, network: torch.nn.Module) -> torch.nn.Module:
-    """The reference's class with the very same weight tensors."""
+    """The reference's class with the same weights, in the memory layout in which it loads them."""
     import diffusers
 
     if name == "text_proj":
@@ -55,7 +56,7 @@ def twins(name: str, network: torch.nn.Module) -> torch.nn.Module:
     settings = {key: value for key, value in network.config.items() if not key.startswith("_")}
     with torch.device("meta"):
         twin = Theirs(**settings)
-    twin.load_state_dict(network.state_dict(), assign=True)
+    twin.load_state_dict({key: value.contiguous() for key, value in network.state_dict().items()}, assign=True)
     if name == "prior":  # a buffer that is not in the state dict
         size = twin.positional_embedding.shape[1]
         mask = torch.full((size, size), -10000.0).triu_(1)[None]
@@ -168,14 +169,16 @@ def super_res_stage(build, process, dtype: torch.dtype, path: range, repeats: in
     return compare(loop(lambda: stage.prepare(SuperResCondition(small)), x, path), theirs, repeats)
 
 
+STAGES = {"prior": prior_stage, "decoder": decoder_stage, "super-resolution": super_res_stage}
+
+
 @torch.no_grad()
-def stages(size: str, dtype: torch.dtype, steps: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Seconds a step of each stage, for one picture."""
+def stages(size: str, dtype: torch.dtype, steps: int, repeats: int, chosen: list[str]) -> dict[str, dict[str, float]]:
+    """Seconds a step of each chosen stage, for one picture."""
     from unclip import UnCLIPScheduler
 
     build, process, path = networks(size, dtype), UnCLIPScheduler().process, range(steps * 10, 0, -10)
-    runs = {"prior": prior_stage, "decoder": decoder_stage, "super-resolution": super_res_stage}
-    results = {name: run(build, process, dtype, path, repeats) for name, run in runs.items()}
+    results = {name: STAGES[name](build, process, dtype, path, repeats) for name in chosen}
     for row in results.values():
         row["ours_s"], row["theirs_s"] = row["ours_s"] / steps, row["theirs_s"] / steps
     return results
@@ -232,12 +235,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--steps", type=int, help="steps a stage (default: 8, Karlo's size: 2)")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="which (default: all)")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of the table")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
     steps = arguments.steps or (8 if arguments.size == "emoji" else 2)
-    rows = stages(arguments.size, dtype, steps, arguments.repeats)
-    if arguments.size == "emoji":
+    rows = stages(arguments.size, dtype, steps, arguments.repeats, arguments.stages)
+    if arguments.size == "emoji" and len(rows) == len(STAGES):
         rows["whole call (25/25/7 steps)"] = whole(dtype, arguments.repeats)
     import diffusers
 
@@ -246,7 +250,8 @@ def main() -> None:
     about = {
         "size": arguments.size, "dtype": arguments.dtype, "steps_timed": steps, "repeats": arguments.repeats,
         "unclip": unclip.__version__, "diffusers": diffusers.__version__, "torch": torch.__version__,
-        "threads": torch.get_num_threads(), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
     }  # fmt: skip
     if arguments.json:
         print(json.dumps({"about": about, "rows": rows}))
