@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -217,6 +218,22 @@ def test_defect_11_enlarging_is_bicubic_everywhere(monkeypatch):
 def test_defect_12_no_parameter_is_used_outside_a_forward(own_pipeline, few, make):
     """Offloading that wraps forwards finds every use: un-whitening the embedding, the learned null embedding, …"""
     own_pipeline.enable_sequential_cpu_offload(device="cpu")
+    picture = own_pipeline("a cat", seed=1, output_type="pt", **few).images
+    torch.testing.assert_close(picture, make("a cat", seed=1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"offload_type": "leaf_level"}, {"offload_type": "block_level"}], ids=str)
+def test_defect_12_group_offloading(own_pipeline, few, make, options):
+    """Diffusers' own: its hooks hand each group of layers copies of the lists and tuples that go in."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from diffusers.hooks import apply_group_offloading
+
+    cpu = torch.device("cpu")
+    groups = {"num_blocks_per_group": 1} if options["offload_type"] == "block_level" else {}
+    for name, network in own_pipeline.networks.items():
+        if name != "text_encoder":
+            apply_group_offloading(network, onload_device=cpu, offload_device=cpu, **options, **groups)
     picture = own_pipeline("a cat", seed=1, output_type="pt", **few).images
     torch.testing.assert_close(picture, make("a cat", seed=1), rtol=0, atol=1e-5)
 

@@ -139,7 +139,10 @@ class _UNet(Component[C]):
             skips += down_block(skips[-1], embedding, added, bias)
         x = self.mid_block(skips[-1], embedding, added, bias)
         for up_block in self.up_blocks:
-            x = up_block(x, skips, embedding, added, bias)
+            # Its own part alone, as a hook may hand the block a copy: taking from the copy would leave ours as it is.
+            count = len(up_block.resnets)  # pyright: ignore[reportArgumentType]
+            skips, taken = skips[:-count], skips[-count:]
+            x = up_block(x, taken, embedding, added, bias)
         return self.conv_out(self.conv_act(self.conv_norm_out(x)))
 
 

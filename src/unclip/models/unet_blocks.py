@@ -128,7 +128,7 @@ class UpBlock(Level):
     def forward(
         self, x: Tensor, skips: list[Tensor], embedding: Tensor, added: AddedTokens, bias: Tensor | None
     ) -> Tensor:
-        """Takes its outputs of the way down from the end of `skips`, the newest first."""
+        """`skips`: its own outputs of the way down, one for each of `resnets`, the newest last; they are used up."""
         for i, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, skips.pop()], dim=1), embedding)
             if len(self.attentions):
