@@ -23,6 +23,7 @@ from unclip import (
     UnCLIPImageVariationPipeline,
     UnCLIPPipeline,
     UnCLIPScheduler,
+    UnCLIPTextProjModel,
     UNet2DConditionModel,
     UNet2DModel,
     UnsafeFileError,
@@ -139,6 +140,16 @@ def test_a_learned_variance_needs_a_scheduler_that_knows_it(tiny_pipeline, few):
     decoder = UNet2DConditionModel(tiny_pipeline.decoder.config, out_channels=3).eval()
     without = quiet(UnCLIPPipeline.from_pipe(tiny_pipeline, decoder=decoder, decoder_scheduler=plain))
     assert picture(without, few).isfinite().all()
+
+
+def test_a_time_embedding_of_a_width_of_its_own(tiny_pipeline, few):
+    """`time_embedding_dim` says it where it is not four times the first level's width."""
+    torch.manual_seed(0)
+    decoder = UNet2DConditionModel(tiny_pipeline.decoder.config, time_embedding_dim=20).eval()
+    with pytest.raises(ConfigError, match=r"text_proj\.time_embed_dim is 32, but decoder's is 20"):
+        UnCLIPPipeline.from_pipe(tiny_pipeline, decoder=decoder)
+    proj = UnCLIPTextProjModel(tiny_pipeline.text_proj.config, time_embed_dim=20).eval()
+    assert picture(quiet(UnCLIPPipeline.from_pipe(tiny_pipeline, decoder=decoder, text_proj=proj)), few).isfinite().all()
 
 
 def test_an_image_encoder_that_does_not_fit(tiny_variation):

@@ -242,6 +242,12 @@ def test_learned_variance_needs_twice_the_channels(tiny):
     assert task.module(task.batch(0, 4, step_generator(0, 0)))["loss"].isfinite()
 
 
+def test_a_time_embedding_of_a_width_of_its_own(tiny):
+    task = DecoderTask(tiny("decoder", section={"model": tiny("decoder").decoder.model | {"time_embedding_dim": 40}}))
+    assert task.stage.text_proj.config.time_embed_dim == 40
+    assert task.module(task.batch(0, 2, step_generator(0, 0)))["loss"].isfinite()
+
+
 def test_everything_held_out(tiny, tmp_path, pictures):
     line = json.loads((pictures / "metadata.jsonl").read_text().splitlines()[0]) | {"held_out": True}
     (tmp_path / line["file_name"]).write_bytes((pictures / line["file_name"]).read_bytes())

@@ -81,7 +81,7 @@ class GenerationPipeline(Pipeline):
             ("text_proj.clip_embeddings_dim", dim, "text_encoder.projection_dim", text.projection_dim),
             ("text_proj.clip_embeddings_dim", dim, "text_encoder.hidden_size", text.hidden_size),
             ("text_proj.cross_attention_dim", proj.cross_attention_dim, "decoder's", decoder.cross_attention_dim),
-            ("text_proj.time_embed_dim", proj.time_embed_dim, "decoder's", 4 * decoder.block_out_channels[0]),
+            ("text_proj.time_embed_dim", proj.time_embed_dim, "decoder's", decoder.embedding_width),
             ("super_res_first.in_channels", first.in_channels, "twice the decoder's", 2 * channels),
             ("super_res_last.in_channels", last.in_channels, "super_res_first.in_channels", first.in_channels),
             ("super_res_last.sample_size", last.sample_size, "super_res_first.sample_size", first.sample_size),

@@ -185,7 +185,7 @@ class DecoderTask(Sourced):
         self.source = self.data.source
         sizes = {
             "clip_embeddings_dim": self.clip.width,
-            "time_embed_dim": 4 * decoder.config.block_out_channels[0],
+            "time_embed_dim": decoder.config.embedding_width,
             "cross_attention_dim": decoder.config.cross_attention_dim,
         }
         text_proj = first_network(UnCLIPTextProjModel, "text_proj", sizes | self.settings.text_proj, recipe)
