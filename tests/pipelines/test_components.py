@@ -364,6 +364,53 @@ def test_weights_of_the_text_encoder_are_checked(copied, change):
         UnCLIPPipeline.from_pretrained(copied)
 
 
+def rewrite_config(folder, **settings):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("hidden_size", 10**7),
+        ("num_hidden_layers", 10**6),
+        ("num_hidden_layers", "two"),
+        ("max_position_embeddings", 10**11),
+        ("vocab_size", 10**10),
+        ("projection_dim", -1),
+        ("num_attention_heads", 0),
+        ("intermediate_size", 2.5),
+    ],
+)
+def test_absurd_sizes_of_a_text_encoder_are_refused_by_name(copied, setting, value):
+    rewrite_config(copied / "text_encoder", **{setting: value})
+    with pytest.raises(ConfigError, match=rf"component 'text_encoder'.*{setting} in .* it must be from 1 to"):
+        UnCLIPPipeline.from_pretrained(copied)
+
+
+@pytest.mark.parametrize("settings", [{"num_attention_heads": 3}, {"hidden_act": "none"}], ids=str)
+def test_what_transformers_cannot_build(copied, settings):
+    rewrite_config(copied / "text_encoder", **settings)
+    with pytest.raises(CheckpointError, match="component 'text_encoder'"):
+        UnCLIPPipeline.from_pretrained(copied)
+
+
+def test_a_text_encoder_with_more_weights_than_layers(copied):
+    """Left unsaid, half of the encoder would be used, and every picture would be of something else."""
+    rewrite_config(copied / "text_encoder", num_hidden_layers=1)
+    with pytest.raises(WeightsError, match=r"component 'text_encoder'.*16 weights that its config\.json has no place for"):
+        UnCLIPPipeline.from_pretrained(copied)
+
+
+def test_the_position_ids_of_old_files_are_no_weights(copied):
+    from safetensors.torch import load_file, save_file
+
+    file = copied / "text_encoder" / "model.safetensors"
+    ids = {"text_model.embeddings.position_ids": torch.arange(11)[None]}
+    save_file(load_file(file) | ids, file, metadata={"format": "pt"})
+    UnCLIPPipeline.from_pretrained(copied)
+
+
 def test_a_tokenizer_without_files(copied):
     for file in (copied / "tokenizer").iterdir():
         file.unlink()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unclip.checkpoints.files import safe_join
+from unclip.checkpoints.files import read_json, safe_join
 from unclip.checkpoints.weights import check_finite, open_weights, read_tensors
 from unclip.errors import CheckpointError, ConfigError, MissingFileError, UnclipError, WeightsError
 
@@ -38,6 +38,22 @@ TRANSFORMERS = {
     "CLIPImageProcessorPil": "CLIPImageProcessorPil",
 }
 
+# The largest value of each size in a CLIP's config.json; more is a damaged file, and would fill the memory.
+CLIP_LIMITS = {
+    "hidden_size": 16_384,
+    "intermediate_size": 65_536,
+    "projection_dim": 16_384,
+    "num_hidden_layers": 256,
+    "num_attention_heads": 1024,
+    "vocab_size": 1_000_000,
+    "max_position_embeddings": 65_536,
+    "image_size": 4096,
+    "patch_size": 4096,
+    "num_channels": 16,
+}
+# Tables of 0, 1, 2, … that old files hold among the weights.
+NO_WEIGHTS = ("position_ids",)
+
 # transformers' setting is one for the process: two threads would put back each other's.
 _bars = threading.Lock()
 
@@ -57,7 +73,7 @@ def read_component(
             return _reader(class_name)(place, torch_dtype, variant)
     except UnclipError as error:
         raise type(error)(f"component {name!r} ({class_name}) cannot be loaded: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except Exception as error:  # transformers meets a broken file with errors of any kind
         raise CheckpointError(f"component {name!r} ({class_name}) cannot be loaded from {folder}: {error}") from error
 
 
@@ -121,6 +137,7 @@ def _read_tokenizer(cls: Any, folder: Path) -> Any:
 
 def _read_clip(cls: Any, folder: Path, dtype: torch.dtype | None, variant: str | None) -> Any:
     """A transformers CLIP model, its file checked first; what the file lacks is an error, not a random weight."""
+    _check_clip_config(folder)
     index = open_weights(folder, stem="model", variant=variant)
     for name, tensor in read_tensors(index):
         check_finite(tensor, name, str(folder))
@@ -136,4 +153,17 @@ def _read_clip(cls: Any, folder: Path, dtype: torch.dtype | None, variant: str |
     if wrong:
         some = ", ".join(wrong[:3])
         raise WeightsError(f"{len(wrong)} weights are missing in {folder} or of another shape ({some}…)")
+    extra = sorted(name for name in map(str, about["unexpected_keys"]) if not name.endswith(NO_WEIGHTS))
+    if extra:
+        some = ", ".join(extra[:3])
+        raise WeightsError(f"{folder} holds {len(extra)} weights that its config.json has no place for ({some}…)")
     return model.eval()
+
+
+def _check_clip_config(folder: Path) -> None:
+    """Raises: ConfigError for a size in config.json that is none, before anything of that size is allocated."""
+    settings = read_json(folder / "config.json")
+    for name, limit in CLIP_LIMITS.items():
+        value = settings.get(name, 1)  # left out: transformers' own, which is sane
+        if type(value) is not int or not 1 <= value <= limit:
+            raise ConfigError(f"{name} in {folder / 'config.json'} is {value!r}; it must be from 1 to {limit}")
