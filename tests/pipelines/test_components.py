@@ -167,6 +167,24 @@ def test_an_image_encoder_that_does_not_fit(tiny_variation):
         UnCLIPImageVariationPipeline.from_pipe(tiny_variation, image_encoder=CLIPVisionModelWithProjection(config))
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"size": {"height": 32, "width": 32}}, "makes pictures of 32×32 pixels, image_encoder takes 16×16"),
+        ({"do_center_crop": True, "crop_size": {"height": 8, "width": 16}}, "makes pictures of 8×16 pixels"),
+        ({"size": {"height": 10**6, "width": 10**6}}, r"size has height 1000000; it must be from 1 to 4096"),
+        ({"size": {"shortest_edge": 10**6}}, "size has shortest_edge 1000000"),
+    ],
+    ids=str,
+)
+def test_a_feature_extractor_that_does_not_fit(saved, tmp_path, settings, words):
+    folder = shutil.copytree(saved / "variation", tmp_path / "changed")
+    file = folder / "feature_extractor" / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    with pytest.raises(ConfigError, match=words):
+        UnCLIPImageVariationPipeline.from_pretrained(folder)
+
+
 # ---- saving and loading ----
 
 

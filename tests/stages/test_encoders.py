@@ -203,6 +203,15 @@ def test_a_picture_a_list_and_a_tensor(pictures):
     assert torch.equal(pictures.encode((picture(),)), one)
 
 
+def test_preprocessing_that_does_not_make_squares(pictures, monkeypatch):
+    monkeypatch.setattr(pictures.feature_extractor, "size", {"shortest_edge": 16})
+    pictures.check()
+    with torch.no_grad():
+        assert pictures.encode(picture(size=(20, 20))).shape == (1, 16)
+    with pytest.raises(InputError, match=r"must be \[batch, 3, 16, 16\]; this one is \(1, 3, 24, 16\)"):
+        pictures.encode(picture(size=(20, 30)))
+
+
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK", "I", "F", "YCbCr", "HSV", "LAB"])
 @torch.no_grad()
 def test_pictures_of_every_mode(pictures, mode):

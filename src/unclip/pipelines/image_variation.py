@@ -47,6 +47,7 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
         wanted = self.text_proj.config.clip_embeddings_dim
         width = self.image_encoder.config.projection_dim
         self._check_fits([("image_encoder.projection_dim", width, "text_proj.clip_embeddings_dim", wanted)])
+        ImageEncoder(self.image_encoder, self.feature_extractor).check()
 
     @torch.no_grad()
     def __call__(

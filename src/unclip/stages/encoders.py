@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 from transformers.image_processing_utils import BaseImageProcessor
 
-from unclip.errors import InputError
+from unclip.errors import ConfigError, InputError
 from unclip.images import rgb
 from unclip.stages.condition import TextEmbedding
 
 MAX_PROMPT_CHARACTERS = 100_000
+MAX_PREPROCESSED_PX = 4096
 
 # A tokenizer keeps padding and truncation as state from call to call: two threads in it would change each other's.
 _tokenizing = threading.Lock()
@@ -83,6 +84,27 @@ class ImageEncoder:
     image_encoder: CLIPVisionModelWithProjection
     feature_extractor: BaseImageProcessor
 
+    def check(self) -> None:
+        """Raises: ConfigError when the preprocessing's sizes are absurd, or not those that the encoder takes."""
+        size = self.image_encoder.config.image_size
+        made: tuple[object, object] = (size, size)
+        for switch, setting in (("do_resize", "size"), ("do_center_crop", "crop_size")):
+            if not getattr(self.feature_extractor, switch, False):
+                continue
+            sides = {key: value for key, value in dict(getattr(self.feature_extractor, setting) or {}).items() if value}
+            for key, value in sides.items():
+                if not isinstance(value, int) or not 1 <= value <= MAX_PREPROCESSED_PX:
+                    raise ConfigError(
+                        f"feature_extractor.{setting} has {key} {value!r}; it must be from 1 to {MAX_PREPROCESSED_PX}"
+                    )
+            if "height" in sides:
+                made = (sides["height"], sides.get("width"))
+        if made != (size, size):
+            raise ConfigError(
+                f"the components do not fit: feature_extractor makes pictures of {made[0]}×{made[1]} pixels, "
+                f"image_encoder takes {size}×{size}"
+            )
+
     def encode(
         self, images: Image.Image | Sequence[Image.Image] | Tensor, device: torch.device | str | None = None
     ) -> Tensor:
@@ -103,7 +125,8 @@ class ImageEncoder:
             for picture in pictures:
                 if not isinstance(picture, Image.Image):
                     raise InputError(f"a list of images must hold PIL images alone, not a {type(picture).__name__}")
-            pixels = self.feature_extractor(images=[rgb(p) for p in pictures], return_tensors="pt")["pixel_values"]
+            prepared = self.feature_extractor(images=[rgb(p) for p in pictures], return_tensors="pt")
+            pixels = self._checked(prepared["pixel_values"])  # of pictures that are not square it may make others
         pixels = pixels.to(device=device or self.image_encoder.device, dtype=self.image_encoder.dtype)
         return self.image_encoder(pixels).image_embeds
 
