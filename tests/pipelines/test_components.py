@@ -279,6 +279,19 @@ def test_variants(tiny_pipeline, few, tmp_path):
         UnCLIPPipeline.from_pretrained(tmp_path / "model")
 
 
+def test_a_variant_that_only_some_components_have(copied, tiny_pipeline, few):
+    """As a repository may be, and as it is downloaded: the others' plain weights are taken."""
+    with pytest.raises(MissingFileError, match="no fp16 weights; leave variant out"):
+        UnCLIPPipeline.from_pretrained(copied, variant="fp16")
+    (copied / "prior" / "diffusion_pytorch_model.safetensors").rename(
+        copied / "prior" / "diffusion_pytorch_model.fp16.safetensors"
+    )
+    loaded = quiet(UnCLIPPipeline.from_pretrained(copied, variant="fp16"))
+    torch.testing.assert_close(picture(loaded, few), picture(tiny_pipeline, few), rtol=0, atol=1e-5)
+    with pytest.raises(CheckpointError, match="must be a word"):
+        UnCLIPPipeline.from_pretrained(copied, variant="../fp16")
+
+
 def test_nothing_is_overwritten_unasked(tiny_pipeline, copied):
     (copied / "mine.txt").write_text("keep")
     with pytest.raises(OutputExistsError):

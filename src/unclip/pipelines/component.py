@@ -5,7 +5,7 @@ Knows the classes that a model_index.json may name and what they need; knows no 
 
 import importlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,15 @@ import torch
 from torch import nn
 
 from unclip.checkpoints.files import read_json, safe_join
-from unclip.checkpoints.weights import check_finite, open_weights, read_tensors
+from unclip.checkpoints.weights import (
+    DEFAULT_STEM,
+    TRANSFORMERS_STEM,
+    check_finite,
+    file_name,
+    index_name,
+    open_weights,
+    read_tensors,
+)
 from unclip.errors import CheckpointError, ConfigError, MissingFileError, UnclipError, WeightsError
 
 OURS = {
@@ -75,6 +83,18 @@ def read_component(
         raise type(error)(f"component {name!r} ({class_name}) cannot be loaded: {error}") from error
     except Exception as error:  # transformers meets a broken file with errors of any kind
         raise CheckpointError(f"component {name!r} ({class_name}) cannot be loaded from {folder}: {error}") from error
+
+
+def parts_with_variant(folder: Path, names: Iterable[str], variant: str) -> set[str]:
+    """Those of the components in `folder` that have weights of that variant; the others are read as they are.
+
+    Raises: MissingFileError when none has; CheckpointError for a variant that is no plain word.
+    """
+    wanted = [name(stem, variant) for stem in (DEFAULT_STEM, TRANSFORMERS_STEM) for name in (file_name, index_name)]
+    found = {name for name in names if any((safe_join(folder, name) / file).exists() for file in wanted)}
+    if not found:
+        raise MissingFileError(f"{folder} has no {variant} weights; leave variant out, or look what it has: unclip info")
+    return found
 
 
 def write_component(component: Any, folder: Path, *, variant: str | None) -> None:

@@ -20,7 +20,7 @@ from unclip.checkpoints.layout import API_VERSION
 from unclip.checkpoints.recommended import Number, read_recommended, write_recommended
 from unclip.diffusion.loop import Progress
 from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError
-from unclip.pipelines.component import index_entry, read_component, write_component
+from unclip.pipelines.component import index_entry, parts_with_variant, read_component, write_component
 
 STAGE_WORDS = {"prior": "prior", "decoder": "decoder", "super_res": "super-resolution"}
 
@@ -118,7 +118,8 @@ class Pipeline:
         Args:
             name_or_folder: a folder, a hub repository (`owner/name`), or the built-in model's name.
             torch_dtype: the type of all weights; float32 by default.
-            variant: "fp16", say, reads `diffusion_pytorch_model.fp16.safetensors`.
+            variant: "fp16", say, reads `diffusion_pytorch_model.fp16.safetensors` of the components that have it, and
+                the plain weights of the others.
             revision, cache_dir, local_files_only, token: as the hub client has them.
             use_safetensors: nothing else is read, so False is refused.
             components: parts to use in place of the folder's (`prior=my_prior`).
@@ -142,10 +143,12 @@ class Pipeline:
         )
         index = read_json(folder / "model_index.json")
         parts = dict(components)
-        for name in cls.COMPONENTS:
-            if name not in parts:
-                class_name = _class_name(index, name, cls.__name__, folder)
-                parts[name] = read_component(folder, name, class_name, torch_dtype=torch_dtype, variant=variant)
+        to_read = [name for name in cls.COMPONENTS if name not in parts]
+        varied = set() if variant is None else parts_with_variant(folder, to_read, variant)
+        for name in to_read:
+            class_name = _class_name(index, name, cls.__name__, folder)
+            own = variant if name in varied else None
+            parts[name] = read_component(folder, name, class_name, torch_dtype=torch_dtype, variant=own)
         pipeline = cls(**parts)
         pipeline._recommended = read_recommended(folder)
         return pipeline
