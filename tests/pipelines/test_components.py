@@ -20,6 +20,7 @@ from unclip import (
     InputError,
     MissingFileError,
     OutputExistsError,
+    PriorTransformer,
     UnCLIPImageVariationPipeline,
     UnCLIPPipeline,
     UnCLIPScheduler,
@@ -300,6 +301,27 @@ def test_nothing_is_overwritten_unasked(tiny_pipeline, copied):
     tiny_pipeline.save_pretrained(copied, overwrite=True)
     assert not (copied / "mine.txt").exists()
     UnCLIPPipeline.from_pretrained(copied)
+
+
+@pytest.mark.parametrize("part", ["pipeline", "prior", "prior_scheduler"])
+@pytest.mark.parametrize("name", ["", "a\0b", "x" * 300, "/".join(["y" * 200] * 25)], ids=["empty", "NUL", "long", "deep"])
+def test_names_that_no_folder_can_have(tiny_pipeline, tmp_path, monkeypatch, part, name):
+    monkeypatch.chdir(tmp_path)
+    saved = tiny_pipeline if part == "pipeline" else getattr(tiny_pipeline, part)
+    with pytest.raises(InputError, match="no name to write to|bytes a part"):
+        saved.save_pretrained(name)
+    (tmp_path / "file").write_text("mine")
+    for place in ("file", "file/below"):
+        with pytest.raises(OutputExistsError, match="is a file; name a folder"):
+            saved.save_pretrained(place)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("subfolder", ["../text/prior", "/tmp", "a\0b", "p" * 300])
+@pytest.mark.parametrize("cls", [PriorTransformer, UnCLIPScheduler])
+def test_a_subfolder_stays_inside(saved, cls, subfolder):
+    with pytest.raises(UnsafeFileError):
+        cls.from_pretrained(saved / "text", subfolder=subfolder)
 
 
 def test_no_pickles_are_written(tiny_pipeline, tmp_path):

@@ -18,13 +18,23 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NoReturn
 
-from unclip.errors import CheckpointError, ConfigError, MissingFileError, OutputExistsError, UnsafeFileError
+from unclip.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    MissingFileError,
+    OutputExistsError,
+    UnsafeFileError,
+)
 
 JSON_LIMIT_BYTES = 16 << 20
 """Most that `read_json` reads unless told otherwise: a shard index of a very large model is about 1 MB."""
 
 NAME_LIMIT = 255
 PATH_LIMIT = 1024
+"""Of a name that comes out of a file."""
+OUTPUT_LIMIT = 4096
+"""Of a name that a person gives."""
 TEMPORARY_PREFIX = ".unclip-tmp-"
 
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
@@ -118,14 +128,39 @@ def write_json(path: str | os.PathLike[str], obj: dict[str, Any]) -> None:
 # -- whole or not at all -------------------------------------------------------------------------------------------
 
 
+def output_path(path: str | os.PathLike[str]) -> Path:
+    """`path` as the place to write to, links followed; nothing is made yet.
+
+    Raises InputError for a name that no file can have: empty, with a NUL, or longer than 255 bytes a part.
+    """
+    text = os.fspath(path)
+    if not text or "\0" in text:
+        raise InputError(f"{_shown(path)} is no name to write to: it is empty, or has a NUL in it")
+    if len(os.fsencode(text)) > OUTPUT_LIMIT or any(len(os.fsencode(part)) > NAME_LIMIT for part in Path(text).parts):
+        raise InputError(f"{_shown(path)} is longer than {NAME_LIMIT} bytes a part or {OUTPUT_LIMIT} in all")
+    return Path(os.path.realpath(text))
+
+
+def output_folder(path: str | os.PathLike[str]) -> Path:
+    """`path` as a folder to write into, made if need be. Raises as `output_path`, and OutputExistsError for a file."""
+    target = output_path(path)
+    for place in (target, *target.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise OutputExistsError(f"{place} is a file; name a folder")
+            break
+    target.mkdir(parents=True, exist_ok=True)
+    return Path(path)
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`, with its suffix; at the end it is synced and takes the name `path`.
 
     On an error the temporary file is removed and `path` is as it was. Missing parent folders are made. Raises
-    OutputExistsError when `path` is a folder, or exists and `overwrite` is False.
+    OutputExistsError when `path` is a folder, or exists and `overwrite` is False; InputError as `output_path`.
     """
-    target = Path(os.path.realpath(path))
+    target = output_path(path)
     if target.is_dir():
         raise OutputExistsError(f"{path} is a folder; name a file")
     if not overwrite and target.exists():
@@ -151,11 +186,11 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
     On an error the temporary folder is removed and `path` is as it was; a killed process leaves at most a folder whose
     name starts with `.unclip-tmp-`. With `overwrite` an existing folder is replaced as a whole, never merged, and only
     once the new one is complete. Raises OutputExistsError when `path` is a file, a folder with something in it (unless
-    `overwrite`), or the home or current folder or one above it, which is never replaced.
+    `overwrite`), or the home or current folder or one above it, which is never replaced; InputError as `output_path`.
     """
-    target = Path(os.path.realpath(path))
+    target = output_path(path)
     _check_folder_target(target, path, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    output_folder(target.parent)
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
     temporary.mkdir()
     try:
@@ -265,13 +300,13 @@ def safe_join(folder: str | os.PathLike[str], name: str) -> Path:
     base = Path(os.path.realpath(folder))
     joined = Path(folder, name)
     resolved = Path(os.path.realpath(joined))
-    allowed = _hub_root(base) or base
+    allowed = hub_root(base) or base
     if resolved != base and base not in resolved.parents and allowed not in resolved.parents:
         raise UnsafeFileError(f"{joined} is a link that leaves its folder (to {resolved}); put the file itself there")
     return joined
 
 
-def _hub_root(folder: Path) -> Path | None:
+def hub_root(folder: Path) -> Path | None:
     """`…/models--owner--name` for a folder at or below `…/models--owner--name/snapshots/REVISION`."""
     for place in (folder, *folder.parents):
         if place.parent.name == "snapshots" and re.fullmatch(r"models--[^/]+", place.parent.parent.name):

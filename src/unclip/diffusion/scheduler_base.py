@@ -255,14 +255,18 @@ class Scheduler:
         return cls.from_config(read_json(safe_join(folder, file), allow_infinity=True), **overrides)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write scheduler_config.json into `folder`, which is made if it is not there."""
-        from unclip.checkpoints.files import write_json
+        """Write scheduler_config.json into `folder`, which is made if it is not there.
 
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        Raises:
+            InputError, OutputExistsError: `folder` is no possible name, or a file.
+        """
+        from unclip.checkpoints.files import output_folder, write_json
+
+        folder = output_folder(folder)
         entries = dict(self._config)
         if self._process.beta_schedule == "squaredcos_cap_v2":
             del entries["beta_start"], entries["beta_end"]  # they mean nothing to it, and Karlo's files have none
-        write_json(Path(folder) / CONFIG_NAME, entries)
+        write_json(folder / CONFIG_NAME, entries)
 
 
 def _given_noise(noise: object, generator: Generators, sample: Tensor) -> Tensor:

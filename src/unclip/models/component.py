@@ -99,8 +99,9 @@ class Component(nn.Module, Generic[C]):
 
         Raises:
             UnsafeFileError: `safe_serialization` is False: pickles can run code when read and are not written.
+            InputError, OutputExistsError: `folder` is no possible name, or a file.
         """
-        from unclip.checkpoints.files import sync, write_json
+        from unclip.checkpoints.files import output_folder, sync, write_json
         from unclip.checkpoints.layout import API_VERSION
         from unclip.checkpoints.weights import save_weights
 
@@ -109,8 +110,7 @@ class Component(nn.Module, Generic[C]):
                 "safe_serialization=False asks for a pickle, which can run code when it is read; "
                 "unclip writes safetensors only. Leave the argument out."
             )
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = output_folder(folder)
         header = {"_class_name": type(self).__name__, "_diffusers_version": API_VERSION, "_unclip_version": _version()}
         path, config = folder / "config.json", header | dict(self.config)
 
@@ -143,7 +143,7 @@ class Component(nn.Module, Generic[C]):
             ConfigError: config.json describes another class, or something that is not implemented.
             CheckpointError: a file is missing, unsafe or broken, or its weights do not fit the configuration.
         """
-        from unclip.checkpoints.files import read_json
+        from unclip.checkpoints.files import read_json, safe_join
         from unclip.checkpoints.hub import resolve
         from unclip.checkpoints.weights import load_into
 
@@ -157,7 +157,7 @@ class Component(nn.Module, Generic[C]):
             allow_patterns=[f"{subfolder}/*", "model_index.json"] if subfolder else None,
         )
         if subfolder:
-            folder = folder / subfolder
+            folder = safe_join(folder, subfolder)
         settings = read_json(folder / "config.json")
         name = settings.get("_class_name", cls.__name__)
         if name != cls.__name__:
