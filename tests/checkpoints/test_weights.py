@@ -254,6 +254,15 @@ def test_pickles_are_refused_with_the_remedy(tmp_path, name):
         load_into(nn.Identity(), tmp_path)
 
 
+def test_a_repository_of_pickles_has_a_remedy_too(tmp_path):
+    """None of them was downloaded, so nothing in the folder tells of them."""
+    folder = tmp_path / "models--owner--name" / "snapshots" / ("a" * 40) / "prior"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(MissingFileError, match="hf download NAME --local-dir FOLDER`, then unclip convert pickle"):
+        open_weights(folder)
+
+
 def test_a_pickle_beside_safetensors_is_ignored(tmp_path):
     save_weights(tmp_path, Net().state_dict())
     (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")

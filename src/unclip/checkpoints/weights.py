@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unclip.checkpoints.files import TEMPORARY_PREFIX, atomic_file, read_json, safe_join, sync, write_json
+from unclip.checkpoints.files import TEMPORARY_PREFIX, atomic_file, hub_root, read_json, safe_join, sync, write_json
 from unclip.checkpoints.header import TensorInfo, check_tensor_name, read_header
 from unclip.errors import CheckpointError, MissingFileError, UnsafeFileError, WeightsError
 
@@ -123,7 +123,13 @@ def _nothing_found(folder: Path, stem: str, variant: str | None) -> CheckpointEr
             f"{folder} has only pickles ({_some(pickles)}), which can run any code when read. "
             "If you trust them: unclip convert pickle FOLDER"
         )
-    return MissingFileError(f"{folder} has no {wanted}; there is {_some(names) or 'nothing'}")
+    remedy = ""
+    if hub_root(Path(os.path.realpath(folder))):
+        remedy = (
+            ". Pickles are not downloaded: if the repository has its weights as .bin alone and you trust it, "
+            "`hf download NAME --local-dir FOLDER`, then unclip convert pickle FOLDER"
+        )
+    return MissingFileError(f"{folder} has no {wanted}; there is {_some(names) or 'nothing'}{remedy}")
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
