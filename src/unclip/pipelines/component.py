@@ -18,6 +18,7 @@ from unclip.checkpoints.weights import check_finite, open_weights, read_tensors
 from unclip.errors import CheckpointError, ConfigError, MissingFileError, UnclipError, WeightsError
 
 OURS = {
+    "AutoregressivePrior": "unclip.models.prior_autoregressive",
     "PriorTransformer": "unclip.models.prior",
     "UNet2DConditionModel": "unclip.models.unet",
     "UNet2DModel": "unclip.models.unet",
@@ -26,6 +27,8 @@ OURS = {
     "DDIMScheduler": "unclip.diffusion.scheduler",
     "DPMSolverMultistepScheduler": "unclip.diffusion.scheduler",
 }
+OURS_ALONE = ("AutoregressivePrior", "UnCLIPTextProjModel")
+"""What the ecosystem has no class for, or none that its loaders find by itself."""
 # Names in old folders → the class that reads them now.
 TRANSFORMERS = {
     "CLIPTextModelWithProjection": "CLIPTextModelWithProjection",
@@ -74,7 +77,7 @@ def index_entry(component: Any) -> list[str]:
     """[library, class] as model_index.json names a component; the ecosystem's loaders know most of them."""
     name = type(component).__name__
     if name in OURS:
-        return ["unclip" if name == "UnCLIPTextProjModel" else "diffusers", name]
+        return ["unclip" if name in OURS_ALONE else "diffusers", name]
     aliases = {"CLIPImageProcessorPil": "CLIPImageProcessor", "CLIPTokenizerFast": "CLIPTokenizer"}
     return ["transformers", aliases.get(name, name)]
 
