@@ -20,6 +20,8 @@ from unclip.models.pca import PrincipalComponents
 
 MAX_TOKENS = 16_384
 SMALLEST_RANGE = 1e-12
+SMALLEST_VARIANCE = 1e-10
+"""Of the largest: below it there is only rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +161,7 @@ class AutoregressivePrior(Component[AutoregressivePriorConfig]):
         Raises: ConfigError when there are fewer components than `num_components`, or they do not vary.
         """
         count = self.config.num_components
-        varying = int((components.variances > SMALLEST_RANGE).sum())
+        varying = int((components.variances > SMALLEST_VARIANCE * components.variances[0]).sum())
         if components.dim != self.config.embedding_dim or varying < count:
             raise ConfigError(
                 f"the data have embeddings of {components.dim} numbers that vary in {varying} components; the prior's "

@@ -124,7 +124,7 @@ class PriorSettings:
 
 @dataclass(frozen=True)
 class AutoregressivePriorSettings:
-    """Autoregressive prior (paper §2.2): where its CLIP lies, its network, and how often text and dot product are dropped.
+    """Autoregressive prior (paper §2.2): where its CLIP lies, its network, and how often text and dot product go.
 
     A dropped text takes its dot product along; `dot_drop` is how often that goes alone, so that a caption which is
     nobody's (a negative one) can be read without it. `code_noise` jitters each component before it becomes a code, in
