@@ -79,8 +79,6 @@ def test_a_start_keeps_its_codes(tiny, tmp_path):
     second = AutoregressivePriorTask(tiny("prior_autoregressive", seed=9, start_from=tmp_path))
     saved = load_file(tmp_path / "prior" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(value, saved[name]) for name, value in second.stage.prior.state_dict().items())
-    frozen = {name for name, p in second.stage.prior.named_parameters() if not p.requires_grad}
-    assert frozen == {"pca_mean", "pca_components", "code_low", "code_high", "dot_edges"}
 
 
 def test_more_components_than_the_data_have(tiny):

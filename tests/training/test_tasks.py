@@ -112,7 +112,7 @@ def test_sheets(tiny, stage, tmp_path, monkeypatch):
     monkeypatch.setattr(diffusion, "SHEET_STEPS", 2)
     task = TASKS[stage](tiny(stage))
     task.sample_sheet(tmp_path / "0001.png")
-    if stage in ("clip", "prior"):
+    if stage in ("clip", "prior", "prior_autoregressive"):
         text = (tmp_path / "0001.txt").read_text()
         assert ("trained: top-1" in text and "held out: top-1" in text) or "cosine" in text
     else:
@@ -310,7 +310,12 @@ def test_the_last_step_alone(tiny, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["super_res_last", "super_res_scheduler"]
 
 
-NETWORKS = {"prior": ["prior"], "prior_autoregressive": ["prior"], "decoder": ["decoder", "text_proj"], "super_res": ["super_res_first"]}
+NETWORKS = {
+    "prior": ["prior"],
+    "prior_autoregressive": ["prior"],
+    "decoder": ["decoder", "text_proj"],
+    "super_res": ["super_res_first"],
+}
 
 
 @pytest.mark.parametrize("stage", list(NETWORKS))
@@ -329,7 +334,9 @@ def test_a_model_to_start_from(tiny, tmp_path, stage):
     assert found.keys() == saved.keys()
     assert all(torch.equal(found[name], saved[name]) for name in saved)
     frozen = {name for name, parameter in task.module.named_parameters() if not parameter.requires_grad}
-    assert frozen == ({"prior.clip_mean", "prior.clip_std"} if stage == "prior" else set())
+    tables = ("pca_mean", "pca_components", "code_low", "code_high", "dot_edges")
+    statistics = {"prior": ("clip_mean", "clip_std"), "prior_autoregressive": tables}.get(stage, ())
+    assert frozen == {f"prior.{name}" for name in statistics}
     with torch.no_grad():
         batch = first.batch(0, 8, step_generator(0, 0))
         assert torch.equal(first.module(batch)["loss"], task.module(batch)["loss"])

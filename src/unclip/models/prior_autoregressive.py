@@ -16,6 +16,7 @@ from unclip.models.attention import MASKED, KeyValue, PriorBlock, initialize_blo
 from unclip.models.component import Component, check_rows
 from unclip.models.config import MAX_LAYERS, ModelConfig
 from unclip.models.entry import entry_point, routes_entry_points
+from unclip.models.kernels import Linear
 from unclip.models.pca import PrincipalComponents
 
 MAX_TOKENS = 16_384
@@ -115,8 +116,8 @@ class AutoregressivePrior(Component[AutoregressivePriorConfig]):
 
     def build(self, config: AutoregressivePriorConfig) -> None:
         width, count = config.width, config.num_components
-        self.encoder_hidden_states_proj = nn.Linear(config.text_width, width)
-        self.embedding_proj = nn.Linear(config.embedding_dim, width)
+        self.encoder_hidden_states_proj = Linear(config.text_width, width)
+        self.embedding_proj = Linear(config.embedding_dim, width)
         self.dot_embedding = nn.Embedding(config.num_dot_buckets + 1, width)
         self.code_embedding = nn.Embedding(config.num_buckets, width)
         self.positional_embedding = nn.Parameter(torch.zeros(1, config.num_tokens, width))
@@ -124,7 +125,7 @@ class AutoregressivePrior(Component[AutoregressivePriorConfig]):
             [PriorBlock(width, config.attention_head_dim, config.dropout) for _ in range(config.num_layers)]
         )
         self.norm_out = nn.LayerNorm(width)
-        self.proj_to_codes = nn.Linear(width, config.num_buckets)
+        self.proj_to_codes = Linear(width, config.num_buckets)
 
         def table(values: Tensor) -> nn.Parameter:  # statistics of the data: in the state dict, not for an optimizer
             return nn.Parameter(values, requires_grad=False)
