@@ -12,6 +12,7 @@ import unclip
 from unclip import errors
 
 ALL = [
+    "AutoregressivePrior",
     "Cancelled",
     "CheckpointError",
     "ConfigError",

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         WeightsError,
     )
     from unclip.models.prior import PriorTransformer
+    from unclip.models.prior_autoregressive import AutoregressivePrior
     from unclip.models.text_proj import UnCLIPTextProjModel
     from unclip.models.unet import UNet2DConditionModel, UNet2DModel
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AutoregressivePrior": "models.prior_autoregressive",
     "Cancelled": "errors",
     "CheckpointError": "errors",
     "ConfigError": "errors",
@@ -65,6 +67,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AutoregressivePrior",
     "Cancelled",
     "CheckpointError",
     "ConfigError",

@@ -314,3 +314,29 @@ def test_half_precision_and_offload(generate):
     assert generate("a cat", "--dtype", "bfloat16", "--seed", 1).code == 0
     done = generate("a cat", "--cpu-offload", "--device", "cpu", "--seed", 1)
     assert done.code == 0
+
+
+def test_candidates_are_told_of_where_they_are_asked_for(generate):
+    plain = generate("a cat", "--seed", 1, "--json")
+    assert "num_prior_candidates" not in json.loads(plain.out)["settings"]
+    several = [generate("a cat", "--seed", 1, "--candidates", 8, "--json") for _ in range(2)]
+    told = [json.loads(done.out) for done in several]
+    assert told[0]["settings"]["num_prior_candidates"] == 8
+    assert alike(told[0]["path"], told[1]["path"])
+    assert generate("a cat", "--candidates", 0).code == 2
+
+
+def test_models_recommend_candidates(generate, text_to_image, tmp_path):
+    folder = shutil.copytree(text_to_image, tmp_path / "model")
+    (folder / "generation_defaults.json").write_text('{"num_prior_candidates": 2}')
+    done = generate("a cat", "--seed", 1, "--json", model=folder)
+    assert json.loads(done.out)["settings"]["num_prior_candidates"] == 2
+    done = generate("a cat", "--seed", 1, "--json", "--candidates", 1, model=folder)
+    assert json.loads(done.out)["settings"]["num_prior_candidates"] == 1
+
+
+def test_ways_to_draw_codes_are_for_an_autoregressive_prior(generate):
+    for option, value in (("--prior-temperature", 0.5), ("--prior-top-p", 0.9)):
+        done = generate("a cat", option, value)
+        assert done.code == 1
+        assert "a diffusion prior draws no codes" in done.err

@@ -75,7 +75,7 @@ def tiny(pictures: Path, clip_model: Path) -> Callable[..., Recipe]:
 
     def recipe(stage: str, *, section: dict[str, Any] | None = None, **changes: Any) -> Recipe:
         read = read_recipe(RECIPES / f"{stage}.toml")
-        places = {"clip": clip_model} if stage in ("prior", "decoder") else {}
+        places = {"clip": clip_model} if stage in ("prior", "prior_autoregressive", "decoder") else {}
         settings = dataclasses.replace(getattr(read, stage), **places | (section or {}))
         return dataclasses.replace(read, **{"data": pictures, stage: settings, **changes})
 

@@ -14,10 +14,17 @@ from unclip.errors import ConfigError, DataError
 from unclip.training import diffusion
 from unclip.training.clip import ClipTask, retrieval_ranks, shift_and_zoom
 from unclip.training.diffusion import DecoderTask, PriorTask, SuperResTask, degrade
+from unclip.training.prior_autoregressive import AutoregressivePriorTask
 from unclip.training.recipe import SuperResSettings
 from unclip.training.trainer import step_generator
 
-TASKS = {"clip": ClipTask, "prior": PriorTask, "decoder": DecoderTask, "super_res": SuperResTask}
+TASKS = {
+    "clip": ClipTask,
+    "prior": PriorTask,
+    "prior_autoregressive": AutoregressivePriorTask,
+    "decoder": DecoderTask,
+    "super_res": SuperResTask,
+}
 STAGES = pytest.mark.parametrize("stage", list(TASKS))
 
 
@@ -39,7 +46,7 @@ def test_it_learns(tiny, stage):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    wanted = {"clip": 0.7, "prior": 0.8, "decoder": 0.7, "super_res": 0.6}[stage]
+    wanted = {"clip": 0.7, "prior": 0.8, "prior_autoregressive": 0.8, "decoder": 0.7, "super_res": 0.6}[stage]
     assert mean_loss(task) < wanted * before
 
 
@@ -66,6 +73,7 @@ def test_what_is_saved_loads_again(tiny, stage, tmp_path):
     parts = {
         "clip": {"text_encoder": task.module.text, "image_encoder": task.module.image} if stage == "clip" else {},
         "prior": {"prior": "PriorTransformer"},
+        "prior_autoregressive": {"prior": "AutoregressivePrior"},
         "decoder": {"decoder": "UNet2DConditionModel", "text_proj": "UnCLIPTextProjModel"},
         "super_res": {"super_res_first": "UNet2DModel"},
     }[stage]
@@ -78,7 +86,9 @@ def test_what_is_saved_loads_again(tiny, stage, tmp_path):
         assert_same(again, own)
         if stage != "clip" and hasattr(diffusers, kind):
             assert_same(getattr(diffusers, kind).from_pretrained(tmp_path / name), own)
-    if stage != "clip":
+    if stage == "prior_autoregressive":
+        assert [path.name for path in tmp_path.iterdir()] == ["prior"]
+    elif stage != "clip":
         scheduler = diffusers.UnCLIPScheduler.from_pretrained(tmp_path / f"{stage}_scheduler")
         process = getattr(task.settings, "process")  # noqa: B009
         assert scheduler.config.prediction_type == process.prediction_type
@@ -102,7 +112,7 @@ def test_sheets(tiny, stage, tmp_path, monkeypatch):
     monkeypatch.setattr(diffusion, "SHEET_STEPS", 2)
     task = TASKS[stage](tiny(stage))
     task.sample_sheet(tmp_path / "0001.png")
-    if stage in ("clip", "prior"):
+    if stage in ("clip", "prior", "prior_autoregressive"):
         text = (tmp_path / "0001.txt").read_text()
         assert ("trained: top-1" in text and "held out: top-1" in text) or "cosine" in text
     else:
@@ -306,7 +316,12 @@ def test_the_last_step_alone(tiny, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["super_res_last", "super_res_scheduler"]
 
 
-NETWORKS = {"prior": ["prior"], "decoder": ["decoder", "text_proj"], "super_res": ["super_res_first"]}
+NETWORKS = {
+    "prior": ["prior"],
+    "prior_autoregressive": ["prior"],
+    "decoder": ["decoder", "text_proj"],
+    "super_res": ["super_res_first"],
+}
 
 
 @pytest.mark.parametrize("stage", list(NETWORKS))
@@ -325,7 +340,9 @@ def test_a_model_to_start_from(tiny, tmp_path, stage):
     assert found.keys() == saved.keys()
     assert all(torch.equal(found[name], saved[name]) for name in saved)
     frozen = {name for name, parameter in task.module.named_parameters() if not parameter.requires_grad}
-    assert frozen == ({"prior.clip_mean", "prior.clip_std"} if stage == "prior" else set())
+    tables = ("pca_mean", "pca_components", "code_low", "code_high", "dot_edges")
+    statistics = {"prior": ("clip_mean", "clip_std"), "prior_autoregressive": tables}.get(stage, ())
+    assert frozen == {f"prior.{name}" for name in statistics}
     with torch.no_grad():
         batch = first.batch(0, 8, step_generator(0, 0))
         assert torch.equal(first.module(batch)["loss"], task.module(batch)["loss"])

@@ -24,8 +24,16 @@ from unclip.training import state
 from unclip.training import trainer as trainer_module
 from unclip.training.clip import ClipTask
 from unclip.training.diffusion import DecoderTask, PriorTask
+from unclip.training.prior_autoregressive import AutoregressivePriorTask
 from unclip.training.recipe import ClipSettings, OptimizerRecipe, PriorSettings, Recipe
 from unclip.training.trainer import Trainer, learning_rate, share, step_generator
+
+REAL_TASKS = [
+    ("clip", ClipTask),
+    ("prior", PriorTask),
+    ("prior_autoregressive", AutoregressivePriorTask),
+    ("decoder", DecoderTask),
+]
 
 
 class Line(nn.Module):
@@ -249,7 +257,7 @@ def test_stopped_and_gone_on_is_as_if_never_stopped(tmp_path, step):
     assert_equal_runs(tmp_path / "straight", tmp_path / "stopped")
 
 
-@pytest.mark.parametrize(("stage", "task"), [("clip", ClipTask), ("prior", PriorTask), ("decoder", DecoderTask)])
+@pytest.mark.parametrize(("stage", "task"), REAL_TASKS)
 def test_real_tasks_go_on_exactly(tiny, tmp_path, stage, task):
     recipe = tiny(stage, steps=4, log_every_steps=3, sample_every_steps=100)
     Trainer(task(recipe), recipe, tmp_path / "straight").run()

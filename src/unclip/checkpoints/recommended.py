@@ -1,4 +1,4 @@
-"""What a model's makers recommend for its calls: steps and guidance scales, in a file beside its components.
+"""What a model's makers recommend for its calls, steps and guidance scales say, in a file beside its components.
 
 Knows the file and its keys; knows no pipeline. Called by pipelines, assembling and the command line.
 """
@@ -10,8 +10,15 @@ from unclip.checkpoints.files import read_json, write_json
 from unclip.errors import ConfigError
 
 FILE = "generation_defaults.json"
-COUNTS = ("prior_num_inference_steps", "decoder_num_inference_steps", "super_res_num_inference_steps")
+COUNTS = (
+    "prior_num_inference_steps",
+    "decoder_num_inference_steps",
+    "super_res_num_inference_steps",
+    "num_prior_candidates",
+)
 SCALES = ("prior_guidance_scale", "decoder_guidance_scale")
+DRAWING = ("prior_temperature", "prior_top_p")
+KEYS = (*COUNTS, *SCALES, *DRAWING)
 
 Number = int | float
 
@@ -34,8 +41,8 @@ def write_recommended(folder: Path, recommended: Mapping[str, Number]) -> None:
 def check_recommended(found: Mapping[str, Number], where: str) -> dict[str, Number]:
     """The same settings. Raises: ConfigError for an unknown key or a value that is no number."""
     for key, value in found.items():
-        if key not in (*COUNTS, *SCALES):
-            raise ConfigError(f"{where} has the unknown key {key!r}; it may have {', '.join((*COUNTS, *SCALES))}")
+        if key not in KEYS:
+            raise ConfigError(f"{where} has the unknown key {key!r}; it may have {', '.join(KEYS)}")
         if isinstance(value, bool) or not isinstance(value, int if key in COUNTS else int | float):
             raise ConfigError(f"{where}: {key} is {value!r}; it must be a {'whole ' if key in COUNTS else ''}number")
     return dict(found)

@@ -24,6 +24,7 @@ EXAMPLES = options.examples(
     'unclip generate "a cat" "a dog" -n 4 --seed 1 --grid --out pictures',
     'unclip generate "a castle" --negative "people" --decoder-guidance 6',
     'unclip generate "a boat" --sampler dpm --decoder-steps 12',
+    'unclip generate "a lion" --candidates 4',
     "unclip generate --prompts-file captions.txt --json > made.jsonl",
 )
 
@@ -47,6 +48,33 @@ def generate(
     super_res_steps: options.SuperResSteps = None,
     prior_guidance: Annotated[float | None, options.guidance("prior", "idea is pushed towards the caption")] = None,
     decoder_guidance: options.DecoderGuidance = None,
+    candidates: Annotated[
+        int | None,
+        typer.Option(
+            "--candidates",
+            min=1,
+            max=1000,
+            metavar="N",
+            help="Ideas that the prior draws for each picture; the one closest to the caption is kept.",
+            show_default="the model's own, or 1",
+        ),
+    ] = None,
+    prior_temperature: Annotated[
+        float | None,
+        typer.Option(
+            metavar="T",
+            help="Of an autoregressive prior: below 1 its ideas are more typical, at 0 always the likeliest.",
+            show_default="the model's own, or 1",
+        ),
+    ] = None,
+    prior_top_p: Annotated[
+        float | None,
+        typer.Option(
+            metavar="P",
+            help="Of an autoregressive prior: draw from the likeliest codes alone, whose chances make up P.",
+            show_default="the model's own, or 1",
+        ),
+    ] = None,
     sampler: options.Sampler = None,
     out: options.OutFolder = Path("."),
     grid: options.Grid = False,
@@ -85,7 +113,12 @@ def generate(
         "prior_guidance_scale": prior_guidance,
         "decoder_guidance_scale": decoder_guidance,
     }
-    settings = call_settings(UnCLIPPipeline, folder, given)
+    drawing = {
+        "num_prior_candidates": candidates,
+        "prior_temperature": prior_temperature,
+        "prior_top_p": prior_top_p,
+    }
+    settings = call_settings(UnCLIPPipeline, folder, given, drawing)
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid)
     if seed is None:
         seed = fresh_seed()

@@ -50,8 +50,15 @@ def model_name(name: str) -> str:
     return Path(name).resolve().name if os.path.isdir(name) else name
 
 
-def call_settings(pipeline_class: type, folder: Path, given: Mapping[str, Number | None]) -> dict[str, Number]:
+def call_settings(
+    pipeline_class: type,
+    folder: Path,
+    given: Mapping[str, Number | None],
+    optional: Mapping[str, Number | None] | None = None,
+) -> dict[str, Number]:
     """The arguments of a call, each as given, else as the model recommends, else the pipeline's own default.
+
+    Those of `optional` are left out where they are neither given nor recommended.
 
     Raises: InputError for a guidance scale out of limits, before a weight is read.
     """
@@ -63,6 +70,9 @@ def call_settings(pipeline_class: type, folder: Path, given: Mapping[str, Number
     for name, value in given.items():
         own: Number = defaults[name].default
         settings[name] = recommended.get(name, own) if value is None else value
+    for name, value in (optional or {}).items():
+        if value is not None or name in recommended:
+            settings[name] = recommended[name] if value is None else value
     for name in SCALES:
         if name in settings:
             check_scale(settings[name], name)

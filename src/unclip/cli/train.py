@@ -53,7 +53,8 @@ def train(
     ] = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Train one stage by a recipe: clip, prior, decoder or super_res.
+    """Train one stage by a recipe: clip, prior, prior_autoregressive, decoder or
+    super_res.
 
     Ctrl-C saves and stops; the same command goes on from there. The run's folder gets metrics.jsonl, samples/ and
     model/, whose path is printed on stdout.
@@ -122,6 +123,10 @@ def make_task(recipe: "Recipe") -> "Task":
         from unclip.training.clip import ClipTask
 
         return ClipTask(recipe)
+    if recipe.stage == "prior_autoregressive":
+        from unclip.training.prior_autoregressive import AutoregressivePriorTask
+
+        return AutoregressivePriorTask(recipe)
     from unclip.training.diffusion import DecoderTask, PriorTask, SuperResTask
 
     if recipe.stage == "prior":

@@ -1,7 +1,7 @@
 """Classifier-free guidance: the only place where null and given predictions are mixed.
 
 Does not know what the condition is, nor the sampler or the schedule.
-Pipelines wrap a stage's denoiser in `guided` when `uses_guidance` says so.
+Stages wrap a denoiser in `guided` when `uses_guidance` says so; what predicts no noise mixes by `away`.
 """
 
 import math
@@ -38,6 +38,11 @@ def uses_guidance(scale: float) -> bool:
     return check_scale(scale) > 1
 
 
+def away(null: Tensor, given: Tensor, scale: float) -> Tensor:
+    """null + scale * (given - null): the given prediction, pushed away from the null one for a scale above 1."""
+    return null + scale * (given - null)
+
+
 def guided(denoiser: Denoiser, scale: float) -> Denoiser:
     """A denoiser that mixes two predictions: null + scale * (given - null).
 
@@ -68,7 +73,7 @@ def guided(denoiser: Denoiser, scale: float) -> Denoiser:
             )
         null, given = output.chunk(2)
         # Null carries a variance half too; only its first channels take part.
-        mean = null[:, :channels] + scale * (given[:, :channels] - null[:, :channels])
+        mean = away(null[:, :channels], given[:, :channels], scale)
         return torch.cat([mean, given[:, channels:]], dim=1) if output.shape[1] > channels else mean
 
     return mixed

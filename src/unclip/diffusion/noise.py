@@ -59,6 +59,28 @@ class NoiseSource:
             return torch.cat([_randn((1, *shape[1:]), one, device) for one in self._generator])
         return _randn(shape, self._generator, device)
 
+    def branches(self, count: int) -> "list[NoiseSource]":
+        """Further sources, independent of this one and of each other, which leave this one where it is.
+
+        Branch k is the same however many are asked for, and a generator gives the same branches in the same state. An
+        image with its own generator has its own branches, whatever batch it is in. Of torch's global generator there
+        is only one: its branches are that one itself, and drawing from them moves it.
+        """
+        if self._generator is None:
+            return [self] * count
+        if isinstance(self._generator, list):
+            each = [_branches(one, count) for one in self._generator]
+            return [NoiseSource([own[k] for own in each], self._batch_size) for k in range(count)]
+        return [NoiseSource(one, self._batch_size) for one in _branches(self._generator, count)]
+
+
+def _branches(generator: torch.Generator, count: int) -> list[torch.Generator]:
+    """Generators seeded by a copy of this one in its present state."""
+    copy = torch.Generator(generator.device)
+    copy.set_state(generator.get_state())
+    seeds = [int(torch.randint(2**63 - 1, (), generator=copy, device=copy.device)) for _ in range(count)]
+    return [torch.Generator(generator.device).manual_seed(seed) for seed in seeds]
+
 
 def _randn(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str) -> Tensor:
     if generator is None:

@@ -6,11 +6,15 @@ They know no noise, no schedule and no pipeline. Stages and training call them.
 from unclip.models.component import Component
 from unclip.models.config import ModelConfig
 from unclip.models.prior import PriorConfig, PriorPrefix, PriorTransformer, PriorTransformerOutput
+from unclip.models.prior_autoregressive import AutoregressivePrior, AutoregressivePriorConfig, CodeMemory
 from unclip.models.text_proj import UnCLIPTextProjConfig, UnCLIPTextProjModel
 from unclip.models.unet import UNet2DConditionModel, UNet2DConditionOutput, UNet2DModel, UNet2DOutput, UNetContext
 from unclip.models.unet_config import UNet2DConditionConfig, UNet2DConfig
 
 __all__ = [
+    "AutoregressivePrior",
+    "AutoregressivePriorConfig",
+    "CodeMemory",
     "Component",
     "ModelConfig",
     "PriorConfig",

@@ -162,6 +162,17 @@ class PriorBlock(nn.Module):
         return tokens + self.ff(self.norm3(tokens)), own
 
 
+@torch.no_grad()
+def initialize_blocks(blocks: nn.ModuleList) -> None:
+    """Scale what `PriorBlock`s add to their tokens down by the depth, so that a deep stack starts as a shallow one."""
+    scale = (2 * len(blocks)) ** -0.5
+    for name, parameter in blocks.named_parameters():
+        if name.endswith(("to_out.0.weight", "net.2.weight")):
+            parameter.mul_(scale)
+        elif name.endswith(("to_out.0.bias", "net.2.bias")):
+            parameter.zero_()
+
+
 def set_slicing(module: nn.Module, slice_size: Any) -> None:
     """Set how many attention maps every attention inside `module` computes at a time; see `HeadedAttention`."""
     if slice_size not in (None, "auto", "max") and (type(slice_size) is not int or slice_size < 1):

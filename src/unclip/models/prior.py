@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.errors import InputError
-from unclip.models.attention import MASKED, KeyValue, PriorBlock, mask_bias
+from unclip.models.attention import MASKED, KeyValue, PriorBlock, initialize_blocks, mask_bias
 from unclip.models.component import Component, check_rows
 from unclip.models.config import MAX_LAYERS, ModelConfig
 from unclip.models.embeddings import ACTIVATIONS, TimestepEmbedding, sinusoidal_embedding, timestep_rows
@@ -130,13 +130,7 @@ class PriorTransformer(Component[PriorConfig]):
         nn.init.normal_(self.positional_embedding, std=0.01, generator=generator)
         if self.prd_embedding is not None:
             nn.init.normal_(self.prd_embedding, std=0.01, generator=generator)
-        scale = (2 * self.config.num_layers) ** -0.5
-        with torch.no_grad():
-            for name, parameter in self.transformer_blocks.named_parameters():
-                if name.endswith(("to_out.0.weight", "net.2.weight")):
-                    parameter.mul_(scale)
-                elif name.endswith(("to_out.0.bias", "net.2.bias")):
-                    parameter.zero_()
+        initialize_blocks(self.transformer_blocks)
         nn.init.zeros_(self.clip_mean)
         nn.init.ones_(self.clip_std)
         return self

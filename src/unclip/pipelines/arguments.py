@@ -16,6 +16,7 @@ from unclip.stages.condition import TextEmbedding
 from unclip.stages.encoders import check_prompt
 
 MAX_PICTURES = 1000
+MAX_CANDIDATES = 1000
 
 Callback = Callable[[Any, int, int, dict[str, Any]], Mapping[str, Any] | None]
 """(pipeline, step, timestep, {"stage", "num_steps", "latents", "x0"}) → None, or {"latents": …}, or {"stop": True}."""
@@ -47,6 +48,19 @@ def check_count(num_images_per_prompt: int, num_prompts: int) -> int:
     if not 1 <= total <= MAX_PICTURES:
         raise InputError(f"this call asks for {total} pictures; between 1 and {MAX_PICTURES} are made at once")
     return total
+
+
+def check_candidates(num_prior_candidates: int) -> int:
+    """The number of candidates.
+
+    Raises: InputError unless it is a whole number from 1 to 1000.
+    """
+    whole = isinstance(num_prior_candidates, int) and not isinstance(num_prior_candidates, bool)
+    if not whole or not 1 <= num_prior_candidates <= MAX_CANDIDATES:
+        raise InputError(
+            f"num_prior_candidates is {num_prior_candidates!r}; it must be a whole number from 1 to {MAX_CANDIDATES}"
+        )
+    return num_prior_candidates
 
 
 def noise_source(

@@ -26,6 +26,7 @@ from unclip.checkpoints.weights import (
 from unclip.errors import CheckpointError, ConfigError, MissingFileError, UnclipError, WeightsError
 
 OURS = {
+    "AutoregressivePrior": "unclip.models.prior_autoregressive",
     "PriorTransformer": "unclip.models.prior",
     "UNet2DConditionModel": "unclip.models.unet",
     "UNet2DModel": "unclip.models.unet",
@@ -34,6 +35,8 @@ OURS = {
     "DDIMScheduler": "unclip.diffusion.scheduler",
     "DPMSolverMultistepScheduler": "unclip.diffusion.scheduler",
 }
+OURS_ALONE = ("AutoregressivePrior", "UnCLIPTextProjModel")
+"""What the ecosystem has no class for, or none that its loaders find by itself."""
 # Names in old folders → the class that reads them now.
 TRANSFORMERS = {
     "CLIPTextModelWithProjection": "CLIPTextModelWithProjection",
@@ -93,7 +96,9 @@ def parts_with_variant(folder: Path, names: Iterable[str], variant: str) -> set[
     wanted = [name(stem, variant) for stem in (DEFAULT_STEM, TRANSFORMERS_STEM) for name in (file_name, index_name)]
     found = {name for name in names if any((safe_join(folder, name) / file).exists() for file in wanted)}
     if not found:
-        raise MissingFileError(f"{folder} has no {variant} weights; leave variant out, or look what it has: unclip info")
+        raise MissingFileError(
+            f"{folder} has no {variant} weights; leave variant out, or look what it has: unclip info"
+        )
     return found
 
 
@@ -110,7 +115,7 @@ def index_entry(component: Any) -> list[str]:
     """[library, class] as model_index.json names a component; the ecosystem's loaders know most of them."""
     name = type(component).__name__
     if name in OURS:
-        return ["unclip" if name == "UnCLIPTextProjModel" else "diffusers", name]
+        return ["unclip" if name in OURS_ALONE else "diffusers", name]
     aliases = {"CLIPImageProcessorPil": "CLIPImageProcessor", "CLIPTokenizerFast": "CLIPTokenizer"}
     return ["transformers", aliases.get(name, name)]
 

@@ -3,7 +3,8 @@
 Knows decoder and super-resolution as stages; knows not where the embedding came from. Base of the two pipelines.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,7 +137,7 @@ class GenerationPipeline(Pipeline):
 
     def _run(self, name: str, stage: Any, condition: Any, null: Any, run: StageRun, call: Call) -> Tensor:
         scheduler: Scheduler = getattr(self, f"{name}_scheduler")
-        try:
+        with self._freed_when_stopped():
             return sample(
                 stage,
                 condition,
@@ -149,8 +150,14 @@ class GenerationPipeline(Pipeline):
                 progress=self.progress(name),
                 on_step=on_step(self, name, call.callback),
             )
+
+    @contextmanager
+    def _freed_when_stopped(self) -> Iterator[None]:
+        """A run that is stopped within leaves nothing on the accelerator either."""
+        try:
+            yield
         except BaseException:
-            self.maybe_free_model_hooks()  # a run that was stopped leaves nothing on the accelerator either
+            self.maybe_free_model_hooks()
             raise
 
     def _decode(

@@ -8,7 +8,8 @@ import io
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self, get_type_hints
+from types import NoneType
+from typing import Any, ClassVar, Self, get_args, get_type_hints
 
 import torch
 from torch import nn
@@ -33,12 +34,14 @@ class Pipeline:
     """
 
     COMPONENTS: ClassVar[tuple[str, ...]] = ()
+    OPTIONAL: ClassVar[tuple[str, ...]] = ()
+    """Those that may be None, because not every kind of the others needs them."""
 
     def __init__(self, **components: Any):
         for name in self.COMPONENTS:
-            if components.get(name) is None:
+            if components.get(name) is None and name not in self.OPTIONAL:
                 raise InputError(f"{type(self).__name__} needs the component {name!r}")
-            setattr(self, name, components[name])
+            setattr(self, name, components.get(name))
         self._progress: dict[str, Any] = {}
         self._offload_hooks: list[Any] = []
         self._recommended: dict[str, Number] = {}
@@ -50,16 +53,23 @@ class Pipeline:
         Raises: ConfigError for a network or scheduler that is none of unclip's, such as diffusers' of that name.
         Whether it fits the others is checked when the pipeline is next called.
         """
-        kind = get_type_hints(type(self)).get(name) if name in self.COMPONENTS else None
-        if value is None and kind is not None:
-            raise ConfigError(f"component {name!r} cannot be None: it must be a {kind.__name__}")
-        if kind is not None and kind.__module__.startswith("unclip.") and not isinstance(value, kind):
+        kinds = self._kinds(name)
+        if value is None and kinds and name not in self.OPTIONAL:
+            raise ConfigError(f"component {name!r} cannot be None: it must be a {_either(kinds)}")
+        ours = bool(kinds) and all(kind.__module__.startswith("unclip.") for kind in kinds)
+        if value is not None and ours and not isinstance(value, kinds):
             found = f"{type(value).__module__}.{type(value).__name__}"
             raise ConfigError(
-                f"component {name!r} is a {found}; it must be a {kind.__module__}.{kind.__name__} "
+                f"component {name!r} is a {found}; it must be a {_either(kinds, in_full=True)} "
                 "(its from_pretrained and from_config read what diffusers' class of that name saved)"
             )
         super().__setattr__(name, value)
+
+    @classmethod
+    def _kinds(cls, name: str) -> tuple[type, ...]:
+        """The classes that a component may be of, as it is annotated; none for another attribute."""
+        kind = get_type_hints(cls).get(name) if name in cls.COMPONENTS else None
+        return tuple(part for part in (get_args(kind) or (kind,)) if part not in (None, NoneType))
 
     def check(self) -> None:
         """Raises: ConfigError when components do not fit one another."""
@@ -143,7 +153,7 @@ class Pipeline:
         )
         index = read_json(folder / "model_index.json")
         parts = dict(components)
-        to_read = [name for name in cls.COMPONENTS if name not in parts]
+        to_read = [n for n in cls.COMPONENTS if n not in parts and (n in index or n not in cls.OPTIONAL)]
         varied = set() if variant is None else parts_with_variant(folder, to_read, variant)
         for name in to_read:
             class_name = _class_name(index, name, cls.__name__, folder)
@@ -179,6 +189,8 @@ class Pipeline:
         with atomic_folder(folder, overwrite=overwrite) as draft:
             index: dict[str, Any] = {"_class_name": type(self).__name__, "_diffusers_version": API_VERSION}
             for name, part in self.components.items():
+                if part is None:
+                    continue
                 write_component(part, draft / name, variant=variant)
                 index[name] = index_entry(part)
             write_json(draft / "model_index.json", index)
@@ -267,6 +279,10 @@ class Pipeline:
     def __repr__(self) -> str:
         parts = ", ".join(f"{name}={type(part).__name__}" for name, part in self.components.items())
         return f"{type(self).__name__}({parts})"
+
+
+def _either(kinds: tuple[type, ...], *, in_full: bool = False) -> str:
+    return " or a ".join(f"{kind.__module__}.{kind.__name__}" if in_full else kind.__name__ for kind in kinds)
 
 
 def _class_name(index: Mapping[str, Any], name: str, pipeline: str, folder: Path) -> str:

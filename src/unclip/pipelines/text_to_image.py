@@ -4,6 +4,7 @@ Knows the public call and its arguments; what both pipelines share is in `genera
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,18 +14,33 @@ from unclip.diffusion.guidance import check_scale
 from unclip.diffusion.scheduler import Scheduler
 from unclip.errors import InputError
 from unclip.models.prior import PriorTransformer
+from unclip.models.prior_autoregressive import AutoregressivePrior
 from unclip.pipelines.arguments import (
     Callback,
     as_prompts,
+    check_candidates,
     check_count,
     check_embeddings,
+    check_latents,
     given_text,
     noise_source,
+    on_step,
 )
 from unclip.pipelines.generation import Call, GenerationPipeline, StageRun
 from unclip.pipelines.output import ImagePipelineOutput, check_output_type
 from unclip.stages.condition import PriorCondition, TextEmbedding
+from unclip.stages.embedding import DiffusionEmbeddingSampler, EmbeddingSampler, sample_best
 from unclip.stages.prior import PriorStage
+from unclip.stages.prior_autoregressive import AutoregressivePriorStage, check_drawing
+
+
+@dataclass(frozen=True)
+class PriorRun(StageRun):
+    """How the prior runs in one call: candidates of each embedding, and how codes are drawn."""
+
+    num_candidates: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
 
 
 class UnCLIPPipeline(GenerationPipeline):
@@ -32,7 +48,9 @@ class UnCLIPPipeline(GenerationPipeline):
 
     Components, by name: `text_encoder` and `tokenizer` (transformers' CLIP), `prior` and `prior_scheduler`,
     `text_proj`, `decoder` and `decoder_scheduler`, `super_res_first` (every step of super-resolution but the last),
-    `super_res_last` and `super_res_scheduler`. Any scheduler of the library fits each stage.
+    `super_res_last` and `super_res_scheduler`. Any scheduler of the library fits each stage. The prior is a
+    `PriorTransformer` (the diffusion prior) or an `AutoregressivePrior`, which needs no scheduler: `prior_scheduler`
+    may be left out then.
     """
 
     COMPONENTS = (
@@ -47,11 +65,14 @@ class UnCLIPPipeline(GenerationPipeline):
         "decoder_scheduler",
         "super_res_scheduler",
     )
-    prior: PriorTransformer
-    prior_scheduler: Scheduler
+    OPTIONAL = ("prior_scheduler",)
+    prior: PriorTransformer | AutoregressivePrior
+    prior_scheduler: Scheduler | None
 
     def check(self) -> None:
         super().check()
+        if self.prior_scheduler is None and isinstance(self.prior, PriorTransformer):
+            raise InputError("UnCLIPPipeline needs the component 'prior_scheduler': its prior is a diffusion prior")
         width = self.text_encoder.config.projection_dim
         context = self.text_encoder.config.max_position_embeddings
         self._check_fits(
@@ -60,6 +81,9 @@ class UnCLIPPipeline(GenerationPipeline):
                 ("prior.num_embeddings", self.prior.config.num_embeddings, "text_encoder's context", context),
             ]
         )
+        if isinstance(self.prior, AutoregressivePrior):
+            text_width = self.text_encoder.config.hidden_size
+            self._check_fits([("prior.text_dim", self.prior.config.text_width, "text_encoder.hidden_size", text_width)])
 
     @torch.no_grad()
     def __call__(
@@ -82,6 +106,9 @@ class UnCLIPPipeline(GenerationPipeline):
         *,
         negative_prompt: str | Sequence[str] | None = None,
         seed: int | Sequence[int] | None = None,
+        num_prior_candidates: int = 1,
+        prior_temperature: float = 1.0,
+        prior_top_p: float = 1.0,
         image_embeddings: Tensor | None = None,
         callback_on_step_end: Callback | None = None,
         return_intermediates: bool = False,
@@ -91,9 +118,11 @@ class UnCLIPPipeline(GenerationPipeline):
         Args:
             prompt: a caption, or several. May be None only with `text_model_output` or `image_embeddings`.
             num_images_per_prompt: pictures of each caption; they follow one another in the output.
-            prior_num_inference_steps, decoder_num_inference_steps, super_res_num_inference_steps: 1 to 1000 each.
+            prior_num_inference_steps, decoder_num_inference_steps, super_res_num_inference_steps: 1 to 1000 each. An
+                autoregressive prior takes one step for each of its codes, whatever the first says.
             generator: the source of all noise; a list has one a picture.
-            prior_latents: x_T of the prior, [batch, embedding_dim].
+            prior_latents: x_T of the prior, [batch, embedding_dim]; the noise of an autoregressive one's codes,
+                [batch, 1 + num_components].
             decoder_latents: x_T of the decoder, [batch, 3, size, size].
             super_res_latents: x_T of super-resolution, [batch, 3, size, size].
             text_model_output: CLIPTextModelOutput or (text_embeds, last_hidden_state) instead of a prompt.
@@ -103,7 +132,11 @@ class UnCLIPPipeline(GenerationPipeline):
             return_dict: False gives a plain tuple.
             negative_prompt: what guidance pushes away from in place of the empty caption; one, or one a prompt.
             seed: picture i is made with seed + i (or the i-th of a list), whatever else is in its batch.
-            image_embeddings: [batch, embedding_dim] in place of the prior's.
+            num_prior_candidates: image embeddings drawn of each caption (paper §2.2), of which the one with the largest
+                dot product with the text embedding, both normalised, is kept. The first candidate is what is drawn
+                without others, and `prior_latents` are its.
+            prior_temperature, prior_top_p: how an autoregressive prior draws its codes: see `AutoregressivePriorStage`.
+            image_embeddings: [batch, embedding_dim] in place of the prior's, which does not run then.
             callback_on_step_end: called as (pipeline, step, timestep, {"stage", "num_steps", "latents", "x0"}); it may
                 return {"latents": tensor} to go on from, or {"stop": True}.
             return_intermediates: the output also has `image_embeddings` and `small_images`.
@@ -117,10 +150,18 @@ class UnCLIPPipeline(GenerationPipeline):
         check_output_type(output_type)
         check_scale(prior_guidance_scale, "prior_guidance_scale")
         check_scale(decoder_guidance_scale, "decoder_guidance_scale")
-        prior = StageRun(prior_num_inference_steps, prior_guidance_scale, prior_latents)
+        prior = PriorRun(
+            prior_num_inference_steps,
+            prior_guidance_scale,
+            prior_latents,
+            check_candidates(num_prior_candidates),
+            prior_temperature,
+            prior_top_p,
+        )
         decoder = StageRun(decoder_num_inference_steps, decoder_guidance_scale, decoder_latents)
         super_res = StageRun(super_res_num_inference_steps, 1.0, super_res_latents)
-        for name, run in (("prior", prior), ("decoder", decoder), ("super_res", super_res)):
+        embedder = self._embedder(prior)
+        for name, run in (("decoder", decoder), ("super_res", super_res)):
             self._check_steps(name, run)
         if image_embeddings is not None:
             check_embeddings(image_embeddings, self.prior.config.embedding_dim)
@@ -129,7 +170,8 @@ class UnCLIPPipeline(GenerationPipeline):
 
         text = self._encode(prompt, text_model_output, text_attention_mask, image_embeddings)
         batch_size = check_count(num_images_per_prompt, len(text))
-        self._check_latents(batch_size, prior=prior, decoder=decoder, super_res=super_res)
+        check_latents(prior.latents, "prior_latents", (batch_size, *embedder.sample_shape(PriorCondition(text))[1:]))
+        self._check_latents(batch_size, decoder=decoder, super_res=super_res)
         call = Call(noise_source(generator, seed, batch_size), callback_on_step_end)
         negative = self._captions(negative_prompt, len(text))
         null_text = None
@@ -137,15 +179,30 @@ class UnCLIPPipeline(GenerationPipeline):
             null_text = self._repeated_text(negative, len(text), num_images_per_prompt)
         text = text.repeat(num_images_per_prompt)
         if image_embeddings is None:
-            embeddings = self._embed(text, null_text, prior, call)
+            embeddings = self._embed(embedder, text, null_text, prior, call)
         else:
             embeddings = image_embeddings.to(self.device).float().repeat_interleave(num_images_per_prompt, dim=0)
         small = self._decode(text, null_text, embeddings, decoder, call)
         large = self._enlarge(small, super_res, call)
         return self._finish(large, small, embeddings, output_type, return_intermediates, return_dict)
 
-    def _sample_shape(self, name: str) -> tuple[int, ...]:
-        return (self.prior.config.embedding_dim,) if name == "prior" else super()._sample_shape(name)
+    def _embedder(self, run: PriorRun) -> EmbeddingSampler:
+        """The prior, ready to be sampled.
+
+        Raises: InputError for steps that its scheduler cannot take, or a way to draw codes that it cannot follow.
+        """
+        if isinstance(self.prior, AutoregressivePrior):
+            return AutoregressivePriorStage(self.prior, run.temperature, run.top_p)
+        check_drawing(run.temperature, run.top_p)
+        if (run.temperature, run.top_p) != (1, 1):
+            raise InputError(
+                f"prior_temperature is {run.temperature} and prior_top_p {run.top_p}, but a diffusion prior draws no "
+                "codes: leave them out, or load an AutoregressivePrior"
+            )
+        scheduler = self.prior_scheduler
+        assert scheduler is not None  # check() has seen to it
+        stage = PriorStage(self.prior, scheduler.process)
+        return DiffusionEmbeddingSampler(stage, scheduler.sampler(), scheduler.spaced_timesteps(run.num_steps))
 
     def _encode(self, prompt: Any, output: Any, mask: Tensor | None, image_embeddings: Tensor | None) -> TextEmbedding:
         """The captions' embeddings, one row a prompt."""
@@ -174,8 +231,19 @@ class UnCLIPPipeline(GenerationPipeline):
             )
         return text
 
-    def _embed(self, text: TextEmbedding, null_text: TextEmbedding | None, run: StageRun, call: Call) -> Tensor:
+    def _embed(
+        self, prior: EmbeddingSampler, text: TextEmbedding, null_text: TextEmbedding | None, run: PriorRun, call: Call
+    ) -> Tensor:
         """Captions → image embeddings [batch, embedding_dim]."""
-        stage = PriorStage(self.prior, self.prior_scheduler.process)
-        null = PriorCondition(null_text) if null_text is not None and run.guided else None
-        return self._run("prior", stage, PriorCondition(text), null, run, call)
+        with self._freed_when_stopped():
+            return sample_best(
+                prior,
+                PriorCondition(text),
+                num_candidates=run.num_candidates,
+                noise=call.noise,
+                null=PriorCondition(null_text) if null_text is not None and run.guided else None,
+                guidance_scale=run.guidance_scale,
+                latents=run.latents,
+                progress=self.progress("prior"),
+                on_step=on_step(self, "prior", call.callback),
+            )

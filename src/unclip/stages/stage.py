@@ -22,7 +22,10 @@ Condition = TypeVar("Condition", bound=Batched, contravariant=True)
 class Stage(Protocol[Condition]):
     """One diffusion model of the chain."""
 
-    process: DiffusionProcess
+    @property
+    def process(self) -> DiffusionProcess:
+        """What is undone step by step."""
+        ...
 
     def prepare(self, condition: Condition) -> Denoiser:
         """Compute once all that depends on neither x_t nor t."""

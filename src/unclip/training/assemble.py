@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unclip.checkpoints.files import atomic_folder, write_json
+from unclip.checkpoints.files import atomic_folder, read_json, write_json
 from unclip.checkpoints.layout import API_VERSION
 from unclip.checkpoints.recommended import write_recommended
 from unclip.errors import MissingFileError
@@ -69,7 +69,7 @@ def assemble(
     index: dict[str, Any] = {"_class_name": "UnCLIPPipeline", "_diffusers_version": API_VERSION}
     with atomic_folder(out, overwrite=overwrite) as draft:
         components: dict[str, Any] = {}
-        for name, (run, folder, class_name) in PARTS.items():
+        for name, (run, folder, class_name) in _parts(_model(prior)).items():
             if name == "super_res_last" and super_res_last is None:
                 folder = "super_res_first"
             components[name] = _read(runs[run], run, folder, class_name)
@@ -87,8 +87,21 @@ def assemble(
             (draft / name).write_bytes(file.read_bytes())
 
 
+def _parts(prior: Path) -> dict[str, tuple[str, str, str]]:
+    """`PARTS`, for the kind of prior that lies in this folder: an autoregressive one has no scheduler."""
+    config = prior / "prior" / "config.json"
+    if not config.is_file() or read_json(config).get("_class_name") != "AutoregressivePrior":
+        return PARTS
+    parts = PARTS | {"prior": ("prior", "prior", "AutoregressivePrior")}
+    return {name: part for name, part in parts.items() if name != "prior_scheduler"}
+
+
+def _model(run: Path) -> Path:
+    return run / "model" if (run / "model").is_dir() else run
+
+
 def _read(run: Path, stage: str, name: str, class_name: str) -> Any:
-    model = run / "model" if (run / "model").is_dir() else run
+    model = _model(run)
     if not (model / name).is_dir():
         raise MissingFileError(f"{run} has neither model/{name} nor {name}: train {stage} there first")
     return read_component(model, name, class_name, torch_dtype=None, variant=None)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unclip.data.source import FolderSource, Rows
@@ -90,16 +91,26 @@ class Captioned:
             )
         return rows.embeddings
 
+    def known(self) -> tuple[Tensor, Tensor]:
+        """Embeddings [count, width], and how often each is drawn [count], 1 in all: of a stream some of them."""
+        if isinstance(self.source, FolderSource) and self.table is not None:
+            return self.table, self.source.weights / self.source.weights.sum()
+        embeddings = self.embeddings(self.source.examples(SPREAD_ROWS))
+        return embeddings, torch.full((len(embeddings),), 1 / len(embeddings))
+
     def spread(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [1, width] of the embeddings that are drawn."""
-        if isinstance(self.source, FolderSource) and self.table is not None:
-            weights = (self.source.weights / self.source.weights.sum())[:, None]
-            embeddings = self.table
-        else:
-            embeddings = self.embeddings(self.source.examples(SPREAD_ROWS))
-            weights = torch.full((len(embeddings), 1), 1 / len(embeddings))
+        embeddings, weights = self.known()
+        weights = weights[:, None]
         mean = (weights * embeddings).sum(0, keepdim=True)
         return mean, (weights * (embeddings - mean) ** 2).sum(0, keepdim=True).sqrt().clamp_min(1e-6)
+
+
+def tell_cosines(path: Path, drawn: Tensor, true: Tensor) -> None:
+    """A prior's sample sheet, `path` with the suffix .txt: cosine of drawn and true embeddings, and of wrong pairs."""
+    right, wrong = (F.cosine_similarity(drawn, other, dim=-1).mean() for other in (true, true.roll(1, 0)))
+    told = f"cosine to the true embedding {right:.3f}, to another's {wrong:.3f}\n"
+    path.with_suffix(".txt").write_text(told, encoding="utf-8")
 
 
 def text_batch(text: TextEmbedding) -> Batch:

@@ -27,7 +27,7 @@ from unclip.stages.decoder import DecoderStage
 from unclip.stages.prior import PriorStage
 from unclip.stages.stage import sample, size_px
 from unclip.stages.super_res import SuperResStage, enlarge
-from unclip.training.conditions import Captioned, FrozenClip, batch_text, text_batch
+from unclip.training.conditions import Captioned, FrozenClip, batch_text, tell_cosines, text_batch
 from unclip.training.lora import adapt, merged, write_adapter
 from unclip.training.recipe import DecoderSettings, PriorSettings, ProcessRecipe, Recipe, SuperResSettings
 from unclip.training.task import Batch, Sourced, source_of
@@ -164,12 +164,7 @@ class PriorTask(Sourced):
         rows = self.source.examples(SHEET_PICTURES)
         text = self.clip.text.encode(rows.captions)
         drawn = draw_stage(self.module, self.stage, PriorCondition(text), PriorCondition(self.clip.empty), scale=2.0)
-        true = self.data.embeddings(rows)
-        right = F.cosine_similarity(drawn, true).mean()
-        wrong = F.cosine_similarity(drawn, true.roll(1, 0)).mean()
-        path.with_suffix(".txt").write_text(
-            f"cosine to the true embedding {right:.3f}, to another's {wrong:.3f}\n", encoding="utf-8"
-        )
+        tell_cosines(path, drawn, self.data.embeddings(rows))
 
 
 class DecoderTask(Sourced):

@@ -17,6 +17,8 @@ from typing import Any, Literal
 from unclip.errors import ConfigError, MissingDependencyError
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
+ADAPTABLE = ("prior", "prior_autoregressive", "decoder")
+"""The stages that [lora] is for."""
 
 
 def _check(
@@ -121,6 +123,25 @@ class PriorSettings:
 
 
 @dataclass(frozen=True)
+class AutoregressivePriorSettings:
+    """Autoregressive prior (paper §2.2): where its CLIP lies, its network, and how often text and dot product go.
+
+    A dropped text takes its dot product along; `dot_drop` is how often that goes alone, so that a caption which is
+    nobody's (a negative one) can be read without it. `code_noise` jitters each component before it becomes a code, in
+    units of its spread: a code says its bucket and no more, and neighbours are as good.
+    """
+
+    clip: Path = Path()
+    model: dict[str, Any] = field(default_factory=dict)
+    text_drop: float = 0.1
+    dot_drop: float = 0.1
+    code_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check("prior_autoregressive", self, shares=("text_drop", "dot_drop"), not_negative=("code_noise",))
+
+
+@dataclass(frozen=True)
 class DecoderSettings:
     """Decoder: where its CLIP lies, its networks, and how often embedding and caption are dropped (paper §2.1).
 
@@ -183,11 +204,11 @@ class Recipe:
         precision: "no" is float32.
         compile: compile the networks first (torch.compile): minutes at the start, then faster steps where it helps.
         trackers: what metrics go to beside metrics.jsonl: "tensorboard", "wandb", "trackio".
-        lora: train adapters in the network of `start_from` (prior or decoder) and leave its own weights.
+        lora: train adapters in the network of `start_from` (a prior or decoder) and leave its own weights.
         ema_decay: of the weights that are kept; warmed up as (1 + step) / (10 + step).
     """
 
-    stage: Literal["clip", "prior", "decoder", "super_res"]
+    stage: Literal["clip", "prior", "prior_autoregressive", "decoder", "super_res"]
     data: Path | str | tuple[Path | str, ...]
     start_from: Path | None = None
     steps: int = 10_000
@@ -205,6 +226,7 @@ class Recipe:
     lora: LoraSettings | None = None
     clip: ClipSettings | None = None
     prior: PriorSettings | None = None
+    prior_autoregressive: AutoregressivePriorSettings | None = None
     decoder: DecoderSettings | None = None
     super_res: SuperResSettings | None = None
 
@@ -215,7 +237,7 @@ class Recipe:
                 raise ConfigError(f"a recipe for stage {self.stage!r} {verb} a section [{stage}]")
         if self.start_from and self.stage == "clip":
             raise ConfigError("start_from is for prior, decoder and super_res; a CLIP is trained from its first step")
-        if self.lora and (self.stage not in ("prior", "decoder") or not self.start_from):
+        if self.lora and (self.stage not in ADAPTABLE or not self.start_from):
             raise ConfigError("[lora] is for prior and decoder, and needs start_from: a model to adapt")
         for name in self.trackers:
             if name not in TRACKERS:

@@ -1,0 +1,346 @@
+"""The autoregressive prior: an image embedding as a sequence of codes, predicted one by one from a text's encoding.
+
+Knows principal components, buckets and tokens; knows neither how a code is drawn nor guidance. Called by the prior's
+stage and by training.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unclip.errors import ConfigError, InputError
+from unclip.models.attention import MASKED, KeyValue, PriorBlock, initialize_blocks, mask_bias
+from unclip.models.component import Component, check_rows
+from unclip.models.config import MAX_LAYERS, ModelConfig
+from unclip.models.entry import entry_point, routes_entry_points
+from unclip.models.kernels import Linear
+from unclip.models.pca import PrincipalComponents
+
+MAX_TOKENS = 16_384
+SMALLEST_RANGE = 1e-12
+SMALLEST_VARIANCE = 1e-10
+"""Of the largest: below it there is only rounding."""
+
+
+@dataclass(frozen=True, eq=False)
+class AutoregressivePriorConfig(ModelConfig):
+    """Settings of `AutoregressivePrior`; components and buckets are by default as many as arXiv 2204.06125 §2.2 has.
+
+    The tokens are `num_embeddings` of the text (each `text_dim` wide, `embedding_dim` unless given), the text's
+    embedding, the bucket of its dot product with the image's (of `num_dot_buckets`), and then one code for each of
+    `num_components` principal components, out of `num_buckets`.
+    """
+
+    num_attention_heads: int = 32
+    attention_head_dim: int = 64
+    num_layers: int = 20
+    embedding_dim: int = 1024
+    text_dim: int | None = None
+    num_embeddings: int = 77
+    num_components: int = 319
+    num_buckets: int = 1024
+    num_dot_buckets: int = 1024
+    dropout: float = 0.0
+
+    @property
+    def width(self) -> int:
+        """Width of a token inside the transformer."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def text_width(self) -> int:
+        """Width of the text's tokens as they are given."""
+        return self.text_dim or self.embedding_dim
+
+    @property
+    def prefix_length(self) -> int:
+        """How many tokens stand before the first code."""
+        return self.num_embeddings + 2
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens are read; the last code is only predicted."""
+        return self.prefix_length + self.num_components - 1
+
+    def check(self) -> None:
+        self.check_whole("num_attention_heads", "attention_head_dim", "embedding_dim", "num_embeddings")
+        self.check_whole("num_components")
+        self.check_whole("num_layers", high=MAX_LAYERS)
+        self.check_whole("text_dim", optional=True)
+        self.check_whole("num_buckets", "num_dot_buckets", low=2, high=65_536)
+        self.check_real("dropout", low=0.0, high=1.0)
+        if not 2 <= self.width <= 65_536:
+            raise self._refuse("num_attention_heads × attention_head_dim", "from 2 to 65536", self.width)
+        if self.num_components > self.embedding_dim:
+            raise self._refuse("num_components", f"at most embedding_dim, {self.embedding_dim}", self.num_components)
+        if self.num_tokens > MAX_TOKENS:
+            raise self._refuse("num_embeddings + num_components", f"at most {MAX_TOKENS} tokens", self.num_tokens)
+
+    def approximate_parameters(self) -> int:
+        tables = 2 * self.num_buckets + self.num_dot_buckets + self.num_tokens + self.embedding_dim + self.text_width
+        return self.num_layers * 12 * self.width**2 + tables * self.width
+
+
+@dataclass(frozen=True)
+class CodeMemory:
+    """What the tokens so far contribute to the next code.
+
+    `layers`: their keys and values in each layer; `bias`: what is added to their scores, [batch, 1, 1, tokens];
+    `num_codes`: how many codes are among them.
+    """
+
+    layers: tuple[KeyValue, ...]
+    bias: Tensor
+    num_codes: int
+
+
+class AutoregressivePrior(Component[AutoregressivePriorConfig]):
+    """A causal transformer over the text, its embedding, their dot product with the image, and the image's codes.
+
+    Source: arXiv 2204.06125 §2.2 ("autoregressive prior"). An image embedding is projected to its principal
+    components, those of the largest variance first, and each coordinate falls into one of `num_buckets` buckets of
+    equal width between the least and the largest that the training data have: its code.
+
+    The dot product is that of normalised embeddings, their cosine, because CLIP compares directions and its encoders'
+    lengths say nothing. Its buckets are quantiles of the training data, and one further token stands for a dot product
+    that is not given.
+
+    `fit_codes` sets the tables: `pca_mean` [1, embedding_dim], `pca_components` [num_components, embedding_dim],
+    `code_low` and `code_high` [num_components], `dot_edges` [num_dot_buckets − 1].
+    """
+
+    config_class: ClassVar = AutoregressivePriorConfig
+
+    def build(self, config: AutoregressivePriorConfig) -> None:
+        width, count = config.width, config.num_components
+        self.encoder_hidden_states_proj = Linear(config.text_width, width)
+        self.embedding_proj = Linear(config.embedding_dim, width)
+        self.dot_embedding = nn.Embedding(config.num_dot_buckets + 1, width)
+        self.code_embedding = nn.Embedding(config.num_buckets, width)
+        self.positional_embedding = nn.Parameter(torch.zeros(1, config.num_tokens, width))
+        self.transformer_blocks = nn.ModuleList(
+            [PriorBlock(width, config.attention_head_dim, config.dropout) for _ in range(config.num_layers)]
+        )
+        self.norm_out = nn.LayerNorm(width)
+        self.proj_to_codes = Linear(width, config.num_buckets)
+
+        def table(values: Tensor) -> nn.Parameter:  # statistics of the data: in the state dict, not for an optimizer
+            return nn.Parameter(values, requires_grad=False)
+
+        self.pca_mean = table(torch.zeros(1, config.embedding_dim))
+        self.pca_components = table(torch.eye(count, config.embedding_dim))
+        self.code_low = table(torch.full((count,), -1.0))
+        self.code_high = table(torch.ones(count))
+        self.dot_edges = table(torch.linspace(-1, 1, config.num_dot_buckets + 1)[1:-1])
+
+    def initialize_for_training(self, generator: torch.Generator | None = None) -> Self:
+        """As `Component`'s; besides, small random positions and tokens, and branches scaled down by the depth.
+
+        The tables of codes stay as they are: the data's have to be put there by `fit_codes`.
+        """
+        super().initialize_for_training(generator)
+        nn.init.normal_(self.positional_embedding, std=0.01, generator=generator)
+        for tokens in (self.dot_embedding, self.code_embedding):
+            nn.init.normal_(tokens.weight, std=0.02, generator=generator)
+        initialize_blocks(self.transformer_blocks)
+        return self
+
+    # Embeddings and codes
+
+    @torch.no_grad()
+    def fit_codes(self, components: PrincipalComponents, image_embeddings: Tensor, dot_products: Tensor) -> None:
+        """Set the tables from data.
+
+        Args:
+            components: of the embeddings; the first `num_components` are used.
+            image_embeddings: [count, embedding_dim]: what the codes' ranges are taken from.
+            dot_products: [count], from `dot_product`, of captions with their pictures: for the buckets' quantiles.
+
+        Raises: ConfigError when there are fewer components than `num_components`, or they do not vary.
+        """
+        count = self.config.num_components
+        varying = int((components.variances > SMALLEST_VARIANCE * components.variances[0]).sum())
+        if components.dim != self.config.embedding_dim or varying < count:
+            raise ConfigError(
+                f"the data have embeddings of {components.dim} numbers that vary in {varying} components; the prior's "
+                f"embedding_dim is {self.config.embedding_dim} and its num_components {count}: make that smaller"
+            )
+        coordinates = components.project(image_embeddings, count)
+        shares = torch.arange(1, self.config.num_dot_buckets) / self.config.num_dot_buckets
+        self.pca_mean.copy_(components.mean[None])
+        self.pca_components.copy_(components.components[:count])
+        self.code_low.copy_(coordinates.amin(dim=0))
+        self.code_high.copy_(coordinates.amax(dim=0))
+        self.dot_edges.copy_(torch.quantile(dot_products.float(), shares.to(dot_products.device)))
+
+    @entry_point
+    def encode(self, image_embedding: Tensor) -> Tensor:
+        """Image embeddings [batch, embedding_dim] as codes, int64 [batch, num_components].
+
+        What lies beyond the training data's range falls into the outermost bucket.
+
+        Raises: InputError for another shape.
+        """
+        self._check_width(image_embedding, "image_embedding")
+        coordinates = (image_embedding.float() - self.pca_mean.float()) @ self.pca_components.float().T
+        low, width = self._buckets()
+        return ((coordinates - low) / width).floor().long().clamp(0, self.config.num_buckets - 1)
+
+    @entry_point
+    def decode(self, codes: Tensor) -> Tensor:
+        """Image embeddings, float32 [batch, embedding_dim], of codes [batch, count]: the middles of their buckets.
+
+        With fewer codes than `num_components` the other components are those of the mean embedding.
+
+        Raises: InputError for more codes than components.
+        """
+        count = codes.shape[-1]
+        if codes.dim() != 2 or count > self.config.num_components:
+            raise InputError(f"codes are {tuple(codes.shape)}; they must be [batch, {self.config.num_components}]")
+        low, width = self._buckets()
+        coordinates = low[:count] + (codes + 0.5) * width[:count]
+        return self.pca_mean.float() + coordinates @ self.pca_components[:count].float()
+
+    @entry_point
+    def dot_code(self, text_embedding: Tensor, image_embedding: Tensor) -> Tensor:
+        """The bucket of each pair's dot product, int64 [batch], from 0 to num_dot_buckets − 1.
+
+        Args:
+            text_embedding, image_embedding: [batch, embedding_dim].
+
+        Raises: InputError for another shape.
+        """
+        for name, embedding in (("text_embedding", text_embedding), ("image_embedding", image_embedding)):
+            self._check_width(embedding, name)
+        return torch.bucketize(dot_product(text_embedding, image_embedding), self.dot_edges.float())
+
+    @property
+    def no_dot_code(self) -> int:
+        """What stands for a dot product that is not given."""
+        return self.config.num_dot_buckets
+
+    def _buckets(self) -> tuple[Tensor, Tensor]:
+        low, high = self.code_low.float(), self.code_high.float()
+        return low, (high - low).clamp_min(SMALLEST_RANGE) / self.config.num_buckets
+
+    def _check_width(self, embedding: Tensor, name: str) -> None:
+        width = self.config.embedding_dim
+        if embedding.dim() != 2 or embedding.shape[1] != width:
+            raise InputError(f"{name} is {tuple(embedding.shape)}; it must be [batch, {width}]")
+
+    # The transformer
+
+    def _prefix(
+        self, proj_embedding: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor, dot_codes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The tokens before the codes, [batch, text tokens + 2, width], and what hides the text's padding."""
+        config = self.config
+        self._check_width(proj_embedding, "proj_embedding")
+        shape = tuple(encoder_hidden_states.shape)
+        if len(shape) != 3 or not 1 <= shape[1] <= config.num_embeddings or shape[2] != config.text_width:
+            raise InputError(
+                f"encoder_hidden_states is {shape}; it must be [batch, tokens, {config.text_width}] with at most "
+                f"{config.num_embeddings} tokens"
+            )
+        if tuple(attention_mask.shape) != shape[:2]:
+            raise InputError(f"attention_mask is {tuple(attention_mask.shape)}; it must be {shape[:2]}")
+        if dot_codes.dim() != 1 or dot_codes.is_floating_point():
+            raise InputError(f"dot_codes is {dot_codes.dtype} {tuple(dot_codes.shape)}; it must be whole and [batch]")
+        check_rows(proj_embedding=proj_embedding, encoder_hidden_states=encoder_hidden_states, dot_codes=dot_codes)
+        text = self.encoder_hidden_states_proj(encoder_hidden_states)
+        summary = self.embedding_proj(proj_embedding)[:, None]
+        others = torch.cat([summary, self.dot_embedding(dot_codes)[:, None].to(summary.dtype)], dim=1)
+        tokens = torch.cat([self._placed(text, 0), self._placed(others, config.num_embeddings)], dim=1)
+        return tokens, F.pad(mask_bias(attention_mask, tokens.dtype), (0, 2))
+
+    def _placed(self, tokens: Tensor, first: int) -> Tensor:
+        return tokens + self.positional_embedding[:, first : first + tokens.shape[1]].to(tokens.dtype)
+
+    def _causal(self, tokens: Tensor, bias: Tensor) -> Tensor:
+        length = tokens.shape[1]
+        causal = torch.full((length, length), MASKED, dtype=tokens.dtype, device=tokens.device).triu_(1)
+        return F.pad(bias, (0, length - bias.shape[-1])) + causal
+
+    def _run(self, tokens: Tensor, bias: Tensor, first_read: int) -> tuple[Tensor, tuple[KeyValue, ...]]:
+        """Logits from token `first_read` on, float32 [batch, tokens, num_buckets], and all keys and values."""
+        layers = []
+        last = len(self.transformer_blocks) - 1
+        for place, block in enumerate(self.transformer_blocks):
+            tokens, own = block(tokens, bias, first_read=first_read if place == last else 0)
+            layers.append(own)
+        return self.proj_to_codes(self.norm_out(tokens)).float(), tuple(layers)
+
+    @entry_point
+    def prepare(
+        self, proj_embedding: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor, dot_codes: Tensor
+    ) -> tuple[Tensor, CodeMemory]:
+        """Read the text; the first code's logits, float32 [batch, num_buckets], and the memory to go on from.
+
+        Args:
+            proj_embedding: the text's embedding [batch, embedding_dim].
+            encoder_hidden_states: the text's tokens [batch, tokens, text_dim], at most num_embeddings of them: padding
+                that no text of the batch reaches can be left out.
+            attention_mask: [batch, tokens], true or 1 for the text's own tokens.
+            dot_codes: int64 [batch], from `dot_code`, or `no_dot_code`.
+
+        Raises: InputError for a wrong shape.
+        """
+        tokens, bias = self._prefix(proj_embedding, encoder_hidden_states, attention_mask, dot_codes)
+        logits, layers = self._run(tokens, self._causal(tokens, bias), tokens.shape[1] - 1)
+        return logits[:, 0], CodeMemory(layers, bias, 0)
+
+    @entry_point
+    def step(self, codes: Tensor, memory: CodeMemory) -> tuple[Tensor, CodeMemory]:
+        """Read one more code of each row; the next one's logits, float32 [batch, num_buckets], and the longer memory.
+
+        Args:
+            codes: int64 [batch].
+            memory: from `prepare` or the step before; it stays as it is.
+
+        Raises: InputError when the sequence is at its end, or the batch is another.
+        """
+        if memory.num_codes + 1 >= self.config.num_components:
+            raise InputError(f"all {self.config.num_components} codes are predicted; there is no step after the last")
+        check_rows(codes=codes, memory=memory.bias)
+        tokens = self.code_embedding(codes)[:, None].to(memory.layers[0].key.dtype)
+        tokens = self._placed(tokens, self.config.prefix_length + memory.num_codes)
+        bias = F.pad(memory.bias, (0, 1))
+        layers = []
+        for block, before in zip(self.transformer_blocks, memory.layers, strict=True):
+            tokens, own = block(tokens, bias, before=before)
+            layers.append(before.then(*own))
+        logits = self.proj_to_codes(self.norm_out(tokens))[:, 0].float()
+        return logits, CodeMemory(tuple(layers), bias, memory.num_codes + 1)
+
+    @routes_entry_points
+    def forward(
+        self,
+        codes: Tensor,
+        dot_codes: Tensor,
+        proj_embedding: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor,
+    ) -> Tensor:
+        """Logits of every code given the text and the codes before it, float32 [batch, num_components, num_buckets].
+
+        Args:
+            codes: int64 [batch, num_components], from `encode`.
+            dot_codes, proj_embedding, encoder_hidden_states, attention_mask: as for `prepare`.
+
+        Raises: InputError for a wrong shape.
+        """
+        if codes.dim() != 2 or codes.shape[1] != self.config.num_components:
+            raise InputError(f"codes are {tuple(codes.shape)}; they must be [batch, {self.config.num_components}]")
+        prefix, bias = self._prefix(proj_embedding, encoder_hidden_states, attention_mask, dot_codes)
+        check_rows(codes=codes, proj_embedding=prefix)
+        told = self._placed(self.code_embedding(codes[:, :-1]), self.config.prefix_length).to(prefix.dtype)
+        tokens = torch.cat([prefix, told], dim=1)
+        return self._run(tokens, self._causal(tokens, bias), prefix.shape[1] - 1)[0]
+
+
+def dot_product(text_embedding: Tensor, image_embedding: Tensor) -> Tensor:
+    """The dot product of normalised embeddings, float32 [batch], of two [batch, embedding_dim]: their cosine."""
+    return F.cosine_similarity(text_embedding.float(), image_embedding.float(), dim=-1)

@@ -1,0 +1,165 @@
+"""The autoregressive prior as a stage: caption → codes, one by one → image embedding (paper §2.2).
+
+Knows `AutoregressivePrior`, its guidance and how a code is drawn; knows no training. Called by pipelines and training.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unclip.diffusion.guidance import away, uses_guidance
+from unclip.diffusion.loop import OnStep, Progress, StepInfo
+from unclip.diffusion.noise import NoiseSource
+from unclip.errors import InputError
+from unclip.models.prior_autoregressive import AutoregressivePrior
+from unclip.stages.condition import PriorCondition
+
+MAX_TEMPERATURE = 100.0
+
+
+@dataclass(frozen=True)
+class AutoregressivePriorStage:
+    """Draws image embeddings code by code.
+
+    A code is the inverse of its cumulative distribution at a uniform number, and that is the place of a standard
+    normal number among all: so an embedding is a function of its noise, [1 + num_components] numbers. Buckets stand in
+    order, so rounding that differs between batches can at most move a code to its neighbour.
+
+    Attributes:
+        temperature: the logits are divided by it; below 1 likely codes become likelier, at 0 the likeliest is taken.
+        top_p: only the likeliest codes are drawn from, so many that their chances add up to it (nucleus sampling,
+            Holtzman et al. 2020, arXiv 1904.09751); 1 takes all.
+
+    Raises: InputError for a temperature or top_p outside its limits.
+    """
+
+    prior: AutoregressivePrior
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_drawing(self.temperature, self.top_p)
+
+    def sample_shape(self, condition: PriorCondition) -> tuple[int, ...]:
+        """[batch, 1 + num_components]: a number for the dot product, then one for each code."""
+        return (len(condition), 1 + self.prior.config.num_components)
+
+    def sample(
+        self,
+        condition: PriorCondition,
+        *,
+        noise: NoiseSource,
+        null: PriorCondition | None = None,
+        guidance_scale: float = 1.0,
+        latents: Tensor | None = None,
+        progress: Progress | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Draw one image embedding for each row of `condition`.
+
+        The dot product is drawn from the upper half of the training data's (paper §2.2); the null condition has none.
+
+        Args:
+            condition: the captions.
+            noise: where the numbers come from, unless `latents` are given: one draw.
+            null: what guidance pushes away from, as many rows as `condition`; needed for a scale above 1.
+            guidance_scale: not above 1 means one forward a code.
+            latents: the numbers, of `sample_shape(condition)`.
+            progress: wraps the steps, as tqdm does.
+            on_step: told of each code; `x` and `x0` are the embedding as far as it is drawn, and `t` is how many codes
+                are left. It may raise `Cancelled`; what is drawn cannot be replaced.
+
+        Returns: float32 [batch, embedding_dim].
+
+        Raises: InputError for latents of a wrong shape, or when `on_step` returns something.
+        """
+        shape, config = self.sample_shape(condition), self.prior.config
+        if latents is not None and tuple(latents.shape) != shape:
+            raise InputError(f"latents have shape {tuple(latents.shape)}; this call needs {shape}")
+        numbers = noise.draw(shape, condition.device) if latents is None else latents.to(condition.device).float()
+        places = _normal_cdf(numbers)
+        dots = upper_half(places[:, 0], config.num_dot_buckets)
+        guided = uses_guidance(guidance_scale)
+        if guided:
+            assert null is not None
+            assert len(null) == len(condition)
+            condition, dots = null.join(condition), torch.cat([torch.full_like(dots, self.prior.no_dot_code), dots])
+        logits, memory = self._prepare(condition, dots)
+        codes: list[Tensor] = []
+        steps = [(k, k + 1) for k in range(config.num_components)]
+        for k, _ in steps if progress is None else progress(steps):
+            if k:
+                logits, memory = self.prior.step(codes[-1].repeat(2 if guided else 1), memory)
+            if guided:
+                logits = away(*logits.chunk(2), guidance_scale)
+            codes.append(draw_code(logits, places[:, k + 1], self.temperature, self.top_p))
+            if on_step is not None:
+                self._tell(on_step, k, codes)
+        return self.prior.decode(torch.stack(codes, dim=1))
+
+    def log_likelihood(self, condition: PriorCondition, dot_codes: Tensor, codes: Tensor) -> Tensor:
+        """log p(code | text, dot product, codes before it) in nats, float32 [batch, num_components].
+
+        Args:
+            condition: the captions.
+            dot_codes: int64 [batch], from `AutoregressivePrior.dot_code`, or its `no_dot_code`.
+            codes: int64 [batch, num_components], from `AutoregressivePrior.encode`.
+        """
+        text, dtype = condition.text, self.prior.dtype
+        logits = self.prior(codes, dot_codes, text.embeds.to(dtype), text.hidden_states.to(dtype), text.mask)
+        return logits.log_softmax(dim=-1).gather(-1, codes[..., None])[..., 0]
+
+    def _prepare(self, condition: PriorCondition, dots: Tensor):
+        text, dtype = condition.text, self.prior.dtype
+        return self.prior.prepare(text.embeds.to(dtype), text.hidden_states.to(dtype), text.mask, dots)
+
+    def _tell(self, on_step: OnStep, k: int, codes: list[Tensor]) -> None:
+        so_far, count = self.prior.decode(torch.stack(codes, dim=1)), self.prior.config.num_components
+        if on_step(StepInfo(k, count, count - 1 - k, so_far, so_far)) is not None:
+            raise InputError("the codes of an autoregressive prior cannot be replaced; on_step must return None")
+
+
+def check_drawing(temperature: object, top_p: object) -> None:
+    """Raises: InputError unless the temperature is a number from 0 to 100, and top_p one above 0 and up to 1."""
+    for name, value, low, high in (("temperature", temperature, 0.0, MAX_TEMPERATURE), ("top_p", top_p, 0.0, 1.0)):
+        whole = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not whole or not low <= value <= high or (name == "top_p" and value == 0):  # type: ignore[operator]
+            above = "above 0" if name == "top_p" else "from 0"
+            raise InputError(f"the prior's {name} is {value!r}; it must be a number {above} to {high:g}")
+
+
+def upper_half(places: Tensor, num_buckets: int) -> Tensor:
+    """Buckets of the upper half, each as often: int64 of `places` in [0, 1]. Buckets are quantiles, so it is the
+    upper half of what was trained on."""
+    first = num_buckets // 2
+    return (first + (places * (num_buckets - first)).long()).clamp(max=num_buckets - 1)
+
+
+def draw_code(logits: Tensor, places: Tensor, temperature: float, top_p: float) -> Tensor:
+    """The code at which the cumulative distribution passes `places`.
+
+    Args:
+        logits: float32 [batch, num_buckets].
+        places: [batch] in [0, 1]; of the type that is computed in.
+        temperature, top_p: see `AutoregressivePriorStage`.
+
+    Returns: int64 [batch].
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    chances = (logits.to(places.dtype) / temperature).softmax(dim=-1)
+    if top_p < 1:
+        ordered, order = chances.sort(dim=-1, descending=True, stable=True)
+        spare = ordered.cumsum(dim=-1) - ordered >= top_p  # the likelier ones reach it without this one
+        chances = chances.masked_fill(torch.zeros_like(spare).scatter(-1, order, spare), 0.0)
+    cumulative = chances.cumsum(dim=-1)
+    codes = torch.searchsorted(cumulative, places[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    last = chances.shape[-1] - 1 - (chances.flip(-1) > 0).long().argmax(dim=-1)  # that has a chance at all
+    return codes.minimum(last)
+
+
+def _normal_cdf(numbers: Tensor) -> Tensor:
+    """The place of standard normal numbers among all, in [0, 1]; float64, which MPS has not: there float32."""
+    return torch.special.ndtr(numbers.to(torch.float32 if numbers.device.type == "mps" else torch.float64))

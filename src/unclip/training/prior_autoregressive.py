@@ -1,0 +1,114 @@
+"""The task of the autoregressive prior: caption → codes of the image embedding, by teacher forcing (paper §2.2).
+
+Knows the stage, its codes and the data; knows neither optimizer nor schedule of the run. Called by the trainer.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from unclip.diffusion.noise import NoiseSource
+from unclip.models.pca import PrincipalComponents
+from unclip.models.prior_autoregressive import AutoregressivePrior, dot_product
+from unclip.stages.condition import PriorCondition, TextEmbedding
+from unclip.stages.prior_autoregressive import AutoregressivePriorStage
+from unclip.training.conditions import Captioned, FrozenClip, batch_text, tell_cosines, text_batch
+from unclip.training.diffusion import SHEET_PICTURES, first_network, put_adapters, write_network
+from unclip.training.recipe import AutoregressivePriorSettings, Recipe
+from unclip.training.task import Batch, Sourced
+
+FITTED_ROWS = 16_384
+"""How many draws of embeddings the components are fitted to."""
+DOT_BATCHES, DOT_BATCH_SIZE = 32, 128
+"""How many captions with their pictures the dot product's buckets are taken from."""
+
+
+class CodeModule(nn.Module):
+    """The prior with its loss, the mean of −log p over codes: nats a component."""
+
+    def __init__(self, stage: AutoregressivePriorStage):
+        super().__init__()
+        self.prior = stage.prior
+        self.stage = stage
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """`codes` [batch, num_components], `dot_codes` [batch], and the caption's embedding."""
+        found = self.stage.log_likelihood(PriorCondition(batch_text(batch)), batch["dot_codes"], batch["codes"])
+        return {"loss": -found.mean()}
+
+
+class AutoregressivePriorTask(Sourced):
+    """Caption → codes of the image embedding's principal components (paper §2.2)."""
+
+    def __init__(self, recipe: Recipe):
+        assert recipe.prior_autoregressive is not None
+        self.settings: AutoregressivePriorSettings = recipe.prior_autoregressive
+        self.clip = FrozenClip(self.settings.clip)
+        self.data = Captioned(recipe, self.clip, text_drop=0.0)  # a text is dropped here, with its dot product
+        self.source = self.data.source
+        sizes = {
+            "embedding_dim": self.clip.width,
+            "text_dim": self.clip.text.text_encoder.config.hidden_size,
+            "num_embeddings": self.clip.context,
+        }
+        prior = first_network(AutoregressivePrior, "prior", sizes | self.settings.model, recipe)
+        tables = (prior.pca_mean, prior.pca_components, prior.code_low, prior.code_high, prior.dot_edges)
+        for table in tables:
+            table.requires_grad_(False)
+        if recipe.start_from is None:  # else its codes are the language that it learned
+            self._fit_codes(prior, recipe.seed)
+        put_adapters(prior, recipe)
+        self.stage = AutoregressivePriorStage(prior)
+        self.module = CodeModule(self.stage)
+        embeddings, weights = self.data.known()
+        coordinates = (embeddings - prior.pca_mean) @ prior.pca_components.T
+        spread = (weights @ (coordinates - weights @ coordinates).square()).sqrt()
+        self.jitter = self.settings.code_noise * spread[:, None] * prior.pca_components
+
+    @property
+    def fingerprint(self) -> str:
+        return self.clip.fingerprint
+
+    def batch(self, step: int, batch_size: int, generator: torch.Generator) -> Batch:
+        _, embeddings, text = self.data.draw(step, batch_size, generator)
+        draws = torch.rand(2, batch_size, generator=generator)
+        kept, told = draws[0] >= self.settings.text_drop, draws[1] >= self.settings.dot_drop
+        prior = self.stage.prior
+        device = prior.pca_mean.device
+        dot_codes = prior.dot_code(text.embeds.to(device), embeddings.to(device)).cpu()
+        jitter = torch.randn(batch_size, len(self.jitter), generator=generator) @ self.jitter
+        codes = prior.encode((embeddings + jitter).to(device)).cpu()
+        text = self.clip.empty.join(text).select(torch.where(kept, torch.arange(1, batch_size + 1), 0))
+        dot_codes = dot_codes.where(kept & told, prior.no_dot_code)
+        longest = int(text.mask.sum(dim=1).max())  # the rest is padding in every row
+        text = TextEmbedding(text.embeds, text.hidden_states[:, :longest], text.mask[:, :longest])
+        return text_batch(text) | {"codes": codes, "dot_codes": dot_codes}
+
+    def save(self, folder: Path) -> None:
+        write_network(self.stage.prior, folder, "prior")
+
+    def sample_sheet(self, path: Path) -> None:
+        """Writes `path` with the suffix .txt: cosine of sampled and true embeddings, and of a wrong pairing."""
+        rows = self.source.examples(SHEET_PICTURES)
+        device = self.stage.prior.pca_mean.device
+        text = self.clip.text.encode(rows.captions).to(device)
+        drawn = self.stage.sample(
+            PriorCondition(text),
+            noise=NoiseSource(torch.Generator().manual_seed(0), len(text)),
+            null=PriorCondition(self.clip.empty.select([0] * len(text)).to(device)),
+            guidance_scale=2.0,
+        )
+        tell_cosines(path, drawn.cpu(), self.data.embeddings(rows))
+
+    @torch.no_grad()
+    def _fit_codes(self, prior: AutoregressivePrior, seed: int) -> None:
+        embeddings, weights = self.data.known()
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.multinomial(weights, FITTED_ROWS, replacement=True, generator=generator)
+        components = PrincipalComponents.fit(embeddings[part] for part in drawn.split(1024))
+        dots = []
+        for step in range(DOT_BATCHES):
+            _, images, text = self.data.draw(step, DOT_BATCH_SIZE, generator)
+            dots.append(dot_product(text.embeds, images))
+        prior.fit_codes(components, embeddings[weights > 0], torch.cat(dots))

@@ -1,0 +1,213 @@
+"""Both kinds of prior in the pipeline, and several candidates of either."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from unclip import AutoregressivePrior, Cancelled, ConfigError, InputError, UnCLIPPipeline
+from unclip.models.pca import PrincipalComponents
+from unclip.models.prior_autoregressive import dot_product
+
+SETTINGS = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_layers": 2,
+    "embedding_dim": 16,
+    "num_embeddings": 11,
+    "num_components": 6,
+    "num_buckets": 8,
+    "num_dot_buckets": 4,
+}
+DECODING = {"decoder_num_inference_steps": 2, "super_res_num_inference_steps": 2, "output_type": "pt"}
+
+
+def autoregressive_prior(**settings):
+    generator = torch.Generator().manual_seed(0)
+    prior = AutoregressivePrior(SETTINGS | settings).eval()
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    data = torch.randn(200, prior.config.embedding_dim, generator=generator)
+    prior.fit_codes(PrincipalComponents.fit([data]), data, dot_product(data, data.roll(1, 0)))
+    return prior
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_components, build_pipeline):
+    components = tiny_components() | {"prior": autoregressive_prior()}
+    del components["prior_scheduler"]
+    return build_pipeline("text", components)
+
+
+@pytest.fixture
+def draw(pipe):
+    def run(*arguments, **more):
+        return pipe(*arguments, return_intermediates=True, **{**DECODING, **more})
+
+    return run
+
+
+def test_pictures_by_an_autoregressive_prior(draw, pipe):
+    assert pipe.prior_scheduler is None
+    made = draw(["a cat", "a red apple"], seed=3)
+    assert made.images.shape == (2, 3, 16, 16)
+    codes = pipe.prior.encode(made.image_embeddings)
+    torch.testing.assert_close(pipe.prior.decode(codes), made.image_embeddings, rtol=0, atol=1e-5)  # made of codes
+    assert torch.equal(draw(["a cat", "a red apple"], seed=3).images, made.images)
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    assert torch.equal(draw(["a cat", "a red apple"], generator=generators).images, made.images)
+    alone = draw("a red apple", seed=4)
+    torch.testing.assert_close(alone.images[0], made.images[1], rtol=0, atol=1e-5)
+    assert not torch.equal(draw("a red apple", seed=5).image_embeddings, alone.image_embeddings)
+    assert not torch.equal(draw("a cat", seed=4, prior_guidance_scale=0).image_embeddings, alone.image_embeddings)
+
+
+def test_a_prior_from_a_folder_by_its_class_name(pipe, draw, tmp_path):
+    pipe.save_pretrained(tmp_path / "model")
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    assert index["prior"] == ["unclip", "AutoregressivePrior"]
+    assert "prior_scheduler" not in index
+    read = UnCLIPPipeline.from_pretrained(tmp_path / "model")
+    read.set_progress_bar_config(disable=True)
+    assert isinstance(read.prior, AutoregressivePrior)
+    assert torch.equal(read("a cat", seed=1, **DECODING).images, draw("a cat", seed=1).images)
+    again = UnCLIPPipeline.from_pipe(read)
+    assert again.prior_scheduler is None
+
+
+def test_how_codes_are_drawn(draw):
+    plain = draw("a cat", seed=1).image_embeddings
+    assert torch.equal(draw("a cat", seed=1, prior_temperature=1, prior_top_p=1).image_embeddings, plain)
+    for how in ({"prior_temperature": 3.0}, {"prior_top_p": 0.2}, {"prior_guidance_scale": 1.0}):
+        assert not torch.equal(draw("a cat", seed=1, **how).image_embeddings, plain)
+    greedy = [draw("a cat", seed=s, prior_temperature=0.0, prior_guidance_scale=1).image_embeddings for s in range(8)]
+    assert len(torch.cat(greedy).unique(dim=0)) <= 2  # one for each of the two upper dot products
+    for name, value in (("prior_temperature", -1.0), ("prior_top_p", 0.0), ("prior_top_p", "x")):
+        with pytest.raises(InputError, match=f"the prior's {name.removeprefix('prior_')} is"):
+            draw("a cat", **{name: value})
+
+
+def test_the_prior_takes_a_step_a_code_whatever_is_asked(draw):
+    steps = []
+    draw("a cat", seed=1, prior_num_inference_steps=3, callback_on_step_end=lambda *about: steps.append(about))
+    prior = [(index, t, told["num_steps"]) for _, index, t, told in steps if told["stage"] == "prior"]
+    assert prior == [(k, 5 - k, 6) for k in range(6)]
+
+    def stop(pipeline, step, t, told):
+        return {"stop": step == 2}
+
+    with pytest.raises(Cancelled, match="stage 'prior' after step 3 of 6"):
+        draw("a cat", callback_on_step_end=stop)
+    with pytest.raises(InputError, match="cannot be replaced"):
+        draw("a cat", callback_on_step_end=lambda *about: {"latents": torch.zeros(1, 16)})
+
+
+def test_given_noise(draw):
+    numbers = torch.randn(1, 7, generator=torch.Generator().manual_seed(0))
+    first = draw("a cat", seed=1, prior_latents=numbers).image_embeddings
+    assert torch.equal(draw("a cat", seed=2, prior_latents=numbers).image_embeddings, first)
+    with pytest.raises(InputError, match=r"prior_latents have shape \(1, 16\); this call needs \(1, 7\)"):
+        draw("a cat", prior_latents=torch.zeros(1, 16))
+
+
+def test_parts_that_do_not_fit(tiny_components, build_pipeline):
+    components = tiny_components()
+    for settings, words in (
+        ({"embedding_dim": 12}, r"prior\.embedding_dim is 12"),
+        ({"num_embeddings": 9}, r"prior\.num_embeddings is 9"),
+        ({"text_dim": 20}, r"prior\.text_dim is 20, but text_encoder\.hidden_size is 16"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            build_pipeline("text", components | {"prior": autoregressive_prior(**settings)})
+    with pytest.raises(InputError, match="needs the component 'prior_scheduler': its prior is a diffusion prior"):
+        build_pipeline("text", components | {"prior_scheduler": None})
+    with pytest.raises(ConfigError, match="cannot be None: it must be a PriorTransformer or a AutoregressivePrior"):
+        build_pipeline("text", components).prior = None
+    with pytest.raises(ConfigError, match=r"must be a unclip\.models\.prior\.PriorTransformer or a unclip\."):
+        build_pipeline("text", components).prior = torch.nn.Linear(2, 2)
+
+
+def test_priors_can_be_exchanged(tiny_components, build_pipeline):
+    pipe = build_pipeline("text", tiny_components())
+    diffused = pipe("a cat", seed=1, **DECODING).images
+    first, pipe.prior = pipe.prior, autoregressive_prior()
+    assert not torch.equal(pipe("a cat", seed=1, **DECODING).images, diffused)
+    pipe.prior = first
+    assert torch.equal(pipe("a cat", seed=1, **DECODING).images, diffused)
+
+
+# Candidates, of either prior
+
+
+@pytest.fixture(params=["diffusion", "autoregressive"])
+def either(request, pipe, tiny_pipeline):
+    chosen = pipe if request.param == "autoregressive" else tiny_pipeline
+
+    def run(*arguments, **more):
+        settings = {**DECODING, "prior_num_inference_steps": 2, "return_intermediates": True}
+        return chosen(*arguments, **settings | more)
+
+    run.pipe = chosen
+    return run
+
+
+def scores(pipe, prompts, embeddings):
+    with torch.no_grad():
+        return F.cosine_similarity(pipe._text().encode(prompts).embeds, embeddings)
+
+
+def test_more_candidates_are_closer_to_the_caption(either):
+    prompts = ["a cat", "a red apple"] * 6
+    made = {count: either(prompts, seed=5, num_prior_candidates=count) for count in (1, 2, 4)}
+    assert torch.equal(made[1].images, either(prompts, seed=5).images)
+    found = {count: scores(either.pipe, prompts, one.image_embeddings) for count, one in made.items()}
+    for few, many in ((1, 2), (2, 4)):
+        assert (found[many] >= found[few] - 1e-6).all()
+        assert found[many].mean() > found[few].mean()
+        same = (made[few].image_embeddings == made[many].image_embeddings).all(dim=1)
+        assert 0 < same.sum() < len(prompts)
+        # Where the same embedding is kept, the picture is the same too.
+        torch.testing.assert_close(made[few].images[same], made[many].images[same], rtol=0, atol=1e-5)
+    alone = either("a red apple", seed=8, num_prior_candidates=4)
+    torch.testing.assert_close(alone.images[0], made[4].images[3], rtol=0, atol=1e-5)
+
+
+def test_candidates_by_one_generator_and_by_none(either):
+    def picture(**more):
+        return either(["a cat", "an apple"], num_prior_candidates=3, **more).images
+
+    def generator():
+        return torch.Generator().manual_seed(2)
+
+    assert torch.equal(picture(generator=generator()), picture(generator=generator()))
+    used = generator()
+    first, second = (picture(generator=used) for _ in range(2))
+    assert torch.equal(first, picture(generator=generator()))
+    assert not torch.equal(first, second)
+    with torch.random.fork_rng():
+        found = []
+        for _ in range(2):
+            torch.manual_seed(4)
+            found.append(picture())
+    assert torch.equal(*found)
+
+
+def test_numbers_of_candidates_that_there_are_none_of(either):
+    for count in (0, -1, 1001, 1.5, True, "2", None):
+        with pytest.raises(InputError, match="num_prior_candidates is .*from 1 to 1000"):
+            either("a cat", num_prior_candidates=count)
+
+
+def test_given_embeddings_leave_no_choice(either):
+    embedding = torch.randn(1, 16, generator=torch.Generator().manual_seed(0))
+    made = either("a cat", seed=1, image_embeddings=embedding, num_prior_candidates=4)
+    assert torch.equal(made.images, either("a cat", seed=1, image_embeddings=embedding).images)
+
+
+def test_a_diffusion_prior_draws_no_codes(tiny_pipeline):
+    for more in ({"prior_temperature": 0.5}, {"prior_top_p": 0.9}):
+        with pytest.raises(InputError, match="but a diffusion prior draws no codes"):
+            tiny_pipeline("a cat", **more)
