@@ -1,0 +1,213 @@
+"""Principal components of embeddings: fitted from a stream, ordered by how much they vary (paper §2.2, §3.3).
+
+Knows vectors and their covariance; knows neither what they stand for nor a network. Called by probing and by
+whatever reads embeddings dimension by dimension, the most telling first.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from unclip.checkpoints.tensor_file import read_tensor_file, write_tensor_file
+from unclip.errors import ConfigError, DataError, InputError, WeightsError
+
+KIND = "unclip principal components"
+VERSION = 1
+ORTHONORMAL_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class PrincipalComponents:
+    """An orthonormal basis of embeddings around their mean, the direction of the largest variance first.
+
+    Attributes:
+        mean: float32 [dim].
+        components: float32 [num_components, dim], orthonormal rows; the largest entry of a row in size is positive,
+            so that two fits agree in sign.
+        variances: float32 [num_components], descending: the covariance's eigenvalues, the variance along each row.
+        total_variance: of the embeddings in all their dimensions, so what was cut off counts too.
+
+    Raises:
+        ConfigError: shapes disagree, or the rows are not orthonormal and in order.
+    """
+
+    mean: Tensor
+    components: Tensor
+    variances: Tensor
+    total_variance: float
+
+    def __post_init__(self) -> None:
+        count, dim = self.components.shape if self.components.ndim == 2 else (0, 0)
+        shapes = tuple(tuple(tensor.shape) for tensor in (self.mean, self.components, self.variances))
+        if not 1 <= count <= dim or self.mean.shape != (dim,) or self.variances.shape != (count,):
+            raise ConfigError(
+                f"mean, components and variances have shapes {shapes}; they must be [dim], [num_components, dim] and "
+                "[num_components], with 1 to dim components"
+            )
+        product = self.components.double() @ self.components.double().T
+        off = float((product - torch.eye(count, dtype=torch.float64, device=product.device)).abs().max())
+        if not off <= ORTHONORMAL_TOLERANCE:
+            raise ConfigError(f"the components are off orthonormal by {off:.3g}; at most {ORTHONORMAL_TOLERANCE} is")
+        if not bool((self.variances >= 0).all()) or bool((self.variances.diff() > 0).any()):
+            raise ConfigError("the variances must descend, and none may be below 0")
+
+    @property
+    def dim(self) -> int:
+        """Of the embeddings."""
+        return self.mean.shape[0]
+
+    @property
+    def num_components(self) -> int:
+        """How many directions there are."""
+        return self.components.shape[0]
+
+    @property
+    def explained(self) -> Tensor:
+        """float32 [num_components]: the share of all variance that the first 1, 2, … components hold."""
+        if self.total_variance <= 0:
+            return torch.ones_like(self.variances)
+        return (self.variances.double().cumsum(0) / self.total_variance).clamp(max=1).float()
+
+    @classmethod
+    def fit(cls, batches: Iterable[Tensor], num_components: int | None = None) -> Self:
+        """Fit to embeddings that come batch by batch; the batches need not fit in memory together.
+
+        Mean and covariance are float64, and batches are merged without ever subtracting large sums from each other
+        (Chan, Golub & LeVeque 1979), so the order and size of batches make no difference beyond rounding.
+
+        Args:
+            batches: floating-point [batch, dim] each; empty ones are passed over.
+            num_components: how many to keep, the first; all by default. No more are kept than the number of
+                embeddings less one: they span no further direction.
+
+        Raises:
+            DataError: there are fewer than two embeddings, they are all equal, one is not finite, or a batch has
+                another width or shape.
+            InputError: `num_components` is no count from 1 to dim.
+        """
+        count, mean, scatter = 0, torch.zeros(0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64)
+        for batch in batches:
+            if batch.ndim != 2 or not batch.is_floating_point() or (count and batch.shape[1] != len(mean)):
+                wanted = f"[batch, {len(mean)}]" if count else "[batch, dim]"
+                raise DataError(f"a batch is {batch.dtype} of shape {tuple(batch.shape)}; it must be float {wanted}")
+            if not batch.isfinite().all():
+                raise DataError(f"an embedding after the first {count} holds NaN or infinity; leave its picture out")
+            if len(batch) == 0:
+                continue
+            count, mean, scatter = _merged(count, mean, scatter, batch.detach().double().cpu())
+        if count < 2:
+            raise DataError(
+                f"there are {count} embeddings; principal components need 2 or more, and of use are hundreds"
+            )
+        dim = len(mean)
+        if num_components is not None and (
+            isinstance(num_components, bool) or not isinstance(num_components, int) or not 1 <= num_components <= dim
+        ):
+            raise InputError(f"num_components is {num_components!r}; it must be a whole number from 1 to {dim}")
+        covariance = scatter / (count - 1)
+        values, vectors = torch.linalg.eigh(covariance)
+        values, rows = values.flip(0).clamp(min=0), vectors.flip(1).T
+        if values[0] <= 0:
+            raise DataError(f"the {count} embeddings are all equal; there is no direction in which they vary")
+        kept = min(num_components or dim, dim, count - 1)
+        rows = rows[:kept]
+        largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
+        rows = rows * largest.sign()
+        return cls(mean.float(), rows.float().contiguous(), values[:kept].float(), float(covariance.diagonal().sum()))
+
+    def project(self, embeddings: Tensor, num_components: int | None = None) -> Tensor:
+        """Coordinates along the first components.
+
+        Args:
+            embeddings: [..., dim].
+            num_components: how many coordinates; all by default.
+
+        Returns: float32 [..., num_components], on the embeddings' device.
+
+        Raises: InputError for another width, or a count that there is none of.
+        """
+        if embeddings.shape[-1:] != (self.dim,):
+            raise InputError(
+                f"embeddings have shape {tuple(embeddings.shape)}; these components are of width {self.dim}"
+            )
+        rows = self.components[: self._count(num_components)].to(embeddings.device)
+        return (embeddings.float() - self.mean.to(embeddings.device)) @ rows.T
+
+    def reconstruct(self, coordinates: Tensor) -> Tensor:
+        """The embeddings of these coordinates, every further one being that of the mean.
+
+        Args:
+            coordinates: [..., count] along the first components, count from 0 to num_components.
+
+        Returns: float32 [..., dim], on the coordinates' device.
+
+        Raises: InputError for more coordinates than components.
+        """
+        count = coordinates.shape[-1] if coordinates.ndim else -1
+        if not 0 <= count <= self.num_components:
+            raise InputError(
+                f"coordinates have shape {tuple(coordinates.shape)}; they must be [..., count], with a count from 0 to "
+                f"{self.num_components}"
+            )
+        device = coordinates.device
+        return coordinates.float() @ self.components[:count].to(device) + self.mean.to(device)
+
+    def save(
+        self, path: str | os.PathLike[str], *, about: Mapping[str, str] | None = None, overwrite: bool = False
+    ) -> Path:
+        """Write one safetensors file; `about` are texts to keep in it.
+
+        Raises: as `write_tensor_file`.
+        """
+        tensors = {
+            "mean": self.mean,
+            "components": self.components,
+            "variances": self.variances,
+            "total_variance": torch.tensor([self.total_variance], dtype=torch.float64),
+        }
+        return write_tensor_file(path, tensors, kind=KIND, version=VERSION, about=about, overwrite=overwrite)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what `save` wrote.
+
+        Raises: as `read_tensor_file`; WeightsError too when shapes disagree, or the rows are no ordered orthonormal
+        basis.
+        """
+        names: dict[str, bool] = dict.fromkeys(("mean", "components", "variances", "total_variance"), True)
+        tensors, _ = read_tensor_file(path, kind=KIND, version=VERSION, names=names)
+        total = tensors.pop("total_variance")
+        if total.numel() != 1 or float(total) < 0:
+            raise WeightsError(f"total_variance in {path} has shape {tuple(total.shape)}; it must be one number from 0")
+        try:
+            return cls(**tensors, total_variance=float(total))
+        except ConfigError as problem:
+            raise WeightsError(f"{path}: {problem}") from problem
+
+    def _count(self, num_components: int | None) -> int:
+        if num_components is None:
+            return self.num_components
+        whole = isinstance(num_components, int) and not isinstance(num_components, bool)
+        if not whole or not 0 <= num_components <= self.num_components:
+            raise InputError(
+                f"num_components is {num_components!r}; it must be a whole number from 0 to {self.num_components}"
+            )
+        return num_components
+
+
+def _merged(count: int, mean: Tensor, scatter: Tensor, batch: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Count, mean and scatter matrix of what was seen and `batch` together."""
+    own_mean = batch.mean(dim=0)
+    centred = batch - own_mean
+    own_scatter = centred.T @ centred
+    if count == 0:
+        return len(batch), own_mean, own_scatter
+    total = count + len(batch)
+    gap = own_mean - mean
+    weight = count * len(batch) / total
+    return total, mean + gap * (len(batch) / total), scatter + own_scatter + weight * torch.outer(gap, gap)
