@@ -116,7 +116,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def to_square(image: Image.Image, size_px: int) -> Tensor:
-    """A picture → float32 [3, size_px, size_px] in [-1, 1], antialiased; squashed where not square, as encoders see it."""
+    """A picture → float32 [3, size_px, size_px] in [-1, 1], antialiased; squashed to a square as encoders do."""
     image = rgb(image)
     even = image.width % size_px == 0 and image.height % size_px == 0
     return to_tensor(image.resize((size_px, size_px), Image.Resampling.BOX if even else Image.Resampling.LANCZOS))

@@ -14,7 +14,7 @@ users and by the commands.
 import copy
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.diffusion.guidance import check_scale
+from unclip.diffusion.noise import NoiseSource, generators_from_seed
 from unclip.diffusion.scheduler import DDIMScheduler
 from unclip.errors import CheckpointError, InputError
 from unclip.images import to_square
@@ -63,7 +64,8 @@ class Manipulator:
     def from_pretrained(cls, name_or_folder: str | Path = "unclip-emoji", **options: Any) -> Self:
         """Load a folder that holds an image encoder and a prior. Arguments and errors as of a pipeline."""
         text = UnCLIPPipeline.from_pretrained(name_or_folder, **options)
-        shared = {name: part for name, part in text.components.items() if name in UnCLIPImageVariationPipeline.COMPONENTS}
+        parts = UnCLIPImageVariationPipeline.COMPONENTS
+        shared = {name: part for name, part in text.components.items() if name in parts}
         variation = UnCLIPImageVariationPipeline.from_pretrained(name_or_folder, **{**options, **shared})
         return cls(variation, text)
 
@@ -80,7 +82,7 @@ class Manipulator:
     def fit_components(
         self, batches: Iterable[Sequence[Image.Image]], num_components: int | None = None
     ) -> PrincipalComponents:
-        """Principal components of many pictures' embeddings, a batch at a time. Raises: as `PrincipalComponents.fit`."""
+        """Principal components of pictures' embeddings, a batch at a time. Raises: as `PrincipalComponents.fit`."""
         return PrincipalComponents.fit((self.embed_images(batch) for batch in batches), num_components)
 
     @torch.no_grad()
@@ -198,8 +200,6 @@ class Manipulator:
         Raises: InputError for embeddings of another width, or a seed out of limits.
         """
         check_embeddings(image_embedding, self.variation.text_proj.config.clip_embeddings_dim)
-        from unclip.diffusion.noise import NoiseSource, generators_from_seed
-
         source = NoiseSource(generators_from_seed(seed, 1), 1)
         noise = source.draw((1, *self.variation._sample_shape("decoder")), "cpu")
         one = BipartiteLatent(image_embedding[:1].float().cpu(), noise)
@@ -229,19 +229,18 @@ class Manipulator:
         """
         if self.text is None:
             raise CheckpointError(
-                "this model has no prior, so a caption cannot become an image embedding: give pictures, or a model that "
-                "makes pictures of captions"
+                "this model has no prior, so a caption cannot become an image embedding: give pictures instead, or a "
+                "model that makes pictures of captions"
             )
         captions = [captions] if isinstance(captions, str) else captions
-        recommended = self.text.recommended
-        steps = recommended.get("prior_num_inference_steps", 25) if prior_num_inference_steps is None else prior_num_inference_steps
-        scale = recommended.get("prior_guidance_scale", 4.0) if prior_guidance_scale is None else prior_guidance_scale
+        if prior_guidance_scale is None:
+            prior_guidance_scale = self.text.recommended.get("prior_guidance_scale", 4.0)
         check_count(num_samples, len(captions))
         first = [seed] * len(captions) if isinstance(seed, int) else list(seed)
         drawn = self.text.embed_captions(
             [caption for caption in captions for _ in range(num_samples)],
-            num_inference_steps=steps,  # type: ignore[arg-type]
-            guidance_scale=scale,
+            num_inference_steps=self._steps("prior", prior_num_inference_steps),
+            guidance_scale=prior_guidance_scale,
             seed=[one + copy_ for one in first for copy_ in range(num_samples)],
         )
         return drawn.view(len(captions), num_samples, -1).mean(dim=1).cpu()
@@ -315,8 +314,9 @@ class Manipulator:
         """The number of steps as given, or as recommended, or the ecosystem's default."""
         if given is not None:
             return given
-        default = {"decoder": 25, "super_res": 7}[stage]
-        return int(self.variation.recommended.get(f"{stage}_num_inference_steps", default))
+        default = {"prior": 25, "decoder": 25, "super_res": 7}[stage]
+        pipe = self.text if stage == "prior" and self.text is not None else self.variation
+        return int(pipe.recommended.get(f"{stage}_num_inference_steps", default))
 
     def _deterministic(self, eta: float) -> UnCLIPImageVariationPipeline:
         """The same components (hooks and bars too) that sample by DDIM; the pipeline itself is left alone."""
@@ -334,17 +334,13 @@ def fingerprint(pipe: GenerationPipeline) -> str:
     """
     digest = hashlib.sha256()
     for network in (pipe.text_proj, pipe.decoder):
-        for name, tensor in _values(network.state_dict()):
+        for name, tensor in sorted(network.state_dict().items()):
             if tensor.is_meta:
                 return ""
             flat = tensor.detach().flatten()
             signs = flat[:: max(1, len(flat) // FINGERPRINT_VALUES)] > 0
             digest.update(f"{name} {tuple(tensor.shape)} ".encode() + bytes(signs.cpu().tolist()))
     return digest.hexdigest()[:16]
-
-
-def _values(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    yield from sorted(state.items())
 
 
 def _pixels(pictures: Sequence[Image.Image], stage: Stage, condition: Any) -> Tensor:

@@ -90,7 +90,8 @@ def blend(embeddings: Tensor, weights: Sequence[float] | Tensor) -> Tensor:
     """
     factor = torch.as_tensor(weights, dtype=torch.float64, device=embeddings.device)
     if embeddings.ndim != 2 or factor.shape != embeddings.shape[:1] or len(embeddings) < 1:
-        raise InputError(f"a blend needs embeddings [count, dim] and [count] weights, not {_shape(embeddings)}, {_shape(factor)}")
+        found = f"{_shape(embeddings)} and {_shape(factor)}"
+        raise InputError(f"a blend needs embeddings [count, dim] and [count] weights, not {found}")
     if not factor.isfinite().all() or not factor.any():
         raise InputError(f"the weights are {factor.tolist()}; they must be finite numbers, not all 0")
     x = embeddings.double()

@@ -22,7 +22,10 @@ Condition = TypeVar("Condition", bound=Batched, contravariant=True)
 class Stage(Protocol[Condition]):
     """One diffusion model of the chain."""
 
-    process: DiffusionProcess
+    @property
+    def process(self) -> DiffusionProcess:
+        """Schedule, what is predicted, clipping."""
+        ...
 
     def prepare(self, condition: Condition) -> Denoiser:
         """Compute once all that depends on neither x_t nor t."""
@@ -116,9 +119,7 @@ def invert(
     )
 
 
-def _denoiser(
-    stage: Stage[Condition], condition: Condition, null: Condition | None, guidance_scale: float
-) -> Denoiser:
+def _denoiser(stage: Stage[Condition], condition: Condition, null: Condition | None, guidance_scale: float) -> Denoiser:
     if not uses_guidance(guidance_scale):
         return stage.prepare(condition)
     assert null is not None
