@@ -115,6 +115,13 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(rgb(image), dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
+def to_square(image: Image.Image, size_px: int) -> Tensor:
+    """A picture → float32 [3, size_px, size_px] in [-1, 1], antialiased; squashed to a square as encoders do."""
+    image = rgb(image)
+    even = image.width % size_px == 0 and image.height % size_px == 0
+    return to_tensor(image.resize((size_px, size_px), Image.Resampling.BOX if even else Image.Resampling.LANCZOS))
+
+
 def grid(images: list[Image.Image], *, columns: int | None = None, gap: int = 4) -> Image.Image:
     """One sheet of pictures of one size, white between them; about square unless `columns` is given."""
     columns = min(len(images), columns or math.ceil(math.sqrt(len(images))))

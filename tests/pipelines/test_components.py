@@ -312,7 +312,7 @@ def test_nothing_is_overwritten_unasked(tiny_pipeline, copied):
 def test_names_that_no_folder_can_have(tiny_pipeline, tmp_path, monkeypatch, part, name):
     monkeypatch.chdir(tmp_path)
     saved = tiny_pipeline if part == "pipeline" else getattr(tiny_pipeline, part)
-    with pytest.raises(InputError, match="no name to write to|bytes a part"):
+    with pytest.raises(InputError, match=r"no name to write to|bytes a part"):
         saved.save_pretrained(name)
     (tmp_path / "file").write_text("mine")
     for place in ("file", "file/below"):

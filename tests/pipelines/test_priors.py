@@ -197,7 +197,7 @@ def test_candidates_by_one_generator_and_by_none(either):
 
 def test_numbers_of_candidates_that_there_are_none_of(either):
     for count in (0, -1, 1001, 1.5, True, "2", None):
-        with pytest.raises(InputError, match="num_prior_candidates is .*from 1 to 1000"):
+        with pytest.raises(InputError, match=r"num_prior_candidates is .*from 1 to 1000"):
             either("a cat", num_prior_candidates=count)
 
 

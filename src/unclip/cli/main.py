@@ -14,11 +14,12 @@ import typer
 from typer.core import TyperGroup
 
 from unclip import __version__
-from unclip.cli import generate, model, options, train, vary
+from unclip.cli import blend, edit, generate, interpolate, invert, model, options, train, vary
 from unclip.cli.convert import convert
 from unclip.cli.data import data
 from unclip.cli.evaluate import evaluate
 from unclip.cli.messages import error, note, shown_warnings
+from unclip.cli.probe import probe
 from unclip.errors import UnclipError
 
 INTERRUPTED = 130
@@ -92,6 +93,11 @@ def unclip(
 
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("vary", epilog=vary.EXAMPLES)(vary.vary)
+app.command("invert", epilog=invert.EXAMPLES)(invert.invert)
+app.command("interpolate", epilog=interpolate.EXAMPLES)(interpolate.interpolate)
+app.command("edit", epilog=edit.EXAMPLES)(edit.edit)
+app.command("blend", epilog=blend.EXAMPLES)(blend.blend)
+app.add_typer(probe, name="probe")
 app.command("info", epilog=model.EXAMPLES)(model.info)
 app.add_typer(convert, name="convert")
 app.add_typer(data, name="data")

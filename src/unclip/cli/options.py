@@ -73,6 +73,15 @@ Seed = Annotated[
 DecoderSteps = Annotated[int | None, steps("decoder", "of the decoder, which draws the small picture")]
 SuperResSteps = Annotated[int | None, steps("super-res", "of super-resolution, which makes it large")]
 DecoderGuidance = Annotated[float | None, guidance("decoder", "small picture is pushed towards its conditions")]
+KeptGuidance = Annotated[
+    float | None,
+    typer.Option(
+        "--decoder-guidance",
+        metavar="SCALE",
+        help="Guidance of inverting and decoding; 1 or less: none, which brings pictures back best.",
+        show_default="1",
+    ),
+]
 Negative = Annotated[
     str | None, typer.Option("--negative", metavar="TEXT", help="What guidance pushes away from: what not to show.")
 ]

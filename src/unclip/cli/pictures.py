@@ -6,7 +6,7 @@ Knows files and PNG texts; knows no model. Called by `batches.py`.
 import json
 import sys
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,10 +78,17 @@ class Album:
         Raises: InputError when it cannot be written (a full disk, say).
         """
         texts = png_texts(facts)
-        for path in self._free_names(stem):
+        return self.write(stem, ".png", lambda draft: image.save(draft, format="PNG", pnginfo=texts))
+
+    def write(self, stem: str, suffix: str, writer: Callable[[Path], None]) -> Path:
+        """Have `writer` write the file `stem` + `suffix`, whole or not at all, and return its path.
+
+        Raises: InputError when it cannot be written.
+        """
+        for path in self._free_names(stem, suffix):
             try:
                 with atomic_file(path, overwrite=self.overwrite) as draft:
-                    image.save(draft, format="PNG", pnginfo=texts)
+                    writer(draft)
             except OutputExistsError:
                 if self.overwrite:
                     raise
@@ -104,13 +111,13 @@ class Album:
             facts = {**facts, "grid": len(self.kept)}
             self.tell(self.save(grid(self.kept, columns=columns), f"{stem}-grid", facts), facts)
 
-    def _free_names(self, stem: str) -> Iterator[Path]:
+    def _free_names(self, stem: str, suffix: str) -> Iterator[Path]:
         """The paths to try: the plain name, then with a number."""
         if self.overwrite:
-            yield self.folder / f"{stem}.png"
+            yield self.folder / f"{stem}{suffix}"
             return
         for number in count(1):
-            path = self.folder / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
+            path = self.folder / (f"{stem}{suffix}" if number == 1 else f"{stem}-{number}{suffix}")
             if not path.exists() and not path.is_symlink():
                 yield path
 

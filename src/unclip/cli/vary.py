@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from unclip.checkpoints.tensor_file import SUFFIX
 from unclip.cli import options
 from unclip.cli.batches import Wish, cut, finish, fresh_seed, make_all, picture_seed
 from unclip.cli.generate import plain
@@ -24,7 +25,12 @@ EXAMPLES = options.examples(
     "unclip vary photo.jpg",
     "unclip vary apple.png pear.png -n 4 --grid --out variations",
     'unclip vary cat.png --prompt "a cat with a hat" --seed 7',
+    "unclip vary cat.png --keep-structure --eta 0.5 -n 4",
 )
+
+
+DEFAULT_ETA = 0.3
+"""Of --keep-structure: outlines and colours stay, details differ."""
 
 
 def vary(
@@ -38,6 +44,19 @@ def vary(
         str | None, typer.Option(metavar="TEXT", help="A caption that the decoder sees beside the picture.")
     ] = None,
     negative: options.Negative = None,
+    keep_structure: Annotated[
+        bool, typer.Option("--keep-structure", help="Start from the picture's own noise, found by inversion.")
+    ] = False,
+    eta: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            metavar="SHARE",
+            help="With --keep-structure: fresh noise a step, from 0 (the picture again) to 1.",
+            show_default=str(DEFAULT_ETA),
+        ),
+    ] = None,
     decoder_steps: options.DecoderSteps = None,
     super_res_steps: options.SuperResSteps = None,
     decoder_guidance: options.DecoderGuidance = None,
@@ -55,9 +74,16 @@ def vary(
     """Make variations of pictures.
 
     A variation shows what the given picture shows, drawn anew. Each becomes a PNG file named after the given file and
-    the seed. The paths are printed on stdout, one a line.
+    the seed. With --keep-structure its outlines stay too; a file of `unclip invert` may then stand for a picture. The
+    paths are printed on stdout, one a line.
     """
+    if eta is not None and not keep_structure:
+        raise typer.BadParameter("--eta goes with --keep-structure")
+    if keep_structure and (negative is not None or sampler is not None):
+        raise typer.BadParameter("--keep-structure samples by DDIM, and has no --negative and no other --sampler")
+    from unclip.cli.workbench import NO_GUIDANCE, Keeper, recorded
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
+    from unclip.pipelines.manipulation import Manipulator
 
     folder, index = find_model(model, quiet=quiet)
     check_can_vary(model, index)
@@ -66,6 +92,9 @@ def vary(
         "super_res_num_inference_steps": super_res_steps,
         "decoder_guidance_scale": decoder_guidance,
     }
+    if keep_structure:
+        known = {"decoder_guidance_scale": NO_GUIDANCE, **recorded(images)}
+        given = {name: known.get(name) if value is None else value for name, value in given.items()}
     settings = call_settings(UnCLIPImageVariationPipeline, folder, given)
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid)
     if seed is None:
@@ -76,7 +105,7 @@ def vary(
     failed: list[Path] = []
 
     def wishes() -> Iterator[Wish]:
-        for place, path, image in opened(images, failed):
+        for place, path, image in opened(images, failed, latents=keep_structure):
             for copy in range(num_images):
                 name = f"{slug(plain(path.stem))}-variation"
                 yield Wish(image, picture_seed(seed, place * num_images + copy), name, {"image": plain(path.name)})
@@ -92,8 +121,15 @@ def vary(
             "settings": {**settings, "sampler": sampler_name(pipe), "dtype": dtype.value},
         }
 
+        if keep_structure:
+            about["eta"] = DEFAULT_ETA if eta is None else eta
+            about["settings"]["sampler"] = "ddim"
+            keeper = Keeper(Manipulator(pipe), settings, prompt)
+
         def draw(batch: list[Wish]) -> "list[Image]":
             pictures, seeds = [wish.given for wish in batch], [wish.seed for wish in batch]
+            if keep_structure:
+                return keeper.vary(pictures, seeds, about["eta"])
             return pipe(pictures, prompt=prompt, negative_prompt=negative, seed=seeds, **settings).images  # type: ignore[arg-type, union-attr, return-value]
 
         make_all(_chain(first, batches), draw, album, about)
@@ -115,11 +151,17 @@ def check_can_vary(model: str, index: dict[str, Any]) -> None:
         )
 
 
-def opened(paths: list[Path], failed: list[Path]) -> Iterator[tuple[int, Path, "Image"]]:
-    """Each picture that can be read, with its place; the others are told of and put into `failed`."""
+def opened(paths: list[Path], failed: list[Path], *, latents: bool = False) -> "Iterator[tuple[int, Path, Any]]":
+    """Each picture that can be read, with its place; the others are told of and put into `failed`.
+
+    With `latents`, the path of a file of `unclip invert` stands for itself.
+    """
     from unclip.images import open_image
 
     for place, path in enumerate(paths):
+        if latents and path.suffix == SUFFIX:
+            yield place, path, path
+            continue
         try:
             yield place, path, open_image(path)
         except ImageError as problem:

@@ -1,4 +1,4 @@
-"""Principal components of embeddings: fitted from a stream, ordered by how much they vary (paper §2.2, §3.3).
+"""Principal components of embeddings: fitted from a stream, ordered by how much they vary (paper §2.2, §4).
 
 Knows vectors and their covariance; knows neither what they stand for nor a network. Called by probing and by
 whatever reads embeddings dimension by dimension, the most telling first.

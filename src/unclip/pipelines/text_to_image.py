@@ -186,6 +186,36 @@ class UnCLIPPipeline(GenerationPipeline):
         large = self._enlarge(small, super_res, call)
         return self._finish(large, small, embeddings, output_type, return_intermediates, return_dict)
 
+    @torch.no_grad()
+    def embed_captions(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 4.0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seed: int | Sequence[int] | None = None,
+    ) -> Tensor:
+        """The image embeddings that the prior draws for captions, float32 [batch, embedding_dim].
+
+        Args:
+            prompt: a caption, or several.
+            num_inference_steps, guidance_scale: of the prior.
+            generator, seed: as of a call; `seed=[7] * n` gives every caption the same noise, so that they differ by
+                what they say alone.
+
+        Raises: InputError for a wrong argument.
+        """
+        self.check()
+        check_scale(guidance_scale, "guidance_scale")
+        run = PriorRun(num_inference_steps, guidance_scale)
+        embedder = self._embedder(run)
+        text = self._text().encode(as_prompts(prompt), self.device)
+        null_text = self._repeated_text([""], len(text), 1) if run.guided else None
+        embeddings = self._embed(embedder, text, null_text, run, Call(noise_source(generator, seed, len(text)), None))
+        self.maybe_free_model_hooks()
+        return embeddings
+
     def _embedder(self, run: PriorRun) -> EmbeddingSampler:
         """The prior, ready to be sampled.
 

@@ -1,4 +1,4 @@
-"""The interface that prior, decoder and super-resolution share, and the one way to sample from any of them.
+"""The interface that prior, decoder and super-resolution share, and the one way to sample from any, and back.
 
 Knows that a stage prepares a denoiser and finishes a result; knows no network. Called by pipelines, training's sample
 sheets and evaluation.
@@ -12,7 +12,7 @@ from unclip.diffusion.guidance import guided, uses_guidance
 from unclip.diffusion.loop import Denoiser, OnStep, Progress, run
 from unclip.diffusion.noise import NoiseSource
 from unclip.diffusion.process import DiffusionProcess
-from unclip.diffusion.sampler import Sampler
+from unclip.diffusion.sampler import FixedPointInversionSampler, Sampler
 from unclip.errors import ConfigError, InputError
 from unclip.stages.condition import Batched
 
@@ -24,7 +24,7 @@ class Stage(Protocol[Condition]):
 
     @property
     def process(self) -> DiffusionProcess:
-        """What is undone step by step."""
+        """Schedule, what is predicted, clipping."""
         ...
 
     def prepare(self, condition: Condition) -> Denoiser:
@@ -76,13 +76,55 @@ def sample(
         raise InputError(f"latents have shape {tuple(latents.shape)}; this call needs {shape}")
     else:
         x = latents.to(condition.device).float()
-    if uses_guidance(guidance_scale):
-        assert null is not None
-        assert len(null) == len(condition)
-        denoiser = guided(stage.prepare(null.join(condition)), guidance_scale)
-    else:
-        denoiser = stage.prepare(condition)
+    denoiser = _denoiser(stage, condition, null, guidance_scale)
     return stage.finish(run(denoiser, sampler, timesteps, x, noise=noise, progress=progress, on_step=on_step))
+
+
+def invert(
+    stage: Stage[Condition],
+    condition: Condition,
+    x0: Tensor,
+    *,
+    timesteps: tuple[int, ...],
+    num_rounds: int = 2,
+    null: Condition | None = None,
+    guidance_scale: float = 1.0,
+    progress: Progress | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Find the x_T from which `sample`, with DDIM and no noise, leads to `x0`: its way back (paper §3).
+
+    Args:
+        stage: the diffusion model.
+        condition: that of the sampling; `null` and `guidance_scale` too.
+        x0: clean samples, of `stage.sample_shape(condition)`.
+        timesteps: those of the sampling, descending.
+        num_rounds: forwards a step; see `FixedPointInversionSampler`.
+
+    Returns: float32, of x0's shape.
+
+    Raises: InputError for samples of a wrong shape or fewer than two timesteps; ConfigError for `num_rounds`.
+    """
+    shape = stage.sample_shape(condition)
+    if tuple(x0.shape) != shape:
+        raise InputError(f"the samples to invert have shape {tuple(x0.shape)}; this call needs {shape}")
+    return run(
+        _denoiser(stage, condition, null, guidance_scale),
+        FixedPointInversionSampler(stage.process, num_rounds),
+        timesteps[::-1],
+        x0.to(condition.device),
+        noise=NoiseSource(None, len(x0)),
+        progress=progress,
+        on_step=on_step,
+    )
+
+
+def _denoiser(stage: Stage[Condition], condition: Condition, null: Condition | None, guidance_scale: float) -> Denoiser:
+    if not uses_guidance(guidance_scale):
+        return stage.prepare(condition)
+    assert null is not None
+    assert len(null) == len(condition)
+    return guided(stage.prepare(null.join(condition)), guidance_scale)
 
 
 def size_px(sample_size: object) -> int:

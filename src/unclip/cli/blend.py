@@ -1,0 +1,93 @@
+"""`unclip blend`: one picture of several pictures and captions.
+
+Knows parts, weights and options; the arithmetic is another module's affair.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unclip.cli import options
+from unclip.cli.batches import Wish, cut, fresh_seed, make_all, picture_seed
+from unclip.cli.loading import Machine
+from unclip.cli.messages import note
+from unclip.cli.pictures import Album, slug
+from unclip.cli.workbench import Workbench, read_part
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+EXAMPLES = options.examples(
+    "unclip blend cat.png dog.png",
+    'unclip blend cat.png:0.6 "a red heart:0.4" -n 4 --grid',
+    'unclip blend lion.png "an orange:-0.5" "a blue sky:0.5"',
+)
+
+
+def blend(
+    parts: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PART[:WEIGHT] …",
+            help="Files of pictures or latents, or captions, each with its weight (1 by default) after a colon; a "
+            "weight below 0 takes away.",
+        ),
+    ],
+    model: options.Model = "unclip-emoji",
+    num_images: Annotated[
+        int, typer.Option("--num-images", "-n", min=1, max=100_000, metavar="N", help="Pictures.")
+    ] = 1,
+    seed: options.Seed = None,
+    decoder_steps: options.DecoderSteps = None,
+    super_res_steps: options.SuperResSteps = None,
+    decoder_guidance: options.DecoderGuidance = None,
+    out: options.OutFolder = Path("."),
+    grid: options.Grid = False,
+    overwrite: options.OverwritePictures = False,
+    as_json: options.Json = False,
+    batch_size: options.BatchSize = 8,
+    dtype: options.DtypeOption = options.Dtype.float32,
+    device: options.Device = "auto",
+    cpu_offload: options.CpuOffload = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Mix what several pictures and captions show, with weights.
+
+    Pictures count by their embeddings, captions by those that the prior draws for them; each by its direction, so only
+    the weights say how much of it there is. A caption that ends in a colon and a number needs a weight after it.
+    The paths are printed on stdout, one a line.
+    """
+    read = [read_part(text, weighted=True) for text in parts]
+    album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid)
+    if seed is None:
+        seed = fresh_seed()
+        if not quiet:
+            note(f"seed {seed}")
+    given = {
+        "decoder_num_inference_steps": decoder_steps,
+        "super_res_num_inference_steps": super_res_steps,
+        "decoder_guidance_scale": decoder_guidance,
+    }
+    captions = any(part.kind == "caption" for part in read)  # a latent's steps are of no use here: nothing comes back
+    bench = Workbench.open(model, Machine(dtype, device, cpu_offload, quiet), given, captions=captions, guidance=None)
+
+    import torch
+
+    from unclip.stages.arithmetic import blend as mixed
+
+    embeddings = torch.cat([bench.embedding(part, seed=seed) for part in read])
+    embedding = mixed(embeddings, [part.weight for part in read])
+
+    def draw(batch: list[Wish]) -> "list[Image]":
+        rows = embedding.expand(len(batch), -1)
+        seeds = [wish.seed for wish in batch]
+        output = bench.tool.variation(image_embeddings=rows, seed=seeds, **bench.settings)  # type: ignore[arg-type]
+        return output.images  # type: ignore[union-attr, return-value]
+
+    about: dict[str, Any] = {"blend": "; ".join(f"{part.name}:{part.weight:g}" for part in read), **bench.about}
+    stem = slug("-and-".join(part.stem for part in read))
+    wishes = (Wish(None, picture_seed(seed, copy), stem, {}) for copy in range(num_images))
+    make_all(cut(wishes, batch_size), draw, album, about)
+    if grid:
+        album.save_sheet(f"{stem}-{seed}", {**about, "seed": seed})

@@ -1,0 +1,100 @@
+"""`unclip interpolate`: the way from one picture or caption to another.
+
+Knows parts and options; the path itself is another module's affair.
+"""
+
+import itertools
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unclip.cli import options
+from unclip.cli.film import FPS, Film, check_writer
+from unclip.cli.loading import Machine
+from unclip.cli.pictures import Album, slug
+from unclip.cli.workbench import NO_GUIDANCE, Part, Workbench, read_part
+
+EXAMPLES = options.examples(
+    "unclip interpolate cat.png dog.png --grid",
+    'unclip interpolate "a red apple" "a pear" "a lemon" --frames 12 --film gif',
+    "unclip interpolate cat.png dog.png --one-noise --film webp --out film",
+)
+
+
+def interpolate(
+    parts: Annotated[
+        list[str], typer.Argument(metavar="A B …", help="Two or more: files of pictures or latents, or captions.")
+    ],
+    model: options.Model = "unclip-emoji",
+    frames: Annotated[
+        int, typer.Option(min=1, max=1000, metavar="N", help="Frames from each to the next, without the next itself.")
+    ] = 8,
+    one_noise: Annotated[
+        bool, typer.Option("--one-noise", help="Keep the first one's noise throughout: only what is shown changes.")
+    ] = False,
+    super_res: Annotated[
+        bool, typer.Option("--super-res", help="Also invert super-resolution, so that the ends come back in detail.")
+    ] = False,
+    seed: Annotated[
+        int, typer.Option(min=0, max=options.MAX_SEED, metavar="N", help="Of the noise that all frames share.")
+    ] = 0,
+    decoder_steps: options.DecoderSteps = None,
+    super_res_steps: options.SuperResSteps = None,
+    decoder_guidance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SCALE", help="Guidance of the decoder; 1 or less: none.", show_default="1; of captions the model's"
+        ),
+    ] = None,
+    film: Film = None,
+    fps: FPS = 10,
+    out: options.OutFolder = Path("."),
+    grid: options.Grid = False,
+    overwrite: options.OverwritePictures = False,
+    as_json: options.Json = False,
+    batch_size: options.BatchSize = 8,
+    dtype: options.DtypeOption = options.Dtype.float32,
+    device: options.Device = "auto",
+    cpu_offload: options.CpuOffload = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Go from one picture or caption to another, step by step.
+
+    Pictures are inverted, so the first and the last frame are the given ones again; what is shown and the noise both
+    turn evenly on the way. Captions become embeddings through the prior and share one noise. A film goes there and
+    back. The paths are printed on stdout, one a line.
+    """
+    if len(parts) < 2:
+        raise typer.BadParameter("name two or more pictures or captions")
+    check_writer(film)
+    read = [read_part(text) for text in parts]
+    stem = slug("-to-".join(part.stem for part in read))
+    album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid or film is not None)
+    kinds = {part.kind for part in read}
+    given = {
+        "decoder_num_inference_steps": decoder_steps,
+        "super_res_num_inference_steps": super_res_steps,
+        "decoder_guidance_scale": decoder_guidance,
+    }
+    bench = Workbench.open(
+        model,
+        Machine(dtype, device, cpu_offload, quiet),
+        given,
+        parts=read,
+        guidance=None if kinds == {"caption"} else NO_GUIDANCE,
+    )
+
+    from unclip.stages.manipulation import interpolate as path_through
+
+    first, *others = [bench.latent(part, seed=seed, super_res=super_res) for part in read]
+    latent = path_through(first.join(*others), frames - 1, one_noise=one_noise)
+    facts = [{"from": a.name, "to": b.name, "share": share} for a, b, share in _places(read, frames)]
+    bench.draw(latent, facts, album, stem, seed=seed, batch_size=batch_size, film=film, fps=fps, sheet=grid)
+
+
+def _places(read: list[Part], frames: int) -> list[tuple[Part, Part, float]]:
+    """(from, to, share) of every frame."""
+    ways = list(itertools.pairwise(read))
+    found = [(a, b, round(step / frames, 4)) for a, b in ways for step in range(frames)]
+    return [*found, (*ways[-1], 1.0)]

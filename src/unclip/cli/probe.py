@@ -1,0 +1,163 @@
+"""`unclip probe`: what the dimensions of CLIP's space hold, the most telling first.
+
+Knows data sets, files and options; principal components are another module's affair.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from unclip.cli import options
+from unclip.cli.loading import Machine
+from unclip.cli.messages import note
+from unclip.cli.pictures import Album
+from unclip.cli.workbench import NO_GUIDANCE, Workbench, read_part
+from unclip.errors import DataError, InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from unclip.models.pca import PrincipalComponents
+
+FIT_EXAMPLES = options.examples("unclip probe fit data/emoji --out pca.safetensors")
+SHOW_EXAMPLES = options.examples(
+    "unclip probe show cat.png --pca pca.safetensors --grid",
+    "unclip probe show cat.png --pca pca.safetensors --dims 1,4,16,64,256",
+)
+
+probe = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+
+@probe.callback()
+def probe_group() -> None:
+    """See what the principal components of the image embeddings hold."""
+
+
+@probe.command("fit", epilog=FIT_EXAMPLES)
+def fit(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder of pictures, as of: unclip data emoji.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The .safetensors file to write.")],
+    model: options.Model = "unclip-emoji",
+    num_components: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="How many to keep.", show_default="all")
+    ] = None,
+    batch_size: options.BatchSize = 64,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it is there.")] = False,
+    dtype: options.DtypeOption = options.Dtype.float32,
+    device: options.Device = "auto",
+    quiet: options.Quiet = False,
+) -> None:
+    """Fit principal components to the embeddings of all pictures of a data set.
+
+    DATA is a data set's folder, or any folder with picture files in it. The path is printed on stdout.
+    """
+    from unclip.checkpoints.tensor_file import SUFFIX
+    from unclip.errors import OutputExistsError
+
+    if out.suffix != SUFFIX:
+        raise InputError(f"--out {out} must end in {SUFFIX}")
+    if out.exists() and not overwrite:
+        raise OutputExistsError(f"{out} exists already; use --overwrite, or another name")
+    files = picture_files(data)
+    bench = Workbench.open(model, Machine(dtype, device, False, quiet), {}, guidance=NO_GUIDANCE)
+    components = bench.tool.fit_components(_batches(files, batch_size), num_components)
+    about = {"model": bench.about["model"], "data": data.resolve().name, "num_pictures": str(len(files))}
+    components.save(out, about=about, overwrite=overwrite)
+    if not quiet:
+        halves = int((components.explained < 0.5).sum()) + 1
+        note(f"{len(files)} pictures; the first {halves} of {components.dim} dimensions hold half of the variance")
+    print(out, flush=True)
+
+
+@probe.command("show", epilog=SHOW_EXAMPLES)
+def show(
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="A picture file, or a latent of: unclip invert.")],
+    pca: Annotated[Path, typer.Option("--pca", metavar="FILE", help="The components, of: unclip probe fit.")],
+    model: options.Model = "unclip-emoji",
+    dims: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,…", help="How many dimensions each picture has.", show_default="0, 1, 2, 4, … all"),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=options.MAX_SEED, metavar="N", help="Of super-resolution's noise.")
+    ] = 0,
+    decoder_steps: options.DecoderSteps = None,
+    super_res_steps: options.SuperResSteps = None,
+    decoder_guidance: options.KeptGuidance = None,
+    out: options.OutFolder = Path("."),
+    grid: options.Grid = False,
+    overwrite: options.OverwritePictures = False,
+    as_json: options.Json = False,
+    batch_size: options.BatchSize = 8,
+    dtype: options.DtypeOption = options.Dtype.float32,
+    device: options.Device = "auto",
+    cpu_offload: options.CpuOffload = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Draw a picture from ever more of its embedding's principal components.
+
+    The noise is the picture's own throughout, found by inversion. With no component it is what the mean of all pictures
+    makes of that noise; with all, the picture itself. The paths are printed on stdout, one a line.
+    """
+    from unclip.models.pca import PrincipalComponents
+
+    part = read_part(image)
+    if part.kind == "caption":
+        raise InputError(f"there is no file {image!r:.200}; probing starts from a picture")
+    components = PrincipalComponents.load(pca)
+    counts = dimensions(dims, components)
+    album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid)
+    given = {
+        "decoder_num_inference_steps": decoder_steps,
+        "super_res_num_inference_steps": super_res_steps,
+        "decoder_guidance_scale": decoder_guidance,
+    }
+    machine = Machine(dtype, device, cpu_offload, quiet)
+    bench = Workbench.open(model, machine, given, parts=[part], guidance=NO_GUIDANCE)
+
+    from unclip.stages.manipulation import probe as reduced
+
+    latent = reduced(bench.latent(part, seed=seed), components, counts)
+    facts = [{"image": part.name, "pca": pca.name, "dimensions": count} for count in counts]
+    bench.draw(latent, facts, album, f"{part.stem}-dims", seed=seed, batch_size=batch_size, sheet=grid)
+
+
+def dimensions(text: str | None, components: "PrincipalComponents") -> list[int]:
+    """The counts that `--dims` names; by default 0, then powers of two, then all.
+
+    Raises: InputError for something that is no count of these components.
+    """
+    most = components.num_components
+    if text is None:
+        return [0, *(2**power for power in range(most.bit_length()) if 2**power < most), most]
+    counts = []
+    for word in text.split(","):
+        if not word.strip().isdecimal() or int(word) > most:
+            raise InputError(f"--dims has {word.strip()!r:.40}; each must be a number from 0 to {most}")
+        counts.append(int(word))
+    return counts
+
+
+def picture_files(data: Path) -> list[Path]:
+    """The pictures of a data set by its records, or else all picture files in a folder and below, sorted.
+
+    Raises: DataError when there are none.
+    """
+    from unclip.cli.workbench import PICTURE_SUFFIXES
+    from unclip.data.folder import read_records
+
+    if (data / "metadata.jsonl").exists():
+        return [data / record.file_name for record in read_records(data)]
+    files = sorted(path for path in data.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+    if not files:
+        raise DataError(f"{data} is no data set's folder and has no pictures in it")
+    return files
+
+
+def _batches(files: list[Path], size: int) -> "Iterator[list[Image]]":
+    from unclip.images import open_image
+
+    for start in range(0, len(files), size):
+        yield [open_image(path) for path in files[start : start + size]]

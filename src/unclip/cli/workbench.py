@@ -1,0 +1,267 @@
+"""What the manipulating commands share: a loaded model, pictures and captions as latents, latents as files.
+
+Knows picture files, captions and a `Manipulator`; knows no command. Called by `invert`, `vary`, `interpolate`, `edit`,
+`blend` and `probe`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unclip.checkpoints.recommended import Number
+from unclip.checkpoints.tensor_file import SUFFIX
+from unclip.cli.batches import Wish, cut, make_all
+from unclip.cli.film import FilmKind, film_writer
+from unclip.cli.loading import Machine, call_settings, find_model, load, model_name
+from unclip.cli.pictures import Album, slug
+from unclip.errors import CheckpointError, InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from unclip.pipelines.manipulation import Manipulator
+    from unclip.stages.manipulation import BipartiteLatent
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+RECORDED: dict[str, Callable[[str], Number]] = {
+    "decoder_num_inference_steps": int,
+    "super_res_num_inference_steps": int,
+    "decoder_guidance_scale": float,
+}
+"""What a latent's file says of how it was found."""
+NO_GUIDANCE = 1.0
+"""Of inverting and decoding: a picture comes back most exactly without."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the things that a person named: a picture's file, a latent's file, or a caption.
+
+    Attributes:
+        text: the path or the caption.
+        kind: "picture", "latent" or "caption".
+        weight: in a blend.
+    """
+
+    text: str
+    kind: str
+    weight: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """For file names and facts: of a path its last part alone."""
+        return Path(self.text).name if self.kind != "caption" else self.text
+
+    @property
+    def stem(self) -> str:
+        return slug(self.text if self.kind == "caption" else Path(self.text).name.split(".")[0])
+
+
+def read_part(text: str, *, weighted: bool = False) -> Part:
+    """Take an argument for a file that exists, or else for a caption.
+
+    Args:
+        text: a path, or a caption.
+        weighted: a number after the last colon is its weight, as in `cat.png:0.5`, unless a file has that whole name.
+
+    Raises: InputError for the name of a picture or latent that does not exist, or a weight that is not finite.
+    """
+    from unclip.cli.generate import plain
+
+    weight = 1.0
+    if weighted and not _is_file(text):
+        head, colon, tail = text.rpartition(":")
+        if colon and head and _number(tail) is not None:
+            text, weight = head, float(tail)
+            if not abs(weight) < float("inf"):
+                raise InputError(f"the weight {tail!r} of {text!r:.80} is not a finite number")
+    suffix = Path(text).suffix.lower() if len(text) < 1000 else ""
+    if _is_file(text):
+        return Part(text, "latent" if suffix == SUFFIX else "picture", weight)
+    if suffix in (*PICTURE_SUFFIXES, SUFFIX):
+        raise InputError(f"there is no file {text!r}; a caption must not end in {suffix}")
+    return Part(plain(text), "caption", weight)
+
+
+def recorded(paths: Iterable[str | Path]) -> dict[str, Number]:
+    """The steps and guidance that the first latent among `paths` was inverted with: decoding it needs the same.
+
+    Raises: as `BipartiteLatent.load`; CheckpointError for a text that is no number.
+    """
+    from unclip.stages.manipulation import BipartiteLatent
+
+    for path in paths:
+        if Path(path).suffix == SUFFIX:
+            about = BipartiteLatent.load(path)[1]
+            texts = {name: about[name] for name in RECORDED if name in about}
+            try:
+                return {name: RECORDED[name](text) for name, text in texts.items()}
+            except ValueError as problem:
+                raise CheckpointError(f"{path} says it was inverted with {texts}, which are no numbers") from problem
+    return {}
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """A loaded model, and the settings that all pictures of one command are made with.
+
+    Attributes:
+        tool: the model; it has a prior only when captions were announced.
+        settings: arguments of `invert` and `decode`.
+        about: what every file says.
+    """
+
+    tool: "Manipulator"
+    settings: dict[str, Number]
+    about: dict[str, Any]
+
+    @classmethod
+    def open(
+        cls,
+        model: str,
+        machine: Machine,
+        given: Mapping[str, Number | None],
+        *,
+        parts: Sequence[Part] = (),
+        captions: bool | None = None,
+        guidance: float | None,
+    ) -> "Workbench":
+        """Load what is needed, and no prior for pictures alone.
+
+        Args:
+            model: a folder, a hub id or a built-in name.
+            machine: how it is loaded.
+            given: steps and guidance as asked for.
+            parts: what was named; a latent among them says what it was inverted with, where `given` does not.
+            captions: whether the prior is needed; by default for a caption among the parts.
+            guidance: of the decoder where neither says it; None is the model's own.
+
+        Raises: CheckpointError for a model without an image encoder, or a prior that is needed.
+        """
+        from unclip.cli.vary import check_can_vary
+        from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
+        from unclip.pipelines.manipulation import Manipulator
+        from unclip.pipelines.text_to_image import UnCLIPPipeline
+
+        folder, index = find_model(model, quiet=machine.quiet)
+        check_can_vary(model, index)
+        if captions is None:
+            captions = any(part.kind == "caption" for part in parts)
+        if captions and "prior" not in index:
+            raise CheckpointError(f"{model} has no prior, so it cannot read captions: give pictures")
+        own = {"decoder_guidance_scale": guidance, **recorded(p.text for p in parts if p.kind == "latent")}
+        given = {name: own.get(name) if value is None else value for name, value in given.items()}
+        settings = call_settings(UnCLIPImageVariationPipeline, folder, given)
+        variation = load(UnCLIPImageVariationPipeline, folder, machine, None)
+        text = None
+        if captions:
+            shared = {name: part for name, part in variation.components.items() if name in UnCLIPPipeline.COMPONENTS}
+            text = UnCLIPPipeline.from_pretrained(folder, torch_dtype=variation.dtype, **shared)
+            text.prior.to(variation.device)
+            text.set_progress_bar_config(**variation._progress)
+        about = {"model": model_name(model), "settings": {**settings, "dtype": machine.dtype.value}}
+        return cls(Manipulator(variation, text), settings, about)
+
+    def latent(self, part: Part, *, seed: int, super_res: bool = False) -> "BipartiteLatent":
+        """One row: a picture inverted, a latent read, or a caption's embedding with noise of the seed."""
+        if part.kind == "latent":
+            return self.tool.load(part.text)[0].select([0])
+        if part.kind == "caption":
+            return self.tool.fresh(self.tool.embed_captions(part.text, seed=seed), seed)
+        return self.tool.invert(_opened(part), super_res=super_res, **self.settings)  # type: ignore[arg-type]
+
+    def embedding(self, part: Part, *, seed: int) -> "Tensor":
+        """One row [1, embedding_dim], without any inversion."""
+        if part.kind == "latent":
+            return self.tool.load(part.text)[0].image_embedding[:1]
+        if part.kind == "caption":
+            return self.tool.embed_captions(part.text, seed=seed)
+        return self.tool.embed_images(_opened(part)).cpu()
+
+    def draw(
+        self,
+        latent: "BipartiteLatent",
+        facts: Sequence[Mapping[str, Any]],
+        album: Album,
+        stem: str,
+        *,
+        seed: int,
+        batch_size: int,
+        film: FilmKind | None = None,
+        fps: float = 10.0,
+        sheet: bool = False,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Decode every row with the same noise, save each with its own facts; then the sheet and the film."""
+        about = {**self.about, **(about or {})}
+        several = len(latent) > 1
+        wishes = (Wish(row, seed, f"{stem}-{row:03d}" if several else stem, facts[row]) for row in range(len(latent)))
+
+        def decode(batch: list[Wish]) -> Any:
+            rows = latent.select([wish.given for wish in batch])
+            return self.tool.decode(rows, seed=seed, **self.settings).images  # type: ignore[arg-type]
+
+        make_all(cut(wishes, batch_size), decode, album, about)
+        if sheet:
+            columns = len(latent) if len(latent) <= 10 else None
+            album.save_sheet(f"{stem}-{seed}", {**about, "seed": seed}, columns=columns)
+        if film is not None and album.kept:
+            path = album.write(f"{stem}-{seed}", f".{film.value}", film_writer(film, album.kept, fps))
+            album.tell(path, {**about, "seed": seed, "frames": len(latent), "fps": fps})
+
+
+class Keeper:
+    """Variations that keep a picture's own noise; a picture is inverted once, however many are made of it.
+
+    Args:
+        tool: the model.
+        settings: arguments of `invert` and `decode`.
+        prompt: a caption that the decoder sees too.
+    """
+
+    def __init__(self, tool: "Manipulator", settings: Mapping[str, Number], prompt: str | None) -> None:
+        self._tool, self._settings, self._prompt = tool, settings, prompt
+        self._last: tuple[Any, BipartiteLatent] | None = None
+
+    def vary(self, pictures: Sequence[Any], seeds: Sequence[int], eta: float) -> "list[Image]":
+        """One picture for each of these, which are pictures, or paths of latents."""
+        first, *others = [self._latent(picture) for picture in pictures]
+        output = self._tool.decode(
+            first.join(*others),
+            eta=eta,
+            seed=seeds,
+            prompt=self._prompt,
+            **self._settings,  # type: ignore[arg-type]
+        )
+        return output.images  # type: ignore[return-value]
+
+    def _latent(self, picture: Any) -> "BipartiteLatent":
+        if self._last is None or self._last[0] is not picture:
+            if isinstance(picture, Path):
+                latent = self._tool.load(picture)[0].select([0])
+            else:
+                latent = self._tool.invert(picture, prompt=self._prompt, **self._settings)  # type: ignore[arg-type]
+            self._last = (picture, latent)
+        return self._last[1]
+
+
+def _opened(part: Part) -> Any:
+    from unclip.images import open_image
+
+    return open_image(part.text)
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # no path at all: too long, or with a NUL
+        return False
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -1,0 +1,379 @@
+"""Pictures to bipartite latents and back, and captions to directions: the paper's manipulations on loaded parts (§3).
+
+Knows the two pipelines' components and the stages; knows neither how a step is taken nor a file format. Called by
+users and by the commands.
+
+    from unclip import Manipulator
+    from unclip.stages.manipulation import edit
+    tool = Manipulator.from_pretrained("unclip-emoji")
+    latent = tool.invert(cat)
+    lion = tool.caption_difference("a lion", "a cat")
+    tool.decode(edit(latent, lion, [0, 0.2, 0.4])).images
+"""
+
+import copy
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unclip.diffusion.guidance import check_scale
+from unclip.diffusion.noise import NoiseSource, generators_from_seed
+from unclip.diffusion.scheduler import DDIMScheduler
+from unclip.errors import CheckpointError, InputError
+from unclip.images import to_square
+from unclip.models.pca import PrincipalComponents
+from unclip.pipelines.arguments import Callback, check_count, check_embeddings, check_latents, on_step
+from unclip.pipelines.generation import GenerationPipeline, StageRun
+from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
+from unclip.pipelines.output import ImagePipelineOutput
+from unclip.pipelines.text_to_image import UnCLIPPipeline
+from unclip.stages.arithmetic import difference
+from unclip.stages.condition import DecoderCondition, SuperResCondition
+from unclip.stages.decoder import DecoderStage
+from unclip.stages.encoders import ImageEncoder
+from unclip.stages.manipulation import BipartiteLatent
+from unclip.stages.stage import Stage, invert
+from unclip.stages.super_res import SuperResStage
+
+FINGERPRINT_VALUES = 64
+NUM_ROUNDS = 2
+
+
+class Manipulator:
+    """Inverts pictures, decodes latents, and reads captions as embeddings and directions.
+
+    It holds loaded pipelines and changes nothing in them. Steps and guidance are those that the model recommends
+    unless a call says otherwise, but guidance is off (1) where a picture is inverted and decoded again.
+
+    Args:
+        variation: sees and decodes pictures.
+        text: draws embeddings of captions with its prior; None where the model has no prior. Its components may be
+            shared with `variation`.
+    """
+
+    def __init__(self, variation: UnCLIPImageVariationPipeline, text: UnCLIPPipeline | None = None) -> None:
+        self.variation, self.text = variation, text
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path = "unclip-emoji", **options: Any) -> Self:
+        """Load a folder that holds an image encoder and a prior. Arguments and errors as of a pipeline."""
+        text = UnCLIPPipeline.from_pretrained(name_or_folder, **options)
+        parts = UnCLIPImageVariationPipeline.COMPONENTS
+        shared = {name: part for name, part in text.components.items() if name in parts}
+        variation = UnCLIPImageVariationPipeline.from_pretrained(name_or_folder, **{**options, **shared})
+        return cls(variation, text)
+
+    # ---- pictures ----
+
+    @torch.no_grad()
+    def embed_images(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
+        """CLIP's image embeddings, float32 [batch, embedding_dim]. Raises: as `ImageEncoder.encode`."""
+        pipe = self.variation
+        embeddings = ImageEncoder(pipe.image_encoder, pipe.feature_extractor).encode(images, pipe.device).float()
+        pipe.maybe_free_model_hooks()
+        return embeddings
+
+    def fit_components(
+        self, batches: Iterable[Sequence[Image.Image]], num_components: int | None = None
+    ) -> PrincipalComponents:
+        """Principal components of pictures' embeddings, a batch at a time. Raises: as `PrincipalComponents.fit`."""
+        return PrincipalComponents.fit((self.embed_images(batch) for batch in batches), num_components)
+
+    @torch.no_grad()
+    def invert(
+        self,
+        images: Image.Image | Sequence[Image.Image],
+        *,
+        decoder_num_inference_steps: int | None = None,
+        super_res_num_inference_steps: int | None = None,
+        decoder_guidance_scale: float = 1.0,
+        prompt: str | None = None,
+        super_res: bool = False,
+        num_rounds: int = NUM_ROUNDS,
+        callback_on_step_end: Callback | None = None,
+    ) -> BipartiteLatent:
+        """Find the latents that `decode` brings back to these pictures, given the same steps, guidance and prompt.
+
+        Args:
+            images: pictures of any mode; those that are not square are squashed, as the image encoder sees them.
+            decoder_num_inference_steps, super_res_num_inference_steps: 2 to 1000; more are nearer (paper: 250).
+            decoder_guidance_scale: not above 1 is the nearest; above, both conditions are inverted together.
+            prompt: a caption that the decoder sees too; empty by default.
+            super_res: also find super-resolution's x_T, for the picture's own fine detail. It starts from the small
+                picture as `decode` will make it.
+            num_rounds: forwards of the network a step; more are nearer.
+            callback_on_step_end: as of a pipeline's call.
+
+        Returns: as many rows as pictures, on the CPU.
+
+        Raises:
+            InputError: an argument is wrong (ImageError: a picture is).
+            ConfigError: the components do not fit one another, or `num_rounds` is out of limits.
+            Cancelled: the callback stopped it.
+        """
+        pipe = self.variation
+        pipe.check()
+        check_scale(decoder_guidance_scale, "decoder_guidance_scale")
+        pictures = [images] if isinstance(images, Image.Image) else images
+        embeddings = self.embed_images(pictures)
+        decoder = StageRun(self._steps("decoder", decoder_num_inference_steps), decoder_guidance_scale)
+        ddim = self._deterministic(0.0)
+        text = pipe._repeated_text(pipe._captions(prompt, 1), len(pictures), 1)
+        null = DecoderCondition.null(pipe._repeated_text([""], len(pictures), 1)) if decoder.guided else None
+        condition = DecoderCondition.of(text, embeddings)
+        told = {"num_rounds": num_rounds, "callback": callback_on_step_end}
+        stage = DecoderStage(pipe.decoder, pipe.text_proj, ddim.decoder_scheduler.process)
+        x_T = _inverted(ddim, "decoder", stage, condition, null, _pixels(pictures, stage, condition), decoder, **told)
+        latent = BipartiteLatent(embeddings.cpu(), x_T.cpu())
+        if not super_res:
+            return latent
+        steps = {"decoder_num_inference_steps": decoder.num_steps, "decoder_guidance_scale": decoder_guidance_scale}
+        small = self.decode(latent, prompt=prompt, output_type="pt", return_intermediates=True, **steps).small_images
+        large = StageRun(self._steps("super_res", super_res_num_inference_steps))
+        wide = SuperResStage(pipe.super_res_first, pipe.super_res_last, ddim.super_res_scheduler.process)
+        below = SuperResCondition((small * 2 - 1).to(pipe.device))  # type: ignore[operator, union-attr]
+        x_T = _inverted(ddim, "super_res", wide, below, None, _pixels(pictures, wide, below), large, **told)
+        return BipartiteLatent(latent.image_embedding, latent.decoder_latents, x_T.cpu())
+
+    def decode(
+        self,
+        latent: BipartiteLatent,
+        *,
+        eta: float = 0.0,
+        seed: int | Sequence[int] = 0,
+        decoder_num_inference_steps: int | None = None,
+        super_res_num_inference_steps: int | None = None,
+        decoder_guidance_scale: float = 1.0,
+        prompt: str | None = None,
+        output_type: str = "pil",
+        return_intermediates: bool = False,
+        callback_on_step_end: Callback | None = None,
+    ) -> ImagePipelineOutput:
+        """Pictures of latents, by DDIM (paper §3.1).
+
+        Args:
+            latent: one row a picture.
+            eta: 0 is deterministic, so an inverted picture comes back; towards 1 ever more noise varies it.
+            seed: of all other noise: that of the steps, and super-resolution's where the latent has none. One seed
+                gives every row the same noise, so that rows differ by their latents alone and a film does not flicker.
+                A list gives each row its own.
+            decoder_num_inference_steps, super_res_num_inference_steps, decoder_guidance_scale, prompt: those of the
+                inversion bring its picture back.
+            output_type, return_intermediates, callback_on_step_end: as of a pipeline's call.
+
+        Raises:
+            InputError: an argument is wrong, or the latent is of another model's sizes.
+            ConfigError: `eta` is no number from 0 to 1, or the components do not fit one another.
+            Cancelled: the callback stopped it.
+        """
+        pipe = self._deterministic(eta)
+        if latent.super_res_latents is None:
+            # Nothing to come back to: super-resolution samples as the model does, with the seed's noise.
+            pipe.super_res_scheduler = self.variation.super_res_scheduler
+        self.check_latent(latent)
+        check_count(1, len(latent))
+        output = pipe(
+            image_embeddings=latent.image_embedding,
+            decoder_latents=latent.decoder_latents,
+            super_res_latents=latent.super_res_latents,
+            decoder_num_inference_steps=self._steps("decoder", decoder_num_inference_steps),
+            super_res_num_inference_steps=self._steps("super_res", super_res_num_inference_steps),
+            decoder_guidance_scale=decoder_guidance_scale,
+            prompt=prompt,
+            seed=[seed] * len(latent) if isinstance(seed, int) else seed,
+            output_type=output_type,
+            return_intermediates=return_intermediates,
+            callback_on_step_end=callback_on_step_end,
+        )
+        assert isinstance(output, ImagePipelineOutput)
+        return output
+
+    def fresh(self, image_embedding: Tensor, seed: int = 0) -> BipartiteLatent:
+        """Latents of embeddings [batch, embedding_dim] that were never a picture: one noise, drawn by `seed`, for all.
+
+        Raises: InputError for embeddings of another width, or a seed out of limits.
+        """
+        check_embeddings(image_embedding, self.variation.text_proj.config.clip_embeddings_dim)
+        source = NoiseSource(generators_from_seed(seed, 1), 1)
+        noise = source.draw((1, *self.variation._sample_shape("decoder")), "cpu")
+        one = BipartiteLatent(image_embedding[:1].float().cpu(), noise)
+        return one.showing(image_embedding.float().cpu())
+
+    # ---- captions ----
+
+    def embed_captions(
+        self,
+        captions: str | Sequence[str],
+        *,
+        seed: int | Sequence[int] = 0,
+        num_samples: int = 1,
+        prior_num_inference_steps: int | None = None,
+        prior_guidance_scale: float | None = None,
+    ) -> Tensor:
+        """The image embeddings that the prior draws for captions, float32 [batch, embedding_dim], on the CPU.
+
+        Args:
+            captions: one or several.
+            seed: one gives every caption the same noise; a list has one a caption.
+            num_samples: how many are drawn for each caption and averaged, with seeds from `seed` on: a mean has less of
+                what chance adds.
+            prior_num_inference_steps, prior_guidance_scale: as the model recommends, unless given.
+
+        Raises: CheckpointError for a model without a prior; InputError for a wrong argument.
+        """
+        if self.text is None:
+            raise CheckpointError(
+                "this model has no prior, so a caption cannot become an image embedding: give pictures instead, or a "
+                "model that makes pictures of captions"
+            )
+        captions = [captions] if isinstance(captions, str) else captions
+        if prior_guidance_scale is None:
+            prior_guidance_scale = self.text.recommended.get("prior_guidance_scale", 4.0)
+        check_count(num_samples, len(captions))
+        first = [seed] * len(captions) if isinstance(seed, int) else list(seed)
+        drawn = self.text.embed_captions(
+            [caption for caption in captions for _ in range(num_samples)],
+            num_inference_steps=self._steps("prior", prior_num_inference_steps),
+            guidance_scale=prior_guidance_scale,
+            seed=[one + copy_ for one in first for copy_ in range(num_samples)],
+        )
+        return drawn.view(len(captions), num_samples, -1).mean(dim=1).cpu()
+
+    @torch.no_grad()
+    def caption_difference(
+        self, target: str, source: str, *, through_prior: bool = True, seed: int = 0, num_samples: int = 4
+    ) -> Tensor:
+        """The direction from one caption to another, float32 [embedding_dim], of unit norm (paper §3.3's z_d).
+
+        Args:
+            target, source: "a photo of a lion" and "a photo of a cat", say.
+            through_prior: take the difference of the image embeddings that the prior draws for the two captions, with
+                the same noise. Texts and images lie apart in CLIP's space, the more the smaller the CLIP; the prior
+                crosses that gap. False is the paper's: the difference of the two text embeddings.
+            seed, num_samples: of the prior, as of `embed_captions`.
+
+        Raises: InputError for captions that mean the same; CheckpointError for a prior that is not there.
+        """
+        if through_prior:
+            both = self.embed_captions([target, source], seed=seed, num_samples=num_samples)
+        else:
+            both = self.variation._text().encode([target, source], self.variation.device).embeds.float().cpu()
+            self.variation.maybe_free_model_hooks()
+        return difference(both[0], both[1])
+
+    # ---- files ----
+
+    def save(
+        self,
+        latent: BipartiteLatent,
+        path: str | os.PathLike[str],
+        *,
+        about: Mapping[str, str] | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write a latent with this model's fingerprint; `about` are texts to keep. Raises: as `write_tensor_file`."""
+        told = {**(about or {}), "fingerprint": fingerprint(self.variation)}
+        return latent.save(path, about=told, overwrite=overwrite)
+
+    def load(self, path: str | os.PathLike[str]) -> tuple[BipartiteLatent, dict[str, str]]:
+        """Read a latent of this model, and the texts beside it.
+
+        Raises: as `read_tensor_file`; CheckpointError when it is another model's.
+        """
+        latent, about = BipartiteLatent.load(path)
+        made, own = about.pop("fingerprint", ""), fingerprint(self.variation)
+        if made and own and made != own:
+            name = about.get("model")
+            raise CheckpointError(
+                f"{path} was made with {'the model ' + name if name else 'another model'}, and this is another one: a "
+                "latent means nothing to any other. Invert the picture again with this model"
+            )
+        try:
+            self.check_latent(latent)
+        except InputError as problem:
+            raise CheckpointError(f"{path} does not fit the model: {problem}") from problem
+        return latent, about
+
+    def check_latent(self, latent: BipartiteLatent) -> None:
+        """Raises: InputError for a latent whose sizes are not this model's, or that is not finite."""
+        pipe = self.variation
+        check_embeddings(latent.image_embedding, pipe.text_proj.config.clip_embeddings_dim)
+        for name in ("decoder", "super_res"):
+            given = getattr(latent, f"{name}_latents")
+            check_latents(given, f"{name}_latents", (len(latent), *pipe._sample_shape(name)))
+
+    # ---- inside ----
+
+    def _steps(self, stage: str, given: int | None) -> int:
+        """The number of steps as given, or as recommended, or the ecosystem's default."""
+        if given is not None:
+            return given
+        default = {"prior": 25, "decoder": 25, "super_res": 7}[stage]
+        pipe = self.text if stage == "prior" and self.text is not None else self.variation
+        return int(pipe.recommended.get(f"{stage}_num_inference_steps", default))
+
+    def _deterministic(self, eta: float) -> UnCLIPImageVariationPipeline:
+        """The same components (hooks and bars too) that sample by DDIM; the pipeline itself is left alone."""
+        pipe = copy.copy(self.variation)
+        for name in ("decoder_scheduler", "super_res_scheduler"):
+            setattr(pipe, name, DDIMScheduler.from_config(getattr(pipe, name).config, eta=eta))
+        return pipe
+
+
+def fingerprint(pipe: GenerationPipeline) -> str:
+    """A short text that tells a decoder's weights from any other's, whatever type they are loaded in.
+
+    It is of the signs of some values of each tensor, which rounding to a smaller type leaves. Empty where the weights
+    are away (offloaded layer by layer).
+    """
+    digest = hashlib.sha256()
+    for network in (pipe.text_proj, pipe.decoder):
+        for name, tensor in sorted(network.state_dict().items()):
+            if tensor.is_meta:
+                return ""
+            flat = tensor.detach().flatten()
+            signs = flat[:: max(1, len(flat) // FINGERPRINT_VALUES)] > 0
+            digest.update(f"{name} {tuple(tensor.shape)} ".encode() + bytes(signs.cpu().tolist()))
+    return digest.hexdigest()[:16]
+
+
+def _pixels(pictures: Sequence[Image.Image], stage: Stage, condition: Any) -> Tensor:
+    """The pictures in a stage's own size, [batch, 3, size, size] in [-1, 1]."""
+    size = stage.sample_shape(condition)[-1]
+    return torch.stack([to_square(picture, size) for picture in pictures])
+
+
+def _inverted(
+    pipe: GenerationPipeline,
+    name: str,
+    stage: Stage,
+    condition: Any,
+    null: Any,
+    x0: Tensor,
+    run: StageRun,
+    *,
+    num_rounds: int,
+    callback: Callback | None,
+) -> Tensor:
+    """x_T of one stage, float32, of x0's shape."""
+    timesteps = getattr(pipe, f"{name}_scheduler").spaced_timesteps(run.num_steps)
+    try:
+        return invert(
+            stage,
+            condition,
+            x0,
+            timesteps=timesteps,
+            num_rounds=num_rounds,
+            null=null,
+            guidance_scale=run.guidance_scale,
+            progress=pipe.progress(name),
+            on_step=on_step(pipe, name, callback),
+        )
+    finally:
+        pipe.maybe_free_model_hooks()

@@ -1,0 +1,152 @@
+"""Arithmetic of embeddings and noise: on spheres, for any norms (paper §3).
+
+Knows tensors alone: no network, no picture, no caption. Called by manipulations.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from unclip.errors import InputError
+
+PARALLEL = 1e-6
+"""Sine of the angle below which two directions are one, or opposite: there a chord and an arc are the same."""
+
+
+def slerp(start: Tensor, end: Tensor, share: float | Tensor) -> Tensor:
+    """Spherical interpolation: along the great circle from `start` to `end`, `share` of the angle.
+
+    The direction turns evenly and the norm goes evenly from one to the other, so equal norms are kept. Each row is one
+    vector, whatever its shape. A share beyond 0..1 goes on along the circle, with the nearer end's norm.
+
+    Args:
+        start, end: floating point [batch, ...], of one shape.
+        share: one number, or [batch].
+
+    Returns: float32 [batch, ...]; exactly `start` at share 0 and `end` at 1.
+
+    Raises: InputError for shapes that differ, a row of zeros or one that is not finite, or two that point in opposite
+        directions, between which there are many ways.
+    """
+    if start.shape != end.shape or start.ndim < 2:
+        raise InputError(f"slerp needs two tensors [batch, …] of one shape, not {_shape(start)} and {_shape(end)}")
+    share = torch.as_tensor(share, dtype=torch.float64, device=start.device)
+    if share.ndim > 1 or (share.ndim == 1 and len(share) != len(start)) or not share.isfinite().all():
+        raise InputError(f"the share is {share}; it must be one finite number, or one for each of {len(start)} rows")
+    a, b = start.double().flatten(1), end.double().flatten(1)
+    norm_a, norm_b = _norm(a, "start"), _norm(b, "end")
+    unit_a, unit_b = a / norm_a, b / norm_b
+    part = share.expand(len(start))[:, None]
+    # Kahan's angle: right near 0 and pi too, where the arc cosine of the product loses half its digits.
+    angle = 2 * torch.atan2((unit_a - unit_b).norm(dim=1, keepdim=True), (unit_a + unit_b).norm(dim=1, keepdim=True))
+    sine = angle.sin()
+    near = sine.abs() < PARALLEL
+    if bool((near & (angle > 1)).any()):
+        raise InputError("slerp between opposite directions is not defined: give a third point to go by")
+    safe = torch.where(near, torch.ones_like(sine), sine)
+    weight_a = torch.where(near, 1 - part, ((1 - part) * angle).sin() / safe)
+    weight_b = torch.where(near, part, (part * angle).sin() / safe)
+    norm = torch.lerp(norm_a, norm_b, part.clamp(0, 1))
+    turned = (norm * (weight_a * unit_a + weight_b * unit_b)).float().view(start.shape)
+    at = part.view(-1, *[1] * (start.ndim - 1))
+    return torch.where(at == 0, start.float(), torch.where(at == 1, end.float(), turned))
+
+
+def slerp_path(points: Tensor, num_between: int) -> Tensor:
+    """A path through all points: each, and `num_between` steps of `slerp` on the way to the next one.
+
+    Args:
+        points: [num_points, ...], two or more.
+        num_between: 0 or more.
+
+    Returns: float32 [(num_points - 1) * (num_between + 1) + 1, ...]; the points themselves are in it unchanged.
+
+    Raises: InputError for fewer than two points or a number below 0; else as `slerp`.
+    """
+    if len(points) < 2:
+        raise InputError(f"there are {len(points)} points; a path needs two or more")
+    if isinstance(num_between, bool) or not isinstance(num_between, int) or num_between < 0:
+        raise InputError(f"num_between is {num_between!r}; it must be a whole number from 0")
+    steps = num_between + 1
+    shares = (torch.arange(steps, dtype=torch.float64) / steps).repeat(len(points) - 1)
+    start, end = (part.repeat_interleave(steps, dim=0) for part in (points[:-1], points[1:]))
+    return torch.cat([slerp(start, end, shares.to(points.device)), points[-1:].float()])
+
+
+def blend(embeddings: Tensor, weights: Sequence[float] | Tensor) -> Tensor:
+    """A mixture of embeddings: the direction of the weighted sum of their directions, with their weighted mean norm.
+
+    Weights below 0 take away what an embedding shows (king - man + woman); only their ratios matter. As each counts by
+    its direction, one of a large norm does not outweigh the others.
+
+    Args:
+        embeddings: [count, dim].
+        weights: [count].
+
+    Returns: float32 [dim].
+
+    Raises: InputError when there is not one finite weight an embedding, all are 0, or the embeddings cancel out.
+    """
+    factor = torch.as_tensor(weights, dtype=torch.float64, device=embeddings.device)
+    if embeddings.ndim != 2 or factor.shape != embeddings.shape[:1] or len(embeddings) < 1:
+        found = f"{_shape(embeddings)} and {_shape(factor)}"
+        raise InputError(f"a blend needs embeddings [count, dim] and [count] weights, not {found}")
+    if not factor.isfinite().all() or not factor.any():
+        raise InputError(f"the weights are {factor.tolist()}; they must be finite numbers, not all 0")
+    x = embeddings.double()
+    norms = _norm(x, "blend's embeddings")
+    factor = (factor / factor.abs().sum())[:, None]
+    total = (factor * x / norms).sum(dim=0)
+    if float(total.norm()) < PARALLEL:
+        raise InputError("the embeddings cancel each other out with these weights: nothing is left to show")
+    return (total / total.norm() * (factor.abs() * norms).sum()).float()
+
+
+def difference(target: Tensor, source: Tensor) -> Tensor:
+    """The direction from one embedding to another: normalise(target - source), of unit norm (paper §3.3's z_d).
+
+    Both count by their own direction, so that a longer embedding does not stand for a difference.
+
+    Args:
+        target, source: [..., dim], of one shape.
+
+    Returns: float32 [..., dim].
+
+    Raises: InputError for shapes that differ, rows of zeros, or a target that points where the source does.
+    """
+    if target.shape != source.shape or target.ndim < 1:
+        raise InputError(f"a difference needs two tensors of one shape, not {_shape(target)} and {_shape(source)}")
+    apart = target.double() / _norm(target.double(), "target") - source.double() / _norm(source.double(), "source")
+    norm = apart.norm(dim=-1, keepdim=True)
+    if bool((norm < PARALLEL).any()):
+        raise InputError("the two captions have the same embedding, so there is no difference: name two unlike things")
+    return (apart / norm).float()
+
+
+def turn(embedding: Tensor, direction: Tensor, strength: float | Tensor) -> Tensor:
+    """Turn embeddings towards a direction by a share of the angle between; their norms stay (paper §3.3, theta).
+
+    Args:
+        embedding: [batch, dim].
+        direction: [dim] or [batch, dim], of any norm but 0.
+        strength: theta, one or [batch]; 0 changes nothing, 1 leaves only the direction; the paper goes to 0.25-0.5.
+
+    Returns: float32 [batch, dim].
+
+    Raises: as `slerp`.
+    """
+    direction = direction.expand_as(embedding) if direction.ndim == 1 else direction
+    scale = embedding.float().norm(dim=-1, keepdim=True) / _norm(direction.float(), "direction")
+    return slerp(embedding, direction.float() * scale, strength)
+
+
+def _norm(rows: Tensor, what: str) -> Tensor:
+    norm = rows.norm(dim=-1, keepdim=True)
+    if not bool((norm.isfinite() & (norm > 0)).all()):
+        raise InputError(f"{what} has a row that is zero or not finite, and so no direction")
+    return norm
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)

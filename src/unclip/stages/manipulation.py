@@ -1,0 +1,164 @@
+"""A picture as two latents, image embedding and x_T, and what can be done with them (paper §3).
+
+Knows embeddings, noise and principal components; knows no network and no loop. Called by `pipelines/manipulation.py`
+and the commands.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from unclip.checkpoints.tensor_file import read_tensor_file, write_tensor_file
+from unclip.errors import ConfigError, InputError, WeightsError
+from unclip.models.pca import PrincipalComponents
+from unclip.stages.arithmetic import slerp_path, turn
+
+KIND = "unclip bipartite latent"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class BipartiteLatent:
+    """What a picture shows, and the noise that leads to it under that (paper §3's z_i and x_T); rows are pictures.
+
+    Attributes:
+        image_embedding: float32 [batch, embedding_dim], CLIP's, not normalised.
+        decoder_latents: float32 [batch, channels, size, size]: x_T of the decoder.
+        super_res_latents: x_T of super-resolution likewise, or None where it is not kept.
+
+    Raises:
+        ConfigError: the parts have other shapes or numbers of rows.
+    """
+
+    image_embedding: Tensor
+    decoder_latents: Tensor
+    super_res_latents: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        shapes = [tuple(part.shape) for part in self._parts().values()]
+        dims = (2, 4, 4)[: len(shapes)]
+        if any(len(shape) != dim or shape[0] != shapes[0][0] for shape, dim in zip(shapes, dims, strict=True)):
+            raise ConfigError(
+                f"a bipartite latent has parts of shapes {', '.join(map(str, shapes))}; they must be "
+                "[batch, embedding_dim] and [batch, channels, height, width], of one batch"
+            )
+
+    def __len__(self) -> int:
+        return len(self.image_embedding)
+
+    def select(self, rows: Sequence[int] | slice) -> Self:
+        """The rows of these indices."""
+        return type(self)(**{name: part[rows] for name, part in self._parts().items()})
+
+    def join(self, *others: Self) -> Self:
+        """These rows and the others', in order; super-resolution's noise stays only where all have it.
+
+        Raises: InputError when they are for other sizes.
+        """
+        every = (self, *others)
+        kept = [name for name in self._parts() if all(name in each._parts() for each in every)]
+        joined = {}
+        for name in kept:
+            parts = [each._parts()[name] for each in every]
+            if len({part.shape[1:] for part in parts}) > 1:
+                raise InputError(f"{name} are of different sizes; the latents are of different models")
+            joined[name] = torch.cat(parts)
+        return type(self)(**joined)
+
+    def showing(self, image_embedding: Tensor) -> Self:
+        """Other embeddings [count, embedding_dim] from the noise of this one row, which all of them share.
+
+        Raises: InputError when this is not one row.
+        """
+        if len(self) != 1:
+            raise InputError(f"there are {len(self)} rows; take one: latent.select([0])")
+        rows = {
+            name: part.expand(len(image_embedding), *part.shape[1:])
+            for name, part in self._parts().items()
+            if name != "image_embedding"
+        }
+        return type(self)(image_embedding=image_embedding, **rows)
+
+    def save(
+        self, path: str | os.PathLike[str], *, about: Mapping[str, str] | None = None, overwrite: bool = False
+    ) -> Path:
+        """Write one safetensors file; `about` are texts to keep in it. Raises: as `write_tensor_file`."""
+        return write_tensor_file(path, self._parts(), kind=KIND, version=VERSION, about=about, overwrite=overwrite)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> tuple[Self, dict[str, str]]:
+        """Read what `save` wrote: the latent, and the texts.
+
+        Raises: as `read_tensor_file`; WeightsError too when shapes disagree.
+        """
+        names = {"image_embedding": True, "decoder_latents": True, "super_res_latents": False}
+        tensors, about = read_tensor_file(path, kind=KIND, version=VERSION, names=names)
+        try:
+            return cls(**tensors), about
+        except ConfigError as problem:
+            raise WeightsError(f"{path}: {problem}") from problem
+
+    def _parts(self) -> dict[str, Tensor]:
+        parts = {"image_embedding": self.image_embedding, "decoder_latents": self.decoder_latents}
+        return parts if self.super_res_latents is None else {**parts, "super_res_latents": self.super_res_latents}
+
+
+def interpolate(latent: BipartiteLatent, num_between: int, *, one_noise: bool = False) -> BipartiteLatent:
+    """A path through the rows: spherical in the embedding, and in the noise too (paper §3.2, figure 4).
+
+    Args:
+        latent: two rows or more.
+        num_between: frames between a row and the next one, 0 or more.
+        one_noise: every frame keeps the first row's noise, so that only what is shown changes. Frames at the other
+            rows are then no reconstructions any more.
+
+    Returns: (rows - 1) * (num_between + 1) + 1 rows; the given ones are among them.
+
+    Raises: InputError for one row, or a number below 0.
+    """
+    embeddings = slerp_path(latent.image_embedding, num_between)
+    if one_noise:
+        return latent.select([0]).showing(embeddings)
+    noise = latent.super_res_latents
+    return BipartiteLatent(
+        embeddings,
+        slerp_path(latent.decoder_latents, num_between),
+        None if noise is None else slerp_path(noise, num_between),
+    )
+
+
+def edit(latent: BipartiteLatent, direction: Tensor, strengths: Sequence[float]) -> BipartiteLatent:
+    """Turn one picture's embedding towards a direction, ever further, with its noise as it is (paper §3.3, figure 5).
+
+    Args:
+        latent: one row.
+        direction: [embedding_dim], a `difference` of two captions' embeddings.
+        strengths: theta of each row that is wanted, from 0 to 1.
+
+    Raises: InputError when there is not one row, or a strength is outside 0..1.
+    """
+    for strength in strengths:
+        if not 0 <= strength <= 1:
+            raise InputError(f"the strength is {strength}; it must be from 0 (nothing changes) to 1 (nothing stays)")
+    rows = latent.image_embedding.expand(len(strengths), -1)
+    share = torch.tensor(list(strengths), dtype=torch.float64, device=rows.device)
+    return latent.showing(turn(rows, direction.to(rows.device), share))
+
+
+def probe(latent: BipartiteLatent, components: PrincipalComponents, counts: Sequence[int]) -> BipartiteLatent:
+    """What one picture's embedding says in its first principal components, from one noise (paper §4, figure 7).
+
+    Args:
+        latent: one row.
+        components: fitted on the same encoder's embeddings.
+        counts: how many components each row keeps, 0 (the mean of all pictures) to all.
+
+    Raises: InputError when there is not one row, the width is another, or a count is out of range.
+    """
+    coordinates = [components.project(latent.image_embedding, count) for count in counts]
+    return latent.showing(torch.cat([components.reconstruct(each) for each in coordinates]))
