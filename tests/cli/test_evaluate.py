@@ -54,9 +54,11 @@ def test_a_report(ask, tmp_path, model):
     assert sorted(path.name for path in (tmp_path / "sheets").iterdir()) == ["s-held-out.png", "s-seen.png"]
     lines = done.lines
     assert lines[0].split() == ["number", "first", "in", "five", "score"]
-    assert [line.split()[0] for line in lines[1:]] == ["seen,", "seen,", "held", "held", "chance", "seen:"]
+    assert [line.split()[0] for line in lines[1:6]] == ["seen,", "seen,", "held", "held", "chance"]
     assert lines[5].split() == ["chance", "3", "33.3%", "100.0%"]
-    assert "Fréchet distance" in lines[6]
+    assert lines[6:8] == ["", "Distance from the real pictures"]
+    assert lines[9].startswith("seen, in the judge's image embeddings")
+    assert report["pictures"] == ["sheets/s-seen.png", "sheets/s-held-out.png"]
 
 
 def test_defaults_of_the_model_and_options(ask, tmp_path, model, monkeypatch):
@@ -155,7 +157,9 @@ def test_variations_by_the_command_line(unclip, model, data, tmp_path):
     done = unclip("evaluate", "variations", "--model", model, "--data", data, "--out", out, *few)
     assert done.code == 0, done.err
     assert done.lines[0].split() == ["number", "first", "in", "five", "score"]
-    assert any(line.startswith("seen: cosine to its picture") for line in done.lines)
+    title = done.lines.index("Cosine to the picture")
+    assert done.lines[title + 1].split() == ["its", "own", "another's", "pixels", "apart"]
+    assert [line.split()[0] for line in done.lines[title + 2 : title + 4]] == ["seen", "held"]
     report = json.loads(out.read_text())
     assert report["variations"]["seen"]["num"] == 2
     assert 0 < report["variations"]["seen"]["pixel_difference"] < 1

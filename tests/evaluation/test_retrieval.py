@@ -9,7 +9,9 @@ from PIL import Image
 
 from unclip.data.folder import Record
 from unclip.errors import DataError, InputError
-from unclip.evaluation.retrieval import Judge, bare_caption, concepts_of, ranks, retrieval
+from unclip.evaluation.exam import bare_caption, concepts_of
+from unclip.evaluation.judge import Judge, ranks
+from unclip.evaluation.retrieval import retrieval
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "black": (0, 0, 0), "cyan": (0, 255, 255)}
 
@@ -66,6 +68,7 @@ def test_a_perfect_model(data):
     distance = found["seen"].pop("distance")
     assert distance["frechet"] == pytest.approx(0, abs=1e-4)
     assert found == {
+        "captions": "concepts",
         "num_captions": 5,
         "chance_at_1": 0.2,
         "chance_at_5": 1.0,
