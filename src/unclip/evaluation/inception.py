@@ -81,6 +81,22 @@ class InceptionFeatures:
         return torch.cat(found)
 
 
+class Norm(nn.Module):
+    """Batch norm by the running figures alone: no counter of training, which not every file has."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=0.001)
+
+
 class ConvNorm(nn.Module):
     """Convolution without bias, batch norm, ReLU."""
 
@@ -89,8 +105,7 @@ class ConvNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(outputs, eps=0.001)
-        self.bn.num_batches_tracked = None  # it is of training alone, and not every file has it
+        self.bn = Norm(outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.bn(self.conv(x)))
