@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from unclip.checkpoints.convert import convert_pickle
 from unclip.errors import MissingFileError, UnsafeFileError, WeightsError
 from unclip.evaluation.distances import distances
 from unclip.evaluation.inception import FEATURES, Inception, InceptionFeatures
@@ -110,6 +111,15 @@ def test_only_its_own_distance_is_called_fid(features):
     assert "fid" in found["feature_distance"]
     assert "fid" not in found["distance"]
     assert distances((looked[0][:1], looked[1])) == {}
+
+
+def test_a_state_dict_that_is_trusted_can_be_converted(features, tmp_path):
+    """As the guide says it."""
+    old = tmp_path / "old"
+    old.mkdir()
+    torch.save(weights(1008), old / "pytorch_model.bin")
+    convert_pickle(old, tmp_path / "new")
+    torch.testing.assert_close(InceptionFeatures.load(tmp_path / "new").look(pictures()), features.look(pictures()))
 
 
 @pytest.mark.parametrize("name", ["inception.pt", "inception.pth", "weights.bin", "weights.onnx"])

@@ -181,7 +181,7 @@ def prior(
     overwrite: measures.Overwrite = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Compare the prior's embeddings with those of the real pictures.
+    """Compare the prior's embeddings with the true ones.
 
     Told are the cosine of the prior's sample for a caption to the picture's own embedding, beside what it must beat
     (the caption's embedding, another picture's, the mean), and how far it follows the caption.
@@ -314,7 +314,7 @@ def report(
     overwrite: measures.Overwrite = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Make one readable page of several reports, with their pictures.
+    """Make one readable page of several reports.
 
     The page holds everything in one file: tables, charts of sweeps, and the sheets that the reports name, if they lie
     in the report's folder or below it. It runs no scripts and loads nothing.

@@ -18,6 +18,8 @@ WORDS = {
     "sampler": "sampler",
 }
 GUIDANCE = ("prior_guidance_scale", "decoder_guidance_scale")
+SPACES = {"distance": "judge's space", "feature_distance": "other space"}
+"""The distances of a point, by key, and how a chart calls their spaces."""
 STEPS = tuple(name for name in WORDS if name.endswith("_steps"))
 
 
@@ -71,10 +73,10 @@ def _panels(found: Mapping[str, Any], lines: Sequence[_Line], x_label: str, *, l
             ("found among five", lambda rates: rates["at_5"], True, real["at_5"]),
             ("CLIP score", lambda rates: rates["clip_score"], False, real["clip_score"]),
         ]
-        for key in ("distance", "feature_distance"):
+        for key in SPACES:
             if key in first:
                 kind = "fid" if "fid" in first[key] else "frechet"
-                what = "FID" if kind == "fid" else f"Fréchet distance in {first[key]['space']}"
+                what = "FID" if kind == "fid" else f"Fréchet distance, {SPACES[key]}"
                 measures.append((f"{what} (less is better)", lambda r, k=key, d=kind: r[k][d], False, None))
         for title, value, percent, level in measures:
             series = [Series(label, [(x, value(point[group])) for x, point in line]) for label, line in lines]
