@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from unclip.checkpoints import hub
+from unclip.cli.loading import sampler_name, sampler_switch
 from unclip.evaluation import retrieval as measured
 
 FEW = ["--prior-steps", "2", "--decoder-steps", "2", "--super-res-steps", "2"]
@@ -296,6 +297,17 @@ def test_a_sweep_of_something_else_is_not_gone_on_with(swept, tmp_path, model):
     assert out.read_bytes() == before
     assert swept("--decoder-steps", "1", "--seed", "9", "--overwrite").code == 0
     assert json.loads(out.read_text())["seed"] == 9
+
+
+def test_samplers_are_switched_and_put_back(own_pipeline):
+    own = dict(own_pipeline.components)
+    use = sampler_switch(own_pipeline)
+    for name in ("ddim", "dpm", "ddim"):
+        use(name)
+        assert sampler_name(own_pipeline) == name
+    assert own_pipeline.prior_scheduler.config["prediction_type"] == "sample"
+    use("ancestral")
+    assert all(own_pipeline.components[name] is part for name, part in own.items())
 
 
 @pytest.mark.parametrize(

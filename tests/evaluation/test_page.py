@@ -72,6 +72,7 @@ def test_every_measure_has_its_tables_on_the_page(name):
         assert {cell for row in table.rows for cell in row if cell} <= set(elements.texts)
     assert left_out == []
     assert f"{name.capitalize()}: mine" in elements.texts
+    assert f"{name.capitalize()}: mine on data" in Elements(made({name: ALL[name], "data": "data"})[0]).texts
     assert elements.tags.count("svg") == (2 if name == "sweep" else 0)
 
 

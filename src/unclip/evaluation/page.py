@@ -86,7 +86,9 @@ def _section(name: str, report: Mapping[str, Any], path: Path) -> list[str]:
     about = {key: value for key, value in report.items() if key not in (name, "pictures", "settings")}
     settings = report.get("settings", {})
     told = [f"{key.replace('_', ' ')}: {_value(value)}" for key, value in {**about, **settings}.items()]
-    parts = [f"<h2>{escape(name.capitalize())}: {escape(str(report.get('model', path.name)))}</h2>"]
+    title = f"{name.capitalize()}: {report.get('model', path.name)}"
+    title += f" on {report['data']}" if "data" in report else ""
+    parts = [f"<h2>{escape(title)}</h2>"]
     parts.append(f"<p>{escape(MEANING[name])}</p>")
     parts.append(f'<p class="about">{escape(" · ".join(told))}</p>')
     for table in tables(name, found):
