@@ -69,3 +69,8 @@ def test_cosines():
     made = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     assert cosines(made, made) == (1.0, 0.0)
     assert cosines(made, made.flip(0)) == (0.0, 1.0)
+    three = torch.nn.functional.normalize(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    every = three @ three.T
+    others = every[~torch.eye(3, dtype=torch.bool)].mean().item()
+    assert cosines(three, three) == (1.0, pytest.approx(others, abs=1e-4))
+    assert cosines(made[:1], made[:1]) == (1.0, 1.0)

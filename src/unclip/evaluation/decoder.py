@@ -48,7 +48,7 @@ def decoder(
 
     Returns: `captions`, and for "seen" and "held_out", beside what tells of the group:
         own, judge: cosine of a picture and its decode in each CLIP's space, "decoded", and of a picture and another's
-            decode, "other".
+            decode, "other", over all pairs.
         small, large: pixel measures of the decoder's pictures and of the enlarged ones: see `pixel_measures`.
 
     Raises: InputError when a number is out of its limits; DataError when the data set cannot be used.

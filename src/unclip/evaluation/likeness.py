@@ -22,13 +22,15 @@ PSNR_LIMIT_DB = 100.0
 
 
 def cosines(made: Tensor, real: Tensor) -> tuple[float, float]:
-    """Mean cosine of each row of `made` to its own row of `real`, and to another's; both [number, width], normalised.
+    """Mean cosine of each row of `made` to its own row of `real`, and to all the others.
 
-    A single row has no other; its second figure is its first.
+    Both are [number, width], normalised. A single row has no other; its second figure is its first.
     """
-    own = (made * real).sum(dim=1).mean().item()
-    others = (made.roll(1, 0) * real).sum(dim=1).mean().item()
-    return round(own, 4), round(others, 4)
+    count = len(made)
+    own = (made * real).sum().item()
+    everything = (made.sum(dim=0) * real.sum(dim=0)).sum().item()
+    others = (everything - own) / (count * (count - 1)) if count > 1 else own
+    return round(own / count, 4), round(others, 4)
 
 
 def difference(one: Image.Image, other: Image.Image) -> float:

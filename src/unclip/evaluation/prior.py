@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unclip.evaluation.exam import Exam, Progress, batches, check_counts
 from unclip.evaluation.judge import Judge, ranks
+from unclip.evaluation.likeness import cosines
 from unclip.pipelines.arguments import noise_source
 from unclip.pipelines.text_to_image import UnCLIPPipeline
 from unclip.stages.condition import PriorCondition
@@ -46,7 +47,8 @@ def prior(
 
     Returns: for "seen" and "held_out", beside what tells of the group:
         cosine: to the true embedding, means of "prior" (the sample) and of what it must be better than: "text" (the
-            caption's own embedding), "other" (another picture's of the group), "mean" (of all other seen pictures).
+            caption's own embedding), "other" (another picture's of the group, over all pairs), "mean" (of all other
+            seen pictures).
         text_dot: with the caption's embedding, both normalised (a cosine): of the "prior"'s sample and of the "true"
             embedding. A sample far above the true one is pushed too hard towards the words.
         norm: mean lengths of both, not normalised.
@@ -111,12 +113,13 @@ def compare(drawn: Tensor, true: Tensor, text: Tensor, mean: Tensor) -> dict[str
     def cosine(one: Tensor, other: Tensor) -> float:
         return round(F.cosine_similarity(one, other).mean().item(), 4)
 
-    places = ranks(F.normalize(drawn, dim=-1), range(len(true)), F.normalize(true, dim=-1))
+    units = F.normalize(true, dim=-1)
+    places = ranks(F.normalize(drawn, dim=-1), range(len(true)), units)
     return {
         "cosine": {
             "prior": cosine(drawn, true),
             "text": cosine(text, true),
-            "other": cosine(true.roll(1, 0), true),
+            "other": cosines(units, units)[1],
             "mean": cosine(mean, true),
         },
         "text_dot": {"prior": cosine(drawn, text), "true": cosine(true, text)},

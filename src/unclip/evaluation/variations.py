@@ -44,8 +44,8 @@ def variations(
         call: arguments of the pipeline's call.
 
     Returns: for "seen" and "held_out": the number; at_1, at_5 and clip_score of the variations and of the real
-        pictures; `similarity`, the mean cosine of a variation and its picture in the judge's space, and that of two
-        different pictures; `pixel_difference`, the mean absolute difference of pixels in [0, 1].
+        pictures; `similarity`, the mean cosine of a variation and its picture in the judge's space, and that to all
+        other pictures; `pixel_difference`, the mean absolute difference of pixels in [0, 1].
 
     Raises: InputError when a number is out of its limits; DataError when the data set cannot be used.
     """
