@@ -85,7 +85,8 @@ def _section(name: str, report: Mapping[str, Any], path: Path) -> list[str]:
     found = report[name]
     about = {key: value for key, value in report.items() if key not in (name, "pictures", "settings")}
     settings = report.get("settings", {})
-    told = [f"{key.replace('_', ' ')}: {_value(value)}" for key, value in {**about, **settings}.items()]
+    known = {key: value for key, value in {**about, **settings}.items() if value is not None}
+    told = [f"{key.replace('_', ' ')}: {_value(value)}" for key, value in known.items()]
     title = f"{name.capitalize()}: {report.get('model', path.name)}"
     title += f" on {report['data']}" if "data" in report else ""
     parts = [f"<h2>{escape(title)}</h2>"]
@@ -122,8 +123,6 @@ def _figure(path: Path, caption: str) -> str:
 
 
 def _value(value: Any) -> str:
-    if value is None:
-        return "not given"
     if isinstance(value, str) and len(value) == 64:
         return f"{value[:12]}…"  # a checksum
     return f"{value:g}" if isinstance(value, float) else str(value)
