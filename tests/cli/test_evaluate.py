@@ -1,4 +1,4 @@
-"""`unclip evaluate retrieval`: what it writes and prints, and what it refuses before it computes."""
+"""`unclip evaluate`: what it writes and prints, and what it refuses before it computes."""
 
 import json
 import shutil
@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from unclip.checkpoints import hub
+from unclip.cli.loading import sampler_name, sampler_switch
 from unclip.evaluation import retrieval as measured
 
 FEW = ["--prior-steps", "2", "--decoder-steps", "2", "--super-res-steps", "2"]
@@ -54,9 +55,11 @@ def test_a_report(ask, tmp_path, model):
     assert sorted(path.name for path in (tmp_path / "sheets").iterdir()) == ["s-held-out.png", "s-seen.png"]
     lines = done.lines
     assert lines[0].split() == ["number", "first", "in", "five", "score"]
-    assert [line.split()[0] for line in lines[1:]] == ["seen,", "seen,", "held", "held", "chance", "seen:"]
+    assert [line.split()[0] for line in lines[1:6]] == ["seen,", "seen,", "held", "held", "chance"]
     assert lines[5].split() == ["chance", "3", "33.3%", "100.0%"]
-    assert "Fréchet distance" in lines[6]
+    assert lines[6:8] == ["", "Distance from the real pictures"]
+    assert lines[9].startswith("seen, in the judge's image embeddings")
+    assert report["pictures"] == ["sheets/s-seen.png", "sheets/s-held-out.png"]
 
 
 def test_defaults_of_the_model_and_options(ask, tmp_path, model, monkeypatch):
@@ -155,7 +158,9 @@ def test_variations_by_the_command_line(unclip, model, data, tmp_path):
     done = unclip("evaluate", "variations", "--model", model, "--data", data, "--out", out, *few)
     assert done.code == 0, done.err
     assert done.lines[0].split() == ["number", "first", "in", "five", "score"]
-    assert any(line.startswith("seen: cosine to its picture") for line in done.lines)
+    title = done.lines.index("Cosine to the picture")
+    assert done.lines[title + 1].split() == ["its", "own", "another's", "pixels", "apart"]
+    assert [line.split()[0] for line in done.lines[title + 2 : title + 4]] == ["seen", "held"]
     report = json.loads(out.read_text())
     assert report["variations"]["seen"]["num"] == 2
     assert 0 < report["variations"]["seen"]["pixel_difference"] < 1
@@ -163,3 +168,238 @@ def test_variations_by_the_command_line(unclip, model, data, tmp_path):
     again = unclip("evaluate", "variations", "--model", model, "--data", data, "--out", out, *few)
     assert again.code == 1
     assert "is there already" in again.err
+
+
+# -- composed captions ---------------------------------------------------------------------------------------------
+
+
+def test_composed_captions(ask, data, tmp_path):
+    rows = [
+        ("red", "a red cat", False),
+        ("green", "a cat left of a star on a green background", False),
+        ("blue", "a dog on a blue background", True),
+        ("red", "a blue dog", True),
+    ]
+    lines = [
+        json.dumps({"file_name": f"{colour}.png", "captions": [caption], "style": "composed", "held_out": held_out})
+        for colour, caption, held_out in rows
+    ]
+    (data / "metadata.jsonl").write_text("\n".join(lines))
+    done = ask("--num-held-out", 1, "--sheet", tmp_path / "s", "-q")
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "report.json").read_text())
+    found = report["retrieval"]
+    assert (found["captions"], found["num_captions"], found["chance_at_1"]) == ("composed", 4, 0.25)
+    assert (found["seen"]["num"], found["held_out"]["num"], found["held_out"]["num_in_all"]) == (2, 1, 2)
+    assert {kind: each["num"] for kind, each in found["seen"]["kinds"].items()} == {
+        "colour": 1,
+        "scene on background": 1,
+    }
+    assert set(found["seen"]["kinds"]["colour"]) == {"num", "generated", "real"}
+    assert report["num_held_out"] == 1
+    assert "By kind of caption" in done.lines
+    with Image.open(tmp_path / "s-seen.png") as sheet:
+        assert sheet.width > 2 * 2 * 32  # two cards, each the real picture beside the generated one
+
+
+# -- prior and decoder ---------------------------------------------------------------------------------------------
+
+
+def test_prior(unclip, model, data, tmp_path, variation):
+    out = tmp_path / "prior.json"
+    where = ["--data", data, "--out", out, "--prior-steps", "2", "--prior-guidance", "3", "--sampler", "ddim", "-q"]
+    done = unclip("evaluate", "prior", "--model", model, *where)
+    assert done.code == 0, done.err
+    assert (done.err, done.lines[0].split()[:2]) == ("", ["number", "prior"])
+    report = json.loads(out.read_text())
+    assert report["prior"]["seen"]["num"] == 2
+    wanted = {"prior_num_inference_steps": 2, "prior_guidance_scale": 3.0, "sampler": "ddim"}
+    assert wanted.items() <= report["settings"].items()
+    assert "decoder_guidance_scale" not in report["settings"]
+    assert "judge" not in report
+    again = unclip("evaluate", "prior", "--model", model, *where)
+    assert (again.code, again.out) == (1, "")
+    assert "is there already" in again.err
+    done = unclip("evaluate", "prior", "--model", variation, *where, "--overwrite")
+    assert "has no prior" in done.err
+
+
+def test_prior_needs_an_image_encoder(unclip, text_to_image, data, tmp_path):
+    done = unclip("evaluate", "prior", "--model", text_to_image, "--data", data, "--out", tmp_path / "x.json", "-q")
+    assert (done.code, done.out) == (1, "")
+    assert "has no image_encoder" in done.err
+
+
+def test_decoder(unclip, model, data, tmp_path):
+    out = tmp_path / "decoder.json"
+    few = ["--decoder-steps", "2", "--super-res-steps", "2", "--judge", model, "-q"]
+    where = ["--model", model, "--data", data, "--sheet", tmp_path / "d", "--out", out]
+    done = unclip("evaluate", "decoder", *where, "--captions", *few)
+    assert done.code == 0, done.err
+    report = json.loads(out.read_text())
+    seen = report["decoder"]["seen"]
+    assert report["decoder"]["captions"] is True
+    assert seen["own"] == seen["judge"]  # one CLIP is both here
+    assert (seen["small"]["size_px"], seen["large"]["size_px"]) == (16, 32)
+    assert report["pictures"] == ["d-seen.png", "d-held-out.png"]
+    assert "Cosine of a picture and its decode" not in done.lines  # the first table needs no title
+    assert "Pixels" in done.lines
+
+
+# -- sweep ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def swept(unclip, model, data, tmp_path):
+    def run(*more, out=tmp_path / "sweep.json", model=model, judge=model):
+        few = ["--prior-steps", "2", "--super-res-steps", "1", "--num-seen", "2", "-q"]
+        return unclip(
+            "evaluate", "sweep", "--model", model, "--judge", judge, "--data", data, "--out", out, *few, *more
+        )
+
+    return run
+
+
+def points(path):
+    return [point["settings"] for point in json.loads(path.read_text())["sweep"]["points"]]
+
+
+def test_a_sweep_goes_on_where_it_stopped(swept, tmp_path, monkeypatch):
+    out = tmp_path / "sweep.json"
+    first = swept("--decoder-guidance", "1,2", "--decoder-steps", "2")
+    assert first.code == 0, first.err
+    assert [each["decoder_guidance_scale"] for each in points(out)] == [1.0, 2.0]
+    assert {each["sampler"] for each in points(out)} == {"ancestral"}
+    charts = sorted(path.name for path in tmp_path.glob("sweep-*.svg"))
+    assert charts == ["sweep-decoder-guidance.svg", "sweep-seconds.svg"]
+    assert [line for line in first.lines if line.endswith(".svg")]
+
+    seconds = [point["seconds_per_picture"] for point in json.loads(out.read_text())["sweep"]["points"]]
+    longer = swept("--decoder-guidance", "1,2", "--decoder-steps", "2", "--sampler", "ancestral, ddim")
+    assert longer.code == 0, longer.err
+    found = json.loads(out.read_text())["sweep"]["points"]
+    assert [(each["decoder_guidance_scale"], each["sampler"]) for each in points(out)] == [
+        (1.0, "ancestral"), (1.0, "ddim"), (2.0, "ancestral"), (2.0, "ddim"),
+    ]  # fmt: skip
+    assert [point["seconds_per_picture"] for point in found[::2]] == seconds
+
+
+def test_a_sweep_of_something_else_is_not_gone_on_with(swept, tmp_path, model):
+    out = tmp_path / "sweep.json"
+    assert swept("--decoder-steps", "1").code == 0
+    before = out.read_bytes()
+    done = swept("--decoder-steps", "1", "--seed", "9")
+    assert (done.code, done.out) == (1, "")
+    assert "its seed is 0, now 9" in done.err
+    other = shutil.copytree(model, tmp_path / "tiny")
+    (other / "generation_defaults.json").write_text('{"decoder_guidance_scale": 3.0}')
+    assert "its model_sha256 is" in swept("--decoder-steps", "1", model=other).err
+    assert out.read_bytes() == before
+    assert swept("--decoder-steps", "1", "--seed", "9", "--overwrite").code == 0
+    assert json.loads(out.read_text())["seed"] == 9
+
+
+def test_samplers_are_switched_and_put_back(own_pipeline):
+    own = dict(own_pipeline.components)
+    use = sampler_switch(own_pipeline)
+    for name in ("ddim", "dpm", "ddim"):
+        use(name)
+        assert sampler_name(own_pipeline) == name
+    assert own_pipeline.prior_scheduler.config["prediction_type"] == "sample"
+    use("ancestral")
+    assert all(own_pipeline.components[name] is part for name, part in own.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--decoder-steps", "2,,3"), "--decoder-steps has '' in it"),
+        (("--decoder-steps", "0"), "whole numbers from 1 to 1000"),
+        (("--decoder-steps", "1.5"), "'1.5'"),
+        (("--prior-guidance", "1,two"), "--prior-guidance has 'two' in it"),
+        (("--prior-guidance", "nan"), "--prior-guidance is nan"),
+        (("--sampler", "ddim,euler"), "--sampler has 'euler' in it; there are ancestral, ddim, dpm"),
+        (("--decoder-steps", ",".join(map(str, range(1, 1001))), "--sampler", "ddim,dpm"), "2000 combinations"),
+    ],
+)
+def test_lists_that_are_none(swept, tmp_path, options, words):
+    done = swept(*options)
+    assert (done.code, done.out) == (1, "")
+    assert words in done.err
+    assert not (tmp_path / "sweep.json").exists()
+
+
+@pytest.mark.parametrize("content", ["mine", '{"retrieval": {}}', '{"sweep": {"points": 3}}'])
+def test_a_sweep_replaces_nothing_else(swept, tmp_path, content):
+    out = tmp_path / "sweep.json"
+    out.write_text(content)
+    done = swept()
+    assert (done.code, done.out) == (1, "")
+    assert "is no sweep" in done.err
+    assert out.read_text() == content
+
+
+def test_a_sweep_replaces_no_charts_of_another(swept, tmp_path):
+    (tmp_path / "sweep-seconds.svg").write_text("mine")
+    done = swept()
+    assert (done.code, done.out) == (1, "")
+    assert "sweep-seconds.svg is there already" in done.err
+
+
+# -- a user's own Inception, and the page ------------------------------------------------------------------------------
+
+
+def test_features_that_could_run_code(ask, tmp_path):
+    (tmp_path / "inception.pt").write_bytes(b"PK")
+    done = ask("--features", tmp_path / "inception.pt", "-q")
+    assert (done.code, done.out) == (1, "")
+    assert "only safetensors are read" in done.err
+
+
+def test_a_feature_space_of_ones_own(ask, tmp_path, monkeypatch):
+    from unclip.evaluation.inception import InceptionFeatures
+
+    class Space:
+        name, is_fid = "a space", True
+
+        def look(self, images):
+            import torch
+
+            return torch.tensor([image.resize((1, 1)).getpixel((0, 0)) for image in images]).float()
+
+    monkeypatch.setattr(InceptionFeatures, "load", classmethod(lambda cls, path, device: Space()))
+    done = ask("--features", tmp_path, "-q")
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["features"] == report["retrieval"]["seen"]["feature_distance"]["space"] == "a space"
+    assert any("FID" in line for line in done.lines)
+
+
+def test_a_page_of_reports(unclip, ask, swept, tmp_path):
+    assert ask("--sheet", tmp_path / "s", "-q").code == 0
+    assert swept("--decoder-steps", "1,2").code == 0
+    reports = [tmp_path / "report.json", tmp_path / "sweep.json"]
+    out = tmp_path / "page.html"
+    done = unclip("evaluate", "report", *reports, "--out", out, "--title", "mine & others")
+    assert done.code == 0, done.err
+    assert done.out.strip() == str(out)
+    text = out.read_text()
+    assert text.count("data:image/png;base64,") == 2
+    assert text.count("<svg") == 1
+    assert "<h1>mine &amp; others</h1>" in text
+    again = unclip("evaluate", "report", *reports, "--out", out)
+    assert again.code == 1
+    (tmp_path / "s-seen.png").unlink()
+    done = unclip("evaluate", "report", *reports, "--out", out, "--overwrite", "-q")
+    assert done.code == 0
+    assert "warning: a picture of" in done.err
+    assert out.read_text().count("data:image/png;base64,") == 1
+
+
+def test_a_page_of_nothing(unclip, tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    done = unclip("evaluate", "report", tmp_path / "x.json", "--out", tmp_path / "x.html")
+    assert (done.code, done.out) == (1, "")
+    assert "no report of unclip evaluate" in done.err
+    assert not (tmp_path / "x.html").exists()
+    assert unclip("evaluate", "report", tmp_path / "missing.json", "--out", tmp_path / "x.html").code == 1

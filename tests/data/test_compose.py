@@ -14,6 +14,7 @@ from unclip.data.compose import (
     colours_for,
     compose,
     is_held_out,
+    kind_of,
     noun_of,
     on_background,
     own_hue,
@@ -142,6 +143,7 @@ def test_a_composed_set(objects, tmp_path):
     assert len(records) == 200 == sum(counts[kind] for kind in module.KINDS)
     assert sum(record.held_out for record in records) == counts["held out"]
     assert all(counts[kind] == pytest.approx(200 * share, abs=25) for kind, share in module.KINDS.items())
+    assert all(sum(kind_of(r.captions[0]) == kind for r in records) == counts[kind] for kind in module.KINDS)
     assert {record.weight for record in records} == {0.5}
     texts = [record.captions[0] for record in records]
     assert not any("leaf" in text for text in texts)
@@ -186,3 +188,21 @@ def test_nothing_to_compose(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "t"}')
     with pytest.raises(DataError, match="0 pictures that can be composed"):
         compose(tmp_path, tmp_path / "out", count=3)
+
+
+def test_kinds_are_read_from_captions():
+    wanted = {
+        "a purple apple": "colour",
+        "red scissors": "colour",
+        "a cat on a blue background": "background",
+        "dress on an orange background": "background",
+        "an orange cat on a grey background": "colour on background",
+        "a cat left of a star": "scene",
+        "a man on the moon below scissors": "scene",
+        "a cat above an owl on an orange background": "scene on background",
+        "a cat": None,
+        "blueberries": None,
+        "a cat on a white background": None,
+        "a": None,
+    }
+    assert {caption: kind_of(caption) for caption in wanted} == wanted

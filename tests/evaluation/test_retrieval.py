@@ -9,7 +9,9 @@ from PIL import Image
 
 from unclip.data.folder import Record
 from unclip.errors import DataError, InputError
-from unclip.evaluation.retrieval import Judge, bare_caption, concepts_of, ranks, retrieval
+from unclip.evaluation.exam import bare_caption, concepts_of
+from unclip.evaluation.judge import Candidates, Judge, ranks
+from unclip.evaluation.retrieval import by_kind, retrieval
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "black": (0, 0, 0), "cyan": (0, 255, 255)}
 
@@ -66,6 +68,7 @@ def test_a_perfect_model(data):
     distance = found["seen"].pop("distance")
     assert distance["frechet"] == pytest.approx(0, abs=1e-4)
     assert found == {
+        "captions": "concepts",
         "num_captions": 5,
         "chance_at_1": 0.2,
         "chance_at_5": 1.0,
@@ -113,6 +116,42 @@ def test_the_choice_hangs_on_the_seed_alone(data):
 def test_sheets(data, tmp_path):
     retrieval(FakePipeline(), FakeJudge(), data, num_seen=3, sheet=tmp_path / "new" / "sheet")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["sheet-held-out.png", "sheet-seen.png"]
+
+
+def test_composed_captions(data, tmp_path):
+    """Asked for as they stand, chosen from among all of the set, told by kind; a sheet that shows both pictures."""
+    captions = ["a red cat", "a green cat", "a red cat above a blue hat", "a blue cat on a green background"]
+    lines = [
+        {"file_name": f"{place}.png", "captions": [caption, "a cat"], "style": "composed", "held_out": place == 3}
+        for place, caption in enumerate(captions)
+    ]
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    judge, pipeline = FakeJudge(), FakePipeline()
+    found = retrieval(pipeline, judge, data, sheet=tmp_path / "s")
+    assert sorted(judge.captions) == sorted(captions)
+    assert sorted(prompt for prompts, *_ in pipeline.calls for prompt in prompts) == sorted(captions)
+    assert found["captions"] == "composed"
+    assert {kind: each["num"] for kind, each in found["seen"]["kinds"].items()} == {"colour": 2, "scene": 1}
+    assert set(found["held_out"]["kinds"]) == {"colour on background"}
+    assert found["seen"]["drawn"] == "at random, each caption once at most"
+    with Image.open(tmp_path / "s-seen.png") as sheet:
+        assert sheet.size == (3 * (8 + 2 + 8) + 2 * 12, 8 + 18)
+
+
+def test_rates_by_kind():
+    captions = ["a red cat", "a blue cat", "a cat above a dog", "something"]
+    candidates = Candidates(captions, torch.eye(4))
+    right = torch.eye(4)
+    wrong = torch.eye(4).roll(1, 0)
+    found = by_kind(candidates, {"generated": torch.cat([right[:1], wrong[1:]]), "real": right}, captions)
+    assert list(found) == ["colour", "other", "scene"]
+    assert found["colour"] == {
+        "num": 2,
+        "generated": {"at_1": 0.5, "at_5": 1.0, "clip_score": 0.5},
+        "real": {"at_1": 1.0, "at_5": 1.0, "clip_score": 1.0},
+    }
+    assert found["scene"]["generated"]["at_1"] == 0
+    assert found["other"]["num"] == 1
 
 
 def test_without_held_out_concepts_and_styles(tmp_path):

@@ -203,7 +203,13 @@ def load_into(
     replaced (as unclip always does it) but not changed in place while the module lives. Raises what `open_weights`
     raises, and WeightsError when names or shapes differ, or a weight is not finite.
     """
-    index = open_weights(folder, stem=stem, variant=variant)
+    fill(module, open_weights(folder, stem=stem, variant=variant), folder, dtype=dtype)
+
+
+def fill(
+    module: nn.Module, index: WeightsIndex, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+) -> None:
+    """`load_into` for weights that are already open; `folder` is how messages call their place."""
     wanted = module.state_dict(keep_vars=True)
     _compare({name: tuple(value.shape) for name, value in wanted.items()}, index, folder)
     loaded: dict[str, Any] = {}

@@ -1,51 +1,51 @@
 """`unclip evaluate`: how good a model is, in numbers.
 
-Knows files and options; what is measured, and how, is the affair of `unclip.evaluation`.
+Knows the commands' options; what they share is in `measures.py`, what is measured in `unclip.evaluation`.
 """
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from unclip import __version__
-from unclip.checkpoints.files import read_json
-from unclip.checkpoints.hub import BUILT_IN_JUDGE, resolve
-from unclip.cli import options
-from unclip.cli.loading import Machine, call_settings, find_model, load, model_name, sampler_name
-from unclip.errors import CheckpointError, MissingFileError, OutputExistsError
+from unclip.checkpoints.hub import BUILT_IN_JUDGE
+from unclip.cli import measures, options
+from unclip.cli.loading import Machine
+from unclip.cli.measures import Asked
+from unclip.cli.messages import note, warn
 
 RETRIEVAL_EXAMPLES = options.examples(
     "unclip evaluate retrieval --data data/emoji --out report.json",
     "unclip evaluate retrieval --model models/mine --judge runs/judge/model \\",
     "  --data data/emoji --num-seen 100 --sheet sheets/mine --out report.json",
+    "unclip evaluate retrieval --data data/composed --num-held-out 200 \\",
+    "  --sheet sheets/composed --out composed.json",
 )
-
 VARIATIONS_EXAMPLES = options.examples(
     "unclip evaluate variations --data data/emoji --out variations.json",
     "unclip evaluate variations --model models/mine --data data/emoji \\",
     "  --sheet sheets/mine --out variations.json",
 )
-
-Data = Annotated[Path, typer.Option(metavar="DIR", help="A data set of concepts, as of: unclip data emoji.")]
-Out = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The JSON file to write.")]
-JudgeName = Annotated[
-    str, typer.Option(metavar="DIR", help="A CLIP that had no part in the model: a folder, or the built-in one.")
-]
-NumSeen = Annotated[int, typer.Option(min=1, metavar="N", help="Concepts to ask for that training knew.")]
-Sheet = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="PREFIX", help="Draw the pictures on PREFIX-seen.png and PREFIX-held-out.png.", show_default="no"
-    ),
-]
-Seed = Annotated[
-    int, typer.Option(min=0, max=2**32, metavar="N", help="Of the choice of concepts, and of the pictures.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the files if they are there.")]
+PRIOR_EXAMPLES = options.examples(
+    "unclip evaluate prior --data data/emoji --out prior.json",
+    "unclip evaluate prior --data data/emoji --prior-guidance 1 \\",
+    "  --prior-steps 50 --out prior-1.json",
+)
+DECODER_EXAMPLES = options.examples(
+    "unclip evaluate decoder --data data/emoji --out decoder.json",
+    "unclip evaluate decoder --data data/emoji --captions \\",
+    "  --sheet sheets/decoder --out decoder.json",
+)
+SWEEP_EXAMPLES = options.examples(
+    "unclip evaluate sweep --data data/emoji --decoder-guidance 1,2,4,8 \\",
+    "  --decoder-steps 5,10,20 --out sweep.json",
+    "unclip evaluate sweep --data data/emoji --sampler ancestral,ddim,dpm \\",
+    "  --decoder-steps 4,8,16,32 --num-seen 50 --out samplers.json",
+)
+REPORT_EXAMPLES = options.examples(
+    "unclip evaluate report retrieval.json sweep.json --out report.html",
+    "unclip evaluate report prior.json decoder.json --title mine --out mine.html",
+)
 
 evaluate = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -57,30 +57,33 @@ def evaluate_group() -> None:
 
 @evaluate.command("retrieval", epilog=RETRIEVAL_EXAMPLES)
 def retrieval(
-    data: Data,
-    out: Out,
+    data: measures.Data,
+    out: measures.Out,
     model: options.Model = "unclip-emoji",
-    judge: JudgeName = BUILT_IN_JUDGE,
-    num_seen: NumSeen = 200,
-    sheet: Sheet = None,
-    seed: Seed = 0,
-    prior_steps: Annotated[int | None, options.steps("prior", "of the prior, which turns words into an idea")] = None,
+    judge: measures.JudgeName = BUILT_IN_JUDGE,
+    num_seen: measures.NumSeen = 200,
+    num_held_out: measures.NumHeldOut = None,
+    sheet: measures.Sheet = None,
+    features: measures.Features = None,
+    seed: measures.Seed = 0,
+    prior_steps: measures.PriorSteps = None,
     decoder_steps: options.DecoderSteps = None,
     super_res_steps: options.SuperResSteps = None,
-    prior_guidance: Annotated[float | None, options.guidance("prior", "idea is pushed towards the caption")] = None,
+    prior_guidance: measures.PriorGuidance = None,
     decoder_guidance: options.DecoderGuidance = None,
     sampler: options.Sampler = None,
     batch_size: options.BatchSize = 16,
     dtype: options.DtypeOption = options.Dtype.float32,
     device: options.Device = "auto",
-    overwrite: Overwrite = False,
+    overwrite: measures.Overwrite = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Ask for many concepts; see whether a judge finds each caption again.
+    """Ask for many captions; see whether a judge finds each again.
 
-    The judge looks at each picture and ranks the captions of all concepts. How often the right one comes first, and
-    among the first five, is told for concepts that training knew and for those held out, with real pictures beside;
-    so are the mean cosine of picture and caption (CLIP score) and how far the generated pictures are from the real.
+    The judge looks at each picture and ranks the captions of all concepts, or of all composed pictures ("a cat left of
+    a star"). How often the right one comes first, and among the first five, is told for captions that training knew
+    and for those held out, with real pictures beside; so are the mean cosine of picture and caption (CLIP score) and
+    how far the generated pictures are from the real.
     """
     from unclip.evaluation.retrieval import retrieval as measure
     from unclip.pipelines.text_to_image import UnCLIPPipeline
@@ -93,20 +96,34 @@ def retrieval(
         "decoder_guidance_scale": decoder_guidance,
     }
     machine = Machine(dtype, device, cpu_offload=False, quiet=quiet)
-    asked = Asked(data, out, model, judge, num_seen, sheet, seed, batch_size, overwrite)
-    found = run("retrieval", measure, UnCLIPPipeline, "prior", asked, machine, given, sampler)
-    print(table(found), flush=True)
+    asked = Asked(data, out, model, num_seen, num_held_out, seed, batch_size, overwrite, judge, sheet)
+    measures.refuse_outputs(asked)
+    subject = measures.prepare("retrieval", UnCLIPPipeline, ["prior"], asked, machine, given, sampler)
+    space = measures.read_features(features, subject.pipe.device)
+    found = measure(
+        subject.pipe,
+        subject.judge,  # pyright: ignore
+        data,
+        **asked.numbers(),
+        sheet=sheet,
+        features=space,
+        progress=measures.bar(machine, desc="drawing", unit="batch"),
+        **subject.settings,
+    )
+    about = subject.about | ({"features": space.name} if space is not None else {})
+    finish(asked, about, "retrieval", found)
 
 
 @evaluate.command("variations", epilog=VARIATIONS_EXAMPLES)
 def variations(
-    data: Data,
-    out: Out,
+    data: measures.Data,
+    out: measures.Out,
     model: options.Model = "unclip-emoji",
-    judge: JudgeName = BUILT_IN_JUDGE,
-    num_seen: NumSeen = 200,
-    sheet: Sheet = None,
-    seed: Seed = 0,
+    judge: measures.JudgeName = BUILT_IN_JUDGE,
+    num_seen: measures.NumSeen = 200,
+    num_held_out: measures.NumHeldOut = None,
+    sheet: measures.Sheet = None,
+    seed: measures.Seed = 0,
     decoder_steps: options.DecoderSteps = None,
     super_res_steps: options.SuperResSteps = None,
     decoder_guidance: options.DecoderGuidance = None,
@@ -114,7 +131,7 @@ def variations(
     batch_size: options.BatchSize = 16,
     dtype: options.DtypeOption = options.Dtype.float32,
     device: options.Device = "auto",
-    overwrite: Overwrite = False,
+    overwrite: measures.Overwrite = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Vary real pictures; see whether a judge still finds what they show.
@@ -131,134 +148,202 @@ def variations(
         "decoder_guidance_scale": decoder_guidance,
     }
     machine = Machine(dtype, device, cpu_offload=False, quiet=quiet)
-    asked = Asked(data, out, model, judge, num_seen, sheet, seed, batch_size, overwrite)
-    found = run("variations", measure, UnCLIPImageVariationPipeline, "image_encoder", asked, machine, given, sampler)
-    print(table(found), flush=True)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What every measure is told on the command line."""
-
-    data: Path
-    out: Path
-    model: str
-    judge: str
-    num_seen: int
-    sheet: Path | None
-    seed: int
-    batch_size: int
-    overwrite: bool
-
-
-def run(
-    name: str,
-    measure: Callable[..., dict[str, Any]],
-    pipeline_class: type[Any],
-    needed: str,
-    asked: Asked,
-    machine: Machine,
-    given: dict[str, Any],
-    sampler: options.SamplerName | None,
-) -> dict[str, Any]:
-    """Measure, and write the report.
-
-    Raises: OutputExistsError before anything is loaded; CheckpointError for a model without component `needed`.
-    """
-    for path in (asked.out, *_sheets(asked.sheet)):
-        if path.is_dir() or (path.exists() and not asked.overwrite):
-            raise OutputExistsError(f"{path} is there already; give --overwrite, or name another file")
-    judge_folder = find_judge(asked.judge)
-    folder, index = find_model(asked.model, quiet=machine.quiet)
-    if needed not in index:
-        raise CheckpointError(f"{asked.model} has no {needed}, so it cannot be measured by its {name}")
-
-    from tqdm import tqdm
-
-    from unclip.checkpoints.files import write_json
-    from unclip.evaluation.retrieval import Judge
-
-    settings = call_settings(pipeline_class, folder, given)
-    judge = Judge.load(judge_folder)
-    pipe = load(pipeline_class, folder, machine, sampler)
-    pipe.set_progress_bar_config(disable=True)  # one bar for all is enough
+    asked = Asked(data, out, model, num_seen, num_held_out, seed, batch_size, overwrite, judge, sheet)
+    measures.refuse_outputs(asked)
+    kind = UnCLIPImageVariationPipeline
+    subject = measures.prepare("variations", kind, ["image_encoder"], asked, machine, given, sampler)
     found = measure(
-        pipe,
-        judge,
-        asked.data,
-        num_seen=asked.num_seen,
-        batch_size=asked.batch_size,
-        seed=asked.seed,
-        sheet=asked.sheet,
-        progress=functools.partial(tqdm, desc="drawing", unit="batch", disable=True if machine.quiet else None),
-        **settings,
+        subject.pipe,
+        subject.judge,  # pyright: ignore
+        data,
+        **asked.numbers(),
+        sheet=sheet,
+        progress=measures.bar(machine, desc="drawing", unit="batch"),
+        **subject.settings,
     )
-    about = {
-        "unclip": __version__,
-        "model": model_name(asked.model),
-        "judge": model_name(asked.judge),
-        "judge_saw_all_concepts": saw_all_concepts(asked.judge, judge_folder),
-        "data": asked.data.resolve().name,
-        "num_seen": asked.num_seen,
-        "seed": asked.seed,
-        "settings": {
-            **settings,
-            "sampler": sampler_name(pipe),
-            "dtype": machine.dtype.value,
-            "batch_size": asked.batch_size,
-        },
-    }
-    write_json(asked.out, {**about, name: found})
-    return found
+    finish(asked, subject.about, "variations", found)
 
 
-def find_judge(name: str) -> Path:
-    """The folder of a judge.
+@evaluate.command("prior", epilog=PRIOR_EXAMPLES)
+def prior(
+    data: measures.Data,
+    out: measures.Out,
+    model: options.Model = "unclip-emoji",
+    num_seen: measures.NumSeen = 200,
+    num_held_out: measures.NumHeldOut = None,
+    seed: measures.Seed = 0,
+    prior_steps: measures.PriorSteps = None,
+    prior_guidance: measures.PriorGuidance = None,
+    sampler: options.Sampler = None,
+    batch_size: options.BatchSize = 64,
+    dtype: options.DtypeOption = options.Dtype.float32,
+    device: options.Device = "auto",
+    overwrite: measures.Overwrite = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Compare the prior's embeddings with the true ones.
 
-    Raises: MissingFileError when there is none of that name, or this installation has no built-in one.
+    Told are the cosine of the prior's sample for a caption to the picture's own embedding, beside what it must beat
+    (the caption's embedding, another picture's, the mean), and how far it follows the caption.
     """
-    try:
-        return resolve(name)
-    except MissingFileError as error:
-        raise MissingFileError(f"{error}; or name the folder of another judge with --judge") from error
+    from unclip.evaluation.judge import Judge
+    from unclip.evaluation.prior import prior as measure
+    from unclip.pipelines.text_to_image import UnCLIPPipeline
+
+    given = {"prior_num_inference_steps": prior_steps, "prior_guidance_scale": prior_guidance}
+    machine = Machine(dtype, device, cpu_offload=False, quiet=quiet)
+    asked = Asked(data, out, model, num_seen, num_held_out, seed, batch_size, overwrite)
+    measures.refuse_outputs(asked)
+    subject = measures.prepare("prior", UnCLIPPipeline, ["prior", "image_encoder"], asked, machine, given, sampler)
+    found = measure(
+        subject.pipe,
+        Judge.load(subject.folder, subject.pipe.device),
+        data,
+        **asked.numbers(),
+        progress=measures.bar(machine, desc="sampling", unit="batch"),
+        **subject.settings,
+    )
+    finish(asked, subject.about, "prior", found)
 
 
-def saw_all_concepts(name: str, folder: Path) -> bool | None:
-    """Whether the judge was trained on pictures of every concept, the held-out ones too; None where nobody can tell."""
-    if name == BUILT_IN_JUDGE and not Path(name).is_dir():
-        return True  # recipes/emoji/judge.toml
-    recipe = folder.resolve().parent / "recipe.json"  # of a run's folder, which holds model/
-    try:
-        return bool(read_json(recipe)["clip"]["include_held_out"])
-    except (CheckpointError, KeyError, TypeError):
-        return None
+@evaluate.command("decoder", epilog=DECODER_EXAMPLES)
+def decoder(
+    data: measures.Data,
+    out: measures.Out,
+    model: options.Model = "unclip-emoji",
+    judge: measures.JudgeName = BUILT_IN_JUDGE,
+    num_seen: measures.NumSeen = 100,
+    num_held_out: measures.NumHeldOut = None,
+    captions: Annotated[
+        bool, typer.Option("--captions", help="Tell the decoder the caption too, as text to image does.")
+    ] = False,
+    sheet: measures.Sheet = None,
+    seed: measures.Seed = 0,
+    decoder_steps: options.DecoderSteps = None,
+    super_res_steps: options.SuperResSteps = None,
+    decoder_guidance: options.DecoderGuidance = None,
+    sampler: options.Sampler = None,
+    batch_size: options.BatchSize = 16,
+    dtype: options.DtypeOption = options.Dtype.float32,
+    device: options.Device = "auto",
+    overwrite: measures.Overwrite = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Reconstruct real pictures from their true embeddings.
+
+    Told is how like the decoded picture is to the real one: by cosine in the model's own CLIP and in the judge's, and
+    in pixels, before and after super-resolution. What is lost here no prior can bring back.
+    """
+    from unclip.evaluation.decoder import decoder as measure
+    from unclip.evaluation.judge import Judge
+    from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
+
+    given = {
+        "decoder_num_inference_steps": decoder_steps,
+        "super_res_num_inference_steps": super_res_steps,
+        "decoder_guidance_scale": decoder_guidance,
+    }
+    machine = Machine(dtype, device, cpu_offload=False, quiet=quiet)
+    asked = Asked(data, out, model, num_seen, num_held_out, seed, batch_size, overwrite, judge, sheet)
+    measures.refuse_outputs(asked)
+    kind = UnCLIPImageVariationPipeline
+    subject = measures.prepare("decoder", kind, ["image_encoder"], asked, machine, given, sampler)
+    found = measure(
+        subject.pipe,
+        Judge.load(subject.folder, subject.pipe.device),
+        subject.judge,  # pyright: ignore
+        data,
+        **asked.numbers(),
+        captions=captions,
+        sheet=sheet,
+        progress=measures.bar(machine, desc="decoding", unit="batch"),
+        **subject.settings,
+    )
+    finish(asked, subject.about, "decoder", found)
 
 
-def table(found: dict[str, Any]) -> str:
-    """The rates as a table for people."""
-    lines = [f"{'':<20}{'number':>8}{'first':>9}{'in five':>9}{'score':>8}"]
-    for name in ("seen", "held_out"):
-        for kind in ("generated", "variations", "real"):
-            if kind in found[name]:
-                rates, number = found[name][kind], found[name]["num"]
-                what = f"{name.replace('_', ' ')}, {kind}"
-                figures = f"{rates['at_1']:>9.1%}{rates['at_5']:>9.1%}{rates['clip_score']:>8.3f}"
-                lines.append(f"{what:<20}{number:>8}{figures}")
-    if "chance_at_1" in found:
-        chances = found["chance_at_1"], found["chance_at_5"]
-        lines.append(f"{'chance':<20}{found['num_captions']:>8}{chances[0]:>9.1%}{chances[1]:>9.1%}")
-    for name in ("seen", "held_out"):
-        group, called = found[name], name.replace("_", " ")
-        if "similarity" in group:
-            near, others, apart = (group[key] for key in ("similarity", "similarity_of_others", "pixel_difference"))
-            lines.append(
-                f"{called}: cosine to its picture {near:.3f}, to others {others:.3f}; pixels apart {apart:.3f}"
-            )
-        if "distance" in group:
-            space, frechet, kernel = (group["distance"][key] for key in ("space", "frechet", "kernel"))
-            lines.append(f"{called}: Fréchet distance {frechet:.4f}, kernel distance {kernel:.6f} in {space}")
-    return "\n".join(lines)
+@evaluate.command("sweep", epilog=SWEEP_EXAMPLES)
+def sweep(
+    data: measures.Data,
+    out: measures.Out,
+    model: options.Model = "unclip-emoji",
+    judge: measures.JudgeName = BUILT_IN_JUDGE,
+    num_seen: measures.NumSeen = 100,
+    num_held_out: Annotated[int, typer.Option(min=0, metavar="N", help="Captions that were held out.")] = 0,
+    features: measures.Features = None,
+    seed: measures.Seed = 0,
+    prior_steps: Annotated[str | None, measures.values("prior-steps", "Steps of the prior")] = None,
+    decoder_steps: Annotated[str | None, measures.values("decoder-steps", "Steps of the decoder")] = None,
+    super_res_steps: Annotated[str | None, measures.values("super-res-steps", "Steps of super-resolution")] = None,
+    prior_guidance: Annotated[str | None, measures.values("prior-guidance", "Guidance scales of the prior")] = None,
+    decoder_guidance: Annotated[
+        str | None, measures.values("decoder-guidance", "Guidance scales of the decoder")
+    ] = None,
+    sampler: Annotated[str | None, measures.values("sampler", "Samplers: ancestral, ddim, dpm")] = None,
+    batch_size: options.BatchSize = 16,
+    dtype: options.DtypeOption = options.Dtype.float32,
+    device: options.Device = "auto",
+    overwrite: measures.Overwrite = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure every combination of settings: quality, and seconds.
+
+    Lists are given with commas; every combination is drawn from the same captions and seeds. Beside the JSON file
+    stand charts of quality against seconds and against guidance (.svg). The same command, stopped and given again,
+    goes on; finished combinations stay, and a longer list adds to them.
+    """
+    from unclip.cli.sweeping import Lists, run_sweep
+
+    lists = Lists(prior_guidance, decoder_guidance, prior_steps, decoder_steps, super_res_steps, sampler)
+    machine = Machine(dtype, device, cpu_offload=False, quiet=quiet)
+    asked = Asked(data, out, model, num_seen, num_held_out, seed, batch_size, overwrite, judge)
+    found, charts = run_sweep(lists, asked, machine, features)
+    show("sweep", found)
+    for path in charts:
+        print(path, flush=True)
 
 
-def _sheets(prefix: Path | None) -> list[Path]:
-    return [] if prefix is None else [prefix.with_name(f"{prefix.name}-{group}.png") for group in ("seen", "held-out")]
+@evaluate.command("report", epilog=REPORT_EXAMPLES)
+def report(
+    reports: Annotated[list[Path], typer.Argument(metavar="FILE...", help="JSON reports of the other commands.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The HTML file to write.")],
+    title: Annotated[str, typer.Option(metavar="TEXT", help="What stands at its head.")] = "Evaluation",
+    picture: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A picture to add; may be given several times.")
+    ] = None,
+    overwrite: measures.Overwrite = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Make one readable page of several reports.
+
+    The page holds everything in one file: tables, charts of sweeps, and the sheets that the reports name, if they lie
+    in the report's folder or below it. It runs no scripts and loads nothing.
+    """
+    from unclip.checkpoints.files import atomic_file, read_json
+    from unclip.evaluation.page import page
+
+    measures.refuse_to_overwrite([out], overwrite=overwrite)
+    text, left_out = page([(path, read_json(path)) for path in reports], title=title, pictures=picture or [])
+    with atomic_file(out) as draft:
+        draft.write_text(text, encoding="utf-8")
+    for why in left_out:
+        warn(why)
+    if not quiet:
+        note(f"{out.stat().st_size / 1e6:.1f} MB")
+    print(out, flush=True)
+
+
+def finish(asked: Asked, about: dict[str, Any], name: str, found: dict[str, Any]) -> None:
+    """Write the report, and show its tables."""
+    measures.write_report(asked, about, name, found)
+    show(name, found)
+
+
+def show(name: str, found: dict[str, Any]) -> None:
+    """Print the tables of a measure."""
+    from unclip.evaluation.tables import tables
+
+    for place, each in enumerate(tables(name, found)):
+        if place:
+            print(f"\n{each.title}")
+        print(each, flush=True)

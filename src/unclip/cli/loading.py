@@ -5,7 +5,7 @@ Knows pipelines' folders and devices; knows not what is drawn. Called by `genera
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -87,14 +87,25 @@ def load(pipeline_class: type[P], folder: Path, machine: Machine, sampler: Sampl
     keep_freed_memory()
     pipe = pipeline_class.from_pretrained(folder, torch_dtype=getattr(torch, machine.dtype))
     if sampler is not None:
-        for name, scheduler in _schedulers(pipe).items():
-            setattr(pipe, name, _sampler_class(sampler).from_config(scheduler.config))
+        sampler_switch(pipe)(sampler)
     if machine.cpu_offload:
         pipe.enable_model_cpu_offload(device=None if machine.device == "auto" else where)
     else:
         pipe.to(where)
     pipe.set_progress_bar_config(disable=machine.quiet or None, leave=False)  # None: only on a terminal
     return pipe
+
+
+def sampler_switch(pipe: "Pipeline") -> Callable[[str], None]:
+    """What brings all stages of a pipeline to the sampler of a name, or back to its own (`sampler_name`)."""
+    own_name, own = sampler_name(pipe), _schedulers(pipe)
+
+    def use(name: str) -> None:
+        for component, scheduler in own.items():
+            other = scheduler if name == own_name else _sampler_class(SamplerName(name)).from_config(scheduler.config)
+            setattr(pipe, component, other)
+
+    return use
 
 
 def pick_device(name: str) -> "torch.device":

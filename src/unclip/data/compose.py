@@ -42,6 +42,8 @@ MAX_WORDS = 3
 HELD_OUT_SHARE = 0.05
 HELD_OUT_SALT = "unclip-composed-1"
 
+STYLE = "composed"
+"""Of every record that is made here."""
 KINDS = {"colour": 0.3, "background": 0.3, "colour on background": 0.1, "scene": 0.2, "scene on background": 0.1}
 """How often each kind is made."""
 
@@ -101,7 +103,7 @@ def compose(
             content = io.BytesIO()
             image.save(content, "PNG")
             (draft / file_name).write_bytes(content.getvalue())
-            record = Record(file_name, captions, style="composed", weight=weight, held_out=held_out)
+            record = Record(file_name, captions, style=STYLE, weight=weight, held_out=held_out)
             lines.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
             counts[kind] += 1
             counts["held out"] += held_out
@@ -203,6 +205,19 @@ def colours_for(thing: Thing) -> list[str]:
     if thing.hue is None:
         return []
     return [name for name, hue in HUES.items() if _distance(np.array(float(hue)), thing.hue) >= MIN_DIFFERENCE]
+
+
+def kind_of(caption: str) -> str | None:
+    """Which of `KINDS` a plain caption is of, read from its words alone; None for one that names no combination."""
+    background = re.fullmatch(rf"(.+) on an? (?:{'|'.join(BACKGROUNDS)}) background", caption)
+    what = background[1] if background else caption
+    if any(f" {place} " in what for place in PLACES):
+        kind = "scene"
+    else:
+        kind = "colour" if what.removeprefix("a ").removeprefix("an ").split()[0] in HUES else ""
+    if background:
+        return f"{kind} on background" if kind else "background"
+    return kind or None
 
 
 def with_article(noun: str) -> str:

@@ -2,3 +2,6 @@
 
 Knows pipelines and metrics; trains nothing. Called by `unclip evaluate`.
 """
+
+GROUPS = ("seen", "held_out")
+"""What training knew, and what it never met: every measure tells of both."""

@@ -1,12 +1,65 @@
 """How far two sets of pictures are apart in a feature space.
 
-Knows features alone: from which network they come decides what a distance may be called. Called by the measures.
+Knows features, and spaces by their name alone: from which network they come decides what a distance may be called.
+Called by the measures.
 """
 
+from collections.abc import Sequence
+from typing import Any, Protocol
+
 import torch
+from PIL import Image
 from torch import Tensor
 
 from unclip.errors import InputError
+
+JUDGES_SPACE = "the judge's image embeddings"
+
+
+Pair = tuple[Tensor, Tensor]
+"""Features of two sets of pictures, each [number, width]."""
+
+
+class FeatureSpace(Protocol):
+    """A network that turns pictures into features, beside the judge.
+
+    Attributes:
+        name: which network it is, in words.
+        is_fid: whether a Fréchet distance in it is what the literature calls FID.
+    """
+
+    name: str
+    is_fid: bool
+
+    def look(self, images: Sequence[Image.Image]) -> Tensor:
+        """Features [num_images, width]."""
+        ...
+
+
+def distances(looked: Pair, features: FeatureSpace | None = None, featured: Pair | None = None) -> dict[str, Any]:
+    """Fréchet and kernel distance of two sets of pictures, as a report has them; none for fewer than two pictures.
+
+    Args:
+        looked: the judge's features of both sets.
+        features: a space beside the judge's, and `featured`, its features of both sets.
+
+    Returns: `distance` in the judge's space, and `feature_distance` in the other one.
+    """
+    if min(len(part) for part in looked) < 2:
+        return {}
+    found = {"distance": _both(JUDGES_SPACE, *looked, is_fid=False)}
+    if features is not None and featured is not None:
+        found["feature_distance"] = _both(features.name, *featured, is_fid=features.is_fid)
+    return found
+
+
+def _both(space: str, one: Tensor, other: Tensor, *, is_fid: bool) -> dict[str, Any]:
+    return {
+        "space": space,
+        "num": [len(one), len(other)],
+        "fid" if is_fid else "frechet": round(frechet_distance(one, other), 4),
+        "kernel": round(kernel_distance(one, other), 6),
+    }
 
 
 def frechet_distance(one: Tensor, other: Tensor) -> float:

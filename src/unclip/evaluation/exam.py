@@ -1,0 +1,145 @@
+"""What a model is asked for: captions of a data set, those that training knew and those held out.
+
+Knows records and pictures; knows no network. Called by every measure.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from unclip.checkpoints.files import safe_join
+from unclip.data.compose import STYLE as COMPOSED_STYLE
+from unclip.data.folder import Record, read_records
+from unclip.errors import DataError, InputError
+from unclip.images import open_image
+
+PLAIN_STYLE = "flat"
+"""The unmarked style of the emoji set: its plain captions are bare labels."""
+
+Progress = Callable[[Iterable[int]], Iterable[int]]
+"""Wraps the starts of batches, as tqdm does."""
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Which captions are asked for, and among which a judge chooses.
+
+    Attributes:
+        data: the data set's folder.
+        concepts: one record a concept, or a composed caption: all of the data set.
+        groups: those asked for, "seen" and "held_out".
+        drawn: how the concepts of a group were chosen, in words.
+    """
+
+    data: Path
+    concepts: list[Record]
+    groups: dict[str, list[Record]]
+    drawn: dict[str, str]
+
+    @classmethod
+    def prepare(cls, data: Path, *, num_seen: int, num_held_out: int | None = None, seed: int) -> "Exam":
+        """Choose by `seed` at most `num_seen` trained concepts, by their weight, and `num_held_out` others (None: all).
+
+        Asked for are concepts that exist in the plain style (all of them, in a data set without it): the others were
+        never drawn without naming a style. But their captions stand among those that a judge chooses from.
+
+        Raises: InputError for a number out of its limits; DataError when the data set cannot be used.
+        """
+        check_counts(num_seen=num_seen)
+        if num_held_out is not None and num_held_out < 0:
+            raise InputError(f"num_held_out is {num_held_out}; it must be 0 or more, or None for all")
+        data = Path(data)
+        concepts = concepts_of(read_records(data))
+        plain = [record for record in concepts if record.style == PLAIN_STYLE] or list(concepts)
+        seen = [record for record in plain if not record.held_out and record.weight > 0]
+        if not seen:
+            raise DataError("the data set has no concept that a model could have been trained on")
+        generator = torch.Generator().manual_seed(seed)
+        weights = torch.tensor([record.weight for record in seen], dtype=torch.float64)
+        # torch.multinomial takes at most 2^24 of them, far above a data set that is held in memory.
+        chosen = torch.multinomial(weights, min(num_seen, len(seen)), generator=generator).tolist()
+        held_out = [record for record in plain if record.held_out]
+        drawn = {"seen": "by training weight, each concept once at most", "held_out": "all"}
+        if num_held_out is not None and num_held_out < len(held_out):
+            places = torch.randperm(len(held_out), generator=generator)[:num_held_out]
+            held_out, drawn["held_out"] = [held_out[i] for i in places.tolist()], "at random"
+        drawn["held_out"] += " that exist in the unmarked style"
+        exam = cls(data, concepts, {"seen": [seen[i] for i in chosen], "held_out": held_out}, drawn)
+        if exam.composed:
+            drawn["seen"] = "at random, each caption once at most"
+            drawn["held_out"] = drawn["held_out"].removesuffix(" that exist in the unmarked style")
+        return exam
+
+    @property
+    def captions(self) -> list[str]:
+        """The bare captions of all concepts, each once."""
+        return list(dict.fromkeys(bare_caption(record) for record in self.concepts))
+
+    @property
+    def composed(self) -> bool:
+        """Whether captions name combinations (see `unclip.data.compose`), not single concepts."""
+        return all(record.style == COMPOSED_STYLE for record in self.concepts)
+
+    def asked(self, group: str) -> list[str]:
+        """The bare captions of a group, in order."""
+        return [bare_caption(record) for record in self.groups[group]]
+
+    def pictures(self, group: str) -> list[Image.Image]:
+        """The real pictures of a group, in order, RGB.
+
+        Raises: ImageError for one that cannot be read, UnsafeFileError for a name that leads out of the folder.
+        """
+        return [open_image(safe_join(self.data, record.file_name)) for record in self.groups[group]]
+
+    def about(self, group: str) -> dict[str, object]:
+        """What a report says of a group: how many, how chosen, and how many were left out."""
+        found: dict[str, object] = {"num": len(self.groups[group]), "drawn": self.drawn[group]}
+        if group == "held_out":
+            held_out = [record for record in self.concepts if record.held_out]
+            found["num_in_all"] = len(held_out)
+            if not self.composed:
+                plain = any(record.style == PLAIN_STYLE for record in self.concepts)
+                found["num_without_plain_style"] = sum(plain and record.style != PLAIN_STYLE for record in held_out)
+        return found
+
+
+def batches(count: int, batch_size: int, *, seed: int, progress: Progress = iter) -> Iterator[tuple[slice, list[int]]]:
+    """The rows of each batch, and a seed for each row: row i has seed + i, whatever the batch."""
+    for start in progress(range(0, count, batch_size)):
+        end = min(start + batch_size, count)
+        yield slice(start, end), list(range(seed + start, seed + end))
+
+
+def check_counts(**counts: int) -> None:
+    """Raises: InputError for a count below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise InputError(f"{name} is {count}; it must be at least 1")
+
+
+def concepts_of(records: Sequence[Record], plain_style: str = PLAIN_STYLE) -> list[Record]:
+    """One record a concept, and its bare caption alone: that of the plain style, or the first without the style's name.
+
+    Composed pictures of one caption are one concept, held out only if all of them are. Another record without a concept
+    is one of its own.
+    """
+    found: dict[str, Record] = {}
+    for place, record in enumerate(records):
+        composed = record.style == COMPOSED_STYLE
+        key = f"={record.captions[0]}" if composed else record.concept or f"#{place}"
+        known = found.get(key)
+        better = known is not None and (
+            known.held_out > record.held_out if composed else record.style == plain_style != known.style
+        )
+        if known is None or better:
+            found[key] = record
+    return list(found.values())
+
+
+def bare_caption(record: Record, plain_style: str = PLAIN_STYLE) -> str:
+    """The plain caption, without the name of a style that is not the plain one."""
+    caption = record.captions[0]
+    return caption if record.style == plain_style else caption.removesuffix(f", {record.style} style")

@@ -1,0 +1,131 @@
+"""The prior alone: how close the image embedding that it makes of a caption is to the true picture's.
+
+Knows the prior as a stage and the model's own CLIP; draws no picture. Called by `unclip evaluate prior`.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unclip.evaluation.exam import Exam, Progress, batches, check_counts
+from unclip.evaluation.judge import Judge, ranks
+from unclip.evaluation.likeness import cosines
+from unclip.pipelines.arguments import noise_source
+from unclip.pipelines.text_to_image import UnCLIPPipeline
+from unclip.stages.condition import PriorCondition
+from unclip.stages.prior import PriorStage
+from unclip.stages.stage import sample
+
+
+def prior(
+    pipeline: UnCLIPPipeline,
+    own: Judge,
+    data: Path,
+    *,
+    num_seen: int = 200,
+    num_held_out: int | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: Progress = iter,
+    prior_num_inference_steps: int = 25,
+    prior_guidance_scale: float = 4.0,
+) -> dict[str, Any]:
+    """Compare the prior's sample for a caption with the embedding of the picture that has this caption.
+
+    Args:
+        pipeline: the model; prior, its scheduler and the text encoder are used.
+        own: the CLIP in whose space the prior works: the model's own.
+        data: a data set; captions are chosen as for `retrieval`.
+        num_seen, num_held_out: how many captions of each group; fewer if there are fewer. None takes all.
+        batch_size: embeddings a call.
+        seed: of the choice, and of the first sample of each group.
+        progress: wraps the starts of the batches, as tqdm does.
+        prior_num_inference_steps, prior_guidance_scale: as in the pipeline's call.
+
+    Returns: for "seen" and "held_out", beside what tells of the group:
+        cosine: to the true embedding, means of "prior" (the sample) and of what it must be better than: "text" (the
+            caption's own embedding), "other" (another picture's of the group, over all pairs), "mean" (of all other
+            seen pictures).
+        text_dot: with the caption's embedding, both normalised (a cosine): of the "prior"'s sample and of the "true"
+            embedding. A sample far above the true one is pushed too hard towards the words.
+        norm: mean lengths of both, not normalised.
+        at_1, at_5: how often the true embedding is the sample's nearest, or among its five, of the group's.
+
+    Raises: InputError when a number is out of its limits; DataError when the data set cannot be used.
+    """
+    check_counts(batch_size=batch_size)
+    exam = Exam.prepare(data, num_seen=num_seen, num_held_out=num_held_out, seed=seed)
+    result: dict[str, Any] = {}
+    true_seen = own.embed(exam.pictures("seen")).float()
+    for name in exam.groups:
+        result[name] = exam.about(name)
+        asked = exam.asked(name)
+        if not asked:
+            continue
+        true = true_seen if name == "seen" else own.embed(exam.pictures(name)).float()
+        drawn = []
+        for rows, seeds in batches(len(asked), batch_size, seed=seed, progress=progress):
+            drawn.append(
+                embeddings_of(pipeline, own, asked[rows], seeds, prior_num_inference_steps, prior_guidance_scale)
+            )
+        result[name]["seeds"] = [seed, seed + len(asked) - 1]
+        result[name] |= compare(torch.cat(drawn), true, own.read(asked), mean_of_others(true, true_seen))
+    return result
+
+
+@torch.no_grad()
+def embeddings_of(
+    pipeline: UnCLIPPipeline, own: Judge, captions: list[str], seeds: list[int], num_steps: int, guidance_scale: float
+) -> Tensor:
+    """One sample of the prior for each caption, float32 [num_captions, embedding_dim] on the CPU."""
+    device, count = pipeline.device, len(captions)
+    text = own.text.encode([*captions, ""]).to(device)
+    null = text.select([count] * count)
+    return sample(
+        PriorStage(pipeline.prior, pipeline.prior_scheduler.process),  # pyright: ignore[reportArgumentType]
+        PriorCondition(text.select(slice(0, count))),
+        sampler=pipeline.prior_scheduler.sampler(),
+        timesteps=pipeline.prior_scheduler.spaced_timesteps(num_steps),
+        noise=noise_source(None, seeds, count),
+        null=PriorCondition(null),
+        guidance_scale=guidance_scale,
+    ).cpu()
+
+
+def mean_of_others(true: Tensor, seen: Tensor) -> Tensor:
+    """For each row of `true` the mean of all rows of `seen`, itself left out where `true` is `seen`.
+
+    Directions are averaged, not lengths. A single seen picture has no other: it gives itself.
+    """
+    units = F.normalize(seen, dim=-1)
+    total = units.sum(dim=0)
+    if true is seen and len(seen) > 1:
+        return (total - units) / (len(seen) - 1)
+    return (total / len(seen)).expand(len(true), -1)
+
+
+def compare(drawn: Tensor, true: Tensor, text: Tensor, mean: Tensor) -> dict[str, Any]:
+    """The figures of one group; all [number, width], row i of each belongs to caption i."""
+
+    def cosine(one: Tensor, other: Tensor) -> float:
+        return round(F.cosine_similarity(one, other).mean().item(), 4)
+
+    units = F.normalize(true, dim=-1)
+    places = ranks(F.normalize(drawn, dim=-1), range(len(true)), units)
+    return {
+        "cosine": {
+            "prior": cosine(drawn, true),
+            "text": cosine(text, true),
+            "other": cosines(units, units)[1],
+            "mean": cosine(mean, true),
+        },
+        "text_dot": {"prior": cosine(drawn, text), "true": cosine(true, text)},
+        "norm": {
+            "prior": round(drawn.norm(dim=-1).mean().item(), 4),
+            "true": round(true.norm(dim=-1).mean().item(), 4),
+        },
+        **{f"at_{k}": round((places < k).float().mean().item(), 4) for k in (1, 5)},
+    }

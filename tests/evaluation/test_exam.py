@@ -1,0 +1,94 @@
+"""What is asked for, and how it is chosen."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from unclip.data.folder import Record
+from unclip.errors import DataError, ImageError, InputError, UnsafeFileError
+from unclip.evaluation.exam import Exam, batches, concepts_of
+
+
+def write(folder, rows):
+    for row in rows:
+        Image.new("RGB", (8, 8), "red").save(folder / row["file_name"])
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def composed(number, caption, held_out=False):
+    return {"file_name": f"{number}.png", "captions": [caption], "style": "composed", "held_out": held_out}
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    """Composed pictures: one caption twice, four held out."""
+    rows = [composed(0, "a red cat"), composed(1, "a red cat"), composed(2, "a cat left of a star")]
+    return write(tmp_path, rows + [composed(n, f"a blue thing{n}", held_out=True) for n in range(3, 7)])
+
+
+def test_every_composed_caption_counts_once(scenes):
+    exam = Exam.prepare(scenes, num_seen=10, seed=0)
+    assert exam.composed
+    assert sorted(exam.asked("seen")) == ["a cat left of a star", "a red cat"]
+    assert exam.asked("held_out") == [f"a blue thing{n}" for n in range(3, 7)]
+    assert len(exam.captions) == 6
+    assert exam.about("held_out") == {"num": 4, "drawn": "all", "num_in_all": 4}
+    assert exam.about("seen") == {"num": 2, "drawn": "at random, each caption once at most"}
+
+
+def test_a_caption_that_training_saw_once_is_not_held_out():
+    rows = [
+        Record("a", ("a red cat",), style="composed", held_out=True),
+        Record("b", ("a red cat",), style="composed"),
+        Record("c", ("a red cat",), style="composed", held_out=True),
+    ]
+    assert [each.file_name for each in concepts_of(rows)] == ["b"]
+
+
+def test_some_of_the_held_out_ones(scenes):
+    chosen = [tuple(Exam.prepare(scenes, num_seen=2, num_held_out=2, seed=s).asked("held_out")) for s in range(12)]
+    assert chosen[0] == tuple(Exam.prepare(scenes, num_seen=2, num_held_out=2, seed=0).asked("held_out"))
+    assert all(len(set(each)) == 2 for each in chosen)
+    assert len(set(chosen)) > 1
+    exam = Exam.prepare(scenes, num_seen=2, num_held_out=0, seed=0)
+    assert exam.about("held_out") == {"num": 0, "drawn": "at random", "num_in_all": 4}
+    assert Exam.prepare(scenes, num_seen=2, num_held_out=99, seed=0).drawn["held_out"] == "all"
+
+
+def test_fewer_held_out_ones_leave_the_seen_ones_as_they_are(scenes):
+    asked = [Exam.prepare(scenes, num_seen=1, num_held_out=n, seed=4).asked("seen") for n in (None, 0, 2)]
+    assert asked[0] == asked[1] == asked[2]
+
+
+def test_a_set_with_concepts_is_not_composed(tmp_path):
+    rows = [composed(0, "a red cat"), {"file_name": "1.png", "captions": ["cat"], "concept": "cat", "style": "flat"}]
+    exam = Exam.prepare(write(tmp_path, rows), num_seen=9, seed=0)
+    assert not exam.composed
+    assert exam.asked("seen") == ["cat"]
+    assert exam.captions == ["a red cat", "cat"]
+
+
+@pytest.mark.parametrize("numbers", [{"num_seen": 0}, {"num_seen": 1, "num_held_out": -1}])
+def test_numbers(scenes, numbers):
+    with pytest.raises(InputError, match="must be"):
+        Exam.prepare(scenes, **numbers, seed=0)
+
+
+def test_pictures_that_cannot_be_read(scenes, tmp_path):
+    exam = Exam.prepare(scenes, num_seen=9, seed=0)
+    assert [image.size for image in exam.pictures("held_out")] == [(8, 8)] * 4
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    with pytest.raises(ImageError, match=r"3\.png"):
+        exam.pictures("held_out")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "../other.png", "text": "x"}')
+    with pytest.raises(UnsafeFileError, match="leads out"):
+        Exam.prepare(tmp_path, num_seen=1, seed=0).pictures("seen")
+    with pytest.raises(DataError):
+        Exam.prepare(tmp_path / "nowhere", num_seen=1, seed=0)
+
+
+def test_batches():
+    assert list(batches(5, 2, seed=7)) == [(slice(0, 2), [7, 8]), (slice(2, 4), [9, 10]), (slice(4, 5), [11])]
+    assert list(batches(0, 2, seed=7)) == []
