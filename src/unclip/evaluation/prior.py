@@ -13,11 +13,7 @@ from torch import Tensor
 from unclip.evaluation.exam import Exam, Progress, batches, check_counts
 from unclip.evaluation.judge import Judge, ranks
 from unclip.evaluation.likeness import cosines
-from unclip.pipelines.arguments import noise_source
 from unclip.pipelines.text_to_image import UnCLIPPipeline
-from unclip.stages.condition import PriorCondition
-from unclip.stages.prior import PriorStage
-from unclip.stages.stage import sample
 
 
 def prior(
@@ -68,31 +64,16 @@ def prior(
         true = true_seen if name == "seen" else own.embed(exam.pictures(name)).float()
         drawn = []
         for rows, seeds in batches(len(asked), batch_size, seed=seed, progress=progress):
-            drawn.append(
-                embeddings_of(pipeline, own, asked[rows], seeds, prior_num_inference_steps, prior_guidance_scale)
+            embeddings = pipeline.embed_captions(
+                asked[rows],
+                num_inference_steps=prior_num_inference_steps,
+                guidance_scale=prior_guidance_scale,
+                seed=seeds,
             )
+            drawn.append(embeddings.cpu())
         result[name]["seeds"] = [seed, seed + len(asked) - 1]
         result[name] |= compare(torch.cat(drawn), true, own.read(asked), mean_of_others(true, true_seen))
     return result
-
-
-@torch.no_grad()
-def embeddings_of(
-    pipeline: UnCLIPPipeline, own: Judge, captions: list[str], seeds: list[int], num_steps: int, guidance_scale: float
-) -> Tensor:
-    """One sample of the prior for each caption, float32 [num_captions, embedding_dim] on the CPU."""
-    device, count = pipeline.device, len(captions)
-    text = own.text.encode([*captions, ""]).to(device)
-    null = text.select([count] * count)
-    return sample(
-        PriorStage(pipeline.prior, pipeline.prior_scheduler.process),  # pyright: ignore[reportArgumentType]
-        PriorCondition(text.select(slice(0, count))),
-        sampler=pipeline.prior_scheduler.sampler(),
-        timesteps=pipeline.prior_scheduler.spaced_timesteps(num_steps),
-        noise=noise_source(None, seeds, count),
-        null=PriorCondition(null),
-        guidance_scale=guidance_scale,
-    ).cpu()
 
 
 def mean_of_others(true: Tensor, seen: Tensor) -> Tensor:
