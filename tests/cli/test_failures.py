@@ -1,6 +1,7 @@
 """What stays, and what is said, when a run is stopped in its middle."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,6 +94,22 @@ def test_full_disk(unclip, text_to_image, tmp_path, monkeypatch):
     assert (done.code, done.out) == (1, "")
     assert "No space left" in done.err
     assert not list(tmp_path.iterdir())
+
+
+def test_full_disk_while_converting(unclip, text_to_image, tmp_path, monkeypatch):
+    """Nobody's bug: said in a line, without a request to report it."""
+
+    def full(path):
+        raise OSError(28, "No space left on device", str(path))
+
+    source = shutil.copytree(text_to_image, tmp_path / "model")
+    torch.save({"weight": torch.zeros(1)}, source / "prior" / "diffusion_pytorch_model.fp16.bin")
+    monkeypatch.setattr(files, "sync", full)
+    done = unclip("convert", "pickle", source, "--out", tmp_path / "out")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("error: [Errno 28] No space left on device")
+    assert "report" not in done.err
+    assert not (tmp_path / "out").exists()
 
 
 def start(text_to_image: Path, folder: Path) -> subprocess.Popen:

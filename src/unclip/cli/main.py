@@ -54,6 +54,11 @@ class Commands(TyperGroup):
                     traceback.print_exc()
                 error(problem)
                 raise typer.Exit(1) from problem
+            except OSError as problem:  # a full disk, a place where one may not write
+                if ctx.params.get("debug"):
+                    traceback.print_exc()
+                error(problem)
+                raise typer.Exit(1) from problem
             except Exception as problem:
                 traceback.print_exc()
                 error("this should not happen: please report it, with the command and the text above")
