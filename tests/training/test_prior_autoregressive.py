@@ -91,8 +91,12 @@ def test_settings_outside_their_limits(tiny):
     for bad in ({"text_drop": 1.5}, {"dot_drop": -0.1}, {"code_noise": -1.0}):
         with pytest.raises(ConfigError, match=rf"prior_autoregressive\.{next(iter(bad))} is"):
             tiny("prior_autoregressive", section=bad)
-    with pytest.raises(ConfigError, match=r"needs a section \[prior_autoregressive\]"):
-        dataclasses.replace(tiny("prior"), stage="prior_autoregressive")
+    for change, words in (
+        ({}, r"must not have a section \[prior\]"),
+        ({"prior": None}, r"needs a section \[prior_auto"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            dataclasses.replace(tiny("prior"), stage="prior_autoregressive", **change)
 
 
 def test_assembled_into_a_model_that_draws(tiny, tmp_path, clip_model):

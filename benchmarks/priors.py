@@ -1,0 +1,259 @@
+"""Both kinds of prior on the emoji set: likelihood, closeness to the true embedding, time, and what candidates bring.
+
+Prints a table in Markdown; `--out` also writes the numbers as JSON. Everything is measured on pictures that were
+trained on ("seen", drawn by their weight) and on concepts that were not ("held out").
+
+    python benchmarks/priors.py --data runs/emoji/data --autoregressive runs/emoji/prior_autoregressive/model
+    python benchmarks/priors.py --data runs/emoji/data --autoregressive … --pictures 0      # without the judge
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unclip import AutoregressivePrior, UnCLIPPipeline
+from unclip.data.source import FolderSource, Rows
+from unclip.diffusion.noise import NoiseSource, generators_from_seed
+from unclip.evaluation.retrieval import Exam, Judge, bare_caption
+from unclip.models.prior_autoregressive import dot_product
+from unclip.stages.condition import PriorCondition
+from unclip.stages.embedding import DiffusionEmbeddingSampler, EmbeddingSampler, sample_best
+from unclip.stages.prior import PriorStage
+from unclip.stages.prior_autoregressive import AutoregressivePriorStage
+from unclip.training.conditions import FrozenClip
+
+ASSETS = Path(__file__).parents[1] / "src" / "unclip" / "assets"
+CANDIDATES = (1, 2, 4)
+SMOOTHING = 1.0
+"""Added to each count of the unigram model, so that a code which was never seen has a chance too."""
+
+
+def unigram(codes: Tensor, weights: Tensor, num_buckets: int) -> Tensor:
+    """log p(code) of each component by itself, [num_components, num_buckets], from codes drawn by `weights`."""
+    share = weights / weights.sum() * len(codes)
+    counts = torch.stack([torch.bincount(column, share, num_buckets) for column in codes.T]) + SMOOTHING
+    return (counts / counts.sum(dim=1, keepdim=True)).log()
+
+
+def likelihoods(
+    prior: AutoregressivePrior, clip: FrozenClip, rows: Rows, embeddings: Tensor, alone: Tensor
+) -> dict[str, float]:
+    """Mean −log p in nats a component, of the unigram model and of the prior told this much and that much."""
+    stage, codes = AutoregressivePriorStage(prior), prior.encode(embeddings)
+    text = clip.text.encode(rows.captions)
+    untold = torch.full((len(codes),), prior.no_dot_code)
+    told = prior.dot_code(text.embeds, embeddings)
+    empty = PriorCondition(clip.empty.select([0] * len(codes)))
+    conditions = {
+        "without a caption": (empty, untold),
+        "with the caption": (PriorCondition(text), untold),
+        "with caption and dot product": (PriorCondition(text), told),
+    }
+    found = {"unigram": -alone.gather(1, codes.T).mean().item()}
+    for name, (condition, dots) in conditions.items():
+        parts = [
+            stage.log_likelihood(condition.select(part), dots[part], codes[part])
+            for part in torch.arange(len(codes)).split(64)
+        ]
+        found[name] = -torch.cat(parts).mean().item()
+    return found
+
+
+def closeness(draw: Callable[[Any], Tensor], clip: FrozenClip, rows: Rows, embeddings: Tensor) -> dict[str, float]:
+    """Mean cosines of what a prior draws: with the picture's embedding, with another's, and with the caption's."""
+    text = clip.text.encode(rows.captions)
+    drawn = draw(text)
+    return {
+        "to the true embedding": dot_product(drawn, embeddings).mean().item(),
+        "to another's": dot_product(drawn, embeddings.roll(1, 0)).mean().item(),
+        "to the caption": dot_product(drawn, text.embeds).mean().item(),
+    }
+
+
+def drawer(sampler: EmbeddingSampler, clip: FrozenClip, scale: float, num_candidates: int = 1) -> Callable:
+    """Text embeddings → image embeddings, row i by seed i, in batches of 64."""
+
+    def draw(text) -> Tensor:
+        parts = []
+        for places in torch.arange(len(text)).split(64):
+            seeds = generators_from_seed(places.tolist(), len(places))
+            parts.append(
+                sample_best(
+                    sampler,
+                    PriorCondition(text.select(places)),
+                    num_candidates=num_candidates,
+                    noise=NoiseSource(seeds, len(places)),
+                    null=PriorCondition(clip.empty.select([0] * len(places))),
+                    guidance_scale=scale,
+                )
+            )
+        return torch.cat(parts)
+
+    return draw
+
+
+def seconds(draw: Callable[[Any], Tensor], clip: FrozenClip, batch_size: int, repeats: int = 3) -> dict[str, float]:
+    """Seconds an embedding: the least of some repeats on the clock, and of processor time."""
+    text = clip.text.encode(["a red apple"]).select([0] * batch_size)
+    walls, cpus = [], []
+    for _ in range(repeats):
+        wall, cpu = time.perf_counter(), time.process_time()
+        draw(text)
+        walls.append((time.perf_counter() - wall) / batch_size)
+        cpus.append((time.process_time() - cpu) / batch_size)
+    return {"wall_s": min(walls), "cpu_s": min(cpus)}
+
+
+def judged(
+    pipe: UnCLIPPipeline, judge: Judge, data: Path, num_pictures: int, scales: dict[str, float]
+) -> dict[str, dict[str, Any]]:
+    """The judge's retrieval of `num_pictures` seen and as many held-out concepts, by number of candidates."""
+    exam = Exam.prepare(judge, data, num_seen=num_pictures, batch_size=16, seed=0)
+    found: dict[str, dict[str, Any]] = {}
+    for group, records in exam.groups.items():
+        records = records[:num_pictures]
+        captions = [bare_caption(record) for record in records]
+        found[group] = {"num": len(records)}
+        for count in CANDIDATES:
+            images = []
+            for start in range(0, len(captions), 16):
+                part = captions[start : start + 16]
+                seeds = list(range(start, start + len(part)))
+                images += pipe(part, seed=seeds, num_prior_candidates=count, **scales).images  # type: ignore[arg-type]
+            found[group][str(count)] = exam.rates(judge.look(images), records)
+    return found
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    pipe = UnCLIPPipeline.from_pretrained(args.model)
+    pipe.set_progress_bar_config(disable=True)
+    clip = FrozenClip(Path(args.model))
+    prior = AutoregressivePrior.from_pretrained(args.autoregressive / "prior")
+    recommended = pipe.recommended
+    diffusion, scheduler = pipe.prior, pipe.prior_scheduler
+    assert scheduler is not None
+    scale = float(recommended.get("prior_guidance_scale", 4.0))
+    steps = int(recommended.get("prior_num_inference_steps", 25))
+    timesteps = scheduler.spaced_timesteps(steps)
+    stage = PriorStage(diffusion, scheduler.process)  # type: ignore[arg-type]
+    samplers = {
+        "diffusion": DiffusionEmbeddingSampler(stage, scheduler.sampler(), timesteps),
+        "autoregressive": AutoregressivePriorStage(prior, args.temperature, args.top_p),
+    }
+    source = FolderSource([args.data], (clip.image_size,))
+    pictures = source.of_size(clip.image_size)
+    table = torch.cat([clip.embed(pictures.images(rows)) for rows in torch.arange(len(pictures)).split(128)])
+    alone = unigram(prior.encode(table), source.weights, prior.config.num_buckets)
+    held_out = source.examples(args.num, held_out=True)
+    groups = {"seen": source.examples(args.num), "held out": held_out}
+    truths = {"seen": table[groups["seen"].index], "held out": clip.embed(held_out.images[clip.image_size])}
+    rebuilt = prior.decode(prior.encode(truths["held out"]))
+    result: dict[str, Any] = {
+        "prior": {
+            "parameters": sum(p.numel() for p in prior.parameters()),
+            "diffusion_parameters": sum(p.numel() for p in diffusion.parameters()),
+            "num_components": prior.config.num_components,
+            "num_buckets": prior.config.num_buckets,
+            "temperature": args.temperature,
+            "top_p": args.top_p,
+            "guidance_scale": scale,
+            "diffusion_steps": steps,
+            "cosine_of_codes": F.cosine_similarity(rebuilt, truths["held out"]).mean().item(),
+            "unigram_entropy": -(alone.exp() * alone).sum(dim=1).mean().item(),
+            "uniform": math.log(prior.config.num_buckets),
+        },
+        "groups": {},
+        "seconds": {},
+        "pictures": {},
+    }
+    for name, rows in groups.items():
+        row: dict[str, Any] = {"num": len(rows.captions)}
+        row["nats"] = likelihoods(prior, clip, rows, truths[name], alone)
+        for kind, sampler in samplers.items():
+            row[kind] = {
+                str(count): closeness(drawer(sampler, clip, scale, count), clip, rows, truths[name])
+                for count in CANDIDATES
+            }
+        result["groups"][name] = row
+    for kind, sampler in samplers.items():
+        draw = drawer(sampler, clip, scale)
+        result["seconds"][kind] = {str(size): seconds(draw, clip, size) for size in (1, 16)}
+    if args.pictures:
+        judge = Judge.load(args.judge)
+        for kind, one in (("diffusion", diffusion), ("autoregressive", prior)):
+            pipe.prior = one
+            call = dict(recommended)
+            if kind == "autoregressive":
+                call |= {"prior_temperature": args.temperature, "prior_top_p": args.top_p}
+            result["pictures"][kind] = judged(pipe, judge, args.data, args.pictures, call)
+    return result
+
+
+def markdown(result: dict[str, Any]) -> str:
+    about = result["prior"]
+    lines = [
+        f"{about['num_components']} components (cosine of decoded and true embedding {about['cosine_of_codes']:.4f}), "
+        f"{about['num_buckets']} buckets, {about['parameters'] / 1e6:.1f} M parameters (diffusion prior: "
+        f"{about['diffusion_parameters'] / 1e6:.1f} M), temperature {about['temperature']}, top_p {about['top_p']}, "
+        f"guidance {about['guidance_scale']}, {about['diffusion_steps']} diffusion steps.",
+        "",
+        "| nats a component | " + " | ".join(result["groups"]) + " |",
+        "|---|" + "---|" * len(result["groups"]),
+    ]
+    for name in next(iter(result["groups"].values()))["nats"]:
+        lines.append(f"| {name} | " + " | ".join(f"{g['nats'][name]:.3f}" for g in result["groups"].values()) + " |")
+    lines += ["", "| prior | candidates | pictures | cosine to the true | to another's | to the caption |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for group, row in result["groups"].items():
+        for kind in ("diffusion", "autoregressive"):
+            for count, found in row[kind].items():
+                numbers = " | ".join(f"{value:.4f}" for value in found.values())
+                lines.append(f"| {kind} | {count} | {group} ({row['num']}) | {numbers} |")
+    lines += ["", "| prior | seconds an embedding, one alone | in a batch of 16 |", "|---|---|---|"]
+    for kind, times in result["seconds"].items():
+        lines.append(f"| {kind} | " + " | ".join(f"{found['cpu_s']:.3f}" for found in times.values()) + " |")
+    if result["pictures"]:
+        lines += ["", "| prior | candidates | pictures | first | among five | judge's CLIP score |"]
+        lines += ["|---|---|---|---|---|---|"]
+        for kind, groups in result["pictures"].items():
+            for group, row in groups.items():
+                for count in CANDIDATES:
+                    rates = row[str(count)]
+                    lines.append(
+                        f"| {kind} | {count} | {group.replace('_', ' ')} ({row['num']}) | {rates['at_1']:.1%} | "
+                        f"{rates['at_5']:.1%} | {rates['clip_score']:.4f} |"
+                    )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--model", type=Path, default=ASSETS / "emoji", help="a pipeline's folder with a diffusion prior"
+    )
+    parser.add_argument("--autoregressive", type=Path, required=True, help="the run's model/ folder")
+    parser.add_argument("--judge", type=Path, default=ASSETS / "emoji-judge")
+    parser.add_argument("--data", type=Path, required=True, help="the emoji data set")
+    parser.add_argument("--num", type=int, default=512, help="pictures of each group for likelihood and cosines")
+    parser.add_argument("--pictures", type=int, default=64, help="pictures of each group for the judge; 0: none")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--out", type=Path, help="a JSON file for the numbers")
+    args = parser.parse_args()
+    with torch.no_grad():
+        result = measure(args)
+    print(markdown(result), flush=True)
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
