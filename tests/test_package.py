@@ -12,6 +12,7 @@ import unclip
 from unclip import errors
 
 ALL = [
+    "BipartiteLatent",
     "Cancelled",
     "CheckpointError",
     "ConfigError",
@@ -22,9 +23,11 @@ ALL = [
     "ImageError",
     "ImagePipelineOutput",
     "InputError",
+    "Manipulator",
     "MissingDependencyError",
     "MissingFileError",
     "OutputExistsError",
+    "PrincipalComponents",
     "PriorTransformer",
     "TrainingError",
     "UNet2DConditionModel",

@@ -28,16 +28,20 @@ if TYPE_CHECKING:
         UnsafeFileError,
         WeightsError,
     )
+    from unclip.models.pca import PrincipalComponents
     from unclip.models.prior import PriorTransformer
     from unclip.models.text_proj import UnCLIPTextProjModel
     from unclip.models.unet import UNet2DConditionModel, UNet2DModel
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
+    from unclip.pipelines.manipulation import Manipulator
     from unclip.pipelines.output import ImagePipelineOutput
     from unclip.pipelines.text_to_image import UnCLIPPipeline
+    from unclip.stages.manipulation import BipartiteLatent
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BipartiteLatent": "stages.manipulation",
     "Cancelled": "errors",
     "CheckpointError": "errors",
     "ConfigError": "errors",
@@ -48,9 +52,11 @@ _HOMES = {
     "ImageError": "errors",
     "ImagePipelineOutput": "pipelines.output",
     "InputError": "errors",
+    "Manipulator": "pipelines.manipulation",
     "MissingDependencyError": "errors",
     "MissingFileError": "errors",
     "OutputExistsError": "errors",
+    "PrincipalComponents": "models.pca",
     "PriorTransformer": "models.prior",
     "TrainingError": "errors",
     "UNet2DConditionModel": "models.unet",
@@ -65,6 +71,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "BipartiteLatent",
     "Cancelled",
     "CheckpointError",
     "ConfigError",
@@ -75,9 +82,11 @@ __all__ = [
     "ImageError",
     "ImagePipelineOutput",
     "InputError",
+    "Manipulator",
     "MissingDependencyError",
     "MissingFileError",
     "OutputExistsError",
+    "PrincipalComponents",
     "PriorTransformer",
     "TrainingError",
     "UNet2DConditionModel",
