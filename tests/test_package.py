@@ -12,7 +12,11 @@ import unclip
 from unclip import errors
 
 ALL = [
+<<<<<<< HEAD
     "AutoregressivePrior",
+=======
+    "BipartiteLatent",
+>>>>>>> manipulation
     "Cancelled",
     "CheckpointError",
     "ConfigError",
@@ -23,9 +27,11 @@ ALL = [
     "ImageError",
     "ImagePipelineOutput",
     "InputError",
+    "Manipulator",
     "MissingDependencyError",
     "MissingFileError",
     "OutputExistsError",
+    "PrincipalComponents",
     "PriorTransformer",
     "TrainingError",
     "UNet2DConditionModel",

@@ -28,18 +28,25 @@ if TYPE_CHECKING:
         UnsafeFileError,
         WeightsError,
     )
+    from unclip.models.pca import PrincipalComponents
     from unclip.models.prior import PriorTransformer
     from unclip.models.prior_autoregressive import AutoregressivePrior
     from unclip.models.text_proj import UnCLIPTextProjModel
     from unclip.models.unet import UNet2DConditionModel, UNet2DModel
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
+    from unclip.pipelines.manipulation import Manipulator
     from unclip.pipelines.output import ImagePipelineOutput
     from unclip.pipelines.text_to_image import UnCLIPPipeline
+    from unclip.stages.manipulation import BipartiteLatent
 
 __version__ = "0.1.0"
 
 _HOMES = {
+<<<<<<< HEAD
     "AutoregressivePrior": "models.prior_autoregressive",
+=======
+    "BipartiteLatent": "stages.manipulation",
+>>>>>>> manipulation
     "Cancelled": "errors",
     "CheckpointError": "errors",
     "ConfigError": "errors",
@@ -50,9 +57,11 @@ _HOMES = {
     "ImageError": "errors",
     "ImagePipelineOutput": "pipelines.output",
     "InputError": "errors",
+    "Manipulator": "pipelines.manipulation",
     "MissingDependencyError": "errors",
     "MissingFileError": "errors",
     "OutputExistsError": "errors",
+    "PrincipalComponents": "models.pca",
     "PriorTransformer": "models.prior",
     "TrainingError": "errors",
     "UNet2DConditionModel": "models.unet",
@@ -67,7 +76,11 @@ _HOMES = {
 }
 
 __all__ = [
+<<<<<<< HEAD
     "AutoregressivePrior",
+=======
+    "BipartiteLatent",
+>>>>>>> manipulation
     "Cancelled",
     "CheckpointError",
     "ConfigError",
@@ -78,9 +91,11 @@ __all__ = [
     "ImageError",
     "ImagePipelineOutput",
     "InputError",
+    "Manipulator",
     "MissingDependencyError",
     "MissingFileError",
     "OutputExistsError",
+    "PrincipalComponents",
     "PriorTransformer",
     "TrainingError",
     "UNet2DConditionModel",

@@ -1,0 +1,218 @@
+"""`invert`, `vary --keep-structure`, `interpolate`, `edit`, `blend`, `probe`: on a tiny model, and what they refuse."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from unclip.cli.workbench import read_part
+from unclip.errors import InputError
+
+from .test_generate import alike
+
+FEW = ["--decoder-steps", "3", "--super-res-steps", "2"]
+
+
+@pytest.fixture
+def files(tmp_path):
+    Image.effect_noise((40, 30), 90).save(tmp_path / "cat.png")
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "dog.png")
+    return tmp_path
+
+
+@pytest.fixture
+def run(unclip, model, files, monkeypatch):
+    monkeypatch.chdir(files)
+
+    def call(command, *arguments, model=model, steps=FEW):
+        return unclip(*command.split(), *arguments, "--model", model, *steps, "--out", "out")
+
+    return call
+
+
+def names(done):
+    assert done.code == 0, done.err
+    return [Path(path).name for path in done.lines]
+
+
+def texts(path):
+    with Image.open(path) as image:
+        return dict(image.text)  # type: ignore[attr-defined]
+
+
+def test_invert_and_back(run):
+    done = run("invert", "cat.png", "dog.png", "--check")
+    assert names(done) == [
+        "cat.safetensors", "cat-reconstruction.png", "dog.safetensors", "dog-reconstruction.png",
+    ]  # fmt: skip
+    again = run("invert", "cat.png")
+    assert again.code == 1
+    assert "--overwrite" in again.err
+    assert names(run("invert", "cat.png", "--overwrite")) == ["cat.safetensors"]
+
+
+def test_the_latent_stands_for_its_picture(run):
+    told = json.loads(run("invert", "cat.png", "--check", "--json").lines[0])
+    assert told["psnr_db"] > 0
+    kept = run("vary", "out/cat.safetensors", "--keep-structure", "--eta", "0", "--seed", 0, steps=[])
+    from_picture = run("vary", "cat.png", "--keep-structure", "--eta", "0", "--seed", 0)
+    assert texts(kept.lines[0])["settings"] == texts(from_picture.lines[0])["settings"]
+    assert alike(kept.lines[0], from_picture.lines[0])
+
+
+def test_eta_and_seeds_vary(run):
+    done = run(
+        "vary", "cat.png", "dog.png", "--keep-structure", "--eta", "0.8", "-n", 2, "--seed", 5, "--batch-size", 3
+    )
+    assert names(done) == [
+        f"{name}-variation-{seed}.png" for name, seed in (("cat", 5), ("cat", 6), ("dog", 7), ("dog", 8))
+    ]
+    assert not alike(done.lines[0], done.lines[1])
+    assert not alike(done.lines[0], run("vary", "cat.png", "--seed", 5).lines[0])
+    assert json.loads(texts(done.lines[0])["settings"])["sampler"] == "ddim"
+    assert texts(done.lines[0])["eta"] == "0.8"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--eta", "0.5"], ["--keep-structure", "--sampler", "dpm"], ["--keep-structure", "--negative", "x"]]
+)
+def test_what_does_not_go_with_the_structure(run, arguments):
+    assert run("vary", "cat.png", *arguments).code == 2
+
+
+def test_interpolation_of_pictures(run):
+    done = run("interpolate", "cat.png", "dog.png", "--frames", 3, "--grid", "--film", "gif", "--batch-size", 3)
+    assert names(done) == [
+        *(f"cat-to-dog-{i:03d}-0.png" for i in range(4)),
+        "cat-to-dog-0-grid.png",
+        "cat-to-dog-0.gif",
+    ]
+    facts = [texts(path) for path in done.lines[:4]]
+    assert [(each["from"], each["to"], float(each["share"])) for each in facts] == [
+        ("cat.png", "dog.png", share) for share in (0, 0.3333, 0.6667, 1)
+    ]
+    for end, name in ((0, "cat"), (3, "dog")):  # the ends are the reconstructions
+        run("invert", f"{name}.png", "--check")
+        assert alike(done.lines[end], f"out/{name}-reconstruction.png")
+    assert not alike(done.lines[0], done.lines[1])
+    with Image.open(done.lines[-1]) as film:
+        assert film.n_frames == 6  # there and back, the ends once
+        assert film.info["loop"] == 0
+
+
+def test_one_noise_keeps_the_first(run):
+    turned = run("interpolate", "cat.png", "dog.png", "--frames", 1)
+    kept = run("interpolate", "cat.png", "dog.png", "--frames", 1, "--one-noise")
+    assert alike(turned.lines[0], kept.lines[0])
+    assert not alike(turned.lines[1], kept.lines[1])
+
+
+def test_interpolation_of_captions_and_mixtures(run):
+    done = run("interpolate", "a cat", "a red apple", "--frames", 2, "--seed", 3, "--film", "webp")
+    assert names(done)[0] == "a-cat-to-a-red-apple-000-3.png"
+    assert not alike(done.lines[0], done.lines[2])
+    with Image.open(done.lines[-1]) as film:
+        assert film.n_frames == 4
+    assert len(names(run("interpolate", "a cat", "dog.png", "--frames", 2))) == 3
+
+
+def test_a_film_needs_its_writer(run, monkeypatch, files):
+    monkeypatch.setitem(sys.modules, "av", None)
+    done = run("interpolate", "cat.png", "dog.png", "--film", "mp4")
+    assert done.code == 1
+    assert "pip install av" in done.err
+    assert not list(files.rglob("*.mp4"))
+
+
+def test_edit(run):
+    done = run("edit", "cat.png", "--from", "a cat", "--to", "a red apple", "--strength", 0.9, "--sweep", 3, "--grid")
+    assert names(done)[:3] == [f"cat-to-a-red-apple-{i:03d}-0.png" for i in range(3)]
+    assert [float(texts(path)["strength"]) for path in done.lines[:3]] == [0, 0.45, 0.9]
+    run("invert", "cat.png", "--check")
+    assert alike(done.lines[0], "out/cat-reconstruction.png")
+    assert not alike(done.lines[0], done.lines[2])
+    by_text = run("edit", "cat.png", "--from", "a cat", "--to", "a red apple", "--strength", 0.9, "--text-space")
+    assert names(by_text) == ["cat-to-a-red-apple-0.png"]
+    assert not alike(by_text.lines[0], done.lines[2])
+
+
+def test_edits_without_a_difference_or_a_picture(run):
+    assert "no difference" in run("edit", "cat.png", "--from", "a cat", "--to", "a  cat").err
+    assert "no file" in run("edit", "a cat", "--from", "a", "--to", "b").err
+    assert "no file" in run("edit", "none.png", "--from", "a", "--to", "b").err
+    assert run("edit", "cat.png", "--from", "a", "--to", "b", "--strength", 1.5).code == 2
+
+
+def test_a_blend_goes_by_its_weights(run):
+    blends = {}
+    for weight in ("1", "0.5", "0"):
+        done = run("blend", f"cat.png:{weight}", "a red apple:0.5", "--seed", 2, "--overwrite")
+        assert names(done) == ["cat-and-a-red-apple-2.png"]
+        assert texts(done.lines[0])["blend"] == f"cat.png:{weight}; a red apple:0.5"
+        blends[weight] = Path("out", f"{weight}.png")
+        Path(done.lines[0]).rename(blends[weight])
+    assert not alike(blends["1"], blends["0.5"])
+    assert not alike(blends["0.5"], blends["0"])
+    assert alike(blends["0"], run("blend", "a red apple", "--seed", 2).lines[0])
+
+
+def test_several_blends(run):
+    done = run("blend", "cat.png", "dog.png", "-n", 3, "--seed", 7, "--grid")
+    assert names(done) == [*(f"cat-and-dog-{seed}.png" for seed in (7, 8, 9)), "cat-and-dog-7-grid.png"]
+    assert not alike(done.lines[0], done.lines[1])
+    assert "cancel" in run("blend", "cat.png:1", "cat.png:-1").err
+
+
+def test_probing(run, unclip, model, files):
+    data = files / "data"
+    data.mkdir()
+    for place, colour in enumerate(("red", "green", "blue", "white", "black")):
+        Image.new("RGB", (20, 20), colour).save(data / f"{place}.png")
+    fitted = unclip("probe", "fit", data, "--model", model, "--out", files / "pca.safetensors")
+    assert fitted.code == 0
+    assert "5 pictures" in fitted.err
+    assert unclip("probe", "fit", data, "--model", model, "--out", files / "pca.safetensors").code == 1
+    done = run("probe show", "cat.png", "--pca", "pca.safetensors")
+    assert [texts(path)["dimensions"] for path in done.lines] == ["0", "1", "2", "4"]
+    assert not alike(done.lines[0], done.lines[3])
+    some = run("probe show", "cat.png", "--pca", "pca.safetensors", "--dims", "3,0", "--grid")
+    assert len(names(some)) == 3
+    assert alike(some.lines[1], done.lines[0])
+    for dims in ("5", "x", "-1"):
+        assert "--dims" in run("probe show", "cat.png", "--pca", "pca.safetensors", f"--dims={dims}").err
+    run("invert", "cat.png")
+    assert "needed" in run("probe show", "cat.png", "--pca", "out/cat.safetensors").err
+
+
+def test_nothing_to_fit_on(unclip, model, files):
+    (files / "empty").mkdir()
+    done = unclip("probe", "fit", files / "empty", "--model", model, "--out", files / "pca.safetensors")
+    assert done.code == 1
+    assert "no pictures" in done.err
+
+
+def test_models_that_lack_a_part(run, text_to_image, variation):
+    for command in (["invert", "cat.png"], ["interpolate", "cat.png", "dog.png"]):
+        assert "cannot look at pictures" in run(*command, model=text_to_image).err
+    assert "no prior" in run("interpolate", "cat.png", "a cat", model=variation).err
+    assert names(run("interpolate", "cat.png", "dog.png", "--frames", 1, model=variation))
+
+
+def test_parts_of_a_command(files, monkeypatch):
+    monkeypatch.chdir(files)
+    Image.new("RGB", (4, 4)).save(files / "a:2.png")
+    assert read_part("cat.png").kind == "picture"
+    assert read_part("a cat").kind == "caption"
+    weighted = read_part("cat.png:-0.5", weighted=True)
+    assert (weighted.kind, weighted.weight, weighted.name) == ("picture", -0.5, "cat.png")
+    assert read_part("time: 3 o'clock", weighted=True).text == "time: 3 o'clock"
+    assert read_part("a clock: 3", weighted=True).weight == 3
+    assert read_part("a:2.png", weighted=True).kind == "picture"
+    assert read_part("x" * 5000).kind == "caption"
+    for wrong in ("none.png", "none.safetensors"):
+        with pytest.raises(InputError, match="no file"):
+            read_part(wrong)
+    with pytest.raises(InputError, match="finite"):
+        read_part("a cat:inf", weighted=True)

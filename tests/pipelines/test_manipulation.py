@@ -1,0 +1,237 @@
+"""The manipulator on tiny random parts: inversion comes back, noise is shared, files are checked."""
+
+import pytest
+import torch
+from PIL import Image
+
+from unclip import CheckpointError, DDIMScheduler, ImageError, InputError, UnCLIPScheduler
+from unclip.images import to_square
+from unclip.pipelines.manipulation import Manipulator, fingerprint
+from unclip.stages.manipulation import BipartiteLatent, edit, interpolate
+
+STEPS = {"decoder_num_inference_steps": 6, "super_res_num_inference_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def tool(tiny_components, build_pipeline):
+    """Networks that predict v, small enough for a step to be undone: a wild one's steps lead from everywhere to one."""
+    parts = tiny_components()
+    for name in ("decoder_scheduler", "super_res_scheduler"):
+        parts[name] = UnCLIPScheduler.from_config(parts[name].config, prediction_type="v_prediction")
+    with torch.no_grad():
+        for name in ("decoder", "super_res_first", "super_res_last"):
+            parts[name].conv_out.weight.mul_(0.3)
+            parts[name].conv_out.bias.mul_(0.3)
+    return Manipulator(build_pipeline("variation", parts), build_pipeline("text", parts))
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return [Image.effect_noise((24, 20), 60).convert("RGB"), Image.radial_gradient("L").resize((16, 16))]
+
+
+def psnr(one, other):
+    return float(-10 * (one - other).square().mean().log10())
+
+
+def distance(one, other):
+    return float((one - other).abs().max())
+
+
+def test_what_is_inverted_comes_back(tool, pictures):
+    latent = tool.invert(pictures, super_res=True, num_rounds=12, **STEPS)
+    output = tool.decode(latent, output_type="pt", return_intermediates=True, **STEPS)
+    wanted = torch.stack([to_square(picture, 8) for picture in pictures]) / 2 + 0.5
+    other = tool.fresh(latent.image_embedding, seed=1)
+    from_noise = tool.decode(other, output_type="pt", return_intermediates=True, **STEPS)
+    assert psnr(output.small_images, wanted) > psnr(from_noise.small_images, wanted) + 10
+    large = torch.stack([to_square(picture, 16) for picture in pictures]) / 2 + 0.5
+    assert psnr(output.images, large) > psnr(from_noise.images, large) + 10
+
+
+def test_nearer_with_more_rounds(tool, pictures):
+    wanted = torch.stack([to_square(picture, 8) for picture in pictures]) / 2 + 0.5
+
+    def found(rounds):
+        latent = tool.invert(pictures, num_rounds=rounds, **STEPS)
+        return psnr(tool.decode(latent, output_type="pt", return_intermediates=True, **STEPS).small_images, wanted)
+
+    assert found(12) > found(1) + 3
+
+
+def test_eta_varies_and_seeds_count_then(tool, pictures):
+    latent = tool.invert(pictures[:1], **STEPS)
+
+    def draw(**more):
+        return tool.decode(latent, output_type="pt", return_intermediates=True, **STEPS, **more).small_images
+
+    assert torch.equal(draw(eta=0, seed=1), draw(eta=0, seed=2))
+    assert not torch.equal(draw(eta=0.5, seed=1), draw(eta=0.5, seed=2))
+    assert not torch.equal(draw(eta=0.5, seed=1), draw(eta=0, seed=1))
+    assert torch.equal(draw(eta=0.5, seed=1), draw(eta=0.5, seed=1))
+
+
+def test_one_noise_for_every_row(tool):
+    """Equal latents give equal pictures wherever they stand, also after super-resolution: no flicker."""
+    same = tool.fresh(torch.ones(1, 16).expand(3, -1), seed=4)
+    images = tool.decode(same, output_type="pt", seed=9, **STEPS).images
+    assert distance(images[0], images[2]) < 1e-5
+    each = tool.decode(same, output_type="pt", seed=[9, 10, 11], **STEPS).images
+    assert distance(each[0], images[0]) < 1e-5
+    assert distance(each[0], each[1]) > 1e-3
+
+
+def test_the_ends_of_an_interpolation_are_the_reconstructions(tool, pictures):
+    latent = tool.invert(pictures, **STEPS)
+    path = tool.decode(interpolate(latent, 3), output_type="pt", **STEPS).images
+    alone = tool.decode(latent, output_type="pt", **STEPS).images
+    assert distance(path[0], alone[0]) < 1e-4
+    assert distance(path[-1], alone[1]) < 1e-4
+    assert distance(path[2], alone[0]) > 1e-2
+
+
+def test_an_edit_changes_the_picture_by_its_strength(tool, pictures):
+    latent = tool.invert(pictures[0], **STEPS)
+    direction = tool.caption_difference("a cat", "a red apple")
+    assert float(direction.norm()) == pytest.approx(1, abs=1e-5)
+    images = tool.decode(edit(latent, direction, [0, 0.1, 0.5]), output_type="pt", **STEPS).images
+    assert distance(images[0], tool.decode(latent, output_type="pt", **STEPS).images[0]) < 1e-4
+    assert (images[2] - images[0]).square().mean() > (images[1] - images[0]).square().mean() > 0
+
+
+def test_two_ways_to_a_difference(tool):
+    by_prior, by_text = (tool.caption_difference("a cat", "a red apple", through_prior=way) for way in (True, False))
+    assert distance(by_prior, by_text) > 1e-2
+    back = tool.caption_difference("a red apple", "a cat", through_prior=False)
+    torch.testing.assert_close(back, -by_text, rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match="same embedding"):
+        tool.caption_difference("a cat", "a cat", through_prior=False)
+
+
+def test_captions_through_the_prior(tool):
+    both = tool.embed_captions(["a cat", "a red apple"], seed=3)
+    assert both.shape == (2, 16)
+    torch.testing.assert_close(tool.embed_captions("a red apple", seed=3), both[1:], rtol=0, atol=1e-5)
+    assert distance(tool.embed_captions("a cat", seed=4), both[0]) > 1e-3
+    mean = tool.embed_captions("a cat", seed=3, num_samples=2)
+    parts = torch.cat([tool.embed_captions("a cat", seed=seed) for seed in (3, 4)])
+    torch.testing.assert_close(mean[0], parts.mean(dim=0), rtol=0, atol=1e-5)
+
+
+def test_without_a_prior(tiny_variation, pictures):
+    tool = Manipulator(tiny_variation)
+    with pytest.raises(CheckpointError, match="no prior"):
+        tool.embed_captions("a cat")
+    assert tool.caption_difference("a cat", "an apple", through_prior=False).shape == (16,)
+    assert len(tool.invert(pictures, **STEPS)) == 2
+
+
+def test_nothing_in_the_pipelines_changes(tool, pictures):
+    before = dict(tool.variation.components)
+    tool.decode(tool.invert(pictures, **STEPS), eta=0.2, **STEPS)
+    assert all(tool.variation.components[name] is part for name, part in before.items())
+    assert not isinstance(tool.variation.decoder_scheduler, DDIMScheduler)
+
+
+def test_principal_components_of_pictures(tool, pictures):
+    components = tool.fit_components([pictures, [Image.new("RGB", (8, 8), "red"), Image.new("L", (8, 8))]])
+    assert components.num_components == 3
+    embeddings = tool.embed_images(pictures)
+    torch.testing.assert_close(components.reconstruct(components.project(embeddings)), embeddings, rtol=1e-3, atol=1e-3)
+
+
+def test_files_know_their_model(tool, pictures, tmp_path, own_variation):
+    latent = tool.invert(pictures, **STEPS)
+    path = tool.save(latent, tmp_path / "x.safetensors", about={"model": "tiny"})
+    read, about = tool.load(path)
+    assert torch.equal(read.decoder_latents, latent.decoder_latents)
+    assert about == {"model": "tiny"}
+    with torch.no_grad():
+        for parameter in own_variation.decoder.parameters():
+            parameter.neg_()
+    with pytest.raises(CheckpointError, match="made with the model tiny"):
+        Manipulator(own_variation).load(path)
+    narrow = BipartiteLatent(torch.ones(1, 12), torch.ones(1, 3, 8, 8)).save(tmp_path / "narrow.safetensors")
+    with pytest.raises(CheckpointError, match=r"\[batch, 16\]"):
+        tool.load(narrow)
+
+
+def test_fingerprints_outlive_a_smaller_type(own_variation):
+    whole = fingerprint(own_variation)
+    assert fingerprint(own_variation.to(torch.bfloat16)) == whole
+    with torch.no_grad():
+        next(own_variation.decoder.parameters()).neg_()
+    assert fingerprint(own_variation) != whole
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"decoder_num_inference_steps": 1}, "two timesteps"),
+        ({"decoder_guidance_scale": float("nan")}, "decoder_guidance_scale"),
+        ({"num_rounds": 0}, "num_rounds"),
+        ({"super_res": True, "super_res_num_inference_steps": 1001, "decoder_num_inference_steps": 2}, "1001"),
+    ],
+)
+def test_wrong_arguments(tool, pictures, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        tool.invert(pictures, **arguments)
+
+
+def test_wrong_pictures_and_latents(tool, pictures):
+    with pytest.raises(InputError, match="list of them"):
+        tool.invert([])
+    with pytest.raises(ImageError):
+        tool.invert(Image.new("RGB", (1, 1000)))
+    with pytest.raises(InputError, match="decoder_latents"):
+        tool.decode(BipartiteLatent(torch.ones(1, 16), torch.ones(1, 3, 9, 9)))
+    with pytest.raises(ValueError, match="eta"):
+        tool.decode(tool.invert(pictures, **STEPS), eta=2)
+
+
+# ---- the built-in model, as the bars of the method have it ----
+
+
+@pytest.fixture(scope="module")
+def built_in():
+    tool = Manipulator.from_pretrained("unclip-emoji")
+    for pipe in (tool.variation, tool.text):
+        pipe.set_progress_bar_config(disable=True)
+    return tool
+
+
+@pytest.fixture(scope="module")
+def drawn(built_in):
+    """Two pictures to manipulate, of the model's own making, so that no data set is needed."""
+    pipe = built_in.text
+    return pipe(["cat face", "red heart"], seed=1, **pipe.recommended).images
+
+
+@pytest.mark.slow
+def test_the_built_in_model_brings_pictures_back(built_in, drawn):
+    latent = built_in.invert(drawn, super_res=True)
+    output = built_in.decode(latent, output_type="pt", return_intermediates=True)
+    for small, large, picture in zip(output.small_images, output.images, drawn, strict=True):
+        assert psnr(small, to_square(picture, 32) / 2 + 0.5) > 30
+        assert psnr(large, to_square(picture, 128) / 2 + 0.5) > 25
+
+
+@pytest.mark.slow
+def test_the_built_in_model_goes_smoothly_from_picture_to_picture(built_in, drawn):
+    frames = built_in.decode(interpolate(built_in.invert(drawn), 9), output_type="pt").images
+    jumps = (frames[1:] - frames[:-1]).square().flatten(1).mean(dim=1).sqrt()
+    assert float(jumps.max()) <= 3 * float(jumps.median())
+    assert float(jumps.min()) > 0
+
+
+@pytest.mark.slow
+def test_the_built_in_model_edits_the_colour(built_in, drawn):
+    latent = built_in.invert(drawn[1])
+    blue = built_in.caption_difference("blue heart", "red heart")
+    before, after = built_in.decode(edit(latent, blue, [0, 0.5]), output_type="pt").images
+    middle = (slice(None), slice(48, 80), slice(48, 80))
+    red, _, other = before[middle].mean(dim=(1, 2))
+    now_red, _, now_blue = after[middle].mean(dim=(1, 2))
+    assert red > other + 0.2
+    assert now_blue > now_red
+    assert float((before - after)[:, :8, :8].abs().mean()) < 0.1  # the corner stays white
