@@ -30,6 +30,7 @@ ALL = [
     "UNet2DConditionModel",
     "UNet2DModel",
     "UnCLIPImageVariationPipeline",
+    "UnCLIPInpaintPipeline",
     "UnCLIPPipeline",
     "UnCLIPScheduler",
     "UnCLIPTextProjModel",

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from unclip.models.text_proj import UnCLIPTextProjModel
     from unclip.models.unet import UNet2DConditionModel, UNet2DModel
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
+    from unclip.pipelines.inpaint import UnCLIPInpaintPipeline
     from unclip.pipelines.output import ImagePipelineOutput
     from unclip.pipelines.text_to_image import UnCLIPPipeline
 
@@ -56,6 +57,7 @@ _HOMES = {
     "UNet2DConditionModel": "models.unet",
     "UNet2DModel": "models.unet",
     "UnCLIPImageVariationPipeline": "pipelines.image_variation",
+    "UnCLIPInpaintPipeline": "pipelines.inpaint",
     "UnCLIPPipeline": "pipelines.text_to_image",
     "UnCLIPScheduler": "diffusion.scheduler",
     "UnCLIPTextProjModel": "models.text_proj",
@@ -83,6 +85,7 @@ __all__ = [
     "UNet2DConditionModel",
     "UNet2DModel",
     "UnCLIPImageVariationPipeline",
+    "UnCLIPInpaintPipeline",
     "UnCLIPPipeline",
     "UnCLIPScheduler",
     "UnCLIPTextProjModel",

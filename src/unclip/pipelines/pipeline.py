@@ -25,20 +25,28 @@ from unclip.pipelines.component import index_entry, read_component, write_compon
 STAGE_WORDS = {"prior": "prior", "decoder": "decoder", "super_res": "super-resolution"}
 
 
+def stage_words(stage: str) -> str:
+    """What a stage's progress bar is called: "super_res_2" is "super-resolution 2"."""
+    further = stage.removeprefix("super_res_")
+    return STAGE_WORDS.get(stage) or f"{STAGE_WORDS['super_res']} {further}"
+
+
 class Pipeline:
     """A set of named components. Calls change nothing in it, so one loaded pipeline serves several threads.
 
     Subclasses name their components in `COMPONENTS`, in the order in which they work (offloading follows it), and
-    annotate each with its class.
+    annotate each with its class. Those in `OPTIONAL` may be missing: the attribute is None then, and `components`,
+    loading and saving leave them out.
     """
 
     COMPONENTS: ClassVar[tuple[str, ...]] = ()
+    OPTIONAL: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, **components: Any):
-        for name in self.COMPONENTS:
-            if components.get(name) is None:
+        for name in self.component_names():
+            if components.get(name) is None and name in self.COMPONENTS:
                 raise InputError(f"{type(self).__name__} needs the component {name!r}")
-            setattr(self, name, components[name])
+            setattr(self, name, components.get(name))
         self._progress: dict[str, Any] = {}
         self._offload_hooks: list[Any] = []
         self._recommended: dict[str, Number] = {}
@@ -50,8 +58,11 @@ class Pipeline:
         Raises: ConfigError for a network or scheduler that is none of unclip's, such as diffusers' of that name.
         Whether it fits the others is checked when the pipeline is next called.
         """
-        kind = get_type_hints(type(self)).get(name) if name in self.COMPONENTS else None
+        kind = self._kind(name) if name in self.component_names() else None
         if value is None and kind is not None:
+            if name in self.OPTIONAL:
+                super().__setattr__(name, None)
+                return
             raise ConfigError(f"component {name!r} cannot be None: it must be a {kind.__name__}")
         if kind is not None and kind.__module__.startswith("unclip.") and not isinstance(value, kind):
             found = f"{type(value).__module__}.{type(value).__name__}"
@@ -61,13 +72,24 @@ class Pipeline:
             )
         super().__setattr__(name, value)
 
+    @classmethod
+    def component_names(cls) -> tuple[str, ...]:
+        """Every component that there may be, in the order in which they work."""
+        return (*cls.COMPONENTS, *cls.OPTIONAL)
+
+    @classmethod
+    def _kind(cls, name: str) -> type | None:
+        """The class that a component is annotated with."""
+        return get_type_hints(cls).get(name)
+
     def check(self) -> None:
         """Raises: ConfigError when components do not fit one another."""
 
     @property
     def components(self) -> dict[str, Any]:
         """Name → component; `OtherPipeline(**pipe.components, …)` shares loaded parts."""
-        return {name: getattr(self, name) for name in self.COMPONENTS}
+        parts = {name: getattr(self, name) for name in self.component_names()}
+        return {name: part for name, part in parts.items() if part is not None}
 
     @property
     def recommended(self) -> dict[str, Number]:
@@ -130,8 +152,9 @@ class Pipeline:
         if not use_safetensors:
             raise UnsafeFileError("only safetensors are read; for pickles you trust: unclip convert pickle --help")
         for name in components:
-            if name not in cls.COMPONENTS:
-                raise InputError(f"{cls.__name__} has no component {name!r}; it has {', '.join(cls.COMPONENTS)}")
+            if name not in cls.component_names():
+                known = ", ".join(cls.component_names())
+                raise InputError(f"{cls.__name__} has no component {name!r}; it has {known}")
         folder = resolve(
             name_or_folder,
             revision=revision,
@@ -142,8 +165,9 @@ class Pipeline:
         )
         index = read_json(folder / "model_index.json")
         parts = dict(components)
-        for name in cls.COMPONENTS:
-            if name not in parts:
+        for name in cls.component_names():
+            lacking = index.get(name) in (None, [None, None])
+            if name not in parts and not (lacking and name in cls.OPTIONAL):
                 class_name = _class_name(index, name, cls.__name__, folder)
                 parts[name] = read_component(folder, name, class_name, torch_dtype=torch_dtype, variant=variant)
         pipeline = cls(**parts)
@@ -153,7 +177,7 @@ class Pipeline:
     @classmethod
     def from_pipe(cls, pipeline: "Pipeline", **components: Any) -> Self:
         """This kind of pipeline from another's loaded components, and those it lacks given by name."""
-        shared = {name: part for name, part in pipeline.components.items() if name in cls.COMPONENTS}
+        shared = {name: part for name, part in pipeline.components.items() if name in cls.component_names()}
         made = cls(**shared | components)
         made._recommended = dict(pipeline._recommended)
         return made
@@ -257,7 +281,7 @@ class Pipeline:
 
     def progress(self, stage: str) -> Progress:
         """The progress bar of one stage."""
-        options = {"desc": STAGE_WORDS[stage], "unit": "step", "file": sys.stderr} | self._progress
+        options = {"desc": stage_words(stage), "unit": "step", "file": sys.stderr} | self._progress
         wrap: Callable[..., Any] = tqdm
         return lambda steps: wrap(steps, **options)
 
