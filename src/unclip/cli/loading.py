@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from unclip.checkpoints.files import read_json
 from unclip.checkpoints.hub import resolve
-from unclip.checkpoints.recommended import SCALES, Number, read_recommended
+from unclip.checkpoints.layout import FURTHER_SUPER_RES
+from unclip.checkpoints.recommended import SCALES, Recommended, read_recommended
 from unclip.cli.memory import keep_freed_memory
 from unclip.cli.options import Dtype, SamplerName
 from unclip.errors import InputError
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
     import torch
 
     from unclip.diffusion.scheduler import Scheduler
+    from unclip.pipelines.generation import GenerationPipeline
     from unclip.pipelines.pipeline import Pipeline
 
-STAGES = ("prior", "decoder", "super_res")
+STAGES = ("prior", "decoder", "super_res", *FURTHER_SUPER_RES)
 
-P = TypeVar("P", bound="Pipeline")
+P = TypeVar("P", bound="GenerationPipeline")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Machine:
     device: str
     cpu_offload: bool
     quiet: bool
+    tile: int | None = None
 
 
 def find_model(name: str, *, quiet: bool) -> tuple[Path, dict[str, Any]]:
@@ -50,7 +53,9 @@ def model_name(name: str) -> str:
     return Path(name).resolve().name if os.path.isdir(name) else name
 
 
-def call_settings(pipeline_class: type, folder: Path, given: Mapping[str, Number | None]) -> dict[str, Number]:
+def call_settings(
+    pipeline_class: type, folder: Path, given: Mapping[str, Recommended | None]
+) -> dict[str, Recommended]:
     """The arguments of a call, each as given, else as the model recommends, else the pipeline's own default.
 
     Raises: InputError for a guidance scale out of limits, before a weight is read.
@@ -59,9 +64,9 @@ def call_settings(pipeline_class: type, folder: Path, given: Mapping[str, Number
 
     defaults = inspect.signature(pipeline_class.__call__).parameters
     recommended = read_recommended(folder)
-    settings: dict[str, Number] = {}
+    settings: dict[str, Recommended] = {}
     for name, value in given.items():
-        own: Number = defaults[name].default
+        own: Recommended = defaults[name].default
         settings[name] = recommended.get(name, own) if value is None else value
     for name in SCALES:
         if name in settings:
@@ -79,6 +84,8 @@ def load(pipeline_class: type[P], folder: Path, machine: Machine, sampler: Sampl
     if sampler is not None:
         for name, scheduler in _schedulers(pipe).items():
             setattr(pipe, name, _sampler_class(sampler).from_config(scheduler.config))
+    if machine.tile is not None:
+        pipe.enable_super_res_tiling(machine.tile, max(1, machine.tile // 8))
     if machine.cpu_offload:
         pipe.enable_model_cpu_offload(device=None if machine.device == "auto" else where)
     else:

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from unclip import __version__
-from unclip.cli import generate, model, options, train, vary
+from unclip.cli import edit, generate, model, options, train, vary
 from unclip.cli.convert import convert
 from unclip.cli.data import data
 from unclip.cli.evaluate import evaluate
@@ -28,6 +28,7 @@ READER_GONE = 141
 EXAMPLES = options.examples(
     'unclip generate "a red apple"         make a picture of a caption',
     "unclip vary photo.jpg -n 4            make four pictures like a given one",
+    "unclip inpaint a.png --mask m.png     draw a part of a picture anew",
     "unclip info unclip-emoji              look into a model",
     "unclip generate --help                all options of a command",
 )
@@ -92,6 +93,8 @@ def unclip(
 
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("vary", epilog=vary.EXAMPLES)(vary.vary)
+app.command("inpaint", epilog=edit.INPAINT_EXAMPLES)(edit.inpaint)
+app.command("redraw", epilog=edit.REDRAW_EXAMPLES)(edit.redraw)
 app.command("info", epilog=model.EXAMPLES)(model.info)
 app.add_typer(convert, name="convert")
 app.add_typer(data, name="data")

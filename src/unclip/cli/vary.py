@@ -42,6 +42,8 @@ def vary(
     super_res_steps: options.SuperResSteps = None,
     decoder_guidance: options.DecoderGuidance = None,
     sampler: options.Sampler = None,
+    height: options.Height = None,
+    width: options.Width = None,
     out: options.OutFolder = Path("."),
     grid: options.Grid = False,
     overwrite: options.OverwritePictures = False,
@@ -50,6 +52,7 @@ def vary(
     dtype: options.DtypeOption = options.Dtype.float32,
     device: options.Device = "auto",
     cpu_offload: options.CpuOffload = False,
+    tile: options.Tile = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Make variations of pictures.
@@ -67,6 +70,7 @@ def vary(
         "decoder_guidance_scale": decoder_guidance,
     }
     settings = call_settings(UnCLIPImageVariationPipeline, folder, given)
+    size = {name: side for name, side in (("height", height), ("width", width)) if side is not None}
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid)
     if seed is None:
         seed = fresh_seed()
@@ -84,17 +88,17 @@ def vary(
     batches = cut(wishes(), batch_size)
     first = next(batches, None)  # broken files are found before the weights are read
     if first is not None:
-        pipe = load(UnCLIPImageVariationPipeline, folder, Machine(dtype, device, cpu_offload, quiet), sampler)
+        pipe = load(UnCLIPImageVariationPipeline, folder, Machine(dtype, device, cpu_offload, quiet, tile), sampler)
         about = {
             "prompt": prompt,
             "negative": negative,
             "model": model_name(model),
-            "settings": {**settings, "sampler": sampler_name(pipe), "dtype": dtype.value},
+            "settings": {**settings, **size, "sampler": sampler_name(pipe), "dtype": dtype.value},
         }
 
         def draw(batch: list[Wish]) -> "list[Image]":
             pictures, seeds = [wish.given for wish in batch], [wish.seed for wish in batch]
-            return pipe(pictures, prompt=prompt, negative_prompt=negative, seed=seeds, **settings).images  # type: ignore[arg-type, union-attr, return-value]
+            return pipe(pictures, prompt=prompt, negative_prompt=negative, seed=seeds, **size, **settings).images  # type: ignore[arg-type, union-attr, return-value]
 
         make_all(_chain(first, batches), draw, album, about)
         if grid:

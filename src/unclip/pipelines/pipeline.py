@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from unclip.checkpoints.files import atomic_folder, read_json, write_json
 from unclip.checkpoints.hub import resolve
 from unclip.checkpoints.layout import API_VERSION
-from unclip.checkpoints.recommended import Number, read_recommended, write_recommended
+from unclip.checkpoints.recommended import Recommended, read_recommended, write_recommended
 from unclip.diffusion.loop import Progress
 from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError
 from unclip.pipelines.component import index_entry, read_component, write_component
@@ -49,7 +49,7 @@ class Pipeline:
             setattr(self, name, components.get(name))
         self._progress: dict[str, Any] = {}
         self._offload_hooks: list[Any] = []
-        self._recommended: dict[str, Number] = {}
+        self._recommended: dict[str, Recommended] = {}
         self.check()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -92,7 +92,7 @@ class Pipeline:
         return {name: part for name, part in parts.items() if part is not None}
 
     @property
-    def recommended(self) -> dict[str, Number]:
+    def recommended(self) -> dict[str, Recommended]:
         """The steps and guidance scales that the model's makers recommend: `pipe(prompt, **pipe.recommended)`.
 
         Only a call's own arguments are in it; it is empty for a model that comes without recommendations. A call's
