@@ -136,10 +136,10 @@ def _own_sizes(decoder: UNet2DConditionModel, stages: Mapping[str, SuperResParts
 
 
 def _check_side(name: str, side: object, own_px: int, multiple: int) -> None:
-    if side is None or (side == own_px and not isinstance(side, bool)):
+    if side is None:
         return
     if isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= MAX_SIDE_PX:
         raise InputError(f"{name} is {side!r}; it must be a whole number of pixels from {multiple} to {MAX_SIDE_PX}")
-    if side % multiple:
+    if side != own_px and side % multiple:
         near = max(1, round(side / multiple)) * multiple
         raise InputError(f"{name} is {side}; this model's pictures need a multiple of {multiple}, such as {near}")
