@@ -128,19 +128,17 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
         if edited.drawn is None and strength == 1:
             raise InputError("nothing of the picture would stay: give mask_image, or a strength below 1")
         rows = self._rows(prompt, edited, image_embeddings)
-        batch_size = check_count(num_images_per_prompt, rows)
-        edited = edited.repeat(rows, num_images_per_prompt, self.device)
+        call = Call(noise_source(generator, seed, check_count(num_images_per_prompt, rows)), callback_on_step_end)
         sizes = self._sizes(*edited.x0.shape[2:])
         prior = StageRun(prior_num_inference_steps, prior_guidance_scale)
         decoder = StageRun(decoder_num_inference_steps, decoder_guidance_scale, size=sizes["decoder"])
-        super_res = self._super_res_runs(super_res_num_inference_steps, None, sizes)
-        runs = {"prior": prior, "decoder": decoder, **super_res}
-        for name, run in runs.items():
+        runs = {"decoder": decoder, **self._super_res_runs(super_res_num_inference_steps, None, sizes)}
+        for name, run in {"prior": prior, **runs}.items():
             self._check_steps(name, run)
-        runs |= _knowing(edited, {"decoder": decoder, **super_res}, strength, num_resamples, jump_length)
-        call = Call(noise_source(generator, seed, batch_size), callback_on_step_end)
-
         captions, negative = self._captions(prompt, rows), self._captions(negative_prompt, rows)
+
+        known = edited.repeat(rows, num_images_per_prompt, self.device)
+        runs = _knowing(known, runs, strength, num_resamples, jump_length)
         text = self._repeated_text(captions, rows, num_images_per_prompt)
         null_text = None
         if decoder.guided or (prior.guided and source == "prompt"):
