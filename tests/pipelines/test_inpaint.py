@@ -16,6 +16,8 @@ from unclip import (
     UnCLIPInpaintPipeline,
     UnCLIPPipeline,
 )
+from unclip.evaluation.seams import seam
+from unclip.images import to_tensor
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
@@ -393,3 +395,26 @@ def test_an_image_encoder_alone_or_of_another_width(tiny_pipeline, tiny_variatio
         UnCLIPInpaintPipeline.from_pipe(
             tiny_pipeline, image_encoder=wide, feature_extractor=tiny_variation.feature_extractor
         )
+
+
+# ---- the built-in model ----
+
+
+@pytest.mark.slow
+def test_the_built_in_model_mends_a_picture_without_a_seam():
+    """A hole in a picture, filled to fit: far less of a border than another picture pasted in has."""
+    pipe = UnCLIPInpaintPipeline.from_pretrained("unclip-emoji")
+    pipe.set_progress_bar_config(disable=True)
+    text_to_image = UnCLIPPipeline.from_pipe(pipe)
+    text_to_image.set_progress_bar_config(disable=True)
+    original, other = text_to_image(["dog face", "cat face"], seed=1, **pipe.recommended).images
+    mask = Image.new("L", (128, 128), 0)
+    mask.paste(255, (56, 24, 112, 104))
+    result = pipe(None, original, mask, seed=4, num_resamples=2, **pipe.recommended).images[0]
+    drawn = torch.from_numpy(np.asarray(mask) > 0)
+    there = changed(np.asarray(result), original)
+    assert not there[~drawn.numpy()].any()
+    assert there[drawn.numpy()].mean() > 0.5
+    mended, pasted = (seam(to_tensor(image), drawn) for image in (result, Image.composite(other, original, mask)))
+    assert mended < 4
+    assert mended < pasted / 3
