@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 INPAINT_EXAMPLES = options.examples(
     'unclip inpaint photo.png --mask mask.png --prompt "a dog with a hat"',
-    "unclip inpaint holed.png                   what is transparent is drawn anew, to fit the rest",
-    'unclip inpaint face.png --mask mask.png --prompt "a cat" -n 4 --seed 1 --grid --out edited',
+    "unclip inpaint holed.png          fills what is transparent, to fit the rest",
+    'unclip inpaint dog.png --mask mask.png --prompt "a cat" -n 4 --seed 1 --grid',
 )
 REDRAW_EXAMPLES = options.examples(
     'unclip redraw sketch.png --prompt "a red apple"',
     'unclip redraw dog.png --prompt "a lion" --strength 0.8 -n 4 --grid',
-    "unclip redraw photo.jpg --strength 0.4     the picture's own content, drawn anew",
+    "unclip redraw photo.jpg --strength 0.4     its own content, drawn anew",
 )
 
 
@@ -189,9 +189,9 @@ def redraw(
     tile: options.Tile = None,
     quiet: options.Quiet = False,
 ) -> None:
-    """Draw a whole picture anew from a rough state of it (image to image).
+    """Draw a whole picture anew from a rough state of it.
 
-    The result keeps the picture's layout and colours as far as the strength lets it, and shows what the prompt says.
+    This is image to image: the result keeps the picture's layout and colours as far as the strength lets it, and shows what the prompt says.
     Transparency stands on white. Sizes, files and stdout are as for `unclip inpaint`.
     """
     from unclip.images import open_image
