@@ -22,17 +22,16 @@ from unclip.images import to_tensor
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
-def noisy(width=16, height=16, seed=0, mode="RGB"):
+def noisy(width=16, height=16, seed=0):
     """A picture of noise, so that no pixel comes out right by chance."""
-    shape = (height, width, 4 if mode == "RGBA" else 3)
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8), mode)
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def left_half(width=16, height=16, mode="L"):
+def left_half(width=16, height=16):
     """Draw the left half anew: white there."""
     mask = np.zeros((height, width), dtype=np.uint8)
     mask[:, : width // 2] = 255
-    return Image.fromarray(mask).convert(mode)
+    return Image.fromarray(mask)
 
 
 PICTURE, MASK = noisy(), left_half()

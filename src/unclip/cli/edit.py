@@ -191,8 +191,8 @@ def redraw(
 ) -> None:
     """Draw a whole picture anew from a rough state of it.
 
-    This is image to image: the result keeps the picture's layout and colours as far as the strength lets it, and shows what the prompt says.
-    Transparency stands on white. Sizes, files and stdout are as for `unclip inpaint`.
+    This is image to image: the result keeps the picture's layout and colours as far as the strength lets it, and shows
+    what the prompt says. Transparency stands on white. Sizes, files and stdout are as for `unclip inpaint`.
     """
     from unclip.images import open_image
 

@@ -39,13 +39,13 @@ class Known:
     Attributes:
         x0: the picture at the stage's size, float32 [batch, channels, height, width] in [-1, 1].
         kept: bool [batch, 1, height, width], true where `x0` stays; None where nothing must.
-        departs: the share of the steps that are taken, from `x0` noised as far as that; None: all, from pure noise.
+        strength: the share of the steps that are taken, from `x0` noised as far as that; None: all, from pure noise.
         num_resamples, jump_length: see `InpaintingSampler`.
     """
 
     x0: Tensor
     kept: Tensor | None = None
-    departs: float | None = None
+    strength: float | None = None
     num_resamples: int = 1
     jump_length: int = 1
 
@@ -57,7 +57,7 @@ class Known:
 
     def timesteps(self, timesteps: tuple[int, ...]) -> tuple[int, ...]:
         """The last ones, as many as the share says, and one at least."""
-        return timesteps if self.departs is None else timesteps[-max(1, round(self.departs * len(timesteps))) :]
+        return timesteps if self.strength is None else timesteps[-max(1, round(self.strength * len(timesteps))) :]
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ class GenerationPipeline(Pipeline):
         sampler, timesteps, origin = scheduler.sampler(), scheduler.spaced_timesteps(run.num_steps), None
         if (known := run.known) is not None:
             sampler, timesteps = known.sampler(sampler), known.timesteps(timesteps)
-            origin = None if known.departs is None else known.x0
+            origin = None if known.strength is None else known.x0
         try:
             return sample(
                 stage,

@@ -210,10 +210,10 @@ def _knowing(
     edited: Edited, runs: Mapping[str, StageRun], strength: float, num_resamples: int, jump_length: int
 ) -> dict[str, StageRun]:
     """The runs of the stages that draw, with what each knows of its result."""
-    departs = None if strength == 1 else strength
+    share = None if strength == 1 else strength
     knowing = {}
     for name, run in runs.items():
         assert run.size is not None
-        known = Known(*edited.at(run.size), departs, num_resamples, jump_length)
+        known = Known(*edited.at(run.size), share, num_resamples, jump_length)
         knowing[name] = replace(run, known=known)
     return knowing
