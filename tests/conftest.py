@@ -119,11 +119,12 @@ def tiny_components(super_res: dict[str, Any] | None = None) -> dict[str, Any]:
 
 
 def build(kind: str, components: dict[str, Any]) -> Any:
-    """A quiet pipeline, "text" or "variation", of those components that it has."""
-    from unclip import UnCLIPImageVariationPipeline, UnCLIPPipeline
+    """A quiet pipeline, "text", "variation" or "inpaint", of those components that it has."""
+    from unclip import UnCLIPImageVariationPipeline, UnCLIPInpaintPipeline, UnCLIPPipeline
 
-    cls = UnCLIPPipeline if kind == "text" else UnCLIPImageVariationPipeline
-    pipeline = cls(**{name: part for name, part in components.items() if name in cls.COMPONENTS})
+    kinds = {"text": UnCLIPPipeline, "variation": UnCLIPImageVariationPipeline, "inpaint": UnCLIPInpaintPipeline}
+    cls = kinds[kind]
+    pipeline = cls(**{name: part for name, part in components.items() if name in cls.component_names()})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -156,6 +157,11 @@ def tiny_pipeline(_shared_components):
 @pytest.fixture(scope="session")
 def tiny_variation(_shared_components):
     return build("variation", _shared_components)
+
+
+@pytest.fixture(scope="session")
+def tiny_inpaint(_shared_components):
+    return build("inpaint", _shared_components)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from unclip import ImageError, images
-from unclip.images import check_size, grid, open_image, rgb, to_numpy, to_pil, to_tensor, to_unit
+from unclip.images import alpha, check_size, grid, open_image, rgb, to_numpy, to_pil, to_tensor, to_unit
 
 WHITE, RED, BLACK = (255, 255, 255), (255, 0, 0), (0, 0, 0)
 
@@ -180,6 +180,47 @@ def test_transparency_stands_on_white(mode):
     assert picture.mode == "RGB"
     assert picture.getpixel((0, 0)) == WHITE
     assert picture.getpixel((1, 0)) == BLACK
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "RGBa", "La", "PA"])
+def test_transparency_alone(mode):
+    image = Image.new("RGBA", (3, 1), (9, 9, 9, 255))
+    image.putpixel((1, 0), (9, 9, 9, 0))
+    image.putpixel((2, 0), (9, 9, 9, 100))
+    if mode == "PA":
+        image = Image.frombytes("PA", (3, 1), bytes([0, 255, 0, 0, 0, 100]))
+        image.putpalette(BLACK)
+    else:
+        image = image.convert("LA").convert("La") if mode == "La" else image.convert(mode)
+    found = alpha(image)
+    assert found is not None
+    assert found.mode == "L"
+    assert np.asarray(found).tolist() == [[255, 0, 100]]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "I", "F", "I;16"])
+def test_no_transparency(mode):
+    assert alpha(Image.new(mode, (3, 2))) is None
+
+
+def test_transparency_of_a_colour_and_of_a_turned_picture(write):
+    image = Image.new("P", (2, 1))
+    image.putpalette([0, 0, 0, 255, 255, 255])
+    image.putpixel((1, 0), 1)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = write(image, transparency=1, exif=exif)
+    opened = open_image(path, keep_alpha=True)
+    assert opened.mode == "RGBA"
+    assert opened.size == (1, 2)
+    assert np.asarray(opened)[:, 0, 3].tolist() == [255, 0]
+    assert open_image(path).mode == "RGB"
+    assert open_image(write(pattern()), keep_alpha=True).mode == "RGB"
+
+
+def test_transparency_of_pictures_out_of_limits():
+    with pytest.raises(ImageError, match="one side may be"):
+        alpha(Image.new("RGBA", (1, 101)))
 
 
 def test_half_transparent():

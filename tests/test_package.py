@@ -12,11 +12,8 @@ import unclip
 from unclip import errors
 
 ALL = [
-<<<<<<< HEAD
     "AutoregressivePrior",
-=======
     "BipartiteLatent",
->>>>>>> manipulation
     "Cancelled",
     "CheckpointError",
     "ConfigError",
@@ -37,6 +34,7 @@ ALL = [
     "UNet2DConditionModel",
     "UNet2DModel",
     "UnCLIPImageVariationPipeline",
+    "UnCLIPInpaintPipeline",
     "UnCLIPPipeline",
     "UnCLIPScheduler",
     "UnCLIPTextProjModel",

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from unclip.models.text_proj import UnCLIPTextProjModel
     from unclip.models.unet import UNet2DConditionModel, UNet2DModel
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
+    from unclip.pipelines.inpaint import UnCLIPInpaintPipeline
     from unclip.pipelines.manipulation import Manipulator
     from unclip.pipelines.output import ImagePipelineOutput
     from unclip.pipelines.text_to_image import UnCLIPPipeline
@@ -42,11 +43,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-<<<<<<< HEAD
     "AutoregressivePrior": "models.prior_autoregressive",
-=======
     "BipartiteLatent": "stages.manipulation",
->>>>>>> manipulation
     "Cancelled": "errors",
     "CheckpointError": "errors",
     "ConfigError": "errors",
@@ -67,6 +65,7 @@ _HOMES = {
     "UNet2DConditionModel": "models.unet",
     "UNet2DModel": "models.unet",
     "UnCLIPImageVariationPipeline": "pipelines.image_variation",
+    "UnCLIPInpaintPipeline": "pipelines.inpaint",
     "UnCLIPPipeline": "pipelines.text_to_image",
     "UnCLIPScheduler": "diffusion.scheduler",
     "UnCLIPTextProjModel": "models.text_proj",
@@ -76,11 +75,8 @@ _HOMES = {
 }
 
 __all__ = [
-<<<<<<< HEAD
     "AutoregressivePrior",
-=======
     "BipartiteLatent",
->>>>>>> manipulation
     "Cancelled",
     "CheckpointError",
     "ConfigError",
@@ -101,6 +97,7 @@ __all__ = [
     "UNet2DConditionModel",
     "UNet2DModel",
     "UnCLIPImageVariationPipeline",
+    "UnCLIPInpaintPipeline",
     "UnCLIPPipeline",
     "UnCLIPScheduler",
     "UnCLIPTextProjModel",

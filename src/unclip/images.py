@@ -23,7 +23,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _filters = threading.Lock()
 
 
-def open_image(file: str | Path | IO[bytes], name: str | None = None) -> Image.Image:
+def open_image(file: str | Path | IO[bytes], name: str | None = None, *, keep_alpha: bool = False) -> Image.Image:
     """Open a picture file as RGB; nothing is decoded before its declared size is checked.
 
     Of several frames the first is taken.
@@ -31,6 +31,7 @@ def open_image(file: str | Path | IO[bytes], name: str | None = None) -> Image.I
     Args:
         file: a path, or an open file.
         name: how messages call it; the path when left out.
+        keep_alpha: a picture with transparency comes as RGBA, upright too, instead of on white.
 
     Raises: ImageError for a missing, broken or truncated file, no picture at all, or one of too many pixels.
     """
@@ -40,7 +41,11 @@ def open_image(file: str | Path | IO[bytes], name: str | None = None) -> Image.I
             check_size(image, name)
             image.seek(0)
             image.load()
-            return rgb(image)
+            transparency = alpha(image) if keep_alpha else None
+            picture = rgb(image)
+            if transparency is not None:
+                picture.putalpha(transparency)
+            return picture
     except UnidentifiedImageError as error:
         raise ImageError(f"{name} is not a picture of a known kind ({', '.join(FORMATS)})") from error
     except ImageError:
@@ -91,6 +96,21 @@ def rgb(image: Image.Image) -> Image.Image:
             canvas.alpha_composite(image)
             image = canvas
         return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
+        raise ImageError(f"the image cannot be decoded: {error}") from error
+
+
+def alpha(image: Image.Image) -> Image.Image | None:
+    """The picture's transparency, upright, in mode L: 0 is fully transparent. None for a picture that has none.
+
+    Raises: ImageError when it cannot be decoded, or its size is out of limits.
+    """
+    check_size(image)
+    try:
+        if not image.has_transparency_data or image.mode[0] in "IF":
+            return None
+        image = ImageOps.exif_transpose(image)
+        return (image.convert("LA") if image.mode == "La" else image).convert("RGBA").getchannel("A")
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
         raise ImageError(f"the image cannot be decoded: {error}") from error
 

@@ -705,6 +705,18 @@ def test_recommended_settings_travel_with_a_model(tiny_pipeline, tmp_path):
         UnCLIPPipeline.from_pretrained(tmp_path / "model")
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    ['{"decoder_num_inference_steps": [2]}']
+    + [f'{{"super_res_num_inference_steps": {value}}}' for value in ("[]", "[2.5]", "[true]", '["2"]')],
+)
+def test_lists_are_for_the_stages_of_super_resolution(tiny_pipeline, tmp_path, wrong):
+    tiny_pipeline.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "generation_defaults.json").write_text(wrong)
+    with pytest.raises(ConfigError, match="whole number"):
+        UnCLIPPipeline.from_pretrained(tmp_path / "model")
+
+
 def test_an_exchanged_component_is_checked(own_pipeline, few):
     with pytest.raises(ConfigError, match="decoder_scheduler"):
         own_pipeline.decoder_scheduler = reference.UnCLIPScheduler()

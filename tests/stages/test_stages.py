@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from unclip import ConfigError, InputError
 from unclip.diffusion.noise import NoiseSource, generators_from_seed
+from unclip.diffusion.sampler import DDIMSampler
 from unclip.stages.condition import DecoderCondition, PriorCondition, SuperResCondition, TextEmbedding
 from unclip.stages.decoder import DecoderStage
 from unclip.stages.prior import PriorStage
@@ -172,3 +173,52 @@ def test_sampling_with_guidance_needs_a_null_condition(stages, tiny_pipeline):
         sample(stages["prior"], CONDITIONS["prior"](), guidance_scale=2.0, **arguments)
     null = PriorCondition(text(seed=9))
     assert sample(stages["prior"], CONDITIONS["prior"](), null=null, guidance_scale=2.0, **arguments).shape == (2, 16)
+
+
+# ---- a path that departs from a picture, and sizes ----
+
+
+@torch.no_grad()
+def test_an_origin_is_noised_to_where_the_path_begins(stages):
+    stage, condition = stages["super_res"], CONDITIONS["super_res"]()
+    origin, seen = torch.rand(2, 3, 16, 16), []
+
+    class Watching(type(stage)):
+        def prepare(self, condition):
+            return lambda x, t: seen.append(x) or x
+
+    latents = torch.randn(2, 3, 16, 16)
+    sample(
+        Watching(stage.first, stage.last, stage.process),
+        condition,
+        sampler=DDIMSampler(stage.process),
+        timesteps=(300, 0),
+        noise=NoiseSource(None, 2),
+        latents=latents,
+        origin=origin,
+    )
+    torch.testing.assert_close(seen[0], stage.process.add_noise(origin, latents, 300))
+
+
+def test_an_origin_of_another_shape(stages):
+    stage = stages["decoder"]
+    with pytest.raises(InputError, match=r"the origin has shape \(2, 3, 9, 9\); this call needs \(2, 3, 8, 8\)"):
+        sample(
+            stage,
+            CONDITIONS["decoder"](),
+            sampler=DDIMSampler(stage.process),
+            timesteps=(300, 0),
+            noise=NoiseSource(None, 2),
+            origin=torch.zeros(2, 3, 9, 9),
+        )
+
+
+@torch.no_grad()
+def test_stages_of_other_sizes(stages, tiny_pipeline):
+    decoder = DecoderStage(tiny_pipeline.decoder, tiny_pipeline.text_proj, stages["decoder"].process, (4, 12))
+    assert decoder.sample_shape(CONDITIONS["decoder"]()) == (2, 3, 4, 12)
+    large = SuperResStage(*[tiny_pipeline.super_res_first] * 2, stages["super_res"].process, (8, 24))
+    condition = SuperResCondition(torch.rand(2, 3, 4, 12))
+    assert large.sample_shape(condition) == (2, 3, 8, 24)
+    assert large.prepare(condition)(torch.randn(2, 3, 8, 24), 5).shape == (2, 3, 8, 24)
+    assert enlarge(condition.low_res, (8, 24)).shape == (2, 3, 8, 24)

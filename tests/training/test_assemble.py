@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from unclip import UnCLIPImageVariationPipeline, UnCLIPPipeline
-from unclip.errors import CheckpointError, ConfigError, MissingFileError, OutputExistsError
+from unclip.errors import CheckpointError, ConfigError, InputError, MissingFileError, OutputExistsError
 from unclip.training.assemble import PARTS, assemble
 from unclip.training.clip import ClipTask
 from unclip.training.diffusion import DecoderTask, PriorTask, SuperResTask
@@ -108,3 +108,53 @@ def test_stages_that_do_not_fit(runs, tmp_path, tiny):
         assemble(**runs, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".unclip-tmp*"))
+
+
+# ---- further super-resolution stages ----
+
+
+@pytest.fixture
+def more(tmp_path, tiny):
+    """Runs of two further stages, 32 → 64 → 128 px."""
+    runs = []
+    for seed, size in ((21, 64), (22, 128)):
+        model = tiny("super_res").super_res.model | {"sample_size": size}
+        task = SuperResTask(tiny("super_res", seed=seed, section={"model": model, "crop_size": 16}))
+        runs.append(write_run(task, tmp_path / f"to_{size}"))
+    return runs
+
+
+def test_further_stages(runs, more, tmp_path):
+    defaults = {"super_res_num_inference_steps": [2, 1, 1]}
+    assemble(**runs, super_res_more=more, out=tmp_path / "out", defaults=defaults)
+    pipe = UnCLIPPipeline.from_pretrained(tmp_path / "out")
+    pipe.set_progress_bar_config(disable=True)
+    assert list(pipe.cascade) == ["super_res", "super_res_2", "super_res_3"]
+    few = {"prior_num_inference_steps": 2, "decoder_num_inference_steps": 2}
+    assert pipe("a red circle", seed=1, **pipe.recommended, **few).images[0].size == (128, 128)
+    vary = UnCLIPImageVariationPipeline.from_pretrained(tmp_path / "out")
+    assert list(vary.cascade) == list(pipe.cascade)
+    written = load_file(tmp_path / "out" / "super_res_3_first" / "diffusion_pytorch_model.safetensors")
+    trained = load_file(more[1] / "model" / "super_res_first" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(value, written[name]) for name, value in trained.items())
+
+
+def test_further_stages_out_of_a_model(runs, more, tmp_path):
+    assemble(**runs, super_res_more=more, out=tmp_path / "old")
+    shutil.copytree(tmp_path / "old" / "super_res_3_first", tmp_path / "old" / "super_res_3_last")
+    model = {name: tmp_path / "old" for name in runs}
+    assemble(**model, super_res_more=[tmp_path / "old"] * 2, out=tmp_path / "new")
+    pipe = UnCLIPPipeline.from_pretrained(tmp_path / "new")
+    assert pipe.cascade["super_res_3"].first.config.sample_size == 128
+    assert pipe.super_res_2_last is None
+    assert pipe.super_res_3_last is not None
+
+
+def test_further_stages_that_do_not_fit(runs, more, tmp_path):
+    with pytest.raises(ConfigError, match=r"super_res_3_first.sample_size is 64, no more than the 128"):
+        assemble(**runs, super_res_more=more[::-1], out=tmp_path / "out")
+    with pytest.raises(MissingFileError, match="train super_res_2 there first"):
+        assemble(**runs, super_res_more=[runs["prior"]], out=tmp_path / "out")
+    with pytest.raises(InputError, match="there are 9 further super-resolution stages; at most 8"):
+        assemble(**runs, super_res_more=more[:1] * 9, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

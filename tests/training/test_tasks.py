@@ -4,8 +4,10 @@ import dataclasses
 import json
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
@@ -314,6 +316,40 @@ def test_the_last_step_alone(tiny, tmp_path):
     assert task.batch(0, 8, step_generator(0, 0))["t"].eq(0).all()
     task.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["super_res_last", "super_res_scheduler"]
+
+
+def test_a_further_stage_is_super_resolution_of_larger_pictures(tiny, tmp_path):
+    """128 → 512 px on crops and the paper's linear schedule: the same task with other numbers."""
+    data = tmp_path / "data"
+    data.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(2):
+        rough = Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8))
+        rough.resize((512, 512), Image.Resampling.BICUBIC).save(data / f"{index}.png")
+    rows = [{"file_name": f"{index}.png", "concept": str(index), "captions": [str(index)]} for index in range(2)]
+    (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = tiny("super_res", data=data)
+    settings = {
+        "model": recipe.super_res.model | {"sample_size": 512},
+        "process": dataclasses.replace(recipe.super_res.process, beta_schedule="linear"),
+        "low_res_size": 128,
+        "crop_size": 64,
+    }
+    task = SuperResTask(tiny("super_res", data=data, section=settings))
+    optimizer = torch.optim.AdamW(task.module.parameters(), lr=2e-3)
+    losses = []
+    for step in range(40):
+        batch = task.batch(step, 4, step_generator(0, step))
+        assert batch["x0"].shape == batch["enlarged"].shape == (4, 3, 64, 64)
+        losses.append(task.module(batch)["loss"])
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert torch.stack(losses[-8:]).mean() < 0.8 * torch.stack(losses[:4]).mean()
+    task.save(tmp_path / "model")
+    scheduler = unclip.UnCLIPScheduler.from_pretrained(tmp_path / "model" / "super_res_scheduler")
+    assert scheduler.config["beta_schedule"] == "linear"
+    assert unclip.UNet2DModel.from_pretrained(tmp_path / "model" / "super_res_first").config.sample_size == 512
 
 
 NETWORKS = {

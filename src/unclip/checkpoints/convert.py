@@ -188,8 +188,9 @@ def convert_text_to_image_to_variation(
         raise CheckpointError(
             f"{source / 'model_index.json'} names no {', '.join(lacking)}; is it a text-to-image folder?"
         )
+    shared = (*layout.SHARED, *(name for name in layout.FURTHER if name in index))
     with atomic_folder(out, overwrite=overwrite) as draft:
-        for component in layout.SHARED:
+        for component in shared:
             _link_files(safe_join(source, component), _made(draft / component))
         sub = clip_folder / "image_encoder"
         encoder = sub if sub.is_dir() else clip_folder
@@ -211,7 +212,7 @@ def convert_text_to_image_to_variation(
             settings |= {"do_resize": True, "do_center_crop": False, "size": {"height": size_px, "width": size_px}}
         write_json(_made(draft / "feature_extractor") / "preprocessor_config.json", settings)
         parts = layout.model_index("UnCLIPImageVariationPipeline", layout.VARIATION)
-        write_json(draft / "model_index.json", {**parts, **{name: index[name] for name in layout.SHARED}})
+        write_json(draft / "model_index.json", {**parts, **{name: index[name] for name in shared}})
     return Path(out)
 
 

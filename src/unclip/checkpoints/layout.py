@@ -50,6 +50,11 @@ SHARED = (
 TEXT_TO_IMAGE = ("prior", "prior_scheduler", *SHARED)
 VARIATION = (*SHARED, "feature_extractor", "image_encoder")
 
+FURTHER_SUPER_RES = tuple(f"super_res_{number}" for number in range(2, 10))
+"""Super-resolution stages beyond the first (256 → 1024 px, say), by the start of their components' names."""
+FURTHER = tuple(f"{stage}_{part}" for stage in FURTHER_SUPER_RES for part in ("first", "last", "scheduler"))
+"""Components that any pipeline's folder may have besides; loaders that know nothing of them pass over their names."""
+
 
 def model_index(class_name: str, components: Iterable[str]) -> dict[str, Any]:
     """The content of model_index.json."""

@@ -16,14 +16,17 @@ COUNTS = (
     "super_res_num_inference_steps",
     "num_prior_candidates",
 )
+PER_STAGE = "super_res_num_inference_steps"
 SCALES = ("prior_guidance_scale", "decoder_guidance_scale")
 DRAWING = ("prior_temperature", "prior_top_p")
 KEYS = (*COUNTS, *SCALES, *DRAWING)
 
 Number = int | float
+Recommended = Number | list[int]
+"""A number; or, for a count of super-resolution's steps, a list with one for each of its stages."""
 
 
-def read_recommended(folder: Path) -> dict[str, Number]:
+def read_recommended(folder: Path) -> dict[str, Recommended]:
     """What the model in `folder` recommends, by argument name; empty without the file.
 
     Raises: ConfigError for an unknown key or a value that is no number; CheckpointError for a broken file.
@@ -32,17 +35,19 @@ def read_recommended(folder: Path) -> dict[str, Number]:
     return check_recommended(read_json(path), str(path)) if path.exists() else {}
 
 
-def write_recommended(folder: Path, recommended: Mapping[str, Number]) -> None:
+def write_recommended(folder: Path, recommended: Mapping[str, Recommended]) -> None:
     """Write the file, unless there is nothing to say. Raises: ConfigError as `read_recommended`."""
     if recommended:
         write_json(folder / FILE, check_recommended(recommended, FILE))
 
 
-def check_recommended(found: Mapping[str, Number], where: str) -> dict[str, Number]:
+def check_recommended(found: Mapping[str, Recommended], where: str) -> dict[str, Recommended]:
     """The same settings. Raises: ConfigError for an unknown key or a value that is no number."""
     for key, value in found.items():
         if key not in KEYS:
             raise ConfigError(f"{where} has the unknown key {key!r}; it may have {', '.join(KEYS)}")
+        if isinstance(value, list) and key == PER_STAGE and all(type(count) is int for count in value) and value:
+            continue
         if isinstance(value, bool) or not isinstance(value, int if key in COUNTS else int | float):
             raise ConfigError(f"{where}: {key} is {value!r}; it must be a {'whole ' if key in COUNTS else ''}number")
     return dict(found)

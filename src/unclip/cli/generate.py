@@ -76,6 +76,8 @@ def generate(
         ),
     ] = None,
     sampler: options.Sampler = None,
+    height: options.Height = None,
+    width: options.Width = None,
     out: options.OutFolder = Path("."),
     grid: options.Grid = False,
     overwrite: options.OverwritePictures = False,
@@ -84,6 +86,7 @@ def generate(
     dtype: options.DtypeOption = options.Dtype.float32,
     device: options.Device = "auto",
     cpu_offload: options.CpuOffload = False,
+    tile: options.Tile = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Make pictures of captions.
@@ -119,22 +122,23 @@ def generate(
         "prior_top_p": prior_top_p,
     }
     settings = call_settings(UnCLIPPipeline, folder, given, drawing)
+    size = {name: side for name, side in (("height", height), ("width", width)) if side is not None}
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid)
     if seed is None:
         seed = fresh_seed()
         if not quiet:
             note(f"seed {seed}")
-    pipe = load(UnCLIPPipeline, folder, Machine(dtype, device, cpu_offload, quiet), sampler)
+    pipe = load(UnCLIPPipeline, folder, Machine(dtype, device, cpu_offload, quiet, tile), sampler)
     negative = None if negative is None else plain(negative)
 
     def draw(batch: list[Wish]) -> "list[Image]":
         captions, seeds = [wish.given for wish in batch], [wish.seed for wish in batch]
-        return pipe(captions, negative_prompt=negative, seed=seeds, **settings).images  # type: ignore[arg-type, union-attr, return-value]
+        return pipe(captions, negative_prompt=negative, seed=seeds, **size, **settings).images  # type: ignore[arg-type, union-attr, return-value]
 
     about = {
         "negative": negative,
         "model": model_name(model),
-        "settings": {**settings, "sampler": sampler_name(pipe), "dtype": dtype.value},
+        "settings": {**settings, **size, "sampler": sampler_name(pipe), "dtype": dtype.value},
     }
     wishes = (
         Wish(text, picture_seed(seed, place * num_images + copy), slug(text), {"prompt": text})

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from unclip.checkpoints.files import read_json
 from unclip.checkpoints.hub import resolve
-from unclip.checkpoints.recommended import SCALES, Number, read_recommended
+from unclip.checkpoints.layout import FURTHER_SUPER_RES
+from unclip.checkpoints.recommended import SCALES, Recommended, read_recommended
 from unclip.cli.memory import keep_freed_memory
 from unclip.cli.options import Dtype, SamplerName
 from unclip.errors import InputError
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
     import torch
 
     from unclip.diffusion.scheduler import Scheduler
+    from unclip.pipelines.generation import GenerationPipeline
     from unclip.pipelines.pipeline import Pipeline
 
-STAGES = ("prior", "decoder", "super_res")
+STAGES = ("prior", "decoder", "super_res", *FURTHER_SUPER_RES)
 
-P = TypeVar("P", bound="Pipeline")
+P = TypeVar("P", bound="GenerationPipeline")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Machine:
     device: str
     cpu_offload: bool
     quiet: bool
+    tile: int | None = None
 
 
 def find_model(name: str, *, quiet: bool) -> tuple[Path, dict[str, Any]]:
@@ -53,9 +56,9 @@ def model_name(name: str) -> str:
 def call_settings(
     pipeline_class: type,
     folder: Path,
-    given: Mapping[str, Number | None],
-    optional: Mapping[str, Number | None] | None = None,
-) -> dict[str, Number]:
+    given: Mapping[str, Recommended | None],
+    optional: Mapping[str, Recommended | None] | None = None,
+) -> dict[str, Recommended]:
     """The arguments of a call, each as given, else as the model recommends, else the pipeline's own default.
 
     Those of `optional` are left out where they are neither given nor recommended.
@@ -66,9 +69,9 @@ def call_settings(
 
     defaults = inspect.signature(pipeline_class.__call__).parameters
     recommended = read_recommended(folder)
-    settings: dict[str, Number] = {}
+    settings: dict[str, Recommended] = {}
     for name, value in given.items():
-        own: Number = defaults[name].default
+        own: Recommended = defaults[name].default
         settings[name] = recommended.get(name, own) if value is None else value
     for name, value in (optional or {}).items():
         if value is not None or name in recommended:
@@ -88,6 +91,8 @@ def load(pipeline_class: type[P], folder: Path, machine: Machine, sampler: Sampl
     pipe = pipeline_class.from_pretrained(folder, torch_dtype=getattr(torch, machine.dtype))
     if sampler is not None:
         sampler_switch(pipe)(sampler)
+    if machine.tile is not None:
+        pipe.enable_super_res_tiling(machine.tile, max(1, machine.tile // 8))
     if machine.cpu_offload:
         pipe.enable_model_cpu_offload(device=None if machine.device == "auto" else where)
     else:

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from unclip import __version__
-from unclip.cli import blend, edit, generate, interpolate, invert, model, options, train, vary
+from unclip.cli import blend, edit, generate, inpaint, interpolate, invert, model, options, train, vary
 from unclip.cli.convert import convert
 from unclip.cli.data import data
 from unclip.cli.evaluate import evaluate
@@ -29,6 +29,7 @@ READER_GONE = 141
 EXAMPLES = options.examples(
     'unclip generate "a red apple"         make a picture of a caption',
     "unclip vary photo.jpg -n 4            make four pictures like a given one",
+    "unclip inpaint a.png --mask m.png     draw a part of a picture anew",
     "unclip info unclip-emoji              look into a model",
     "unclip generate --help                all options of a command",
 )
@@ -103,6 +104,8 @@ app.command("interpolate", epilog=interpolate.EXAMPLES)(interpolate.interpolate)
 app.command("edit", epilog=edit.EXAMPLES)(edit.edit)
 app.command("blend", epilog=blend.EXAMPLES)(blend.blend)
 app.add_typer(probe, name="probe")
+app.command("inpaint", epilog=inpaint.INPAINT_EXAMPLES)(inpaint.inpaint)
+app.command("redraw", epilog=inpaint.REDRAW_EXAMPLES)(inpaint.redraw)
 app.command("info", epilog=model.EXAMPLES)(model.info)
 app.add_typer(convert, name="convert")
 app.add_typer(data, name="data")

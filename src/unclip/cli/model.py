@@ -16,7 +16,7 @@ import typer
 
 from unclip.checkpoints.files import file_size, read_json, safe_join
 from unclip.checkpoints.hub import resolve
-from unclip.checkpoints.recommended import read_recommended
+from unclip.checkpoints.recommended import Recommended, read_recommended
 from unclip.checkpoints.weights import DEFAULT_STEM, TRANSFORMERS_STEM, open_weights
 from unclip.cli import options
 from unclip.cli.loading import model_name
@@ -76,7 +76,7 @@ def info(
     folder = resolve(model)
     components = read_components(folder)
     problem = ""
-    defaults: dict[str, int | float] = {}
+    defaults: dict[str, Recommended] = {}
     try:
         defaults = read_recommended(folder)
     except UnclipError as found:
@@ -165,7 +165,7 @@ def show(
     name: str,
     folder: Path,
     components: dict[str, Component],
-    defaults: dict[str, int | float],
+    defaults: dict[str, Recommended],
     papers: dict[str, str | None],
 ) -> None:
     """Print all of it as tables; plain text when stdout is no terminal."""

@@ -56,6 +56,19 @@ def guidance(name: str, what: str) -> typer.models.OptionInfo:
     )
 
 
+def steps_of_stages(text: str) -> int | list[int]:
+    """ "7" as a number, "7,15" as one for each super-resolution stage.
+
+    Raises: BadParameter for anything else, or a number outside 1 to 1000.
+    """
+    counts = [int(part) if part.isascii() and part.isdigit() else 0 for part in text.replace(" ", "").split(",")]
+    if not all(1 <= count <= MAX_STEPS for count in counts):
+        raise typer.BadParameter(
+            f"{text!r} is no number from 1 to {MAX_STEPS}, and no such numbers with commas between"
+        )
+    return counts[0] if len(counts) == 1 else counts
+
+
 Model = Annotated[
     str,
     typer.Option("--model", "-m", metavar="MODEL", help="A model's folder, a hub id (owner/name), or a built-in name."),
@@ -71,7 +84,16 @@ Seed = Annotated[
     ),
 ]
 DecoderSteps = Annotated[int | None, steps("decoder", "of the decoder, which draws the small picture")]
-SuperResSteps = Annotated[int | None, steps("super-res", "of super-resolution, which makes it large")]
+SuperResSteps = Annotated[
+    str | None,
+    typer.Option(
+        "--super-res-steps",
+        parser=steps_of_stages,
+        metavar="N[,N]",
+        help="Denoising steps of super-resolution, which makes it large; with commas, of each of its stages.",
+        show_default="the model's own",
+    ),
+]
 DecoderGuidance = Annotated[float | None, guidance("decoder", "small picture is pushed towards its conditions")]
 KeptGuidance = Annotated[
     float | None,
@@ -103,6 +125,23 @@ KeptDtype = Annotated[
 ]
 Device = Annotated[
     str, typer.Option(metavar="NAME", help="Where to compute: cpu, cuda, cuda:1, mps or xpu; auto: the best there is.")
+]
+Height = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="PX", help="Height of the pictures.", show_default="the model's own"),
+]
+Width = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="PX", help="Width of the pictures.", show_default="the model's own"),
+]
+Tile = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="PX",
+        help="Super-resolution sees larger pictures in tiles of this side: less memory, slower.",
+        show_default="as a whole",
+    ),
 ]
 CpuOffload = Annotated[
     bool, typer.Option("--cpu-offload", help="Keep only the network at work on the accelerator: less memory, slower.")

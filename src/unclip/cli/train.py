@@ -146,6 +146,10 @@ def assemble(
             metavar="RUN", help="Run of super_res, for the last step.", show_default="the first's network does it too"
         ),
     ] = None,
+    super_res_more: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="RUN", help="Run of super_res for a further stage, which enlarges again; once for each."),
+    ] = None,
     defaults: Annotated[
         Path | None,
         typer.Option(
@@ -171,6 +175,7 @@ def assemble(
         decoder=decoder,
         super_res_first=super_res_first,
         super_res_last=super_res_last,
+        super_res_more=super_res_more or (),
         out=out,
         dtype=None if dtype is None else getattr(torch, dtype),
         defaults=None if defaults is None else read_json(defaults),

@@ -61,6 +61,8 @@ def vary(
     super_res_steps: options.SuperResSteps = None,
     decoder_guidance: options.DecoderGuidance = None,
     sampler: options.Sampler = None,
+    height: options.Height = None,
+    width: options.Width = None,
     out: options.OutFolder = Path("."),
     grid: options.Grid = False,
     overwrite: options.OverwritePictures = False,
@@ -69,6 +71,7 @@ def vary(
     dtype: options.DtypeOption = options.Dtype.float32,
     device: options.Device = "auto",
     cpu_offload: options.CpuOffload = False,
+    tile: options.Tile = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Make variations of pictures.
@@ -96,6 +99,7 @@ def vary(
         known = {"decoder_guidance_scale": NO_GUIDANCE, **recorded(images)}
         given = {name: known.get(name) if value is None else value for name, value in given.items()}
     settings = call_settings(UnCLIPImageVariationPipeline, folder, given)
+    size = {name: side for name, side in (("height", height), ("width", width)) if side is not None}
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid)
     if seed is None:
         seed = fresh_seed()
@@ -113,12 +117,12 @@ def vary(
     batches = cut(wishes(), batch_size)
     first = next(batches, None)  # broken files are found before the weights are read
     if first is not None:
-        pipe = load(UnCLIPImageVariationPipeline, folder, Machine(dtype, device, cpu_offload, quiet), sampler)
+        pipe = load(UnCLIPImageVariationPipeline, folder, Machine(dtype, device, cpu_offload, quiet, tile), sampler)
         about = {
             "prompt": prompt,
             "negative": negative,
             "model": model_name(model),
-            "settings": {**settings, "sampler": sampler_name(pipe), "dtype": dtype.value},
+            "settings": {**settings, **size, "sampler": sampler_name(pipe), "dtype": dtype.value},
         }
 
         if keep_structure:
@@ -130,7 +134,7 @@ def vary(
             pictures, seeds = [wish.given for wish in batch], [wish.seed for wish in batch]
             if keep_structure:
                 return keeper.vary(pictures, seeds, about["eta"])
-            return pipe(pictures, prompt=prompt, negative_prompt=negative, seed=seeds, **settings).images  # type: ignore[arg-type, union-attr, return-value]
+            return pipe(pictures, prompt=prompt, negative_prompt=negative, seed=seeds, **size, **settings).images  # type: ignore[arg-type, union-attr, return-value]
 
         make_all(_chain(first, batches), draw, album, about)
         if grid:

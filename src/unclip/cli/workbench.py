@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unclip.checkpoints.recommended import Number
+from unclip.checkpoints.recommended import Recommended
 from unclip.checkpoints.tensor_file import SUFFIX
 from unclip.cli.batches import Wish, cut, make_all
 from unclip.cli.film import FilmKind, film_writer
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from unclip.stages.manipulation import BipartiteLatent
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-RECORDED: dict[str, Callable[[str], Number]] = {
+RECORDED: dict[str, Callable[[str], Recommended]] = {
     "decoder_num_inference_steps": int,
     "super_res_num_inference_steps": int,
     "decoder_guidance_scale": float,
@@ -85,7 +85,7 @@ def read_part(text: str, *, weighted: bool = False) -> Part:
     return Part(plain(text), "caption", weight)
 
 
-def recorded(paths: Iterable[str | Path]) -> dict[str, Number]:
+def recorded(paths: Iterable[str | Path]) -> dict[str, Recommended]:
     """The steps and guidance that the first latent among `paths` was inverted with: decoding it needs the same.
 
     Raises: as `BipartiteLatent.load`; CheckpointError for a text that is no number.
@@ -114,7 +114,7 @@ class Workbench:
     """
 
     tool: "Manipulator"
-    settings: dict[str, Number]
+    settings: dict[str, Recommended]
     about: dict[str, Any]
 
     @classmethod
@@ -122,7 +122,7 @@ class Workbench:
         cls,
         model: str,
         machine: Machine,
-        given: Mapping[str, Number | None],
+        given: Mapping[str, Recommended | None],
         *,
         parts: Sequence[Part] = (),
         captions: bool | None = None,
@@ -221,7 +221,7 @@ class Keeper:
         prompt: a caption that the decoder sees too.
     """
 
-    def __init__(self, tool: "Manipulator", settings: Mapping[str, Number], prompt: str | None) -> None:
+    def __init__(self, tool: "Manipulator", settings: Mapping[str, Recommended], prompt: str | None) -> None:
         self._tool, self._settings, self._prompt = tool, settings, prompt
         self._last: tuple[Any, BipartiteLatent] | None = None
 

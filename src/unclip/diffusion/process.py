@@ -128,6 +128,19 @@ class DiffusionProcess:
         alpha, sigma = self._alpha_sigma(t, x0)
         return alpha * x0.float() + sigma * noise.float()
 
+    def renoise(self, x: Tensor, t: int, t_up: int, noise: Tensor) -> Tensor:
+        """x at `t_up` from x at `t` below it: q(x_up | x_t), the forward process from there on; float32.
+
+        The product of the steps of Ho et al. 2006.11239, eq. 2. `t` -1 is the clean sample.
+
+        Raises:
+            InputError: `noise` has another shape than `x`, or not -1 <= t < t_up < num_timesteps.
+        """
+        if noise.shape != x.shape:
+            raise InputError(f"noise has shape {tuple(noise.shape)}; it must be the sample's, {tuple(x.shape)}")
+        beta = self.posterior(t_up, t).beta
+        return math.sqrt(1 - beta) * x.float() + math.sqrt(beta) * noise.float()
+
     def target(self, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
         """What the network should put out for x_t = add_noise(x0, noise, t), without the variance half; float32."""
         if self.prediction_type == "epsilon":

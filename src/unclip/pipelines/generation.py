@@ -1,9 +1,10 @@
-"""The second half that both pipelines share: image embedding → small picture → large picture → output.
+"""The second half that all pipelines share: image embedding → small picture → large picture → output.
 
-Knows decoder and super-resolution as stages; knows not where the embedding came from. Base of the two pipelines.
+Knows decoder and super-resolution as stages; knows not where the embedding came from. Base of the public pipelines.
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,20 +12,53 @@ from typing import Any
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
+from unclip.checkpoints.layout import FURTHER
 from unclip.diffusion.guidance import uses_guidance
+from unclip.diffusion.inpainting import InpaintingSampler
 from unclip.diffusion.noise import NoiseSource
+from unclip.diffusion.sampler import Sampler
 from unclip.diffusion.scheduler import Scheduler
 from unclip.errors import ConfigError, InputError
 from unclip.models.text_proj import UnCLIPTextProjModel
 from unclip.models.unet import UNet2DConditionModel, UNet2DModel
+from unclip.pipelines import cascade
 from unclip.pipelines.arguments import Callback, as_prompts, check_latents, on_step
 from unclip.pipelines.output import ImagePipelineOutput, in_form
 from unclip.pipelines.pipeline import Pipeline
 from unclip.stages.condition import DecoderCondition, SuperResCondition, TextEmbedding
 from unclip.stages.decoder import DecoderStage
 from unclip.stages.encoders import TextEncoder
-from unclip.stages.stage import sample, size_px
+from unclip.stages.stage import Size, sample, size_px
 from unclip.stages.super_res import SuperResStage
+from unclip.stages.tiling import Tiling
+
+
+@dataclass(frozen=True)
+class Known:
+    """What one stage knows of its result, when a picture is edited.
+
+    Attributes:
+        x0: the picture at the stage's size, float32 [batch, channels, height, width] in [-1, 1].
+        kept: bool [batch, 1, height, width], true where `x0` stays; None where nothing must.
+        strength: the share of the steps that are taken, from `x0` noised as far as that; None: all, from pure noise.
+        num_resamples, jump_length: see `InpaintingSampler`.
+    """
+
+    x0: Tensor
+    kept: Tensor | None = None
+    strength: float | None = None
+    num_resamples: int = 1
+    jump_length: int = 1
+
+    def sampler(self, sampler: Sampler) -> Sampler:
+        """`sampler`, keeping what must stay."""
+        if self.kept is None:
+            return sampler
+        return InpaintingSampler(sampler, self.x0, self.kept, self.num_resamples, self.jump_length)
+
+    def timesteps(self, timesteps: tuple[int, ...]) -> tuple[int, ...]:
+        """The last ones, as many as the share says, and one at least."""
+        return timesteps if self.strength is None else timesteps[-max(1, round(self.strength * len(timesteps))) :]
 
 
 @dataclass(frozen=True)
@@ -35,11 +69,15 @@ class StageRun:
         num_steps: how many steps.
         guidance_scale: above 1 guides.
         latents: x_T, or None to draw it.
+        size: height and width of what the stage makes; None where it makes no picture, or one of its own size.
+        known: what it knows of its result; None where all is drawn.
     """
 
     num_steps: int
     guidance_scale: float = 1.0
     latents: Tensor | None = None
+    size: Size | None = None
+    known: Known | None = None
 
     @property
     def guided(self) -> bool:
@@ -56,8 +94,13 @@ class Call:
 
 
 class GenerationPipeline(Pipeline):
-    """Text encoder, decoder and super-resolution: what both pipelines have."""
+    """Text encoder, decoder and super-resolution: what all pipelines have.
 
+    Further super-resolution stages may follow: `super_res_2_first` and `super_res_2_scheduler`, with
+    `super_res_2_last` if its last step has its own network, then `super_res_3_…`, up to `super_res_9_…`.
+    """
+
+    OPTIONAL = FURTHER
     text_encoder: CLIPTextModelWithProjection
     tokenizer: CLIPTokenizer
     text_proj: UnCLIPTextProjModel
@@ -66,14 +109,39 @@ class GenerationPipeline(Pipeline):
     super_res_last: UNet2DModel
     decoder_scheduler: Scheduler
     super_res_scheduler: Scheduler
+    _tiling: Tiling | None = None
+
+    @classmethod
+    def _annotation(cls, name: str) -> Any:
+        return super()._annotation(re.sub(r"^super_res_\d_", "super_res_", name))
+
+    @property
+    def cascade(self) -> dict[str, cascade.SuperResParts]:
+        """The super-resolution stages, in order: "super_res", then "super_res_2" and so on."""
+        return cascade.parts(self.components)
+
+    def enable_super_res_tiling(self, tile_px: int = 256, overlap_px: int = 32) -> None:
+        """Let super-resolution's networks see large pictures in overlapping tiles: memory no longer grows with a side.
+
+        Every step averages the tiles where they overlap. A stage whose pictures are no larger than a tile is left as it
+        is. Tiles of the size that the network was trained on (of crops, say) look best.
+
+        Raises: InputError for sizes that no tiling has, or that some stage's network cannot halve often enough.
+        """
+        tiling = Tiling(tile_px, overlap_px)
+        for part in self.cascade.values():
+            tiling.check_multiple(2 ** (part.first.config.num_levels - 1))
+        self._tiling = tiling
+
+    def disable_super_res_tiling(self) -> None:
+        """Let them see pictures as a whole again."""
+        self._tiling = None
 
     def check(self) -> None:
         """Raises: ConfigError when the components' widths or sizes do not fit one another."""
         text, proj, decoder = self.text_encoder.config, self.text_proj.config, self.decoder.config
-        first, last = self.super_res_first.config, self.super_res_last.config
         channels, dim = decoder.in_channels, proj.clip_embeddings_dim
-        for config in (decoder, first):
-            size_px(config.sample_size)
+        stages = self.cascade
         if len(self.tokenizer) > text.vocab_size:
             raise ConfigError(
                 f"the components do not fit: tokenizer has {len(self.tokenizer)} tokens, text_encoder {text.vocab_size}"
@@ -83,15 +151,13 @@ class GenerationPipeline(Pipeline):
             ("text_proj.clip_embeddings_dim", dim, "text_encoder.hidden_size", text.hidden_size),
             ("text_proj.cross_attention_dim", proj.cross_attention_dim, "decoder's", decoder.cross_attention_dim),
             ("text_proj.time_embed_dim", proj.time_embed_dim, "decoder's", decoder.embedding_width),
-            ("super_res_first.in_channels", first.in_channels, "twice the decoder's", 2 * channels),
-            ("super_res_last.in_channels", last.in_channels, "super_res_first.in_channels", first.in_channels),
-            ("super_res_last.sample_size", last.sample_size, "super_res_first.sample_size", first.sample_size),
+            *cascade.fits(channels, size_px(decoder.sample_size), stages),
         ]
-        for name, config, scheduler in (
-            ("decoder", decoder, self.decoder_scheduler),
-            ("super_res_first", first, self.super_res_scheduler),
-            ("super_res_last", last, self.super_res_scheduler),
-        ):
+        networks: list[tuple[str, Any, Scheduler]] = [("decoder", decoder, self.decoder_scheduler)]
+        for stage, part in stages.items():
+            networks.append((f"{stage}_first", part.first.config, part.scheduler))
+            networks.append((f"{stage}_last", part.last.config, part.scheduler))
+        for name, config, scheduler in networks:
             kind = scheduler.config["variance_type"]
             wanted = channels * (2 if scheduler.process.learns_variance else 1)
             fits.append((f"{name}.out_channels", config.out_channels, f"its scheduler's ({kind=})", wanted))
@@ -111,14 +177,35 @@ class GenerationPipeline(Pipeline):
         if name == "decoder":
             channels, size = self.decoder.config.in_channels, size_px(self.decoder.config.sample_size)
         else:
-            config = self.super_res_first.config
+            config = getattr(self, f"{name}_first").config
             channels, size = config.in_channels // 2, size_px(config.sample_size)
         return (channels, size, size)
+
+    def _sizes(self, height: int | None, width: int | None) -> dict[str, Size]:
+        """The pictures' sizes at "decoder" and at each super-resolution stage.
+
+        Raises: InputError for an impossible one.
+        """
+        return cascade.picture_sizes(self.decoder, self.cascade, height, width)
+
+    def _super_res_runs(
+        self, num_steps: int | Sequence[int], latents: Any, sizes: Mapping[str, Size]
+    ) -> dict[str, StageRun]:
+        """How each super-resolution stage runs: steps and latents are for all stages, or one for each.
+
+        Raises: InputError when there is another number of them than of stages.
+        """
+        stages = list(self.cascade)
+        steps = cascade.per_stage(num_steps, stages, "super_res_num_inference_steps")
+        latents = [latents, *[None] * (len(stages) - 1)] if isinstance(latents, Tensor) else latents
+        noise = cascade.per_stage(latents, stages, "super_res_latents")
+        return {stage: StageRun(steps[stage], 1.0, noise[stage], sizes[stage]) for stage in stages}
 
     def _check_latents(self, batch_size: int, **runs: StageRun) -> None:
         """Raises: InputError, before any stage runs, for given noise that is not for its stage."""
         for name, run in runs.items():
-            check_latents(run.latents, f"{name}_latents", (batch_size, *self._sample_shape(name)))
+            shape = self._sample_shape(name)
+            check_latents(run.latents, f"{name}_latents", (batch_size, *(shape[:1] + run.size if run.size else shape)))
 
     def _text(self) -> TextEncoder:
         return TextEncoder(self.text_encoder, self.tokenizer)
@@ -137,16 +224,21 @@ class GenerationPipeline(Pipeline):
 
     def _run(self, name: str, stage: Any, condition: Any, null: Any, run: StageRun, call: Call) -> Tensor:
         scheduler: Scheduler = getattr(self, f"{name}_scheduler")
+        sampler, timesteps, origin = scheduler.sampler(), scheduler.spaced_timesteps(run.num_steps), None
+        if (known := run.known) is not None:
+            sampler, timesteps = known.sampler(sampler), known.timesteps(timesteps)
+            origin = None if known.strength is None else known.x0
         with self._freed_when_stopped():
             return sample(
                 stage,
                 condition,
-                sampler=scheduler.sampler(),
-                timesteps=scheduler.spaced_timesteps(run.num_steps),
+                sampler=sampler,
+                timesteps=timesteps,
                 noise=call.noise,
                 null=null,
                 guidance_scale=run.guidance_scale,
                 latents=run.latents,
+                origin=origin,
                 progress=self.progress(name),
                 on_step=on_step(self, name, call.callback),
             )
@@ -163,15 +255,18 @@ class GenerationPipeline(Pipeline):
     def _decode(
         self, text: TextEmbedding, null_text: TextEmbedding | None, embeddings: Tensor, run: StageRun, call: Call
     ) -> Tensor:
-        """Image embeddings [batch, dim] → small pictures [batch, 3, size, size] in [-1, 1]."""
-        stage = DecoderStage(self.decoder, self.text_proj, self.decoder_scheduler.process)
+        """Image embeddings [batch, dim] → small pictures [batch, 3, height, width] in [-1, 1]."""
+        stage = DecoderStage(self.decoder, self.text_proj, self.decoder_scheduler.process, run.size)
         null = DecoderCondition.null(null_text) if null_text is not None and run.guided else None
         return self._run("decoder", stage, DecoderCondition.of(text, embeddings), null, run, call)
 
-    def _enlarge(self, small: Tensor, run: StageRun, call: Call) -> Tensor:
-        """Small pictures → large ones, in [-1, 1]."""
-        stage = SuperResStage(self.super_res_first, self.super_res_last, self.super_res_scheduler.process)
-        return self._run("super_res", stage, SuperResCondition(small), None, run, call)
+    def _enlarge(self, small: Tensor, runs: Mapping[str, StageRun], call: Call) -> Tensor:
+        """Small pictures → large ones, in [-1, 1]: one super-resolution stage after another."""
+        picture = small
+        for name, part in self.cascade.items():
+            stage = SuperResStage(part.first, part.last, part.scheduler.process, runs[name].size, self._tiling)
+            picture = self._run(name, stage, SuperResCondition(picture), None, runs[name], call)
+        return picture
 
     def _finish(
         self, large: Tensor, small: Tensor, embeddings: Tensor, output_type: str, intermediates: bool, return_dict: bool

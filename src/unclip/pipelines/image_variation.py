@@ -55,10 +55,10 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
         image: Image.Image | Sequence[Image.Image] | Tensor | None = None,
         num_images_per_prompt: int = 1,
         decoder_num_inference_steps: int = 25,
-        super_res_num_inference_steps: int = 7,
+        super_res_num_inference_steps: int | Sequence[int] = 7,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         decoder_latents: Tensor | None = None,
-        super_res_latents: Tensor | None = None,
+        super_res_latents: Tensor | Sequence[Tensor | None] | None = None,
         image_embeddings: Tensor | None = None,
         decoder_guidance_scale: float = 8.0,
         output_type: str = "pil",
@@ -67,6 +67,8 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
         prompt: str | Sequence[str] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         seed: int | Sequence[int] | None = None,
+        height: int | None = None,
+        width: int | None = None,
         callback_on_step_end: Callback | None = None,
         return_intermediates: bool = False,
     ) -> ImagePipelineOutput | tuple[Any, ...]:
@@ -76,15 +78,15 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
             image: a picture of any mode, a list of them, or a tensor [batch, 3, height, width] that the feature
                 extractor has already processed. May be None only with `image_embeddings`.
             num_images_per_prompt: variations of each picture; they follow one another in the output.
-            decoder_num_inference_steps, super_res_num_inference_steps: 1 to 1000 each.
+            decoder_num_inference_steps, super_res_num_inference_steps: 1 to 1000 each, as in `UnCLIPPipeline`.
             generator: the source of all noise; a list has one a picture.
-            decoder_latents, super_res_latents: x_T of the stages, [batch, 3, size, size].
+            decoder_latents, super_res_latents: x_T of the stages, [batch, 3, height, width].
             image_embeddings: [batch, embedding_dim] in place of the image's: an interpolation, say.
             decoder_guidance_scale: guidance is on above 1.
             output_type: "pil", "np" or "pt".
             return_dict: False gives a plain tuple.
             prompt: a caption that the decoder sees beside the embedding; one, or one a picture. Empty by default.
-            negative_prompt, seed, callback_on_step_end, return_intermediates: as in `UnCLIPPipeline`.
+            negative_prompt, seed, height, width, callback_on_step_end, return_intermediates: as in `UnCLIPPipeline`.
 
         Raises:
             InputError: an argument is wrong (ImageError: a picture is); no stage has run.
@@ -94,15 +96,17 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
         self.check()
         check_output_type(output_type)
         check_scale(decoder_guidance_scale, "decoder_guidance_scale")
-        decoder = StageRun(decoder_num_inference_steps, decoder_guidance_scale, decoder_latents)
-        super_res = StageRun(super_res_num_inference_steps, 1.0, super_res_latents)
-        self._check_steps("decoder", decoder)
-        self._check_steps("super_res", super_res)
+        sizes = self._sizes(height, width)
+        decoder = StageRun(decoder_num_inference_steps, decoder_guidance_scale, decoder_latents, sizes["decoder"])
+        super_res = self._super_res_runs(super_res_num_inference_steps, super_res_latents, sizes)
+        runs = {"decoder": decoder, **super_res}
+        for name, run in runs.items():
+            self._check_steps(name, run)
 
         embeddings = self._embed(image, image_embeddings)
         count = len(embeddings)
         batch_size = check_count(num_images_per_prompt, count)
-        self._check_latents(batch_size, decoder=decoder, super_res=super_res)
+        self._check_latents(batch_size, **runs)
         call = Call(noise_source(generator, seed, batch_size), callback_on_step_end)
         captions, negative = self._captions(prompt, count), self._captions(negative_prompt, count)
         text = self._repeated_text(captions, count, num_images_per_prompt)

@@ -16,7 +16,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from PIL import Image
@@ -233,14 +233,15 @@ class Manipulator:
                 "model that makes pictures of captions"
             )
         captions = [captions] if isinstance(captions, str) else captions
-        if prior_guidance_scale is None:
-            prior_guidance_scale = self.text.recommended.get("prior_guidance_scale", 4.0)
+        scale = prior_guidance_scale
+        if scale is None:
+            scale = cast(float, self.text.recommended.get("prior_guidance_scale", 4.0))
         check_count(num_samples, len(captions))
         first = [seed] * len(captions) if isinstance(seed, int) else list(seed)
         drawn = self.text.embed_captions(
             [caption for caption in captions for _ in range(num_samples)],
             num_inference_steps=self._steps("prior", prior_num_inference_steps),
-            guidance_scale=prior_guidance_scale,
+            guidance_scale=scale,
             seed=[one + copy_ for one in first for copy_ in range(num_samples)],
         )
         return drawn.view(len(captions), num_samples, -1).mean(dim=1).cpu()
@@ -316,7 +317,8 @@ class Manipulator:
             return given
         default = {"prior": 25, "decoder": 25, "super_res": 7}[stage]
         pipe = self.text if stage == "prior" and self.text is not None else self.variation
-        return int(pipe.recommended.get(f"{stage}_num_inference_steps", default))
+        steps = pipe.recommended.get(f"{stage}_num_inference_steps", default)
+        return int(steps[0] if isinstance(steps, list) else steps)  # of a cascade, the first stage's
 
     def _deterministic(self, eta: float) -> UnCLIPImageVariationPipeline:
         """The same components (hooks and bars too) that sample by DDIM; the pipeline itself is left alone."""

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from unclip.checkpoints.files import atomic_folder, read_json, write_json
 from unclip.checkpoints.hub import resolve
 from unclip.checkpoints.layout import API_VERSION
-from unclip.checkpoints.recommended import Number, read_recommended, write_recommended
+from unclip.checkpoints.recommended import Recommended, read_recommended, write_recommended
 from unclip.diffusion.loop import Progress
 from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError
 from unclip.pipelines.component import index_entry, parts_with_variant, read_component, write_component
@@ -26,25 +26,32 @@ from unclip.pipelines.component import index_entry, parts_with_variant, read_com
 STAGE_WORDS = {"prior": "prior", "decoder": "decoder", "super_res": "super-resolution"}
 
 
+def stage_words(stage: str) -> str:
+    """What a stage's progress bar is called: "super_res_2" is "super-resolution 2"."""
+    further = stage.removeprefix("super_res_")
+    return STAGE_WORDS.get(stage) or f"{STAGE_WORDS['super_res']} {further}"
+
+
 class Pipeline:
     """A set of named components. Calls change nothing in it, so one loaded pipeline serves several threads.
 
     Subclasses name their components in `COMPONENTS`, in the order in which they work (offloading follows it), and
-    annotate each with its class.
+    annotate each with its class. Those in `OPTIONAL` may be missing: the attribute is None then, and `components`,
+    loading and saving leave them out.
     """
 
     COMPONENTS: ClassVar[tuple[str, ...]] = ()
     OPTIONAL: ClassVar[tuple[str, ...]] = ()
-    """Those that may be None, because not every kind of the others needs them."""
+    """Those that may be None: not every model has them, or not every kind of the others needs them."""
 
     def __init__(self, **components: Any):
-        for name in self.COMPONENTS:
+        for name in self.component_names():
             if components.get(name) is None and name not in self.OPTIONAL:
                 raise InputError(f"{type(self).__name__} needs the component {name!r}")
             setattr(self, name, components.get(name))
         self._progress: dict[str, Any] = {}
         self._offload_hooks: list[Any] = []
-        self._recommended: dict[str, Number] = {}
+        self._recommended: dict[str, Recommended] = {}
         self.check()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -66,10 +73,20 @@ class Pipeline:
         super().__setattr__(name, value)
 
     @classmethod
+    def component_names(cls) -> tuple[str, ...]:
+        """Every component that there may be, in the order in which they work."""
+        return (*cls.COMPONENTS, *(name for name in cls.OPTIONAL if name not in cls.COMPONENTS))
+
+    @classmethod
     def _kinds(cls, name: str) -> tuple[type, ...]:
         """The classes that a component may be of, as it is annotated; none for another attribute."""
-        kind = get_type_hints(cls).get(name) if name in cls.COMPONENTS else None
+        kind = cls._annotation(name) if name in cls.component_names() else None
         return tuple(part for part in (get_args(kind) or (kind,)) if part not in (None, NoneType))
+
+    @classmethod
+    def _annotation(cls, name: str) -> Any:
+        """The class, or classes, that a component is annotated with."""
+        return get_type_hints(cls).get(name)
 
     def check(self) -> None:
         """Raises: ConfigError when components do not fit one another."""
@@ -77,10 +94,11 @@ class Pipeline:
     @property
     def components(self) -> dict[str, Any]:
         """Name → component; `OtherPipeline(**pipe.components, …)` shares loaded parts."""
-        return {name: getattr(self, name) for name in self.COMPONENTS}
+        parts = {name: getattr(self, name) for name in self.component_names()}
+        return {name: part for name, part in parts.items() if part is not None}
 
     @property
-    def recommended(self) -> dict[str, Number]:
+    def recommended(self) -> dict[str, Recommended]:
         """The steps and guidance scales that the model's makers recommend: `pipe(prompt, **pipe.recommended)`.
 
         Only a call's own arguments are in it; it is empty for a model that comes without recommendations. A call's
@@ -108,6 +126,11 @@ class Pipeline:
                 if device is not None:
                     return torch.device(device)
         return next(next(iter(self.networks.values())).parameters()).device
+
+    @classmethod
+    def _may_lack(cls, name: str, index: Mapping[str, Any]) -> bool:
+        """Whether a folder whose model_index.json is `index` may do without a component, and does."""
+        return name in cls.OPTIONAL and index.get(name) in (None, [None, None])
 
     @classmethod
     def from_pretrained(
@@ -141,8 +164,9 @@ class Pipeline:
         if not use_safetensors:
             raise UnsafeFileError("only safetensors are read; for pickles you trust: unclip convert pickle --help")
         for name in components:
-            if name not in cls.COMPONENTS:
-                raise InputError(f"{cls.__name__} has no component {name!r}; it has {', '.join(cls.COMPONENTS)}")
+            if name not in cls.component_names():
+                known = ", ".join(cls.component_names())
+                raise InputError(f"{cls.__name__} has no component {name!r}; it has {known}")
         folder = resolve(
             name_or_folder,
             revision=revision,
@@ -153,7 +177,7 @@ class Pipeline:
         )
         index = read_json(folder / "model_index.json")
         parts = dict(components)
-        to_read = [n for n in cls.COMPONENTS if n not in parts and (n in index or n not in cls.OPTIONAL)]
+        to_read = [name for name in cls.component_names() if name not in parts and not cls._may_lack(name, index)]
         varied = set() if variant is None else parts_with_variant(folder, to_read, variant)
         for name in to_read:
             class_name = _class_name(index, name, cls.__name__, folder)
@@ -166,7 +190,7 @@ class Pipeline:
     @classmethod
     def from_pipe(cls, pipeline: "Pipeline", **components: Any) -> Self:
         """This kind of pipeline from another's loaded components, and those it lacks given by name."""
-        shared = {name: part for name, part in pipeline.components.items() if name in cls.COMPONENTS}
+        shared = {name: part for name, part in pipeline.components.items() if name in cls.component_names()}
         made = cls(**shared | components)
         made._recommended = dict(pipeline._recommended)
         return made
@@ -272,7 +296,7 @@ class Pipeline:
 
     def progress(self, stage: str) -> Progress:
         """The progress bar of one stage."""
-        options = {"desc": STAGE_WORDS[stage], "unit": "step", "file": sys.stderr} | self._progress
+        options = {"desc": stage_words(stage), "unit": "step", "file": sys.stderr} | self._progress
         wrap: Callable[..., Any] = tqdm
         return lambda steps: wrap(steps, **options)
 

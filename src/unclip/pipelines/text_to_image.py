@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unclip.checkpoints.layout import FURTHER
 from unclip.diffusion.guidance import check_scale
 from unclip.diffusion.scheduler import Scheduler
 from unclip.errors import InputError
@@ -65,7 +66,7 @@ class UnCLIPPipeline(GenerationPipeline):
         "decoder_scheduler",
         "super_res_scheduler",
     )
-    OPTIONAL = ("prior_scheduler",)
+    OPTIONAL = ("prior_scheduler", *FURTHER)
     prior: PriorTransformer | AutoregressivePrior
     prior_scheduler: Scheduler | None
 
@@ -92,11 +93,11 @@ class UnCLIPPipeline(GenerationPipeline):
         num_images_per_prompt: int = 1,
         prior_num_inference_steps: int = 25,
         decoder_num_inference_steps: int = 25,
-        super_res_num_inference_steps: int = 7,
+        super_res_num_inference_steps: int | Sequence[int] = 7,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         prior_latents: Tensor | None = None,
         decoder_latents: Tensor | None = None,
-        super_res_latents: Tensor | None = None,
+        super_res_latents: Tensor | Sequence[Tensor | None] | None = None,
         text_model_output: Any = None,
         text_attention_mask: Tensor | None = None,
         prior_guidance_scale: float = 4.0,
@@ -110,6 +111,8 @@ class UnCLIPPipeline(GenerationPipeline):
         prior_temperature: float = 1.0,
         prior_top_p: float = 1.0,
         image_embeddings: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
         callback_on_step_end: Callback | None = None,
         return_intermediates: bool = False,
     ) -> ImagePipelineOutput | tuple[Any, ...]:
@@ -118,13 +121,14 @@ class UnCLIPPipeline(GenerationPipeline):
         Args:
             prompt: a caption, or several. May be None only with `text_model_output` or `image_embeddings`.
             num_images_per_prompt: pictures of each caption; they follow one another in the output.
-            prior_num_inference_steps, decoder_num_inference_steps, super_res_num_inference_steps: 1 to 1000 each. An
+            prior_num_inference_steps, decoder_num_inference_steps, super_res_num_inference_steps: 1 to 1000 each; a
+                model with several super-resolution stages takes one number for all of them, or one for each. An
                 autoregressive prior takes one step for each of its codes, whatever the first says.
             generator: the source of all noise; a list has one a picture.
             prior_latents: x_T of the prior, [batch, embedding_dim]; the noise of an autoregressive one's codes,
                 [batch, 1 + num_components].
-            decoder_latents: x_T of the decoder, [batch, 3, size, size].
-            super_res_latents: x_T of super-resolution, [batch, 3, size, size].
+            decoder_latents: x_T of the decoder, [batch, 3, height, width] at its size.
+            super_res_latents: x_T of super-resolution, [batch, 3, height, width]; or one or None for each stage.
             text_model_output: CLIPTextModelOutput or (text_embeds, last_hidden_state) instead of a prompt.
             text_attention_mask: [batch, tokens], goes with it.
             prior_guidance_scale, decoder_guidance_scale: guidance of a stage is on above 1, each for itself.
@@ -137,6 +141,8 @@ class UnCLIPPipeline(GenerationPipeline):
                 without others, and `prior_latents` are its.
             prior_temperature, prior_top_p: how an autoregressive prior draws its codes: see `AutoregressivePriorStage`.
             image_embeddings: [batch, embedding_dim] in place of the prior's, which does not run then.
+            height, width: of the pictures in pixels, the model's own square by default. Networks draw best near the
+                size that they were trained on.
             callback_on_step_end: called as (pipeline, step, timestep, {"stage", "num_steps", "latents", "x0"}); it may
                 return {"latents": tensor} to go on from, or {"stop": True}.
             return_intermediates: the output also has `image_embeddings` and `small_images`.
@@ -154,14 +160,16 @@ class UnCLIPPipeline(GenerationPipeline):
             prior_num_inference_steps,
             prior_guidance_scale,
             prior_latents,
-            check_candidates(num_prior_candidates),
-            prior_temperature,
-            prior_top_p,
+            num_candidates=check_candidates(num_prior_candidates),
+            temperature=prior_temperature,
+            top_p=prior_top_p,
         )
-        decoder = StageRun(decoder_num_inference_steps, decoder_guidance_scale, decoder_latents)
-        super_res = StageRun(super_res_num_inference_steps, 1.0, super_res_latents)
         embedder = self._embedder(prior)
-        for name, run in (("decoder", decoder), ("super_res", super_res)):
+        sizes = self._sizes(height, width)
+        decoder = StageRun(decoder_num_inference_steps, decoder_guidance_scale, decoder_latents, sizes["decoder"])
+        super_res = self._super_res_runs(super_res_num_inference_steps, super_res_latents, sizes)
+        runs = {"decoder": decoder, **super_res}
+        for name, run in runs.items():
             self._check_steps(name, run)
         if image_embeddings is not None:
             check_embeddings(image_embeddings, self.prior.config.embedding_dim)
@@ -171,7 +179,7 @@ class UnCLIPPipeline(GenerationPipeline):
         text = self._encode(prompt, text_model_output, text_attention_mask, image_embeddings)
         batch_size = check_count(num_images_per_prompt, len(text))
         check_latents(prior.latents, "prior_latents", (batch_size, *embedder.sample_shape(PriorCondition(text))[1:]))
-        self._check_latents(batch_size, decoder=decoder, super_res=super_res)
+        self._check_latents(batch_size, **runs)
         call = Call(noise_source(generator, seed, batch_size), callback_on_step_end)
         negative = self._captions(negative_prompt, len(text))
         null_text = None

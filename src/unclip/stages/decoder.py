@@ -13,16 +13,21 @@ from unclip.diffusion.process import DiffusionProcess
 from unclip.models.text_proj import UnCLIPTextProjModel
 from unclip.models.unet import UNet2DConditionModel
 from unclip.stages.condition import DecoderCondition
-from unclip.stages.stage import size_px
+from unclip.stages.stage import Size, size_px
 
 
 @dataclass(frozen=True)
 class DecoderStage:
-    """Diffuses small pictures [batch, 3, sample_size, sample_size]."""
+    """Diffuses small pictures [batch, 3, height, width].
+
+    Attributes:
+        size: height and width; None: the network's own square of `sample_size`.
+    """
 
     decoder: UNet2DConditionModel
     text_proj: UnCLIPTextProjModel
     process: DiffusionProcess
+    size: Size | None = None
 
     def prepare(self, condition: DecoderCondition) -> Denoiser:
         """Context tokens, and their keys and values in every cross-attention, are computed once."""
@@ -41,8 +46,8 @@ class DecoderStage:
 
     def sample_shape(self, condition: DecoderCondition) -> tuple[int, ...]:
         config = self.decoder.config
-        size = size_px(config.sample_size)
-        return (len(condition), config.in_channels, size, size)
+        size = self.size or (size_px(config.sample_size),) * 2
+        return (len(condition), config.in_channels, *size)
 
     def finish(self, x0: Tensor) -> Tensor:
         """A picture in [-1, 1]."""

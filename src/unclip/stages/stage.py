@@ -50,6 +50,7 @@ def sample(
     null: Condition | None = None,
     guidance_scale: float = 1.0,
     latents: Tensor | None = None,
+    origin: Tensor | None = None,
     progress: Progress | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -64,10 +65,12 @@ def sample(
         null: what guidance pushes away from, as many rows as `condition`; needed for a scale above 1.
         guidance_scale: not above 1 means one forward a step.
         latents: x_T, of `stage.sample_shape(condition)`.
+        origin: a clean sample of that shape, from which the path departs: its first state is the origin with x_T as
+            its noise (SDEdit, Meng et al. 2108.01073). Without it, it is x_T itself.
 
     Returns: float32, as `stage.finish` gives it.
 
-    Raises: InputError for latents of a wrong shape.
+    Raises: InputError for latents or an origin of a wrong shape.
     """
     shape = stage.sample_shape(condition)
     if latents is None:
@@ -76,6 +79,10 @@ def sample(
         raise InputError(f"latents have shape {tuple(latents.shape)}; this call needs {shape}")
     else:
         x = latents.to(condition.device).float()
+    if origin is not None:
+        if tuple(origin.shape) != shape:
+            raise InputError(f"the origin has shape {tuple(origin.shape)}; this call needs {shape}")
+        x = stage.process.add_noise(origin.to(condition.device), x, timesteps[0])
     denoiser = _denoiser(stage, condition, null, guidance_scale)
     return stage.finish(run(denoiser, sampler, timesteps, x, noise=noise, progress=progress, on_step=on_step))
 
@@ -125,6 +132,10 @@ def _denoiser(stage: Stage[Condition], condition: Condition, null: Condition | N
     assert null is not None
     assert len(null) == len(condition)
     return guided(stage.prepare(null.join(condition)), guidance_scale)
+
+
+Size = tuple[int, int]
+"""Height and width in pixels."""
 
 
 def size_px(sample_size: object) -> int:

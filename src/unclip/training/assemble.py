@@ -3,7 +3,7 @@
 Knows runs' folders and the layout of a pipeline; trains nothing. Called by `unclip assemble`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from unclip.checkpoints.files import atomic_folder, read_json, write_json
-from unclip.checkpoints.layout import API_VERSION
+from unclip.checkpoints.layout import API_VERSION, FURTHER_SUPER_RES
 from unclip.checkpoints.recommended import write_recommended
-from unclip.errors import MissingFileError
+from unclip.errors import InputError, MissingFileError
 from unclip.pipelines.component import index_entry, read_component, write_component
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 from unclip.pipelines.text_to_image import UnCLIPPipeline
@@ -42,6 +42,7 @@ def assemble(
     decoder: Path,
     super_res_first: Path,
     super_res_last: Path | None = None,
+    super_res_more: Sequence[Path] = (),
     out: Path,
     dtype: torch.dtype | None = None,
     defaults: Mapping[str, Any] | None = None,
@@ -53,6 +54,7 @@ def assemble(
     Args:
         clip, prior, decoder, super_res_first: each a run's folder (with `model/` in it), or a model to take it from.
         super_res_last: another one for the last step; without it the first network does all steps.
+        super_res_more: a run for each further super-resolution stage, in the order in which they enlarge.
         out: the folder to make.
         dtype: of the weights on disk; as they are when left out.
         defaults: what `generate` takes unless told otherwise (`decoder_guidance_scale`, …).
@@ -73,8 +75,9 @@ def assemble(
             if name == "super_res_last" and super_res_last is None:
                 folder = "super_res_first"
             components[name] = _read(runs[run], run, folder, class_name)
+        components |= _further(super_res_more)
         for pipeline in (UnCLIPPipeline, UnCLIPImageVariationPipeline):  # they check what fits what
-            pipeline(**{name: part for name, part in components.items() if name in pipeline.COMPONENTS})
+            pipeline(**{name: part for name, part in components.items() if name in pipeline.component_names()})
         for name, component in components.items():
             if isinstance(component, nn.Module) and dtype is not None:
                 component.to(dtype)
@@ -94,6 +97,23 @@ def _parts(prior: Path) -> dict[str, tuple[str, str, str]]:
         return PARTS
     parts = PARTS | {"prior": ("prior", "prior", "AutoregressivePrior")}
     return {name: part for name, part in parts.items() if name != "prior_scheduler"}
+
+
+def _further(runs: Sequence[Path]) -> dict[str, Any]:
+    """The further super-resolution stages' components: of a run, or of the same stage in a model.
+
+    Raises: InputError for more than there can be.
+    """
+    if len(runs) > len(FURTHER_SUPER_RES):
+        raise InputError(f"there are {len(runs)} further super-resolution stages; at most {len(FURTHER_SUPER_RES)}")
+    components: dict[str, Any] = {}
+    for stage, run in zip(FURTHER_SUPER_RES, runs, strict=False):
+        there = stage if (_model(run) / f"{stage}_first").is_dir() else "super_res"
+        for part, class_name in (("first", "UNet2DModel"), ("scheduler", "UnCLIPScheduler")):
+            components[f"{stage}_{part}"] = _read(run, stage, f"{there}_{part}", class_name)
+        if there == stage and (_model(run) / f"{stage}_last").is_dir():
+            components[f"{stage}_last"] = _read(run, stage, f"{stage}_last", "UNet2DModel")
+    return components
 
 
 def _model(run: Path) -> Path:

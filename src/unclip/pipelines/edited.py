@@ -1,0 +1,128 @@
+"""Pictures to be edited: what is drawn anew and what stays, at one size.
+
+Knows pictures, masks and sizes; knows no component. Called by the inpainting pipeline.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from unclip.errors import ImageError, InputError
+from unclip.images import alpha, rgb, to_tensor
+from unclip.stages.stage import Size
+
+
+@dataclass(frozen=True)
+class Edited:
+    """Pictures of one size, and what of them is drawn anew.
+
+    Attributes:
+        originals: as they were given, upright and in RGB.
+        x0: float32 [batch, 3, height, width] in [-1, 1], at the result's size.
+        drawn: bool [batch, 1, height, width], true where the picture is drawn anew; None: everywhere.
+    """
+
+    originals: list[Image.Image]
+    x0: Tensor
+    drawn: Tensor | None
+
+    def repeat(self, rows: int, count: int, device: torch.device) -> "Edited":
+        """On a device, for `rows` prompts with `count` pictures each; one picture serves all prompts."""
+
+        def spread(tensor: Tensor) -> Tensor:
+            return tensor.to(device).expand(rows, -1, -1, -1).repeat_interleave(count, dim=0)
+
+        return Edited(self.originals, spread(self.x0), None if self.drawn is None else spread(self.drawn))
+
+    def at(self, size: Size) -> tuple[Tensor, Tensor | None]:
+        """The picture at a stage's size, and what is kept there: pixels of which no part is drawn anew."""
+        if size == tuple(self.x0.shape[2:]):
+            return self.x0, None if self.drawn is None else ~self.drawn
+        x0 = F.interpolate(self.x0, size=size, mode="area")
+        return x0, None if self.drawn is None else ~_touched(self.drawn, size)
+
+
+def read_edited(image: Any, mask_image: Any, fit: Callable[[Size], Size]) -> Edited:
+    """Check and resize the pictures of a call.
+
+    Args:
+        image: a PIL image, or a list of them.
+        mask_image: the same for masks, of their pictures' sizes; or one for all; or None.
+        fit: the result's height and width for a picture of a height and width.
+
+    Raises: ImageError for a picture or a mask that cannot be used, InputError for something else, or for pictures that
+        would get different sizes.
+    """
+    pictures = _pictures(image, "image")
+    masks = [None] * len(pictures) if mask_image is None else _pictures(mask_image, "mask_image")
+    if len(masks) not in (1, len(pictures)):
+        raise InputError(f"there are {len(masks)} masks for {len(pictures)} pictures; give one, or one for each")
+    originals = [rgb(picture) for picture in pictures]
+    sizes = {fit((original.height, original.width)) for original in originals}
+    if len(sizes) > 1:
+        some = ", ".join(f"{width}×{height}" for height, width in sorted(sizes))
+        raise InputError(
+            f"these pictures have different shapes (they would become {some}); give height and width, or one at a time"
+        )
+    size = sizes.pop()
+    masks = masks * len(pictures) if len(masks) == 1 else masks
+    drawn = [drawn_region(*pair) for pair in zip(pictures, masks, strict=True)]
+    if any(region is None for region in drawn) and not all(region is None for region in drawn):
+        raise InputError("some of these pictures have transparency and others have not; give mask_image for all")
+    regions = [_touched(region[None, None], size) for region in drawn if region is not None]
+    x0 = torch.stack([to_tensor(resized(original, size)) for original in originals])
+    return Edited(originals, x0, torch.cat(regions) if regions else None)
+
+
+def drawn_region(picture: Image.Image, mask: Image.Image | None) -> Tensor | None:
+    """What a mask marks: bool [height, width], true where the picture is to be drawn anew; None without any mask.
+
+    In a mask with an alpha channel, that is where it is fully transparent (as in the DALL·E 2 edits API); in one
+    without, where it is white rather than black. Without a mask the picture's own transparency is it.
+
+    Raises: ImageError for a mask that marks nothing, or of another size than its picture.
+    """
+    transparency = alpha(picture if mask is None else mask)
+    if transparency is not None:
+        region = np.asarray(transparency) == 0
+        how = "is transparent nowhere: make what should be drawn anew fully transparent"
+    elif mask is None:
+        return None
+    else:
+        region = np.asarray(rgb(mask).convert("L")) >= 128
+        how = "is white nowhere: paint what should be drawn anew white, or make it transparent"
+    if mask is not None and region.shape != (upright := rgb(picture)).size[::-1]:
+        raise ImageError(
+            f"the mask is {region.shape[1]}×{region.shape[0]} pixels, its picture {upright.width}×{upright.height}; "
+            "they must be of one size"
+        )
+    if not region.any():
+        raise ImageError(f"the {'picture' if mask is None else 'mask'} {how}")
+    return torch.from_numpy(region)
+
+
+def resized(picture: Image.Image, size: Size) -> Image.Image:
+    """A picture at height and width `size`: the very same pixels where it has that size already."""
+    height, width = size
+    return picture if picture.size == (width, height) else picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _touched(region: Tensor, size: Size) -> Tensor:
+    """A region [batch, 1, h, w] at another size: true where any part of a pixel is in it."""
+    return F.adaptive_max_pool2d(region.float(), size) > 0
+
+
+def _pictures(given: Any, name: str) -> list[Image.Image]:
+    pictures = [given] if isinstance(given, Image.Image) else given
+    if not isinstance(pictures, Sequence) or isinstance(pictures, str) or not pictures:
+        raise InputError(f"{name} must be a PIL image or a non-empty list of them, not {type(given).__name__}")
+    for picture in pictures:
+        if not isinstance(picture, Image.Image):
+            raise InputError(f"{name} must hold PIL images alone, not a {type(picture).__name__}")
+    return list(pictures)

@@ -1,0 +1,220 @@
+"""Inpainting and image to image: a picture of which a part, or all, is drawn anew.
+
+Knows the public call and its arguments; prior, decoder and super-resolution are run as for a caption. Called by users.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPVisionModelWithProjection
+from transformers.image_processing_utils import BaseImageProcessor
+
+from unclip.checkpoints.layout import FURTHER
+from unclip.diffusion.guidance import check_scale
+from unclip.diffusion.inpainting import check_resampling
+from unclip.errors import ConfigError, InputError
+from unclip.pipelines import cascade
+from unclip.pipelines.arguments import Callback, as_prompts, check_count, check_embeddings, noise_source
+from unclip.pipelines.edited import Edited, read_edited
+from unclip.pipelines.generation import Call, Known, StageRun
+from unclip.pipelines.output import ImagePipelineOutput, check_output_type
+from unclip.pipelines.text_to_image import PriorRun, UnCLIPPipeline
+from unclip.stages.encoders import ImageEncoder
+from unclip.stages.stage import Size
+
+EMBEDDING_SOURCES = ("prompt", "image")
+
+
+class UnCLIPInpaintPipeline(UnCLIPPipeline):
+    """Draws a part of a picture anew, or all of it from a noised state of it.
+
+    Components as those of `UnCLIPPipeline`, so that any of its folders will do; `image_encoder` and
+    `feature_extractor` (transformers' CLIP), where the folder has them, let the picture itself say what is drawn.
+
+    A masked region is drawn by the same loops as any picture, with the known pixels put back at every step and parts of
+    the path walked several times (RePaint, Lugmayr et al. 2201.09865), in the decoder and in super-resolution. Pixels
+    outside the mask come out as they went in, at the result's size. `strength` below 1 departs from the picture noised
+    that far instead of pure noise (SDEdit, Meng et al. 2108.01073).
+    """
+
+    OPTIONAL = ("image_encoder", "feature_extractor", *UnCLIPPipeline.OPTIONAL)
+    image_encoder: CLIPVisionModelWithProjection
+    feature_extractor: BaseImageProcessor
+
+    @classmethod
+    def component_names(cls) -> tuple[str, ...]:
+        return (*cls.OPTIONAL[:2], *cls.COMPONENTS, *FURTHER)
+
+    def check(self) -> None:
+        super().check()
+        if (self.image_encoder is None) != (self.feature_extractor is None):
+            raise ConfigError("image_encoder and feature_extractor go together; give both, or neither")
+        if self.image_encoder is not None:
+            wanted = self.text_proj.config.clip_embeddings_dim
+            width = self.image_encoder.config.projection_dim
+            self._check_fits([("image_encoder.projection_dim", width, "text_proj.clip_embeddings_dim", wanted)])
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self,
+        prompt: str | Sequence[str] | None = None,
+        image: Image.Image | Sequence[Image.Image] | None = None,
+        mask_image: Image.Image | Sequence[Image.Image] | None = None,
+        strength: float = 1.0,
+        num_images_per_prompt: int = 1,
+        prior_num_inference_steps: int = 25,
+        decoder_num_inference_steps: int = 25,
+        super_res_num_inference_steps: int | Sequence[int] = 7,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        prior_guidance_scale: float = 4.0,
+        decoder_guidance_scale: float = 8.0,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        num_resamples: int = 4,
+        jump_length: int = 1,
+        embedding_from: str | None = None,
+        image_embeddings: Tensor | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        seed: int | Sequence[int] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        callback_on_step_end: Callback | None = None,
+        return_intermediates: bool = False,
+    ) -> ImagePipelineOutput | tuple[Any, ...]:
+        """Edit pictures.
+
+        Args:
+            prompt: what the result should show as a whole; one, or one a picture. Without it the picture's own
+                embedding alone says what is drawn.
+            image: a picture of any mode, or a list of them; one serves several prompts. Those of other sizes than the
+                result's are resized to it.
+            mask_image: what is drawn anew, of the picture's size: where it is fully transparent, or where it is white
+                if it has no transparency. Without one the picture's own transparency says it; a picture that has none
+                is drawn anew as a whole, which needs a strength below 1.
+            strength: above 0 to 1, the share of the steps that are taken. 1 starts from pure noise; less keeps as much
+                of the picture, under the mask too.
+            num_images_per_prompt: results of each prompt or picture; they follow one another in the output.
+            prior_num_inference_steps, decoder_num_inference_steps, super_res_num_inference_steps, generator,
+                prior_guidance_scale, decoder_guidance_scale, output_type, return_dict: as in `UnCLIPPipeline`.
+            num_resamples: how often each part of the path is walked, so that new and old grow together; 1 to 100. It
+                multiplies the time, and does nothing without a mask.
+            jump_length: steps in each such part.
+            embedding_from: "prompt", the prior's embedding of it; or "image", the picture's own, with the prompt as
+                the decoder's caption alone. The prompt's when there is one.
+            image_embeddings: [batch, embedding_dim] in place of both: an interpolation of the two, say.
+            negative_prompt, seed, callback_on_step_end, return_intermediates: as in `UnCLIPPipeline`.
+            height, width: of the result, both or neither. By default it has the picture's shape, in as many pixels as
+                the model's own square, rounded to what its networks need.
+
+        Raises:
+            InputError: an argument is wrong (ImageError: a picture or mask is); no stage has run.
+            ConfigError: a component that was exchanged does not fit the others.
+            Cancelled: the callback stopped the run.
+        """
+        self.check()
+        check_output_type(output_type)
+        check_scale(prior_guidance_scale, "prior_guidance_scale")
+        check_scale(decoder_guidance_scale, "decoder_guidance_scale")
+        check_resampling(num_resamples, jump_length)
+        _check_strength(strength)
+        source = self._embedding_source(embedding_from, prompt, image_embeddings)
+        edited = read_edited(image, mask_image, lambda size: self._result_size(size, height, width))
+        if edited.drawn is None and strength == 1:
+            raise InputError("nothing of the picture would stay: give mask_image, or a strength below 1")
+        rows = self._rows(prompt, edited, image_embeddings)
+        call = Call(noise_source(generator, seed, check_count(num_images_per_prompt, rows)), callback_on_step_end)
+        sizes = self._sizes(*edited.x0.shape[2:])
+        prior = PriorRun(prior_num_inference_steps, prior_guidance_scale)
+        embedder = self._embedder(prior)
+        decoder = StageRun(decoder_num_inference_steps, decoder_guidance_scale, size=sizes["decoder"])
+        runs = {"decoder": decoder, **self._super_res_runs(super_res_num_inference_steps, None, sizes)}
+        for name, run in runs.items():
+            self._check_steps(name, run)
+        captions, negative = self._captions(prompt, rows), self._captions(negative_prompt, rows)
+
+        known = edited.repeat(rows, num_images_per_prompt, self.device)
+        runs = _knowing(known, runs, strength, num_resamples, jump_length)
+        text = self._repeated_text(captions, rows, num_images_per_prompt)
+        null_text = None
+        if decoder.guided or (prior.guided and source == "prompt"):
+            null_text = self._repeated_text(negative, rows, num_images_per_prompt)
+        if source == "prompt":
+            embeddings = self._embed(embedder, text, null_text, prior, call)
+        else:
+            own = self._own_embeddings(edited) if image_embeddings is None else image_embeddings.to(self.device).float()
+            embeddings = own.expand(rows, -1).repeat_interleave(num_images_per_prompt, dim=0)
+        small = self._decode(text, null_text, embeddings, runs["decoder"], call)
+        large = self._enlarge(small, runs, call)
+        return self._finish(large, small, embeddings, output_type, return_intermediates, return_dict)
+
+    def _embedding_source(self, asked: str | None, prompt: Any, image_embeddings: Tensor | None) -> str:
+        """Where image embeddings come from: "prompt", "image", or "given"."""
+        if image_embeddings is not None:
+            if asked is not None:
+                raise InputError("give image_embeddings or embedding_from, not both")
+            check_embeddings(image_embeddings, self.prior.config.embedding_dim)
+            return "given"
+        if asked is not None and asked not in EMBEDDING_SOURCES:
+            raise InputError(
+                f"embedding_from is {asked!r}; it must be one of {', '.join(map(repr, EMBEDDING_SOURCES))}"
+            )
+        source = asked or ("image" if prompt is None else "prompt")
+        if source == "prompt" and prompt is None:
+            raise InputError("embedding_from is 'prompt', and there is no prompt")
+        if source == "image" and self.image_encoder is None:
+            raise InputError(
+                "this model has no image_encoder, so the picture cannot say what is drawn: give a prompt, or "
+                "image_embeddings, or load the pipeline with image_encoder= and feature_extractor="
+            )
+        return source
+
+    def _rows(self, prompt: Any, edited: Edited, image_embeddings: Tensor | None) -> int:
+        """How many rows the call has: as many as prompts, pictures or embeddings, of which any may be one for all."""
+        counts = {
+            "prompts": 1 if prompt is None else len(as_prompts(prompt)),
+            "pictures": len(edited.originals),
+            "image_embeddings": 1 if image_embeddings is None else len(image_embeddings),
+        }
+        rows = max(counts.values())
+        if any(count not in (1, rows) for count in counts.values()):
+            told = ", ".join(f"{count} {name}" for name, count in counts.items())
+            raise InputError(f"there are {told}; give as many of each, or one for all")
+        return rows
+
+    def _result_size(self, size: Size, height: int | None, width: int | None) -> Size:
+        """The result's height and width for a picture of height and width `size`."""
+        if (height is None) != (width is None):
+            raise InputError("give height and width, or neither: then the result has the picture's shape")
+        if height is None and size[0] != size[1]:
+            own = list(self._sizes(None, None).values())[-1][0]
+            height, width = cascade.fitted_size(own, cascade.side_multiple(self.decoder, self.cascade), size)
+        return list(self._sizes(height, width).values())[-1]
+
+    def _own_embeddings(self, edited: Edited) -> Tensor:
+        return ImageEncoder(self.image_encoder, self.feature_extractor).encode(edited.originals, self.device).float()
+
+
+def _check_strength(strength: object) -> None:
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
+        raise InputError(f"strength is {strength!r}; it must be a number above 0, up to 1")
+    if not 0 < strength <= 1:
+        raise InputError(f"strength is {strength}; it must be above 0 (where nothing changes), up to 1 (pure noise)")
+
+
+def _knowing(
+    edited: Edited, runs: Mapping[str, StageRun], strength: float, num_resamples: int, jump_length: int
+) -> dict[str, StageRun]:
+    """The runs of the stages that draw, with what each knows of its result."""
+    share = None if strength == 1 else strength
+    knowing = {}
+    for name, run in runs.items():
+        assert run.size is not None
+        known = Known(*edited.at(run.size), share, num_resamples, jump_length)
+        knowing[name] = replace(run, known=known)
+    return knowing

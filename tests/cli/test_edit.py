@@ -1,0 +1,165 @@
+"""`unclip inpaint` and `unclip redraw`: picture files edited, and what goes wrong."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from .conftest import FEW_STEPS
+
+
+def pixels(path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    path = tmp_path / "My photo.png"
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    return path
+
+
+@pytest.fixture
+def mask(tmp_path) -> Path:
+    """The left half, white."""
+    path = tmp_path / "mask.png"
+    image = Image.new("L", (32, 32), 0)
+    image.paste(255, (0, 0, 16, 32))
+    image.save(path)
+    return path
+
+
+@pytest.fixture
+def edit(unclip, model, tmp_path):
+    def run(command, *arguments, model=model):
+        before = ["--model", model, *FEW_STEPS, "--device", "cpu", "--out", tmp_path / "out"]
+        return unclip(command, *before, *arguments)
+
+    return run
+
+
+def test_what_the_mask_marks_is_drawn_and_the_rest_stays(edit, photo, mask):
+    done = edit("inpaint", photo, "--mask", mask, "--prompt", "a cat", "-n", 2, "--seed", 5, "--grid")
+    assert (done.code, done.err) == (0, "")
+    names = ["my-photo-inpaint-5.png", "my-photo-inpaint-6.png", "my-photo-inpaint-5-grid.png"]
+    assert [Path(path).name for path in done.lines] == names
+    first, second = (pixels(path) for path in done.lines[:2])
+    for result in (first, second):
+        assert np.array_equal(result[:, 16:], pixels(photo)[:, 16:])
+        assert (result[:, :16] != pixels(photo)[:, :16]).any(-1).mean() > 0.9
+    assert not np.array_equal(first, second)
+
+
+def test_facts(edit, photo, mask):
+    done = edit("inpaint", photo, "--mask", mask, "--prompt", "a cat 🐈", "--resamples", 2, "--strength", 0.8, "--json")
+    facts = json.loads(done.out)
+    with Image.open(facts["path"]) as image:
+        texts = image.text
+    assert (texts["image"], texts["mask"], texts["prompt"]) == ("My photo.png", "mask.png", "a cat 🐈")
+    settings = json.loads(texts["settings"])
+    assert settings == facts["settings"]
+    assert (settings["num_resamples"], settings["jump_length"], settings["strength"]) == (2, 1, 0.8)
+    assert "embedding_from" not in settings
+    again = edit(
+        *("inpaint", photo, "--mask", mask, "--prompt", "a cat 🐈", "--resamples", 2, "--strength", 0.8),
+        *("--seed", texts["seed"]),
+    )
+    assert np.array_equal(pixels(again.lines[0]), pixels(facts["path"]))
+
+
+def test_transparency_is_a_mask(edit, photo, mask, tmp_path):
+    holed = tmp_path / "holed.png"
+    with Image.open(photo) as image:
+        picture = image.convert("RGBA")
+    picture.paste((255, 255, 255, 0), (0, 0, 16, 32))
+    picture.save(holed)
+    done = edit("inpaint", holed, "--prompt", "a cat", "--seed", 5)
+    assert done.code == 0
+    by_mask = edit("inpaint", photo, "--mask", mask, "--prompt", "a cat", "--seed", 5)
+    assert np.array_equal(pixels(done.lines[0]), pixels(by_mask.lines[0]))
+
+
+def test_options_of_inpainting_matter(edit, photo, mask):
+    def run(*more):
+        done = edit("inpaint", photo, "--mask", mask, "--seed", 5, *more)
+        assert done.code == 0, done.err
+        return pixels(done.lines[0])
+
+    plain = run("--prompt", "a cat")
+    for more in (
+        ("--prompt", "a red apple"),
+        (),
+        ("--prompt", "a cat", "--embedding-from", "image"),
+        ("--prompt", "a cat", "--resamples", 1),
+        ("--prompt", "a cat", "--strength", 0.5),
+        ("--prompt", "a cat", "--negative", "an apple"),
+    ):
+        assert not np.array_equal(run(*more), plain), more
+
+
+@pytest.mark.parametrize(("command", "more"), [("inpaint", ["--mask", "MASK"]), ("redraw", [])])
+def test_sizes_and_tiles(edit, photo, mask, command, more):
+    more = [mask if part == "MASK" else part for part in more]
+    done = edit(command, photo, *more, "--prompt", "a cat", "--height", 16, "--width", 48, "--tile", 16)
+    assert done.code == 0, done.err
+    assert pixels(done.lines[0]).shape == (16, 48, 3)
+
+
+def test_redrawing_stays_nearer_the_lower_the_strength(edit, photo):
+    distances = []
+    for strength in (0.1, 0.9):
+        done = edit("redraw", photo, "--prompt", "a cat", "--strength", strength, "--seed", 3, "--decoder-steps", 10)
+        assert Path(done.lines[0]).name.startswith("my-photo-redraw-3")
+        distances.append(np.abs(pixels(done.lines[0]).astype(float) - pixels(photo)).mean())
+    assert 0 < distances[0] < distances[1]
+
+
+def test_redrawing_by_the_pictures_own_content(edit, photo):
+    own = edit("redraw", photo, "--seed", 3)
+    assert own.code == 0
+    assert not np.array_equal(
+        pixels(own.lines[0]), pixels(edit("redraw", photo, "--seed", 3, "--prompt", "a cat").lines[0])
+    )
+
+
+def test_steps_of_several_stages_in_a_model_of_one(edit, photo):
+    done = edit("redraw", photo, "--prompt", "a cat", "--super-res-steps", "2,3")
+    assert (done.code, done.out) == (1, "")
+    assert "2 values for 1 super-resolution stages" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["inpaint", "PHOTO", "--prompt", "a cat"], 1, "give --mask, or make it transparent"),
+        (["inpaint", "PHOTO", "--mask", "PHOTO.none"], 1, "cannot be read"),
+        (["inpaint", "PHOTO", "--mask", "SMALL"], 1, "the mask is 8×8 pixels, its picture 32×32"),
+        (["inpaint", "PHOTO", "--mask", "MASK", "--strength", "0"], 2, "--strength is 0"),
+        (["inpaint", "PHOTO", "--mask", "MASK", "--resamples", "0"], 2, "resamples"),
+        (["inpaint", "PHOTO", "--mask", "MASK", "--super-res-steps", "2,x"], 2, "'2,x' is no number"),
+        (["redraw", "PHOTO", "--prompt", "a cat", "--strength", "1"], 2, "below 1"),
+        (["redraw", "PHOTO", "--prompt", "a cat", "--height", "30", "--width", "32"], 1, "height is 30"),
+        (["redraw", "PHOTO", "--prompt", "a cat", "--tile", "3"], 1, "must be multiples of 2"),
+        (["redraw"], 2, "Missing argument"),
+    ],
+)
+def test_wrong_arguments(edit, photo, mask, tmp_path, arguments, code, message):
+    Image.new("L", (8, 8), 255).save(tmp_path / "small.png")
+    places = {"PHOTO": photo, "MASK": mask, "SMALL": tmp_path / "small.png", "PHOTO.none": tmp_path / "none.png"}
+    done = edit(*(places.get(part, part) for part in arguments))
+    assert (done.code, done.out) == (code, "")
+    assert message in " ".join(done.err.split())
+
+
+def test_models_that_lack_something(edit, photo, text_to_image, variation):
+    done = edit("redraw", photo, model=text_to_image)
+    assert (done.code, done.out) == (1, "")
+    assert "has no image_encoder" in done.err
+    assert edit("redraw", photo, "--prompt", "a cat", model=text_to_image).code == 0
+    done = edit("redraw", photo, "--prompt", "a cat", model=variation)
+    assert done.code == 1
+    assert "has no prior" in done.err

@@ -1,0 +1,419 @@
+"""Inpainting and image to image: what stays, what is drawn, and what decides it."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unclip import (
+    Cancelled,
+    ConfigError,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    ImageError,
+    InputError,
+    UnCLIPImageVariationPipeline,
+    UnCLIPInpaintPipeline,
+    UnCLIPPipeline,
+)
+from unclip.evaluation.seams import seam
+from unclip.images import to_tensor
+
+CLOSE = {"rtol": 0, "atol": 1e-5}
+
+
+def noisy(width=16, height=16, seed=0):
+    """A picture of noise, so that no pixel comes out right by chance."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def left_half(width=16, height=16):
+    """Draw the left half anew: white there."""
+    mask = np.zeros((height, width), dtype=np.uint8)
+    mask[:, : width // 2] = 255
+    return Image.fromarray(mask)
+
+
+PICTURE, MASK = noisy(), left_half()
+FEW = {"prior_num_inference_steps": 2, "decoder_num_inference_steps": 3, "super_res_num_inference_steps": 3}
+FEW |= {"num_resamples": 2, "seed": 1}
+
+
+@pytest.fixture
+def edit(tiny_inpaint):
+    """Run the shared pipeline in few steps; returns 8-bit arrays [batch, height, width, 3]."""
+
+    def run(*args, **arguments):
+        pictures = tiny_inpaint(*args, **{**FEW, **arguments}).images
+        return np.stack([np.asarray(picture) for picture in pictures])
+
+    return run
+
+
+def changed(result, picture):
+    """Which pixels are others, bool [height, width]."""
+    return (result != np.asarray(picture.convert("RGB"))).any(-1)
+
+
+# ---- what stays and what is drawn ----
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_resamples": 1}, {"jump_length": 2}, {"strength": 0.4}])
+def test_outside_the_mask_pixels_stay_to_the_bit(edit, arguments):
+    (result,) = edit("a cat", PICTURE, MASK, **arguments)
+    there = changed(result, PICTURE)
+    assert not there[:, 8:].any()
+    assert there[:, :8].mean() > 0.9
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])
+def test_with_other_samplers(tiny_components, build_pipeline, scheduler):
+    pipe = build_pipeline("inpaint", tiny_components())
+    pipe.decoder_scheduler = scheduler.from_config(pipe.decoder_scheduler.config)
+    pipe.super_res_scheduler = scheduler.from_config(pipe.super_res_scheduler.config)
+    there = changed(np.asarray(pipe("a cat", PICTURE, MASK, **FEW).images[0]), PICTURE)
+    assert not there[:, 8:].any()
+    assert there[:, :8].mean() > 0.9
+
+
+def test_in_half_precision_pixels_stay_too(tiny_components, build_pipeline):
+    pipe = build_pipeline("inpaint", tiny_components()).to(torch.bfloat16)
+    there = changed(np.asarray(pipe("a cat", PICTURE, MASK, **FEW).images[0]), PICTURE)
+    assert not there[:, 8:].any()
+    assert there[:, :8].any()
+
+
+def test_numbers_that_stay(tiny_inpaint):
+    for form in ("np", "pt"):
+        images = tiny_inpaint("a cat", PICTURE, MASK, output_type=form, **FEW).images
+        kept = images[0, :, :, 8:] if form == "pt" else images[0, :, 8:].transpose(2, 0, 1)
+        expected = np.asarray(PICTURE).transpose(2, 0, 1)[:, :, 8:] / 255
+        np.testing.assert_allclose(np.asarray(kept), expected, rtol=0, atol=1e-6)
+
+
+def test_the_known_part_is_known_to_both_stages(tiny_inpaint):
+    """At 8 px too: what of the small picture lies outside the mask is the picture's average there."""
+    output = tiny_inpaint("a cat", PICTURE, MASK, output_type="pt", return_intermediates=True, **FEW)
+    shrunk = torch.from_numpy(np.asarray(PICTURE) / 255).permute(2, 0, 1).unflatten(1, (8, 2)).unflatten(3, (8, 2))
+    torch.testing.assert_close(output.small_images[0, :, :, 4:], shrunk.mean((2, 4))[:, :, 4:].float(), **CLOSE)
+    assert (output.small_images[0, :, :, :4] - shrunk.mean((2, 4))[:, :, :4]).abs().max() > 0.05
+
+
+def test_a_small_pixel_that_the_mask_touches_is_drawn(tiny_inpaint, edit):
+    """A mask of one pixel: the whole small pixel is drawn anew, and of the result that one pixel alone."""
+    mask = Image.new("L", (16, 16), 0)
+    mask.putpixel((5, 9), 255)
+    (result,) = edit("a cat", PICTURE, mask)
+    assert np.argwhere(changed(result, PICTURE)).tolist() == [[9, 5]]
+    small = tiny_inpaint("a cat", PICTURE, mask, output_type="pt", return_intermediates=True, **FEW).small_images
+    (other,) = tiny_inpaint("a cat", PICTURE, MASK, output_type="pt", return_intermediates=True, **FEW).small_images
+    differs = ((small[0] - other).abs() > 1e-4).any(0)
+    assert differs[4, 2]
+
+
+def test_the_rest_decides_what_is_drawn(edit):
+    """The drawn half depends on the kept one: it is no picture of its own that was pasted in."""
+    other = noisy(seed=7)
+    assert changed(edit("a cat", PICTURE, MASK)[0], Image.fromarray(edit("a cat", other, MASK)[0]))[:, :8].mean() > 0.5
+
+
+def test_what_lies_under_the_mask_plays_no_part_at_full_strength(edit):
+    hidden = PICTURE.copy()
+    hidden.paste((255, 0, 0), (0, 0, 8, 16))
+    assert np.array_equal(edit("a cat", PICTURE, MASK), edit("a cat", hidden, MASK))
+    lower = {"strength": 0.4}
+    assert not np.array_equal(edit("a cat", PICTURE, MASK, **lower), edit("a cat", hidden, MASK, **lower))
+
+
+def test_resampling_changes_what_is_drawn(edit):
+    one = edit("a cat", PICTURE, MASK, num_resamples=1)
+    assert not np.array_equal(one, edit("a cat", PICTURE, MASK, num_resamples=3))
+    assert np.array_equal(one, edit("a cat", PICTURE, MASK, num_resamples=1, jump_length=2))
+
+
+def test_steps_of_a_resampled_path(tiny_inpaint):
+    told = []
+    tiny_inpaint("a cat", PICTURE, MASK, callback_on_step_end=lambda *given: told.append(given[3]["stage"]), **FEW)
+    assert [told.count(stage) for stage in ("prior", "decoder", "super_res")] == [2, 2 * 2 + 1, 2 * 2 + 1]
+
+
+# ---- strength ----
+
+
+def test_without_a_mask_a_strength_keeps_some_of_the_picture(edit):
+    whole = np.asarray(PICTURE, dtype=float)
+    distances = [np.abs(edit("a cat", PICTURE, strength=s)[0] - whole).mean() for s in (0.1, 0.5, 0.9)]
+    assert distances[0] < distances[1] < distances[2]
+    assert distances[0] > 0
+
+
+def test_a_strength_takes_that_share_of_the_steps(tiny_inpaint):
+    told = []
+
+    def callback(pipeline, step, timestep, about):
+        told.append((about["stage"], timestep))
+
+    steps = FEW | {"decoder_num_inference_steps": 10, "super_res_num_inference_steps": 4}
+    tiny_inpaint("a cat", PICTURE, strength=0.5, callback_on_step_end=callback, **steps)
+    decoder = [timestep for stage, timestep in told if stage == "decoder"]
+    assert decoder == [444, 333, 222, 111, 0]
+    assert [timestep for stage, timestep in told if stage == "super_res"] == [333, 0]
+
+
+def test_the_least_strength_takes_one_step(edit):
+    assert edit("a cat", PICTURE, strength=1e-6).shape == (1, 16, 16, 3)
+
+
+# ---- what decides ----
+
+
+def test_the_prompt_decides(edit):
+    assert not np.array_equal(edit("a cat", PICTURE, MASK), edit("a red apple", PICTURE, MASK))
+    assert not np.array_equal(edit("a cat", PICTURE, MASK), edit("a cat", PICTURE, MASK, negative_prompt="an apple"))
+
+
+def test_the_pictures_own_embedding_decides_without_a_prompt(tiny_inpaint, tiny_variation, edit):
+    output = tiny_inpaint(None, PICTURE, MASK, return_intermediates=True, **FEW)
+    own = tiny_variation(PICTURE, seed=1, return_intermediates=True, decoder_num_inference_steps=1).image_embeddings
+    torch.testing.assert_close(output.image_embeddings, own, **CLOSE)
+    result = edit(None, PICTURE, MASK)
+    assert np.array_equal(result, edit("", PICTURE, MASK, embedding_from="image"))
+    assert np.array_equal(result, edit(None, PICTURE, MASK, image_embeddings=own))
+    assert not np.array_equal(result, edit("a cat", PICTURE, MASK, embedding_from="image"))
+    assert not np.array_equal(result, edit(None, PICTURE, MASK, image_embeddings=own + 1))
+
+
+def test_the_prompts_embedding_is_the_priors(tiny_inpaint, tiny_pipeline):
+    steps = {name: FEW[name] for name in FEW if name != "num_resamples"}
+    of_text = tiny_pipeline("a cat", return_intermediates=True, **steps).image_embeddings
+    for asked in (None, "prompt"):
+        output = tiny_inpaint("a cat", PICTURE, MASK, embedding_from=asked, return_intermediates=True, **FEW)
+        torch.testing.assert_close(output.image_embeddings, of_text, **CLOSE)
+
+
+# ---- batches ----
+
+
+# At timestep 999 a random network's x0 is decided by rounding (see parity/test_pipelines.py), so these start lower.
+
+
+def test_a_result_of_a_batch_is_the_one_made_alone(edit):
+    pictures, masks = [noisy(seed=1), noisy(seed=2)], [MASK, MASK.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+    batch = edit(["a cat", "an apple"], pictures, masks, num_images_per_prompt=2, seed=10, strength=0.6)
+    assert batch.shape == (4, 16, 16, 3)
+    for i in range(4):
+        row = i // 2
+        alone = edit(["a cat", "an apple"][row], pictures[row], masks[row], seed=10 + i, strength=0.6)
+        assert np.abs(batch[i].astype(int) - alone[0]).max() <= 1
+    assert not changed(batch[1], pictures[0])[:, 8:].any()
+    assert not changed(batch[2], pictures[1])[:, :8].any()
+
+
+def test_one_picture_for_several_prompts_and_one_prompt_for_several_pictures(edit):
+    of_prompts = edit(["a cat", "an apple"], PICTURE, MASK, seed=4, strength=0.6)
+    assert np.abs(of_prompts[1].astype(int) - edit("an apple", PICTURE, MASK, seed=5, strength=0.6)[0]).max() <= 1
+    of_pictures = edit("a cat", [PICTURE, noisy(seed=3)], MASK, seed=4, strength=0.6)
+    assert np.abs(of_pictures[1].astype(int) - edit("a cat", noisy(seed=3), MASK, seed=5, strength=0.6)[0]).max() <= 1
+
+
+# ---- masks and sizes ----
+
+
+def test_ways_to_say_the_same_region(edit):
+    result = edit("a cat", PICTURE, MASK)
+    transparent = Image.new("RGBA", (16, 16), "blue")
+    transparent.paste((9, 9, 9, 0), (0, 0, 8, 16))
+    own = PICTURE.convert("RGBA")
+    own.paste((255, 255, 255, 0), (0, 0, 8, 16))
+    assert np.array_equal(edit("a cat", PICTURE, transparent), result)
+    assert np.array_equal(edit("a cat", PICTURE, MASK.convert("1")), result)
+    assert np.array_equal(edit("a cat", PICTURE, MASK.convert("RGB")), result)
+    assert np.array_equal(edit("a cat", own), result)
+
+
+def test_half_transparent_pixels_stay(edit):
+    mask = Image.new("RGBA", (16, 16), (0, 0, 0, 1))
+    mask.paste((0, 0, 0, 0), (4, 4, 8, 8))
+    there = changed(edit("a cat", PICTURE, mask)[0], PICTURE)
+    assert there[4:8, 4:8].all()
+    assert there.sum() == 16
+
+
+def test_a_picture_turned_by_its_camera(edit):
+    """The mask is of the upright picture, and so is the result."""
+    turned, exif = noisy(16, 16, seed=5), Image.Exif()
+    exif[0x0112] = 6
+    turned.getexif().update(exif)
+    upright = Image.fromarray(np.rot90(np.asarray(turned), 3))
+    there = changed(edit("a cat", turned, MASK)[0], upright)
+    assert not there[:, 8:].any()
+    assert there[:, :8].any()
+
+
+@pytest.mark.parametrize(("size", "expected"), [((40, 40), (16, 16)), ((60, 30), (24, 12)), ((30, 60), (12, 24))])
+def test_pictures_of_other_sizes(edit, size, expected):
+    """The result has the picture's shape in the model's number of pixels; kept pixels are the resized picture's."""
+    picture, mask = noisy(*size), left_half(*size)
+    (result,) = edit("a cat", picture, mask)
+    assert result.shape == (expected[1], expected[0], 3)
+    resized = picture.resize(expected, Image.Resampling.LANCZOS)
+    there, half = changed(result, resized), expected[0] // 2
+    assert not there[:, half:].any()
+    assert there[:, :half].mean() > 0.9
+
+
+def test_a_given_height_and_width(edit):
+    (result,) = edit("a cat", noisy(20, 20), left_half(20, 20), height=8, width=32)
+    assert result.shape == (8, 32, 3)
+    assert not changed(result, noisy(20, 20).resize((32, 8), Image.Resampling.LANCZOS))[:, 16:].any()
+
+
+def test_a_long_picture_is_squashed(edit):
+    assert edit("a cat", noisy(160, 16), left_half(160, 16)).shape == (1, 8, 32, 3)
+
+
+# ---- arguments that are wrong ----
+
+
+@pytest.fixture
+def nothing_runs(tiny_inpaint, monkeypatch):
+    def run(*args, **kwargs):
+        raise AssertionError("a stage ran")
+
+    for network in (tiny_inpaint.prior, tiny_inpaint.decoder, tiny_inpaint.super_res_first):
+        monkeypatch.setattr(network, "forward", run)
+        monkeypatch.setattr(network, "denoise", run)
+
+
+OPAQUE = Image.new("RGBA", (16, 16), "white")
+HOLED = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+WRONG = [
+    ({"image": None}, "image must be a PIL image or a non-empty list"),
+    ({"image": []}, "image must be a PIL image or a non-empty list"),
+    ({"image": torch.zeros(1, 3, 16, 16)}, "not Tensor"),
+    ({"image": [PICTURE, "cat.png"]}, "must hold PIL images alone, not a str"),
+    ({"mask_image": "mask.png"}, "mask_image must be a PIL image"),
+    ({"mask_image": left_half(17, 16)}, "the mask is 17×16 pixels, its picture 16×16"),
+    ({"mask_image": Image.new("L", (16, 16), 0)}, "the mask is white nowhere"),
+    ({"mask_image": OPAQUE}, "the mask is transparent nowhere"),
+    ({"image": OPAQUE, "mask_image": None}, "the picture is transparent nowhere"),
+    ({"mask_image": [MASK, MASK]}, "there are 2 masks for 1 pictures"),
+    ({"image": [HOLED, PICTURE], "mask_image": None}, "some of these pictures have transparency"),
+    ({"image": [noisy(20, 10), noisy(10, 20)], "mask_image": None, "strength": 0.5}, "different shapes"),
+    ({"mask_image": None}, "nothing of the picture would stay"),
+    ({"strength": 0}, "strength is 0; it must be above 0"),
+    ({"strength": 1.01}, "strength is 1.01; it must be above 0"),
+    ({"strength": float("nan")}, "strength is nan"),
+    ({"strength": True}, "strength is True"),
+    ({"strength": "half"}, "strength is 'half'"),
+    ({"num_resamples": 0}, "num_resamples is 0; it must be a whole number, from 1 to 100"),
+    ({"num_resamples": 101}, "num_resamples is 101"),
+    ({"jump_length": 0}, "jump_length is 0; it must be a whole number, 1 or more"),
+    ({"embedding_from": "picture"}, "embedding_from is 'picture'; it must be one of 'prompt', 'image'"),
+    ({"prompt": None, "embedding_from": "prompt"}, "there is no prompt"),
+    ({"embedding_from": "image", "image_embeddings": torch.zeros(1, 16)}, "image_embeddings or embedding_from"),
+    ({"image_embeddings": torch.zeros(1, 15)}, r"image_embeddings have shape \(1, 15\)"),
+    ({"prompt": ["a", "b"], "image": [PICTURE] * 3}, "there are 2 prompts, 3 pictures, 1 image_embeddings"),
+    ({"prompt": 3}, "prompt must be a string"),
+    ({"negative_prompt": ["a", "b"]}, "there are 2 captions for 1 pictures"),
+    ({"height": 16}, "give height and width, or neither"),
+    ({"height": 10, "width": 16}, "height is 10; this model's pictures need a multiple of 4, such as 8"),
+    ({"height": 16, "width": 0}, "width is 0"),
+    ({"decoder_num_inference_steps": 0}, "number of steps is 0"),
+    ({"super_res_num_inference_steps": [3, 3]}, "has 2 values for 1 super-resolution stages"),
+    ({"decoder_guidance_scale": float("inf")}, "decoder_guidance_scale is inf"),
+    ({"prior_guidance_scale": -1}, "prior_guidance_scale is -1"),
+    ({"output_type": "jpeg"}, "output_type is 'jpeg'"),
+    ({"num_images_per_prompt": 0}, "asks for 0 pictures"),
+    ({"generator": torch.Generator()}, "give seed or generator"),
+]
+
+
+@pytest.mark.usefixtures("nothing_runs")
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_wrong_arguments(edit, arguments, message):
+    with pytest.raises(InputError, match=message):
+        edit(**{"prompt": "a cat", "image": PICTURE, "mask_image": MASK, **arguments})
+
+
+def test_a_picture_that_cannot_be_used(edit):
+    with pytest.raises(ImageError, match="there is nothing in it"):
+        edit("a cat", Image.new("RGB", (0, 4)), MASK)
+
+
+def test_a_callback_may_stop_it(tiny_inpaint):
+    with pytest.raises(Cancelled, match="'super_res' after step 1 of 5"):
+        tiny_inpaint(
+            "a cat", PICTURE, MASK, callback_on_step_end=lambda *g: {"stop": g[3]["stage"] == "super_res"}, **FEW
+        )
+
+
+# ---- components ----
+
+
+def test_a_text_to_image_folder_will_do(tiny_pipeline, tmp_path, edit):
+    tiny_pipeline.save_pretrained(tmp_path / "model")
+    pipe = UnCLIPInpaintPipeline.from_pretrained(tmp_path / "model")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.image_encoder is None
+    assert "image_encoder" not in pipe.components
+    (result,) = pipe("a cat", PICTURE, MASK, **FEW).images
+    assert np.array_equal(np.asarray(result), edit("a cat", PICTURE, MASK)[0])
+    with pytest.raises(InputError, match="this model has no image_encoder"):
+        pipe(None, PICTURE, MASK)
+
+
+def test_from_other_pipelines(tiny_pipeline, tiny_variation, tiny_inpaint):
+    bare = UnCLIPInpaintPipeline.from_pipe(tiny_pipeline)
+    assert bare.decoder is tiny_pipeline.decoder
+    more = {name: getattr(tiny_variation, name) for name in ("image_encoder", "feature_extractor")}
+    assert UnCLIPInpaintPipeline.from_pipe(tiny_pipeline, **more).image_encoder is tiny_variation.image_encoder
+    assert UnCLIPPipeline.from_pipe(tiny_inpaint).prior is tiny_inpaint.prior
+    assert UnCLIPImageVariationPipeline.from_pipe(tiny_inpaint).image_encoder is tiny_inpaint.image_encoder
+
+
+def test_saved_and_loaded(tiny_inpaint, tmp_path, edit):
+    tiny_inpaint.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / "image_encoder").is_dir()
+    pipe = UnCLIPInpaintPipeline.from_pretrained(tmp_path / "model")
+    pipe.set_progress_bar_config(disable=True)
+    assert next(iter(pipe.components)) == "image_encoder"
+    assert np.array_equal(np.asarray(pipe(None, PICTURE, MASK, **FEW).images[0]), edit(None, PICTURE, MASK)[0])
+    for cls in (UnCLIPPipeline, UnCLIPImageVariationPipeline):
+        assert cls.from_pretrained(tmp_path / "model").components.keys() == set(cls.COMPONENTS)
+
+
+def test_an_image_encoder_alone_or_of_another_width(tiny_pipeline, tiny_variation):
+    with pytest.raises(ConfigError, match="go together"):
+        UnCLIPInpaintPipeline.from_pipe(tiny_pipeline, image_encoder=tiny_variation.image_encoder)
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    wide = CLIPVisionModelWithProjection(CLIPVisionConfig(**tiny, image_size=16, patch_size=8, projection_dim=24))
+    with pytest.raises(ConfigError, match=r"image_encoder\.projection_dim is 24"):
+        UnCLIPInpaintPipeline.from_pipe(
+            tiny_pipeline, image_encoder=wide, feature_extractor=tiny_variation.feature_extractor
+        )
+
+
+# ---- the built-in model ----
+
+
+@pytest.mark.slow
+def test_the_built_in_model_mends_a_picture_without_a_seam():
+    """A hole in a picture, filled to fit: far less of a border than another picture pasted in has."""
+    pipe = UnCLIPInpaintPipeline.from_pretrained("unclip-emoji")
+    pipe.set_progress_bar_config(disable=True)
+    text_to_image = UnCLIPPipeline.from_pipe(pipe)
+    text_to_image.set_progress_bar_config(disable=True)
+    original, other = text_to_image(["dog face", "cat face"], seed=1, **pipe.recommended).images
+    mask = Image.new("L", (128, 128), 0)
+    mask.paste(255, (56, 24, 112, 104))
+    result = pipe(None, original, mask, seed=4, num_resamples=2, **pipe.recommended).images[0]
+    drawn = torch.from_numpy(np.asarray(mask) > 0)
+    there = changed(np.asarray(result), original)
+    assert not there[~drawn.numpy()].any()
+    assert there[drawn.numpy()].mean() > 0.5
+    mended, pasted = (seam(to_tensor(image), drawn) for image in (result, Image.composite(other, original, mask)))
+    assert mended < 4
+    assert mended < pasted / 3
