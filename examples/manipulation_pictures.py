@@ -1,6 +1,7 @@
 """Run every command of docs/guides/manipulations.md, and put its pictures into docs/images/manipulations.
 
 python examples/manipulation_pictures.py --data data/emoji
+python examples/manipulation_pictures.py --data data/emoji --only edited blended    # those that go into these folders
 """
 
 import argparse
@@ -41,6 +42,7 @@ def publish(name: str, made: Path, images: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="the emoji data set")
+    parser.add_argument("--only", nargs="+", metavar="OUT", help="run only the commands with these names after --out")
     asked = parser.parse_args()
     from unclip.data.folder import read_records
 
@@ -56,10 +58,12 @@ def main() -> None:
         Path("data").mkdir()
         Path("data/emoji").symlink_to(data)
         for arguments in commands(DOCS / "guides" / "manipulations.md"):
+            out = Path(arguments[arguments.index("--out") + 1]) if "--out" in arguments else None
+            if asked.only and (out is None or out.name not in asked.only):
+                continue
             begun = time.perf_counter()
             app([*arguments, "--quiet"], standalone_mode=False)
             print(f"{time.perf_counter() - begun:6.1f} s  unclip {shlex.join(arguments)}", flush=True)
-            out = Path(arguments[arguments.index("--out") + 1]) if "--out" in arguments else None
             if out is not None and "--grid" in arguments:
                 publish(names.get(out.name, out.name), out, images)
 

@@ -374,3 +374,12 @@ def test_a_sheet(count, columns, size):
     red, white = ((np.asarray(sheet) == colour).all(axis=2) for colour in (RED, WHITE))
     assert red.sum() == count * 15
     assert (red | white).all()
+
+
+def test_to_a_square():
+    halves = Image.new("RGB", (8, 4), "white")
+    halves.paste("black", (4, 0, 8, 4))
+    square = images.to_square(halves, 2)
+    assert square.tolist() == [[[1, -1], [1, -1]]] * 3
+    assert images.to_square(halves.convert("LA"), 3).shape == (3, 3, 3)
+    assert images.to_square(halves, 3)[:, :, 1].abs().max() < 0.5  # the edge, antialiased

@@ -126,6 +126,13 @@ def test_a_film_needs_its_writer(run, monkeypatch, files):
     assert not list(files.rglob("*.mp4"))
 
 
+def test_mp4(run):
+    av = pytest.importorskip("av")
+    done = run("interpolate", "cat.png", "dog.png", "--frames", 2, "--film", "mp4")
+    with av.open(done.lines[-1]) as film:
+        assert sum(1 for _ in film.decode(video=0)) == 4
+
+
 def test_edit(run):
     done = run("edit", "cat.png", "--from", "a cat", "--to", "a red apple", "--strength", 0.9, "--sweep", 3, "--grid")
     assert names(done)[:3] == [f"cat-to-a-red-apple-{i:03d}-0.png" for i in range(3)]

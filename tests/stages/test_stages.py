@@ -10,7 +10,7 @@ from unclip.diffusion.sampler import DDIMSampler
 from unclip.stages.condition import DecoderCondition, PriorCondition, SuperResCondition, TextEmbedding
 from unclip.stages.decoder import DecoderStage
 from unclip.stages.prior import PriorStage
-from unclip.stages.stage import sample, size_px
+from unclip.stages.stage import invert, sample, size_px
 from unclip.stages.super_res import SuperResStage, enlarge
 
 
@@ -163,6 +163,22 @@ def test_sampling(stages, tiny_pipeline, name):
     assert draw(1, latents=x).isfinite().all()
     with pytest.raises(InputError, match="latents have shape"):
         draw(1, latents=x[:1])
+
+
+@torch.no_grad()
+def test_inverting_under_guidance_undoes_guided_sampling(stages, tiny_pipeline):
+    """The same guided denoiser walks up and down: x_T found under a scale is another than without."""
+    condition, null = CONDITIONS["prior"](), PriorCondition(text(seed=9))
+    x0 = torch.randn(SHAPES["prior"], generator=torch.Generator().manual_seed(1)) * 0.5
+    more = {"timesteps": (999, 500, 200, 50, 0), "num_rounds": 2}
+    plain = invert(stages["prior"], condition, x0, **more)
+    guided = invert(stages["prior"], condition, x0, null=null, guidance_scale=3.0, **more)
+    assert plain.shape == x0.shape
+    assert (plain - guided).abs().max() > 1e-3
+    with pytest.raises(InputError, match="to invert have shape"):
+        invert(stages["prior"], condition, x0[:1], **more)
+    with pytest.raises(InputError, match="two timesteps"):
+        invert(stages["prior"], condition, x0, timesteps=(999,))
 
 
 @torch.no_grad()

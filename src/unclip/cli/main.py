@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from unclip import __version__
-from unclip.cli import blend, edit, generate, inpaint, interpolate, invert, model, options, train, vary
+from unclip.cli import blend, generate, inpaint, interpolate, invert, model, options, text_edit, train, vary
 from unclip.cli.convert import convert
 from unclip.cli.data import data
 from unclip.cli.evaluate import evaluate
@@ -101,7 +101,7 @@ app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("vary", epilog=vary.EXAMPLES)(vary.vary)
 app.command("invert", epilog=invert.EXAMPLES)(invert.invert)
 app.command("interpolate", epilog=interpolate.EXAMPLES)(interpolate.interpolate)
-app.command("edit", epilog=edit.EXAMPLES)(edit.edit)
+app.command("edit", epilog=text_edit.EXAMPLES)(text_edit.edit)
 app.command("blend", epilog=blend.EXAMPLES)(blend.blend)
 app.add_typer(probe, name="probe")
 app.command("inpaint", epilog=inpaint.INPAINT_EXAMPLES)(inpaint.inpaint)

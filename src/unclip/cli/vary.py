@@ -29,7 +29,7 @@ EXAMPLES = options.examples(
 )
 
 
-DEFAULT_ETA = 0.3
+DEFAULT_ETA = 0.7
 """Of --keep-structure: outlines and colours stay, details differ."""
 
 
