@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-from unclip import AutoregressivePrior, UnCLIPPipeline
+from unclip import AutoregressivePrior, DPMSolverMultistepScheduler, UnCLIPPipeline
 from unclip.data.source import FolderSource, Rows
 from unclip.diffusion.noise import NoiseSource, generators_from_seed
 from unclip.evaluation.retrieval import Exam, Judge, bare_caption
@@ -68,13 +69,16 @@ def likelihoods(
 
 
 def closeness(draw: Callable[[Any], Tensor], clip: FrozenClip, rows: Rows, embeddings: Tensor) -> dict[str, float]:
-    """Mean cosines of what a prior draws: with the picture's embedding, with another's, and with the caption's."""
+    """Mean cosines of what a prior draws: with the picture's embedding, with another's, and with the caption's; and how
+    often its picture comes first among all of the group."""
     text = clip.text.encode(rows.captions)
     drawn = draw(text)
+    scores = F.normalize(drawn, dim=-1) @ F.normalize(embeddings, dim=-1).T
     return {
         "to the true embedding": dot_product(drawn, embeddings).mean().item(),
         "to another's": dot_product(drawn, embeddings.roll(1, 0)).mean().item(),
         "to the caption": dot_product(drawn, text.embeds).mean().item(),
+        "its picture first": (scores.argmax(dim=1) == torch.arange(len(scores))).float().mean().item(),
     }
 
 
@@ -113,22 +117,33 @@ def seconds(draw: Callable[[Any], Tensor], clip: FrozenClip, batch_size: int, re
 
 
 def judged(
-    pipe: UnCLIPPipeline, judge: Judge, data: Path, num_pictures: int, scales: dict[str, float]
+    pipe: UnCLIPPipeline,
+    draws: dict[int, Callable],
+    clip: FrozenClip,
+    judge: Judge,
+    args: argparse.Namespace,
+    call: dict,
 ) -> dict[str, dict[str, Any]]:
-    """The judge's retrieval of `num_pictures` seen and as many held-out concepts, by number of candidates."""
-    exam = Exam.prepare(judge, data, num_seen=num_pictures, batch_size=16, seed=0)
+    """The judge's retrieval of seen and of held-out concepts, by number of candidates.
+
+    Picture i has the same noise whichever embedding it is made of, so one embedding makes one picture.
+    """
+    exam = Exam.prepare(judge, args.data, num_seen=args.pictures, batch_size=16, seed=0)
     found: dict[str, dict[str, Any]] = {}
     for group, records in exam.groups.items():
-        records = records[:num_pictures]
+        records = records[: args.pictures]
         captions = [bare_caption(record) for record in records]
         found[group] = {"num": len(records)}
-        for count in CANDIDATES:
-            images = []
-            for start in range(0, len(captions), 16):
-                part = captions[start : start + 16]
-                seeds = list(range(start, start + len(part)))
-                images += pipe(part, seed=seeds, num_prior_candidates=count, **scales).images  # type: ignore[arg-type]
-            found[group][str(count)] = exam.rates(judge.look(images), records)
+        made: dict[tuple[int, tuple[float, ...]], Image.Image] = {}
+        for count, draw in draws.items():
+            embeddings = draw(clip.text.encode(captions))
+            keys = [(i, tuple(row)) for i, row in enumerate(embeddings.tolist())]
+            missing = [i for i, key in enumerate(keys) if key not in made]
+            for start in range(0, len(missing), 16):
+                part = missing[start : start + 16]
+                images = pipe([captions[i] for i in part], image_embeddings=embeddings[part], seed=part, **call).images
+                made |= {keys[i]: image for i, image in zip(part, images, strict=True)}  # type: ignore[arg-type]
+            found[group][str(count)] = exam.rates(judge.look([made[key] for key in keys]), records)
     return found
 
 
@@ -187,13 +202,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         draw = drawer(sampler, clip, scale)
         result["seconds"][kind] = {str(size): seconds(draw, clip, size) for size in (1, 16)}
     if args.pictures:
+        if args.fast:
+            pipe.decoder_scheduler = DPMSolverMultistepScheduler.from_config(pipe.decoder_scheduler.config)
+            pipe.super_res_scheduler = DPMSolverMultistepScheduler.from_config(pipe.super_res_scheduler.config)
+            recommended |= {"decoder_num_inference_steps": 8, "super_res_num_inference_steps": 2}
         judge = Judge.load(args.judge)
-        for kind, one in (("diffusion", diffusion), ("autoregressive", prior)):
-            pipe.prior = one
-            call = dict(recommended)
-            if kind == "autoregressive":
-                call |= {"prior_temperature": args.temperature, "prior_top_p": args.top_p}
-            result["pictures"][kind] = judged(pipe, judge, args.data, args.pictures, call)
+        for kind, sampler in samplers.items():
+            draws = {count: drawer(sampler, clip, scale, count) for count in CANDIDATES}
+            result["pictures"][kind] = judged(pipe, draws, clip, judge, args, recommended)
     return result
 
 
@@ -210,8 +226,11 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     for name in next(iter(result["groups"].values()))["nats"]:
         lines.append(f"| {name} | " + " | ".join(f"{g['nats'][name]:.3f}" for g in result["groups"].values()) + " |")
-    lines += ["", "| prior | candidates | pictures | cosine to the true | to another's | to the caption |"]
-    lines += ["|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "| prior | candidates | pictures | cosine to the true | to another's | to the caption | its picture first |",
+    ]
+    lines += ["|---|---|---|---|---|---|---|"]
     for group, row in result["groups"].items():
         for kind in ("diffusion", "autoregressive"):
             for count, found in row[kind].items():
@@ -244,6 +263,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the emoji data set")
     parser.add_argument("--num", type=int, default=512, help="pictures of each group for likelihood and cosines")
     parser.add_argument("--pictures", type=int, default=64, help="pictures of each group for the judge; 0: none")
+    parser.add_argument("--fast", action="store_true", help="pictures by DPM-Solver in 8 and 2 steps")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--out", type=Path, help="a JSON file for the numbers")

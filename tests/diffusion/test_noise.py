@@ -79,3 +79,23 @@ def test_what_is_no_seed_is_refused(seed) -> None:
 def test_there_must_be_one_seed_an_image() -> None:
     with pytest.raises(InputError, match="3 seeds for 2 images"):
         generators_from_seed([1, 2, 3], 2)
+
+
+def test_branches_are_independent_reproducible_and_leave_the_source_where_it_is():
+    def source(seeds):
+        return NoiseSource([torch.Generator().manual_seed(seed) for seed in seeds], len(seeds))
+
+    three, five = source([1, 2]), source([1, 2])
+    draws = [branch.draw((2, 64), "cpu") for branch in five.branches(5)]
+    for own, others in zip(three.branches(3), draws, strict=False):
+        assert torch.equal(own.draw((2, 64), "cpu"), others)
+    assert torch.equal(five.draw((2, 64), "cpu"), source([1, 2]).draw((2, 64), "cpu"))
+    rows = torch.cat([*draws, source([1, 2]).draw((2, 64), "cpu")])
+    assert (torch.corrcoef(rows) - torch.eye(len(rows))).abs().max() < 0.6
+    alone = source([2]).branches(2)[1].draw((1, 64), "cpu")
+    assert torch.equal(alone[0], draws[1][1])
+    moved = five.branches(1)[0].draw((2, 64), "cpu")
+    assert not torch.equal(moved, draws[0])  # of another state
+    assert three.branches(0) == []
+    shared = NoiseSource(None, 2)
+    assert shared.branches(2) == [shared, shared]

@@ -49,3 +49,25 @@ def test_from_pictures_to_a_picture(tmp_path, pictures):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["retrieval"]["seen"]["num"] == 10
     assert report["settings"]["prior_num_inference_steps"] == 3
+
+
+@pytest.mark.slow
+def test_the_other_prior_in_the_chain(tmp_path, pictures):
+    """An autoregressive prior trained by its recipe, assembled with the other stages, draws and is reranked."""
+    shutil.copytree(ROOT / "recipes" / "tiny", tmp_path / "recipes" / "tiny")
+    shutil.copytree(pictures, tmp_path / "runs" / "tiny" / "data")
+    for stage in ("clip", "prior_autoregressive", "decoder", "super_res"):
+        out = f"runs/tiny/{stage}"
+        unclip(tmp_path, "train", f"recipes/tiny/{stage}.toml", "--out", out, "--steps", "20", "-q")
+    rows = (tmp_path / "runs" / "tiny" / "prior_autoregressive" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["loss"] < json.loads(rows[0])["loss"]
+    runs = ["--clip", "runs/tiny/clip", "--prior", "runs/tiny/prior_autoregressive", "--decoder", "runs/tiny/decoder"]
+    unclip(tmp_path, "assemble", *runs, "--super-res-first", "runs/tiny/super_res", "--out", "model")
+    few = ["--decoder-steps", "2", "--super-res-steps", "2", "--model", "model", "--seed", "3", "-q"]
+    more = ["--candidates", "2", "--prior-temperature", "0.8", "--prior-top-p", "0.9"]
+    made = unclip(tmp_path, "generate", "a red circle", *few, *more, "--out", "made").strip()
+    with Image.open(tmp_path / made) as image:
+        settings = json.loads(image.text["settings"])
+    assert settings["num_prior_candidates"] == 2
+    assert settings["prior_temperature"] == 0.8
+    assert "AutoregressivePrior" in unclip(tmp_path, "info", "model")
