@@ -65,7 +65,7 @@ def ellipse_mask() -> Image.Image:
 
 def save(sheet: Image.Image, path: Path) -> None:
     """Small enough for a repository: 256 colours."""
-    sheet.quantize(256).save(path, optimize=True)
+    sheet.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def draw_guide(folder: Path) -> None:
@@ -96,8 +96,8 @@ def draw_sheet(folder: Path) -> None:
         known = original.copy()
         known.paste("#8090a0", (0, 0), mask)
         result = pipe(asked, original, mask, seed=100 + place, **pipe.recommended).images[0]
-        triple = grid([original, known, result], columns=3, gap=2).resize((240, 80), Image.Resampling.LANCZOS)
-        cards.append(labelled(triple, f"{there} → {asked}" if asked else f"{there}, no prompt"))
+        triple = grid([original, known, result], columns=3, gap=2).resize((198, 66), Image.Resampling.LANCZOS)
+        cards.append(labelled(triple, f"{there}: {asked}" if asked else f"{there}, no prompt"))
     save(grid(cards, columns=4, gap=10), folder / "twenty.png")
 
 

@@ -175,7 +175,7 @@ def assemble(
         decoder=decoder,
         super_res_first=super_res_first,
         super_res_last=super_res_last,
-        super_res_more=super_res_more or (),
+        super_res_more=super_res_more or [],
         out=out,
         dtype=None if dtype is None else getattr(torch, dtype),
         defaults=None if defaults is None else read_json(defaults),
