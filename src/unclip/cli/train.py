@@ -63,13 +63,14 @@ def train(
 
     from unclip.cli.loading import silence
     from unclip.training.recipe import read_recipe
+    from unclip.training.sharding import asked_by_launcher
     from unclip.training.trainer import Trainer
 
     if out is None and not dry_run:
         raise typer.BadParameter("name the run's folder with --out RUN, or give --dry-run")
     silence(downloads=True)
     keep_freed_memory()
-    settings = read_recipe(recipe, steps=steps)
+    settings = read_recipe(recipe, steps=steps, shard=asked_by_launcher() or None)
     if out is None or dry_run:
         tell_cost(settings)
         return

@@ -48,7 +48,7 @@ class ContrastivePair(nn.Module):
     ):
         super().__init__()
         self.text, self.image = text, image
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))  # no scalar: those cannot be sharded
         self.reconstruction_weight = reconstruction_weight
         width = image.config.projection_dim
         if reconstruction_weight:

@@ -203,6 +203,7 @@ class Recipe:
         steps: optimizer steps in all; batch_size: pictures a step, over all processes and accumulations.
         precision: "no" is float32.
         compile: compile the networks first (torch.compile): minutes at the start, then faster steps where it helps.
+        shard: cut weights, gradients, optimizer state and average over the processes (FSDP); alone, there is nothing to cut.
         trackers: what metrics go to beside metrics.jsonl: "tensorboard", "wandb", "trackio".
         lora: train adapters in the network of `start_from` (a prior or decoder) and leave its own weights.
         ema_decay: of the weights that are kept; warmed up as (1 + step) / (10 + step).
@@ -217,6 +218,7 @@ class Recipe:
     seed: int = 0
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     compile: bool = False
+    shard: bool = False
     trackers: tuple[str, ...] = ()
     ema_decay: float = 0.999
     log_every_steps: int = 50
@@ -239,6 +241,10 @@ class Recipe:
             raise ConfigError("start_from is for prior, decoder and super_res; a CLIP is trained from its first step")
         if self.lora and (self.stage not in ADAPTABLE or not self.start_from):
             raise ConfigError("[lora] is for prior and decoder, and needs start_from: a model to adapt")
+        if self.shard and self.optimizer.name == "muon":
+            raise ConfigError("shard cuts the matrices that optimizer.name 'muon' needs whole; take 'adamw' with it")
+        if self.shard and self.precision == "fp16":
+            raise ConfigError("shard goes with precision 'bf16' or 'no'; fp16's loss scale is not shared among shards")
         for name in self.trackers:
             if name not in TRACKERS:
                 raise ConfigError(f"trackers has {name!r}; it may have {', '.join(TRACKERS)}")
