@@ -75,7 +75,8 @@ def decoder_step(settings: dict, accelerator):
     )  # fmt: skip
     decoder = Decoder(unet, image_size=size, timesteps=1000, learned_variance=True)
     trainer = DecoderTrainer(decoder, accelerator=accelerator, lr=3e-4, wd=0.01, max_grad_norm=1.0)
-    pictures, image, hidden = torch.rand(batch, 3, size, size), torch.randn(batch, width), torch.randn(batch, tokens, width)
+    pictures, image = torch.rand(batch, 3, size, size), torch.randn(batch, width)
+    hidden = torch.randn(batch, tokens, width)
 
     def step() -> float:
         loss = trainer(pictures, image_embed=image, text_encodings=hidden, unet_number=1)

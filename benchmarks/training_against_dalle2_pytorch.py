@@ -8,7 +8,7 @@
 
 A step is that of either trainer: noise drawn, forward, backward, gradients clipped, AdamW, moving average. Prior and
 decoder have the same number of parameters to 3 %, the same batch, text tokens, picture size and precision. The texts'
-and pictures' embeddings are given. Ours updates its average at every step, theirs at every tenth, as it does by default.
+and pictures' embeddings are given. Ours updates its average at every step, theirs at every tenth, which is its default.
 """
 
 import argparse
@@ -67,7 +67,8 @@ class Ours:
         stage = settings["stage"]
         recipe = folder / "recipe.toml"
         recipe.write_text(
-            f'stage = "{stage}"\ndata = "none"\nbatch_size = {settings["batch"]}\nprecision = "{settings["precision"]}"\n'
+            f'stage = "{stage}"\ndata = "none"\nprecision = "{settings["precision"]}"\n'
+            f"batch_size = {settings['batch']}\n"
             f"[optimizer]\nlearning_rate = 3e-4\nweight_decay = 0.01\nmax_grad_norm = 1.0\n[{stage}]\n"
         )
         task = random_task(settings)
@@ -96,7 +97,7 @@ def random_task(settings: dict):
     image = torch.randn(batch, width)
 
     class RandomTask:
-        is_local, fingerprint, skipped = False, "", {}  # noqa: RUF012
+        is_local, fingerprint, skipped = False, "", {}
 
         def __init__(self) -> None:
             torch.manual_seed(0)

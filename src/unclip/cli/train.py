@@ -76,6 +76,8 @@ def train(
         return
     trainer = Trainer(make_task(settings), settings, out)
     first = trainer.accelerator.is_main_process
+    if trainer.precision != settings.precision and first and not quiet:
+        note("this CPU has no instructions for bfloat16: training in float32, which is faster here")
     if trainer.step and first and not quiet:
         note(f"going on from step {trainer.step} of {settings.steps}")
     trainer.run(progress=functools.partial(tqdm, disable=None) if first and not quiet else None)
@@ -120,6 +122,9 @@ def duration(seconds: float) -> str:
 
 def make_task(recipe: "Recipe") -> "Task":
     """What the recipe trains."""
+    from unclip.training.recipe import located
+
+    recipe = located(recipe)
     if recipe.stage == "clip":
         from unclip.training.clip import ClipTask
 

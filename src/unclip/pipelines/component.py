@@ -41,6 +41,7 @@ OURS_ALONE = ("AutoregressivePrior", "UnCLIPTextProjModel")
 TRANSFORMERS = {
     "CLIPTextModelWithProjection": "CLIPTextModelWithProjection",
     "CLIPVisionModelWithProjection": "CLIPVisionModelWithProjection",
+    "CLIPModel": "CLIPModel",
     "CLIPTokenizer": "CLIPTokenizer",
     "CLIPTokenizerFast": "CLIPTokenizer",
     "CLIPFeatureExtractor": "CLIPImageProcessorPil",

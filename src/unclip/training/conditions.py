@@ -3,9 +3,7 @@
 Knows CLIP's parts and data sources; knows no diffusion. Called by the tasks.
 """
 
-import hashlib
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +11,9 @@ from torch import Tensor
 
 from unclip.data.source import FolderSource, Rows
 from unclip.errors import ConfigError
-from unclip.pipelines.component import read_component
 from unclip.stages.condition import TextEmbedding
 from unclip.stages.encoders import TextEncoder
+from unclip.training.pretrained import normalized, read_clip
 from unclip.training.recipe import Recipe
 from unclip.training.task import Batch, source_of
 
@@ -26,27 +24,27 @@ SPREAD_ROWS = 4096
 class FrozenClip:
     """The CLIP that prior and decoder live in: captions encoded on demand, pictures once at the start."""
 
-    def __init__(self, folder: Path):
-        if not (folder / "text_encoder").is_dir():
-            raise ConfigError(f"{folder} holds no trained CLIP (no text_encoder): train that stage first")
-
-        def part(name: str, class_name: str) -> Any:
-            return read_component(folder, name, class_name, torch_dtype=None, variant=None)
-
-        text = part("text_encoder", "CLIPTextModelWithProjection")
-        self.image_encoder = part("image_encoder", "CLIPVisionModelWithProjection")
-        self.text = TextEncoder(text, part("tokenizer", "CLIPTokenizer"))
-        self.width: int = text.config.projection_dim
-        self.context: int = text.config.max_position_embeddings
-        weights = sorted([*folder.glob("text_encoder/*.safetensors"), *folder.glob("image_encoder/*.safetensors")])
-        self.fingerprint = hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()
+    def __init__(self, folder: Path | str):
+        clip = read_clip(Path(folder))
+        text = clip.text_encoder.config
+        if text.hidden_size != text.projection_dim:
+            raise ConfigError(
+                f"the CLIP in {folder} has tokens of {text.hidden_size} numbers and embeddings of "
+                f"{text.projection_dim}; prior and decoder take a CLIP where both are alike"
+            )
+        self.image_encoder, self.feature_extractor = clip.image_encoder, clip.feature_extractor
+        self.text = TextEncoder(clip.text_encoder, clip.tokenizer)
+        self.width: int = text.projection_dim
+        self.context: int = text.max_position_embeddings
+        self.fingerprint = clip.fingerprint
         with torch.no_grad():
             self.empty = self.text.encode([""])
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
         """Image embeddings [num_pictures, width] of pictures at the encoder's own size, in [-1, 1]."""
-        parts = [self.image_encoder(pixel_values=part).image_embeds for part in images.split(128)]
+        pixels = normalized(images, self.feature_extractor)
+        parts = [self.image_encoder(pixel_values=part).image_embeds for part in pixels.split(128)]
         return torch.cat(parts)
 
     @property

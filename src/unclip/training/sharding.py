@@ -1,6 +1,7 @@
 """Weights cut into shards over a run's processes (FSDP), and put together again.
 
-Knows modules, tensors and torch's `fully_shard`; knows neither recipe nor task. Called by the trainer and `unclip train`.
+Knows modules, tensors and torch's `fully_shard`; knows neither recipe nor task. Called by the trainer, the run's state
+and `unclip train`.
 """
 
 import copy

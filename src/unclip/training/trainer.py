@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from unclip.errors import ConfigError, TrainingError
 from unclip.training.muon import Muon, split_parameters
 from unclip.training.recipe import OptimizerRecipe, Recipe, as_dict
-from unclip.training.sharding import is_sharded, share_of, shared_like, sharded, shares_of, whole
+from unclip.training.sharding import is_sharded, sharded, share_of, shared_like, shares_of, whole
 from unclip.training.state import RunFolder, Snapshot, flat, optimizer_tensors, restore_optimizer
 from unclip.training.task import Batch, Task, computes_on_cpu, mixed_precision
 
