@@ -417,6 +417,15 @@ def test_precision_that_is_not_there(tmp_path, monkeypatch):
         Trainer(LineTask(), line_recipe(precision="fp16"), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("asked", "there", "used"), [("bf16", True, "bf16"), ("bf16", False, "no"), ("no", True, "no")]
+)
+def test_bfloat16_only_where_it_is_computed(tmp_path, monkeypatch, asked, there, used):
+    monkeypatch.setattr(trainer_module, "computes_bfloat16", lambda: there)
+    trainer = Trainer(LineTask(), line_recipe(precision=asked), tmp_path)
+    assert trainer.precision == trainer.accelerator.mixed_precision == used
+
+
 def test_two_trainers_in_one_folder(tmp_path):
     second = []
 
@@ -577,7 +586,7 @@ spec = importlib.util.spec_from_file_location("lines", {this!r})
 lines = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(lines)
 from pathlib import Path
-recipe = lines.line_recipe(steps=400, save_every_s=0.0, sample_every_steps=1000)
+recipe = lines.line_recipe(steps={steps}, save_every_s=0.0, sample_every_steps=1000)
 print("ready", flush=True)
 lines.Trainer(lines.LineTask(), recipe, Path({folder!r})).run()
 print("done", flush=True)
@@ -585,26 +594,27 @@ print("done", flush=True)
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment(tmp_path):
-    recipe = line_recipe(steps=400, sample_every_steps=1000)
-    Trainer(LineTask(), recipe, tmp_path / "straight").run()
+def test_killed_ten_times_at_any_moment(tmp_path):
+    steps, num_kills = 800, 10
+    Trainer(LineTask(), line_recipe(steps=steps, sample_every_steps=1000), tmp_path / "straight").run()
     run = tmp_path / "killed"
-    script = textwrap.dedent(KILLED).format(tests=str(Path(__file__).parent), this=__file__, folder=str(run))
-    dice, kills, steps = random.Random(0), 0, []
-    signals = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL, None, None]
-    for number in signals:
+    places = {"tests": str(Path(__file__).parent), "this": __file__, "folder": str(run), "steps": steps}
+    script = textwrap.dedent(KILLED).format(**places)
+    dice, reached = random.Random(0), []
+    for number in range(num_kills + 1):
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        time.sleep(dice.uniform(0.02, 0.8))
-        if number is not None:
-            process.send_signal(number)
-        rest = process.communicate(timeout=60)[0]
-        kills += rest != "done\n"
+        if number < num_kills:
+            time.sleep(dice.uniform(0.0, 0.4))
+            process.send_signal(signal.SIGKILL)
+        rest = process.communicate(timeout=120)[0]
+        assert rest == ("" if number < num_kills else "done\n")
         if (run / "state").is_dir():
-            steps.append(json.loads((run / "state" / "state.json").read_text())["step"])
-    assert kills >= 3
-    assert steps == sorted(steps)
-    assert steps[-1] == 400
+            reached.append(json.loads((run / "state" / "state.json").read_text())["step"])
+    assert reached == sorted(reached)
+    assert len(set(reached)) > 3  # the kills came at different steps
+    assert reached[-1] == steps
     assert_equal_runs(tmp_path / "straight", run)
     assert not list(run.glob(".unclip-tmp*"))
 

@@ -62,7 +62,7 @@ def train(
     from tqdm import tqdm
 
     from unclip.cli.loading import silence
-    from unclip.training.recipe import read_recipe
+    from unclip.training.recipe import located, read_recipe
     from unclip.training.sharding import asked_by_launcher
     from unclip.training.trainer import Trainer
 
@@ -74,7 +74,7 @@ def train(
     if out is None or dry_run:
         tell_cost(settings)
         return
-    trainer = Trainer(make_task(settings), settings, out)
+    trainer = Trainer(make_task(located(settings)), settings, out)
     first = trainer.accelerator.is_main_process
     if trainer.precision != settings.precision and first and not quiet:
         note("this CPU has no instructions for bfloat16: training in float32, which is faster here")
@@ -94,9 +94,10 @@ def train(
 
 def tell_cost(recipe: "Recipe") -> None:
     """Print what a run of this recipe takes."""
+    from unclip.training.recipe import located
     from unclip.training.rehearsal import rehearse
 
-    cost = rehearse(make_task(recipe), recipe)
+    cost = rehearse(make_task(located(recipe)), recipe)
     rows = [(f"parameters of {name}", f"{count:,}") for name, count in cost.parameters.items()]
     rows += [
         ("parameters trained", f"{cost.trained:,}"),
@@ -121,10 +122,7 @@ def duration(seconds: float) -> str:
 
 
 def make_task(recipe: "Recipe") -> "Task":
-    """What the recipe trains."""
-    from unclip.training.recipe import located
-
-    recipe = located(recipe)
+    """What the recipe trains; the models that it names must be folders (`located`)."""
     if recipe.stage == "clip":
         from unclip.training.clip import ClipTask
 
