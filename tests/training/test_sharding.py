@@ -1,4 +1,4 @@
-"""Sharding in a group of one process: names, shapes, values and gradients stay; two processes are test_processes.py's."""
+"""Sharding in a group of one process: names, shapes, values and gradients stay. test_processes.py has two."""
 
 import os
 

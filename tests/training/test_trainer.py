@@ -417,15 +417,6 @@ def test_precision_that_is_not_there(tmp_path, monkeypatch):
         Trainer(LineTask(), line_recipe(precision="fp16"), tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("asked", "there", "used"), [("bf16", True, "bf16"), ("bf16", False, "no"), ("no", True, "no")]
-)
-def test_bfloat16_only_where_it_is_computed(tmp_path, monkeypatch, asked, there, used):
-    monkeypatch.setattr(trainer_module, "computes_bfloat16", lambda: there)
-    trainer = Trainer(LineTask(), line_recipe(precision=asked), tmp_path)
-    assert trainer.precision == trainer.accelerator.mixed_precision == used
-
-
 def test_two_trainers_in_one_folder(tmp_path):
     second = []
 
@@ -538,12 +529,14 @@ def test_a_bad_loss_of_another_process_stops_this_one(tmp_path, monkeypatch, els
             trainer._check_finite(found["loss"], torch.tensor(1.0))
 
 
-def test_one_process_that_is_asked_to_stop_stops_all(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("stop", "save"), [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)])
+def test_what_one_process_is_asked_all_do(tmp_path, monkeypatch, stop, save):
     trainer = Trainer(LineTask(), line_recipe(), tmp_path)
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
-    monkeypatch.setattr(trainer.accelerator, "reduce", lambda told, how: (told + torch.tensor([1.0, 1.0])) / 2)
+    monkeypatch.setattr(trainer.accelerator, "reduce", lambda told, how: (told + torch.tensor([1.0, stop, save])) / 2)
     trainer._mean({"loss": 1.0})
-    assert trainer._stop
+    assert trainer._stop == bool(stop)
+    assert trainer._save_is_due == bool(save)
 
 
 def test_metrics_go_to_a_tracker_too(tmp_path):

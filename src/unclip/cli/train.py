@@ -76,7 +76,7 @@ def train(
         return
     trainer = Trainer(make_task(located(settings)), settings, out)
     first = trainer.accelerator.is_main_process
-    if trainer.precision != settings.precision and first and not quiet:
+    if trainer.accelerator.mixed_precision != settings.precision and first and not quiet:
         note("this CPU has no instructions for bfloat16: training in float32, which is faster here")
     if trainer.step and first and not quiet:
         note(f"going on from step {trainer.step} of {settings.steps}")
