@@ -136,7 +136,6 @@ def prior_module(settings: dict):
 
 def decoder_module(settings: dict):
     """A decoder with theirs' widths and depths, attention at the same two levels, and a learned variance as well."""
-    import torch
 
     from unclip import UnCLIPTextProjModel, UNet2DConditionModel
     from unclip.stages.condition import DecoderCondition
@@ -161,7 +160,6 @@ def decoder_module(settings: dict):
         norm_num_groups=8,
     )
     decoder.initialize_for_training()
-    decoder.to(memory_format=torch.channels_last)
     text_proj = UnCLIPTextProjModel(
         clip_embeddings_dim=settings["width"], time_embed_dim=4 * 64, cross_attention_dim=128
     )
