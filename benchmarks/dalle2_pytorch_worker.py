@@ -39,6 +39,15 @@ def stand_in() -> None:
         module.__path__ = []
 
 
+def encodings(settings: dict):
+    """Of captions of the stated lengths: zeros are padding to this package."""
+    import torch
+
+    batch, tokens, width = (settings[name] for name in ("batch", "tokens", "width"))
+    seen = torch.arange(tokens) < torch.tensor(settings["lengths"])[:, None]
+    return torch.randn(batch, tokens, width) * seen[:, :, None]
+
+
 def prior_step(settings: dict, accelerator):
     """The trainer, and a function that takes a step."""
     import torch
@@ -50,8 +59,7 @@ def prior_step(settings: dict, accelerator):
     )
     prior = DiffusionPrior(network, image_embed_dim=width, cond_drop_prob=0.1)
     trainer = DiffusionPriorTrainer(prior, accelerator=accelerator, lr=3e-4, wd=0.01, max_grad_norm=1.0)
-    text, hidden = torch.randn(batch, width), torch.randn(batch, tokens, width)
-    image = torch.randn(batch, width)
+    text, image, hidden = torch.randn(batch, width), torch.randn(batch, width), encodings(settings)
 
     def step() -> float:
         # It scales the embeddings that it is given in place, so it gets a copy.
@@ -76,7 +84,7 @@ def decoder_step(settings: dict, accelerator):
     decoder = Decoder(unet, image_size=size, timesteps=1000, learned_variance=True)
     trainer = DecoderTrainer(decoder, accelerator=accelerator, lr=3e-4, wd=0.01, max_grad_norm=1.0)
     pictures, image = torch.rand(batch, 3, size, size), torch.randn(batch, width)
-    hidden = torch.randn(batch, tokens, width)
+    hidden = encodings(settings)
 
     def step() -> float:
         loss = trainer(pictures, image_embed=image, text_encodings=hidden, unet_number=1)

@@ -17,6 +17,8 @@ from unclip.training.pretrained import normalized, read_clip
 from unclip.training.recipe import Recipe
 from unclip.training.task import Batch, source_of
 
+LENGTH_STEP = 8
+"""A batch's captions are padded to a multiple of so many tokens: few shapes to compile for, and even ones."""
 SPREAD_ROWS = 4096
 """Of a stream, how many rows its embeddings' mean and spread are taken from."""
 
@@ -112,10 +114,16 @@ def tell_cosines(path: Path, drawn: Tensor, true: Tensor) -> None:
 
 
 def text_batch(text: TextEmbedding) -> Batch:
-    """A caption's embedding as a trainer's batch carries it."""
-    return {"text_embeds": text.embeds, "text_hidden_states": text.hidden_states, "text_mask": text.mask}
+    """A caption's embedding as a trainer's batch carries it: without the padding that no caption of the batch needs."""
+    longest = int(text.mask.any(dim=0).nonzero().max()) + 1
+    longest = min(-longest // LENGTH_STEP * -LENGTH_STEP, text.mask.shape[1])
+    return {
+        "text_embeds": text.embeds,
+        "text_hidden_states": text.hidden_states[:, :longest],
+        "text_mask": text.mask[:, :longest],
+    }
 
 
 def batch_text(batch: Batch) -> TextEmbedding:
-    """The inverse of `text_batch`."""
+    """What `text_batch` was made of, less the padding."""
     return TextEmbedding(batch["text_embeds"], batch["text_hidden_states"], batch["text_mask"])

@@ -234,13 +234,17 @@ def restore_optimizer(
 
     Args:
         optimizer: whose state is set.
-        tensors: whole ones; they are cut as the parameter is that they are of.
+        tensors: whole ones; they are cut, and laid out in memory, as the parameter is that they are of.
         parameters: of all groups, in their order.
     """
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split("/")
-        state.setdefault(int(index), {})[name] = shared_like(value, parameters[int(index)])
+        parameter = parameters[int(index)]
+        own = shared_like(value, parameter)
+        if value.shape == parameter.shape:  # a fused step takes one layout for parameter and state alike
+            own = torch.empty_like(parameter.detach()).copy_(own)
+        state.setdefault(int(index), {})[name] = own
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -26,6 +26,9 @@ from unclip.training.sharding import is_sharded, sharded, share_of, shared_like,
 from unclip.training.state import RunFolder, Snapshot, flat, optimizer_tensors, restore_optimizer
 from unclip.training.task import Batch, Task, computes_on_cpu, mixed_precision
 
+FUSED = ("cpu", "cuda")
+"""Where AdamW's step passes over the weights once, not once an operation."""
+
 
 def step_generator(seed: int, step: int) -> torch.Generator:
     """The source of all randomness of one step: the same whether the run was interrupted or not."""
@@ -355,7 +358,8 @@ def make_optimizer(module: nn.Module, recipe: OptimizerRecipe) -> torch.optim.Op
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, **settings)
+    fused = all(p.device.type in FUSED for p in trained)
+    return torch.optim.AdamW(groups, **settings, fused=fused)
 
 
 @torch.no_grad()
