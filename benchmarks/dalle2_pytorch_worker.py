@@ -77,8 +77,8 @@ def decoder_step(settings: dict, accelerator):
 
     width, tokens, batch, size = (settings[name] for name in ("width", "tokens", "batch", "size"))
     unet = Unet(
-        dim=64, dim_mults=(1, 2, 3), num_resnet_blocks=2, channels=3, image_embed_dim=width, text_embed_dim=width,
-        cond_dim=160, attn_heads=8, attn_dim_head=32, cond_on_text_encodings=True, cond_on_image_embeds=True,
+        dim=64, dim_mults=(1, 2, 4), num_resnet_blocks=1, channels=3, image_embed_dim=width, text_embed_dim=width,
+        cond_dim=72, attn_heads=8, attn_dim_head=32, cond_on_text_encodings=True, cond_on_image_embeds=True,
         max_text_len=tokens,
     )  # fmt: skip
     decoder = Decoder(unet, image_size=size, timesteps=1000, learned_variance=True)
