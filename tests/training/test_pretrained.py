@@ -152,10 +152,11 @@ def test_a_model_around_a_pretrained_clip(tiny, whole, tmp_path):
     assert variation.feature_extractor.do_center_crop
 
 
-def test_tokens_and_embeddings_of_different_widths(tmp_path):
+def test_tokens_and_embeddings_of_different_widths(tiny, tmp_path):
     save_whole(tmp_path, projection_dim=16)
-    with pytest.raises(ConfigError, match="has tokens of 32 numbers and embeddings of 16"):
-        FrozenClip(tmp_path)
+    for stage, task in (("prior", PriorTask), ("decoder", DecoderTask)):
+        with pytest.raises(ConfigError, match="has tokens of 32 numbers and embeddings of 16"):
+            task(tiny(stage, section={"clip": tmp_path}))
     assert read_clip(tmp_path).text_encoder.config.projection_dim == 16
 
 

@@ -29,11 +29,7 @@ class FrozenClip:
     def __init__(self, folder: Path | str):
         clip = read_clip(Path(folder))
         text = clip.text_encoder.config
-        if text.hidden_size != text.projection_dim:
-            raise ConfigError(
-                f"the CLIP in {folder} has tokens of {text.hidden_size} numbers and embeddings of "
-                f"{text.projection_dim}; prior and decoder take a CLIP where both are alike"
-            )
+        self.folder = folder
         self.image_encoder, self.feature_extractor = clip.image_encoder, clip.feature_extractor
         self.text = TextEncoder(clip.text_encoder, clip.tokenizer)
         self.width: int = text.projection_dim
@@ -41,6 +37,19 @@ class FrozenClip:
         self.fingerprint = clip.fingerprint
         with torch.no_grad():
             self.empty = self.text.encode([""])
+
+    def one_width(self) -> int:
+        """Numbers of a token and of an embedding alike.
+
+        Raises: ConfigError when they differ.
+        """
+        tokens = self.text.text_encoder.config.hidden_size
+        if tokens != self.width:
+            raise ConfigError(
+                f"the CLIP in {self.folder} has tokens of {tokens} numbers and embeddings of {self.width}; the "
+                "diffusion prior and the decoder take a CLIP where both are alike"
+            )
+        return self.width
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ class PriorTask(Sourced):
         self.clip = FrozenClip(self.settings.clip)
         self.data = Captioned(recipe, self.clip, self.settings.text_drop)
         self.source = self.data.source
-        sizes = {"embedding_dim": self.clip.width, "num_embeddings": self.clip.context}
+        sizes = {"embedding_dim": self.clip.one_width(), "num_embeddings": self.clip.context}
         prior = first_network(PriorTransformer, "prior", sizes | self.settings.model, recipe)
         for parameter in (prior.clip_mean, prior.clip_std):
             parameter.requires_grad_(False)
@@ -194,7 +194,7 @@ class DecoderTask(Sourced):
         self.data = Captioned(recipe, self.clip, self.settings.text_drop, (self.size_px,))
         self.source = self.data.source
         sizes = {
-            "clip_embeddings_dim": self.clip.width,
+            "clip_embeddings_dim": self.clip.one_width(),
             "time_embed_dim": decoder.config.embedding_width,
             "cross_attention_dim": decoder.config.cross_attention_dim,
         }

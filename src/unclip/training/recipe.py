@@ -132,7 +132,7 @@ class AutoregressivePriorSettings:
     units of its spread: a code says its bucket and no more, and neighbours are as good.
     """
 
-    clip: Path = Path()
+    clip: Path | str = Path()
     model: dict[str, Any] = field(default_factory=dict)
     text_drop: float = 0.1
     dot_drop: float = 0.1
@@ -257,13 +257,7 @@ class Recipe:
             if (getattr(self, stage) is not None) != (stage == self.stage):
                 verb = "needs" if stage == self.stage else "must not have"
                 raise ConfigError(f"a recipe for stage {self.stage!r} {verb} a section [{stage}]")
-<<<<<<< HEAD
-        if self.start_from and self.stage == "clip":
-            raise ConfigError("start_from is for prior, decoder and super_res; a CLIP is trained from its first step")
         if self.lora and (self.stage not in ADAPTABLE or not self.start_from):
-=======
-        if self.lora and (self.stage not in ("prior", "decoder") or not self.start_from):
->>>>>>> 507be00 (A pretrained CLIP by folder or name: trained on, and lived in by prior and decoder; L1 and perceptual loss for super-resolution's last step)
             raise ConfigError("[lora] is for prior and decoder, and needs start_from: a model to adapt")
         if self.shard and self.optimizer.name == "muon":
             raise ConfigError("shard cuts the matrices that optimizer.name 'muon' needs whole; take 'adamw' with it")
