@@ -15,7 +15,7 @@ import unclip
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6
-STAGES = pytest.mark.parametrize("stage", ["clip", "prior", "decoder", "super_res"])
+STAGES = pytest.mark.parametrize("stage", ["clip", "prior", "prior_autoregressive", "decoder", "super_res"])
 
 pytestmark = pytest.mark.slow
 
