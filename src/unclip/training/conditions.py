@@ -4,6 +4,7 @@ Knows CLIP's parts and data sources; knows no diffusion. Called by the tasks.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,12 +29,13 @@ class FrozenClip:
 
     def __init__(self, folder: Path | str):
         clip = read_clip(Path(folder))
-        text = clip.text_encoder.config
+        text: Any = clip.text_encoder.config
         self.folder = folder
         self.image_encoder, self.feature_extractor = clip.image_encoder, clip.feature_extractor
         self.text = TextEncoder(clip.text_encoder, clip.tokenizer)
         self.width: int = text.projection_dim
         self.context: int = text.max_position_embeddings
+        self.image_size = clip.image_size
         self.fingerprint = clip.fingerprint
         with torch.no_grad():
             self.empty = self.text.encode([""])
@@ -57,10 +59,6 @@ class FrozenClip:
         pixels = normalized(images, self.feature_extractor)
         parts = [self.image_encoder(pixel_values=part).image_embeds for part in pixels.split(128)]
         return torch.cat(parts)
-
-    @property
-    def image_size(self) -> int:
-        return self.image_encoder.config.image_size
 
 
 class Captioned:

@@ -47,7 +47,8 @@ class PretrainedClip:
     @property
     def image_size(self) -> int:
         """Side of the pictures that the image encoder takes, in pixels."""
-        return self.image_encoder.config.image_size
+        size: Any = self.image_encoder.config.image_size
+        return size
 
     @property
     def context_length(self) -> int:

@@ -57,7 +57,8 @@ def sharded(module: nn.Module, device: torch.device) -> nn.Module:
         fully_shard(unit, **how)
         if hasattr(unit, "prepare"):
             register_fsdp_forward_method(unit, "prepare")
-    return fully_shard(module, **how)
+    fully_shard(module, **how)  # it changes the copy itself
+    return module
 
 
 def is_sharded(module: nn.Module) -> bool:

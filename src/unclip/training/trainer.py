@@ -285,7 +285,9 @@ class Trainer:
     def _update_average(self) -> None:
         decay = min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step))
         trained = [p.detach() for name, p in self.weights.named_parameters() if name in self.ema]
-        torch._foreach_lerp_(shares_of(self.ema.values()), shares_of(trained), 1 - decay)
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+            shares_of(self.ema.values()), shares_of(trained), 1 - decay
+        )
 
     def _go_on_from(self, snapshot: Snapshot) -> None:
         for name, value in snapshot.ema.items():
