@@ -171,6 +171,15 @@ def test_what_is_no_clip(tmp_path):
         read_clip(tmp_path)
 
 
+def test_absurd_sizes_are_refused_before_anything_is_built(tmp_path):
+    save_whole(tmp_path)
+    about = json.loads((tmp_path / "config.json").read_text())
+    about["vision_config"]["hidden_size"] = 10**9
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    with pytest.raises(ConfigError, match="hidden_size in .* is 1000000000; it must be from 1 to 16384"):
+        read_clip(tmp_path)
+
+
 # -- names ---------------------------------------------------------------------------------------------------------
 
 
