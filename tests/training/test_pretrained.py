@@ -176,7 +176,7 @@ def test_absurd_sizes_are_refused_before_anything_is_built(tmp_path):
     about = json.loads((tmp_path / "config.json").read_text())
     about["vision_config"]["hidden_size"] = 10**9
     (tmp_path / "config.json").write_text(json.dumps(about))
-    with pytest.raises(ConfigError, match="hidden_size in .* is 1000000000; it must be from 1 to 16384"):
+    with pytest.raises(ConfigError, match=r"hidden_size in .* is 1000000000; it must be from 1 to 16384"):
         read_clip(tmp_path)
 
 
