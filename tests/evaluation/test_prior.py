@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from unclip import UnCLIPPipeline
 from unclip.errors import InputError
 from unclip.evaluation.judge import Judge
 from unclip.evaluation.prior import compare, mean_of_others, prior

@@ -91,6 +91,22 @@ def test_a_prior_prefix_serves_many_steps_and_equals_the_whole_sequence(monkeypa
 
 
 @torch.no_grad()
+def test_a_prior_does_not_need_the_padding():
+    model, (x, _, embedding, text, _) = prior_case()
+    torch.nn.init.normal_(model.positional_embedding)
+    num_tokens = text.shape[1]
+    for kept in range(1, num_tokens + 1):
+        mask = torch.arange(num_tokens).expand(2, -1) < torch.tensor([[kept], [max(1, kept - 1)]])
+        whole = model.denoise(x, 7, model.prepare(embedding, text, mask))
+        short = model.denoise(x, 7, model.prepare(embedding, text[:, :kept], mask[:, :kept]))
+        torch.testing.assert_close(short, whole, rtol=1e-5, atol=1e-5)
+    seen = torch.ones(2, num_tokens)
+    for bad_text, bad_mask in ((text, seen[:, 1:]), (text[:, 1:], seen), (torch.cat([text, text], 1), seen)):
+        with pytest.raises(InputError):
+            model.prepare(embedding, bad_text, bad_mask)
+
+
+@torch.no_grad()
 def test_a_unet_context_serves_many_steps():
     model, (_, _, context, labels, mask) = decoder_case()
     prepared = model.prepare(context, mask)

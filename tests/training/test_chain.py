@@ -22,22 +22,29 @@ def unclip(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
-def test_from_pictures_to_a_picture(tmp_path, pictures):
-    shutil.copytree(ROOT / "recipes" / "tiny", tmp_path / "recipes" / "tiny")
-    shutil.copytree(pictures, tmp_path / "runs" / "tiny" / "data")
+def train_all(folder: Path, recipes: str, *, steps: int) -> None:
+    """Every stage by the recipes of that name, each for so many steps, and the model that they make, in `model`."""
+    shutil.copytree(ROOT / "recipes" / recipes, folder / "recipes" / recipes)
     for stage in STAGES:
-        out = f"runs/tiny/{stage}"
-        told = unclip(tmp_path, "train", f"recipes/tiny/{stage}.toml", "--out", out, "--steps", "30", "-q")
-        assert told == f"{out}/model\n"
-        losses = [json.loads(line)["loss"] for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
-        assert losses[-1] < losses[0]
-    (tmp_path / "defaults.json").write_text(
+        out = f"runs/{recipes}/{stage}"
+        recipe = f"recipes/{recipes}/{stage}.toml"
+        assert unclip(folder, "train", recipe, "--out", out, "--steps", str(steps), "-q") == f"{out}/model\n"
+    (folder / "defaults.json").write_text(
         json.dumps({f"{stage}_num_inference_steps": 3 for stage in ("prior", "decoder", "super_res")})
     )
-    runs = [word for stage in STAGES[:3] for word in (f"--{stage}", f"runs/tiny/{stage}")]
-    runs += ["--super-res-first", "runs/tiny/super_res", "--defaults", "defaults.json"]
-    assert unclip(tmp_path, "assemble", *runs, "--out", "model") == "model\n"
+    runs = [word for stage in STAGES[:3] for word in (f"--{stage}", f"runs/{recipes}/{stage}")]
+    runs += ["--super-res-first", f"runs/{recipes}/super_res", "--defaults", "defaults.json"]
+    assert unclip(folder, "assemble", *runs, "--out", "model") == "model\n"
+
+
+@pytest.mark.slow
+def test_from_pictures_to_a_picture(tmp_path, pictures):
+    shutil.copytree(pictures, tmp_path / "runs" / "tiny" / "data")
+    train_all(tmp_path, "tiny", steps=30)
+    for stage in STAGES:
+        log = (tmp_path / "runs" / "tiny" / stage / "metrics.jsonl").read_text()
+        losses = [json.loads(line)["loss"] for line in log.splitlines()]
+        assert losses[-1] < losses[0]
     made = unclip(tmp_path, "generate", "a red circle", "--model", "model", "--seed", "3", "--out", "made", "-q")
     with Image.open(tmp_path / made.strip()) as image:
         assert image.format == "PNG"
@@ -71,3 +78,22 @@ def test_the_other_prior_in_the_chain(tmp_path, pictures):
     assert settings["num_prior_candidates"] == 2
     assert settings["prior_temperature"] == 0.8
     assert "AutoregressivePrior" in unclip(tmp_path, "info", "model")
+
+
+@pytest.mark.slow
+def test_the_guides_own_unclip(tmp_path, pictures):
+    """The section "Train your own unCLIP" of the guide, at a few steps: its data set, its recipes, its commands."""
+    make = [sys.executable, ROOT / "examples" / "small_data_set.py", pictures, "runs/small/data", "--count", "8"]
+    told = subprocess.run(make, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout == "8 pictures in runs/small/data\n"
+    rows = [json.loads(line) for line in (tmp_path / "runs/small/data/metadata.jsonl").read_text().splitlines()]
+    assert [set(row) for row in rows] == [{"file_name", "text"}] * 8
+    assert len({row["text"] for row in rows}) == 8
+    train_all(tmp_path, "small", steps=3)
+    made = unclip(tmp_path, "generate", rows[0]["text"], "--model", "model", "--out", "made", "-q")
+    with Image.open(tmp_path / made.strip()) as image:
+        assert image.size == (64, 64)
+    guide = (ROOT / "docs" / "guides" / "training.md").read_text()
+    for stage in STAGES:
+        assert f"unclip train recipes/small/{stage}.toml --out runs/small/{stage}" in guide

@@ -15,6 +15,7 @@ import unclip
 from unclip.errors import ConfigError, DataError
 from unclip.training import diffusion
 from unclip.training.clip import ClipTask, retrieval_ranks, shift_and_zoom
+from unclip.training.conditions import text_batch
 from unclip.training.diffusion import DecoderTask, PriorTask, SuperResTask, degrade
 from unclip.training.prior_autoregressive import AutoregressivePriorTask
 from unclip.training.recipe import SuperResSettings
@@ -230,6 +231,32 @@ def is_empty(task, batch):
     return (batch["text_embeds"] - task.clip.empty.embeds).abs().amax(dim=1) < 1e-5
 
 
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+def test_padding_is_left_out_and_changes_nothing(tiny, stage):
+    task = TASKS[stage](tiny(stage, section={"text_drop": 0.2}))
+    with torch.no_grad():
+        for parameter in task.module.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        text = task.clip.text.encode(["red", "a blue circle", ""])
+    batch = task.batch(0, 3, step_generator(0, 0))
+    short = text_batch(text)
+    assert short["text_mask"].shape[1] == 8 < text.mask.shape[1] == 12
+    assert short["text_mask"].sum() == text.mask.sum()
+    whole = {"text_embeds": text.embeds, "text_hidden_states": text.hidden_states, "text_mask": text.mask}
+    losses = []
+    for words in (short, whole):
+        task.module.zero_grad()
+        losses.append(task.module(batch | words)["loss"])
+        losses[-1].backward()
+        gradients = {name: p.grad.clone() for name, p in task.module.named_parameters() if p.grad is not None}
+        if words is short:
+            wanted = gradients
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
+    assert wanted.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(wanted[name], gradient, rtol=1e-3, atol=1e-5)
+
+
 def test_embeddings_are_jittered_by_their_spread(tiny):
     plain = DecoderTask(tiny("decoder", section={"embedding_noise": 0.0})).batch(0, 2000, step_generator(0, 0))
     task = DecoderTask(tiny("decoder", section={"embedding_noise": 0.5}))
@@ -397,11 +424,6 @@ def test_a_start_of_another_size(tiny, tmp_path):
     model = tiny("super_res").super_res.model | {"layers_per_block": 3}
     with pytest.raises(ConfigError, match=r"super_res_first .*layers_per_block is \d there and 3 here"):
         SuperResTask(tiny("super_res", section={"model": model}, start_from=tmp_path))
-
-
-def test_a_clip_has_no_start(tiny, tmp_path):
-    with pytest.raises(ConfigError, match="start_from"):
-        tiny("clip", start_from=tmp_path)
 
 
 def test_crops_larger_than_the_picture(tiny):

@@ -529,12 +529,14 @@ def test_a_bad_loss_of_another_process_stops_this_one(tmp_path, monkeypatch, els
             trainer._check_finite(found["loss"], torch.tensor(1.0))
 
 
-def test_one_process_that_is_asked_to_stop_stops_all(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("stop", "save"), [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)])
+def test_what_one_process_is_asked_all_do(tmp_path, monkeypatch, stop, save):
     trainer = Trainer(LineTask(), line_recipe(), tmp_path)
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
-    monkeypatch.setattr(trainer.accelerator, "reduce", lambda told, how: (told + torch.tensor([1.0, 1.0])) / 2)
+    monkeypatch.setattr(trainer.accelerator, "reduce", lambda told, how: (told + torch.tensor([1.0, stop, save])) / 2)
     trainer._mean({"loss": 1.0})
-    assert trainer._stop
+    assert trainer._stop == bool(stop)
+    assert trainer._save_is_due == bool(save)
 
 
 def test_metrics_go_to_a_tracker_too(tmp_path):
@@ -577,7 +579,7 @@ spec = importlib.util.spec_from_file_location("lines", {this!r})
 lines = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(lines)
 from pathlib import Path
-recipe = lines.line_recipe(steps=400, save_every_s=0.0, sample_every_steps=1000)
+recipe = lines.line_recipe(steps={steps}, save_every_s=0.0, sample_every_steps=1000)
 print("ready", flush=True)
 lines.Trainer(lines.LineTask(), recipe, Path({folder!r})).run()
 print("done", flush=True)
@@ -585,26 +587,27 @@ print("done", flush=True)
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment(tmp_path):
-    recipe = line_recipe(steps=400, sample_every_steps=1000)
-    Trainer(LineTask(), recipe, tmp_path / "straight").run()
+def test_killed_ten_times_at_any_moment(tmp_path):
+    steps, num_kills = 800, 10
+    Trainer(LineTask(), line_recipe(steps=steps, sample_every_steps=1000), tmp_path / "straight").run()
     run = tmp_path / "killed"
-    script = textwrap.dedent(KILLED).format(tests=str(Path(__file__).parent), this=__file__, folder=str(run))
-    dice, kills, steps = random.Random(0), 0, []
-    signals = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGKILL, None, None]
-    for number in signals:
+    places = {"tests": str(Path(__file__).parent), "this": __file__, "folder": str(run), "steps": steps}
+    script = textwrap.dedent(KILLED).format(**places)
+    dice, reached = random.Random(0), []
+    for number in range(num_kills + 1):
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        time.sleep(dice.uniform(0.02, 0.8))
-        if number is not None:
-            process.send_signal(number)
-        rest = process.communicate(timeout=60)[0]
-        kills += rest != "done\n"
+        if number < num_kills:
+            time.sleep(dice.uniform(0.0, 0.4))
+            process.send_signal(signal.SIGKILL)
+        rest = process.communicate(timeout=120)[0]
+        assert rest == ("" if number < num_kills else "done\n")
         if (run / "state").is_dir():
-            steps.append(json.loads((run / "state" / "state.json").read_text())["step"])
-    assert kills >= 3
-    assert steps == sorted(steps)
-    assert steps[-1] == 400
+            reached.append(json.loads((run / "state" / "state.json").read_text())["step"])
+    assert reached == sorted(reached)
+    assert len(set(reached)) > 3  # the kills came at different steps
+    assert reached[-1] == steps
     assert_equal_runs(tmp_path / "straight", run)
     assert not list(run.glob(".unclip-tmp*"))
 

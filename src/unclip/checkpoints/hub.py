@@ -56,11 +56,16 @@ def resolve(
         return _built_in(name)
     if os.path.exists(name):
         raise CheckpointError(f"{name} is a file; name the model's folder. Original .ckpt files: unclip convert karlo")
-    if not _HUB_ID.fullmatch(name) or ".." in name:
+    if not is_name(name):
         raise MissingFileError(f"{_shown(name)} is no folder, and no owner/name on the hub{_suggestion(name)}")
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
         raise CheckpointError(f"revision is {revision[:80]!r}; it must be a branch, a tag or a commit")
     return _download(name, revision, cache_dir, local_files_only, token, variant, allow_patterns)
+
+
+def is_name(text: str) -> bool:
+    """Whether it could name a model that is no folder: a built-in one's name, or `owner/name`."""
+    return text in BUILT_IN or (_HUB_ID.fullmatch(text) is not None and ".." not in text)
 
 
 def pick_files(

@@ -62,19 +62,22 @@ def train(
     from tqdm import tqdm
 
     from unclip.cli.loading import silence
-    from unclip.training.recipe import read_recipe
+    from unclip.training.recipe import located, read_recipe
+    from unclip.training.sharding import asked_by_launcher
     from unclip.training.trainer import Trainer
 
     if out is None and not dry_run:
         raise typer.BadParameter("name the run's folder with --out RUN, or give --dry-run")
     silence(downloads=True)
     keep_freed_memory()
-    settings = read_recipe(recipe, steps=steps)
+    settings = read_recipe(recipe, steps=steps, shard=asked_by_launcher() or None)
     if out is None or dry_run:
         tell_cost(settings)
         return
-    trainer = Trainer(make_task(settings), settings, out)
+    trainer = Trainer(make_task(located(settings)), settings, out)
     first = trainer.accelerator.is_main_process
+    if trainer.accelerator.mixed_precision != settings.precision and first and not quiet:
+        note("this CPU has no instructions for bfloat16: training in float32, which is faster here")
     if trainer.step and first and not quiet:
         note(f"going on from step {trainer.step} of {settings.steps}")
     trainer.run(progress=functools.partial(tqdm, disable=None) if first and not quiet else None)
@@ -91,9 +94,10 @@ def train(
 
 def tell_cost(recipe: "Recipe") -> None:
     """Print what a run of this recipe takes."""
+    from unclip.training.recipe import located
     from unclip.training.rehearsal import rehearse
 
-    cost = rehearse(make_task(recipe), recipe)
+    cost = rehearse(make_task(located(recipe)), recipe)
     rows = [(f"parameters of {name}", f"{count:,}") for name, count in cost.parameters.items()]
     rows += [
         ("parameters trained", f"{cost.trained:,}"),
@@ -118,7 +122,7 @@ def duration(seconds: float) -> str:
 
 
 def make_task(recipe: "Recipe") -> "Task":
-    """What the recipe trains."""
+    """What the recipe trains; the models that it names must be folders (`located`)."""
     if recipe.stage == "clip":
         from unclip.training.clip import ClipTask
 

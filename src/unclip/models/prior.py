@@ -198,29 +198,34 @@ class PriorTransformer(Component[PriorConfig]):
 
         Args:
             proj_embedding: the text's embedding [batch, embedding_dim].
-            encoder_hidden_states: the text's tokens [batch, num_embeddings, embedding_dim].
-            attention_mask: [batch, num_embeddings], true or 1 for the text's own tokens.
+            encoder_hidden_states: the text's tokens [batch, tokens, embedding_dim], num_embeddings of them; fewer where
+                all that are left out are masked in every row: the result is the same, and costs less.
+            attention_mask: [batch, tokens], true or 1 for the text's own tokens.
 
         Raises:
             InputError: a shape is wrong.
         """
         prefix = self._text_tokens(proj_embedding, encoder_hidden_states)
-        batch, length = prefix.shape[:2]
-        expected = (batch, self.config.num_embeddings)
-        if tuple(attention_mask.shape) != expected:
-            raise InputError(f"attention_mask is {tuple(attention_mask.shape)}; it must be {expected}")
-        num_tokens = self.positional_embedding.shape[1]
-        if length != self.config.num_embeddings + 1 or num_tokens < length + 2 + self._num_queries:
+        (batch, length), most = prefix.shape[:2], self.config.num_embeddings
+        num_text = min(length - 1, most) or most
+        if tuple(attention_mask.shape) != (batch, num_text):
+            raise InputError(f"attention_mask is {tuple(attention_mask.shape)}; it must be {(batch, num_text)}")
+        left_out = most - num_text
+        num_tokens = self.positional_embedding.shape[1] - left_out
+        if length != num_text + 1 or num_tokens < length + 2 + self._num_queries:
             raise InputError(
                 f"{length} tokens stand before the timestep's, of {num_tokens} in all; "
-                f"with a mask there must be num_embeddings + 1 = {self.config.num_embeddings + 1}, "
+                f"with a mask there may be num_embeddings + 1 = {most + 1}, "
                 f"and additional_embeddings ({self.config.additional_embeddings}) must leave room for the others"
             )
         seen = F.pad(attention_mask.to(prefix.dtype), (0, num_tokens - attention_mask.shape[1]), value=1.0)
         causal = torch.full((num_tokens, num_tokens), MASKED, dtype=prefix.dtype, device=prefix.device).triu_(1)
         bias = mask_bias(seen, prefix.dtype) + causal
 
-        tokens = self._placed(prefix, self.positional_embedding[:, :length])
+        positions = self.positional_embedding[:, : most + 1]
+        if left_out:  # the text's embedding keeps its place after them
+            positions = torch.cat([positions[:, :num_text], positions[:, most:]], dim=1)
+        tokens = self._placed(prefix, positions)
         own_bias = bias[:, :, :length, :length]
         layers = []
         for block in self.transformer_blocks[:-1]:

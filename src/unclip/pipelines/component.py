@@ -41,6 +41,7 @@ OURS_ALONE = ("AutoregressivePrior", "UnCLIPTextProjModel")
 TRANSFORMERS = {
     "CLIPTextModelWithProjection": "CLIPTextModelWithProjection",
     "CLIPVisionModelWithProjection": "CLIPVisionModelWithProjection",
+    "CLIPModel": "CLIPModel",
     "CLIPTokenizer": "CLIPTokenizer",
     "CLIPTokenizerFast": "CLIPTokenizer",
     "CLIPFeatureExtractor": "CLIPImageProcessorPil",
@@ -188,7 +189,9 @@ def _read_clip(cls: Any, folder: Path, dtype: torch.dtype | None, variant: str |
 def _check_clip_config(folder: Path) -> None:
     """Raises: ConfigError for a size in config.json that is none, before anything of that size is allocated."""
     settings = read_json(folder / "config.json")
-    for name, limit in CLIP_LIMITS.items():
-        value = settings.get(name, 1)  # left out: transformers' own, which is sane
-        if type(value) is not int or not 1 <= value <= limit:
-            raise ConfigError(f"{name} in {folder / 'config.json'} is {value!r}; it must be from 1 to {limit}")
+    both = [settings.get(name) for name in ("text_config", "vision_config")]  # a whole CLIP's two halves
+    for part in [settings, *(part for part in both if isinstance(part, dict))]:
+        for name, limit in CLIP_LIMITS.items():
+            value = part.get(name, 1)  # left out: transformers' own, which is sane
+            if type(value) is not int or not 1 <= value <= limit:
+                raise ConfigError(f"{name} in {folder / 'config.json'} is {value!r}; it must be from 1 to {limit}")

@@ -17,6 +17,7 @@ from unclip.errors import InputError, MissingFileError
 from unclip.pipelines.component import index_entry, read_component, write_component
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 from unclip.pipelines.text_to_image import UnCLIPPipeline
+from unclip.training.pretrained import is_whole_clip, read_clip
 
 # Component → (which run it comes from, its folder there, its class).
 PARTS = {
@@ -52,7 +53,8 @@ def assemble(
     """Write one folder that both pipelines load, from the stages' runs.
 
     Args:
-        clip, prior, decoder, super_res_first: each a run's folder (with `model/` in it), or a model to take it from.
+        clip, prior, decoder, super_res_first: each a run's folder (with `model/` in it), or a model to take it from;
+            the CLIP may be transformers' own `CLIPModel`.
         super_res_last: another one for the last step; without it the first network does all steps.
         super_res_more: a run for each further super-resolution stage, in the order in which they enlarge.
         out: the folder to make.
@@ -71,10 +73,12 @@ def assemble(
     index: dict[str, Any] = {"_class_name": "UnCLIPPipeline", "_diffusers_version": API_VERSION}
     with atomic_folder(out, overwrite=overwrite) as draft:
         components: dict[str, Any] = {}
+        whole_clip = read_clip(_model(clip)).components() if is_whole_clip(_model(clip)) else {}
         for name, (run, folder, class_name) in _parts(_model(prior)).items():
             if name == "super_res_last" and super_res_last is None:
                 folder = "super_res_first"
-            components[name] = _read(runs[run], run, folder, class_name)
+            is_there = name in whole_clip
+            components[name] = whole_clip[name] if is_there else _read(runs[run], run, folder, class_name)
         components |= _further(super_res_more)
         for pipeline in (UnCLIPPipeline, UnCLIPImageVariationPipeline):  # they check what fits what
             pipeline(**{name: part for name, part in components.items() if name in pipeline.component_names()})

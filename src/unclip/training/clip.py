@@ -3,6 +3,7 @@
 Knows transformers' CLIP classes and the contrastive loss; knows no diffusion. Called by the trainer.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -16,12 +17,15 @@ from transformers import (
     CLIPImageProcessorPil,
     CLIPTextConfig,
     CLIPTextModelWithProjection,
+    CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
 )
+from transformers.image_processing_utils import BaseImageProcessor
 
 from unclip.errors import ConfigError
 from unclip.pipelines.component import write_component
+from unclip.training.pretrained import PretrainedClip, normalized, read_clip
 from unclip.training.recipe import ClipSettings, Recipe
 from unclip.training.task import Batch, Sourced, source_of
 from unclip.training.tokenizer import END, START, train_tokenizer
@@ -48,7 +52,7 @@ class ContrastivePair(nn.Module):
     ):
         super().__init__()
         self.text, self.image = text, image
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))  # no scalar: those cannot be sharded
         self.reconstruction_weight = reconstruction_weight
         width = image.config.projection_dim
         if reconstruction_weight:
@@ -90,54 +94,35 @@ def of_all_processes(rows: Tensor) -> Tensor:
 
 
 class ClipTask(Sourced):
-    """Trains a CLIP from scratch, its tokenizer first."""
+    """Trains a CLIP: from scratch, its tokenizer first, or the one in `recipe.start_from`, which keeps its own."""
 
     def __init__(self, recipe: Recipe):
         assert recipe.clip is not None
         settings = self.settings = recipe.clip
+        start = None if recipe.start_from is None else _start(Path(recipe.start_from), settings)
+        self.image_size = settings.image_size if start is None else start.image_size
         self.source = source_of(
             recipe,
-            (settings.image_size,),
+            (self.image_size,),
             weight_power=settings.weight_power,
             include_held_out=settings.include_held_out,
         )
-        self.tokenizer = train_tokenizer(
-            self.source.all_captions(),
-            vocabulary_size=settings.vocabulary_size,
-            context_length=settings.context_length,
-        )
-        _check_sizes(settings)
-        vocabulary = self.tokenizer.get_vocab()
+        if start is None:
+            self.tokenizer = train_tokenizer(
+                self.source.all_captions(),
+                vocabulary_size=settings.vocabulary_size,
+                context_length=settings.context_length,
+            )
+            self.context_length = settings.context_length
+            self.feature_extractor: BaseImageProcessor = image_processor(settings.image_size)
+        else:
+            self.tokenizer, self.context_length = start.tokenizer, start.context_length
+            self.feature_extractor = start.feature_extractor
         torch.manual_seed(recipe.seed)
-        width = settings.projection_dim
-        self.module = ContrastivePair(
-            CLIPTextModelWithProjection(
-                CLIPTextConfig(
-                    vocab_size=len(self.tokenizer),
-                    hidden_size=width,
-                    intermediate_size=4 * width,
-                    projection_dim=width,
-                    num_hidden_layers=settings.text_layers,
-                    num_attention_heads=settings.text_heads,
-                    max_position_embeddings=settings.context_length,
-                    bos_token_id=vocabulary[START],
-                    eos_token_id=vocabulary[END],
-                    pad_token_id=vocabulary[END],
-                )
-            ),
-            CLIPVisionModelWithProjection(
-                CLIPVisionConfig(
-                    hidden_size=settings.image_width,
-                    intermediate_size=4 * settings.image_width,
-                    projection_dim=width,
-                    num_hidden_layers=settings.image_layers,
-                    num_attention_heads=settings.image_heads,
-                    image_size=settings.image_size,
-                    patch_size=settings.patch_size,
-                )
-            ),
-            settings.reconstruction_weight,
-        )
+        text, image = fresh_encoders(settings, self.tokenizer) if start is None else _encoders(start)
+        self.module = ContrastivePair(text, image, settings.reconstruction_weight)
+        if start is not None and start.logit_scale is not None:
+            nn.init.constant_(self.module.logit_scale, start.logit_scale)
 
     @property
     def fingerprint(self) -> str:
@@ -149,10 +134,11 @@ class ClipTask(Sourced):
             rows.captions,
             padding="longest",
             truncation=True,
-            max_length=self.settings.context_length,
+            max_length=self.context_length,
             return_tensors="pt",
         )
-        pixels = shift_and_zoom(rows.images[self.settings.image_size], generator)
+        pixels = shift_and_zoom(rows.images[self.image_size], generator)
+        pixels = normalized(pixels, self.feature_extractor)
         return {"pixels": pixels, "input_ids": tokens["input_ids"], "index": rows.index}
 
     def save(self, folder: Path) -> None:
@@ -160,7 +146,7 @@ class ClipTask(Sourced):
             "text_encoder": self.module.text,
             "image_encoder": self.module.image,
             "tokenizer": self.tokenizer,
-            "feature_extractor": image_processor(self.settings.image_size),
+            "feature_extractor": self.feature_extractor,
         }
         for name, part in parts.items():
             write_component(part, folder / name, variant=None)
@@ -172,14 +158,17 @@ class ClipTask(Sourced):
         for name in ("trained", "held out"):
             rows = self.source.examples(SHOWN_ROWS, held_out=name == "held out")
             if rows.captions:
-                images = rows.images[self.settings.image_size]
+                images = normalized(rows.images[self.image_size], self.feature_extractor)
                 rank = retrieval_ranks(self.module, self.tokenizer, rows.captions, images)
                 lines.append(f"{name}: top-1 {(rank < 1).float().mean():.3f}, top-5 {(rank < 5).float().mean():.3f}")
         path.with_suffix(".txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def retrieval_ranks(module: ContrastivePair, tokenizer, captions: list[str], images: Tensor) -> Tensor:
-    """For each picture, at which place (0 is first) its own caption comes among all of them."""
+    """For each picture, at which place (0 is first) its own caption comes among all of them.
+
+    `images` are as the image encoder wants them: see `normalized`.
+    """
     embeds, texts, device = [], [], module.logit_scale.device
     for start in range(0, len(captions), 256):
         tokens = tokenizer(captions[start : start + 256], padding=True, truncation=True, return_tensors="pt")
@@ -187,6 +176,72 @@ def retrieval_ranks(module: ContrastivePair, tokenizer, captions: list[str], ima
         texts.append(module.text(input_ids=tokens["input_ids"].to(device)).text_embeds)
     scores = F.normalize(torch.cat(embeds), dim=-1) @ F.normalize(torch.cat(texts), dim=-1).T
     return (scores > scores.diagonal()[:, None]).sum(dim=1)
+
+
+def fresh_encoders(
+    settings: ClipSettings, tokenizer: CLIPTokenizer
+) -> tuple[CLIPTextModelWithProjection, CLIPVisionModelWithProjection]:
+    """Text and image encoder with weights drawn from torch's own generator.
+
+    Raises: ConfigError when a width is no multiple of what it is cut into.
+    """
+    _check_sizes(settings)
+    vocabulary, width = tokenizer.get_vocab(), settings.projection_dim
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=settings.text_layers,
+        num_attention_heads=settings.text_heads,
+        max_position_embeddings=settings.context_length,
+        bos_token_id=vocabulary[START],
+        eos_token_id=vocabulary[END],
+        pad_token_id=vocabulary[END],
+    )
+    image = CLIPVisionConfig(
+        hidden_size=settings.image_width,
+        intermediate_size=4 * settings.image_width,
+        projection_dim=width,
+        num_hidden_layers=settings.image_layers,
+        num_attention_heads=settings.image_heads,
+        image_size=settings.image_size,
+        patch_size=settings.patch_size,
+    )
+    return CLIPTextModelWithProjection(text), CLIPVisionModelWithProjection(image)
+
+
+def _start(folder: Path, settings: ClipSettings) -> PretrainedClip:
+    """The CLIP to go on from.
+
+    Raises: ConfigError when the recipe says a size that it has not.
+    """
+    clip = read_clip(folder)
+    text, image = clip.text_encoder.config, clip.image_encoder.config
+    found = {
+        "projection_dim": text.projection_dim,
+        "vocabulary_size": text.vocab_size,
+        "context_length": clip.context_length,
+        "text_layers": text.num_hidden_layers,
+        "text_heads": text.num_attention_heads,
+        "image_size": image.image_size,
+        "patch_size": image.patch_size,
+        "image_width": image.hidden_size,
+        "image_layers": image.num_hidden_layers,
+        "image_heads": image.num_attention_heads,
+    }
+    other = [
+        f"{field.name} is {found[field.name]} there and {getattr(settings, field.name)} here"
+        for field in dataclasses.fields(settings)
+        if field.name in found and getattr(settings, field.name) not in (field.default, found[field.name])
+    ]
+    if other:
+        raise ConfigError(f"the recipe's CLIP is not the one in {folder}: {'; '.join(other)}. Leave these settings out")
+    return clip
+
+
+def _encoders(clip: PretrainedClip) -> tuple[CLIPTextModelWithProjection, CLIPVisionModelWithProjection]:
+    return clip.text_encoder.train(), clip.image_encoder.train()
 
 
 def _check_sizes(settings: ClipSettings) -> None:

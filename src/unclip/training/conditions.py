@@ -3,7 +3,6 @@
 Knows CLIP's parts and data sources; knows no diffusion. Called by the tasks.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,14 @@ from torch import Tensor
 
 from unclip.data.source import FolderSource, Rows
 from unclip.errors import ConfigError
-from unclip.pipelines.component import read_component
 from unclip.stages.condition import TextEmbedding
 from unclip.stages.encoders import TextEncoder
+from unclip.training.pretrained import normalized, read_clip
 from unclip.training.recipe import Recipe
 from unclip.training.task import Batch, source_of
 
+LENGTH_STEP = 8
+"""A batch's captions are padded to a multiple of so many tokens: few shapes to compile for, and even ones."""
 SPREAD_ROWS = 4096
 """Of a stream, how many rows its embeddings' mean and spread are taken from."""
 
@@ -26,32 +27,38 @@ SPREAD_ROWS = 4096
 class FrozenClip:
     """The CLIP that prior and decoder live in: captions encoded on demand, pictures once at the start."""
 
-    def __init__(self, folder: Path):
-        if not (folder / "text_encoder").is_dir():
-            raise ConfigError(f"{folder} holds no trained CLIP (no text_encoder): train that stage first")
-
-        def part(name: str, class_name: str) -> Any:
-            return read_component(folder, name, class_name, torch_dtype=None, variant=None)
-
-        text = part("text_encoder", "CLIPTextModelWithProjection")
-        self.image_encoder = part("image_encoder", "CLIPVisionModelWithProjection")
-        self.text = TextEncoder(text, part("tokenizer", "CLIPTokenizer"))
-        self.width: int = text.config.projection_dim
-        self.context: int = text.config.max_position_embeddings
-        weights = sorted([*folder.glob("text_encoder/*.safetensors"), *folder.glob("image_encoder/*.safetensors")])
-        self.fingerprint = hashlib.sha256(b"".join(path.read_bytes() for path in weights)).hexdigest()
+    def __init__(self, folder: Path | str):
+        clip = read_clip(Path(folder))
+        text: Any = clip.text_encoder.config
+        self.folder = folder
+        self.image_encoder, self.feature_extractor = clip.image_encoder, clip.feature_extractor
+        self.text = TextEncoder(clip.text_encoder, clip.tokenizer)
+        self.width: int = text.projection_dim
+        self.context: int = text.max_position_embeddings
+        self.image_size = clip.image_size
+        self.fingerprint = clip.fingerprint
         with torch.no_grad():
             self.empty = self.text.encode([""])
+
+    def one_width(self) -> int:
+        """Numbers of a token and of an embedding alike.
+
+        Raises: ConfigError when they differ.
+        """
+        tokens = self.text.text_encoder.config.hidden_size
+        if tokens != self.width:
+            raise ConfigError(
+                f"the CLIP in {self.folder} has tokens of {tokens} numbers and embeddings of {self.width}; the "
+                "diffusion prior and the decoder take a CLIP where both are alike"
+            )
+        return self.width
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
         """Image embeddings [num_pictures, width] of pictures at the encoder's own size, in [-1, 1]."""
-        parts = [self.image_encoder(pixel_values=part).image_embeds for part in images.split(128)]
+        pixels = normalized(images, self.feature_extractor)
+        parts = [self.image_encoder(pixel_values=part).image_embeds for part in pixels.split(128)]
         return torch.cat(parts)
-
-    @property
-    def image_size(self) -> int:
-        return self.image_encoder.config.image_size
 
 
 class Captioned:
@@ -114,10 +121,16 @@ def tell_cosines(path: Path, drawn: Tensor, true: Tensor) -> None:
 
 
 def text_batch(text: TextEmbedding) -> Batch:
-    """A caption's embedding as a trainer's batch carries it."""
-    return {"text_embeds": text.embeds, "text_hidden_states": text.hidden_states, "text_mask": text.mask}
+    """A caption's embedding as a trainer's batch carries it: without the padding that no caption of the batch needs."""
+    longest = int(text.mask.any(dim=0).nonzero().max()) + 1
+    longest = min(-longest // LENGTH_STEP * -LENGTH_STEP, text.mask.shape[1])
+    return {
+        "text_embeds": text.embeds,
+        "text_hidden_states": text.hidden_states[:, :longest],
+        "text_mask": text.mask[:, :longest],
+    }
 
 
 def batch_text(batch: Batch) -> TextEmbedding:
-    """The inverse of `text_batch`."""
+    """What `text_batch` was made of, less the padding."""
     return TextEmbedding(batch["text_embeds"], batch["text_hidden_states"], batch["text_mask"])

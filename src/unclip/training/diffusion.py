@@ -3,6 +3,7 @@
 Knows stages, conditions and data; knows neither optimizer nor schedule of the run. Called by the trainer.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +31,7 @@ from unclip.stages.super_res import SuperResStage, enlarge
 from unclip.training.conditions import Captioned, FrozenClip, batch_text, tell_cosines, text_batch
 from unclip.training.lora import adapt, merged, write_adapter
 from unclip.training.recipe import DecoderSettings, PriorSettings, ProcessRecipe, Recipe, SuperResSettings
+from unclip.training.reconstruction import absolute_error, perceptual_loss
 from unclip.training.task import Batch, Sourced, source_of
 
 SHEET_PICTURES = 48
@@ -43,14 +45,25 @@ def write_network(network: nn.Module, folder: Path, name: str) -> None:
 
 
 class StageModule(nn.Module):
-    """A stage's networks with its loss: what is sampled is what is trained."""
+    """A stage's networks with its loss: what is sampled is what is trained.
 
-    def __init__(self, stage: Any, condition: Callable[[Batch], Any], weighting: str, **networks: nn.Module):
+    `of_x0`, if given, is the loss in place of the process's own: of the clean sample as predicted, and as it is.
+    """
+
+    def __init__(
+        self,
+        stage: Any,
+        condition: Callable[[Batch], Any],
+        weighting: str,
+        *,
+        of_x0: Callable[[Tensor, Tensor], dict[str, Tensor]] | None = None,
+        **networks: nn.Module,
+    ):
         super().__init__()
         for name, network in networks.items():
             self.add_module(name, network)
         self.stage = stage
-        self.condition, self.weighting = condition, weighting
+        self.condition, self.weighting, self.of_x0 = condition, weighting, of_x0
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`x0` and `noise` of the stage's shape, `t` [batch], and whatever the stage's condition is built from."""
@@ -58,6 +71,8 @@ class StageModule(nn.Module):
         x0, noise, t = batch["x0"], batch["noise"], batch["t"]
         x_t = process.add_noise(x0, noise, t)
         output = self.stage.prepare(self.condition(batch))(x_t, t)
+        if self.of_x0 is not None:  # not clipped: what lies outside must be told so
+            return self.of_x0(dataclasses.replace(process, clip_range=None).predict(output, x_t, t).x0, x0)
         return {"loss": process.loss(output, x0, noise, x_t, t, weighting=self.weighting).mean()}
 
 
@@ -96,7 +111,7 @@ def first_network(cls: type[N], name: str, settings: dict[str, Any], recipe: Rec
         network = cls(**settings)
         network.initialize_for_training(torch.Generator().manual_seed(recipe.seed))
         return network
-    network = read_component(recipe.start_from, name, cls.__name__, torch_dtype=torch.float32, variant=None)
+    network = read_component(Path(recipe.start_from), name, cls.__name__, torch_dtype=torch.float32, variant=None)
     found = dict(network.config)
     asked = dict(network.config_class.from_dict(found | settings))
     other = [f"{key} is {found[key]!r} there and {asked[key]!r} here" for key in settings if found[key] != asked[key]]
@@ -132,7 +147,7 @@ class PriorTask(Sourced):
         self.clip = FrozenClip(self.settings.clip)
         self.data = Captioned(recipe, self.clip, self.settings.text_drop)
         self.source = self.data.source
-        sizes = {"embedding_dim": self.clip.width, "num_embeddings": self.clip.context}
+        sizes = {"embedding_dim": self.clip.one_width(), "num_embeddings": self.clip.context}
         prior = first_network(PriorTransformer, "prior", sizes | self.settings.model, recipe)
         for parameter in (prior.clip_mean, prior.clip_std):
             parameter.requires_grad_(False)
@@ -179,7 +194,7 @@ class DecoderTask(Sourced):
         self.data = Captioned(recipe, self.clip, self.settings.text_drop, (self.size_px,))
         self.source = self.data.source
         sizes = {
-            "clip_embeddings_dim": self.clip.width,
+            "clip_embeddings_dim": self.clip.one_width(),
             "time_embed_dim": decoder.config.embedding_width,
             "cross_attention_dim": decoder.config.cross_attention_dim,
         }
@@ -237,7 +252,7 @@ class SuperResTask(Sourced):
         assert recipe.super_res is not None
         self.settings: SuperResSettings = recipe.super_res
         start = "super_res_first"
-        if self.settings.only_last_step and recipe.start_from and (recipe.start_from / "super_res_last").is_dir():
+        if self.settings.only_last_step and recipe.start_from and Path(recipe.start_from, "super_res_last").is_dir():
             start = "super_res_last"
         network = first_network(UNet2DModel, start, self.settings.model, recipe)
         self.network = network
@@ -251,7 +266,11 @@ class SuperResTask(Sourced):
         process = process_of(self.settings.process)
         self.stage = SuperResStage(network, network, process)
         self.module = StageModule(
-            _EnlargedStage(self.stage), lambda b: b["enlarged"], self.settings.process.weighting, network=network
+            _EnlargedStage(self.stage),
+            lambda b: b["enlarged"],
+            self.settings.process.weighting,
+            of_x0=_last_loss(self.settings),
+            network=network,
         )
 
     @property
@@ -283,6 +302,12 @@ class SuperResTask(Sourced):
         drawn = draw_stage(self.module, self.stage, SuperResCondition(small), None, num_steps=7)
         enlarged = enlarge(small, self.size_px).clamp(-1, 1)
         grid(to_pil(torch.cat([enlarged, drawn, large])), columns=len(large)).save(path)
+
+
+def _last_loss(settings: SuperResSettings) -> Callable[[Tensor, Tensor], dict[str, Tensor]] | None:
+    if settings.features is not None:
+        return perceptual_loss(Path(settings.features), settings.perceptual_weight)
+    return absolute_error if settings.last_loss == "l1" else None
 
 
 class _EnlargedStage:

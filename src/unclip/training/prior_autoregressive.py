@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from unclip.diffusion.noise import NoiseSource
 from unclip.models.pca import PrincipalComponents
 from unclip.models.prior_autoregressive import AutoregressivePrior, dot_product
-from unclip.stages.condition import PriorCondition, TextEmbedding
+from unclip.stages.condition import PriorCondition
 from unclip.stages.prior_autoregressive import AutoregressivePriorStage
 from unclip.training.conditions import Captioned, FrozenClip, batch_text, tell_cosines, text_batch
 from unclip.training.diffusion import SHEET_PICTURES, first_network, put_adapters, write_network
@@ -81,8 +81,6 @@ class AutoregressivePriorTask(Sourced):
         codes = prior.encode((embeddings + jitter).to(device)).cpu()
         text = self.clip.empty.join(text).select(torch.where(kept, torch.arange(1, batch_size + 1), 0))
         dot_codes = dot_codes.where(kept & told, prior.no_dot_code)
-        longest = int(text.mask.sum(dim=1).max())  # the rest is padding in every row
-        text = TextEmbedding(text.embeds, text.hidden_states[:, :longest], text.mask[:, :longest])
         return text_batch(text) | {"codes": codes, "dot_codes": dot_codes}
 
     def save(self, folder: Path) -> None:

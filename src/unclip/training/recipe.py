@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from unclip.checkpoints.hub import is_name, resolve
 from unclip.errors import ConfigError, MissingDependencyError
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -111,9 +112,9 @@ class ClipSettings:
 
 @dataclass(frozen=True)
 class PriorSettings:
-    """Diffusion prior: where its CLIP lies, its network, and how often its text is dropped (paper §2.2)."""
+    """Diffusion prior: its CLIP (a folder or a name), its network, how often its text is dropped (paper §2.2)."""
 
-    clip: Path = Path()
+    clip: Path | str = Path()
     model: dict[str, Any] = field(default_factory=dict)
     process: ProcessRecipe = ProcessRecipe(prediction_type="sample", clip_range=5.0)
     text_drop: float = 0.1
@@ -131,7 +132,7 @@ class AutoregressivePriorSettings:
     units of its spread: a code says its bucket and no more, and neighbours are as good.
     """
 
-    clip: Path = Path()
+    clip: Path | str = Path()
     model: dict[str, Any] = field(default_factory=dict)
     text_drop: float = 0.1
     dot_drop: float = 0.1
@@ -143,13 +144,13 @@ class AutoregressivePriorSettings:
 
 @dataclass(frozen=True)
 class DecoderSettings:
-    """Decoder: where its CLIP lies, its networks, and how often embedding and caption are dropped (paper §2.1).
+    """Decoder: its CLIP (a folder or a name), its networks, how often embedding and caption are dropped (paper §2.1).
 
     `embedding_noise` jitters the image embedding, in units of each dimension's spread, so that the decoder forgives a
     prior that is a little off.
     """
 
-    clip: Path = Path()
+    clip: Path | str = Path()
     model: dict[str, Any] = field(default_factory=dict)
     text_proj: dict[str, Any] = field(default_factory=dict)
     process: ProcessRecipe = ProcessRecipe(variance_type="learned_range")
@@ -163,7 +164,12 @@ class DecoderSettings:
 
 @dataclass(frozen=True)
 class SuperResSettings:
-    """Super-resolution: its network, the input's size, and how the low-resolution input is degraded (paper §2.1)."""
+    """Super-resolution: its network, the input's size, and how the low-resolution input is degraded (paper §2.1).
+
+    With `only_last_step` the network of timestep 0 alone is trained, by `last_loss`: the process's own ("mse"), the
+    absolute error of the picture ("l1"), or that and `perceptual_weight` times the distance of the features that the
+    frozen network `features` (a CLIP's folder or name, or another image model's) has of it ("perceptual").
+    """
 
     model: dict[str, Any] = field(default_factory=dict)
     process: ProcessRecipe = ProcessRecipe()
@@ -173,10 +179,23 @@ class SuperResSettings:
     blur_share: float = 0.5
     noise: float = 0.0
     only_last_step: bool = False
+    last_loss: Literal["mse", "l1", "perceptual"] = "mse"
+    features: Path | str | None = None
+    perceptual_weight: float = 1.0
 
     def __post_init__(self) -> None:
         _check("super_res", self, above_zero=("low_res_size", "crop_size", "blur_sigma"), shares=("blur_share",))
-        _check("super_res", self, not_negative=("noise",))
+        _check("super_res", self, not_negative=("noise", "perceptual_weight"))
+        if self.last_loss != "mse" and not self.only_last_step:
+            raise ConfigError(
+                f"super_res.last_loss is {self.last_loss!r}, which is for the last step's network: set only_last_step, "
+                "or leave it out"
+            )
+        if (self.last_loss == "perceptual") != (self.features is not None):
+            raise ConfigError(
+                "super_res.last_loss 'perceptual' and super_res.features (the folder of a CLIP, or of another image "
+                "model) go together"
+            )
 
 
 @dataclass(frozen=True)
@@ -199,10 +218,12 @@ class Recipe:
     Attributes:
         stage: which network is trained; the section of that name must be there, the others must not.
         data: a folder of captioned pictures, or a list of such; or tar shards: a folder, a glob, URLs with {000..041}.
-        start_from: a model folder; training goes on from its networks of this stage instead of fresh ones.
+        start_from: a model's folder, or its name on the hub; training goes on from its networks of this stage instead
+            of fresh ones. A CLIP keeps its sizes and its tokenizer.
         steps: optimizer steps in all; batch_size: pictures a step, over all processes and accumulations.
         precision: "no" is float32.
         compile: compile the networks first (torch.compile): minutes at the start, then faster steps where it helps.
+        shard: cut weights, gradients, optimizer state and average over the processes (FSDP), if there are several.
         trackers: what metrics go to beside metrics.jsonl: "tensorboard", "wandb", "trackio".
         lora: train adapters in the network of `start_from` (a prior or decoder) and leave its own weights.
         ema_decay: of the weights that are kept; warmed up as (1 + step) / (10 + step).
@@ -210,13 +231,14 @@ class Recipe:
 
     stage: Literal["clip", "prior", "prior_autoregressive", "decoder", "super_res"]
     data: Path | str | tuple[Path | str, ...]
-    start_from: Path | None = None
+    start_from: Path | str | None = None
     steps: int = 10_000
     batch_size: int = 64
     accumulation: int = 1
     seed: int = 0
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     compile: bool = False
+    shard: bool = False
     trackers: tuple[str, ...] = ()
     ema_decay: float = 0.999
     log_every_steps: int = 50
@@ -235,10 +257,12 @@ class Recipe:
             if (getattr(self, stage) is not None) != (stage == self.stage):
                 verb = "needs" if stage == self.stage else "must not have"
                 raise ConfigError(f"a recipe for stage {self.stage!r} {verb} a section [{stage}]")
-        if self.start_from and self.stage == "clip":
-            raise ConfigError("start_from is for prior, decoder and super_res; a CLIP is trained from its first step")
         if self.lora and (self.stage not in ADAPTABLE or not self.start_from):
             raise ConfigError("[lora] is for prior and decoder, and needs start_from: a model to adapt")
+        if self.shard and self.optimizer.name == "muon":
+            raise ConfigError("shard cuts the matrices that optimizer.name 'muon' needs whole; take 'adamw' with it")
+        if self.shard and self.precision == "fp16":
+            raise ConfigError("shard goes with precision 'bf16' or 'no'; fp16's loss scale is not shared among shards")
         for name in self.trackers:
             if name not in TRACKERS:
                 raise ConfigError(f"trackers has {name!r}; it may have {', '.join(TRACKERS)}")
@@ -269,6 +293,22 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
         raise ConfigError(f"the recipe {path} is not valid TOML: {error}") from error
     table |= {key: value for key, value in overrides.items() if value is not None}
     return _build(Recipe, table, Path(path).parent, "")
+
+
+def located(recipe: Recipe) -> Recipe:
+    """The recipe with models that it names, on the hub or built in, as the folders they lie in.
+
+    Raises: CheckpointError when a name's model cannot be had.
+    """
+    changes: dict[str, Any] = {}
+    if isinstance(recipe.start_from, str):
+        changes["start_from"] = resolve(recipe.start_from)
+    settings = getattr(recipe, recipe.stage)
+    named = {key: getattr(settings, key, None) for key in ("clip", "features")}
+    found = {key: resolve(name) for key, name in named.items() if isinstance(name, str)}
+    if found:
+        changes[recipe.stage] = dataclasses.replace(settings, **found)
+    return dataclasses.replace(recipe, **changes)
 
 
 def _build(kind: type, table: dict[str, Any], base: Path, where: str) -> Any:
@@ -309,7 +349,9 @@ def _value(hint: Any, value: Any, base: Path, where: str) -> Any:
             return tuple(_value(Path, part, base, where) for part in value)
         if not isinstance(value, str) or "\0" in value:
             raise ConfigError(f"{where} is {value!r}; it must be a path in quotes")
-        return value if "://" in value else base / Path(value).expanduser()
+        path = base / Path(value).expanduser()
+        is_model = where.rpartition(".")[2] in ("clip", "start_from", "features")
+        return value if "://" in value or (is_model and is_name(value) and not path.exists()) else path
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     plain = typing.get_origin(hint) or hint

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from unclip.checkpoints.files import TEMPORARY_PREFIX, atomic_file, atomic_folder, read_json, write_json
 from unclip.errors import CheckpointError, ConfigError, TrainingError
 from unclip.training.recipe import Recipe, as_dict
+from unclip.training.sharding import shared_like
 
 
 @dataclass(frozen=True)
@@ -226,12 +227,24 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`; rates and betas stay as they are."""
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], parameters: Sequence[Tensor]
+) -> None:
+    """The inverse of `optimizer_tensors`; rates and betas stay as they are.
+
+    Args:
+        optimizer: whose state is set.
+        tensors: whole ones; they are cut, and laid out in memory, as the parameter is that they are of.
+        parameters: of all groups, in their order.
+    """
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split("/")
-        state.setdefault(int(index), {})[name] = value
+        parameter = parameters[int(index)]
+        own = shared_like(value, parameter)
+        if value.shape == parameter.shape:  # a fused step takes one layout for parameter and state alike
+            own = torch.empty_like(parameter.detach()).copy_(own)
+        state.setdefault(int(index), {})[name] = own
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

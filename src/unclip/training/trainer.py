@@ -9,7 +9,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,12 @@ from torch import Tensor, nn
 from unclip.errors import ConfigError, TrainingError
 from unclip.training.muon import Muon, split_parameters
 from unclip.training.recipe import OptimizerRecipe, Recipe, as_dict
+from unclip.training.sharding import is_sharded, sharded, share_of, shared_like, shares_of, whole
 from unclip.training.state import RunFolder, Snapshot, flat, optimizer_tensors, restore_optimizer
 from unclip.training.task import Batch, Task, computes_on_cpu, mixed_precision
+
+FUSED = ("cpu", "cuda")
+"""Where AdamW's step passes over the weights once, not once an operation."""
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -84,16 +88,27 @@ class Trainer:
         except ValueError as error:
             raise ConfigError(f"precision {recipe.precision!r} is not to be had here: {error}") from error
         set_seed(recipe.seed)
-        optimizer = make_optimizer(task.module, recipe.optimizer)
+        snapshot = self.run_folder.read_state(recipe, task.module.state_dict(), task.fingerprint)
+        if snapshot is not None:
+            task.module.load_state_dict(snapshot.module)
+        self.weights = task.module  # what the optimizer changes
+        if recipe.shard and self.accelerator.num_processes > 1:
+            self.weights = sharded(task.module, self.accelerator.device)
         if recipe.compile:
-            task.module.compile()
-        self.module, self.optimizer = self.accelerator.prepare(task.module, optimizer)
-        self.ema = {name: p.detach().clone() for name, p in task.module.named_parameters() if p.requires_grad}
+            self.weights.compile()
+        optimizer = make_optimizer(self.weights, recipe.optimizer)
+        if is_sharded(self.weights):
+            self.module, self.optimizer = self.weights, self.accelerator.prepare(optimizer)
+        else:
+            self.module, self.optimizer = self.accelerator.prepare(task.module, optimizer)
+        self.ema = {name: p.detach().clone() for name, p in self.weights.named_parameters() if p.requires_grad}
         self.step = 0
         self._sums: dict[str, float] = {}  # of the metrics since the last row of the log
         self._num_summed = 0
         self._stop = False
-        self._resume()
+        self._save_is_due = False
+        if snapshot is not None:
+            self._go_on_from(snapshot)
 
     @property
     def folder(self) -> Path:
@@ -127,29 +142,44 @@ class Trainer:
     def save(self) -> None:
         """Write the state to resume from and the averaged model; each replaces the old one only when whole.
 
+        To be called by all processes; the first one writes.
+
         Raises: TrainingError when the disk is full or a folder cannot be written; the old ones stay as they were.
         """
+        log = {"sums": self._sums, "num_summed": self._num_summed}
+        module, ema = self._gathered(self.weights.state_dict()), self._gathered(self.ema)
+        snapshot = Snapshot(self.step, log, module, ema, self._gathered(optimizer_tensors(self.optimizer)))
         if not self._is_main:
             return
-        log = {"sums": self._sums, "num_summed": self._num_summed}
-        snapshot = Snapshot(self.step, log, self.task.module.state_dict(), self.ema, optimizer_tensors(self.optimizer))
         with self._writing():
-            with self.averaged(), self.run_folder.new_model() as draft:
+            with self._carrying(ema), self.run_folder.new_model() as draft:
                 self.task.save(draft)
             self.run_folder.note_skipped(self.task.skipped)
             # Last, so that a state of the last step means that the model is the last one too.
             self.run_folder.save_state(snapshot, self.recipe, self.task.fingerprint)
 
+    def _gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All of each, in the first process; one after another, so that the others need no room for them."""
+        found = {}
+        for name, tensor in tensors.items():
+            value = whole(tensor)
+            if self._is_main:
+                found[name] = value.cpu() if is_sharded(self.weights) else value
+        return found
+
     @contextlib.contextmanager
-    def averaged(self) -> Iterator[nn.Module]:
-        """Within it, the module carries the moving average of its weights."""
+    def _carrying(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within it, the task's module carries these values, where steps are computed, in evaluation mode."""
         module = self.task.module
-        own = {name: p.detach().clone() for name, p in module.named_parameters() if name in self.ema}
-        _assign(module, self.ema)
+        own = {name: p.detach().clone() for name, p in module.named_parameters() if name in values}
+        before = next(module.parameters()).device
+        module.to(self.accelerator.device)  # a sharded module's original waits in the host's memory
+        _assign(module, values)
         module.eval()
         try:
-            yield module
+            yield
         finally:
+            module.to(before)
             _assign(module, own)
             module.train()
 
@@ -162,6 +192,7 @@ class Trainer:
         saved_at = logged_at = time.monotonic()
         timed = 0
         while self.step < recipe.steps and not self._stop:
+            self._save_is_due = time.monotonic() - saved_at > recipe.save_every_s
             metrics = self.take_step()
             timed += 1
             self._num_summed += 1
@@ -179,7 +210,7 @@ class Trainer:
                 self._sums, self._num_summed, logged_at, timed = {}, 0, now, 0
             if self.step % recipe.sample_every_steps == 0:
                 self._sample()
-            if time.monotonic() - saved_at > recipe.save_every_s:
+            if self._save_is_due:
                 self.save()
                 saved_at = time.monotonic()
 
@@ -211,7 +242,7 @@ class Trainer:
                 totals[name] = totals.get(name, 0.0) + float(value.detach()) / recipe.accumulation
         totals = self._mean(totals)
         norm = accelerator.clip_grad_norm_(self.module.parameters(), recipe.optimizer.max_grad_norm)
-        self._check_finite(totals["loss"], norm)
+        self._check_finite(totals["loss"], norm if norm is None else whole(norm))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._update_average()
@@ -228,13 +259,14 @@ class Trainer:
         return self.task.batch(self.step, size // world, step_generator(seed, self.step)), 0, 1
 
     def _mean(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Over all processes: so they log the whole batch, and what one of them met, or was asked, stops all."""
+        """Over all processes: so they log the whole batch, and what one of them met, or was asked, all do."""
         if self.accelerator.num_processes == 1:
             return metrics
-        told = torch.tensor([*metrics.values(), float(self._stop)], device=self.accelerator.device)
+        asked = [float(self._stop), float(self._save_is_due)]
+        told = torch.tensor([*metrics.values(), *asked], device=self.accelerator.device)
         found: Tensor = self.accelerator.reduce(told, "mean")  # pyright: ignore[reportAssignmentType]
-        *means, asked_to_stop = found.tolist()
-        self._stop = asked_to_stop > 0
+        *means, asked_to_stop, asked_to_save = found.tolist()
+        self._stop, self._save_is_due = asked_to_stop > 0, asked_to_save > 0
         return dict(zip(metrics, means, strict=True))
 
     def _check_finite(self, loss: float, norm: Any) -> None:
@@ -252,18 +284,17 @@ class Trainer:
     @torch.no_grad()
     def _update_average(self) -> None:
         decay = min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step))
-        for name, parameter in self.task.module.named_parameters():
-            if name in self.ema:
-                self.ema[name].lerp_(parameter.detach(), 1 - decay)
+        trained = [p.detach() for name, p in self.weights.named_parameters() if name in self.ema]
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+            shares_of(self.ema.values()), shares_of(trained), 1 - decay
+        )
 
-    def _resume(self) -> None:
-        snapshot = self.run_folder.read_state(self.recipe, self.task.module.state_dict(), self.task.fingerprint)
-        if snapshot is None:
-            return
-        self.task.module.load_state_dict(snapshot.module)
+    def _go_on_from(self, snapshot: Snapshot) -> None:
         for name, value in snapshot.ema.items():
-            self.ema[name].copy_(value)
-        restore_optimizer(self.optimizer, snapshot.optimizer)
+            own = self.ema[name]
+            share_of(own).copy_(share_of(shared_like(value, own)))
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        restore_optimizer(self.optimizer, snapshot.optimizer, parameters)
         self.step = snapshot.step
         self._sums, self._num_summed = snapshot.log["sums"], snapshot.log["num_summed"]
 
@@ -283,8 +314,9 @@ class Trainer:
             self.accelerator.init_trackers("unclip", config=plain)
 
     def _sample(self) -> None:
+        ema = self._gathered(self.ema)
         if self._is_main:
-            with self._writing(), self.averaged(), torch.no_grad():
+            with self._writing(), self._carrying(ema), torch.no_grad():
                 self.task.sample_sheet(self.run_folder.sample_path(self.step))
 
     @contextlib.contextmanager
@@ -328,11 +360,12 @@ def make_optimizer(module: nn.Module, recipe: OptimizerRecipe) -> torch.optim.Op
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, **settings)
+    fused = all(p.device.type in FUSED for p in trained)
+    return torch.optim.AdamW(groups, **settings, fused=fused)
 
 
 @torch.no_grad()
-def _assign(module: nn.Module, values: dict[str, Tensor]) -> None:
+def _assign(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     for name, parameter in module.named_parameters():
         if name in values:
             parameter.copy_(values[name])

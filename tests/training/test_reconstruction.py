@@ -1,0 +1,119 @@
+"""Losses of super-resolution's last step: what they are, whose gradient they have, and that they train its network."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import ResNetConfig, ResNetModel
+
+from unclip.errors import CheckpointError, ConfigError, MissingFileError
+from unclip.training.diffusion import SuperResTask
+from unclip.training.recipe import ProcessRecipe, SuperResSettings
+from unclip.training.reconstruction import absolute_error, perceptual_loss
+from unclip.training.trainer import Trainer, step_generator
+
+LAST = {"only_last_step": True}
+
+
+def save_resnet(folder) -> None:
+    """A random image model of transformers that is no CLIP."""
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ResNetModel(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.4] * 3, "image_std": [0.2] * 3}))
+
+
+@pytest.fixture(params=["clip", "resnet"])
+def features(request, clip_model, tmp_path):
+    if request.param == "clip":
+        return clip_model
+    save_resnet(tmp_path / "resnet")
+    return tmp_path / "resnet"
+
+
+def test_absolute_error():
+    found, wanted = torch.tensor([[1.0, -1.0]]), torch.tensor([[0.0, -0.5]])
+    assert absolute_error(found, wanted)["loss"].item() == 0.75
+
+
+def test_perceptual_distance(features):
+    loss = perceptual_loss(features, 2.0)
+    generator = torch.Generator().manual_seed(0)
+    wanted = torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1
+    same = loss(wanted, wanted)
+    assert same["loss"].item() == pytest.approx(0.0, abs=1e-6)
+    noise = torch.randn(wanted.shape, generator=generator)
+    near, far = (loss((wanted + size * noise).requires_grad_(), wanted) for size in (0.05, 0.5))
+    assert 0 < near["perceptual"] < far["perceptual"] <= 4  # of vectors of unit length
+    assert far["loss"].item() == pytest.approx((far["l1"] + 2 * far["perceptual"]).item(), rel=1e-5)
+    found = (wanted + 0.1 * noise).requires_grad_()
+    loss(found, wanted)["loss"].backward()
+    assert found.grad is not None
+    assert found.grad.abs().max() > 0
+    assert all(parameter.grad is None for parameter in loss.network.parameters())
+
+
+def test_a_brightness_that_is_normalised_away_is_no_distance(clip_model):
+    """Features are compared by direction: of a network that scales with its input, its length does not matter."""
+    loss = perceptual_loss(clip_model, 1.0)
+    straight = type(loss)(loss.network, lambda pixels: [pixels], 1.0)
+    pixels = torch.rand(1, 3, 4, 4) + 0.1
+    assert straight(0.5 * pixels, pixels)["perceptual"].item() == pytest.approx(0.0, abs=1e-6)
+    assert straight(-pixels, pixels)["perceptual"].item() == pytest.approx(4.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["l1", "perceptual"])
+def test_the_last_network_learns(tiny, clip_model, tmp_path, kind):
+    # Predicting noise or v it could move a pixel by no more than the noise that timestep 0 has left.
+    section = LAST | {"last_loss": kind, "process": ProcessRecipe(prediction_type="sample")}
+    section |= {"features": clip_model} if kind == "perceptual" else {}
+    recipe = tiny("super_res", section=section, steps=60, log_every_steps=1)
+    task = SuperResTask(recipe)
+    names = set(task.module.state_dict())
+    Trainer(task, recipe, tmp_path).run()
+    assert all(name.startswith("network.") for name in names)  # the features' network is not trained, nor kept
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    first, last = (sum(row["loss"] for row in part) / 10 for part in (rows[:10], rows[-10:]))
+    assert last < 0.7 * first
+    assert ("perceptual" in rows[0]) == (kind == "perceptual")
+    assert (tmp_path / "model" / "super_res_last").is_dir()
+
+
+def test_the_loss_is_of_the_clean_picture_as_it_would_be_drawn(tiny):
+    task = SuperResTask(tiny("super_res", section=LAST | {"last_loss": "l1"}))
+    with torch.no_grad():
+        for parameter in task.module.parameters():
+            parameter.add_(0.02)
+        batch = task.batch(0, 4, step_generator(0, 0))
+        x_t = task.stage.process.add_noise(batch["x0"], batch["noise"], batch["t"])
+        output = task.network(torch.cat([x_t, batch["enlarged"]], dim=1), batch["t"]).sample
+        alpha, sigma = (getattr(task.stage.process.tables, name)[0] for name in ("alpha", "sigma"))
+        drawn = alpha * x_t - sigma * output  # of a v-prediction
+        found = task.module(batch)["loss"].item()
+    assert found == pytest.approx((drawn - batch["x0"]).abs().mean().item(), rel=1e-4)
+    assert math.isfinite(found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"last_loss": "l1"}, "set only_last_step"),
+        (LAST | {"last_loss": "perceptual"}, "go together"),
+        (LAST | {"features": "x"}, "go together"),
+        (LAST | {"perceptual_weight": -1.0}, "perceptual_weight"),
+    ],
+)
+def test_settings_that_do_not_fit(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        SuperResSettings(**settings)
+
+
+def test_what_is_no_image_model(tmp_path):
+    with pytest.raises(MissingFileError, match=r"has no config\.json: name the folder of a CLIP"):
+        perceptual_loss(tmp_path, 1.0)
+    save_resnet(tmp_path / "resnet")
+    (tmp_path / "resnet" / "config.json").write_text('{"model_type": "nothing"}')
+    with pytest.raises(CheckpointError, match="holds no image model that transformers reads"):
+        perceptual_loss(tmp_path / "resnet", 1.0)
