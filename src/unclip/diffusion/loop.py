@@ -56,8 +56,9 @@ def run(
     """Walk `x` along `timesteps`: one call of `denoiser` a step.
 
     Noise is drawn after the network's forward, and only where the sampler needs it, which is the reference's order.
-    Where a step starts above the end of the one before, the way up to it is the forward process (RePaint, Lugmayr et
-    al. 2201.09865, section 4.2): no forward of the network, one draw of noise, and the sampler's memory starts anew.
+    Where `timesteps` descend and yet a step starts above the end of the one before, the way up to it is the forward
+    process (RePaint, Lugmayr et al. 2201.09865, section 4.2): no forward of the network, one draw of noise, and the
+    sampler's memory starts anew.
     Gradients are the caller's affair: wrap the call in `torch.no_grad()` unless they are wanted.
 
     Args:
@@ -79,9 +80,9 @@ def run(
     steps = sampler.steps(timesteps)
     x = x.float()
     memory: Memory = None
-    reached = steps[0][0]
+    reached, goes_down = steps[0][0], timesteps[0] >= timesteps[-1]
     for index, (t, t_next) in enumerate(steps if progress is None else progress(steps)):
-        if t > reached:
+        if goes_down and t > reached:
             x, memory = sampler.process.renoise(x, reached, t, noise.draw(x.shape, x.device)), None
         prediction = sampler.process.predict(denoiser(x, t), x, t)
         fresh = noise.draw(x.shape, x.device) if sampler.needs_noise(t, t_next) else None
