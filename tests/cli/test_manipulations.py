@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -17,7 +18,8 @@ FEW = ["--decoder-steps", "3", "--super-res-steps", "2"]
 
 @pytest.fixture
 def files(tmp_path):
-    Image.effect_noise((40, 30), 90).save(tmp_path / "cat.png")
+    noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "cat.png")
     Image.new("RGB", (20, 20), "red").save(tmp_path / "dog.png")
     return tmp_path
 
@@ -40,6 +42,12 @@ def names(done):
 def texts(path):
     with Image.open(path) as image:
         return dict(image.text)  # type: ignore[attr-defined]
+
+
+def differ(one, other):
+    """In more than a rounding here and there: a tiny model with random weights makes little of an embedding."""
+    with Image.open(one) as a, Image.open(other) as b:
+        return bool((np.asarray(a) != np.asarray(b)).mean() > 0.02)
 
 
 def test_invert_and_back(run):
@@ -183,7 +191,7 @@ def test_probing(run, unclip, model, files):
     assert unclip("probe", "fit", data, "--model", model, "--out", files / "pca.safetensors").code == 1
     done = run("probe show", "cat.png", "--pca", "pca.safetensors")
     assert [texts(path)["dimensions"] for path in done.lines] == ["0", "1", "2", "4"]
-    assert not alike(done.lines[0], done.lines[3])
+    assert differ(done.lines[0], done.lines[3])
     some = run("probe show", "cat.png", "--pca", "pca.safetensors", "--dims", "3,0", "--grid")
     assert len(names(some)) == 3
     assert alike(some.lines[1], done.lines[0])
