@@ -452,9 +452,11 @@ def test_sizes():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(("dtype", "factor"), [("torch.float32", 1.3), ("torch.bfloat16", 1.3)])
-def test_loading_takes_about_one_copy_of_memory(tmp_path, dtype, factor):
+@pytest.mark.parametrize("layout", ["torch.contiguous_format", "torch.channels_last"])
+def test_loading_takes_about_one_copy_of_memory(tmp_path, dtype, factor, layout):
     size_mb = 160
-    save_weights(tmp_path, {f"w{i}": torch.ones(size_mb << 14) for i in range(16)})
+    kernels = {f"l{i:02}w": torch.ones(size_mb, 16, 32, 32) for i in range(16)}
+    save_weights(tmp_path, kernels | {f"l{i:02}b": torch.ones(8) for i in range(16)})  # beside them in the file
     code = f"""
 import torch, torch.nn as nn
 from unclip.checkpoints import weights
@@ -465,7 +467,10 @@ def peak_mb():
 weights._READ_GROUP_BYTES = 16 << 20
 torch.aminmax(torch.ones(1 << 22).to({dtype}))
 before = peak_mb()
-module = nn.ParameterDict({{f"w{{i}}": torch.empty({size_mb} << 14, device="meta") for i in range(16)}})
+kernel = torch.empty({size_mb}, 16, 32, 32, device="meta").to(memory_format={layout})
+bias = torch.empty(8, device="meta")
+names = [(f"l{{i:02}}{{kind}}", value) for i in range(16) for kind, value in (("b", bias), ("w", kernel))]
+module = nn.ParameterDict({{name: nn.Parameter(value.clone()) for name, value in names}})
 weights.load_into(module, {str(tmp_path)!r}, dtype={dtype})
 print(peak_mb() - before)
 """

@@ -199,8 +199,9 @@ def load_into(
 
     Names and shapes are compared before any weight is read. Floating tensors become `dtype`, or the type that the
     module has for them, and take its kernels' memory layout; requires_grad stays as it is. At most about one copy of
-    the weights is in memory: those that keep type and layout stay mapped from the file, privately, so the file may be
-    replaced (as unclip always does it) but not changed in place while the module lives. Raises what `open_weights`
+    the weights is in memory: those that keep their type stay mapped from the file, privately, so the file may be
+    replaced (as unclip always does it) but not changed in place while the module lives; unless the module's kernels are
+    channels-last, which no file has. Raises what `open_weights`
     raises, and WeightsError when names or shapes differ, or a weight is not finite.
     """
     fill(module, open_weights(folder, stem=stem, variant=variant), folder, dtype=dtype)
@@ -212,6 +213,7 @@ def fill(
     """`load_into` for weights that are already open; `folder` is how messages call their place."""
     wanted = module.state_dict(keep_vars=True)
     _compare({name: tuple(value.shape) for name, value in wanted.items()}, index, folder)
+    relaid = any(_is_channels_last(value) for value in wanted.values())
     loaded: dict[str, Any] = {}
     for name, tensor in read_tensors(index):
         target = wanted[name].dtype
@@ -219,7 +221,9 @@ def fill(
             raise WeightsError(f"{name} in {folder} is {index[name].dtype}; the model needs {target}")
         if dtype is not None and target.is_floating_point:
             target = dtype
-        loaded[name] = _laid_out(checked_cast(tensor, target, name, str(folder)), wanted[name])
+        loaded[name] = checked_cast(tensor, target, name, str(folder))
+        if relaid:  # then all are copied: a single tensor that stays mapped would keep its whole file in memory
+            loaded[name] = _copied(loaded[name], wanted[name])
     module.load_state_dict(loaded, strict=True, assign=True)
     left = [name for name, value in (*module.named_parameters(), *module.named_buffers()) if value.is_meta]
     if left:
@@ -228,13 +232,18 @@ def fill(
         )
 
 
-def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor, in channels-last order where the module has its kernel so (files never do)."""
+def _is_channels_last(tensor: Tensor) -> bool:
+    """Whether it is a kernel in channels-last order; in a file none is."""
     import torch
 
-    if like.dim() != 4 or like.is_contiguous() or not like.is_contiguous(memory_format=torch.channels_last):
-        return tensor
-    return tensor.contiguous(memory_format=torch.channels_last)
+    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def _copied(tensor: Tensor, like: Tensor) -> Tensor:
+    """A copy in memory of its own, laid out as `like`."""
+    import torch
+
+    return tensor.clone(memory_format=torch.channels_last if _is_channels_last(like) else torch.contiguous_format)
 
 
 def _compare(wanted: Mapping[str, tuple[int, ...]], index: WeightsIndex, folder: str | os.PathLike[str]) -> None:
