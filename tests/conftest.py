@@ -59,6 +59,14 @@ CONFIGS = {"prior": PRIOR, "decoder": DECODER, "super_res": SUPER_RES, "text_pro
 VARIATION_ONLY = ("image_encoder", "feature_extractor")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """No test reads or writes the cache of the person who runs it; subprocesses inherit this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 def randomize(network: nn.Module, seed: int) -> nn.Module:
     """Random weights that leave nothing at zero and keep activations in their range."""
     generator = torch.Generator().manual_seed(seed)

@@ -4,8 +4,10 @@ Knows recipes and folders by name; the work is done in `unclip.training`.
 """
 
 import functools
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -74,13 +76,14 @@ def train(
     if out is None or dry_run:
         tell_cost(settings)
         return
-    trainer = Trainer(make_task(located(settings)), settings, out)
-    first = trainer.accelerator.is_main_process
+    first = os.environ.get("RANK", "0") == "0"
+    progress = functools.partial(tqdm, disable=None) if first and not quiet else None
+    trainer = Trainer(make_task(located(settings), progress), settings, out)
     if trainer.accelerator.mixed_precision != settings.precision and first and not quiet:
         note("this CPU has no instructions for bfloat16: training in float32, which is faster here")
     if trainer.step and first and not quiet:
         note(f"going on from step {trainer.step} of {settings.steps}")
-    trainer.run(progress=functools.partial(tqdm, disable=None) if first and not quiet else None)
+    trainer.run(progress=progress)
     if first and trainer.task.skipped:
         some = "; ".join(f"{name}: {why}" for name, why in list(trainer.task.skipped.items())[:3])
         note(f"{len(trainer.task.skipped)} samples or shards could not be read ({out / 'skipped.json'}): {some}")
@@ -121,8 +124,11 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60:.0f} h {minutes % 60:02.0f} min"
 
 
-def make_task(recipe: "Recipe") -> "Task":
-    """What the recipe trains; the models that it names must be folders (`located`)."""
+def make_task(recipe: "Recipe", progress: Callable[..., Any] | None = None) -> "Task":
+    """What the recipe trains; the models that it names must be folders (`located`).
+
+    `progress` wraps an iterable, as `tqdm` does, where making it takes long.
+    """
     if recipe.stage == "clip":
         from unclip.training.clip import ClipTask
 
@@ -130,12 +136,12 @@ def make_task(recipe: "Recipe") -> "Task":
     if recipe.stage == "prior_autoregressive":
         from unclip.training.prior_autoregressive import AutoregressivePriorTask
 
-        return AutoregressivePriorTask(recipe)
+        return AutoregressivePriorTask(recipe, progress)
     from unclip.training.diffusion import DecoderTask, PriorTask, SuperResTask
 
     if recipe.stage == "prior":
-        return PriorTask(recipe)
-    return DecoderTask(recipe) if recipe.stage == "decoder" else SuperResTask(recipe)
+        return PriorTask(recipe, progress)
+    return DecoderTask(recipe, progress) if recipe.stage == "decoder" else SuperResTask(recipe)
 
 
 def assemble(

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 MAX_SCORES_ON_CPU = 2**26
 """How many attention scores may stand in memory at once (128 MiB in bfloat16) for speed's sake."""
 
+MIN_PIXELS_TO_MERGE_WEIGHTS = 512
+"""From how many pixels on (batch × h × w) preparing the weights costs less than it saves: 1.2 to 1.4 times as fast
+there, 1.6 at 1,024, 2.3 at 16,384 (one core, AVX2, 96 to 320 channels)."""
+
 
 @functools.cache
 def _cpu_computes(dtype: torch.dtype) -> bool:
@@ -55,13 +59,39 @@ class Linear(nn.Linear):
 
 
 class Conv2d(nn.Conv2d):
-    """As PyTorch's; a half type that the CPU only emulates is computed in float32, one layer's weights at a time."""
+    """As PyTorch's; a half type that the CPU only emulates is computed in float32, one layer's weights at a time.
 
-    def forward(self, input: Tensor) -> Tensor:
-        if not is_emulated(input.dtype, input.device):
-            return super().forward(input)
-        bias = None if self.bias is None else self.bias.float()
-        return self._conv_forward(input.float(), self.weight.float(), bias).to(input.dtype)
+    With `doubled` the input is first enlarged twice by nearest neighbour, for kernels of 3×3 with a padding of 1. Four
+    pixels of the enlarged picture are one of the input, so that the nine weights meet only four values: on a CPU in
+    float32 one transposed convolution of 4×4 and stride 2 does both, with four products in nine.
+    """
+
+    def forward(self, input: Tensor, doubled: bool = False) -> Tensor:
+        if is_emulated(input.dtype, input.device):
+            bias = None if self.bias is None else self.bias.float()
+            return self._computed(input.float(), self.weight.float(), bias, doubled).to(input.dtype)
+        return self._computed(input, self.weight, self.bias, doubled)
+
+    def _computed(self, input: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool) -> Tensor:
+        if doubled:
+            many = input.shape[0] * input.shape[2] * input.shape[3] >= MIN_PIXELS_TO_MERGE_WEIGHTS
+            on_cpu = input.device.type == "cpu" and input.dtype == torch.float32
+            if many and on_cpu and not torch.is_autocast_enabled("cpu"):
+                return F.conv_transpose2d(input, _merged_for_doubling(weight), bias, stride=2, padding=1)
+            input = F.interpolate(input, scale_factor=2.0, mode="nearest")
+        return self._conv_forward(input, weight, bias)
+
+
+def _merged_for_doubling(weight: Tensor) -> Tensor:
+    """[out, in, 3, 3] of a convolution after doubling → [in, out, 4, 4] of the transposed one that does both.
+
+    Along each axis an even pixel sees the pixel before it with weight 0 and its own with 1 + 2; an odd one its own with
+    0 + 1 and the next with 2. The transposed kernel lists them from the last to the first.
+    """
+    num_out, num_in = weight.shape[:2]
+    axis = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+    both = torch.kron(axis, axis)
+    return (weight.permute(1, 0, 2, 3).reshape(num_in * num_out, 9) @ both.T).view(num_in, num_out, 4, 4)
 
 
 class GroupNorm(nn.GroupNorm):

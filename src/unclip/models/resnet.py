@@ -47,7 +47,10 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """`embedding` [batch or 1, embedding_width] has been through its activation already, once for all blocks."""
-        h = self.conv1(self._resampled(self.act(self.norm1(x))))
+        h = self.act(self.norm1(x))
+        # A wrapper, of an adapter for one, knows nothing of doubling.
+        is_plain = type(self.conv1) is Conv2d
+        h = self.conv1(h, doubled=True) if self.resample == "up" and is_plain else self.conv1(self._resampled(h))
         condition = self.time_emb_proj(embedding)[:, :, None, None]
         if self.scale_shift:
             scale, shift = condition.chunk(2, dim=1)

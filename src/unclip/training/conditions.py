@@ -3,6 +3,7 @@
 Knows CLIP's parts and data sources; knows no diffusion. Called by the tasks.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unclip.data.folder import CaptionedPictures
 from unclip.data.source import FolderSource, Rows
 from unclip.errors import ConfigError
 from unclip.stages.condition import TextEmbedding
 from unclip.stages.encoders import TextEncoder
+from unclip.training.known_embeddings import known_embeddings
 from unclip.training.pretrained import normalized, read_clip
 from unclip.training.recipe import Recipe
 from unclip.training.task import Batch, source_of
@@ -37,6 +40,7 @@ class FrozenClip:
         self.context: int = text.max_position_embeddings
         self.image_size = clip.image_size
         self.fingerprint = clip.fingerprint
+        self._pixels_as = f"{clip.image_encoder.config.to_json_string()}{clip.feature_extractor.to_json_string()}"
         with torch.no_grad():
             self.empty = self.text.encode([""])
 
@@ -60,19 +64,29 @@ class FrozenClip:
         parts = [self.image_encoder(pixel_values=part).image_embeds for part in pixels.split(128)]
         return torch.cat(parts)
 
+    def embeddings_of(self, pictures: CaptionedPictures, progress: Callable[..., Any] | None = None) -> Tensor:
+        """Image embeddings [num_pictures, width] of a whole folder; computed once and remembered for later runs."""
+        encoder = f"{self.fingerprint} {self._pixels_as}"
+        return known_embeddings(pictures, self.embed, self.width, encoder, progress=progress)
+
 
 class Captioned:
     """Draws batches of (embedding, caption) with the caption dropped now and then. Shared by prior and decoder."""
 
-    def __init__(self, recipe: Recipe, clip: FrozenClip, text_drop: float, sizes_px: tuple[int, ...] = ()):
+    def __init__(
+        self,
+        recipe: Recipe,
+        clip: FrozenClip,
+        text_drop: float,
+        sizes_px: tuple[int, ...] = (),
+        progress: Callable[..., Any] | None = None,
+    ):
         self.clip, self.text_drop = clip, text_drop
         self.source = source_of(recipe, tuple(dict.fromkeys((clip.image_size, *sizes_px))))
         # A folder's embeddings are computed once, those of shards when they are drawn, unless they lie there.
         self.table: Tensor | None = None
         if isinstance(self.source, FolderSource):
-            pictures = self.source.of_size(clip.image_size)
-            parts = [clip.embed(pictures.images(rows)) for rows in torch.arange(len(pictures)).split(128)]
-            self.table = torch.cat(parts)
+            self.table = clip.embeddings_of(self.source.of_size(clip.image_size), progress)
 
     def draw(self, step: int, batch_size: int, generator: torch.Generator) -> tuple[Rows, Tensor, TextEmbedding]:
         """Rows of the data set, their image embeddings, and those of their captions."""

@@ -141,11 +141,11 @@ def noised(x0: Tensor, num_timesteps: int, generator: torch.Generator) -> Batch:
 class PriorTask(Sourced):
     """Caption → whitened image embedding, mean-squared error on x0 (paper §2.2)."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, progress: Callable[..., Any] | None = None):
         assert recipe.prior is not None
         self.settings: PriorSettings = recipe.prior
         self.clip = FrozenClip(self.settings.clip)
-        self.data = Captioned(recipe, self.clip, self.settings.text_drop)
+        self.data = Captioned(recipe, self.clip, self.settings.text_drop, progress=progress)
         self.source = self.data.source
         sizes = {"embedding_dim": self.clip.one_width(), "num_embeddings": self.clip.context}
         prior = first_network(PriorTransformer, "prior", sizes | self.settings.model, recipe)
@@ -185,13 +185,13 @@ class PriorTask(Sourced):
 class DecoderTask(Sourced):
     """Image embedding and caption → small picture (paper §2.1)."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, progress: Callable[..., Any] | None = None):
         assert recipe.decoder is not None
         self.settings: DecoderSettings = recipe.decoder
         self.clip = FrozenClip(self.settings.clip)
         decoder = first_network(UNet2DConditionModel, "decoder", self.settings.model, recipe)
         self.size_px = size_px(decoder.config.sample_size)
-        self.data = Captioned(recipe, self.clip, self.settings.text_drop, (self.size_px,))
+        self.data = Captioned(recipe, self.clip, self.settings.text_drop, (self.size_px,), progress)
         self.source = self.data.source
         sizes = {
             "clip_embeddings_dim": self.clip.one_width(),

@@ -3,7 +3,9 @@
 Knows the stage, its codes and the data; knows neither optimizer nor schedule of the run. Called by the trainer.
 """
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,11 +43,13 @@ class CodeModule(nn.Module):
 class AutoregressivePriorTask(Sourced):
     """Caption → codes of the image embedding's principal components (paper §2.2)."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, progress: Callable[..., Any] | None = None):
         assert recipe.prior_autoregressive is not None
         self.settings: AutoregressivePriorSettings = recipe.prior_autoregressive
         self.clip = FrozenClip(self.settings.clip)
-        self.data = Captioned(recipe, self.clip, text_drop=0.0)  # a text is dropped here, with its dot product
+        self.data = Captioned(
+            recipe, self.clip, text_drop=0.0, progress=progress
+        )  # a text is dropped here, with its dot product
         self.source = self.data.source
         sizes = {
             "embedding_dim": self.clip.width,
