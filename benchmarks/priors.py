@@ -23,7 +23,8 @@ from torch import Tensor
 from unclip import AutoregressivePrior, DPMSolverMultistepScheduler, UnCLIPPipeline
 from unclip.data.source import FolderSource, Rows
 from unclip.diffusion.noise import NoiseSource, generators_from_seed
-from unclip.evaluation.retrieval import Exam, Judge, bare_caption
+from unclip.evaluation.exam import Exam
+from unclip.evaluation.judge import Candidates, Judge
 from unclip.models.prior_autoregressive import dot_product
 from unclip.stages.condition import PriorCondition
 from unclip.stages.embedding import DiffusionEmbeddingSampler, EmbeddingSampler, sample_best
@@ -128,12 +129,12 @@ def judged(
 
     Picture i has the same noise whichever embedding it is made of, so one embedding makes one picture.
     """
-    exam = Exam.prepare(judge, args.data, num_seen=args.pictures, batch_size=16, seed=0)
+    exam = Exam.prepare(args.data, num_seen=args.pictures, num_held_out=args.pictures, seed=0)
+    candidates = Candidates.read_by(judge, exam.captions)
     found: dict[str, dict[str, Any]] = {}
-    for group, records in exam.groups.items():
-        records = records[: args.pictures]
-        captions = [bare_caption(record) for record in records]
-        found[group] = {"num": len(records)}
+    for group in exam.groups:
+        captions = exam.asked(group)
+        found[group] = {"num": len(captions)}
         made: dict[tuple[int, tuple[float, ...]], Image.Image] = {}
         for count, draw in draws.items():
             embeddings = draw(clip.text.encode(captions))
@@ -143,7 +144,7 @@ def judged(
                 part = missing[start : start + 16]
                 images = pipe([captions[i] for i in part], image_embeddings=embeddings[part], seed=part, **call).images
                 made |= {keys[i]: image for i, image in zip(part, images, strict=True)}  # type: ignore[arg-type]
-            found[group][str(count)] = exam.rates(judge.look([made[key] for key in keys]), records)
+            found[group][str(count)] = candidates.rates(judge.look([made[key] for key in keys]), captions)
     return found
 
 
@@ -165,7 +166,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
     source = FolderSource([args.data], (clip.image_size,))
     pictures = source.of_size(clip.image_size)
-    table = torch.cat([clip.embed(pictures.images(rows)) for rows in torch.arange(len(pictures)).split(128)])
+    table = clip.embeddings_of(pictures)
     alone = unigram(prior.encode(table), source.weights, prior.config.num_buckets)
     held_out = source.examples(args.num, held_out=True)
     groups = {"seen": source.examples(args.num), "held out": held_out}

@@ -3,6 +3,7 @@
 python examples/editing_pictures.py          # writes docs/images/editing/*.png, in about ten minutes on one core
 """
 
+import argparse
 import os
 import tempfile
 from pathlib import Path
@@ -102,7 +103,9 @@ def draw_sheet(folder: Path) -> None:
 
 
 def main() -> None:
-    folder = Path(__file__).parents[1] / "docs" / "images" / "editing"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "images" / "editing")
+    folder: Path = parser.parse_args().out
     folder.mkdir(parents=True, exist_ok=True)
     draw_guide(folder)
     draw_sheet(folder)

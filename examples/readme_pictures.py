@@ -3,6 +3,7 @@
 python examples/readme_pictures.py          # writes docs/images/*.png
 """
 
+import argparse
 from pathlib import Path
 
 from unclip import UnCLIPImageVariationPipeline, UnCLIPPipeline
@@ -18,10 +19,14 @@ VARIED = ["red apple", "dog face", "rocket"]
 
 
 def main() -> None:
-    folder = Path(__file__).parents[1] / "docs" / "images"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="unclip-emoji")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "images", metavar="DIR")
+    args = parser.parse_args()
+    folder: Path = args.out
     folder.mkdir(parents=True, exist_ok=True)
-    pipe = UnCLIPPipeline.from_pretrained("unclip-emoji")
-    vary = UnCLIPImageVariationPipeline.from_pretrained("unclip-emoji")
+    pipe = UnCLIPPipeline.from_pretrained(args.model)
+    vary = UnCLIPImageVariationPipeline.from_pretrained(args.model)
     images = pipe(CAPTIONS, seed=1, **pipe.recommended).images
     sheet = [labelled(image, text) for image, text in zip(images, CAPTIONS, strict=True)]
     grid(sheet, columns=5, gap=8).save(folder / "sheet.png", optimize=True)
