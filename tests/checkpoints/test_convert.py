@@ -20,6 +20,7 @@ from unclip.checkpoints.header import read_header
 from unclip.checkpoints.weights import WeightsIndex, check_finite, read_tensors
 from unclip.errors import (
     CheckpointError,
+    ConfigError,
     InputError,
     MissingFileError,
     OutputExistsError,
@@ -291,7 +292,7 @@ def change_json(path: Path, **changes: object) -> None:
     [
         (lambda f: change_json(f / "config.json", projection_dim=99), WeightsError, "not of one model"),
         (lambda f: change_json(f / "config.json", projection_dim="x"), CheckpointError, "no CLIP text model"),
-        (lambda f: change_json(f / "config.json", text_config=3), CheckpointError, "no CLIP text model"),
+        (lambda f: change_json(f / "config.json", text_config=3), ConfigError, r"text_config in .* is 3; it must"),
         (lambda f: (f / "config.json").unlink(), MissingFileError, "config.json"),
         (lambda f: (f / "vocab.json").unlink(), MissingFileError, "no tokenizer"),
         (lambda f: (f / "model.safetensors").unlink(), MissingFileError, "model.safetensors"),
@@ -300,6 +301,7 @@ def change_json(path: Path, **changes: object) -> None:
             WeightsError,
             "no weights text_projection",
         ),
+        (lambda folder: change_json(folder / "config.json", qk_norm=True), ConfigError, "the setting 'qk_norm'"),
     ],
 )
 def test_a_clip_that_does_not_fit_is_refused(originals, clip, tmp_path, nothing_left, damage, error, match):
@@ -365,6 +367,17 @@ def test_weights_are_copied_where_links_are_not_to_be_had(converted, clip, tmp_p
     name = Path("decoder", "diffusion_pytorch_model.safetensors")
     assert not (out / name).samefile(converted / name)
     assert (out / name).read_bytes() == (converted / name).read_bytes()
+
+
+def test_a_whole_clip_as_transformers_5_saves_it_keeps_its_preprocessor_elsewhere(converted, clip, tmp_path):
+    shutil.copytree(clip, tmp_path / "clip")
+    settings = read_json(tmp_path / "clip" / "preprocessor_config.json") | {"image_mean": [0.1, 0.2, 0.3]}
+    (tmp_path / "clip" / "preprocessor_config.json").unlink()
+    (tmp_path / "clip" / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    out = convert_text_to_image_to_variation(converted, tmp_path / "out", clip=tmp_path / "clip")
+    written = read_json(out / "feature_extractor" / "preprocessor_config.json")
+    assert written["image_mean"] == [0.1, 0.2, 0.3]
+    assert "image_processor" not in written
 
 
 def test_variation_of_something_else_is_refused(converted, clip, tmp_path, nothing_left):
