@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from unclip.checkpoints import convert, karlo
+from unclip.checkpoints import convert, karlo, layout
 from unclip.checkpoints.convert import convert_karlo, convert_pickle, convert_text_to_image_to_variation
 from unclip.checkpoints.files import read_json
 from unclip.checkpoints.header import read_header
@@ -27,6 +27,7 @@ from unclip.errors import (
     UnsafeFileError,
     WeightsError,
 )
+from unclip.models import UNet2DConditionModel, UNet2DModel
 
 CLIP_DIM = 24
 NETWORKS = ("prior", "text_proj", "decoder", "super_res_first", "super_res_last")
@@ -109,6 +110,28 @@ def test_every_network_loads_in_the_reference_library_with_equal_weights(convert
             assert (list(found) if isinstance(found, tuple) else found) == (
                 list(value) if isinstance(value, tuple) else value
             ), key
+
+
+@pytest.mark.parametrize(("kind", "part"), [("decoder", "decoder"), ("super_res", "super_res_first")])
+def test_a_time_embedding_of_a_width_of_its_own_is_written_down(reference_modules, kind, part):
+    """Karlo's is four times the first level's, which the published configurations leave to the default."""
+    config = {key: value for key, value in reference_modules[part].config.items() if not key.startswith("_")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = type(reference_modules[part])(**config | {"time_embedding_dim": 48}).state_dict()
+    original = karlo.export_unet(state, kind=kind, prefix="model.", head_dim=8)
+    back = karlo.convert_unet(original, kind=kind, prefix="model.", head_dim=8)
+    written = layout.decoder_config(back, 8) if kind == "decoder" else layout.super_res_config(back, part)
+    assert written["time_embedding_dim"] == 48
+    with torch.device("meta"):
+        network = (UNet2DConditionModel if kind == "decoder" else UNet2DModel).from_config(written)
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    assert {name: tensor.shape for name, tensor in network.state_dict().items()} == shapes
+
+
+def test_karlos_time_embedding_is_left_to_the_default(converted):
+    for part in ("decoder", "super_res_first", "super_res_last"):
+        assert "time_embedding_dim" not in read_json(converted / part / "config.json")
 
 
 def test_clips_text_half_and_its_tokenizer_come_along(converted, clip):
