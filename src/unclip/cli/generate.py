@@ -4,6 +4,7 @@ Knows prompts and options; the batches, the files and the model are other module
 """
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +19,9 @@ from unclip.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+PROMPTS_LIMIT_BYTES = 16 * 2**20
+"""The most that is read of a file of prompts: some 300,000 captions."""
 
 EXAMPLES = options.examples(
     'unclip generate "a red apple"',
@@ -156,16 +160,25 @@ def generate(
 def read_prompts(path: Path) -> list[str]:
     """The lines of a file (or of stdin, for "-") that are not blank.
 
-    Raises: InputError when it cannot be read, or is no UTF-8 text.
+    Raises: InputError when it cannot be read, is no UTF-8 text, or is larger than 16 MiB; no more than that is read.
     """
     shown = "stdin" if str(path) == "-" else str(path)
     try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        with nullcontext(sys.stdin.buffer) if str(path) == "-" else path.open("rb") as file:
+            data = file.read(PROMPTS_LIMIT_BYTES + 1)
+    except (OSError, ValueError) as problem:
+        raise InputError(f"{shown} cannot be read: {getattr(problem, 'strerror', None) or problem}") from problem
+    if len(data) > PROMPTS_LIMIT_BYTES:
+        raise InputError(
+            f"{shown} has more than {PROMPTS_LIMIT_BYTES:,} bytes, the limit of a file of prompts; "
+            "if it is the right file, split it"
+        )
+    try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
         raise InputError(f"{shown} is no UTF-8 text (at byte {problem.start}); save it as UTF-8") from problem
-    except (OSError, ValueError) as problem:
-        raise InputError(f"{shown} cannot be read: {getattr(problem, 'strerror', None) or problem}") from problem
+    if "\0" in text:
+        raise InputError(f"{shown} is no text: it has NUL characters in it; give one prompt a line, as UTF-8")
     return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
 
 
