@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unclip.cli import options
-from unclip.cli.batches import Wish, cut, finish, fresh_seed, make_all, picture_seed
-from unclip.cli.loading import Machine, call_settings, find_model, load, model_name, sampler_name
-from unclip.cli.messages import error, note
+from unclip.cli.batches import Wish, chosen_seed, cut, finish, make_all, picture_seed
+from unclip.cli.loading import Machine, call_settings, find_model, load, model_name, sampler_name, stage_settings
+from unclip.cli.messages import error
 from unclip.cli.pictures import Album, slug
 from unclip.errors import CheckpointError, InputError
 
@@ -113,13 +113,7 @@ def generate(
 
     from unclip.pipelines.text_to_image import UnCLIPPipeline
 
-    given = {
-        "prior_num_inference_steps": prior_steps,
-        "decoder_num_inference_steps": decoder_steps,
-        "super_res_num_inference_steps": super_res_steps,
-        "prior_guidance_scale": prior_guidance,
-        "decoder_guidance_scale": decoder_guidance,
-    }
+    given = stage_settings(prior_steps, decoder_steps, super_res_steps, prior_guidance, decoder_guidance)
     drawing = {
         "num_prior_candidates": candidates,
         "prior_temperature": prior_temperature,
@@ -128,10 +122,7 @@ def generate(
     settings = call_settings(UnCLIPPipeline, folder, given, drawing)
     size = {name: side for name, side in (("height", height), ("width", width)) if side is not None}
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid)
-    if seed is None:
-        seed = fresh_seed()
-        if not quiet:
-            note(f"seed {seed}")
+    seed = chosen_seed(seed, quiet=quiet)
     pipe = load(UnCLIPPipeline, folder, Machine(dtype, device, cpu_offload, quiet, tile), sampler)
     negative = None if negative is None else plain(negative)
 
