@@ -270,6 +270,23 @@ def test_real_tasks_go_on_exactly(tiny, tmp_path, stage, task):
     assert_equal_runs(tmp_path / "straight", tmp_path / "stopped")
 
 
+def test_a_signal_between_two_steps_waits_until_all_processes_are_told(tmp_path, monkeypatch):
+    """One that stopped at once would save while the others compute, and each would wait for the other."""
+    trainer = Trainer(LineTask(), line_recipe(), tmp_path / "run")
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    monkeypatch.setattr(trainer.accelerator, "reduce", lambda told, how: told)  # the other one sees the same
+    update = trainer._update_average
+
+    def late():
+        update()
+        if trainer.step == 2:  # what this step had to say to the others is said
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(trainer, "_update_average", late)
+    trainer.run()
+    assert trainer.step == 4
+
+
 def test_signals_are_put_back(tmp_path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     Trainer(LineTask(stopped_at(2)), line_recipe(), tmp_path / "run").run()

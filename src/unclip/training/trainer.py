@@ -105,7 +105,8 @@ class Trainer:
         self.step = 0
         self._sums: dict[str, float] = {}  # of the metrics since the last row of the log
         self._num_summed = 0
-        self._stop = False
+        self._asked_to_stop = False  # this process, by a signal
+        self._told_to_stop = False  # all processes, by one that was asked
         self._save_is_due = False
         if snapshot is not None:
             self._go_on_from(snapshot)
@@ -187,6 +188,11 @@ class Trainer:
     def _is_main(self) -> bool:
         return self.accelerator.is_main_process
 
+    @property
+    def _stop(self) -> bool:
+        """Whether to take no further step. Of several processes none stops alone: the others would wait for it."""
+        return self._told_to_stop if self.accelerator.num_processes > 1 else self._asked_to_stop
+
     def _loop(self, bar: Any) -> None:
         recipe = self.recipe
         saved_at = logged_at = time.monotonic()
@@ -262,11 +268,11 @@ class Trainer:
         """Over all processes: so they log the whole batch, and what one of them met, or was asked, all do."""
         if self.accelerator.num_processes == 1:
             return metrics
-        asked = [float(self._stop), float(self._save_is_due)]
+        asked = [float(self._asked_to_stop), float(self._save_is_due)]
         told = torch.tensor([*metrics.values(), *asked], device=self.accelerator.device)
         found: Tensor = self.accelerator.reduce(told, "mean")  # pyright: ignore[reportAssignmentType]
         *means, asked_to_stop, asked_to_save = found.tolist()
-        self._stop, self._save_is_due = asked_to_stop > 0, asked_to_save > 0
+        self._told_to_stop, self._save_is_due = asked_to_stop > 0, asked_to_save > 0
         return dict(zip(metrics, means, strict=True))
 
     def _check_finite(self, loss: float, norm: Any) -> None:
@@ -338,7 +344,7 @@ class Trainer:
         old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def stop(number: int, frame: Any) -> None:
-            self._stop = True
+            self._asked_to_stop = True
             signal.signal(number, old[signal.Signals(number)])
 
         for number in old:
