@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -253,6 +254,23 @@ def test_stopped_and_gone_on_is_as_if_never_stopped(tmp_path, step):
     assert (tmp_path / "stopped" / "model").is_dir()
     second = Trainer(LineTask(), line_recipe(), tmp_path / "stopped")
     assert second.step == step
+    second.run()
+    assert_equal_runs(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_the_loss_scale_of_float16_goes_on_too(tmp_path, monkeypatch):
+    """On a CPU accelerate scales no loss; with a scaler that grows at every third step this one does."""
+
+    def scaling(**settings):
+        accelerator = Accelerator(**settings)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3)
+        return accelerator
+
+    monkeypatch.setattr(trainer_module, "Accelerator", scaling)
+    Trainer(LineTask(), line_recipe(), tmp_path / "straight").run()
+    Trainer(LineTask(stopped_at(5)), line_recipe(), tmp_path / "stopped").run()
+    second = Trainer(LineTask(), line_recipe(), tmp_path / "stopped")
+    assert second.accelerator.scaler.get_scale() == 8.0
     second.run()
     assert_equal_runs(tmp_path / "straight", tmp_path / "stopped")
 

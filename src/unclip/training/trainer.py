@@ -149,7 +149,8 @@ class Trainer:
         """
         log = {"sums": self._sums, "num_summed": self._num_summed}
         module, ema = self._gathered(self.weights.state_dict()), self._gathered(self.ema)
-        snapshot = Snapshot(self.step, log, module, ema, self._gathered(optimizer_tensors(self.optimizer)))
+        optimizer, scaler = self._gathered(optimizer_tensors(self.optimizer)), self.accelerator.scaler
+        snapshot = Snapshot(self.step, log, module, ema, optimizer, scaler.state_dict() if scaler else None)
         if not self._is_main:
             return
         with self._writing():
@@ -301,6 +302,8 @@ class Trainer:
             share_of(own).copy_(share_of(shared_like(value, own)))
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         restore_optimizer(self.optimizer, snapshot.optimizer, parameters)
+        if self.accelerator.scaler is not None and snapshot.scaler:
+            self.accelerator.scaler.load_state_dict(snapshot.scaler)
         self.step = snapshot.step
         self._sums, self._num_summed = snapshot.log["sums"], snapshot.log["num_summed"]
 
