@@ -129,7 +129,7 @@ def test_what_transformers_writes_passes(tmp_path, kind):
     [
         ({"qk_norm": True}, r"config\.json has the setting 'qk_norm' \(its value is True\), which is not implemented"),
         ({"per_layer_config": {"0": {"hidden_act": "relu"}}}, "has the setting 'per_layer_config'"),
-        ({"dropout": 0.1}, r"dropout = 0\.1 in config\.json is not implemented; supported: 0, None"),
+        ({"is_decoder": True}, r"is_decoder = True in config\.json is not implemented; supported: False, None"),
         ({"pruned_heads": {"0": [1]}}, r"pruned_heads = \{'0': \[1\]\}"),
         ({"return_dict": False}, "return_dict = False"),
         ({"quantization_config": {"quant_method": "x"}}, "quantization_config = "),

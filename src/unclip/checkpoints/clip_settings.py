@@ -23,6 +23,8 @@ DESCRIPTIVE = {
     "architectures", "transformers_version", "dtype", "torch_dtype", "attn_implementation", "output_attentions",
     "output_hidden_states", "chunk_size_feed_forward", "tie_word_embeddings", "tie_encoder_decoder",
     "tf_legacy_loss",
+    # of old files; no CLIP ever read it: its dropout is `attention_dropout`
+    "dropout",
     # of classifiers and of tokenizers
     "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params",
     "tokenizer_class", "prefix", "sep_token_id", "decoder_start_token_id",
@@ -37,7 +39,6 @@ DESCRIPTIVE = {
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "model_type": ("clip", "clip_text_model", "clip_vision_model"),
-    "dropout": (0, None),
     "pruned_heads": ({}, None),
     "return_dict": (True, None),
     "torchscript": (False, None),
