@@ -13,19 +13,21 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from unclip.checkpoints import convert, karlo
+from unclip.checkpoints import convert, karlo, layout
 from unclip.checkpoints.convert import convert_karlo, convert_pickle, convert_text_to_image_to_variation
 from unclip.checkpoints.files import read_json
 from unclip.checkpoints.header import read_header
 from unclip.checkpoints.weights import WeightsIndex, check_finite, read_tensors
 from unclip.errors import (
     CheckpointError,
+    ConfigError,
     InputError,
     MissingFileError,
     OutputExistsError,
     UnsafeFileError,
     WeightsError,
 )
+from unclip.models import UNet2DConditionModel, UNet2DModel
 
 CLIP_DIM = 24
 NETWORKS = ("prior", "text_proj", "decoder", "super_res_first", "super_res_last")
@@ -108,6 +110,28 @@ def test_every_network_loads_in_the_reference_library_with_equal_weights(convert
             assert (list(found) if isinstance(found, tuple) else found) == (
                 list(value) if isinstance(value, tuple) else value
             ), key
+
+
+@pytest.mark.parametrize(("kind", "part"), [("decoder", "decoder"), ("super_res", "super_res_first")])
+def test_a_time_embedding_of_a_width_of_its_own_is_written_down(reference_modules, kind, part):
+    """Karlo's is four times the first level's, which the published configurations leave to the default."""
+    config = {key: value for key, value in reference_modules[part].config.items() if not key.startswith("_")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = type(reference_modules[part])(**config | {"time_embedding_dim": 48}).state_dict()
+    original = karlo.export_unet(state, kind=kind, prefix="model.", head_dim=8)
+    back = karlo.convert_unet(original, kind=kind, prefix="model.", head_dim=8)
+    written = layout.decoder_config(back, 8) if kind == "decoder" else layout.super_res_config(back, part)
+    assert written["time_embedding_dim"] == 48
+    with torch.device("meta"):
+        network = (UNet2DConditionModel if kind == "decoder" else UNet2DModel).from_config(written)
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    assert {name: tensor.shape for name, tensor in network.state_dict().items()} == shapes
+
+
+def test_karlos_time_embedding_is_left_to_the_default(converted):
+    for part in ("decoder", "super_res_first", "super_res_last"):
+        assert "time_embedding_dim" not in read_json(converted / part / "config.json")
 
 
 def test_clips_text_half_and_its_tokenizer_come_along(converted, clip):
@@ -291,7 +315,7 @@ def change_json(path: Path, **changes: object) -> None:
     [
         (lambda f: change_json(f / "config.json", projection_dim=99), WeightsError, "not of one model"),
         (lambda f: change_json(f / "config.json", projection_dim="x"), CheckpointError, "no CLIP text model"),
-        (lambda f: change_json(f / "config.json", text_config=3), CheckpointError, "no CLIP text model"),
+        (lambda f: change_json(f / "config.json", text_config=3), ConfigError, r"text_config in .* is 3; it must"),
         (lambda f: (f / "config.json").unlink(), MissingFileError, "config.json"),
         (lambda f: (f / "vocab.json").unlink(), MissingFileError, "no tokenizer"),
         (lambda f: (f / "model.safetensors").unlink(), MissingFileError, "model.safetensors"),
@@ -300,6 +324,7 @@ def change_json(path: Path, **changes: object) -> None:
             WeightsError,
             "no weights text_projection",
         ),
+        (lambda folder: change_json(folder / "config.json", qk_norm=True), ConfigError, "the setting 'qk_norm'"),
     ],
 )
 def test_a_clip_that_does_not_fit_is_refused(originals, clip, tmp_path, nothing_left, damage, error, match):
@@ -365,6 +390,17 @@ def test_weights_are_copied_where_links_are_not_to_be_had(converted, clip, tmp_p
     name = Path("decoder", "diffusion_pytorch_model.safetensors")
     assert not (out / name).samefile(converted / name)
     assert (out / name).read_bytes() == (converted / name).read_bytes()
+
+
+def test_a_whole_clip_as_transformers_5_saves_it_keeps_its_preprocessor_elsewhere(converted, clip, tmp_path):
+    shutil.copytree(clip, tmp_path / "clip")
+    settings = read_json(tmp_path / "clip" / "preprocessor_config.json") | {"image_mean": [0.1, 0.2, 0.3]}
+    (tmp_path / "clip" / "preprocessor_config.json").unlink()
+    (tmp_path / "clip" / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    out = convert_text_to_image_to_variation(converted, tmp_path / "out", clip=tmp_path / "clip")
+    written = read_json(out / "feature_extractor" / "preprocessor_config.json")
+    assert written["image_mean"] == [0.1, 0.2, 0.3]
+    assert "image_processor" not in written
 
 
 def test_variation_of_something_else_is_refused(converted, clip, tmp_path, nothing_left):

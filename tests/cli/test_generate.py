@@ -166,6 +166,23 @@ def test_bad_prompts_file(generate, tmp_path):
         assert done.err.startswith("error: ")
 
 
+def test_an_enormous_or_binary_prompts_file(generate, tmp_path):
+    """A terabyte, which no machine that runs this could read whole, and what never ends."""
+    with (tmp_path / "enormous").open("wb") as file:
+        file.truncate(2**40)
+    places = [tmp_path / "enormous", *(path for path in [Path("/dev/zero")] if path.exists())]
+    for path in places:
+        done = generate("--prompts-file", path)
+        assert (done.code, done.out) == (1, "")
+        assert done.err.startswith(f"error: {path} has more than 16,777,216 bytes, the limit of a file of prompts")
+    done = generate("--prompts-file", "-", stdin="a cat\n" * 2_800_000)
+    assert done.err.startswith("error: stdin has more than 16,777,216 bytes")
+    (tmp_path / "binary").write_bytes(b"a cat\0\0\x01\n")
+    done = generate("--prompts-file", tmp_path / "binary")
+    assert (done.code, done.out) == (1, "")
+    assert "binary is no text: it has NUL characters in it" in done.err
+
+
 def test_nothing_to_draw_is_wrong_usage(generate):
     assert generate().code == 2
     done = generate("--prompts-file", "-", stdin="\n\n")

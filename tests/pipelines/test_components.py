@@ -445,6 +445,17 @@ def test_absurd_sizes_of_a_text_encoder_are_refused_by_name(copied, setting, val
         UnCLIPPipeline.from_pretrained(copied)
 
 
+def test_settings_of_clip_that_are_not_implemented_are_refused_by_name(copied, saved, tmp_path):
+    rewrite_config(copied / "text_encoder", qk_norm=True)
+    with pytest.raises(ConfigError, match=r"component 'text_encoder'.*config\.json has the setting 'qk_norm'"):
+        UnCLIPPipeline.from_pretrained(copied)
+    folder = shutil.copytree(saved / "variation", tmp_path / "variation")
+    file = folder / "feature_extractor" / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"do_flip_channel_order": True}))
+    with pytest.raises(ConfigError, match=r"component 'feature_extractor'.*'do_flip_channel_order'"):
+        UnCLIPImageVariationPipeline.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("settings", [{"num_attention_heads": 3}, {"hidden_act": "none"}], ids=str)
 def test_what_transformers_cannot_build(copied, settings):
     rewrite_config(copied / "text_encoder", **settings)

@@ -51,6 +51,24 @@ def test_what_is_inverted_comes_back(tool, pictures):
     assert psnr(output.images, large) > psnr(from_noise.images, large) + 10
 
 
+def test_super_resolution_in_tiles_is_inverted_in_tiles(tool, pictures):
+    """Else its noise is that of another network, and the picture does not come back."""
+    wanted = torch.stack([to_square(picture, 16) for picture in pictures]) / 2 + 0.5
+
+    def inverted():
+        return tool.invert(pictures, super_res=True, num_rounds=12, **STEPS)
+
+    as_a_whole = inverted()
+    tool.variation.enable_super_res_tiling(8, 4)
+    try:
+        far, near = (
+            psnr(tool.decode(latent, output_type="pt", **STEPS).images, wanted) for latent in (as_a_whole, inverted())
+        )
+    finally:
+        tool.variation.disable_super_res_tiling()
+    assert near > far + 3
+
+
 def test_nearer_with_more_rounds(tool, pictures):
     wanted = torch.stack([to_square(picture, 8) for picture in pictures]) / 2 + 0.5
 

@@ -69,6 +69,26 @@ def layout(request, whole, tmp_path) -> Path:
     return tmp_path / "components"
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"rescale_factor": 1 / 127.5},
+        {"do_rescale": False},
+        {"do_normalize": False},
+        {"do_normalize": False, "rescale_factor": 0.5 / 255},
+        {"image_mean": 0.5, "image_std": 0.25},
+    ],
+    ids=str,
+)
+def test_training_sees_what_the_preprocessor_would_make(settings):
+    colours = torch.randint(256, (16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    processor = CLIPImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False, **settings)
+    made = processor(images=[Image.fromarray(colours.numpy())], return_tensors="pt")["pixel_values"]
+    pixels = colours.permute(2, 0, 1)[None].float() / 127.5 - 1
+    torch.testing.assert_close(normalized(pixels, processor), made, rtol=1e-5, atol=1e-5 * float(made.abs().max()))
+
+
 @torch.no_grad()
 def test_both_layouts_give_what_transformers_gives(whole, layout):
     folder, model = whole

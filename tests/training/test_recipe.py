@@ -50,6 +50,15 @@ def test_sections_and_free_tables(read):
     assert recipe.prior.text_drop == 0.1
 
 
+def test_a_weighting_that_there_is_none_of(read):
+    text = PRIOR + '[prior.process]\nweighting = "{}"\n'
+    assert read(text.format("min_snr")).prior.process.weighting == "min_snr"
+    with pytest.raises(
+        ConfigError, match=r"prior\.process\.weighting is 'min-snr'; it must be one of 'simple', 'min_snr'"
+    ):
+        read(text.format("min-snr"))
+
+
 def test_overrides(read):
     assert read(PRIOR + "steps = 5\n[prior]\n", steps=7).steps == 7
     assert read(PRIOR + "steps = 5\n[prior]\n", steps=None).steps == 5

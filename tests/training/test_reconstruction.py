@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
-from transformers import ResNetConfig, ResNetModel
+from safetensors.torch import load_file, save_file
+from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTForImageClassification
 
-from unclip.errors import CheckpointError, ConfigError, MissingFileError
+from unclip.errors import CheckpointError, ConfigError, MissingFileError, WeightsError
 from unclip.training.diffusion import SuperResTask
 from unclip.training.recipe import ProcessRecipe, SuperResSettings
 from unclip.training.reconstruction import absolute_error, perceptual_loss
@@ -53,6 +54,31 @@ def test_perceptual_distance(features):
     assert found.grad is not None
     assert found.grad.abs().max() > 0
     assert all(parameter.grad is None for parameter in loss.network.parameters())
+
+
+def test_a_network_whose_file_lacks_weights(tmp_path):
+    """transformers would draw them, and the features would be of chance."""
+    save_resnet(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    lost = next(name for name in tensors if "layers.0" in name and name.endswith("convolution.weight"))
+    del tensors[lost]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=f"lacks 1 weights that its config.json has .{lost}"):
+        perceptual_loss(tmp_path, 1.0)
+
+
+def test_a_classifiers_checkpoint_without_a_pooling_layer(tmp_path):
+    config = ViTConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+    )
+    ViTForImageClassification(config).save_pretrained(tmp_path)
+    pixels = torch.zeros(1, 3, 16, 16)
+    assert perceptual_loss(tmp_path, 1.0)(pixels, pixels)["loss"].item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_brightness_that_is_normalised_away_is_no_distance(clip_model):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -257,6 +258,23 @@ def test_stopped_and_gone_on_is_as_if_never_stopped(tmp_path, step):
     assert_equal_runs(tmp_path / "straight", tmp_path / "stopped")
 
 
+def test_the_loss_scale_of_float16_goes_on_too(tmp_path, monkeypatch):
+    """On a CPU accelerate scales no loss; with a scaler that grows at every third step this one does."""
+
+    def scaling(**settings):
+        accelerator = Accelerator(**settings)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3)
+        return accelerator
+
+    monkeypatch.setattr(trainer_module, "Accelerator", scaling)
+    Trainer(LineTask(), line_recipe(), tmp_path / "straight").run()
+    Trainer(LineTask(stopped_at(5)), line_recipe(), tmp_path / "stopped").run()
+    second = Trainer(LineTask(), line_recipe(), tmp_path / "stopped")
+    assert second.accelerator.scaler.get_scale() == 8.0
+    second.run()
+    assert_equal_runs(tmp_path / "straight", tmp_path / "stopped")
+
+
 @pytest.mark.parametrize(("stage", "task"), REAL_TASKS)
 def test_real_tasks_go_on_exactly(tiny, tmp_path, stage, task):
     recipe = tiny(stage, steps=4, log_every_steps=3, sample_every_steps=100)
@@ -268,6 +286,23 @@ def test_real_tasks_go_on_exactly(tiny, tmp_path, stage, task):
     assert first.step == 2
     Trainer(task(recipe), recipe, tmp_path / "stopped").run()
     assert_equal_runs(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_a_signal_between_two_steps_waits_until_all_processes_are_told(tmp_path, monkeypatch):
+    """One that stopped at once would save while the others compute, and each would wait for the other."""
+    trainer = Trainer(LineTask(), line_recipe(), tmp_path / "run")
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    monkeypatch.setattr(trainer.accelerator, "reduce", lambda told, how: told)  # the other one sees the same
+    update = trainer._update_average
+
+    def late():
+        update()
+        if trainer.step == 2:  # what this step had to say to the others is said
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(trainer, "_update_average", late)
+    trainer.run()
+    assert trainer.step == 4
 
 
 def test_signals_are_put_back(tmp_path):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unclip.checkpoints import karlo, layout
+from unclip.checkpoints.clip_settings import check_clip_settings, read_image_processor_settings
 from unclip.checkpoints.files import atomic_folder, file_size, read_json, safe_join, write_json
 from unclip.checkpoints.header import read_header
 from unclip.checkpoints.hub import resolve
@@ -145,6 +146,7 @@ def _write_text_encoder(clip: Path, draft: Path, save: Any) -> dict[str, Any]:
 def _half_config(folder: Path, half: str, class_name: str) -> dict[str, Any]:
     """config.json of the text or vision model out of a whole CLIP's, or its own as it is."""
     config = read_json(safe_join(folder, "config.json"))
+    check_clip_settings(config, str(folder / "config.json"))
     inner = config.get(f"{half}_config")
     if isinstance(inner, dict):
         width = config.get("projection_dim", 512)
@@ -204,7 +206,7 @@ def convert_text_to_image_to_variation(
         save_weights(draft / "image_encoder", state, stem=TRANSFORMERS_STEM)
         write_json(draft / "image_encoder" / "config.json", config)
         sub = clip_folder / "feature_extractor"
-        settings = read_json(safe_join(sub if sub.is_dir() else clip_folder, "preprocessor_config.json"))
+        settings = read_image_processor_settings(sub if sub.is_dir() else clip_folder)
         settings = {**settings, "image_processor_type": "CLIPImageProcessor"}
         settings.pop("feature_extractor_type", None)
         if not crop:

@@ -175,11 +175,16 @@ def _unet_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
     num_blocks = _count(state, "down_blocks.")
     first = "down_blocks.0.resnets.0."
     doubled = state[first + "time_emb_proj.weight"].shape[0] == 2 * state[first + "conv1.weight"].shape[0]
+    widths = [state[f"down_blocks.{b}.resnets.0.conv1.weight"].shape[0] for b in range(num_blocks)]
+    time_width = state["time_embedding.linear_1.weight"].shape[0]
+    # The published folders leave it to the default, which is Karlo's: only another width has to be said.
+    own_time_width = {} if time_width == 4 * widths[0] else {"time_embedding_dim": time_width}
     return {
+        **own_time_width,
         "in_channels": state["conv_in.weight"].shape[1],
         "out_channels": state["conv_out.weight"].shape[0],
         "layers_per_block": _count(state, "down_blocks.0.resnets."),
-        "block_out_channels": [state[f"down_blocks.{b}.resnets.0.conv1.weight"].shape[0] for b in range(num_blocks)],
+        "block_out_channels": widths,
         "resnet_time_scale_shift": "scale_shift" if doubled else "default",
         "act_fn": "silu",
         "norm_num_groups": 32,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from unclip.cli.messages import error
+from unclip.cli.messages import error, note
 from unclip.cli.options import MAX_SEED
 from unclip.cli.pictures import Album
 from unclip.errors import InputError, UnclipError
@@ -39,9 +39,14 @@ class Wish:
     facts: Mapping[str, Any]
 
 
-def fresh_seed() -> int:
-    """A seed that nobody chose, short enough to be typed."""
-    return secrets.randbelow(2**32)
+def chosen_seed(seed: int | None, *, quiet: bool) -> int:
+    """The seed that was given, or a fresh one, short enough to be typed, which is told on stderr unless `quiet`."""
+    if seed is not None:
+        return seed
+    fresh = secrets.randbelow(2**32)
+    if not quiet:
+        note(f"seed {fresh}")
+    return fresh
 
 
 def picture_seed(first: int, index: int) -> int:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from unclip.cli import options
-from unclip.cli.batches import Wish, cut, fresh_seed, make_all, picture_seed
-from unclip.cli.loading import Machine
-from unclip.cli.messages import note
+from unclip.cli.batches import Wish, chosen_seed, cut, make_all, picture_seed
+from unclip.cli.loading import Machine, decoder_settings
 from unclip.cli.pictures import Album, slug
 from unclip.cli.workbench import Workbench, read_part
 
@@ -60,15 +59,8 @@ def blend(
     """
     read = [read_part(text, weighted=True) for text in parts]
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid)
-    if seed is None:
-        seed = fresh_seed()
-        if not quiet:
-            note(f"seed {seed}")
-    given = {
-        "decoder_num_inference_steps": decoder_steps,
-        "super_res_num_inference_steps": super_res_steps,
-        "decoder_guidance_scale": decoder_guidance,
-    }
+    seed = chosen_seed(seed, quiet=quiet)
+    given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
     captions = any(part.kind == "caption" for part in read)  # a latent's steps are of no use here: nothing comes back
     bench = Workbench.open(model, Machine(dtype, device, cpu_offload, quiet), given, captions=captions, guidance=None)
 

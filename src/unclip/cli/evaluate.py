@@ -10,7 +10,7 @@ import typer
 
 from unclip.checkpoints.hub import BUILT_IN_JUDGE
 from unclip.cli import measures, options
-from unclip.cli.loading import Machine
+from unclip.cli.loading import Machine, decoder_settings, stage_settings
 from unclip.cli.measures import Asked
 from unclip.cli.messages import note, warn
 
@@ -88,13 +88,7 @@ def retrieval(
     from unclip.evaluation.retrieval import retrieval as measure
     from unclip.pipelines.text_to_image import UnCLIPPipeline
 
-    given = {
-        "prior_num_inference_steps": prior_steps,
-        "decoder_num_inference_steps": decoder_steps,
-        "super_res_num_inference_steps": super_res_steps,
-        "prior_guidance_scale": prior_guidance,
-        "decoder_guidance_scale": decoder_guidance,
-    }
+    given = stage_settings(prior_steps, decoder_steps, super_res_steps, prior_guidance, decoder_guidance)
     machine = Machine(dtype, device, cpu_offload=False, quiet=quiet)
     asked = Asked(data, out, model, num_seen, num_held_out, seed, batch_size, overwrite, judge, sheet)
     measures.refuse_outputs(asked)
@@ -142,11 +136,7 @@ def variations(
     from unclip.evaluation.variations import variations as measure
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 
-    given = {
-        "decoder_num_inference_steps": decoder_steps,
-        "super_res_num_inference_steps": super_res_steps,
-        "decoder_guidance_scale": decoder_guidance,
-    }
+    given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
     machine = Machine(dtype, device, cpu_offload=False, quiet=quiet)
     asked = Asked(data, out, model, num_seen, num_held_out, seed, batch_size, overwrite, judge, sheet)
     measures.refuse_outputs(asked)
@@ -238,11 +228,7 @@ def decoder(
     from unclip.evaluation.judge import Judge
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 
-    given = {
-        "decoder_num_inference_steps": decoder_steps,
-        "super_res_num_inference_steps": super_res_steps,
-        "decoder_guidance_scale": decoder_guidance,
-    }
+    given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
     machine = Machine(dtype, device, cpu_offload=False, quiet=quiet)
     asked = Asked(data, out, model, num_seen, num_held_out, seed, batch_size, overwrite, judge, sheet)
     measures.refuse_outputs(asked)

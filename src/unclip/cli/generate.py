@@ -4,20 +4,24 @@ Knows prompts and options; the batches, the files and the model are other module
 """
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from unclip.cli import options
-from unclip.cli.batches import Wish, cut, finish, fresh_seed, make_all, picture_seed
-from unclip.cli.loading import Machine, call_settings, find_model, load, model_name, sampler_name
-from unclip.cli.messages import error, note
+from unclip.cli.batches import Wish, chosen_seed, cut, finish, make_all, picture_seed
+from unclip.cli.loading import Machine, call_settings, find_model, load, model_name, sampler_name, stage_settings
+from unclip.cli.messages import error
 from unclip.cli.pictures import Album, slug
 from unclip.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+PROMPTS_LIMIT_BYTES = 16 * 2**20
+"""The most that is read of a file of prompts: some 300,000 captions."""
 
 EXAMPLES = options.examples(
     'unclip generate "a red apple"',
@@ -109,13 +113,7 @@ def generate(
 
     from unclip.pipelines.text_to_image import UnCLIPPipeline
 
-    given = {
-        "prior_num_inference_steps": prior_steps,
-        "decoder_num_inference_steps": decoder_steps,
-        "super_res_num_inference_steps": super_res_steps,
-        "prior_guidance_scale": prior_guidance,
-        "decoder_guidance_scale": decoder_guidance,
-    }
+    given = stage_settings(prior_steps, decoder_steps, super_res_steps, prior_guidance, decoder_guidance)
     drawing = {
         "num_prior_candidates": candidates,
         "prior_temperature": prior_temperature,
@@ -124,10 +122,7 @@ def generate(
     settings = call_settings(UnCLIPPipeline, folder, given, drawing)
     size = {name: side for name, side in (("height", height), ("width", width)) if side is not None}
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid)
-    if seed is None:
-        seed = fresh_seed()
-        if not quiet:
-            note(f"seed {seed}")
+    seed = chosen_seed(seed, quiet=quiet)
     pipe = load(UnCLIPPipeline, folder, Machine(dtype, device, cpu_offload, quiet, tile), sampler)
     negative = None if negative is None else plain(negative)
 
@@ -156,16 +151,25 @@ def generate(
 def read_prompts(path: Path) -> list[str]:
     """The lines of a file (or of stdin, for "-") that are not blank.
 
-    Raises: InputError when it cannot be read, or is no UTF-8 text.
+    Raises: InputError when it cannot be read, is no UTF-8 text, or is larger than 16 MiB; no more than that is read.
     """
     shown = "stdin" if str(path) == "-" else str(path)
     try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        with nullcontext(sys.stdin.buffer) if str(path) == "-" else path.open("rb") as file:
+            data = file.read(PROMPTS_LIMIT_BYTES + 1)
+    except (OSError, ValueError) as problem:
+        raise InputError(f"{shown} cannot be read: {getattr(problem, 'strerror', None) or problem}") from problem
+    if len(data) > PROMPTS_LIMIT_BYTES:
+        raise InputError(
+            f"{shown} has more than {PROMPTS_LIMIT_BYTES:,} bytes, the limit of a file of prompts; "
+            "if it is the right file, split it"
+        )
+    try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
         raise InputError(f"{shown} is no UTF-8 text (at byte {problem.start}); save it as UTF-8") from problem
-    except (OSError, ValueError) as problem:
-        raise InputError(f"{shown} cannot be read: {getattr(problem, 'strerror', None) or problem}") from problem
+    if "\0" in text:
+        raise InputError(f"{shown} is no text: it has NUL characters in it; give one prompt a line, as UTF-8")
     return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
 
 

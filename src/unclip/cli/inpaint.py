@@ -14,10 +14,9 @@ import typer
 
 from unclip.checkpoints.recommended import Recommended
 from unclip.cli import options
-from unclip.cli.batches import Wish, cut, finish, fresh_seed, make_all, picture_seed
+from unclip.cli.batches import Wish, chosen_seed, cut, finish, make_all, picture_seed
 from unclip.cli.generate import plain
-from unclip.cli.loading import Machine, call_settings, find_model, load, model_name, sampler_name
-from unclip.cli.messages import note
+from unclip.cli.loading import Machine, call_settings, find_model, load, model_name, sampler_name, stage_settings
 from unclip.cli.pictures import Album, slug
 from unclip.errors import CheckpointError, InputError
 
@@ -150,7 +149,7 @@ def inpaint(
         seed,
     )
     settings = {
-        **_steps(prior_steps, decoder_steps, super_res_steps, prior_guidance, decoder_guidance),
+        **stage_settings(prior_steps, decoder_steps, super_res_steps, prior_guidance, decoder_guidance),
         **{"strength": strength, "num_resamples": resamples, "jump_length": jump},
         **{"embedding_from": embedding_from and embedding_from.value, "height": height, "width": width},
     }
@@ -201,7 +200,7 @@ def redraw(
     picture = open_image(image)
     edit = Edit("redraw", image, {"image": picture}, _words(prompt, negative), num_images, seed)
     settings = {
-        **_steps(prior_steps, decoder_steps, super_res_steps, prior_guidance, decoder_guidance),
+        **stage_settings(prior_steps, decoder_steps, super_res_steps, prior_guidance, decoder_guidance),
         **{"strength": strength},
         **{"embedding_from": embedding_from and embedding_from.value, "height": height, "width": width},
     }
@@ -231,11 +230,7 @@ def _make(
         name: value for name, value in call_settings(UnCLIPInpaintPipeline, folder, given).items() if value is not None
     }
     album = open_album()
-    seed = edit.seed
-    if seed is None:
-        seed = fresh_seed()
-        if not machine.quiet:
-            note(f"seed {seed}")
+    seed = chosen_seed(edit.seed, quiet=machine.quiet)
     pipe = load(UnCLIPInpaintPipeline, folder, machine, sampler)
     prompt, negative = edit.facts["prompt"], edit.facts["negative"]
 
@@ -260,14 +255,4 @@ def _words(prompt: str | None, negative: str | None) -> dict[str, str | None]:
     return {
         "prompt": None if prompt is None else plain(prompt),
         "negative": None if negative is None else plain(negative),
-    }
-
-
-def _steps(prior: Any, decoder: Any, super_res: Any, prior_guidance: Any, decoder_guidance: Any) -> dict[str, Any]:
-    return {
-        "prior_num_inference_steps": prior,
-        "decoder_num_inference_steps": decoder,
-        "super_res_num_inference_steps": super_res,
-        "prior_guidance_scale": prior_guidance,
-        "decoder_guidance_scale": decoder_guidance,
     }

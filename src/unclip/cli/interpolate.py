@@ -11,7 +11,7 @@ import typer
 
 from unclip.cli import options
 from unclip.cli.film import FPS, Film, check_writer
-from unclip.cli.loading import Machine
+from unclip.cli.loading import Machine, decoder_settings
 from unclip.cli.pictures import Album, slug
 from unclip.cli.workbench import NO_GUIDANCE, Part, Workbench, read_part
 
@@ -72,11 +72,7 @@ def interpolate(
     stem = slug("-to-".join(part.stem for part in read))
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid or film is not None)
     kinds = {part.kind for part in read}
-    given = {
-        "decoder_num_inference_steps": decoder_steps,
-        "super_res_num_inference_steps": super_res_steps,
-        "decoder_guidance_scale": decoder_guidance,
-    }
+    given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
     bench = Workbench.open(
         model,
         Machine(dtype, device, cpu_offload, quiet),

@@ -14,7 +14,7 @@ from unclip.checkpoints.tensor_file import SUFFIX
 from unclip.cli import options
 from unclip.cli.batches import finish
 from unclip.cli.generate import plain
-from unclip.cli.loading import Machine
+from unclip.cli.loading import Machine, decoder_settings
 from unclip.cli.pictures import Album, slug
 from unclip.cli.workbench import NO_GUIDANCE, Workbench
 from unclip.errors import OutputExistsError
@@ -61,11 +61,7 @@ def invert(
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=False)
     pictures = list(opened(images, failed))
     if pictures:
-        given = {
-            "decoder_num_inference_steps": decoder_steps,
-            "super_res_num_inference_steps": super_res_steps,
-            "decoder_guidance_scale": decoder_guidance,
-        }
+        given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
         machine = Machine(dtype, device, cpu_offload, quiet)
         bench = Workbench.open(model, machine, given, guidance=NO_GUIDANCE)
         for _, path, image in pictures:

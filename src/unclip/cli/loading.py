@@ -53,6 +53,34 @@ def model_name(name: str) -> str:
     return Path(name).resolve().name if os.path.isdir(name) else name
 
 
+def decoder_settings(
+    decoder_steps: int | None, super_res_steps: Any, decoder_guidance: float | None
+) -> dict[str, Recommended | None]:
+    """The options of decoder and super-resolution under the names of a call's arguments, None where not given."""
+    return {
+        "decoder_num_inference_steps": decoder_steps,
+        "super_res_num_inference_steps": super_res_steps,
+        "decoder_guidance_scale": decoder_guidance,
+    }
+
+
+def stage_settings(
+    prior_steps: int | None,
+    decoder_steps: int | None,
+    super_res_steps: Any,
+    prior_guidance: float | None,
+    decoder_guidance: float | None,
+) -> dict[str, Recommended | None]:
+    """As `decoder_settings`, with the prior's."""
+    return {
+        "prior_num_inference_steps": prior_steps,
+        "decoder_num_inference_steps": decoder_steps,
+        "super_res_num_inference_steps": super_res_steps,
+        "prior_guidance_scale": prior_guidance,
+        "decoder_guidance_scale": decoder_guidance,
+    }
+
+
 def call_settings(
     pipeline_class: type,
     folder: Path,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unclip.cli import options
-from unclip.cli.loading import Machine
+from unclip.cli.loading import Machine, decoder_settings
 from unclip.cli.messages import note
 from unclip.cli.pictures import Album
 from unclip.cli.workbench import NO_GUIDANCE, Workbench, read_part
@@ -109,11 +109,7 @@ def show(
     components = PrincipalComponents.load(pca)
     counts = dimensions(dims, components)
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid)
-    given = {
-        "decoder_num_inference_steps": decoder_steps,
-        "super_res_num_inference_steps": super_res_steps,
-        "decoder_guidance_scale": decoder_guidance,
-    }
+    given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
     machine = Machine(dtype, device, cpu_offload, quiet)
     bench = Workbench.open(model, machine, given, parts=[part], guidance=NO_GUIDANCE)
 

@@ -11,7 +11,7 @@ import typer
 from unclip.cli import options
 from unclip.cli.film import FPS, Film, check_writer
 from unclip.cli.generate import plain
-from unclip.cli.loading import Machine
+from unclip.cli.loading import Machine, decoder_settings
 from unclip.cli.pictures import Album, slug
 from unclip.cli.workbench import NO_GUIDANCE, Workbench, read_part
 from unclip.errors import InputError
@@ -71,11 +71,7 @@ def edit(
     if part.kind == "caption":
         raise InputError(f"there is no file {image!r:.200}; an edit starts from a picture")
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid or film is not None)
-    given = {
-        "decoder_num_inference_steps": decoder_steps,
-        "super_res_num_inference_steps": super_res_steps,
-        "decoder_guidance_scale": decoder_guidance,
-    }
+    given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
     machine = Machine(dtype, device, cpu_offload, quiet)
     bench = Workbench.open(model, machine, given, parts=[part], captions=not text_space, guidance=NO_GUIDANCE)
 

@@ -11,10 +11,10 @@ import typer
 
 from unclip.checkpoints.tensor_file import SUFFIX
 from unclip.cli import options
-from unclip.cli.batches import Wish, cut, finish, fresh_seed, make_all, picture_seed
+from unclip.cli.batches import Wish, chosen_seed, cut, finish, make_all, picture_seed
 from unclip.cli.generate import plain
-from unclip.cli.loading import Machine, call_settings, find_model, load, model_name, sampler_name
-from unclip.cli.messages import error, note
+from unclip.cli.loading import Machine, call_settings, decoder_settings, find_model, load, model_name, sampler_name
+from unclip.cli.messages import error
 from unclip.cli.pictures import Album, slug
 from unclip.errors import CheckpointError, ImageError
 
@@ -90,21 +90,14 @@ def vary(
 
     folder, index = find_model(model, quiet=quiet)
     check_can_vary(model, index)
-    given = {
-        "decoder_num_inference_steps": decoder_steps,
-        "super_res_num_inference_steps": super_res_steps,
-        "decoder_guidance_scale": decoder_guidance,
-    }
+    given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
     if keep_structure:
         known = {"decoder_guidance_scale": NO_GUIDANCE, **recorded(images)}
         given = {name: known.get(name) if value is None else value for name, value in given.items()}
     settings = call_settings(UnCLIPImageVariationPipeline, folder, given)
     size = {name: side for name, side in (("height", height), ("width", width)) if side is not None}
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid)
-    if seed is None:
-        seed = fresh_seed()
-        if not quiet:
-            note(f"seed {seed}")
+    seed = chosen_seed(seed, quiet=quiet)
     prompt, negative = (None if text is None else plain(text) for text in (prompt, negative))
     failed: list[Path] = []
 

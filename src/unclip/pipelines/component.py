@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from unclip.checkpoints.clip_settings import HALVES, OLD_HALVES, check_clip_settings, read_image_processor_settings
 from unclip.checkpoints.files import read_json, safe_join
 from unclip.checkpoints.weights import (
     DEFAULT_STEM,
@@ -148,7 +149,7 @@ def _reader(class_name: str) -> Callable[[Path, torch.dtype | None, str | None],
             return lambda folder, dtype, variant: _read_clip(cls, folder, dtype, variant)
         if "Tokenizer" in class_name:
             return lambda folder, dtype, variant: _read_tokenizer(cls, folder)
-        return lambda folder, dtype, variant: cls.from_pretrained(folder, local_files_only=True)
+        return lambda folder, dtype, variant: _read_image_processor(cls, folder)
     raise ConfigError(f"unclip has no class {class_name!r}; it reads {', '.join(sorted([*OURS, *TRANSFORMERS]))}")
 
 
@@ -158,6 +159,12 @@ def _read_tokenizer(cls: Any, folder: Path) -> Any:
         for name in ("vocab.json", "merges.txt"):
             if not (folder / name).is_file():
                 raise MissingFileError(f"{folder} has neither tokenizer.json nor {name}; download the model again")
+    return cls.from_pretrained(folder, local_files_only=True)
+
+
+def _read_image_processor(cls: Any, folder: Path) -> Any:
+    """An image processor whose settings are all honoured."""
+    read_image_processor_settings(folder)
     return cls.from_pretrained(folder, local_files_only=True)
 
 
@@ -187,9 +194,13 @@ def _read_clip(cls: Any, folder: Path, dtype: torch.dtype | None, variant: str |
 
 
 def _check_clip_config(folder: Path) -> None:
-    """Raises: ConfigError for a size in config.json that is none, before anything of that size is allocated."""
+    """Raises: ConfigError for a setting in config.json that is not implemented, or a size that is none.
+
+    That is said before anything of that size is allocated.
+    """
     settings = read_json(folder / "config.json")
-    both = [settings.get(name) for name in ("text_config", "vision_config")]  # a whole CLIP's two halves
+    check_clip_settings(settings, str(folder / "config.json"))
+    both = [settings.get(name) for name in (*HALVES, *OLD_HALVES)]  # a whole CLIP's two halves
     for part in [settings, *(part for part in both if isinstance(part, dict))]:
         for name, limit in CLIP_LIMITS.items():
             value = part.get(name, 1)  # left out: transformers' own, which is sane

@@ -136,7 +136,8 @@ class Manipulator:
         steps = {"decoder_num_inference_steps": decoder.num_steps, "decoder_guidance_scale": decoder_guidance_scale}
         small = self.decode(latent, prompt=prompt, output_type="pt", return_intermediates=True, **steps).small_images
         large = StageRun(self._steps("super_res", super_res_num_inference_steps))
-        wide = SuperResStage(pipe.super_res_first, pipe.super_res_last, ddim.super_res_scheduler.process)
+        process = ddim.super_res_scheduler.process
+        wide = SuperResStage(pipe.super_res_first, pipe.super_res_last, process, tiling=pipe._tiling)
         below = SuperResCondition((small * 2 - 1).to(pipe.device))  # type: ignore[operator, union-attr]
         x_T = _inverted(ddim, "super_res", wide, below, None, _pixels(pictures, wide, below), large, **told)
         return BipartiteLatent(latent.image_embedding, latent.decoder_latents, x_T.cpu())

@@ -77,7 +77,7 @@ class ProcessRecipe:
     prediction_type: str = "epsilon"
     variance_type: str = "fixed_small_log"
     clip_range: float | None = 1.0
-    weighting: str = "simple"
+    weighting: Literal["simple", "min_snr"] = "simple"
 
 
 @dataclass(frozen=True)

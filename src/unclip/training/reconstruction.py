@@ -3,6 +3,7 @@
 Knows frozen image networks of transformers; knows neither noise nor recipe. Called by the super-resolution task.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 from unclip.checkpoints.files import read_json
 from unclip.checkpoints.weights import check_finite, open_weights, read_tensors
-from unclip.errors import CheckpointError, ConfigError, MissingFileError
-from unclip.training.pretrained import is_whole_clip, read_clip, scaled
+from unclip.errors import CheckpointError, ConfigError, MissingFileError, WeightsError
+from unclip.training.pretrained import is_whole_clip, normalized, read_clip, scaled
 
 Hidden = Sequence[Tensor]
 """A network's hidden states, one a layer: [batch, tokens, width] or [batch, channels, height, width]."""
@@ -68,17 +69,17 @@ def perceptual_loss(folder: Path, weight: float) -> PerceptualLoss:
     if (folder / "text_encoder").is_dir() or is_whole_clip(folder):
         clip = read_clip(folder)
         network: Any = clip.image_encoder.vision_model
-        extractor: Any = clip.feature_extractor
-        mean, spread, size = extractor.image_mean, extractor.image_std, clip.image_size
+        ready, size = functools.partial(normalized, feature_extractor=clip.feature_extractor), clip.image_size
     else:
         network, mean, spread = _image_model(folder)
+        ready = functools.partial(scaled, mean=mean, spread=spread)
         size = getattr(network.config, "image_size", None)
     network.eval().requires_grad_(False)
 
     def features(pixels: Tensor) -> Hidden:
         if isinstance(size, int) and pixels.shape[-1] != size:
             pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
-        hidden = network(pixel_values=scaled(pixels, mean, spread), output_hidden_states=True).hidden_states
+        hidden = network(pixel_values=ready(pixels), output_hidden_states=True).hidden_states
         if not hidden:
             raise ConfigError(f"the model in {folder} gives no hidden states; name a CLIP, or another image model")
         return hidden
@@ -94,9 +95,15 @@ def _image_model(folder: Path) -> tuple[Any, Sequence[float], Sequence[float]]:
     for name, tensor in read_tensors(open_weights(folder, stem="model")):
         check_finite(tensor, name, str(folder))
     try:
-        network = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True)
+        network, about_weights = AutoModel.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder} holds no image model that transformers reads: {error}") from error
+    # A classifier's checkpoint has no pooling layer for the plain model; the hidden states do not need it.
+    missing = sorted(name for name in map(str, about_weights["missing_keys"]) if not name.startswith("pooler."))
+    if missing:
+        raise WeightsError(f"{folder} lacks {len(missing)} weights that its config.json has ({missing[0]}…)")
     about: dict[str, Any] = {}
     if (folder / "preprocessor_config.json").is_file():
         about = read_json(folder / "preprocessor_config.json")

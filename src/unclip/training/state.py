@@ -33,6 +33,7 @@ class Snapshot:
         module: the module's state dict.
         ema: the moving average of what is trained.
         optimizer: its state, from `optimizer_tensors`.
+        scaler: of float16's loss scale; None with another precision.
     """
 
     step: int
@@ -40,6 +41,7 @@ class Snapshot:
     module: Mapping[str, Tensor]
     ema: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
+    scaler: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ class RunFolder:
             "fingerprint": fingerprint,
             "optimizer": recipe.optimizer.name,
         }
+        if snapshot.scaler is not None:
+            about["scaler"] = snapshot.scaler
         with atomic_folder(self.state, overwrite=True) as draft:
             for name in ("module", "ema", "optimizer"):
                 tensors = getattr(snapshot, name)
@@ -180,7 +184,8 @@ class RunFolder:
         if about.get("fingerprint", fingerprint) != fingerprint:
             what = "captions of the data set, which the tokenizer comes from," if stage == "clip" else "CLIP"
             raise self._other_run([f"the {what} changed since"])
-        return Snapshot(step, about.get("log") or {"sums": {}, "num_summed": 0}, **tensors)
+        log = about.get("log") or {"sums": {}, "num_summed": 0}
+        return Snapshot(step, log, **tensors, scaler=about.get("scaler"))
 
     def _read(self, name: str) -> dict[str, Tensor]:
         path = self.state / f"{name}.safetensors"

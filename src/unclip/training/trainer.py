@@ -105,7 +105,8 @@ class Trainer:
         self.step = 0
         self._sums: dict[str, float] = {}  # of the metrics since the last row of the log
         self._num_summed = 0
-        self._stop = False
+        self._asked_to_stop = False  # this process, by a signal
+        self._told_to_stop = False  # all processes, by one that was asked
         self._save_is_due = False
         if snapshot is not None:
             self._go_on_from(snapshot)
@@ -148,7 +149,8 @@ class Trainer:
         """
         log = {"sums": self._sums, "num_summed": self._num_summed}
         module, ema = self._gathered(self.weights.state_dict()), self._gathered(self.ema)
-        snapshot = Snapshot(self.step, log, module, ema, self._gathered(optimizer_tensors(self.optimizer)))
+        optimizer, scaler = self._gathered(optimizer_tensors(self.optimizer)), self.accelerator.scaler
+        snapshot = Snapshot(self.step, log, module, ema, optimizer, scaler.state_dict() if scaler else None)
         if not self._is_main:
             return
         with self._writing():
@@ -186,6 +188,11 @@ class Trainer:
     @property
     def _is_main(self) -> bool:
         return self.accelerator.is_main_process
+
+    @property
+    def _stop(self) -> bool:
+        """Whether to take no further step. Of several processes none stops alone: the others would wait for it."""
+        return self._told_to_stop if self.accelerator.num_processes > 1 else self._asked_to_stop
 
     def _loop(self, bar: Any) -> None:
         recipe = self.recipe
@@ -262,11 +269,11 @@ class Trainer:
         """Over all processes: so they log the whole batch, and what one of them met, or was asked, all do."""
         if self.accelerator.num_processes == 1:
             return metrics
-        asked = [float(self._stop), float(self._save_is_due)]
+        asked = [float(self._asked_to_stop), float(self._save_is_due)]
         told = torch.tensor([*metrics.values(), *asked], device=self.accelerator.device)
         found: Tensor = self.accelerator.reduce(told, "mean")  # pyright: ignore[reportAssignmentType]
         *means, asked_to_stop, asked_to_save = found.tolist()
-        self._stop, self._save_is_due = asked_to_stop > 0, asked_to_save > 0
+        self._told_to_stop, self._save_is_due = asked_to_stop > 0, asked_to_save > 0
         return dict(zip(metrics, means, strict=True))
 
     def _check_finite(self, loss: float, norm: Any) -> None:
@@ -295,6 +302,8 @@ class Trainer:
             share_of(own).copy_(share_of(shared_like(value, own)))
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         restore_optimizer(self.optimizer, snapshot.optimizer, parameters)
+        if self.accelerator.scaler is not None and snapshot.scaler:
+            self.accelerator.scaler.load_state_dict(snapshot.scaler)
         self.step = snapshot.step
         self._sums, self._num_summed = snapshot.log["sums"], snapshot.log["num_summed"]
 
@@ -338,7 +347,7 @@ class Trainer:
         old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def stop(number: int, frame: Any) -> None:
-            self._stop = True
+            self._asked_to_stop = True
             signal.signal(number, old[signal.Signals(number)])
 
         for number in old:
