@@ -3,6 +3,7 @@
 python benchmarks/inpainting_seams.py          # about five minutes on one core; prints a line a method
 """
 
+import argparse
 import statistics
 import time
 
@@ -19,7 +20,9 @@ ASKED = ["green apple", "cat face", "tiger face", "dog face", "hamburger", "cupc
 
 
 def main() -> None:
-    pipe = UnCLIPInpaintPipeline.from_pretrained("unclip-emoji")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="unclip-emoji")
+    pipe = UnCLIPInpaintPipeline.from_pretrained(parser.parse_args().model)
     pipe.set_progress_bar_config(disable=True)
     text_to_image = UnCLIPPipeline.from_pipe(pipe)
     text_to_image.set_progress_bar_config(disable=True)

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -39,9 +38,10 @@ def test_help_loads_nothing_heavy():
 def test_help_is_instant():
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = os.times()
         assert run("--help").returncode == 0
-        times.append(time.perf_counter() - start)
+        end = os.times()  # the processor's time: the clock's says how busy the machine is
+        times.append(end.children_user + end.children_system - start.children_user - start.children_system)
     assert min(times) < 0.5
 
 
