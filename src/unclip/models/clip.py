@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unclip.errors import InputError
 from unclip.models.component import Component
 from unclip.models.config import ANYTHING, MAX_LAYERS, ModelConfig
-from unclip.models.kernels import Conv2d, Linear, attention
+from unclip.models.kernels import Conv2d, Embedding, Linear, attention
 
 OLD_END_OF_TEXT = 2
 """What configurations of before 2023 say for the end of text, whatever it was; they mean the largest number."""
@@ -211,19 +211,11 @@ class _Layers(nn.Module):
         return tokens
 
 
-class _Table(nn.Embedding):
-    """As PyTorch's; on the meta device nothing is drawn, for that takes its compiler, and seconds to import it."""
-
-    def reset_parameters(self) -> None:
-        if not self.weight.is_meta:
-            super().reset_parameters()
-
-
 class _TextEmbeddings(nn.Module):
     def __init__(self, config: CLIPTextEncoderConfig) -> None:
         super().__init__()
-        self.token_embedding = _Table(config.vocab_size, config.hidden_size)
-        self.position_embedding = _Table(config.max_position_embeddings, config.hidden_size)
+        self.token_embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
@@ -248,7 +240,7 @@ class _PatchEmbeddings(nn.Module):
         width, patch = config.hidden_size, config.patch_size
         self.class_embedding = nn.Parameter(torch.zeros(width))
         self.patch_embedding = Conv2d(config.num_channels, width, kernel_size=patch, stride=patch, bias=False)
-        self.position_embedding = _Table(config.num_patches + 1, width)
+        self.position_embedding = Embedding(config.num_patches + 1, width)
 
     def forward(self, pixels: Tensor) -> Tensor:
         patches = self.patch_embedding(pixels.to(self.class_embedding.dtype)).flatten(2).transpose(1, 2)

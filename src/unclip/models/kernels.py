@@ -1,4 +1,4 @@
-"""Linear layers, convolutions, attention and group normalisation, each by the way that is fastest where it runs.
+"""Linear layers, convolutions, tables, attention and normalisation, each by the way that is fastest where it runs.
 
 The results are those of PyTorch's own functions, up to rounding. Knows no network. Called by the networks' layers.
 """
@@ -62,6 +62,14 @@ class Conv2d(nn.Conv2d):
             return super().forward(input)
         bias = None if self.bias is None else self.bias.float()
         return self._conv_forward(input.float(), self.weight.float(), bias).to(input.dtype)
+
+
+class Embedding(nn.Embedding):
+    """As PyTorch's; on the meta device nothing is drawn, since that alone imports PyTorch's compiler, for seconds."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class GroupNorm(nn.GroupNorm):
