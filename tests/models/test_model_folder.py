@@ -1,6 +1,8 @@
 """Networks in folders: what is written is what is read, also by diffusers."""
 
 import json
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -8,13 +10,23 @@ import torch
 
 from unclip.checkpoints import files, weights
 from unclip.errors import ConfigError, MissingFileError, UnsafeFileError, WeightsError
-from unclip.models import PriorTransformer, UNet2DModel
+from unclip.models import AutoregressivePrior, PriorTransformer, UNet2DModel
+from unclip.models.clip import CLIPImageEncoder, CLIPTextEncoder
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import diffusers
 
 PRIOR = dict(num_attention_heads=2, attention_head_dim=8, num_layers=2, embedding_dim=16, num_embeddings=5)
+
+SUPER_RES = dict(
+    block_out_channels=[8, 16],
+    layers_per_block=1,
+    norm_num_groups=4,
+    add_attention=False,
+    down_block_types=["ResnetDownsampleBlock2D"] * 2,
+    up_block_types=["ResnetUpsampleBlock2D"] * 2,
+)
 
 
 @pytest.fixture
@@ -38,8 +50,7 @@ def test_round_trip(model, tmp_path):
 
 
 def test_a_unet_is_channels_last_from_a_folder_as_built(tmp_path):
-    kinds = dict(down_block_types=["ResnetDownsampleBlock2D"] * 2, up_block_types=["ResnetUpsampleBlock2D"] * 2)
-    built = UNet2DModel(block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4, add_attention=False, **kinds)
+    built = UNet2DModel(**SUPER_RES)
     built.save_pretrained(tmp_path)
     for network in (built, UNet2DModel.from_pretrained(tmp_path)):
         kernels = [module.weight for module in network.modules() if isinstance(module, torch.nn.Conv2d)]
@@ -197,3 +208,32 @@ def test_a_broken_configuration_is_replaced(model, tmp_path):
     tmp_path.joinpath("config.json").write_text("{")
     model.save_pretrained(tmp_path)
     assert is_in(tmp_path, model)
+
+
+READ = """
+import sys
+from {module} import {name}
+network = {name}.from_pretrained({folder!r})
+assert not any(parameter.is_meta for parameter in network.parameters())
+print([name for name in ("sympy", "torch._dynamo", "torch._inductor", "transformers") if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        lambda: PriorTransformer(PRIOR),
+        lambda: AutoregressivePrior(PRIOR | {"num_components": 4}),
+        lambda: UNet2DModel(**SUPER_RES),
+        lambda: CLIPTextEncoder(vocab_size=9, eos_token_id=8, num_hidden_layers=1),
+        lambda: CLIPImageEncoder(image_size=8, patch_size=4, num_hidden_layers=1),
+    ],
+    ids=["prior", "autoregressive", "unet", "text", "image"],
+)
+def test_reading_one_imports_no_compiler(network, tmp_path):
+    """Drawing some kinds of weights on the meta device would: `normal_` does."""
+    made = network()
+    made.save_pretrained(tmp_path)
+    code = READ.format(module=type(made).__module__, name=type(made).__name__, folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr

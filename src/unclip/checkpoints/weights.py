@@ -53,6 +53,11 @@ class WeightsIndex(Mapping[str, TensorInfo]):
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.tensors.values())
 
+    def without(self, endings: tuple[str, ...]) -> WeightsIndex:
+        """These tensors but those whose names end with one of `endings`."""
+        kept = {name: info for name, info in self.tensors.items() if not name.endswith(endings)}
+        return WeightsIndex(kept, self.files)
+
 
 def file_name(stem: str = DEFAULT_STEM, variant: str | None = None) -> str:
     """`stem.safetensors` or `stem.VARIANT.safetensors`; CheckpointError for a variant that is no plain word."""
@@ -194,6 +199,7 @@ def load_into(
     stem: str = DEFAULT_STEM,
     variant: str | None = None,
     dtype: torch.dtype | None = None,
+    passed_over: tuple[str, ...] = (),
 ) -> None:
     """Fill `module`, usually built on the meta device, with the weights in `folder`; all of it or nothing.
 
@@ -201,10 +207,10 @@ def load_into(
     module has for them, and take its kernels' memory layout; requires_grad stays as it is. At most about one copy of
     the weights is in memory: those that keep their type stay mapped from the file, privately, so the file may be
     replaced (as unclip always does it) but not changed in place while the module lives; unless the module's kernels are
-    channels-last, which no file has. Raises what `open_weights`
-    raises, and WeightsError when names or shapes differ, or a weight is not finite.
+    channels-last, which no file has. What the file holds under names that end with one of `passed_over` is not read.
+    Raises what `open_weights` raises, and WeightsError when names or shapes differ, or a weight is not finite.
     """
-    fill(module, open_weights(folder, stem=stem, variant=variant), folder, dtype=dtype)
+    fill(module, open_weights(folder, stem=stem, variant=variant).without(passed_over), folder, dtype=dtype)
 
 
 def fill(

@@ -5,6 +5,7 @@ Knows pipelines' folders and devices; knows not what is drawn. Called by `genera
 
 import inspect
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ class Machine:
 
 def find_model(name: str, *, quiet: bool) -> tuple[Path, dict[str, Any]]:
     """A pipeline's folder, fetched from the hub if need be, and its model_index.json."""
-    silence(downloads=quiet)
+    silence_later(downloads=quiet)
     folder = resolve(name)
     return folder, read_json(folder / "model_index.json")
 
@@ -116,7 +117,7 @@ def load(pipeline_class: type[P], folder: Path, machine: Machine, sampler: Sampl
 
     where = pick_device(machine.device)
     keep_freed_memory()
-    pipe = pipeline_class.from_pretrained(folder, torch_dtype=getattr(torch, machine.dtype))
+    pipe = pipeline_class.from_pretrained(folder, torch_dtype=getattr(torch, machine.dtype), own_clip=True)
     if sampler is not None:
         sampler_switch(pipe)(sampler)
     if machine.tile is not None:
@@ -174,6 +175,15 @@ def silence(*, downloads: bool) -> None:
     logging.set_verbosity_error()
     if downloads:
         disable_progress_bars()
+
+
+def silence_later(*, downloads: bool) -> None:
+    """As `silence`, without importing what may never be needed: what is not there yet finds the wish when it comes."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if downloads:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" in sys.modules or (downloads and "huggingface_hub" in sys.modules):
+        silence(downloads=downloads)
 
 
 def _schedulers(pipe: "Pipeline") -> dict[str, "Scheduler"]:

@@ -158,7 +158,7 @@ class Workbench:
         text = None
         if captions:
             shared = {name: part for name, part in variation.components.items() if name in UnCLIPPipeline.COMPONENTS}
-            text = UnCLIPPipeline.from_pretrained(folder, torch_dtype=variation.dtype, **shared)
+            text = UnCLIPPipeline.from_pretrained(folder, torch_dtype=variation.dtype, own_clip=True, **shared)
             text.prior.to(variation.device)
             text.set_progress_bar_config(**variation._progress)
         about = {"model": model_name(model), "settings": {**settings, "dtype": machine.dtype.value}}

@@ -30,6 +30,10 @@ class Component(nn.Module, Generic[C]):
     """
 
     config_class: ClassVar[type[ModelConfig]]
+    weights_stem: ClassVar[str] = "diffusion_pytorch_model"
+    """How the file of weights is called, without its ending."""
+    tables: ClassVar[tuple[str, ...]] = ()
+    """Endings of the names of what files hold beside the weights, and nobody needs."""
     config: C
 
     def __init__(self, config: ModelConfig | Mapping[str, Any] | None = None, /, **settings: Any) -> None:
@@ -102,7 +106,6 @@ class Component(nn.Module, Generic[C]):
             InputError, OutputExistsError: `folder` is no possible name, or a file.
         """
         from unclip.checkpoints.files import output_folder, sync, write_json
-        from unclip.checkpoints.layout import API_VERSION
         from unclip.checkpoints.weights import save_weights
 
         if not safe_serialization:
@@ -111,16 +114,28 @@ class Component(nn.Module, Generic[C]):
                 "unclip writes safetensors only. Leave the argument out."
             )
         folder = output_folder(folder)
-        header = {"_class_name": type(self).__name__, "_diffusers_version": API_VERSION, "_unclip_version": _version()}
-        path, config = folder / "config.json", header | dict(self.config)
+        path, config = folder / "config.json", self._header() | dict(self.config)
 
         def forget() -> None:
             if path.exists() and not _says_the_same(path, config):
                 path.unlink()
                 sync(folder)
 
-        save_weights(folder, self.state_dict(), variant=variant, max_shard_size=max_shard_size, before_replacing=forget)
+        save_weights(
+            folder,
+            self.state_dict(),
+            stem=self.weights_stem,
+            variant=variant,
+            max_shard_size=max_shard_size,
+            before_replacing=forget,
+        )
         write_json(path, config)
+
+    def _header(self) -> dict[str, Any]:
+        """What config.json says besides the configuration."""
+        from unclip.checkpoints.layout import API_VERSION
+
+        return {"_class_name": type(self).__name__, "_diffusers_version": API_VERSION, "_unclip_version": _version()}
 
     @classmethod
     def from_pretrained(
@@ -164,7 +179,7 @@ class Component(nn.Module, Generic[C]):
             raise ConfigError(f"{folder} holds a {name}, not a {cls.__name__}, as its config.json says; use that class")
         with torch.device("meta"):
             model = cls.from_config(settings)
-        load_into(model, folder, variant=variant, dtype=torch_dtype)
+        load_into(model, folder, stem=cls.weights_stem, variant=variant, dtype=torch_dtype, passed_over=cls.tables)
         return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""Linear layers, convolutions, attention and group normalisation, each by the way that is fastest where it runs.
+"""Linear layers, convolutions, tables, attention and normalisation, each by the way that is fastest where it runs.
 
 The results are those of PyTorch's own functions, up to rounding. Knows no network. Called by the networks' layers.
 """
@@ -92,6 +92,14 @@ def _merged_for_doubling(weight: Tensor) -> Tensor:
     axis = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
     both = torch.kron(axis, axis)
     return (weight.permute(1, 0, 2, 3).reshape(num_in * num_out, 9) @ both.T).view(num_in, num_out, 4, 4)
+
+
+class Embedding(nn.Embedding):
+    """As PyTorch's; on the meta device nothing is drawn, since that alone imports PyTorch's compiler, for seconds."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class GroupNorm(nn.GroupNorm):

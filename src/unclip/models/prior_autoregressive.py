@@ -16,7 +16,7 @@ from unclip.models.attention import MASKED, KeyValue, PriorBlock, initialize_blo
 from unclip.models.component import Component, check_rows
 from unclip.models.config import MAX_LAYERS, ModelConfig
 from unclip.models.entry import entry_point, routes_entry_points
-from unclip.models.kernels import Linear
+from unclip.models.kernels import Embedding, Linear
 from unclip.models.pca import PrincipalComponents
 
 MAX_TOKENS = 16_384
@@ -118,8 +118,8 @@ class AutoregressivePrior(Component[AutoregressivePriorConfig]):
         width, count = config.width, config.num_components
         self.encoder_hidden_states_proj = Linear(config.text_width, width)
         self.embedding_proj = Linear(config.embedding_dim, width)
-        self.dot_embedding = nn.Embedding(config.num_dot_buckets + 1, width)
-        self.code_embedding = nn.Embedding(config.num_buckets, width)
+        self.dot_embedding = Embedding(config.num_dot_buckets + 1, width)
+        self.code_embedding = Embedding(config.num_buckets, width)
         self.positional_embedding = nn.Parameter(torch.zeros(1, config.num_tokens, width))
         self.transformer_blocks = nn.ModuleList(
             [PriorBlock(width, config.attention_head_dim, config.dropout) for _ in range(config.num_layers)]
@@ -131,10 +131,14 @@ class AutoregressivePrior(Component[AutoregressivePriorConfig]):
             return nn.Parameter(values, requires_grad=False)
 
         self.pca_mean = table(torch.zeros(1, config.embedding_dim))
-        self.pca_components = table(torch.eye(count, config.embedding_dim))
+        # Neither `eye` nor `linspace`, which on the meta device import PyTorch's compiler, for seconds.
+        buckets = config.num_dot_buckets
+        axes = torch.zeros(count, config.embedding_dim)
+        axes.diagonal().fill_(1)
+        self.pca_components = table(axes)
         self.code_low = table(torch.full((count,), -1.0))
         self.code_high = table(torch.ones(count))
-        self.dot_edges = table(torch.linspace(-1, 1, config.num_dot_buckets + 1)[1:-1])
+        self.dot_edges = table(torch.tensor([2 * edge / buckets - 1 for edge in range(1, buckets)]))
 
     def initialize_for_training(self, generator: torch.Generator | None = None) -> Self:
         """As `Component`'s; besides, small random positions and tokens, and branches scaled down by the depth.

@@ -6,7 +6,7 @@ Knows the classes that a model_index.json may name and what they need; knows no 
 import importlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,17 @@ TRANSFORMERS = {
     "CLIPImageProcessorPil": "CLIPImageProcessorPil",
 }
 
+OWN_CLIP = {
+    "CLIPTextModelWithProjection": ("unclip.models.clip", "CLIPTextEncoder"),
+    "CLIPVisionModelWithProjection": ("unclip.models.clip", "CLIPImageEncoder"),
+    "CLIPTokenizer": ("unclip.stages.tokenizer", "CaptionTokenizer"),
+    "CLIPImageProcessorPil": ("unclip.stages.preprocessing", "PicturePreprocessor"),
+}
+"""Transformers' class → unclip's own, by module and name, which reads the same folder and gives the same."""
+
+MORE_FILES = ("adapter_config.json", "processor_config.json")
+"""What transformers reads besides a part's own files; unclip's classes do not."""
+
 # The largest value of each size in a CLIP's config.json; more is a damaged file, and would fill the memory.
 CLIP_LIMITS = {
     "hidden_size": 16_384,
@@ -72,9 +83,15 @@ _bars = threading.Lock()
 
 
 def read_component(
-    folder: Path, name: str, class_name: str, *, torch_dtype: torch.dtype | None, variant: str | None
+    folder: Path,
+    name: str,
+    class_name: str,
+    *,
+    torch_dtype: torch.dtype | None,
+    variant: str | None,
+    own_clip: bool = False,
 ) -> Any:
-    """Read one component from `folder/name`.
+    """Read one component from `folder/name`; with `own_clip` by a class of `OWN_CLIP`, where that implements it.
 
     Raises: CheckpointError (or ConfigError) that says which component failed, and why.
     """
@@ -82,8 +99,9 @@ def read_component(
         place = safe_join(folder, name)
         if not place.is_dir():
             raise MissingFileError(f"{place} is not there")
-        with _no_bars():
-            return _reader(class_name)(place, torch_dtype, variant)
+        if own_clip and (part := _read_own_clip(class_name, place, torch_dtype, variant)) is not None:
+            return part
+        return _reader(class_name)(place, torch_dtype, variant)
     except UnclipError as error:
         raise type(error)(f"component {name!r} ({class_name}) cannot be loaded: {error}") from error
     except Exception as error:  # transformers meets a broken file with errors of any kind
@@ -106,7 +124,7 @@ def parts_with_variant(folder: Path, names: Iterable[str], variant: str) -> set[
 
 def write_component(component: Any, folder: Path, *, variant: str | None) -> None:
     """Write one component into a folder of its own."""
-    with _no_bars():
+    with _no_bars() if _is_foreign(component) else nullcontext():
         if isinstance(component, nn.Module):
             component.save_pretrained(folder, variant=variant)  # type: ignore[operator]
         else:
@@ -118,8 +136,14 @@ def index_entry(component: Any) -> list[str]:
     name = type(component).__name__
     if name in OURS:
         return ["unclip" if name in OURS_ALONE else "diffusers", name]
+    name = {own: theirs for theirs, (_, own) in OWN_CLIP.items()}.get(name, name)
     aliases = {"CLIPImageProcessorPil": "CLIPImageProcessor", "CLIPTokenizerFast": "CLIPTokenizer"}
     return ["transformers", aliases.get(name, name)]
+
+
+def _is_foreign(component: Any) -> bool:
+    """Whether it is none of unclip's own."""
+    return type(component).__module__.partition(".")[0] != "unclip"
 
 
 @contextmanager
@@ -144,13 +168,36 @@ def _reader(class_name: str) -> Callable[[Path, torch.dtype | None, str | None],
             return lambda folder, dtype, variant: cls.from_pretrained(folder)
         return lambda folder, dtype, variant: cls.from_pretrained(folder, torch_dtype=dtype, variant=variant)
     if class_name in TRANSFORMERS:
-        cls = getattr(importlib.import_module("transformers"), TRANSFORMERS[class_name])
-        if "Model" in class_name:
-            return lambda folder, dtype, variant: _read_clip(cls, folder, dtype, variant)
-        if "Tokenizer" in class_name:
-            return lambda folder, dtype, variant: _read_tokenizer(cls, folder)
-        return lambda folder, dtype, variant: _read_image_processor(cls, folder)
+        return lambda folder, dtype, variant: _read_transformers(TRANSFORMERS[class_name], folder, dtype, variant)
     raise ConfigError(f"unclip has no class {class_name!r}; it reads {', '.join(sorted([*OURS, *TRANSFORMERS]))}")
+
+
+def _read_transformers(name: str, folder: Path, dtype: torch.dtype | None, variant: str | None) -> Any:
+    """What transformers' class `name` reads."""
+    with _no_bars():
+        cls = getattr(importlib.import_module("transformers"), name)
+        if "Model" in name:
+            return _read_clip(cls, folder, dtype, variant)
+        if "Tokenizer" in name:
+            return _read_tokenizer(cls, folder)
+        return _read_image_processor(cls, folder)
+
+
+def _read_own_clip(class_name: str, folder: Path, dtype: torch.dtype | None, variant: str | None) -> Any:
+    """What unclip's own class reads; None where there is none, or it cannot read the folder.
+
+    Transformers' class has the last word then: it may know a layout of older files, or else says what is wrong.
+    """
+    module, name = OWN_CLIP.get(TRANSFORMERS.get(class_name, ""), (None, ""))
+    if module is None or any((folder / file).exists() for file in MORE_FILES):
+        return None
+    cls = getattr(importlib.import_module(module), name)
+    try:
+        if issubclass(cls, nn.Module):
+            return cls.from_pretrained(folder, torch_dtype=dtype, variant=variant)  # type: ignore[attr-defined]
+        return cls.from_pretrained(folder)
+    except (ConfigError, CheckpointError):
+        return None
 
 
 def _read_tokenizer(cls: Any, folder: Path) -> Any:

@@ -7,10 +7,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from unclip.checkpoints.layout import FURTHER
 from unclip.diffusion.guidance import uses_guidance
@@ -31,6 +30,9 @@ from unclip.stages.encoders import TextEncoder
 from unclip.stages.stage import Size, sample, size_px
 from unclip.stages.super_res import SuperResStage
 from unclip.stages.tiling import Tiling
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,8 @@ class GenerationPipeline(Pipeline):
     """
 
     OPTIONAL = FURTHER
-    text_encoder: CLIPTextModelWithProjection
-    tokenizer: CLIPTokenizer
+    text_encoder: "CLIPTextModelWithProjection"
+    tokenizer: "CLIPTokenizer"
     text_proj: UnCLIPTextProjModel
     decoder: UNet2DConditionModel
     super_res_first: UNet2DModel

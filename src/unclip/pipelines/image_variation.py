@@ -4,13 +4,11 @@ Knows the public call and its arguments; what both pipelines share is in `genera
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPVisionModelWithProjection
-from transformers.image_processing_utils import BaseImageProcessor
 
 from unclip.diffusion.guidance import check_scale
 from unclip.errors import InputError
@@ -18,6 +16,10 @@ from unclip.pipelines.arguments import Callback, check_count, check_embeddings, 
 from unclip.pipelines.generation import Call, GenerationPipeline, StageRun
 from unclip.pipelines.output import ImagePipelineOutput, check_output_type
 from unclip.stages.encoders import ImageEncoder
+
+if TYPE_CHECKING:
+    from transformers import CLIPVisionModelWithProjection
+    from transformers.image_processing_utils import BaseImageProcessor
 
 
 class UnCLIPImageVariationPipeline(GenerationPipeline):
@@ -39,8 +41,8 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
         "decoder_scheduler",
         "super_res_scheduler",
     )
-    image_encoder: CLIPVisionModelWithProjection
-    feature_extractor: BaseImageProcessor
+    image_encoder: "CLIPVisionModelWithProjection"
+    feature_extractor: "BaseImageProcessor"
 
     def check(self) -> None:
         super().check()

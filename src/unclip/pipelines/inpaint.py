@@ -6,13 +6,11 @@ Knows the public call and its arguments; prior, decoder and super-resolution are
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPVisionModelWithProjection
-from transformers.image_processing_utils import BaseImageProcessor
 
 from unclip.checkpoints.layout import FURTHER
 from unclip.diffusion.guidance import check_scale
@@ -26,6 +24,10 @@ from unclip.pipelines.output import ImagePipelineOutput, check_output_type
 from unclip.pipelines.text_to_image import PriorRun, UnCLIPPipeline
 from unclip.stages.encoders import ImageEncoder
 from unclip.stages.stage import Size
+
+if TYPE_CHECKING:
+    from transformers import CLIPVisionModelWithProjection
+    from transformers.image_processing_utils import BaseImageProcessor
 
 EMBEDDING_SOURCES = ("prompt", "image")
 
@@ -43,8 +45,8 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
     """
 
     OPTIONAL = ("image_encoder", "feature_extractor", *UnCLIPPipeline.OPTIONAL)
-    image_encoder: CLIPVisionModelWithProjection
-    feature_extractor: BaseImageProcessor
+    image_encoder: "CLIPVisionModelWithProjection"
+    feature_extractor: "BaseImageProcessor"
 
     @classmethod
     def component_names(cls) -> tuple[str, ...]:

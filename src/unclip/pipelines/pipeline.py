@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Any, ClassVar, Self, get_args, get_type_hints
+from typing import Any, ClassVar, Self, get_args
 
 import torch
 from torch import nn
@@ -63,8 +63,8 @@ class Pipeline:
         kinds = self._kinds(name)
         if value is None and kinds and name not in self.OPTIONAL:
             raise ConfigError(f"component {name!r} cannot be None: it must be a {_either(kinds)}")
-        ours = bool(kinds) and all(kind.__module__.startswith("unclip.") for kind in kinds)
-        if value is not None and ours and not isinstance(value, kinds):
+        classes = tuple(kind for kind in kinds if isinstance(kind, type))
+        if value is not None and classes and not isinstance(value, classes):
             found = f"{type(value).__module__}.{type(value).__name__}"
             raise ConfigError(
                 f"component {name!r} is a {found}; it must be a {_either(kinds, in_full=True)} "
@@ -78,15 +78,16 @@ class Pipeline:
         return (*cls.COMPONENTS, *(name for name in cls.OPTIONAL if name not in cls.COMPONENTS))
 
     @classmethod
-    def _kinds(cls, name: str) -> tuple[type, ...]:
+    def _kinds(cls, name: str) -> tuple[type | str, ...]:
         """The classes that a component may be of, as it is annotated; none for another attribute."""
         kind = cls._annotation(name) if name in cls.component_names() else None
         return tuple(part for part in (get_args(kind) or (kind,)) if part not in (None, NoneType))
 
     @classmethod
     def _annotation(cls, name: str) -> Any:
-        """The class, or classes, that a component is annotated with."""
-        return get_type_hints(cls).get(name)
+        """The class, or classes, that a component is annotated with; a name where the class is not imported here."""
+        found = (inspect.get_annotations(base).get(name) for base in cls.__mro__)
+        return next((kind for kind in found if kind is not None), None)
 
     def check(self) -> None:
         """Raises: ConfigError when components do not fit one another."""
@@ -144,6 +145,7 @@ class Pipeline:
         local_files_only: bool = False,
         token: str | bool | None = None,
         use_safetensors: bool = True,
+        own_clip: bool = False,
         **components: Any,
     ) -> Self:
         """Load a pipeline.
@@ -155,6 +157,9 @@ class Pipeline:
                 the plain weights of the others.
             revision, cache_dir, local_files_only, token: as the hub client has them.
             use_safetensors: nothing else is read, so False is refused.
+            own_clip: read CLIP's parts by unclip's own classes (`models/clip.py`, `stages/tokenizer.py`,
+                `stages/preprocessing.py`) instead of transformers', whose import takes seconds. They give the same
+                numbers and only encode; a part that they do not implement is read by transformers' class after all.
             components: parts to use in place of the folder's (`prior=my_prior`).
 
         Raises:
@@ -182,7 +187,9 @@ class Pipeline:
         for name in to_read:
             class_name = _class_name(index, name, cls.__name__, folder)
             own = variant if name in varied else None
-            parts[name] = read_component(folder, name, class_name, torch_dtype=torch_dtype, variant=own)
+            parts[name] = read_component(
+                folder, name, class_name, torch_dtype=torch_dtype, variant=own, own_clip=own_clip
+            )
         pipeline = cls(**parts)
         pipeline._recommended = read_recommended(folder)
         return pipeline
@@ -305,8 +312,13 @@ class Pipeline:
         return f"{type(self).__name__}({parts})"
 
 
-def _either(kinds: tuple[type, ...], *, in_full: bool = False) -> str:
-    return " or a ".join(f"{kind.__module__}.{kind.__name__}" if in_full else kind.__name__ for kind in kinds)
+def _either(kinds: tuple[type | str, ...], *, in_full: bool = False) -> str:
+    def word(kind: type | str) -> str:
+        if isinstance(kind, str):
+            return kind
+        return f"{kind.__module__}.{kind.__name__}" if in_full else kind.__name__
+
+    return " or a ".join(map(word, kinds))
 
 
 def _class_name(index: Mapping[str, Any], name: str, pipeline: str, folder: Path) -> str:

@@ -1,25 +1,36 @@
 """From a caption, or a picture, to CLIP's space.
 
-Knows transformers' CLIP classes; knows nothing of diffusion. Called by pipelines, training and evaluation.
+Knows CLIP's parts, transformers' or unclip's own, and imports neither; knows nothing of diffusion. Called by pipelines,
+training and evaluation.
 """
 
+import re
 import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
-from transformers.image_processing_utils import BaseImageProcessor
 
 from unclip.errors import ConfigError, InputError
 from unclip.images import rgb
 from unclip.stages.condition import TextEmbedding
 
+if TYPE_CHECKING:
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
+    from transformers.image_processing_utils import BaseImageProcessor
+
+    from unclip.models.clip import CLIPImageEncoder, CLIPTextEncoder
+    from unclip.stages.preprocessing import PicturePreprocessor
+    from unclip.stages.tokenizer import CaptionTokenizer
+
 MAX_PROMPT_CHARACTERS = 100_000
 MAX_PREPROCESSED_PX = 4096
+
+_SPECIAL_TOKEN = re.compile(r"<\|(startoftext|endoftext)\|>", re.IGNORECASE | re.ASCII)
 
 # A tokenizer keeps padding and truncation as state from call to call: two threads in it would change each other's.
 _tokenizing = threading.Lock()
@@ -29,8 +40,8 @@ _tokenizing = threading.Lock()
 class TextEncoder:
     """A CLIP text encoder with its tokenizer."""
 
-    text_encoder: CLIPTextModelWithProjection
-    tokenizer: CLIPTokenizer
+    text_encoder: "CLIPTextModelWithProjection | CLIPTextEncoder"
+    tokenizer: "CLIPTokenizer | CaptionTokenizer"
 
     def encode(self, prompts: Sequence[str], device: torch.device | str | None = None) -> TextEmbedding:
         """Encode captions, each padded to the whole context. Equal captions are encoded once.
@@ -81,8 +92,8 @@ class TextEncoder:
 class ImageEncoder:
     """A CLIP image encoder with its preprocessing."""
 
-    image_encoder: CLIPVisionModelWithProjection
-    feature_extractor: BaseImageProcessor
+    image_encoder: "CLIPVisionModelWithProjection | CLIPImageEncoder"
+    feature_extractor: "BaseImageProcessor | PicturePreprocessor"
 
     def check(self) -> None:
         """Raises: ConfigError when the preprocessing's sizes are absurd, or not those that the encoder takes."""
@@ -156,5 +167,8 @@ def check_prompt(prompt: object) -> None:
 
 
 def _plain(prompt: str) -> str:
-    """The prompt as text alone: a special token written out by a person must not end the caption early."""
-    return prompt.replace("<|endoftext|>", "< |endoftext| >").replace("<|startoftext|>", "< |startoftext| >")
+    """The prompt as text alone: a special token written out by a person must not end the caption early.
+
+    In capitals neither: some folders' tokenizers look for special tokens after they have made all letters small.
+    """
+    return _SPECIAL_TOKEN.sub(r"< |\1| >", prompt)

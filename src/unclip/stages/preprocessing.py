@@ -1,0 +1,157 @@
+"""Pictures → the pixels that CLIP's image encoder takes: resized, cropped, normalised.
+
+Knows PIL pictures and the settings of transformers' `CLIPImageProcessor`, whose numbers it gives; imports nothing of
+transformers. Called where that would take too long: by the command line.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unclip.checkpoints.files import output_folder, read_json, write_json
+from unclip.errors import ConfigError
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Of the pictures that OpenAI's CLIP was trained on: what a folder means that names none."""
+
+_ALWAYS = {"do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "do_pad": None, "pad_size": None}
+# What says who wrote the file, or how fast it is to be done, but not what.
+_NAMES = ("feature_extractor_type", "image_processor_type", "processor_class")
+
+
+@dataclass(frozen=True)
+class PicturePreprocessor:
+    """Makes pixels of pictures, called as transformers' image processors are.
+
+    Attributes:
+        do_resize: whether pictures are resized to `size` first.
+        size: {"shortest_edge": px}, which keeps the shape, or {"height": px, "width": px}.
+        resample: PIL's number of the filter; 3 is bicubic.
+        do_center_crop: whether the middle is cut out then, and filled up with black where there is less.
+        crop_size: {"height": px, "width": px}.
+        rescale_factor: what values from 0 to 255 are multiplied by.
+        image_mean, image_std: of each of the three channels; subtracted, and divided by, after that.
+    """
+
+    do_resize: bool
+    size: Mapping[str, int]
+    resample: int
+    do_center_crop: bool
+    crop_size: Mapping[str, int]
+    rescale_factor: float
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """As preprocessor_config.json in `folder` says.
+
+        Raises: ConfigError for a setting that is not implemented, so that transformers' class must read it;
+            CheckpointError for a file that cannot be read.
+        """
+        return cls._from_settings(read_json(Path(folder) / "preprocessor_config.json"))
+
+    @classmethod
+    def _from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        given = {name: value for name, value in settings.items() if name not in _NAMES}
+        for name, only in _ALWAYS.items():
+            if given.pop(name, only) is not only:
+                raise ConfigError(f"{name} = {settings[name]!r:.80} in preprocessor_config.json is not implemented")
+        made = cls(
+            do_resize=_switch(given.pop("do_resize", True)),
+            size=_sides(given.pop("size", 224), ("shortest_edge",)),
+            resample=_filter(given.pop("resample", 3)),
+            do_center_crop=_switch(given.pop("do_center_crop", True)),
+            crop_size=_sides(given.pop("crop_size", 224), ("height", "width")),
+            rescale_factor=_numbers([given.pop("rescale_factor", 1 / 255)], 1)[0],
+            image_mean=_numbers(given.pop("image_mean", OPENAI_MEAN), 3),
+            image_std=_numbers(given.pop("image_std", OPENAI_STD), 3),
+        )
+        if given:
+            raise ConfigError(f"{', '.join(sorted(given)):.80} in preprocessor_config.json is not implemented")
+        return made
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write preprocessor_config.json, as transformers' class reads it too."""
+        settings = {**vars(self), "size": dict(self.size), "crop_size": dict(self.crop_size)}
+        always = {name: value for name, value in _ALWAYS.items() if value is not None}
+        write_json(
+            output_folder(folder) / "preprocessor_config.json",
+            {"image_processor_type": "CLIPImageProcessor", **always, **settings},
+        )
+
+    def __call__(self, images: Sequence[Image.Image], return_tensors: str = "pt") -> dict[str, Tensor]:
+        """`pixel_values` of pictures of mode RGB: float32 [batch, 3, height, width].
+
+        Raises: ValueError for pictures that come out in different sizes.
+        """
+        pixels = np.stack([self._prepared(image) for image in images])
+        return {"pixel_values": torch.from_numpy(pixels)}
+
+    def _prepared(self, image: Image.Image) -> np.ndarray:
+        if self.do_resize:
+            image = image.resize(self._resized(*image.size), resample=Image.Resampling(self.resample))
+        values = np.asarray(image)
+        if self.do_center_crop:
+            values = _middle(values, self.crop_size["height"], self.crop_size["width"])
+        scaled = (values.astype(np.float64) * self.rescale_factor).astype(np.float32)
+        normal = (scaled - np.array(self.image_mean, np.float32)) / np.array(self.image_std, np.float32)
+        return np.ascontiguousarray(np.moveaxis(normal, -1, 0))
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height after resizing."""
+        if "shortest_edge" not in self.size:
+            return self.size["width"], self.size["height"]
+        edge = self.size["shortest_edge"]
+        return (edge, int(edge * height / width)) if width <= height else (int(edge * width / height), edge)
+
+
+def _middle(values: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The middle of [old height, old width, 3] as [height, width, 3], on black where the picture is smaller."""
+    for axis, side in ((0, height), (1, width)):
+        old = values.shape[axis]
+        start = (old - side) // 2
+        if old >= side:
+            values = values.take(range(start, start + side), axis)
+        else:
+            room = [(0, 0)] * 3
+            room[axis] = (-start, side - old + start)
+            values = np.pad(values, room)
+    return values
+
+
+def _switch(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{value!r:.80} in preprocessor_config.json is neither true nor false")
+    return value
+
+
+def _sides(value: Any, names: tuple[str, ...]) -> dict[str, int]:
+    """A size by side; one number is for all of `names`."""
+    sides = dict.fromkeys(names, value) if type(value) is int else value
+    kinds = ({"height", "width"}, {"shortest_edge"} & set(names))
+    if not isinstance(sides, Mapping) or set(sides) not in kinds or not all(type(px) is int for px in sides.values()):
+        raise ConfigError(f"the size {value!r:.80} in preprocessor_config.json is not implemented")
+    return dict(sides)
+
+
+def _filter(value: Any) -> int:
+    if type(value) is not int or value not in list(Image.Resampling):
+        raise ConfigError(f"resample = {value!r:.80} in preprocessor_config.json is no filter of PIL's")
+    return value
+
+
+def _numbers(values: Any, count: int) -> tuple[float, ...]:
+    if not isinstance(values, list | tuple) or len(values) != count:
+        raise ConfigError(f"{values!r:.80} in preprocessor_config.json must be {count} numbers")
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
+        raise ConfigError(f"{values!r:.80} in preprocessor_config.json must be {count} numbers")
+    return tuple(values)

@@ -1,0 +1,274 @@
+"""CLIP's tokenizer, read from a folder by the `tokenizers` library alone.
+
+Knows captions and the files of transformers' `CLIPTokenizer`, whose numbers it gives; imports nothing of transformers.
+Called where that would take too long: by the command line. A folder that asks for more is refused, not guessed at.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from torch import Tensor
+
+from unclip.checkpoints.files import output_folder, read_json, write_json
+from unclip.errors import ConfigError, InputError, MissingFileError
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORD_END = "</w>"
+UNLIMITED = 10**30
+"""`model_max_length` of a folder that names none."""
+
+# How a caption falls into pieces before any merge: special tokens, English endings, words, single digits, the rest.
+PIECES = "|".join(
+    [
+        re.escape(START),
+        re.escape(END),
+        "'s",
+        "'t",
+        "'re",
+        "'ve",
+        "'m",
+        "'ll",
+        "'d",
+        r"\p{L}+",
+        r"\p{N}",
+        r"[^\s\p{L}\p{N}]+",
+    ]
+)
+
+_SPECIAL = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+# Settings that change no number here, by the values at which they do not; None: at every value.
+_NEUTRAL: dict[str, tuple[Any, ...] | None] = {
+    "add_prefix_space": (False,),
+    "additional_special_tokens": ([], None),
+    "backend": ("tokenizers",),
+    "clean_up_tokenization_spaces": None,
+    "do_lower_case": (True,),
+    "errors": None,
+    "extra_special_tokens": ([], {}, None),
+    "is_local": None,
+    "local_files_only": None,
+    "max_length": None,
+    "model_max_length": None,
+    "name_or_path": None,
+    "pad_to_multiple_of": (None,),
+    "pad_token_type_id": None,
+    "padding_side": ("right",),
+    "processor_class": None,
+    "special_tokens_map_file": None,
+    "split_special_tokens": (False,),
+    "stride": (0,),
+    "tokenizer_class": ("CLIPTokenizer", "CLIPTokenizerFast", None),
+    "truncation_side": ("right",),
+    "truncation_strategy": None,
+}
+_PLAIN = ("lstrip", "rstrip", "single_word")
+
+
+class CaptionTokenizer:
+    """Captions → CLIP's token numbers: lower case, byte pairs, the start and the end of the text around them.
+
+    It is called as transformers' tokenizers are, with the arguments that encoders use. Special tokens that a caption
+    spells out are read as text. It keeps nothing from call to call, so several threads may share one.
+
+    Args:
+        vocabulary: token → number; holds the two special tokens.
+        merges: pairs of tokens, in the order in which they merge.
+        model_max_length: tokens that the text encoder reads.
+
+    Raises: ConfigError for a vocabulary or merges that are none.
+    """
+
+    def __init__(
+        self, vocabulary: Mapping[str, int], merges: Iterable[tuple[str, str]], model_max_length: int = UNLIMITED
+    ) -> None:
+        self.model_max_length = model_max_length
+        self._vocabulary, self._merges = dict(vocabulary), list(merges)
+        try:
+            self.bos_token_id, self.eos_token_id = self._vocabulary[START], self._vocabulary[END]
+            model = BPE(
+                vocab=self._vocabulary,
+                merges=self._merges,
+                unk_token=END,
+                continuing_subword_prefix="",
+                end_of_word_suffix=WORD_END,
+                fuse_unk=False,
+            )
+        except Exception as problem:  # the library raises bare ones
+            raise ConfigError(f"this is no vocabulary of CLIP's: {problem!r:.200}") from problem
+        self._tokenizer = Tokenizer(model)
+        self._tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+        self._tokenizer.decoder = decoders.ByteLevel()
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """The tokenizer of a folder: tokenizer.json, or vocab.json and merges.txt, with their settings.
+
+        Raises: ConfigError where the folder asks for what is not implemented (tokens besides CLIP's, padding on the
+            left, say), so that transformers' class must read it; CheckpointError for files that cannot be read.
+        """
+        folder = Path(folder)
+        settings = _optional_json(folder / "tokenizer_config.json")
+        _check_settings(settings)
+        _check_special(_optional_json(folder / "special_tokens_map.json"), "special_tokens_map.json")
+        if (folder / "added_tokens.json").exists():
+            raise ConfigError(f"{folder} has added_tokens.json")
+        limit = settings.get("model_max_length", UNLIMITED)
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit >= 3:
+            raise ConfigError(f"model_max_length in {folder} is {limit!r}")
+        if (folder / "tokenizer.json").is_file():
+            vocabulary, merges = _read_whole(folder / "tokenizer.json")
+        else:
+            vocabulary, merges = read_json(folder / "vocab.json"), _read_merges(folder / "merges.txt")
+        made = cls(vocabulary, merges, int(limit))
+        _check_added(settings.get("added_tokens_decoder", {}), vocabulary)
+        return made
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write vocab.json, merges.txt and the settings, as transformers' classes read them too."""
+        folder = output_folder(folder)
+        settings: dict[str, Any] = {"tokenizer_class": "CLIPTokenizer", **_SPECIAL}
+        if self.model_max_length < UNLIMITED:
+            settings["model_max_length"] = self.model_max_length
+        write_json(folder / "vocab.json", self._vocabulary)
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in self._merges)]
+        (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_json(folder / "tokenizer_config.json", settings)
+
+    def __len__(self) -> int:
+        return len(self._vocabulary)
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        *,
+        padding: bool | str = False,
+        max_length: int | None = None,
+        truncation: bool = False,
+        add_special_tokens: bool = True,
+        return_tensors: str | None = None,
+        verbose: bool = True,
+    ) -> dict[str, Any]:
+        """Token numbers, and which of them are the caption's.
+
+        Args:
+            text: one caption, or several.
+            padding: "max_length" fills each up with end-of-text tokens to `max_length`, True to the longest.
+            max_length: tokens, the special ones included; the model's by default.
+            truncation: leave out what exceeds `max_length`; the end-of-text token stays.
+            add_special_tokens: put start and end around each.
+            return_tensors: "pt" gives integer tensors [batch, tokens]; None gives lists, for one caption one list.
+            verbose: has no effect; transformers' tokenizers have it.
+
+        Returns: `input_ids`, and `attention_mask` with 1 for the caption's and 0 for padding.
+
+        Raises: InputError for rows of different lengths as a tensor.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        limit = self.model_max_length if max_length is None else max_length
+        around = 2 if add_special_tokens else 0
+        rows = [found.ids for found in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
+        if truncation:
+            rows = [row[: max(0, limit - around)] for row in rows]
+        if add_special_tokens:
+            rows = [[self.bos_token_id, *row, self.eos_token_id] for row in rows]
+        length = limit if padding == "max_length" else max(map(len, rows), default=0) if padding else 0
+        masks = [[1] * len(row) + [0] * (length - len(row)) for row in rows]
+        rows = [row + [self.eos_token_id] * (length - len(row)) for row in rows]
+        if return_tensors == "pt":
+            if len({len(row) for row in rows}) > 1:
+                raise InputError("captions of different lengths make no tensor: ask for padding and truncation")
+            return {"input_ids": _tensor(rows), "attention_mask": _tensor(masks)}
+        if isinstance(text, str):
+            return {"input_ids": rows[0], "attention_mask": masks[0]}
+        return {"input_ids": rows, "attention_mask": masks}
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some tokens."""
+        text = self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return text.replace(WORD_END, " ").strip()
+
+
+def _tensor(rows: list[list[int]]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.long)
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    _check_special(settings, "tokenizer_config.json")
+    for name, value in settings.items():
+        if name in _SPECIAL or name == "added_tokens_decoder":
+            continue
+        if name not in _NEUTRAL or ((allowed := _NEUTRAL[name]) is not None and value not in allowed):
+            raise ConfigError(f"{name} = {value!r:.80} in tokenizer_config.json is not implemented")
+
+
+def _check_special(settings: Mapping[str, Any], file: str) -> None:
+    for name, wanted in _SPECIAL.items():
+        value = settings.get(name, wanted)
+        if isinstance(value, Mapping):
+            _check_plain(value, file)
+            value = value.get("content")
+        if value != wanted:
+            raise ConfigError(f"{name} in {file} is {value!r:.80}, not {wanted!r}")
+    if file != "tokenizer_config.json" and (other := set(settings) - set(_SPECIAL)):
+        raise ConfigError(f"{file} has {', '.join(sorted(other)):.80}")
+
+
+def _check_plain(token: Mapping[str, Any], file: str) -> None:
+    if any(token.get(flag) for flag in _PLAIN):
+        raise ConfigError(f"{file} has a special token that is not plain")
+
+
+def _check_added(added: Any, vocabulary: Mapping[str, int]) -> None:
+    """Raises: ConfigError for a token that is not one of the two, with the vocabulary's number."""
+    for number, token in added.items() if isinstance(added, Mapping) else [("?", None)]:
+        content = token.get("content") if isinstance(token, Mapping) else None
+        if not isinstance(token, Mapping) or content not in (START, END) or str(number) != str(vocabulary[content]):
+            raise ConfigError(f"the added token {content!r:.80} is not one of CLIP's two")
+        _check_plain(token, "added_tokens_decoder")
+
+
+def _read_whole(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a tokenizer.json; its other settings are CLIP's whatever it says, as in transformers."""
+    parsed = read_json(path)
+    model = parsed.get("model")
+    if not isinstance(model, dict) or model.get("type") != "BPE":
+        raise ConfigError(f"{path} holds no byte-pair encoding")
+    vocabulary, merges, added = model.get("vocab"), model.get("merges"), parsed.get("added_tokens", [])
+    if not (isinstance(vocabulary, dict) and isinstance(merges, list) and isinstance(added, list)):
+        raise ConfigError(f"{path} has no vocabulary, merges and added tokens")
+    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ConfigError(f"{path} has a merge that is no pair")
+    try:
+        _check_added({token["id"]: token for token in added}, vocabulary)
+    except (KeyError, TypeError) as problem:
+        raise ConfigError(f"{path} has an added token that is none: {problem!r:.80}") from problem
+    return vocabulary, pairs  # type: ignore[return-value]
+
+
+def _read_merges(path: Path) -> list[tuple[str, str]]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise MissingFileError(f"{path} cannot be read: {problem}") from problem
+    pairs = [tuple(line.rstrip("\r").split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ConfigError(f"{path} has a line that is no pair")
+    return pairs  # type: ignore[return-value]
