@@ -93,7 +93,7 @@ def test_each_stage_has_its_task(monkeypatch, stage, name):
     from unclip.cli.train import make_task
     from unclip.training import diffusion
 
-    monkeypatch.setattr(diffusion, name, lambda recipe: (name, recipe))
+    monkeypatch.setattr(diffusion, name, lambda recipe, *_: (name, recipe))
     recipe = types.SimpleNamespace(stage=stage)
     assert make_task(recipe) == (name, recipe)
 
