@@ -255,3 +255,9 @@ def test_the_built_in_model_edits_the_colour(built_in, drawn):
     assert red > other + 0.2
     assert now_blue > now_red
     assert float((before - after)[:, :8, :8].abs().mean()) < 0.1  # the corner stays white
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(1, 3, 16, 16), [torch.zeros(3, 16, 16)]])
+def test_only_pil_pictures_are_inverted(tool, wrong):
+    with pytest.raises(ImageError, match="PIL"):
+        tool.invert(wrong, **STEPS)

@@ -24,8 +24,9 @@ def read(tmp_path):
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*/*.toml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_recipe_of_the_repository_is_valid(path):
     recipe = read_recipe(path)
-    assert recipe.data.parent.parent.name == "runs"
-    others = {"judge": "clip", "super_res_last": "super_res", "decoder_more": "decoder"}
+    sources = recipe.data if isinstance(recipe.data, tuple) else (recipe.data,)
+    assert all(source.parent.parent.name == "runs" for source in sources)
+    others = {"judge": "clip", "super_res_last": "super_res", "decoder_more": "decoder", "prior_more": "prior"}
     assert recipe.stage == others.get(path.stem, path.stem)
     assert recipe.start_from is None or (recipe.start_from / "model_index.json").is_file()
     json.dumps(as_dict(recipe))

@@ -25,7 +25,7 @@ from torch import Tensor
 from unclip.diffusion.guidance import check_scale
 from unclip.diffusion.noise import NoiseSource, generators_from_seed
 from unclip.diffusion.scheduler import DDIMScheduler
-from unclip.errors import CheckpointError, InputError
+from unclip.errors import CheckpointError, ImageError, InputError
 from unclip.images import to_square
 from unclip.models.pca import PrincipalComponents
 from unclip.pipelines.arguments import Callback, check_count, check_embeddings, check_latents, on_step
@@ -121,6 +121,8 @@ class Manipulator:
         pipe.check()
         check_scale(decoder_guidance_scale, "decoder_guidance_scale")
         pictures = [images] if isinstance(images, Image.Image) else images
+        if not all(isinstance(picture, Image.Image) for picture in pictures):
+            raise ImageError(f"the pictures to invert are {type(images).__name__}; give PIL pictures")
         embeddings = self.embed_images(pictures)
         decoder = StageRun(self._steps("decoder", decoder_num_inference_steps), decoder_guidance_scale)
         ddim = self._deterministic(0.0)

@@ -224,7 +224,7 @@ class Trainer:
     def take_step(self) -> dict[str, float]:
         """One optimizer step. Returns: its metrics.
 
-        Raises: TrainingError when the loss or a gradient is no number; nothing has changed then.
+        Raises: TrainingError when the loss or a gradient is no number; weights, optimizer and average are as before.
         """
         metrics = self._train_step()
         self.step += 1
