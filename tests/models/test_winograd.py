@@ -1,0 +1,114 @@
+"""Convolutions by minimal filtering: the plain ones' results and gradients, taken only where they pay."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from unclip.models import winograd
+from unclip.models.kernels import Conv2d
+
+torch.set_num_threads(1)
+WIDE = winograd.MIN_CHANNELS
+
+
+def close(got: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((got - expected).abs().max() <= 3e-5 * expected.abs().max())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(1, 4, 4), (3, 8, 12), (2, 16, 4)])
+def test_results_and_gradients_are_the_plain_ones(shape, layout, bias):
+    batch, height, width = shape
+    torch.manual_seed(0)
+    x = torch.randn(batch, 6, height, width).to(memory_format=layout).requires_grad_()
+    weight = torch.randn(5, 6, 3, 3).to(memory_format=layout).requires_grad_()
+    given = (x, weight, torch.randn(5, requires_grad=True)) if bias else (x, weight)
+    ours = winograd.convolution(*given) if bias else winograd.convolution(*given, None)
+    plain = F.conv2d(*given, padding=1)
+    assert close(ours, plain)
+    toward = torch.randn_like(plain)
+    for got, expected in zip(
+        torch.autograd.grad(ours, given, toward), torch.autograd.grad(plain, given, toward), strict=True
+    ):
+        assert got.shape == expected.shape
+        assert close(got, expected)
+
+
+def test_a_batch_in_chunks_is_the_batch_at_once(monkeypatch):
+    x, weight = torch.randn(5, 6, 8, 8, requires_grad=True), torch.randn(7, 6, 3, 3, requires_grad=True)
+    at_once = winograd.convolution(x, weight, None)
+    gradients = torch.autograd.grad(at_once.square().sum(), (x, weight))
+    monkeypatch.setattr(winograd, "MAX_CHUNK_BYTES", 2 * 4 * 36 * 4 * 7)  # two of the five pictures
+    in_chunks = winograd.convolution(x, weight, None)
+    torch.testing.assert_close(in_chunks, at_once)
+    for got, expected in zip(torch.autograd.grad(in_chunks.square().sum(), (x, weight)), gradients, strict=True):
+        assert close(got, expected)
+
+
+def test_a_gradient_that_is_a_slice_or_expanded_is_taken():
+    x, weight = torch.randn(2, 4, 8, 8, requires_grad=True), torch.randn(4, 4, 3, 3)
+    for reduce in (torch.sum, lambda y: (torch.cat([y, y], 1) ** 2).sum()):
+        (got,) = torch.autograd.grad(reduce(winograd.convolution(x, weight, None)), x)
+        (expected,) = torch.autograd.grad(reduce(F.conv2d(x, weight, padding=1)), x)
+        assert close(got, expected)
+
+
+@pytest.mark.parametrize("frozen", ["input", "weight"])
+def test_only_the_gradient_asked_for_is_computed(frozen):
+    x = torch.randn(1, 4, 8, 8, requires_grad=frozen != "input")
+    weight = torch.randn(4, 4, 3, 3, requires_grad=frozen != "weight")
+    winograd.convolution(x, weight, None).sum().backward()
+    assert (x.grad is None) == (frozen == "input")
+    assert (weight.grad is None) == (frozen == "weight")
+
+
+def test_a_layer_takes_it_in_training_and_only_there(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        winograd, "convolution", lambda *given: calls.append(given[0].shape) or F.conv2d(*given, padding=1)
+    )
+    conv = Conv2d(WIDE, WIDE, 3, padding=1)
+    x = torch.randn(4, WIDE, 16, 16)
+    conv(x)
+    assert calls == [(4, WIDE, 16, 16)]
+    conv(x[:1, :, :, :], doubled=True)
+    assert calls[1:] == [(1, WIDE, 32, 32)]
+    with torch.no_grad():
+        conv(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        conv(x)
+    conv(x[:3])  # few pixels
+    conv(x[:, :, :, :15].repeat(2, 1, 1, 1))  # no multiple of 4
+    Conv2d(WIDE - 1, WIDE, 3, padding=1)(x[:, 1:])  # narrow
+    Conv2d(WIDE, WIDE, 3, padding=1, stride=2)(x)
+    Conv2d(WIDE, WIDE, 1)(x)
+    conv.double()(x.double())
+    assert len(calls) == 2
+    conv.float().requires_grad_(False)(x)  # nothing to learn
+    assert len(calls) == 2
+    conv(x.requires_grad_())
+    assert len(calls) == 3
+
+
+def test_training_steps_by_either_way_stay_together(monkeypatch):
+    """Ten steps of the same small network: the losses agree far beyond what the steps change."""
+
+    def losses(min_channels: int) -> list[float]:
+        monkeypatch.setattr(winograd, "MIN_CHANNELS", min_channels)
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(Conv2d(8, 8, 3, padding=1), torch.nn.SiLU(), Conv2d(8, 8, 3, padding=1))
+        optimizer = torch.optim.AdamW(network.parameters(), 1e-2)
+        x, target = torch.randn(2, 16, 8, 32, 32)
+        made = []
+        for _ in range(10):
+            loss = F.mse_loss(network(x), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            made.append(loss.item())
+        return made
+
+    ours, plain = losses(8), losses(9)
+    assert plain[-1] < 0.98 * plain[0]
+    assert ours == pytest.approx(plain, rel=1e-4)
