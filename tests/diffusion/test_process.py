@@ -319,3 +319,12 @@ def test_processes_are_values() -> None:
     assert hash(DiffusionProcess()) == hash(DiffusionProcess())
     with pytest.raises(AttributeError):
         DiffusionProcess().clip_range = 2.0  # type: ignore[misc]
+
+
+def test_tables_made_under_another_default_device_are_right():
+    """`with torch.device("meta")` is how networks are built without memory; a table must not be lost there."""
+    process = DiffusionProcess(num_timesteps=997)  # of no other test, so that nothing is kept from one
+    with torch.device("meta"):
+        alpha = process.tables.on("alpha", torch.device("cpu"))
+    assert alpha.device.type == "cpu"
+    assert 0.99 < alpha[0] <= 1

@@ -70,6 +70,13 @@ def test_at_temperature_zero_the_likeliest_is_taken():
         assert draw_code(logits, torch.full((2,), place, dtype=torch.float64), 0.0, 1.0).tolist() == [1, 0]
 
 
+def test_the_smallest_temperature_is_that_of_the_likeliest():
+    logits = torch.tensor([[0.0, 2.0, -1.0], [-3.0, -5.0, -4.0]])
+    places = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    assert draw_code(logits, places, 5e-324, 1.0).tolist() == [1, 0]
+    assert draw_code(logits, places, 1e-308, 0.9).tolist() == [1, 0]
+
+
 @pytest.mark.parametrize(("top_p", "kept"), [(0.4, {1}), (0.5, {1}), (0.51, {1, 3}), (0.8, {1, 3}), (0.81, {0, 1, 3})])
 def test_top_p_leaves_the_likeliest(top_p, kept):
     chances = torch.tensor([0.15, 0.5, 0.05, 0.3])

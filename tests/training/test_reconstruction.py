@@ -143,3 +143,29 @@ def test_what_is_no_image_model(tmp_path):
     (tmp_path / "resnet" / "config.json").write_text('{"model_type": "nothing"}')
     with pytest.raises(CheckpointError, match="holds no image model that transformers reads"):
         perceptual_loss(tmp_path / "resnet", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_mean": 0.5}, "image_mean is 0.5"),
+        ({"image_mean": [0.5, 0.5]}, "three numbers"),
+        ({"image_std": ["a", "b", "c"]}, "image_std is"),
+        ({"image_std": [0.5, 0.5, 0.0]}, "above 0"),
+    ],
+)
+def test_a_preprocessor_that_makes_no_sense_is_refused(tmp_path, settings, message):
+    save_resnet(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=message):
+        perceptual_loss(tmp_path, 1.0)
+
+
+def test_a_network_that_takes_pictures_as_they_are(tmp_path):
+    save_resnet(tmp_path)
+    wanted, found = torch.rand(2, 1, 3, 32, 32) * 2 - 1
+    distances = []
+    for settings in ({"do_normalize": False, "image_mean": [9] * 3}, {"image_mean": [0] * 3, "image_std": [1] * 3}):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+        distances.append(perceptual_loss(tmp_path, 1.0)(found, wanted)["perceptual"].item())
+    assert distances[0] == distances[1]

@@ -55,7 +55,7 @@ class Tables:
 
 @functools.lru_cache(maxsize=64)
 def _on_device(tables: Tables, name: str, device: torch.device) -> Tensor:
-    return torch.tensor(getattr(tables, name), dtype=torch.float32).to(device)
+    return torch.tensor(getattr(tables, name), dtype=torch.float32, device="cpu").to(device)
 
 
 def _cosine_betas(num_timesteps: int) -> list[float]:

@@ -49,7 +49,8 @@ class PrincipalComponents:
                 f"mean, components and variances have shapes {shapes}; they must be [dim], [num_components, dim] and "
                 "[num_components], with 1 to dim components"
             )
-        product = self.components.double() @ self.components.double().T
+        components = self.components.cpu().double()
+        product = components @ components.T
         off = float((product - torch.eye(count, dtype=torch.float64, device=product.device)).abs().max())
         if not off <= ORTHONORMAL_TOLERANCE:
             raise ConfigError(f"the components are off orthonormal by {off:.3g}; at most {ORTHONORMAL_TOLERANCE} is")
@@ -71,7 +72,8 @@ class PrincipalComponents:
         """float32 [num_components]: the share of all variance that the first 1, 2, … components hold."""
         if self.total_variance <= 0:
             return torch.ones_like(self.variances)
-        return (self.variances.double().cumsum(0) / self.total_variance).clamp(max=1).float()
+        shares = self.variances.cpu().double().cumsum(0) / self.total_variance
+        return shares.clamp(max=1).float().to(self.variances.device)
 
     @classmethod
     def fit(cls, batches: Iterable[Tensor], num_components: int | None = None) -> Self:

@@ -175,5 +175,6 @@ def _weights(weight: Tensor) -> Tensor:
 @functools.cache
 def _matrix(name: str) -> Tensor:
     """The transform of both axes at once, [36 or 16, 36 or 9]."""
-    axis = torch.tensor({"input": INPUT, "weight": WEIGHT, "output": OUTPUT}[name], dtype=torch.float64)
+    rows = {"input": INPUT, "weight": WEIGHT, "output": OUTPUT}[name]
+    axis = torch.tensor(rows, dtype=torch.float64, device="cpu")
     return torch.kron(axis, axis).float()

@@ -31,10 +31,11 @@ def slerp(start: Tensor, end: Tensor, share: float | Tensor) -> Tensor:
     """
     if start.shape != end.shape or start.ndim < 2:
         raise InputError(f"slerp needs two tensors [batch, …] of one shape, not {_shape(start)} and {_shape(end)}")
-    share = torch.as_tensor(share, dtype=torch.float64, device=start.device)
+    exact = exact_type(start.device)
+    share = torch.as_tensor(share, dtype=exact, device=start.device)
     if share.ndim > 1 or (share.ndim == 1 and len(share) != len(start)) or not share.isfinite().all():
         raise InputError(f"the share is {share}; it must be one finite number, or one for each of {len(start)} rows")
-    a, b = start.double().flatten(1), end.double().flatten(1)
+    a, b = start.to(exact).flatten(1), end.to(exact).flatten(1)
     norm_a, norm_b = _norm(a, "start"), _norm(b, "end")
     unit_a, unit_b = a / norm_a, b / norm_b
     part = share.expand(len(start))[:, None]
@@ -69,7 +70,7 @@ def slerp_path(points: Tensor, num_between: int) -> Tensor:
     if isinstance(num_between, bool) or not isinstance(num_between, int) or num_between < 0:
         raise InputError(f"num_between is {num_between!r}; it must be a whole number from 0")
     steps = num_between + 1
-    shares = (torch.arange(steps, dtype=torch.float64) / steps).repeat(len(points) - 1)
+    shares = (torch.arange(steps, dtype=torch.float64) / steps).repeat(len(points) - 1).to(exact_type(points.device))
     start, end = (part.repeat_interleave(steps, dim=0) for part in (points[:-1], points[1:]))
     return torch.cat([slerp(start, end, shares.to(points.device)), points[-1:].float()])
 
@@ -88,13 +89,14 @@ def blend(embeddings: Tensor, weights: Sequence[float] | Tensor) -> Tensor:
 
     Raises: InputError when there is not one finite weight an embedding, all are 0, or the embeddings cancel out.
     """
-    factor = torch.as_tensor(weights, dtype=torch.float64, device=embeddings.device)
+    exact = exact_type(embeddings.device)
+    factor = torch.as_tensor(weights, dtype=exact, device=embeddings.device)
     if embeddings.ndim != 2 or factor.shape != embeddings.shape[:1] or len(embeddings) < 1:
         found = f"{_shape(embeddings)} and {_shape(factor)}"
         raise InputError(f"a blend needs embeddings [count, dim] and [count] weights, not {found}")
     if not factor.isfinite().all() or not factor.any():
         raise InputError(f"the weights are {factor.tolist()}; they must be finite numbers, not all 0")
-    x = embeddings.double()
+    x = embeddings.to(exact)
     norms = _norm(x, "blend's embeddings")
     factor = (factor / factor.abs().sum())[:, None]
     total = (factor * x / norms).sum(dim=0)
@@ -117,7 +119,8 @@ def difference(target: Tensor, source: Tensor) -> Tensor:
     """
     if target.shape != source.shape or target.ndim < 1:
         raise InputError(f"a difference needs two tensors of one shape, not {_shape(target)} and {_shape(source)}")
-    apart = target.double() / _norm(target.double(), "target") - source.double() / _norm(source.double(), "source")
+    target, source = (x.to(exact_type(x.device)) for x in (target, source))
+    apart = target / _norm(target, "target") - source / _norm(source, "source")
     norm = apart.norm(dim=-1, keepdim=True)
     if bool((norm < PARALLEL).any()):
         raise InputError("the two captions have the same embedding, so there is no difference: name two unlike things")
@@ -139,6 +142,11 @@ def turn(embedding: Tensor, direction: Tensor, strength: float | Tensor) -> Tens
     direction = direction.expand_as(embedding) if direction.ndim == 1 else direction
     scale = embedding.float().norm(dim=-1, keepdim=True) / _norm(direction.float(), "direction")
     return slerp(embedding, direction.float() * scale, strength)
+
+
+def exact_type(device: torch.device) -> torch.dtype:
+    """What to compute in where digits count: float64, or float32 on Apple's GPUs, which have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _norm(rows: Tensor, what: str) -> Tensor:

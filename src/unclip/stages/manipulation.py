@@ -16,7 +16,7 @@ from torch import Tensor
 from unclip.checkpoints.tensor_file import read_tensor_file, write_tensor_file
 from unclip.errors import ConfigError, InputError, WeightsError
 from unclip.models.pca import PrincipalComponents
-from unclip.stages.arithmetic import slerp_path, turn
+from unclip.stages.arithmetic import exact_type, slerp_path, turn
 
 KIND = "unclip bipartite latent"
 VERSION = 1
@@ -146,7 +146,7 @@ def edit(latent: BipartiteLatent, direction: Tensor, strengths: Sequence[float])
         if not 0 <= strength <= 1:
             raise InputError(f"the strength is {strength}; it must be from 0 (nothing changes) to 1 (nothing stays)")
     rows = latent.image_embedding.expand(len(strengths), -1)
-    share = torch.tensor(list(strengths), dtype=torch.float64, device=rows.device)
+    share = torch.tensor(list(strengths), dtype=exact_type(rows.device), device=rows.device)
     return latent.showing(turn(rows, direction.to(rows.device), share))
 
 

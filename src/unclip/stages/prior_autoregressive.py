@@ -14,6 +14,7 @@ from unclip.diffusion.loop import OnStep, Progress, StepInfo
 from unclip.diffusion.noise import NoiseSource
 from unclip.errors import InputError
 from unclip.models.prior_autoregressive import AutoregressivePrior
+from unclip.stages.arithmetic import exact_type
 from unclip.stages.condition import PriorCondition
 
 MAX_TEMPERATURE = 100.0
@@ -149,7 +150,9 @@ def draw_code(logits: Tensor, places: Tensor, temperature: float, top_p: float) 
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    chances = (logits.to(places.dtype) / temperature).softmax(dim=-1)
+    logits = logits.to(places.dtype)
+    # The likeliest stands at 0, which no temperature, however small, makes infinite.
+    chances = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
     if top_p < 1:
         ordered, order = chances.sort(dim=-1, descending=True, stable=True)
         spare = ordered.cumsum(dim=-1) - ordered >= top_p  # the likelier ones reach it without this one
@@ -161,5 +164,5 @@ def draw_code(logits: Tensor, places: Tensor, temperature: float, top_p: float) 
 
 
 def _normal_cdf(numbers: Tensor) -> Tensor:
-    """The place of standard normal numbers among all, in [0, 1]; float64, which MPS has not: there float32."""
-    return torch.special.ndtr(numbers.to(torch.float32 if numbers.device.type == "mps" else torch.float64))
+    """The place of standard normal numbers among all, in [0, 1]."""
+    return torch.special.ndtr(numbers.to(exact_type(numbers.device)))

@@ -4,6 +4,7 @@ Knows frozen image networks of transformers; knows neither noise nor recipe. Cal
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,10 +105,23 @@ def _image_model(folder: Path) -> tuple[Any, Sequence[float], Sequence[float]]:
     missing = sorted(name for name in map(str, about_weights["missing_keys"]) if not name.startswith("pooler."))
     if missing:
         raise WeightsError(f"{folder} lacks {len(missing)} weights that its config.json has ({missing[0]}…)")
-    about: dict[str, Any] = {}
-    if (folder / "preprocessor_config.json").is_file():
-        about = read_json(folder / "preprocessor_config.json")
-    return network, about.get("image_mean", (0.5,) * 3), about.get("image_std", (0.5,) * 3)
+    return network, *_mean_and_spread(folder)
+
+
+def _mean_and_spread(folder: Path) -> tuple[Sequence[float], Sequence[float]]:
+    """Of each channel, as `preprocessor_config.json` has them; 0.5 where there is none."""
+    path = folder / "preprocessor_config.json"
+    about = read_json(path) if path.is_file() else {}
+    if about.get("do_normalize") is False:
+        return (0.0,) * 3, (1.0,) * 3
+    found = [about.get(name, (0.5,) * 3) for name in ("image_mean", "image_std")]
+    for name, values in zip(("image_mean", "image_std"), found, strict=True):
+        is_list = isinstance(values, (list, tuple)) and len(values) == 3
+        if not is_list or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+            raise ConfigError(f"{path}: {name} is {values!r}; it must be three numbers, one a channel")
+    if min(found[1]) <= 0:
+        raise ConfigError(f"{path}: image_std is {found[1]!r}; pictures are divided by it, so it must be above 0")
+    return found[0], found[1]
 
 
 def _distance(found: Tensor, right: Tensor) -> Tensor:
