@@ -103,6 +103,21 @@ def installed(monkeypatch, tmp_path):
     return folder
 
 
+def test_candidates_are_the_models_own_unless_given(ask, model, tmp_path):
+    assert ask("-q").code == 0
+    plain = json.loads((tmp_path / "report.json").read_text())
+    own = tmp_path / "own"
+    shutil.copytree(model, own)
+    (own / "generation_defaults.json").write_text('{"num_prior_candidates": 6}')
+    assert ask("-q", "--overwrite", model=own).code == 0
+    several = json.loads((tmp_path / "report.json").read_text())
+    assert "num_prior_candidates" not in plain["settings"]
+    assert several["settings"]["num_prior_candidates"] == 6
+    assert several["retrieval"]["seen"]["generated"] != plain["retrieval"]["seen"]["generated"]
+    assert ask("-q", "--overwrite", "--candidates", "2", model=own).code == 0
+    assert json.loads((tmp_path / "report.json").read_text())["settings"]["num_prior_candidates"] == 2
+
+
 def test_without_a_judge(ask, installed):
     done = ask(judge=None)
     assert (done.code, done.out) == (1, "")

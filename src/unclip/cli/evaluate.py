@@ -10,7 +10,7 @@ import typer
 
 from unclip.checkpoints.hub import BUILT_IN_JUDGE
 from unclip.cli import measures, options
-from unclip.cli.loading import Machine, decoder_settings, stage_settings
+from unclip.cli.loading import Machine, decoder_settings, drawing_settings, stage_settings
 from unclip.cli.measures import Asked
 from unclip.cli.messages import note, warn
 
@@ -20,6 +20,7 @@ RETRIEVAL_EXAMPLES = options.examples(
     "  --data data/emoji --num-seen 100 --sheet sheets/mine --out report.json",
     "unclip evaluate retrieval --data data/composed --num-held-out 200 \\",
     "  --sheet sheets/composed --out composed.json",
+    "unclip evaluate retrieval --data data/emoji --candidates 4 --out four.json",
 )
 VARIATIONS_EXAMPLES = options.examples(
     "unclip evaluate variations --data data/emoji --out variations.json",
@@ -71,6 +72,9 @@ def retrieval(
     super_res_steps: options.SuperResSteps = None,
     prior_guidance: measures.PriorGuidance = None,
     decoder_guidance: options.DecoderGuidance = None,
+    candidates: options.Candidates = None,
+    prior_temperature: options.PriorTemperature = None,
+    prior_top_p: options.PriorTopP = None,
     sampler: options.Sampler = None,
     batch_size: options.BatchSize = 16,
     dtype: options.DtypeOption = options.Dtype.float32,
@@ -92,7 +96,8 @@ def retrieval(
     machine = Machine(dtype, device, cpu_offload=False, quiet=quiet)
     asked = Asked(data, out, model, num_seen, num_held_out, seed, batch_size, overwrite, judge, sheet)
     measures.refuse_outputs(asked)
-    subject = measures.prepare("retrieval", UnCLIPPipeline, ["prior"], asked, machine, given, sampler)
+    drawing = drawing_settings(candidates, prior_temperature, prior_top_p)
+    subject = measures.prepare("retrieval", UnCLIPPipeline, ["prior"], asked, machine, given, sampler, drawing)
     space = measures.read_features(features, subject.pipe.device)
     found = measure(
         subject.pipe,

@@ -12,7 +12,16 @@ import typer
 
 from unclip.cli import options
 from unclip.cli.batches import Wish, chosen_seed, cut, finish, make_all, picture_seed
-from unclip.cli.loading import Machine, call_settings, find_model, load, model_name, sampler_name, stage_settings
+from unclip.cli.loading import (
+    Machine,
+    call_settings,
+    drawing_settings,
+    find_model,
+    load,
+    model_name,
+    sampler_name,
+    stage_settings,
+)
 from unclip.cli.messages import error
 from unclip.cli.pictures import Album, slug
 from unclip.errors import CheckpointError, InputError
@@ -52,33 +61,9 @@ def generate(
     super_res_steps: options.SuperResSteps = None,
     prior_guidance: Annotated[float | None, options.guidance("prior", "idea is pushed towards the caption")] = None,
     decoder_guidance: options.DecoderGuidance = None,
-    candidates: Annotated[
-        int | None,
-        typer.Option(
-            "--candidates",
-            min=1,
-            max=1000,
-            metavar="N",
-            help="Ideas that the prior draws for each picture; the one closest to the caption is kept.",
-            show_default="the model's own, or 1",
-        ),
-    ] = None,
-    prior_temperature: Annotated[
-        float | None,
-        typer.Option(
-            metavar="T",
-            help="Of an autoregressive prior: below 1 its ideas are more typical, at 0 always the likeliest.",
-            show_default="the model's own, or 1",
-        ),
-    ] = None,
-    prior_top_p: Annotated[
-        float | None,
-        typer.Option(
-            metavar="P",
-            help="Of an autoregressive prior: draw from the likeliest codes alone, whose chances make up P.",
-            show_default="the model's own, or 1",
-        ),
-    ] = None,
+    candidates: options.Candidates = None,
+    prior_temperature: options.PriorTemperature = None,
+    prior_top_p: options.PriorTopP = None,
     sampler: options.Sampler = None,
     height: options.Height = None,
     width: options.Width = None,
@@ -114,11 +99,7 @@ def generate(
     from unclip.pipelines.text_to_image import UnCLIPPipeline
 
     given = stage_settings(prior_steps, decoder_steps, super_res_steps, prior_guidance, decoder_guidance)
-    drawing = {
-        "num_prior_candidates": candidates,
-        "prior_temperature": prior_temperature,
-        "prior_top_p": prior_top_p,
-    }
+    drawing = drawing_settings(candidates, prior_temperature, prior_top_p)
     settings = call_settings(UnCLIPPipeline, folder, given, drawing)
     size = {name: side for name, side in (("height", height), ("width", width)) if side is not None}
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid)

@@ -82,6 +82,17 @@ def stage_settings(
     }
 
 
+def drawing_settings(
+    candidates: int | None = None, prior_temperature: float | None = None, prior_top_p: float | None = None
+) -> dict[str, Recommended | None]:
+    """How the prior draws, by its arguments' names; None for the model's own way."""
+    return {
+        "num_prior_candidates": candidates,
+        "prior_temperature": prior_temperature,
+        "prior_top_p": prior_top_p,
+    }
+
+
 def call_settings(
     pipeline_class: type,
     folder: Path,

@@ -104,8 +104,11 @@ def prepare(
     machine: Machine,
     given: Mapping[str, Any],
     sampler: options.SamplerName | None,
+    drawing: Mapping[str, Any] | None = None,
 ) -> Subject:
     """Load what a measure needs. `given` are the arguments of the pipeline's call, None for the model's own.
+
+    `drawing` are those that only some priors have, left out where they are neither given nor the model's own.
 
     Raises: MissingFileError for a judge that is not there; CheckpointError for a model without the components `needed`,
         before anything is loaded.
@@ -118,7 +121,7 @@ def prepare(
 
     from unclip.evaluation.judge import Judge
 
-    settings = call_settings(pipeline_class, folder, given)
+    settings = call_settings(pipeline_class, folder, given, drawing)
     pipe = load(pipeline_class, folder, machine, sampler)
     pipe.set_progress_bar_config(disable=True)  # one bar for all is enough
     about: dict[str, Any] = {

@@ -95,6 +95,33 @@ SuperResSteps = Annotated[
     ),
 ]
 DecoderGuidance = Annotated[float | None, guidance("decoder", "small picture is pushed towards its conditions")]
+Candidates = Annotated[
+    int | None,
+    typer.Option(
+        "--candidates",
+        min=1,
+        max=1000,
+        metavar="N",
+        help="Ideas that the prior draws for each picture; the one closest to the caption is kept.",
+        show_default="the model's own, or 1",
+    ),
+]
+PriorTemperature = Annotated[
+    float | None,
+    typer.Option(
+        metavar="T",
+        help="Of an autoregressive prior: below 1 its ideas are more typical, at 0 always the likeliest.",
+        show_default="the model's own, or 1",
+    ),
+]
+PriorTopP = Annotated[
+    float | None,
+    typer.Option(
+        metavar="P",
+        help="Of an autoregressive prior: draw from the likeliest codes alone, whose chances make up P.",
+        show_default="the model's own, or 1",
+    ),
+]
 KeptGuidance = Annotated[
     float | None,
     typer.Option(

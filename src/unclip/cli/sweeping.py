@@ -10,7 +10,7 @@ from typing import Any
 
 from unclip.checkpoints.files import read_json
 from unclip.cli import measures
-from unclip.cli.loading import Machine, sampler_name, sampler_switch
+from unclip.cli.loading import Machine, drawing_settings, sampler_name, sampler_switch
 from unclip.cli.measures import Asked, Subject
 from unclip.cli.options import MAX_STEPS, SamplerName
 from unclip.errors import CheckpointError, InputError, OutputExistsError
@@ -71,7 +71,7 @@ def run_sweep(lists: Lists, asked: Asked, machine: Machine, features: Path | Non
     read_records(asked.data)
     own = {name: None for name in ("prior_guidance_scale", "decoder_guidance_scale")}
     own |= {f"{stage}_num_inference_steps": None for stage in ("prior", "decoder", "super_res")}
-    subject = measures.prepare("sweep", UnCLIPPipeline, ["prior"], asked, machine, own, None)
+    subject = measures.prepare("sweep", UnCLIPPipeline, ["prior"], asked, machine, own, None, drawing_settings())
     assert subject.judge is not None
     defaults = {**subject.settings, SAMPLER: sampler_name(subject.pipe)}
     places = grid_of({name: axes.get(name, [value]) for name, value in defaults.items()})
