@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from unclip.data import shards as module
-from unclip.data.shards import Damage, ShardStream, expand, is_shards, read_shard
+from unclip.data.shards import Damage, ShardStream, expand, is_shards, read_shard, write_shards
 from unclip.errors import DataError
 
 
@@ -241,3 +241,13 @@ def test_written_shards_are_plain_tars(shards):
     with tarfile.open(folder / "00002.tar") as tar:
         assert tar.getnames() == ["000000004.png", "000000004.txt", "000000004.json"]
         assert io.BytesIO(tar.extractfile("000000004.png").read()).getvalue()[:4] == b"\x89PNG"
+
+
+def test_names_of_any_length_and_script(tmp_path):
+    keys = ["k" * 100, "folder/" * 40 + "k" * 200, "яблоко" * 50]
+    (written,) = write_shards(((key, {"txt": b"a", "img_emb.npy": b"b"}) for key in keys), tmp_path, per_shard=10)
+    found = Damage()
+    assert [(sample.key, sorted(sample.parts)) for sample in read_shard(str(written), found)] == [
+        (key, ["img_emb.npy", "txt"]) for key in keys
+    ]
+    assert not found.broken

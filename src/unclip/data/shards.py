@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -223,17 +223,19 @@ class ShardStream:
 def write_shards(samples: Iterator[tuple[str, Mapping[str, bytes]]], folder: Path, *, per_shard: int) -> list[Path]:
     """Write (key, parts) samples as 00000.tar, 00001.tar, … into `folder`, which is there already."""
     written: list[Path] = []
-    for number in itertools.count():
-        chunk = list(itertools.islice(samples, per_shard))
-        if not chunk:
-            return written
-        path = folder / f"{number:05}.tar"
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for key, parts in chunk:
-                for extension, content in parts.items():
-                    _add(tar, f"{key}.{extension}", content)
+    for first in samples:
+        path = folder / f"{len(written):05}.tar"
+        write_shard(itertools.chain([first], itertools.islice(samples, per_shard - 1)), path)
         written.append(path)
     return written
+
+
+def write_shard(samples: Iterable[tuple[str, Mapping[str, bytes]]], path: Path) -> None:
+    """Write (key, parts) samples as one tar. A name of any length is kept: one above 100 bytes has a PAX header."""
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for key, parts in samples:
+            for extension, content in parts.items():
+                _add(tar, f"{key}.{extension}", content)
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
