@@ -29,7 +29,17 @@ def test_names(shards):
         "http://host/7/08.tar", "http://host/7/09.tar", "http://host/7/10.tar", "http://host/8/08.tar"
     ]  # fmt: skip
     assert len(expand("http://host/{7..9}/{08..10}.tar")) == 9
-    assert expand(f"{folder}/{{00002..00009}}.tar") == four[2:]
+
+
+def test_files_that_a_range_names_and_that_are_not_there(shards):
+    folder = shards(7, per_shard=2)
+    names = expand(f"{folder}/{{00002..00005}}.tar")
+    assert names == [str(folder / f"0000{n}.tar") for n in range(2, 6)]
+    stream = ShardStream(names, seed=0)
+    assert sorted(numbers(stream.one_epoch())) == [4, 5, 6]
+    assert sorted(stream.damage.broken) == names[2:]
+    assert "FileNotFoundError" in stream.damage.broken[names[3]]
+    assert expand(f"{folder}/{{0..1}}000*.tar") == [*(f"{folder}/0000{n}.tar" for n in range(4)), f"{folder}/1000*.tar"]
 
 
 def test_no_shards(tmp_path):

@@ -55,7 +55,8 @@ class Damage:
 def expand(source: str | Path) -> list[str]:
     """The shards that `source` names: a folder, one tar, a glob, or any of them or a URL with ranges in braces.
 
-    "https://host/set/{00000..00041}.tar" is 42 shards.
+    "https://host/set/{00000..00041}.tar" is 42 shards. What a range names and is not there stays among them: reading
+    it counts as damage, for a file as for a URL.
 
     Raises: DataError when there is none.
     """
@@ -67,12 +68,12 @@ def expand(source: str | Path) -> list[str]:
     for numbers in itertools.product(*ranges):
         filled = [f"{number:0{width}}" for number, width in zip(numbers, widths, strict=True)]
         names.append("".join(itertools.chain(*itertools.zip_longest(pieces, filled, fillvalue=""))))
-    shards = list(itertools.chain.from_iterable(_found(name) for name in names))
-    if not shards:
+    found = [(name, _found(name)) for name in names]
+    if not any(there for _, there in found):
         raise DataError(
             f"{source} names no shards; give a folder with .tar files, a glob, or a URL with {{00000..00009}}"
         )
-    return shards
+    return [shard for name, there in found for shard in there or [str(Path(name).expanduser())]]
 
 
 def is_shards(source: str | Path) -> bool:
