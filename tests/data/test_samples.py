@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from unclip.data.samples import inspect, pack, raw_samples
-from unclip.data.shards import Damage, expand, read_shard
+from unclip.data.shards import Damage, about, expand, read_shard, weight_of
 from unclip.data.source import ShardSource, decode
 from unclip.errors import DataError, OutputExistsError
 
@@ -36,6 +36,20 @@ def test_packed_is_what_was_there(folder, tmp_path):
     assert decode(samples[2], [8]).captions == ("picture 2", "other")
     with pytest.raises(OutputExistsError):
         pack(folder, tmp_path / "shards")
+
+
+def test_what_a_record_says_is_packed(tmp_path):
+    lines = [{"text": "a", "weight": 0.25, "concept": "c", "label": "l", "style": "s"}, {"text": "b"}]
+    root = tmp_path / "set"
+    root.mkdir()
+    for n, line in enumerate(lines):
+        (root / f"{n}.png").write_bytes(png(n))
+        line["file_name"] = f"{n}.png"
+    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    pack(root, tmp_path / "shards")
+    first, second = read_shard(str(tmp_path / "shards" / "00000.tar"))
+    assert about(first) == {"captions": ["a"], "concept": "c", "label": "l", "style": "s", "weight": 0.25}
+    assert (weight_of(first), weight_of(second)) == (0.25, 1.0)
 
 
 def test_packed_shards_train(shards, tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import tarfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -195,6 +196,41 @@ def test_every_epoch_has_every_sample_once_in_another_order(shards):
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert order != take(ShardStream(stream.shards, seed=2, block=7), 0, 60)
+
+
+@pytest.fixture
+def weighed(shards):
+    """Twenty samples; the first of weight 9, the second of weight 0, others of 1 or of something that is no weight."""
+    weights = {0: 9, 1: 0, 2: 1.0, 3: "heavy", 4: True, 5: -1, 6: float("nan"), 7: float("inf"), 8: None}
+
+    def change(number, parts):
+        about = {"weight": weights[number]} if number in weights else {}
+        return parts | {"json": json.dumps(about).encode()}
+
+    return shards(20, per_shard=6, change=change)
+
+
+def test_samples_are_drawn_by_their_weight(weighed):
+    stream = ShardStream(expand(weighed), seed=1, block=64)
+    order = take(stream, 0, 1900)
+    counts = [order.count(number) for number in range(20)]
+    assert counts[1] == 0
+    assert counts[0] == pytest.approx(1900 * 9 / 27, rel=0.1)
+    assert all(40 < count < 105 for count in counts[2:])
+    assert sorted(numbers(stream.one_epoch())) == [0, *range(2, 20)]
+
+
+def test_an_order_by_weight_can_be_entered_anywhere(weighed):
+    names = expand(weighed)
+    order = take(ShardStream(names, seed=1, block=7), 0, 70)
+    for position in range(0, 50, 7):
+        assert take(ShardStream(names, seed=1, block=7), position, 20) == order[position : position + 20], position
+
+
+def test_all_of_weight_0(shards):
+    folder = shards(3, per_shard=2, change=lambda number, parts: parts | {"json": b'{"weight": 0}'})
+    with pytest.raises(DataError, match="all weights are 0"):
+        next(ShardStream(expand(folder), seed=0).read_from(0))
 
 
 def test_it_can_be_entered_anywhere(shards):

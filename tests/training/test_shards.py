@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from unclip.cli.train import make_task
-from unclip.data.shards import write_shards
+from unclip.data.shards import about, read_shard, write_shards
 from unclip.errors import ConfigError, DataError
 from unclip.training import task as task_module
 from unclip.training.diffusion import DecoderTask, PriorTask
@@ -181,6 +181,16 @@ def test_embeddings_computed_once_are_those_computed_each_time(
     assert found.keys() == wanted.keys()
     for caption in wanted:
         torch.testing.assert_close(found[caption], wanted[caption], atol=2e-3, rtol=2e-3)
+
+
+def test_what_else_a_sample_says_is_embedded_with_it(pictures, clip_model, tmp_path):
+    picture = next(pictures.rglob("*.png")).read_bytes()
+    (tmp_path / "in").mkdir()
+    told = {"caption": "a", "weight": 0.5, "concept": "c"}
+    write_shards(iter([("k", {"png": picture, "json": json.dumps(told).encode()})]), tmp_path / "in", per_shard=1)
+    embed(tmp_path / "in", clip_model, tmp_path / "out")
+    (sample,) = read_shard(str(tmp_path / "out" / "00000.tar"))
+    assert about(sample) == told | {"captions": ["a"]}
 
 
 def test_nothing_to_embed(tmp_path, clip_model):

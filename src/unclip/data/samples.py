@@ -39,7 +39,9 @@ def raw_samples(data: str | Path, damage: Damage) -> Iterator[RawSample]:
         if record.held_out:
             continue
         damage.num_read += 1
-        about = {"captions": record.captions, "concept": record.concept, "style": record.style}
+        about: dict[str, Any] = {name: getattr(record, name) for name in ("captions", "concept", "label", "style")}
+        if record.weight != 1:
+            about["weight"] = record.weight
         try:
             content = safe_join(folder, record.file_name).read_bytes()
         except (OSError, UnsafeFileError) as error:

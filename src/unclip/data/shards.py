@@ -8,6 +8,8 @@ import contextlib
 import http.client
 import io
 import itertools
+import json
+import math
 import re
 import tarfile
 import time
@@ -90,6 +92,22 @@ def is_url(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
 
+def about(raw: RawSample) -> dict[str, Any]:
+    """What a sample's .json says; nothing where it has none, or none that can be read."""
+    try:
+        found = json.loads(raw.parts.get("json", b"{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def weight_of(raw: RawSample) -> float:
+    """How often a sample is drawn, relative to others: `weight` in its .json; 1 where that is no number from 0 up."""
+    weight = about(raw).get("weight", 1.0)
+    is_weight = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight < math.inf
+    return float(weight) if is_weight else 1.0
+
+
 def read_shard(shard: str, damage: Damage | None = None) -> Iterator[RawSample]:
     """The samples of one shard, in its order, as they are streamed.
 
@@ -117,6 +135,9 @@ class ShardStream:
 
     Each epoch permutes the shards; of them this process takes every `world`-th; what they hold is shuffled in blocks of
     `block` samples, which are in memory as encoded files. All of it depends on the seed and the place alone.
+
+    Where the samples of a block differ in weight, as many are drawn from it as it holds, with replacement, each by its
+    weight: weights compare the samples of one block, and every block counts alike. Those of weight 0 are passed over.
 
     Args:
         shards: as `expand` gives them; at least one for each process.
@@ -158,8 +179,8 @@ class ShardStream:
             position = 0
 
     def one_epoch(self) -> Iterator[RawSample]:
-        """Every sample of this process's first epoch, once."""
-        return self._epoch(0, 0)
+        """Every sample of this process's first epoch, once, whatever its weight (but 0)."""
+        return self._epoch(0, 0, weighted=False)
 
     def _order(self, epoch: int) -> list[str]:
         order = torch.randperm(len(self.shards), generator=self._generator(epoch)).tolist()
@@ -188,18 +209,21 @@ class ShardStream:
 
     def _read(self, shard: str) -> Iterator[RawSample]:
         number = 0
-        for number, sample in enumerate(read_shard(shard, self.damage), 1):  # noqa: B007
-            yield sample
+        for sample in read_shard(shard, self.damage):
+            if weight_of(sample):
+                number += 1
+                yield sample
         self.counts[shard] = number
 
-    def _epoch(self, epoch: int, start: int) -> Iterator[RawSample]:
+    def _epoch(self, epoch: int, start: int, *, weighted: bool = True) -> Iterator[RawSample]:
         first_block, skip = divmod(start, self.block)
         samples = self._raw(epoch, first_block * self.block)
         for number in itertools.count(first_block):
             held = list(itertools.islice(samples, self.block))
             if not held:
                 return
-            for place in torch.randperm(len(held), generator=self._generator(epoch, self.rank, number)).tolist()[skip:]:
+            generator = self._generator(epoch, self.rank, number)
+            for place in _places(held if weighted else [], len(held), generator)[skip:]:
                 self.damage.num_read += 1
                 yield held[place]
             skip = 0
@@ -218,7 +242,16 @@ class ShardStream:
 
     def _some_damage(self) -> str:
         some = [f"{name}: {why}" for name, why in list(self.damage.broken.items())[:3]]
-        return "; ".join(some) or "they are empty"
+        return "; ".join(some) or "they are empty, or all weights are 0"
+
+
+def _places(weighed: list[RawSample], count: int, generator: torch.Generator) -> list[int]:
+    """`count` numbers of samples of a block: each once, or, if those that are weighed differ, drawn by weight."""
+    weights = [weight_of(sample) for sample in weighed]
+    if len(set(weights)) < 2:
+        return torch.randperm(count, generator=generator).tolist()
+    shares = torch.tensor(weights, dtype=torch.float64) / max(weights)
+    return torch.multinomial(shares, count, replacement=True, generator=generator).tolist()
 
 
 def write_shards(samples: Iterator[tuple[str, Mapping[str, bytes]]], folder: Path, *, per_shard: int) -> list[Path]:

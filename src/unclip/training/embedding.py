@@ -15,7 +15,7 @@ import torch
 
 from unclip.checkpoints.files import atomic_folder
 from unclip.data.samples import raw_samples
-from unclip.data.shards import Damage, RawSample, write_shards
+from unclip.data.shards import Damage, RawSample, about, write_shards
 from unclip.data.source import EMBEDDING, IMAGE_EXTENSIONS, decode
 from unclip.errors import DataError
 from unclip.training.conditions import FrozenClip
@@ -81,6 +81,6 @@ def _embedded(
     for (raw, sample), embedding in zip(good, encoder.embed(pixels.float() / 127.5 - 1), strict=True):
         content = io.BytesIO()
         np.save(content, embedding.numpy().astype(np.float16))
-        about = json.dumps({"captions": sample.captions}, ensure_ascii=False).encode()
+        told = json.dumps(about(raw) | {"captions": sample.captions}, ensure_ascii=False).encode()
         pictures = {name: raw.parts[name] for name in IMAGE_EXTENSIONS if keep_pictures and name in raw.parts}
-        yield raw.key, {**pictures, "json": about, EMBEDDING: content.getvalue()}
+        yield raw.key, {**pictures, "json": told, EMBEDDING: content.getvalue()}
