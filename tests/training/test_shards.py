@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from unclip.cli.train import make_task
-from unclip.data.shards import about, read_shard, write_shards
+from unclip.data.shards import about, read_shard, write_shard, write_shards
 from unclip.errors import ConfigError, DataError
 from unclip.training import task as task_module
 from unclip.training.diffusion import DecoderTask, PriorTask
@@ -191,6 +191,18 @@ def test_what_else_a_sample_says_is_embedded_with_it(pictures, clip_model, tmp_p
     embed(tmp_path / "in", clip_model, tmp_path / "out")
     (sample,) = read_shard(str(tmp_path / "out" / "00000.tar"))
     assert about(sample) == told | {"captions": ["a"]}
+
+
+def test_too_much_that_cannot_be_embedded(pictures, clip_model, tmp_path):
+    folder = pack(pictures, tmp_path / "in", copies=1)
+    broken = ("broken", {"png": b"no picture", "txt": b"a"})
+    write_shard([broken], folder / "00009.tar")
+    with pytest.raises(DataError, match=r"1 of 13 samples cannot be read, more than the 0\.01 .*broken: "):
+        embed(folder, clip_model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert len(json.loads((tmp_path / "out.skipped.json").read_text())) == 1
+    damage = embed(folder, clip_model, tmp_path / "out", max_skipped_share=0.1)
+    assert (damage.num_read, damage.num_broken_samples) == (13, 1)
 
 
 def test_nothing_to_embed(tmp_path, clip_model):

@@ -48,10 +48,38 @@ class RawSample:
 
 @dataclass
 class Damage:
-    """What could not be read, by name, with the reason; and how much was looked at in all."""
+    """What could not be read, and how much was looked at.
+
+    Attributes:
+        broken: the reason, by the name of a picture, sample or shard.
+        num_read: samples in all, the broken ones too.
+        shards: names in `broken` that are whole shards: cut off, damaged or not there.
+        num_shards: in all, where they are counted.
+    """
 
     broken: dict[str, str] = field(default_factory=dict)
     num_read: int = 0
+    shards: set[str] = field(default_factory=set)
+    num_shards: int = 0
+
+    @property
+    def num_broken_samples(self) -> int:
+        """Samples that could not be read; those that a damaged shard lost are in no count."""
+        return len(self.broken) - len(self.shards)
+
+    def some(self) -> str:
+        """The first three, for a message."""
+        return "; ".join(f"{name}: {why}" for name, why in list(self.broken.items())[:3])
+
+    def check(self, max_skipped_share: float) -> None:
+        """Raises: DataError when a larger share of the samples, or of the shards, could not be read."""
+        counts = {"samples": (self.num_broken_samples, self.num_read), "shards": (len(self.shards), self.num_shards)}
+        for what, (num_broken, num_all) in counts.items():
+            if num_broken > max_skipped_share * num_all:
+                raise DataError(
+                    f"{num_broken:,} of {num_all:,} {what} cannot be read, more than the {max_skipped_share:.3g} of "
+                    f"all that is allowed: {self.some()}"
+                )
 
 
 def expand(source: str | Path) -> list[str]:
@@ -126,6 +154,7 @@ def read_shard(shard: str, damage: Damage | None = None) -> Iterator[RawSample]:
             if not worth_it or attempt == TRIES:
                 if damage is not None:
                     damage.broken[shard] = f"{type(error).__name__}: {error} (after {given} samples)"
+                    damage.shards.add(shard)
                 return
             time.sleep(0.2 * 2**attempt)
 
@@ -241,8 +270,7 @@ class ShardStream:
                     yield sample
 
     def _some_damage(self) -> str:
-        some = [f"{name}: {why}" for name, why in list(self.damage.broken.items())[:3]]
-        return "; ".join(some) or "they are empty, or all weights are 0"
+        return self.damage.some() or "they are empty, or all weights are 0"
 
 
 def _places(weighed: list[RawSample], count: int, generator: torch.Generator) -> list[int]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from unclip.checkpoints.files import atomic_folder
-from unclip.data.samples import raw_samples
+from unclip.data.samples import raw_samples, settle
 from unclip.data.shards import Damage, RawSample, about, write_shards
 from unclip.data.source import EMBEDDING, IMAGE_EXTENSIONS, decode
 from unclip.errors import DataError
@@ -28,6 +28,7 @@ def embed(
     *,
     keep_pictures: bool = False,
     per_shard: int = 10_000,
+    max_skipped_share: float = 0.01,
     batch_size: int = 128,
     progress: Callable[..., Any] | None = None,
 ) -> Damage:
@@ -39,13 +40,14 @@ def embed(
         out: the folder to make; it appears whole or not at all.
         keep_pictures: copy the pictures too, which a decoder needs.
         per_shard: samples in a shard.
+        max_skipped_share: of the samples, and of the shards, that may be broken; they are listed as by `samples.pack`.
         batch_size: pictures embedded at once.
         progress: wraps an iterable, as `tqdm` does.
 
     Returns: how many samples there were, and what could not be read.
 
     Raises:
-        DataError: the data set is not there, or nothing in it can be read.
+        DataError: the data set is not there, nothing in it can be read, or too much cannot.
         OutputExistsError: `out` is there already.
     """
     encoder, damage = FrozenClip(clip), Damage()
@@ -57,9 +59,8 @@ def embed(
             yield from _embedded(batch, encoder, keep_pictures, damage)
 
     with atomic_folder(out) as draft:
-        if not write_shards(embedded(), draft, per_shard=per_shard):
-            some = "; ".join(f"{name}: {why}" for name, why in list(damage.broken.items())[:3])
-            raise DataError(f"nothing in {data} can be read: {some or 'it is empty'}")
+        written = write_shards(embedded(), draft, per_shard=per_shard)
+        settle(damage, data, out, is_empty=not written, max_skipped_share=max_skipped_share)
     return damage
 
 
