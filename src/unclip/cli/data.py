@@ -156,16 +156,23 @@ def embed(
     ] = False,
     per_shard: PerShard = 10_000,
     max_skipped: MaxSkipped = 0.01,
+    device: options.Device = "auto",
     quiet: options.Quiet = False,
 ) -> None:
     """Compute CLIP embeddings once, into shards to train a prior on.
 
-    Broken samples are left out; DIR.skipped.json lists them.
+    Broken samples are left out; DIR.skipped.json lists them. Until all is done the shards lie in DIR.unfinished; after
+    Ctrl-C the same command goes on from there.
     """
-    from unclip.cli.loading import silence
+    from unclip.cli.loading import pick_device, silence
+    from unclip.data.unfinished import STATE, unfinished_folder
     from unclip.training.embedding import embed as write
 
     silence(downloads=True)
+    where = pick_device(device)
+    unfinished = unfinished_folder(out)
+    if (unfinished / STATE).is_file() and not quiet:
+        note(f"going on from the {len(list(unfinished.glob('*.tar')))} shards in {unfinished}")
     damage = write(
         source,
         clip,
@@ -173,6 +180,7 @@ def embed(
         keep_pictures=keep_pictures,
         per_shard=per_shard,
         max_skipped_share=max_skipped,
+        device=where,
         progress=_bar(quiet),
     )
     tell(damage, out, quiet)

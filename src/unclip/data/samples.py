@@ -119,7 +119,7 @@ def skipped_file(out: Path) -> Path:
     return target.with_name(f"{target.name}.skipped.json")
 
 
-def _unicode(text: str) -> str:
+def escaped(text: str) -> str:
     """What stands for a byte that is no UTF-8 (in a file's name, say) written as an escape."""
     return text.encode(errors="backslashreplace").decode()
 
@@ -131,7 +131,7 @@ def settle(damage: Damage, data: str | Path, out: Path, *, is_empty: bool, max_s
     """
     listed = skipped_file(out)
     if damage.broken:
-        write_json(listed, {_unicode(name): _unicode(why) for name, why in damage.broken.items()})
+        write_json(listed, {escaped(name): escaped(why) for name, why in damage.broken.items()})
     else:
         listed.unlink(missing_ok=True)
     if is_empty:
