@@ -59,6 +59,29 @@ def test_train_clip_and_go_on(unclip, recipe, tmp_path):
     assert json.loads(about.out)["components"]["image_encoder"]["parameters"] > 0
 
 
+def test_a_dry_run_tells_what_the_run_takes(unclip, recipe, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    done = unclip("train", recipe, "--dry-run")
+    assert done.code == 0, done.err
+    told = dict(line.split("  ", 1) for line in done.lines)
+    told = {name: value.strip() for name, value in told.items()}
+    assert list(told)[-7:] == [
+        "pictures read at",
+        "pictures in a batch",
+        "parameters trained",
+        "weights, gradients, optimizer, average",
+        "peak memory of a step",
+        "a step",
+        "the run",
+    ]
+    assert told["pictures read at"] == told["pictures in a batch"] == "16×16 px"
+    assert int(told["parameters trained"].replace(",", "")) > 1000
+    assert told["peak memory of a step"].endswith(" MiB")
+    assert told["a step"].endswith(" pictures/s")
+    assert told["the run"].startswith("3 steps, 6 pictures, ")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_stopped_training_is_130(unclip, recipe, tmp_path, monkeypatch):
     from unclip.training import trainer
 

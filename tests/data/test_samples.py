@@ -3,11 +3,12 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 from unclip.data.samples import inspect, pack, raw_samples
-from unclip.data.shards import Damage, expand, read_shard
-from unclip.data.source import ShardSource, decode
+from unclip.data.shards import Damage, about, expand, read_shard, weight_of, write_shard
+from unclip.data.source import FolderSource, ShardSource, decode
 from unclip.errors import DataError, OutputExistsError
 
 from .conftest import png
@@ -28,14 +29,81 @@ def folder(tmp_path):
 
 
 def test_packed_is_what_was_there(folder, tmp_path):
-    damage = pack(folder, tmp_path / "shards", per_shard=2)
+    damage = pack(folder, tmp_path / "shards", per_shard=1, max_skipped_share=0.5)
     assert damage.num_read == 4
-    assert list(damage.broken) == ["4.png"]
+    assert [name.partition(":")[0] for name in damage.broken] == ["1.png", "4.png"]
+    assert json.loads((tmp_path / "shards.skipped.json").read_text()) == damage.broken
     samples = [s for shard in expand(tmp_path / "shards") for s in read_shard(shard)]
-    assert [sample.parts["png"] for sample in samples] == [(folder / f"{n}.png").read_bytes() for n in (0, 1, 2)]
-    assert decode(samples[2], [8]).captions == ("picture 2", "other")
+    assert [sample.parts["png"] for sample in samples] == [(folder / f"{n}.png").read_bytes() for n in (0, 2)]
+    assert decode(samples[1], [8]).captions == ("picture 2", "other")
     with pytest.raises(OutputExistsError):
         pack(folder, tmp_path / "shards")
+
+
+def test_too_much_that_is_broken(folder, tmp_path):
+    with pytest.raises(DataError, match=r"2 of 4 samples cannot be read.* 0\.49 .*1\.png.*shards\.skipped\.json"):
+        pack(folder, tmp_path / "shards", max_skipped_share=0.49)
+    assert not (tmp_path / "shards").exists()
+    assert len(json.loads((tmp_path / "shards.skipped.json").read_text())) == 2
+    for n in (1, 4):
+        (folder / f"{n}.png").write_bytes(png(n))
+    assert not pack(folder, tmp_path / "shards").broken
+    assert not (tmp_path / "shards.skipped.json").exists()
+
+
+def test_every_line_that_cannot_be_read_counts(folder, tmp_path):
+    with (folder / "metadata.jsonl").open("a") as lines:
+        lines.write('\n{"file_name": "4.png", "text": "again"}' * 3)
+    with pytest.raises(DataError, match="5 of 7 samples"):
+        pack(folder, tmp_path / "shards")
+
+
+def test_too_many_shards_that_are_broken(shards, tmp_path):
+    folder = shards(12, per_shard=3)
+    (folder / "00001.tar").unlink()
+    everything = f"{folder}/{{00000..00003}}.tar"
+    with pytest.raises(DataError, match=r"1 of 4 shards cannot be read.*00001\.tar: FileNotFoundError"):
+        pack(everything, tmp_path / "out", max_skipped_share=0.2)
+    damage = pack(everything, tmp_path / "out", max_skipped_share=0.25)
+    assert (damage.num_read, damage.num_broken_samples, len(damage.shards), damage.num_shards) == (9, 0, 1, 4)
+
+
+def test_a_name_that_is_no_unicode(shards, tmp_path):
+    folder = shards(3, per_shard=3)
+    write_shard([("\udcff", {"txt": b"no picture"})], folder / "00001.tar")
+    pack(folder, tmp_path / "out", max_skipped_share=0.25)
+    (name,) = json.loads((tmp_path / "out.skipped.json").read_text())
+    assert name.endswith("00001.tar: \\udcff")
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "TIFF"])
+def test_pictures_of_other_kinds_are_packed_as_png(tmp_path, kind):
+    root = tmp_path / "set"
+    root.mkdir()
+    picture = Image.new("RGBA", (8, 8), (200, 30, 40, 255))
+    picture.putpixel((0, 0), (0, 0, 0, 0))
+    (picture.convert("RGB") if kind == "BMP" else picture).save(root / f"a.{kind}", kind)
+    (root / "metadata.jsonl").write_text(json.dumps({"file_name": f"a.{kind}", "text": "red"}))
+    found = inspect(root)
+    assert (found.num_samples, found.broken) == (1, {})
+    assert not pack(root, tmp_path / "shards").broken
+    source = ShardSource(tmp_path / "shards", [8])
+    torch.testing.assert_close(source.examples(1).images[8], FolderSource([root], [8]).examples(1).images[8])
+    source.close()
+
+
+def test_what_a_record_says_is_packed(tmp_path):
+    lines = [{"text": "a", "weight": 0.25, "concept": "c", "label": "l", "style": "s"}, {"text": "b"}]
+    root = tmp_path / "set"
+    root.mkdir()
+    for n, line in enumerate(lines):
+        (root / f"{n}.png").write_bytes(png(n))
+        line["file_name"] = f"{n}.png"
+    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    pack(root, tmp_path / "shards")
+    first, second = read_shard(str(tmp_path / "shards" / "00000.tar"))
+    assert about(first) == {"captions": ["a"], "concept": "c", "label": "l", "style": "s", "weight": 0.25}
+    assert (weight_of(first), weight_of(second)) == (0.25, 1.0)
 
 
 def test_packed_shards_train(shards, tmp_path):
@@ -95,6 +163,11 @@ def test_by_the_command_line(folder, tmp_path):
     assert again.exit_code == 1
     assert "--overwrite" in again.stderr
     done = CliRunner().invoke(app, ["data", "pack", str(folder), "--out", str(tmp_path / "shards")])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "2 of 4 samples cannot be read, more than the 0.01 of all" in done.stderr
+    allowed = ["data", "pack", str(folder), "--out", str(tmp_path / "shards"), "--max-skipped", "0.5"]
+    done = CliRunner().invoke(app, allowed)
     assert done.exit_code == 0, done.output
     assert done.stdout == f"{tmp_path / 'shards'}\n"
-    assert "4 samples read, 1 samples or shards broken" in done.stderr
+    assert "4 samples read, 2 samples or shards broken" in done.stderr
+    assert f"listed in {tmp_path / 'shards.skipped.json'}" in done.stderr

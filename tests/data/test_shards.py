@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import tarfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from unclip.data import shards as module
-from unclip.data.shards import Damage, ShardStream, expand, is_shards, read_shard
+from unclip.data.shards import Damage, ShardStream, expand, is_shards, read_shard, write_shards
 from unclip.errors import DataError
 
 
@@ -29,7 +30,17 @@ def test_names(shards):
         "http://host/7/08.tar", "http://host/7/09.tar", "http://host/7/10.tar", "http://host/8/08.tar"
     ]  # fmt: skip
     assert len(expand("http://host/{7..9}/{08..10}.tar")) == 9
-    assert expand(f"{folder}/{{00002..00009}}.tar") == four[2:]
+
+
+def test_files_that_a_range_names_and_that_are_not_there(shards):
+    folder = shards(7, per_shard=2)
+    names = expand(f"{folder}/{{00002..00005}}.tar")
+    assert names == [str(folder / f"0000{n}.tar") for n in range(2, 6)]
+    stream = ShardStream(names, seed=0)
+    assert sorted(numbers(stream.one_epoch())) == [4, 5, 6]
+    assert sorted(stream.damage.broken) == names[2:]
+    assert "FileNotFoundError" in stream.damage.broken[names[3]]
+    assert expand(f"{folder}/{{0..1}}000*.tar") == [*(f"{folder}/0000{n}.tar" for n in range(4)), f"{folder}/1000*.tar"]
 
 
 def test_no_shards(tmp_path):
@@ -187,6 +198,41 @@ def test_every_epoch_has_every_sample_once_in_another_order(shards):
     assert order != take(ShardStream(stream.shards, seed=2, block=7), 0, 60)
 
 
+@pytest.fixture
+def weighed(shards):
+    """Twenty samples; the first of weight 9, the second of weight 0, others of 1 or of something that is no weight."""
+    weights = {0: 9, 1: 0, 2: 1.0, 3: "heavy", 4: True, 5: -1, 6: float("nan"), 7: float("inf"), 8: None}
+
+    def change(number, parts):
+        about = {"weight": weights[number]} if number in weights else {}
+        return parts | {"json": json.dumps(about).encode()}
+
+    return shards(20, per_shard=6, change=change)
+
+
+def test_samples_are_drawn_by_their_weight(weighed):
+    stream = ShardStream(expand(weighed), seed=1, block=64)
+    order = take(stream, 0, 1900)
+    counts = [order.count(number) for number in range(20)]
+    assert counts[1] == 0
+    assert counts[0] == pytest.approx(1900 * 9 / 27, rel=0.1)
+    assert all(40 < count < 105 for count in counts[2:])
+    assert sorted(numbers(stream.one_epoch())) == [0, *range(2, 20)]
+
+
+def test_an_order_by_weight_can_be_entered_anywhere(weighed):
+    names = expand(weighed)
+    order = take(ShardStream(names, seed=1, block=7), 0, 70)
+    for position in range(0, 50, 7):
+        assert take(ShardStream(names, seed=1, block=7), position, 20) == order[position : position + 20], position
+
+
+def test_all_of_weight_0(shards):
+    folder = shards(3, per_shard=2, change=lambda number, parts: parts | {"json": b'{"weight": 0}'})
+    with pytest.raises(DataError, match="all weights are 0"):
+        next(ShardStream(expand(folder), seed=0).read_from(0))
+
+
 def test_it_can_be_entered_anywhere(shards):
     names = expand(shards(20, per_shard=6))
     order = take(ShardStream(names, seed=1, block=7), 0, 70)
@@ -241,3 +287,13 @@ def test_written_shards_are_plain_tars(shards):
     with tarfile.open(folder / "00002.tar") as tar:
         assert tar.getnames() == ["000000004.png", "000000004.txt", "000000004.json"]
         assert io.BytesIO(tar.extractfile("000000004.png").read()).getvalue()[:4] == b"\x89PNG"
+
+
+def test_names_of_any_length_and_script(tmp_path):
+    keys = ["k" * 100, "folder/" * 40 + "k" * 200, "яблоко" * 50]
+    (written,) = write_shards(((key, {"txt": b"a", "img_emb.npy": b"b"}) for key in keys), tmp_path, per_shard=10)
+    found = Damage()
+    assert [(sample.key, sorted(sample.parts)) for sample in read_shard(str(written), found)] == [
+        (key, ["img_emb.npy", "txt"]) for key in keys
+    ]
+    assert not found.broken

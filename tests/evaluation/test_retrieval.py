@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from unclip.data.folder import Record
-from unclip.errors import DataError, InputError
+from unclip.errors import ConfigError, DataError, InputError
 from unclip.evaluation.exam import bare_caption, concepts_of
 from unclip.evaluation.judge import Candidates, Judge, ranks
 from unclip.evaluation.retrieval import by_kind, retrieval
@@ -222,3 +222,29 @@ def test_a_real_judge(tmp_path, tiny_components):
     torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(2))
     torch.testing.assert_close(known.norm(dim=-1), torch.ones(3))
     assert torch.equal(known[0], known[2])
+
+
+def test_a_judge_in_the_layout_of_transformers(tmp_path, tiny_components):
+    from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+
+    from unclip.pipelines.component import write_component
+
+    parts = tiny_components()
+    for name in ("text_encoder", "tokenizer", "image_encoder", "feature_extractor"):
+        write_component(parts[name], tmp_path / "parts" / name, variant=None)
+    text, image = parts["text_encoder"], parts["image_encoder"]
+    whole = CLIPModel(
+        CLIPConfig(text_config=text.config.to_dict(), vision_config=image.config.to_dict(), projection_dim=16)
+    )
+    whole.load_state_dict(text.state_dict() | image.state_dict() | {"logit_scale": torch.tensor(3.0)})
+    whole.save_pretrained(tmp_path / "whole")
+    CLIPProcessor(parts["feature_extractor"], parts["tokenizer"]).save_pretrained(tmp_path / "whole")
+    pictures = [Image.effect_mandelbrot((20, 16), (-2, -1.5, 1, 1.5), n).convert("RGB") for n in (20, 50)]
+    one, other = (Judge.load(tmp_path / name) for name in ("parts", "whole"))
+    torch.testing.assert_close(other.look(pictures), one.look(pictures))
+    torch.testing.assert_close(other.read(["a cat", "a red apple"]), one.read(["a cat", "a red apple"]))
+
+
+def test_a_judge_that_is_none(tmp_path):
+    with pytest.raises(ConfigError, match=r"holds no trained CLIP \(neither text_encoder/ nor .*CLIPModel"):
+        Judge.load(tmp_path)

@@ -20,6 +20,8 @@ def test_figures(tiny, stage, tmp_path, monkeypatch):
     assert 0.99 < cost.state_bytes / (5 * 4 * cost.trained) < 1.1
     assert cost.peak_bytes > cost.state_bytes
     assert 0 < cost.step_s < 60
+    sizes = {"clip": ((32,), (32,)), "prior": ((32,), ()), "decoder": ((16, 32), (16,)), "super_res": ((32,), (16,))}
+    assert (cost.read_px, cost.trained_px) == sizes[stage]
     assert cost.total_s == cost.step_s * 500
 
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from unclip.cli.train import make_task
-from unclip.data.shards import write_shards
-from unclip.errors import ConfigError, DataError
+from unclip.data.shards import about, read_shard, write_shard, write_shards
+from unclip.errors import ConfigError, DataError, OutputExistsError
 from unclip.training import task as task_module
+from unclip.training.conditions import FrozenClip
 from unclip.training.diffusion import DecoderTask, PriorTask
 from unclip.training.embedding import embed
 from unclip.training.trainer import Trainer, step_generator
@@ -183,8 +184,135 @@ def test_embeddings_computed_once_are_those_computed_each_time(
         torch.testing.assert_close(found[caption], wanted[caption], atol=2e-3, rtol=2e-3)
 
 
+def test_what_else_a_sample_says_is_embedded_with_it(pictures, clip_model, tmp_path):
+    picture = next(pictures.rglob("*.png")).read_bytes()
+    (tmp_path / "in").mkdir()
+    told = {"caption": "a", "weight": 0.5, "concept": "c"}
+    write_shards(iter([("k", {"png": picture, "json": json.dumps(told).encode()})]), tmp_path / "in", per_shard=1)
+    embed(tmp_path / "in", clip_model, tmp_path / "out")
+    (sample,) = read_shard(str(tmp_path / "out" / "00000.tar"))
+    assert about(sample) == told | {"captions": ["a"]}
+
+
+def test_too_much_that_cannot_be_embedded(pictures, clip_model, tmp_path):
+    folder = pack(pictures, tmp_path / "in", copies=1)
+    broken = ("broken", {"png": b"no picture", "txt": b"a"})
+    write_shard([broken], folder / "00009.tar")
+    with pytest.raises(DataError, match=r"1 of 13 samples cannot be read, more than the 0\.01 .*broken: "):
+        embed(folder, clip_model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert len(json.loads((tmp_path / "out.skipped.json").read_text())) == 1
+    damage = embed(folder, clip_model, tmp_path / "out", max_skipped_share=0.1)
+    assert (damage.num_read, damage.num_broken_samples) == (13, 1)
+
+
+class _StopError(Exception):
+    pass
+
+
+def _stop_after(count):
+    """A progress that is interrupted at a sample."""
+
+    def progress(samples, **about):
+        for number, sample in enumerate(samples):
+            if number == count:
+                raise _StopError
+            yield sample
+
+    return progress
+
+
+def _contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How many pictures CLIP was shown."""
+    seen = []
+    plain = FrozenClip.embed
+    monkeypatch.setattr(FrozenClip, "embed", lambda self, images: seen.append(len(images)) or plain(self, images))
+    return seen
+
+
+def test_an_interrupted_embedding_goes_on(pictures, clip_model, tmp_path, counted):
+    lines = (pictures / "metadata.jsonl").read_text().splitlines()
+    packed = pack(pictures, tmp_path / "in", copies=1)
+    write_shard([("broken", {"png": b"no picture", "txt": b"a"})], packed / "00000-first.tar")
+    how = {"per_shard": 3, "batch_size": 2, "max_skipped_share": 0.1}
+    whole = embed(packed, clip_model, tmp_path / "straight", **how)
+    assert sum(counted) == len(lines) == 12
+    with pytest.raises(_StopError):
+        embed(packed, clip_model, tmp_path / "out", **how, progress=_stop_after(8))
+    assert not (tmp_path / "out").exists()
+    unfinished = tmp_path / "out.unfinished"
+    assert sorted(path.name for path in unfinished.iterdir()) == ["00000.tar", "00001.tar", "unfinished.json"]
+    for name in ("00002.tar", ".unclip-tmp-0123456789abcdef.tar"):
+        (unfinished / name).write_bytes(b"half")
+    counted.clear()
+    again = embed(packed, clip_model, tmp_path / "out", **how)
+    assert sum(counted) == 12 - 5
+    assert not unfinished.exists()
+    assert again == whole
+    assert _contents(tmp_path / "out") == _contents(tmp_path / "straight")
+
+
+def test_a_shard_that_was_lost_or_cut_is_computed_again(pictures, clip_model, tmp_path, counted):
+    packed = pack(pictures, tmp_path / "in", copies=1)
+    embed(packed, clip_model, tmp_path / "straight", per_shard=3)
+    with pytest.raises(_StopError):
+        embed(packed, clip_model, tmp_path / "out", per_shard=3, progress=_stop_after(11))
+    second = tmp_path / "out.unfinished" / "00001.tar"
+    second.write_bytes(second.read_bytes()[:-100])
+    counted.clear()
+    embed(packed, clip_model, tmp_path / "out", per_shard=3)
+    assert sum(counted) == 9
+    assert _contents(tmp_path / "out") == _contents(tmp_path / "straight")
+
+
+def test_an_embedding_does_not_go_on_with_something_else(pictures, clip_model, tmp_path):
+    packed = pack(pictures, tmp_path / "in", copies=1)
+    with pytest.raises(_StopError):
+        embed(packed, clip_model, tmp_path / "out", per_shard=3, progress=_stop_after(5))
+    with pytest.raises(
+        OutputExistsError, match=r"out\.unfinished was begun with another keep_pictures, per_shard; go on"
+    ):
+        embed(packed, clip_model, tmp_path / "out", per_shard=4, keep_pictures=True)
+    other = pack(pictures, tmp_path / "other", copies=1)
+    write_shard([("0", {"png": b"", "txt": b"a"})], other / "00000.tar")
+    with pytest.raises(DataError, match="they differ from sample 0 on; remove that folder"):
+        embed(other, clip_model, tmp_path / "out", per_shard=3)
+    (tmp_path / "new.unfinished").mkdir()
+    (tmp_path / "new.unfinished" / "mine.tar").touch()
+    with pytest.raises(OutputExistsError, match=r"without unfinished\.json; remove it"):
+        embed(packed, clip_model, tmp_path / "new", per_shard=3)
+    assert (tmp_path / "new.unfinished" / "mine.tar").exists()
+
+
+def test_embedding_by_the_command(pictures, clip_model, tmp_path):
+    from typer.testing import CliRunner
+
+    from unclip.cli.main import app
+
+    with pytest.raises(_StopError):
+        embed(pictures, clip_model, tmp_path / "out", per_shard=3, progress=_stop_after(5))
+    command = ["data", "embed", str(pictures), "--clip", str(clip_model), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [*command, "--per-shard", "3", "--device", "nowhere"])
+    assert done.exit_code == 1
+    assert "--device is 'nowhere'" in done.stderr
+    done = CliRunner().invoke(app, [*command, "--per-shard", "3", "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout == f"{tmp_path / 'out'}\n"
+    assert "going on from the 1 shards in" in done.stderr
+    assert len(list((tmp_path / "out").iterdir())) == 4
+
+
 def test_nothing_to_embed(tmp_path, clip_model):
+    with pytest.raises(DataError, match=r"has no metadata\.jsonl"):
+        embed(tmp_path, clip_model, tmp_path / "out")
+    assert not (tmp_path / "out.unfinished").exists()
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "none.png", "text": "t"}')
     with pytest.raises(DataError, match=r"nothing in .* can be read: none\.png"):
         embed(tmp_path, clip_model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.unfinished").exists()

@@ -38,6 +38,10 @@ Data = Annotated[
     str, typer.Argument(metavar="DATA", help="A folder with metadata.jsonl, or shards: a folder, glob, URL.")
 ]
 PerShard = Annotated[int, typer.Option(min=1, metavar="N", help="Samples in one shard.")]
+MaxSkipped = Annotated[
+    float,
+    typer.Option(min=0.0, max=1.0, metavar="SHARE", help="Of samples, and of shards, that may be broken and left out."),
+]
 
 data = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -121,14 +125,22 @@ def compose(
 
 
 @data.command("pack", epilog=PACK_EXAMPLES)
-def pack(source: Data, out: options.NewFolder, per_shard: PerShard = 10_000, quiet: options.Quiet = False) -> None:
+def pack(
+    source: Data,
+    out: options.NewFolder,
+    per_shard: PerShard = 10_000,
+    max_skipped: MaxSkipped = 0.01,
+    quiet: options.Quiet = False,
+) -> None:
     """Write a data set as tar shards, to be streamed.
 
-    The layout is that of webdataset and img2dataset. Held-out pictures are left out.
+    The layout is that of webdataset and img2dataset. Held-out pictures are left out, and so are broken ones, which
+    DIR.skipped.json lists.
     """
     from unclip.data.samples import pack as write
 
-    tell(write(source, out, per_shard=per_shard, progress=_bar(quiet)), quiet)
+    damage = write(source, out, per_shard=per_shard, max_skipped_share=max_skipped, progress=_bar(quiet))
+    tell(damage, out, quiet)
     print(out, flush=True)
 
 
@@ -143,23 +155,48 @@ def embed(
         bool, typer.Option("--keep-pictures", help="Copy the pictures too, for a decoder.")
     ] = False,
     per_shard: PerShard = 10_000,
+    max_skipped: MaxSkipped = 0.01,
+    device: options.Device = "auto",
     quiet: options.Quiet = False,
 ) -> None:
-    """Compute CLIP embeddings once, into shards to train a prior on."""
-    from unclip.cli.loading import silence
+    """Compute CLIP embeddings once, into shards to train a prior on.
+
+    Broken samples are left out; DIR.skipped.json lists them. Until all is done the shards lie in DIR.unfinished; after
+    Ctrl-C the same command goes on from there.
+    """
+    from unclip.cli.loading import pick_device, silence
+    from unclip.data.unfinished import STATE, unfinished_folder
     from unclip.training.embedding import embed as write
 
     silence(downloads=True)
-    tell(write(source, clip, out, keep_pictures=keep_pictures, per_shard=per_shard, progress=_bar(quiet)), quiet)
+    where = pick_device(device)
+    unfinished = unfinished_folder(out)
+    if (unfinished / STATE).is_file() and not quiet:
+        note(f"going on from the {len(list(unfinished.glob('*.tar')))} shards in {unfinished}")
+    damage = write(
+        source,
+        clip,
+        out,
+        keep_pictures=keep_pictures,
+        per_shard=per_shard,
+        max_skipped_share=max_skipped,
+        device=where,
+        progress=_bar(quiet),
+    )
+    tell(damage, out, quiet)
     print(out, flush=True)
 
 
-def tell(damage: "Damage", quiet: bool) -> None:
-    """What was read, and what could not be."""
+def tell(damage: "Damage", out: Path, quiet: bool) -> None:
+    """What was read for `out`, and what could not be."""
+    from unclip.data.samples import skipped_file
+
     for name, why in list(damage.broken.items())[:10]:
         warn(f"{name}: {why}")
     if not quiet:
         note(f"{damage.num_read:,} samples read, {len(damage.broken):,} samples or shards broken")
+        if damage.broken:
+            note(f"all that is broken is listed in {skipped_file(out)}")
 
 
 def _bar(quiet: bool) -> Any:

@@ -30,7 +30,7 @@ HASHED = (".json", ".jsonl", ".safetensors", ".txt")
 Data = Annotated[Path, typer.Option(metavar="DIR", help="A data set: of unclip data emoji, or of unclip data compose.")]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The JSON file to write.")]
 JudgeName = Annotated[
-    str, typer.Option(metavar="DIR", help="A CLIP that had no part in the model: a folder, or the built-in one.")
+    str, typer.Option(metavar="DIR", help="A CLIP that had no part in the model: a folder, a hub id, or the built-in.")
 ]
 NumSeen = Annotated[int, typer.Option(min=1, metavar="N", help="Captions to ask for that training knew.")]
 NumHeldOut = Annotated[

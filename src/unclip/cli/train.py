@@ -103,6 +103,11 @@ def tell_cost(recipe: "Recipe") -> None:
     cost = rehearse(make_task(located(recipe)), recipe)
     rows = [(f"parameters of {name}", f"{count:,}") for name, count in cost.parameters.items()]
     rows += [
+        (what, ", ".join(f"{side}×{side} px" for side in sides))
+        for what, sides in (("pictures read at", cost.read_px), ("pictures in a batch", cost.trained_px))
+        if sides
+    ]
+    rows += [
         ("parameters trained", f"{cost.trained:,}"),
         ("weights, gradients, optimizer, average", f"{cost.state_bytes / 2**20:,.0f} MiB"),
         ("peak memory of a step", f"{cost.peak_bytes / 2**20:,.0f} MiB"),

@@ -3,33 +3,38 @@
 Knows folders and shards; knows no training. Called by the commands that inspect, pack and embed data.
 """
 
+import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from unclip.checkpoints.files import atomic_folder, safe_join
+from unclip.checkpoints.files import atomic_folder, output_path, safe_join, write_json
 from unclip.data.folder import read_records
 from unclip.data.shards import Damage, RawSample, expand, is_shards, read_shard, write_shards
-from unclip.data.source import decode
-from unclip.errors import DataError, UnsafeFileError
-from unclip.images import grid, labelled, to_pil
+from unclip.data.source import IMAGE_EXTENSIONS, decode
+from unclip.errors import DataError, ImageError, UnsafeFileError
+from unclip.images import grid, labelled, open_image, to_pil
 
 CELL_PX = 128
+CHECK_PX = 8
+"""Side to which a picture is made when only its being whole matters."""
 
 
 def raw_samples(data: str | Path, damage: Damage) -> Iterator[RawSample]:
     """The samples of a folder or of shards, in their order, not decoded. Held-out pictures of a folder are left out.
 
-    What cannot be read goes into `damage`.
+    A folder's picture of a kind that shards do not have (GIF, BMP, TIFF) becomes a PNG. What cannot be read goes into
+    `damage`.
 
     Raises: DataError when the data set is not there.
     """
     if is_shards(data):
         for shard in expand(data):
+            damage.num_shards += 1
             for sample in read_shard(shard, damage):
                 damage.num_read += 1
                 yield sample
@@ -39,34 +44,102 @@ def raw_samples(data: str | Path, damage: Damage) -> Iterator[RawSample]:
         if record.held_out:
             continue
         damage.num_read += 1
-        about = {"captions": record.captions, "concept": record.concept, "style": record.style}
+        about: dict[str, Any] = {name: getattr(record, name) for name in ("captions", "concept", "label", "style")}
+        if record.weight != 1:
+            about["weight"] = record.weight
         try:
             content = safe_join(folder, record.file_name).read_bytes()
-        except (OSError, UnsafeFileError) as error:
-            damage.broken[record.file_name] = str(error)
+            extension = Path(record.file_name).suffix.lstrip(".").lower()
+            if extension not in IMAGE_EXTENSIONS:
+                extension, content = "png", _as_png(content, record.file_name)
+        except (OSError, UnsafeFileError, ImageError) as error:
+            damage.broken[f"{record.file_name}: {number:09}"] = str(error)
             continue
-        extension = Path(record.file_name).suffix.lstrip(".").lower()
         parts = {extension: content, "json": json.dumps(about, ensure_ascii=False).encode()}
         yield RawSample(f"{number:09}", record.file_name, parts)
 
 
-def pack(data: str | Path, out: Path, *, per_shard: int = 10_000, progress: Callable[..., Any] | None = None) -> Damage:
-    """Write a data set as tar shards; the folder appears whole or not at all. Pictures are copied, not decoded.
+def _as_png(content: bytes, name: str) -> bytes:
+    """The first frame as training sees it: RGB, on white where it is transparent."""
+    found = io.BytesIO()
+    open_image(io.BytesIO(content), name).save(found, "PNG")
+    return found.getvalue()
+
+
+def readable(samples: Iterable[RawSample], damage: Damage) -> Iterator[RawSample]:
+    """Those samples that training could read; the others go into `damage`."""
+    for raw in samples:
+        try:
+            decode(raw, [CHECK_PX])
+        except DataError as error:
+            damage.broken[raw.name] = str(error)
+            continue
+        yield raw
+
+
+def pack(
+    data: str | Path,
+    out: Path,
+    *,
+    per_shard: int = 10_000,
+    max_skipped_share: float = 0.01,
+    progress: Callable[..., Any] | None = None,
+) -> Damage:
+    """Write a data set as tar shards; the folder appears whole or not at all.
+
+    Every picture is decoded, to see whether it is whole; what is written is its file as it was (see `raw_samples`).
+
+    Args:
+        data: a folder or shards.
+        out: the folder to make.
+        per_shard: samples in a shard.
+        max_skipped_share: of the samples, and of the shards, that may be broken. They are left out, and listed with the
+            reason in `skipped_file(out)`, also when there are more and nothing is written.
+        progress: wraps an iterable, as `tqdm` does.
 
     Returns: how many samples there were, and what could not be read.
 
     Raises:
-        DataError: the data set is not there, or nothing in it can be read.
+        DataError: the data set is not there, nothing in it can be read, or too much cannot.
         OutputExistsError: `out` is there already.
     """
     damage = Damage()
     samples = raw_samples(data, damage)
     told = progress(samples, desc="packing", unit="sample") if progress else samples
     with atomic_folder(out) as draft:
-        written = write_shards(((sample.key, sample.parts) for sample in told), draft, per_shard=per_shard)
-        if not written:
-            raise DataError(f"nothing in {data} can be read: {damage.broken}")
+        good = ((sample.key, sample.parts) for sample in readable(told, damage))
+        written = write_shards(good, draft, per_shard=per_shard)
+        settle(damage, data, out, is_empty=not written, max_skipped_share=max_skipped_share)
     return damage
+
+
+def skipped_file(out: Path) -> Path:
+    """Where it stands what was left out of `out`: beside it, with the suffix .skipped.json."""
+    target = output_path(out)
+    return target.with_name(f"{target.name}.skipped.json")
+
+
+def escaped(text: str) -> str:
+    """What stands for a byte that is no UTF-8 (in a file's name, say) written as an escape."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def settle(damage: Damage, data: str | Path, out: Path, *, is_empty: bool, max_skipped_share: float) -> None:
+    """Write down what was left out of `out`.
+
+    Raises: DataError when there is nothing else, or more than the share allows.
+    """
+    listed = skipped_file(out)
+    if damage.broken:
+        write_json(listed, {escaped(name): escaped(why) for name, why in damage.broken.items()})
+    else:
+        listed.unlink(missing_ok=True)
+    if is_empty:
+        raise DataError(f"nothing in {data} can be read: {damage.some() or 'it is empty'}")
+    try:
+        damage.check(max_skipped_share)
+    except DataError as error:
+        raise DataError(f"{error} (all of them are in {listed}); leave them out, or allow more") from error
 
 
 @dataclass

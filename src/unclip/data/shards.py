@@ -8,13 +8,15 @@ import contextlib
 import http.client
 import io
 import itertools
+import json
+import math
 import re
 import tarfile
 import time
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -46,16 +48,45 @@ class RawSample:
 
 @dataclass
 class Damage:
-    """What could not be read, by name, with the reason; and how much was looked at in all."""
+    """What could not be read, and how much was looked at.
+
+    Attributes:
+        broken: the reason, by the name of a picture, sample or shard.
+        num_read: samples in all, the broken ones too.
+        shards: names in `broken` that are whole shards: cut off, damaged or not there.
+        num_shards: in all, where they are counted.
+    """
 
     broken: dict[str, str] = field(default_factory=dict)
     num_read: int = 0
+    shards: set[str] = field(default_factory=set)
+    num_shards: int = 0
+
+    @property
+    def num_broken_samples(self) -> int:
+        """Samples that could not be read; those that a damaged shard lost are in no count."""
+        return len(self.broken) - len(self.shards)
+
+    def some(self) -> str:
+        """The first three, for a message."""
+        return "; ".join(f"{name}: {why}" for name, why in list(self.broken.items())[:3])
+
+    def check(self, max_skipped_share: float) -> None:
+        """Raises: DataError when a larger share of the samples, or of the shards, could not be read."""
+        counts = {"samples": (self.num_broken_samples, self.num_read), "shards": (len(self.shards), self.num_shards)}
+        for what, (num_broken, num_all) in counts.items():
+            if num_broken > max_skipped_share * num_all:
+                raise DataError(
+                    f"{num_broken:,} of {num_all:,} {what} cannot be read, more than the {max_skipped_share:.3g} of "
+                    f"all that is allowed: {self.some()}"
+                )
 
 
 def expand(source: str | Path) -> list[str]:
     """The shards that `source` names: a folder, one tar, a glob, or any of them or a URL with ranges in braces.
 
-    "https://host/set/{00000..00041}.tar" is 42 shards.
+    "https://host/set/{00000..00041}.tar" is 42 shards. What a range names and is not there stays among them: reading
+    it counts as damage, for a file as for a URL.
 
     Raises: DataError when there is none.
     """
@@ -67,12 +98,12 @@ def expand(source: str | Path) -> list[str]:
     for numbers in itertools.product(*ranges):
         filled = [f"{number:0{width}}" for number, width in zip(numbers, widths, strict=True)]
         names.append("".join(itertools.chain(*itertools.zip_longest(pieces, filled, fillvalue=""))))
-    shards = list(itertools.chain.from_iterable(_found(name) for name in names))
-    if not shards:
+    found = [(name, _found(name)) for name in names]
+    if not any(there for _, there in found):
         raise DataError(
             f"{source} names no shards; give a folder with .tar files, a glob, or a URL with {{00000..00009}}"
         )
-    return shards
+    return [shard for name, there in found for shard in there or [str(Path(name).expanduser())]]
 
 
 def is_shards(source: str | Path) -> bool:
@@ -87,6 +118,22 @@ def is_shards(source: str | Path) -> bool:
 def is_url(name: str) -> bool:
     """Whether a shard is fetched over the network."""
     return name.startswith(("http://", "https://"))
+
+
+def about(raw: RawSample) -> dict[str, Any]:
+    """What a sample's .json says; nothing where it has none, or none that can be read."""
+    try:
+        found = json.loads(raw.parts.get("json", b"{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def weight_of(raw: RawSample) -> float:
+    """How often a sample is drawn, relative to others: `weight` in its .json; 1 where that is no number from 0 up."""
+    weight = about(raw).get("weight", 1.0)
+    is_weight = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight < math.inf
+    return float(weight) if is_weight else 1.0
 
 
 def read_shard(shard: str, damage: Damage | None = None) -> Iterator[RawSample]:
@@ -107,6 +154,7 @@ def read_shard(shard: str, damage: Damage | None = None) -> Iterator[RawSample]:
             if not worth_it or attempt == TRIES:
                 if damage is not None:
                     damage.broken[shard] = f"{type(error).__name__}: {error} (after {given} samples)"
+                    damage.shards.add(shard)
                 return
             time.sleep(0.2 * 2**attempt)
 
@@ -116,6 +164,9 @@ class ShardStream:
 
     Each epoch permutes the shards; of them this process takes every `world`-th; what they hold is shuffled in blocks of
     `block` samples, which are in memory as encoded files. All of it depends on the seed and the place alone.
+
+    Where the samples of a block differ in weight, as many are drawn from it as it holds, with replacement, each by its
+    weight: weights compare the samples of one block, and every block counts alike. Those of weight 0 are passed over.
 
     Args:
         shards: as `expand` gives them; at least one for each process.
@@ -157,8 +208,8 @@ class ShardStream:
             position = 0
 
     def one_epoch(self) -> Iterator[RawSample]:
-        """Every sample of this process's first epoch, once."""
-        return self._epoch(0, 0)
+        """Every sample of this process's first epoch, once, whatever its weight (but 0)."""
+        return self._epoch(0, 0, weighted=False)
 
     def _order(self, epoch: int) -> list[str]:
         order = torch.randperm(len(self.shards), generator=self._generator(epoch)).tolist()
@@ -187,18 +238,21 @@ class ShardStream:
 
     def _read(self, shard: str) -> Iterator[RawSample]:
         number = 0
-        for number, sample in enumerate(read_shard(shard, self.damage), 1):  # noqa: B007
-            yield sample
+        for sample in read_shard(shard, self.damage):
+            if weight_of(sample):
+                number += 1
+                yield sample
         self.counts[shard] = number
 
-    def _epoch(self, epoch: int, start: int) -> Iterator[RawSample]:
+    def _epoch(self, epoch: int, start: int, *, weighted: bool = True) -> Iterator[RawSample]:
         first_block, skip = divmod(start, self.block)
         samples = self._raw(epoch, first_block * self.block)
         for number in itertools.count(first_block):
             held = list(itertools.islice(samples, self.block))
             if not held:
                 return
-            for place in torch.randperm(len(held), generator=self._generator(epoch, self.rank, number)).tolist()[skip:]:
+            generator = self._generator(epoch, self.rank, number)
+            for place in _places(held if weighted else [], len(held), generator)[skip:]:
                 self.damage.num_read += 1
                 yield held[place]
             skip = 0
@@ -216,24 +270,34 @@ class ShardStream:
                     yield sample
 
     def _some_damage(self) -> str:
-        some = [f"{name}: {why}" for name, why in list(self.damage.broken.items())[:3]]
-        return "; ".join(some) or "they are empty"
+        return self.damage.some() or "they are empty, or all weights are 0"
+
+
+def _places(weighed: list[RawSample], count: int, generator: torch.Generator) -> list[int]:
+    """`count` numbers of samples of a block: each once, or, if those that are weighed differ, drawn by weight."""
+    weights = [weight_of(sample) for sample in weighed]
+    if len(set(weights)) < 2:
+        return torch.randperm(count, generator=generator).tolist()
+    shares = torch.tensor(weights, dtype=torch.float64) / max(weights)
+    return torch.multinomial(shares, count, replacement=True, generator=generator).tolist()
 
 
 def write_shards(samples: Iterator[tuple[str, Mapping[str, bytes]]], folder: Path, *, per_shard: int) -> list[Path]:
     """Write (key, parts) samples as 00000.tar, 00001.tar, … into `folder`, which is there already."""
     written: list[Path] = []
-    for number in itertools.count():
-        chunk = list(itertools.islice(samples, per_shard))
-        if not chunk:
-            return written
-        path = folder / f"{number:05}.tar"
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-            for key, parts in chunk:
-                for extension, content in parts.items():
-                    _add(tar, f"{key}.{extension}", content)
+    for first in samples:
+        path = folder / f"{len(written):05}.tar"
+        write_shard(itertools.chain([first], itertools.islice(samples, per_shard - 1)), path)
         written.append(path)
     return written
+
+
+def write_shard(samples: Iterable[tuple[str, Mapping[str, bytes]]], path: Path) -> None:
+    """Write (key, parts) samples as one tar. A name of any length is kept: one above 100 bytes has a PAX header."""
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for key, parts in samples:
+            for extension, content in parts.items():
+                _add(tar, f"{key}.{extension}", content)
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

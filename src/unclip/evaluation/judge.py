@@ -6,14 +6,13 @@ Knows encoders alone; knows neither pipelines nor data sets. Called by every mea
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from unclip.pipelines.component import read_component
+from unclip.pipelines.clip import read_parts
 from unclip.stages.encoders import ImageEncoder, TextEncoder
 
 
@@ -26,19 +25,16 @@ class Judge:
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu") -> "Judge":
-        """Read `text_encoder`, `tokenizer`, `image_encoder` and `feature_extractor` from a folder.
+        """Read a CLIP from a folder, of a pipeline's components (`text_encoder`, …) or of transformers' `CLIPModel`.
 
-        Raises: CheckpointError when one of them is not there, or broken.
+        Raises:
+            ConfigError: there is none.
+            CheckpointError: a part is missing or broken.
         """
-
-        def part(name: str, class_name: str) -> Any:
-            return read_component(folder, name, class_name, torch_dtype=None, variant=None)
-
-        text = part("text_encoder", "CLIPTextModelWithProjection").to(device)
-        image = part("image_encoder", "CLIPVisionModelWithProjection").to(device)
+        parts, _ = read_parts(folder)
         return cls(
-            TextEncoder(text, part("tokenizer", "CLIPTokenizer")),
-            ImageEncoder(image, part("feature_extractor", "CLIPImageProcessor")),
+            TextEncoder(parts["text_encoder"].to(device), parts["tokenizer"]),
+            ImageEncoder(parts["image_encoder"].to(device), parts["feature_extractor"]),
         )
 
     @torch.no_grad()

@@ -6,17 +6,17 @@ Knows CLIP and shards; knows no diffusion. Called by `unclip data embed`.
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from unclip.checkpoints.files import atomic_folder
-from unclip.data.samples import raw_samples
-from unclip.data.shards import Damage, RawSample, write_shards
+from unclip.data.samples import escaped, raw_samples, settle
+from unclip.data.shards import Damage, RawSample, about
 from unclip.data.source import EMBEDDING, IMAGE_EXTENSIONS, decode
+from unclip.data.unfinished import Portion, Unfinished
 from unclip.errors import DataError
 from unclip.training.conditions import FrozenClip
 
@@ -28,43 +28,70 @@ def embed(
     *,
     keep_pictures: bool = False,
     per_shard: int = 10_000,
+    max_skipped_share: float = 0.01,
     batch_size: int = 128,
+    device: torch.device | str = "cpu",
     progress: Callable[..., Any] | None = None,
 ) -> Damage:
     """Write shards with each sample's captions and CLIP image embedding, for training of a prior (or a decoder).
 
+    The folder `out` appears once it is whole. Until then its shards lie in `unfinished_folder(out)`, and the same call
+    goes on from them: it reads the samples that they were made of again, to see that they are the same, and computes
+    the others.
+
     Args:
         data: a folder or shards.
-        clip: a model's folder with `image_encoder` and `text_encoder`.
-        out: the folder to make; it appears whole or not at all.
+        clip: a model's folder with `image_encoder` and `text_encoder`, or a `CLIPModel`.
+        out: the folder to make.
         keep_pictures: copy the pictures too, which a decoder needs.
-        per_shard: samples in a shard.
+        per_shard: samples of which a shard is made.
+        max_skipped_share: of the samples, and of the shards, that may be broken; they are listed as by `samples.pack`.
+            With more, the unfinished shards stay.
         batch_size: pictures embedded at once.
+        device: where they are embedded.
         progress: wraps an iterable, as `tqdm` does.
 
     Returns: how many samples there were, and what could not be read.
 
     Raises:
-        DataError: the data set is not there, or nothing in it can be read.
-        OutputExistsError: `out` is there already.
+        DataError: the data set is not there, nothing in it can be read, too much cannot, or the samples are not those
+            that unfinished shards were made of.
+        OutputExistsError: `out` is there already, or was begun otherwise.
     """
     encoder, damage = FrozenClip(clip), Damage()
+    encoder.image_encoder.to(device)  # pyright: ignore[reportArgumentType]
+    pixels_as = json.loads(encoder.feature_extractor.to_json_string())
+    asked = {"clip": encoder.fingerprint, "feature_extractor": pixels_as}
+    shards = Unfinished(out, asked | {"keep_pictures": keep_pictures, "per_shard": per_shard})
     samples = raw_samples(data, damage)
-    told = progress(samples, desc="embedding", unit="sample") if progress else samples
-
-    def embedded() -> Iterator[tuple[str, dict[str, bytes]]]:
-        while batch := list(itertools.islice(told, batch_size)):
-            yield from _embedded(batch, encoder, keep_pictures, damage)
-
-    with atomic_folder(out) as draft:
-        if not write_shards(embedded(), draft, per_shard=per_shard):
-            some = "; ".join(f"{name}: {why}" for name, why in list(damage.broken.items())[:3])
-            raise DataError(f"nothing in {data} can be read: {some or 'it is empty'}")
+    told = iter(progress(samples, desc="embedding", unit="sample") if progress else samples)
+    for number in itertools.count():
+        portion = Portion(told, per_shard)
+        broken = shards.known(number, portion)
+        if broken is None:
+            broken = {}
+            shards.add(portion, _embedded(portion, encoder, keep_pictures, broken, batch_size), broken)
+        damage.broken |= broken
+        if portion.count < per_shard:
+            break
+    if is_empty := not shards.shards:
+        shards.discard()
+    settle(damage, data, out, is_empty=is_empty, max_skipped_share=max_skipped_share)
+    shards.finish()
     return damage
 
 
 def _embedded(
-    batch: list[RawSample], encoder: FrozenClip, keep_pictures: bool, damage: Damage
+    samples: Iterable[RawSample], encoder: FrozenClip, keep_pictures: bool, broken: dict[str, str], batch_size: int
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Parts of the samples that can be read; the others go into `broken`."""
+    stream = iter(samples)
+    while batch := list(itertools.islice(stream, batch_size)):
+        yield from _batch(batch, encoder, keep_pictures, broken)
+
+
+def _batch(
+    batch: list[RawSample], encoder: FrozenClip, keep_pictures: bool, broken: dict[str, str]
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     good = []
     for raw in batch:
@@ -74,13 +101,14 @@ def _embedded(
                 raise DataError("it has no picture")
             good.append((raw, sample))
         except DataError as error:
-            damage.broken[raw.name] = str(error)
+            broken[escaped(raw.name)] = escaped(str(error))
     if not good:
         return
     pixels = torch.stack([sample.pixels[encoder.image_size] for _, sample in good])
-    for (raw, sample), embedding in zip(good, encoder.embed(pixels.float() / 127.5 - 1), strict=True):
+    pixels = pixels.to(encoder.image_encoder.device).float() / 127.5 - 1
+    for (raw, sample), embedding in zip(good, encoder.embed(pixels).cpu(), strict=True):
         content = io.BytesIO()
         np.save(content, embedding.numpy().astype(np.float16))
-        about = json.dumps({"captions": sample.captions}, ensure_ascii=False).encode()
+        told = json.dumps(about(raw) | {"captions": sample.captions}, ensure_ascii=False).encode()
         pictures = {name: raw.parts[name] for name in IMAGE_EXTENSIONS if keep_pictures and name in raw.parts}
-        yield raw.key, {**pictures, "json": about, EMBEDDING: content.getvalue()}
+        yield raw.key, {**pictures, "json": told, EMBEDDING: content.getvalue()}

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
+from unclip.data.source import FolderSource, ShardSource
 from unclip.training.recipe import Recipe
-from unclip.training.task import Task
-from unclip.training.trainer import Trainer
+from unclip.training.task import Sourced, Task
+from unclip.training.trainer import Trainer, step_generator
 
 WARM_UP_STEPS = 1
 
@@ -28,6 +29,8 @@ class Cost:
         trained: of all, those that change.
         state_bytes: weights, gradients, optimizer state and moving average together.
         peak_bytes: the most memory that the process (on an accelerator: the device) held while a step was computed.
+        read_px: sides that the data set's pictures are made square at, in pixels.
+        trained_px: sides of the pictures in a batch, which may be crops; none where a batch holds embeddings alone.
         step_s: seconds a step takes.
         steps: how many the recipe asks for; batch_size: pictures in each.
     """
@@ -36,6 +39,8 @@ class Cost:
     trained: int
     state_bytes: int
     peak_bytes: int
+    read_px: tuple[int, ...]
+    trained_px: tuple[int, ...]
     step_s: float
     steps: int
     batch_size: int
@@ -68,10 +73,24 @@ def rehearse(task: Task, recipe: Recipe, *, num_steps: int = 3) -> Cost:
             trained=sum(p.numel() for p in task.module.parameters() if p.requires_grad),
             state_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
             peak_bytes=_peak_bytes(trainer.accelerator.device),
+            read_px=_read_px(task),
+            trained_px=_trained_px(task, recipe, trainer.step),
             step_s=step_s,
             steps=recipe.steps,
             batch_size=recipe.batch_size,
         )
+
+
+def _read_px(task: Task) -> tuple[int, ...]:
+    if isinstance(task, Sourced) and isinstance(task.source, FolderSource | ShardSource):
+        return tuple(sorted(task.source.sizes))
+    return ()
+
+
+def _trained_px(task: Task, recipe: Recipe, step: int) -> tuple[int, ...]:
+    """Of the next batch, so that a stream just goes on."""
+    batch = task.batch(step, recipe.batch_size, step_generator(recipe.seed, step))
+    return tuple(sorted({values.shape[-1] for values in batch.values() if values.dim() == 4}))
 
 
 def _peak_bytes(device: torch.device) -> int:
