@@ -70,6 +70,87 @@ def test_the_latent_stands_for_its_picture(run):
     assert alike(kept.lines[0], from_picture.lines[0])
 
 
+KEEP = ("--keep-structure", "--eta", "0", "--seed", 0)
+
+
+def test_latents_found_in_other_steps_are_not_decoded_alike(run):
+    run("invert", "cat.png")
+    run("invert", "dog.png", steps=["--decoder-steps", "4", "--super-res-steps", "2"])
+    both = ("out/cat.safetensors", "out/dog.safetensors")
+    for command in (("vary", *both, *KEEP), ("interpolate", *both, "--frames", 1)):
+        done = run(*command, steps=[])
+        assert done.code == 1
+        assert all(path in done.err for path in both)
+        assert "--decoder-steps" in done.err
+        assert len(names(run(*command, steps=["--decoder-steps", "3"]))) == 2
+
+
+def test_a_latent_beside_others_is_drawn_as_alone(run):
+    """Also where it keeps super-resolution's noise, and they do not."""
+    run("invert", "cat.png", "--super-res")
+    for others in (["dog.png"], ["cat.png", "dog.png"]):
+        together = run("vary", *others, "out/cat.safetensors", "dog.png", *KEEP, "-n", 2, "--overwrite")
+        assert together.code == 0
+        pictures = [Path(path).read_bytes() for path in together.lines]
+        alone = run("vary", "out/cat.safetensors", "--keep-structure", "--eta", "0", "--seed", 2 * len(others))
+        Path("out/cat-in-a-batch.png").write_bytes(pictures[2 * len(others)])
+        assert alike(alone.lines[0], "out/cat-in-a-batch.png")
+        dog = run("vary", "dog.png", "--keep-structure", "--eta", "0", "--seed", 2 * len(others) + 2)
+        Path("out/dog-in-a-batch.png").write_bytes(pictures[-2])
+        assert alike(dog.lines[0], "out/dog-in-a-batch.png")
+
+
+def test_every_row_of_a_latent_counts(run):
+    from unclip.stages.manipulation import BipartiteLatent
+
+    run("invert", "cat.png", "dog.png")
+    (cat, about), (dog, _) = (BipartiteLatent.load(f"out/{name}.safetensors") for name in ("cat", "dog"))
+    cat.join(dog).save("both.safetensors", about=about)
+    done = run("vary", "both.safetensors", "cat.png", "--keep-structure", "--eta", "0", "--seed", 5)
+    assert names(done) == [
+        "both-variation-5.png", "both-variation-6.png", "cat-variation-7.png",
+    ]  # fmt: skip
+    assert [texts(path).get("row") for path in done.lines] == ["0", "1", None]
+    dog_alone = run("vary", "out/dog.safetensors", "--keep-structure", "--eta", "0", "--seed", 6)
+    assert alike(done.lines[1], dog_alone.lines[0])
+    path = run("interpolate", "both.safetensors", "cat.png", "--frames", 2)
+    assert len(names(path)) == 5
+    assert [texts(frame)["to"] for frame in path.lines] == ["both.safetensors"] * 2 + ["cat.png"] * 3
+    for command in (["edit", "--from", "a cat", "--to", "an apple"], ["blend"]):
+        done = run(command[0], "both.safetensors", *command[1:])
+        assert done.code == 1
+        assert "2 latents" in done.err
+
+
+def test_bad_latents_fail_alone(run, files):
+    (files / "junk.safetensors").write_bytes(b"junk")
+    run("invert", "cat.png")
+    from unclip.stages.manipulation import BipartiteLatent
+
+    latent, about = BipartiteLatent.load("out/cat.safetensors")
+    latent.save("foreign.safetensors", about={**about, "fingerprint": "of another"})
+    latent.save("wordy.safetensors", about={**about, "decoder_num_inference_steps": "many"})
+    bad = ("junk.safetensors", "foreign.safetensors", "none.safetensors", "wordy.safetensors")
+    done = run("vary", *bad, "dog.png", "out/cat.safetensors", *KEEP[:-1], 3)
+    assert done.code == 3
+    assert [Path(path).name for path in done.lines] == ["dog-variation-7.png", "cat-variation-8.png"]
+    errors = done.err.splitlines()
+    assert len(errors) == 4
+    assert all(any(name in line for line in errors) for name in bad)
+    assert (alone := run("vary", "junk.safetensors", *KEEP)).code == 1
+    assert "junk.safetensors" in alone.err
+    assert "no numbers" in run("interpolate", "wordy.safetensors", "dog.png").err
+
+
+def test_the_suffix_of_a_latent_in_capitals(run):
+    run("invert", "cat.png")
+    Path("out/cat.safetensors").rename("CAT.SAFETENSORS")
+    done = run("vary", "CAT.SAFETENSORS", *KEEP, steps=[])
+    assert json.loads(texts(done.lines[0])["settings"])["decoder_num_inference_steps"] == 3
+    done = run("interpolate", "CAT.SAFETENSORS", "dog.png", "--frames", 1, steps=[])
+    assert json.loads(texts(done.lines[0])["settings"])["decoder_num_inference_steps"] == 3
+
+
 def test_eta_and_seeds_vary(run):
     done = run(
         "vary", "cat.png", "dog.png", "--keep-structure", "--eta", "0.8", "-n", 2, "--seed", 5, "--batch-size", 3

@@ -64,7 +64,7 @@ def invert(
         given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
         machine = Machine(dtype, device, cpu_offload, quiet)
         bench = Workbench.open(model, machine, given, guidance=NO_GUIDANCE)
-        for _, path, image in pictures:
+        for path, image in ((one.path, one.given) for one in pictures):
             latent = bench.tool.invert(image, super_res=super_res, **bench.settings)  # type: ignore[arg-type]
             stem = slug(plain(path.stem))
             file = safe_join(out, f"{stem}{SUFFIX}")

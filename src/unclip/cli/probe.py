@@ -13,7 +13,7 @@ from unclip.cli import options
 from unclip.cli.loading import Machine, decoder_settings
 from unclip.cli.messages import note
 from unclip.cli.pictures import Album
-from unclip.cli.workbench import NO_GUIDANCE, Workbench, read_part
+from unclip.cli.workbench import NO_GUIDANCE, Workbench, one_row, read_part
 from unclip.errors import DataError, InputError
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def show(
 
     from unclip.stages.manipulation import probe as reduced
 
-    latent = reduced(bench.latent(part, seed=seed), components, counts)
+    latent = reduced(one_row(bench.latent(part, seed=seed), part), components, counts)
     facts = [{"image": part.name, "pca": pca.name, "dimensions": count} for count in counts]
     bench.draw(latent, facts, album, f"{part.stem}-dims", seed=seed, batch_size=batch_size, sheet=grid)
 

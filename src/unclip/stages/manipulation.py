@@ -51,6 +51,11 @@ class BipartiteLatent:
     def __len__(self) -> int:
         return len(self.image_embedding)
 
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """The attributes that are kept."""
+        return tuple(self._parts())
+
     def select(self, rows: Sequence[int] | slice) -> Self:
         """The rows of these indices."""
         return type(self)(**{name: part[rows] for name, part in self._parts().items()})
