@@ -70,6 +70,30 @@ def test_the_latent_stands_for_its_picture(run):
     assert alike(kept.lines[0], from_picture.lines[0])
 
 
+def test_pictures_of_one_name_have_their_own_latents(run, files):
+    (files / "a").mkdir()
+    Image.new("RGB", (20, 20), "blue").save(files / "a" / "cat.png")
+    Image.new("RGB", (20, 20), "green").save(files / "cat-2.png")
+    for more in ([], ["--overwrite"]):
+        done = run("invert", "cat.png", "a/cat.png", "cat-2.png", "--check", *more)
+        assert names(done)[::2] == ["cat.safetensors", "cat-2.safetensors", "cat-2-2.safetensors"]
+        assert names(done)[1::2] == [f"cat{end}-reconstruction.png" for end in ("", "-2", "-2-2")]
+    assert not alike(done.lines[1], done.lines[3])
+    drawn = run("vary", "out/cat-2.safetensors", *KEEP)
+    assert alike(drawn.lines[0], done.lines[3])
+
+
+def test_what_is_in_the_way_of_a_latent_is_found_first(run, monkeypatch):
+    from unclip.pipelines.manipulation import Manipulator
+
+    names(run("invert", "dog.png"))
+    monkeypatch.setattr(Manipulator, "invert", None)  # nothing is computed in vain
+    done = run("invert", "cat.png", "dog.png")
+    assert (done.code, done.out) == (1, "")
+    assert "dog.safetensors exists already" in done.err
+    assert not Path("out/cat.safetensors").exists()
+
+
 KEEP = ("--keep-structure", "--eta", "0", "--seed", 0)
 
 
