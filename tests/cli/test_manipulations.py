@@ -1,6 +1,7 @@
 """`invert`, `vary --keep-structure`, `interpolate`, `edit`, `blend`, `probe`: on a tiny model, and what they refuse."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unclip import UnCLIPPipeline, UnCLIPScheduler, UNet2DModel
 from unclip.cli.workbench import read_part
 from unclip.errors import InputError
 
@@ -173,6 +175,32 @@ def test_the_suffix_of_a_latent_in_capitals(run):
     assert json.loads(texts(done.lines[0])["settings"])["decoder_num_inference_steps"] == 3
     done = run("interpolate", "CAT.SAFETENSORS", "dog.png", "--frames", 1, steps=[])
     assert json.loads(texts(done.lines[0])["settings"])["decoder_num_inference_steps"] == 3
+
+
+def test_a_cascade_through_a_file(run, model, tmp_path):
+    """Its recommended steps are one number for each super-resolution stage."""
+    folder = shutil.copytree(model, tmp_path / "cascade")
+    pipe = UnCLIPPipeline.from_pretrained(model)
+    more = UNet2DModel.from_config({**pipe.super_res_first.config, "sample_size": 64}).eval()
+    larger = UnCLIPPipeline.from_pipe(pipe, super_res_2_first=more, super_res_2_scheduler=UnCLIPScheduler())
+    larger.save_pretrained(tmp_path / "larger")
+    index = json.loads((folder / "model_index.json").read_text())
+    own = json.loads((tmp_path / "larger" / "model_index.json").read_text())
+    for name in ("super_res_2_first", "super_res_2_scheduler"):
+        shutil.copytree(tmp_path / "larger" / name, folder / name)
+        index[name] = own[name]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    steps = {"decoder_num_inference_steps": 3, "super_res_num_inference_steps": [2, 3]}
+    (folder / "generation_defaults.json").write_text(json.dumps(steps))
+    for more_options in ([], ["--super-res"]):
+        told = run("invert", "cat.png", "--check", "--overwrite", *more_options, model=folder, steps=[])
+        assert names(told) == ["cat.safetensors", "cat-reconstruction.png"]
+        done = run("vary", told.lines[0], *KEEP, "--overwrite", model=folder, steps=[])
+        settings = json.loads(texts(done.lines[0])["settings"])
+        assert settings["super_res_num_inference_steps"] == [2, 3]
+        assert alike(done.lines[0], told.lines[1])
+        with Image.open(done.lines[0]) as picture:
+            assert picture.size == (64, 64)
 
 
 def test_eta_and_seeds_vary(run):

@@ -4,6 +4,7 @@ Knows picture files and options; how it is found is another module's affair.
 """
 
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -73,7 +74,7 @@ def invert(
         for path, image, file in ((one.path, one.given, file) for one, file in zip(pictures, files, strict=True)):
             latent = bench.tool.invert(image, super_res=super_res, **bench.settings)  # type: ignore[arg-type]
             told = {"model": bench.about["model"], "image": plain(path.name)}
-            told |= {name: str(value) for name, value in bench.settings.items()}
+            told |= {name: json.dumps(value) for name, value in bench.settings.items()}
             try:
                 bench.tool.save(latent, file, about=told, overwrite=overwrite)
             except OutputExistsError as problem:

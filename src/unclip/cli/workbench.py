@@ -267,9 +267,9 @@ class Keeper:
         Latents that keep the noise of more stages than others are decoded apart, for together they would lose it.
         """
         latents = [self._latent(each) for each in given]
-        alike: dict[tuple[str, ...], list[int]] = {}
+        alike: dict[int, list[int]] = {}
         for place, latent in enumerate(latents):
-            alike.setdefault(latent.part_names, []).append(place)
+            alike.setdefault(len(latent.super_res_noise), []).append(place)
         images: dict[int, Image] = {}
         for places in alike.values():
             first, *others = [latents[place] for place in places]

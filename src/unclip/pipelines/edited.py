@@ -136,13 +136,13 @@ def _from_kept(picture: Image.Image, region: Tensor | None, size: Size) -> Image
     def spread(values: np.ndarray, how: Image.Resampling) -> np.ndarray:
         return np.asarray(Image.fromarray(values).resize(size[::-1], how))
 
-    weights = {how: spread(kept, how) for how in (Image.Resampling.LANCZOS, Image.Resampling.BILINEAR)}
-    enough = weights[Image.Resampling.LANCZOS] >= LEAST_WEIGHT
+    lanczos, bilinear = Image.Resampling.LANCZOS, Image.Resampling.BILINEAR
+    weights = {how: spread(kept, how) for how in (lanczos, bilinear)}
     channels = []
     for channel in plain.getbands():
         values = np.asarray(picture.getchannel(channel), dtype=np.float32) * kept
-        means = [spread(values, how) / np.maximum(weight, 1e-6) for how, weight in weights.items()]
-        channels.append(np.where(enough, *means))
+        means = {how: spread(values, how) / np.maximum(weight, 1e-6) for how, weight in weights.items()}
+        channels.append(np.where(weights[lanczos] >= LEAST_WEIGHT, means[lanczos], means[bilinear]))
     mixed = np.stack(channels, axis=-1).clip(0, 255).round().astype(np.uint8)
     drawn = _touched(region[None, None], size)
     reach = [LANCZOS_REACH * max(1, -(-new // old)) + 1 for new, old in zip(size, region.shape, strict=True)]
