@@ -193,6 +193,14 @@ def test_captions_through_the_prior(tool):
     torch.testing.assert_close(mean[0], parts.mean(dim=0), rtol=0, atol=1e-5)
 
 
+def test_samples_go_round_at_the_largest_seed(tool):
+    mean = tool.embed_captions("a cat", seed=2**64 - 1, num_samples=2)
+    parts = torch.cat([tool.embed_captions("a cat", seed=seed) for seed in (2**64 - 1, 0)])
+    torch.testing.assert_close(mean[0], parts.mean(dim=0), rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match="the seed is -1"):
+        tool.embed_captions("a cat", seed=-1, num_samples=2)
+
+
 def test_without_a_prior(tiny_variation, pictures):
     tool = Manipulator(tiny_variation)
     with pytest.raises(CheckpointError, match="no prior"):

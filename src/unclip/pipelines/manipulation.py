@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.diffusion.guidance import check_scale
-from unclip.diffusion.noise import NoiseSource, generators_from_seed
+from unclip.diffusion.noise import NoiseSource, following_seed, generators_from_seed
 from unclip.diffusion.scheduler import DDIMScheduler
 from unclip.errors import CheckpointError, ImageError, InputError
 from unclip.images import to_square
@@ -248,7 +248,7 @@ class Manipulator:
             [caption for caption in captions for _ in range(num_samples)],
             num_inference_steps=self._steps("prior", prior_num_inference_steps),
             guidance_scale=scale,
-            seed=[one + copy_ for one in first for copy_ in range(num_samples)],
+            seed=[following_seed(one, copy_) for one in first for copy_ in range(num_samples)],
         )
         return drawn.view(len(captions), num_samples, -1).mean(dim=1).cpu()
 
