@@ -223,6 +223,13 @@ def test_what_does_not_go_with_the_structure(run, arguments):
     assert run("vary", "cat.png", *arguments).code == 2
 
 
+@pytest.mark.parametrize("side", ["--height", "--width"])
+def test_the_structure_is_of_the_models_own_size(run, side):
+    done = run("vary", "cat.png", "--keep-structure", side, 64)
+    assert done.code == 2
+    assert side in done.err
+
+
 def test_interpolation_of_pictures(run):
     done = run("interpolate", "cat.png", "dog.png", "--frames", 3, "--grid", "--film", "gif", "--batch-size", 3)
     assert names(done) == [
@@ -284,6 +291,12 @@ def test_edit(run):
     by_text = run("edit", "cat.png", "--from", "a cat", "--to", "a red apple", "--strength", 0.9, "--text-space")
     assert names(by_text) == ["cat-to-a-red-apple-0.png"]
     assert not alike(by_text.lines[0], done.lines[2])
+
+
+def test_the_largest_seed(run):
+    largest = 2**64 - 1
+    done = run("edit", "cat.png", "--from", "a cat", "--to", "a red apple", "--seed", largest)
+    assert names(done) == [f"cat-to-a-red-apple-{largest}.png"]
 
 
 def test_edits_without_a_difference_or_a_picture(run):

@@ -87,6 +87,8 @@ def vary(
         raise typer.BadParameter("--eta goes with --keep-structure")
     if keep_structure and (negative is not None or sampler is not None):
         raise typer.BadParameter("--keep-structure samples by DDIM, and has no --negative and no other --sampler")
+    if keep_structure and (height is not None or width is not None):
+        raise typer.BadParameter("--keep-structure draws in the model's own size, and has no --height and no --width")
     from unclip.cli.workbench import NO_GUIDANCE, Keeper, is_latent, recorded
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
     from unclip.pipelines.manipulation import Manipulator

@@ -131,10 +131,11 @@ def _from_kept(picture: Image.Image, region: Tensor | None, size: Size) -> Image
     plain = resized(picture, size)
     if region is None or plain is picture:
         return plain
+    height, width = size
     kept = (~region).numpy().astype(np.float32)
 
     def spread(values: np.ndarray, how: Image.Resampling) -> np.ndarray:
-        return np.asarray(Image.fromarray(values).resize(size[::-1], how))
+        return np.asarray(Image.fromarray(values).resize((width, height), how))
 
     lanczos, bilinear = Image.Resampling.LANCZOS, Image.Resampling.BILINEAR
     weights = {how: spread(kept, how) for how in (lanczos, bilinear)}
