@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import CLIPVisionModelWithProjection
 
 from unclip import UnCLIPPipeline, UnCLIPScheduler, UNet2DModel
 from unclip.cli.workbench import read_part
 from unclip.errors import InputError
+from unclip.models.pca import PrincipalComponents
 
 from .test_generate import alike
 
@@ -345,6 +348,50 @@ def test_probing(run, unclip, model, files):
         assert "--dims" in run("probe show", "cat.png", "--pca", "pca.safetensors", f"--dims={dims}").err
     run("invert", "cat.png")
     assert "needed" in run("probe show", "cat.png", "--pca", "out/cat.safetensors").err
+
+
+@pytest.fixture
+def data(files):
+    folder = files / "data"
+    folder.mkdir()
+    for place, colour in enumerate(("red", "green", "blue", "white")):
+        Image.new("RGB", (20, 20), colour).save(folder / f"{place}.png")
+    return folder
+
+
+def test_components_lie_with_their_model(run, unclip, model, data, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "own")
+    assert "probe fit" in run("probe show", "cat.png", model=folder).err
+    fitted = unclip("probe", "fit", data, "--model", folder)
+    assert fitted.lines == [str(folder / "probe.safetensors")]
+    assert len(names(run("probe show", "cat.png", "--dims", "0,1", model=folder))) == 2
+    assert "--overwrite" in unclip("probe", "fit", data, "--model", folder).err
+    assert "--out" in unclip("probe", "fit", data, "--model", "unclip-emoji").err
+
+
+def test_components_of_another_image_encoder(run, unclip, model, data, tmp_path):
+    pca = tmp_path / "pca.safetensors"
+    unclip("probe", "fit", data, "--model", model, "--out", pca)
+    other = shutil.copytree(model, tmp_path / "other")
+    encoder = CLIPVisionModelWithProjection.from_pretrained(other / "image_encoder")
+    with torch.no_grad():
+        encoder.visual_projection.weight.neg_()
+    encoder.save_pretrained(other / "image_encoder")
+    done = run("probe show", "cat.png", "--pca", pca, "--dims", "1", model=other)
+    assert done.code == 1
+    assert "image encoder" in done.err
+    PrincipalComponents.load(pca).save(tmp_path / "old.safetensors")
+    assert names(run("probe show", "cat.png", "--pca", tmp_path / "old.safetensors", "--dims", "1", model=other))
+
+
+def test_a_broken_picture_is_left_out_of_a_fit(unclip, model, data, files):
+    (data / "broken.png").write_bytes(b"nonsense")
+    fitted = unclip("probe", "fit", data, "--model", model, "--out", files / "pca.safetensors")
+    assert fitted.code == 3
+    assert fitted.lines == [str(files / "pca.safetensors")]
+    assert "broken.png" in fitted.err
+    assert "4 pictures" in fitted.err
+    assert PrincipalComponents.load_with_texts(files / "pca.safetensors")[1]["num_pictures"] == "4"
 
 
 def test_nothing_to_fit_on(unclip, model, files):

@@ -223,6 +223,23 @@ def test_principal_components_of_pictures(tool, pictures):
     torch.testing.assert_close(components.reconstruct(components.project(embeddings)), embeddings, rtol=1e-3, atol=1e-3)
 
 
+def test_components_know_their_image_encoder(tool, pictures, tmp_path, own_variation):
+    components = tool.fit_components([pictures])
+    path = tool.save_components(components, tmp_path / "pca.safetensors", about={"model": "tiny"})
+    assert torch.equal(tool.load_components(path).components, components.components)
+    other = Manipulator(own_variation.to(torch.bfloat16))
+    assert torch.equal(other.load_components(path).mean, components.mean)  # the same weights, in a smaller type
+    with torch.no_grad():
+        own_variation.image_encoder.visual_projection.weight.neg_()
+    with pytest.raises(CheckpointError, match="image encoder of the model tiny"):
+        other.load_components(path)
+    unnamed = components.save(tmp_path / "old.safetensors")
+    assert other.load_components(unnamed).dim == 16
+    narrow = type(components)(torch.zeros(2), torch.eye(2), torch.ones(2), 2.0).save(tmp_path / "narrow.safetensors")
+    with pytest.raises(CheckpointError, match="another model"):
+        tool.load_components(narrow)
+
+
 def test_files_know_their_model(tool, pictures, tmp_path, own_variation):
     latent = tool.invert(pictures, **STEPS)
     path = tool.save(latent, tmp_path / "x.safetensors", about={"model": "tiny"})

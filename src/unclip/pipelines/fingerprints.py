@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from unclip.pipelines.generation import GenerationPipeline
+from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,6 +24,11 @@ def fingerprint(pipe: GenerationPipeline) -> str:
     are away (offloaded layer by layer).
     """
     return _of((pipe.text_proj, pipe.decoder))
+
+
+def encoder_fingerprint(pipe: UnCLIPImageVariationPipeline) -> str:
+    """As `fingerprint`, of the image encoder: it tells one space of embeddings from another."""
+    return _of((pipe.image_encoder,))
 
 
 def _of(networks: "Iterable[nn.Module]") -> str:

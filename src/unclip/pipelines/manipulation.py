@@ -26,21 +26,19 @@ from unclip.diffusion.guidance import check_scale
 from unclip.diffusion.noise import NoiseSource, following_seed, generators_from_seed
 from unclip.diffusion.scheduler import DDIMScheduler
 from unclip.errors import CheckpointError, ImageError, InputError
-from unclip.images import to_square
 from unclip.models.pca import PrincipalComponents
-from unclip.pipelines.arguments import Callback, check_count, check_embeddings, check_latents, on_step
-from unclip.pipelines.fingerprints import fingerprint
-from unclip.pipelines.generation import Call, GenerationPipeline, StageRun
+from unclip.pipelines.arguments import Callback, check_count, check_embeddings, check_latents
+from unclip.pipelines.fingerprints import encoder_fingerprint, fingerprint
+from unclip.pipelines.generation import Call, StageRun
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
+from unclip.pipelines.inversion import inverted, inverted_super_res
 from unclip.pipelines.output import ImagePipelineOutput
 from unclip.pipelines.text_to_image import UnCLIPPipeline
 from unclip.stages.arithmetic import difference
-from unclip.stages.condition import DecoderCondition, SuperResCondition
+from unclip.stages.condition import DecoderCondition
 from unclip.stages.decoder import DecoderStage
 from unclip.stages.encoders import ImageEncoder
 from unclip.stages.manipulation import BipartiteLatent
-from unclip.stages.stage import Stage, invert
-from unclip.stages.super_res import SuperResStage
 
 NUM_ROUNDS = 2
 
@@ -139,12 +137,12 @@ class Manipulator:
         condition = DecoderCondition.of(text, embeddings)
         told = {"num_rounds": num_rounds, "callback": callback_on_step_end}
         stage = DecoderStage(pipe.decoder, pipe.text_proj, ddim.decoder_scheduler.process)
-        x_T = _inverted(ddim, "decoder", stage, condition, null, _pixels(pictures, stage, condition), decoder, **told)
+        x_T = inverted(ddim, "decoder", stage, condition, null, pictures, decoder, **told)
         if not super_res:
             return BipartiteLatent(embeddings.cpu(), x_T.cpu())
         call = Call(NoiseSource(None, len(pictures)), None)
         small = ddim._decode(text, null_text, embeddings, replace(decoder, latents=x_T), call)
-        wide = self._inverted_super_res(ddim, pictures, small, runs, told)
+        wide = inverted_super_res(ddim, pictures, small, runs, **told)
         return BipartiteLatent.of(embeddings.cpu(), x_T.cpu(), *wide)
 
     def decode(
@@ -307,6 +305,34 @@ class Manipulator:
             raise CheckpointError(f"{path} does not fit the model: {problem}") from problem
         return latent, about
 
+    def save_components(
+        self,
+        components: PrincipalComponents,
+        path: str | os.PathLike[str],
+        *,
+        about: Mapping[str, str] | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write components of this model's embeddings, with its image encoder's fingerprint; arguments as of `save`."""
+        told = {**(about or {}), "image_encoder": encoder_fingerprint(self.variation)}
+        return components.save(path, about=told, overwrite=overwrite)
+
+    def load_components(self, path: str | os.PathLike[str]) -> PrincipalComponents:
+        """Read components of this model's embeddings; those whose image encoder is not known pass.
+
+        Raises: as `PrincipalComponents.load`; CheckpointError when they are of another image encoder or width.
+        """
+        components, about = PrincipalComponents.load_with_texts(path)
+        made, own = about.get("image_encoder", ""), encoder_fingerprint(self.variation)
+        width = self.variation.image_encoder.config.projection_dim
+        if (made and own and made != own) or components.dim != width:
+            name = about.get("model")
+            raise CheckpointError(
+                f"{path} was fitted with the image encoder of {'the model ' + name if name else 'another model'}, and "
+                "this one is another: its embeddings have other components. Fit them anew with this model"
+            )
+        return components
+
     def check_latent(self, latent: BipartiteLatent) -> None:
         """Raises: InputError for a latent whose sizes are not this model's, or that is not finite."""
         pipe = self.variation
@@ -332,65 +358,9 @@ class Manipulator:
             return given
         return cast("int | list[int]", self.variation.recommended.get("super_res_num_inference_steps", 7))
 
-    def _inverted_super_res(
-        self,
-        ddim: UnCLIPImageVariationPipeline,
-        pictures: Sequence[Image.Image],
-        small: Tensor,
-        runs: Mapping[str, StageRun],
-        told: Mapping[str, Any],
-    ) -> list[Tensor]:
-        """x_T of every super-resolution stage, on the CPU; `small` is what the decoder makes, in [-1, 1]."""
-        found, call = [], Call(NoiseSource(None, len(pictures)), None)
-        picture, stages = small, ddim.cascade
-        for name, part in stages.items():
-            stage = SuperResStage(part.first, part.last, part.scheduler.process, tiling=ddim._tiling)
-            below = SuperResCondition(picture)
-            x_T = _inverted(ddim, name, stage, below, None, _pixels(pictures, stage, below), runs[name], **told)
-            found.append(x_T.cpu())
-            if len(found) < len(stages):
-                picture = ddim._run(name, stage, below, None, replace(runs[name], latents=x_T), call)
-        return found
-
     def _deterministic(self, eta: float) -> UnCLIPImageVariationPipeline:
         """The same components (hooks and bars too) that sample by DDIM; the pipeline itself is left alone."""
         pipe = copy.copy(self.variation)
         for name in (f"{stage}_scheduler" for stage in ("decoder", *pipe.cascade)):
             setattr(pipe, name, DDIMScheduler.from_config(getattr(pipe, name).config, eta=eta))
         return pipe
-
-
-def _pixels(pictures: Sequence[Image.Image], stage: Stage, condition: Any) -> Tensor:
-    """The pictures in a stage's own size, [batch, 3, size, size] in [-1, 1]."""
-    size = stage.sample_shape(condition)[-1]
-    return torch.stack([to_square(picture, size) for picture in pictures])
-
-
-def _inverted(
-    pipe: GenerationPipeline,
-    name: str,
-    stage: Stage,
-    condition: Any,
-    null: Any,
-    x0: Tensor,
-    run: StageRun,
-    *,
-    num_rounds: int,
-    callback: Callback | None,
-) -> Tensor:
-    """x_T of one stage, float32, of x0's shape."""
-    timesteps = getattr(pipe, f"{name}_scheduler").spaced_timesteps(run.num_steps)
-    try:
-        return invert(
-            stage,
-            condition,
-            x0,
-            timesteps=timesteps,
-            num_rounds=num_rounds,
-            null=null,
-            guidance_scale=run.guidance_scale,
-            progress=pipe.progress(name),
-            on_step=on_step(pipe, name, callback),
-        )
-    finally:
-        pipe.maybe_free_model_hooks()
