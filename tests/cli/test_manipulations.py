@@ -419,8 +419,14 @@ def test_parts_of_a_command(files, monkeypatch):
     assert read_part("a clock: 3", weighted=True).weight == 3
     assert read_part("a:2.png", weighted=True).kind == "picture"
     assert read_part("x" * 5000).kind == "caption"
-    for wrong in ("none.png", "none.safetensors"):
+    for wrong in ("none.png", "none.safetensors", "none.jfif", "pics/cat.Image", "my pics\\cat.x2", "~/none.heic:2"):
         with pytest.raises(InputError, match="no file"):
-            read_part(wrong)
+            read_part(wrong, weighted=True)
+    for caption in ("and/or", "a black/white cat.", "AC/DC, vol. 2", "no. 5", "1/2 e.g. of a pear", "", "16:9"):
+        assert read_part(caption).kind == "caption"
+    (files / "data").mkdir()
+    for folder in ("data", "data/", ".", "data:0.5"):
+        with pytest.raises(InputError, match="is a folder"):
+            read_part(folder, weighted=True)
     with pytest.raises(InputError, match="finite"):
         read_part("a cat:inf", weighted=True)

@@ -5,7 +5,8 @@ Knows picture files, captions and a `Manipulator`; knows no command. Called by `
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from unclip.stages.manipulation import BipartiteLatent
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+OTHER_PICTURE_SUFFIXES = (".jfif", ".jpe", ".apng", ".avif", ".heic", ".heif", ".svg", ".ico", ".psd")
+"""With which no caption ends either."""
+PATH = re.compile(r".*[/\\].*\.[a-z][a-z0-9]{1,11}", re.DOTALL | re.IGNORECASE)
+"""A text with a separator and a suffix."""
 RECORDED = {
     "decoder_num_inference_steps": "--decoder-steps",
     "super_res_num_inference_steps": "--super-res-steps",
@@ -68,22 +73,27 @@ def read_part(text: str, *, weighted: bool = False) -> Part:
         text: a path, or a caption.
         weighted: a number after the last colon is its weight, as in `cat.png:0.5`, unless a file has that whole name.
 
-    Raises: InputError for the name of a picture or latent that does not exist, or a weight that is not finite.
+    Raises: InputError for what looks like the path of a file that does not exist, for a folder, or for a weight that is
+        not finite.
     """
     from unclip.cli.generate import plain
 
     weight = 1.0
-    if weighted and not _is_file(text):
+    if weighted and not _is(Path.is_file, text):
         head, colon, tail = text.rpartition(":")
         if colon and head and _number(tail) is not None:
             text, weight = head, float(tail)
             if not abs(weight) < float("inf"):
                 raise InputError(f"the weight {tail!r} of {text!r:.80} is not a finite number")
     suffix = Path(text).suffix.lower() if len(text) < 1000 else ""
-    if _is_file(text):
+    if _is(Path.is_file, text):
         return Part(text, "latent" if suffix == SUFFIX else "picture", weight)
-    if suffix in (*PICTURE_SUFFIXES, SUFFIX):
+    if text and _is(Path.is_dir, text):
+        raise InputError(f"{text!r} is a folder; name a file, or word the caption otherwise")
+    if suffix in (*PICTURE_SUFFIXES, *OTHER_PICTURE_SUFFIXES, SUFFIX):
         raise InputError(f"there is no file {text!r}; a caption must not end in {suffix}")
+    if suffix and PATH.fullmatch(text):
+        raise InputError(f"there is no file {text!r}; a caption must not have both a separator and a suffix {suffix}")
     return Part(plain(text), "caption", weight)
 
 
@@ -307,9 +317,9 @@ def _opened(part: Part) -> Any:
     return open_image(part.text)
 
 
-def _is_file(text: str) -> bool:
+def _is(kind: Callable[[Path], bool], text: str) -> bool:
     try:
-        return Path(text).is_file()
+        return kind(Path(text))
     except (OSError, ValueError):  # no path at all: too long, or with a NUL
         return False
 
