@@ -115,6 +115,11 @@ def test_a_revision_is_a_branch_or_commit(revision):
 # -- which files ---------------------------------------------------------------------------------------------------
 
 
+def test_principal_components_come_along():
+    names = ["model_index.json", "probe.safetensors", "prior-v1.safetensors", "prior/config.json"]
+    assert sorted(pick_files(names)) == ["model_index.json", "prior/config.json", "probe.safetensors"]
+
+
 def test_plain_files_without_pickles_and_other_variants():
     assert sorted(pick_files(list(REPOSITORY))) == [
         "decoder/diffusion_pytorch_model-00001-of-00002.safetensors",

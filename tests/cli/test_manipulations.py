@@ -1,15 +1,20 @@
 """`invert`, `vary --keep-structure`, `interpolate`, `edit`, `blend`, `probe`: on a tiny model, and what they refuse."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import CLIPVisionModelWithProjection
 
+from unclip import UnCLIPPipeline, UnCLIPScheduler, UNet2DModel
 from unclip.cli.workbench import read_part
 from unclip.errors import InputError
+from unclip.models.pca import PrincipalComponents
 
 from .test_generate import alike
 
@@ -70,6 +75,137 @@ def test_the_latent_stands_for_its_picture(run):
     assert alike(kept.lines[0], from_picture.lines[0])
 
 
+def test_pictures_of_one_name_have_their_own_latents(run, files):
+    (files / "a").mkdir()
+    Image.new("RGB", (20, 20), "blue").save(files / "a" / "cat.png")
+    Image.new("RGB", (20, 20), "green").save(files / "cat-2.png")
+    for more in ([], ["--overwrite"]):
+        done = run("invert", "cat.png", "a/cat.png", "cat-2.png", "--check", *more)
+        assert names(done)[::2] == ["cat.safetensors", "cat-2.safetensors", "cat-2-2.safetensors"]
+        assert names(done)[1::2] == [f"cat{end}-reconstruction.png" for end in ("", "-2", "-2-2")]
+    assert not alike(done.lines[1], done.lines[3])
+    drawn = run("vary", "out/cat-2.safetensors", *KEEP)
+    assert alike(drawn.lines[0], done.lines[3])
+
+
+def test_what_is_in_the_way_of_a_latent_is_found_first(run, monkeypatch):
+    from unclip.pipelines.manipulation import Manipulator
+
+    names(run("invert", "dog.png"))
+    monkeypatch.setattr(Manipulator, "invert", None)  # nothing is computed in vain
+    done = run("invert", "cat.png", "dog.png")
+    assert (done.code, done.out) == (1, "")
+    assert "dog.safetensors exists already" in done.err
+    assert not Path("out/cat.safetensors").exists()
+
+
+KEEP = ("--keep-structure", "--eta", "0", "--seed", 0)
+
+
+def test_latents_found_in_other_steps_are_not_decoded_alike(run):
+    run("invert", "cat.png")
+    run("invert", "dog.png", steps=["--decoder-steps", "4", "--super-res-steps", "2"])
+    both = ("out/cat.safetensors", "out/dog.safetensors")
+    for command in (("vary", *both, *KEEP), ("interpolate", *both, "--frames", 1)):
+        done = run(*command, steps=[])
+        assert done.code == 1
+        assert all(path in done.err for path in both)
+        assert "--decoder-steps" in done.err
+        assert len(names(run(*command, steps=["--decoder-steps", "3"]))) == 2
+
+
+def test_a_latent_beside_others_is_drawn_as_alone(run):
+    """Also where it keeps super-resolution's noise, and they do not."""
+    run("invert", "cat.png", "--super-res")
+    for others in (["dog.png"], ["cat.png", "dog.png"]):
+        together = run("vary", *others, "out/cat.safetensors", "dog.png", *KEEP, "-n", 2, "--overwrite")
+        assert together.code == 0
+        pictures = [Path(path).read_bytes() for path in together.lines]
+        alone = run("vary", "out/cat.safetensors", "--keep-structure", "--eta", "0", "--seed", 2 * len(others))
+        Path("out/cat-in-a-batch.png").write_bytes(pictures[2 * len(others)])
+        assert alike(alone.lines[0], "out/cat-in-a-batch.png")
+        dog = run("vary", "dog.png", "--keep-structure", "--eta", "0", "--seed", 2 * len(others) + 2)
+        Path("out/dog-in-a-batch.png").write_bytes(pictures[-2])
+        assert alike(dog.lines[0], "out/dog-in-a-batch.png")
+
+
+def test_every_row_of_a_latent_counts(run):
+    from unclip.stages.manipulation import BipartiteLatent
+
+    run("invert", "cat.png", "dog.png")
+    (cat, about), (dog, _) = (BipartiteLatent.load(f"out/{name}.safetensors") for name in ("cat", "dog"))
+    cat.join(dog).save("both.safetensors", about=about)
+    done = run("vary", "both.safetensors", "cat.png", "--keep-structure", "--eta", "0", "--seed", 5)
+    assert names(done) == [
+        "both-variation-5.png", "both-variation-6.png", "cat-variation-7.png",
+    ]  # fmt: skip
+    assert [texts(path).get("row") for path in done.lines] == ["0", "1", None]
+    dog_alone = run("vary", "out/dog.safetensors", "--keep-structure", "--eta", "0", "--seed", 6)
+    assert alike(done.lines[1], dog_alone.lines[0])
+    path = run("interpolate", "both.safetensors", "cat.png", "--frames", 2)
+    assert len(names(path)) == 5
+    assert [texts(frame)["to"] for frame in path.lines] == ["both.safetensors"] * 2 + ["cat.png"] * 3
+    for command in (["edit", "--from", "a cat", "--to", "an apple"], ["blend"]):
+        done = run(command[0], "both.safetensors", *command[1:])
+        assert done.code == 1
+        assert "2 latents" in done.err
+
+
+def test_bad_latents_fail_alone(run, files):
+    (files / "junk.safetensors").write_bytes(b"junk")
+    run("invert", "cat.png")
+    from unclip.stages.manipulation import BipartiteLatent
+
+    latent, about = BipartiteLatent.load("out/cat.safetensors")
+    latent.save("foreign.safetensors", about={**about, "fingerprint": "of another"})
+    latent.save("wordy.safetensors", about={**about, "decoder_num_inference_steps": "many"})
+    bad = ("junk.safetensors", "foreign.safetensors", "none.safetensors", "wordy.safetensors")
+    done = run("vary", *bad, "dog.png", "out/cat.safetensors", *KEEP[:-1], 3)
+    assert done.code == 3
+    assert [Path(path).name for path in done.lines] == ["dog-variation-7.png", "cat-variation-8.png"]
+    errors = done.err.splitlines()
+    assert len(errors) == 4
+    assert all(any(name in line for line in errors) for name in bad)
+    assert (alone := run("vary", "junk.safetensors", *KEEP)).code == 1
+    assert "junk.safetensors" in alone.err
+    assert "no numbers" in run("interpolate", "wordy.safetensors", "dog.png").err
+
+
+def test_the_suffix_of_a_latent_in_capitals(run):
+    run("invert", "cat.png")
+    Path("out/cat.safetensors").rename("CAT.SAFETENSORS")
+    done = run("vary", "CAT.SAFETENSORS", *KEEP, steps=[])
+    assert json.loads(texts(done.lines[0])["settings"])["decoder_num_inference_steps"] == 3
+    done = run("interpolate", "CAT.SAFETENSORS", "dog.png", "--frames", 1, steps=[])
+    assert json.loads(texts(done.lines[0])["settings"])["decoder_num_inference_steps"] == 3
+
+
+def test_a_cascade_through_a_file(run, model, tmp_path):
+    """Its recommended steps are one number for each super-resolution stage."""
+    folder = shutil.copytree(model, tmp_path / "cascade")
+    pipe = UnCLIPPipeline.from_pretrained(model)
+    more = UNet2DModel.from_config({**pipe.super_res_first.config, "sample_size": 64}).eval()
+    larger = UnCLIPPipeline.from_pipe(pipe, super_res_2_first=more, super_res_2_scheduler=UnCLIPScheduler())
+    larger.save_pretrained(tmp_path / "larger")
+    index = json.loads((folder / "model_index.json").read_text())
+    own = json.loads((tmp_path / "larger" / "model_index.json").read_text())
+    for name in ("super_res_2_first", "super_res_2_scheduler"):
+        shutil.copytree(tmp_path / "larger" / name, folder / name)
+        index[name] = own[name]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    steps = {"decoder_num_inference_steps": 3, "super_res_num_inference_steps": [2, 3]}
+    (folder / "generation_defaults.json").write_text(json.dumps(steps))
+    for more_options in ([], ["--super-res"]):
+        told = run("invert", "cat.png", "--check", "--overwrite", *more_options, model=folder, steps=[])
+        assert names(told) == ["cat.safetensors", "cat-reconstruction.png"]
+        done = run("vary", told.lines[0], *KEEP, "--overwrite", model=folder, steps=[])
+        settings = json.loads(texts(done.lines[0])["settings"])
+        assert settings["super_res_num_inference_steps"] == [2, 3]
+        assert alike(done.lines[0], told.lines[1])
+        with Image.open(done.lines[0]) as picture:
+            assert picture.size == (64, 64)
+
+
 def test_eta_and_seeds_vary(run):
     done = run(
         "vary", "cat.png", "dog.png", "--keep-structure", "--eta", "0.8", "-n", 2, "--seed", 5, "--batch-size", 3
@@ -88,6 +224,13 @@ def test_eta_and_seeds_vary(run):
 )
 def test_what_does_not_go_with_the_structure(run, arguments):
     assert run("vary", "cat.png", *arguments).code == 2
+
+
+@pytest.mark.parametrize("side", ["--height", "--width"])
+def test_the_structure_is_of_the_models_own_size(run, side):
+    done = run("vary", "cat.png", "--keep-structure", side, 64)
+    assert done.code == 2
+    assert side in done.err
 
 
 def test_interpolation_of_pictures(run):
@@ -153,6 +296,12 @@ def test_edit(run):
     assert not alike(by_text.lines[0], done.lines[2])
 
 
+def test_the_largest_seed(run):
+    largest = 2**64 - 1
+    done = run("edit", "cat.png", "--from", "a cat", "--to", "a red apple", "--seed", largest)
+    assert names(done) == [f"cat-to-a-red-apple-{largest}.png"]
+
+
 def test_edits_without_a_difference_or_a_picture(run):
     assert "no difference" in run("edit", "cat.png", "--from", "a cat", "--to", "a  cat").err
     assert "no file" in run("edit", "a cat", "--from", "a", "--to", "b").err
@@ -201,6 +350,50 @@ def test_probing(run, unclip, model, files):
     assert "needed" in run("probe show", "cat.png", "--pca", "out/cat.safetensors").err
 
 
+@pytest.fixture
+def data(files):
+    folder = files / "data"
+    folder.mkdir()
+    for place, colour in enumerate(("red", "green", "blue", "white")):
+        Image.new("RGB", (20, 20), colour).save(folder / f"{place}.png")
+    return folder
+
+
+def test_components_lie_with_their_model(run, unclip, model, data, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "own")
+    assert "probe fit" in run("probe show", "cat.png", model=folder).err
+    fitted = unclip("probe", "fit", data, "--model", folder)
+    assert fitted.lines == [str(folder / "probe.safetensors")]
+    assert len(names(run("probe show", "cat.png", "--dims", "0,1", model=folder))) == 2
+    assert "--overwrite" in unclip("probe", "fit", data, "--model", folder).err
+    assert "--out" in unclip("probe", "fit", data, "--model", "unclip-emoji").err
+
+
+def test_components_of_another_image_encoder(run, unclip, model, data, tmp_path):
+    pca = tmp_path / "pca.safetensors"
+    unclip("probe", "fit", data, "--model", model, "--out", pca)
+    other = shutil.copytree(model, tmp_path / "other")
+    encoder = CLIPVisionModelWithProjection.from_pretrained(other / "image_encoder")
+    with torch.no_grad():
+        encoder.visual_projection.weight.neg_()
+    encoder.save_pretrained(other / "image_encoder")
+    done = run("probe show", "cat.png", "--pca", pca, "--dims", "1", model=other)
+    assert done.code == 1
+    assert "image encoder" in done.err
+    PrincipalComponents.load(pca).save(tmp_path / "old.safetensors")
+    assert names(run("probe show", "cat.png", "--pca", tmp_path / "old.safetensors", "--dims", "1", model=other))
+
+
+def test_a_broken_picture_is_left_out_of_a_fit(unclip, model, data, files):
+    (data / "broken.png").write_bytes(b"nonsense")
+    fitted = unclip("probe", "fit", data, "--model", model, "--out", files / "pca.safetensors")
+    assert fitted.code == 3
+    assert fitted.lines == [str(files / "pca.safetensors")]
+    assert "broken.png" in fitted.err
+    assert "4 pictures" in fitted.err
+    assert PrincipalComponents.load_with_texts(files / "pca.safetensors")[1]["num_pictures"] == "4"
+
+
 def test_nothing_to_fit_on(unclip, model, files):
     (files / "empty").mkdir()
     done = unclip("probe", "fit", files / "empty", "--model", model, "--out", files / "pca.safetensors")
@@ -226,8 +419,14 @@ def test_parts_of_a_command(files, monkeypatch):
     assert read_part("a clock: 3", weighted=True).weight == 3
     assert read_part("a:2.png", weighted=True).kind == "picture"
     assert read_part("x" * 5000).kind == "caption"
-    for wrong in ("none.png", "none.safetensors"):
+    for wrong in ("none.png", "none.safetensors", "none.jfif", "pics/cat.Image", "my pics\\cat.x2", "~/none.heic:2"):
         with pytest.raises(InputError, match="no file"):
-            read_part(wrong)
+            read_part(wrong, weighted=True)
+    for caption in ("and/or", "a black/white cat.", "AC/DC, vol. 2", "no. 5", "1/2 e.g. of a pear", "", "16:9"):
+        assert read_part(caption).kind == "caption"
+    (files / "data").mkdir()
+    for folder in ("data", "data/", ".", "data:0.5"):
+        with pytest.raises(InputError, match="is a folder"):
+            read_part(folder, weighted=True)
     with pytest.raises(InputError, match="finite"):
         read_part("a cat:inf", weighted=True)

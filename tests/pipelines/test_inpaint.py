@@ -18,6 +18,7 @@ from unclip import (
 )
 from unclip.evaluation.seams import seam
 from unclip.images import to_tensor
+from unclip.pipelines.edited import read_edited
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
@@ -237,6 +238,45 @@ def test_half_transparent_pixels_stay(edit):
     there = changed(edit("a cat", PICTURE, mask)[0], PICTURE)
     assert there[4:8, 4:8].all()
     assert there.sum() == 16
+
+
+def test_what_is_half_erased_in_the_picture_itself_is_drawn(edit):
+    """It stands on white, so it is no colour to keep."""
+    own = PICTURE.convert("RGBA")
+    own.putalpha(Image.fromarray(np.clip(np.arange(16) * 51, 0, 255).astype(np.uint8)[None].repeat(16, axis=0)))
+    there = changed(edit("a cat", own)[0], PICTURE)
+    assert not there[:, 5:].any()
+    assert there[:, :5].mean() > 0.9
+
+
+@pytest.mark.parametrize("side", [8, 11, 40])
+def test_a_hole_does_not_bleed_into_what_stays_when_resized(edit, side):
+    own = Image.new("RGBA", (side, side), (40, 60, 200, 255))
+    own.paste((255, 255, 255, 0), (0, 0, side // 2, side))
+    (result,) = edit("a cat", own)
+    assert result.shape == (16, 16, 3)
+    assert np.abs(result[:, 9:].astype(int) - (40, 60, 200)).max() <= 1
+    assert (np.abs(result[:, :8].astype(int) - (40, 60, 200)).max(-1) > 5).mean() > 0.5
+
+
+def test_a_speckled_hole_does_not_bleed_either():
+    holes = np.random.default_rng(3).random((24, 24)) < 0.5
+    pixels = np.full((24, 24, 4), (90, 160, 20, 255), dtype=np.uint8)
+    pixels[holes] = (255, 255, 255, 0)
+    edited = read_edited(Image.fromarray(pixels), None, lambda size: (64, 64))
+    kept = ~edited.drawn[0, 0]
+    assert kept.any()
+    wanted = torch.tensor([90, 160, 20])[:, None] / 127.5 - 1
+    assert float((edited.x0[0][:, kept] - wanted).abs().max()) < 0.02
+
+
+def test_resized_pixels_far_from_a_hole_are_as_without_it():
+    picture = noisy(40, 40)
+    own = picture.convert("RGBA")
+    own.paste((255, 255, 255, 0), (0, 0, 8, 40))
+    edited = read_edited(own, None, lambda size: (64, 64))
+    plain = to_tensor(picture.resize((64, 64), Image.Resampling.LANCZOS))
+    assert torch.equal(edited.x0[0, :, :, 24:], plain[:, :, 24:])
 
 
 def test_a_picture_turned_by_its_camera(edit):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unclip import CheckpointError, DDIMScheduler, ImageError, InputError, UnCLIPScheduler
+from unclip import CheckpointError, DDIMScheduler, ImageError, InputError, UnCLIPScheduler, UNet2DModel
 from unclip.images import to_square
 from unclip.pipelines.manipulation import Manipulator, fingerprint
 from unclip.stages.manipulation import BipartiteLatent, edit, interpolate
@@ -67,6 +67,61 @@ def test_super_resolution_in_tiles_is_inverted_in_tiles(tool, pictures):
     finally:
         tool.variation.disable_super_res_tiling()
     assert near > far + 3
+
+
+@pytest.fixture(scope="module")
+def in_three_stages(tool, tiny_configs, build_pipeline):
+    """With a further super-resolution stage, 16 → 32 px."""
+    generator = torch.Generator().manual_seed(9)
+    network = UNet2DModel(**tiny_configs["super_res"] | {"sample_size": 32}).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15 + float(parameter.dim() == 1))
+        network.conv_out.weight.mul_(0.3)
+    scheduler = UnCLIPScheduler(beta_schedule="linear", prediction_type="v_prediction")
+    more = {"super_res_2_first": network, "super_res_2_scheduler": scheduler}
+    return Manipulator(build_pipeline("variation", tool.variation.components | more))
+
+
+@pytest.mark.parametrize("steps", [3, [3, 5]])
+def test_every_super_resolution_stage_is_inverted(in_three_stages, pictures, steps, tmp_path):
+    tool, given = in_three_stages, STEPS | {"super_res_num_inference_steps": steps}
+    latent = tool.invert(pictures, super_res=True, num_rounds=12, **given)
+    assert [tuple(noise.shape) for noise in latent.super_res_noise] == [(2, 3, 16, 16), (2, 3, 32, 32)]
+    read, _ = tool.load(tool.save(latent, tmp_path / "x.safetensors"))
+    back = tool.decode(read, output_type="pt", **given).images
+    wanted = torch.stack([to_square(picture, 32) for picture in pictures]) / 2 + 0.5
+    without = BipartiteLatent(latent.image_embedding, latent.decoder_latents)
+    half = BipartiteLatent(latent.image_embedding, latent.decoder_latents, latent.super_res_latents)
+    for other in (without, half):
+        assert psnr(back, wanted) > psnr(tool.decode(other, output_type="pt", **given).images, wanted) + 10
+    assert tool.variation.super_res_2_scheduler is tool.variation.components["super_res_2_scheduler"]
+    assert not isinstance(tool.variation.super_res_2_scheduler, DDIMScheduler)
+
+
+def test_a_cascade_takes_the_steps_that_it_recommends(in_three_stages, pictures, monkeypatch):
+    tool = in_three_stages
+    recommended = {**STEPS, "super_res_num_inference_steps": [2, 4]}
+    monkeypatch.setattr(type(tool.variation), "recommended", property(lambda pipe: recommended))
+    told = []
+
+    def callback(pipeline, step, timestep, about):
+        told.append(about["stage"])
+
+    latent = tool.invert(pictures[0], super_res=True, callback_on_step_end=callback)
+    inverted = [told.count(stage) for stage in ("decoder", "super_res", "super_res_2")]
+    told.clear()
+    tool.decode(latent, callback_on_step_end=callback)
+    assert [told.count(stage) for stage in ("super_res", "super_res_2")] == [2, 4]
+    assert inverted == [2 * 6, 2 * 2, 2 * 4]  # two rounds a step
+    with pytest.raises(InputError, match="3 values for 2"):
+        tool.invert(pictures[0], super_res=True, super_res_num_inference_steps=[2, 2, 2])
+
+
+def test_noise_of_more_stages_than_there_are(tool, in_three_stages, pictures):
+    latent = in_three_stages.invert(pictures[0], super_res=True, **STEPS)
+    with pytest.raises(InputError, match="2 super-resolution stages; this model has 1"):
+        tool.decode(latent, **STEPS)
 
 
 def test_nearer_with_more_rounds(tool, pictures):
@@ -138,6 +193,14 @@ def test_captions_through_the_prior(tool):
     torch.testing.assert_close(mean[0], parts.mean(dim=0), rtol=0, atol=1e-5)
 
 
+def test_samples_go_round_at_the_largest_seed(tool):
+    mean = tool.embed_captions("a cat", seed=2**64 - 1, num_samples=2)
+    parts = torch.cat([tool.embed_captions("a cat", seed=seed) for seed in (2**64 - 1, 0)])
+    torch.testing.assert_close(mean[0], parts.mean(dim=0), rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match="the seed is -1"):
+        tool.embed_captions("a cat", seed=-1, num_samples=2)
+
+
 def test_without_a_prior(tiny_variation, pictures):
     tool = Manipulator(tiny_variation)
     with pytest.raises(CheckpointError, match="no prior"):
@@ -158,6 +221,23 @@ def test_principal_components_of_pictures(tool, pictures):
     assert components.num_components == 3
     embeddings = tool.embed_images(pictures)
     torch.testing.assert_close(components.reconstruct(components.project(embeddings)), embeddings, rtol=1e-3, atol=1e-3)
+
+
+def test_components_know_their_image_encoder(tool, pictures, tmp_path, own_variation):
+    components = tool.fit_components([pictures])
+    path = tool.save_components(components, tmp_path / "pca.safetensors", about={"model": "tiny"})
+    assert torch.equal(tool.load_components(path).components, components.components)
+    other = Manipulator(own_variation.to(torch.bfloat16))
+    assert torch.equal(other.load_components(path).mean, components.mean)  # the same weights, in a smaller type
+    with torch.no_grad():
+        own_variation.image_encoder.visual_projection.weight.neg_()
+    with pytest.raises(CheckpointError, match="image encoder of the model tiny"):
+        other.load_components(path)
+    unnamed = components.save(tmp_path / "old.safetensors")
+    assert other.load_components(unnamed).dim == 16
+    narrow = type(components)(torch.zeros(2), torch.eye(2), torch.ones(2), 2.0).save(tmp_path / "narrow.safetensors")
+    with pytest.raises(CheckpointError, match="another model"):
+        tool.load_components(narrow)
 
 
 def test_files_know_their_model(tool, pictures, tmp_path, own_variation):

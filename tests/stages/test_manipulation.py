@@ -37,6 +37,19 @@ def test_parts_that_do_not_fit(parts):
         BipartiteLatent(*parts)
 
 
+def test_noise_of_further_stages_goes_along(tmp_path):
+    two = latent(2)
+    further = (torch.ones(2, 3, 32, 32), torch.ones(2, 3, 64, 64))
+    more = BipartiteLatent(two.image_embedding, two.decoder_latents, two.super_res_latents, further)
+    assert [len(one.super_res_noise) for one in (more.select([0]), more.join(more), more.join(two))] == [3, 3, 1]
+    assert [noise.shape[-1] for noise in interpolate(more, 1).super_res_noise] == [16, 32, 64]
+    assert len(interpolate(more, 1, one_noise=True).super_res_noise) == 3
+    read, _ = BipartiteLatent.load(more.save(tmp_path / "x.safetensors"))
+    assert len(read.super_res_noise) == 3
+    with pytest.raises(ConfigError, match="no super_res_latents"):
+        BipartiteLatent(torch.ones(1, 4), torch.ones(1, 3, 8, 8), None, (torch.ones(1, 3, 8, 8),))
+
+
 @pytest.mark.parametrize("super_res", [False, True])
 def test_through_a_file(tmp_path, super_res):
     one = latent(super_res=super_res)
@@ -57,6 +70,7 @@ def test_through_a_file(tmp_path, super_res):
         ({"decoder_latents": torch.full((1, 3, 8, 8), torch.nan)}, None, WeightsError, "NaN"),
         ({"decoder_latents": torch.ones(2, 3, 8, 8)}, None, WeightsError, "one batch"),
         ({"noise": torch.ones(1)}, None, WeightsError, "has noise"),
+        ({"super_res_2_latents": torch.ones(1, 3, 8, 8)}, None, WeightsError, "must have .*super_res_latents"),
         ({}, {"kind": "unclip principal components"}, CheckpointError, "'unclip principal components'"),
         ({}, {"version": "7"}, CheckpointError, "version '7'"),
     ],

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from unclip.checkpoints.layout import PROBE_FILE
 from unclip.errors import CheckpointError, InputError, MissingDependencyError, MissingFileError
 
 BUILT_IN_JUDGE = "unclip-emoji-judge"
@@ -73,8 +74,8 @@ def pick_files(
 ) -> list[str]:
     """Those of a repository's files that a model needs: no pickles, and one set of weights a folder.
 
-    Weights beside a model_index.json belong to no component and are left out. Raises MissingFileError when `variant` is
-    given and no folder has it.
+    Weights beside a model_index.json belong to no component and are left out, but for principal components. Raises
+    MissingFileError when `variant` is given and no folder has it.
     """
     kept: list[str] = []
     weights: dict[tuple[str, str], dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
@@ -94,8 +95,8 @@ def pick_files(
     there = {kind for sets in weights.values() for kind in sets if kind}
     if variant is not None and variant not in there:
         raise MissingFileError(f"there are no {variant} weights; there are: {', '.join(sorted(there)) or 'plain ones'}")
-    for (folder, _), sets in weights.items():
-        if folder or "model_index.json" not in names:
+    for (folder, stem), sets in weights.items():
+        if folder or "model_index.json" not in names or f"{stem}.safetensors" == PROBE_FILE:
             kept += sets.get(variant, sets.get(None, []))
     return kept
 

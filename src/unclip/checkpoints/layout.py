@@ -50,6 +50,9 @@ SHARED = (
 TEXT_TO_IMAGE = ("prior", "prior_scheduler", *SHARED)
 VARIATION = (*SHARED, "feature_extractor", "image_encoder")
 
+PROBE_FILE = "probe.safetensors"
+"""Principal components of the image embeddings, which may lie beside a pipeline's components."""
+
 FURTHER_SUPER_RES = tuple(f"super_res_{number}" for number in range(2, 10))
 """Super-resolution stages beyond the first (256 → 1024 px, say), by the start of their components' names."""
 FURTHER = tuple(f"{stage}_{part}" for stage in FURTHER_SUPER_RES for part in ("first", "last", "scheduler"))

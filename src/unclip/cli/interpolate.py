@@ -83,8 +83,9 @@ def interpolate(
 
     from unclip.stages.manipulation import interpolate as path_through
 
-    first, *others = [bench.latent(part, seed=seed, super_res=super_res) for part in read]
+    first, *others = latents = [bench.latent(part, seed=seed, super_res=super_res) for part in read]
     latent = path_through(first.join(*others), frames - 1, one_noise=one_noise)
+    read = [part for part, rows in zip(read, latents, strict=True) for _ in range(len(rows))]
     facts = [{"from": a.name, "to": b.name, "share": share} for a, b, share in _places(read, frames)]
     bench.draw(latent, facts, album, stem, seed=seed, batch_size=batch_size, film=film, fps=fps, sheet=grid)
 

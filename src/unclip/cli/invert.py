@@ -3,6 +3,8 @@
 Knows picture files and options; how it is found is another module's affair.
 """
 
+import itertools
+import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -53,7 +55,8 @@ def invert(
 
     Each picture becomes a small file of two latents: what the picture shows (its embedding), and the noise from which
     the decoder draws it so and not otherwise. `vary --keep-structure`, `interpolate`, `edit` and `probe` take such a
-    file in place of a picture. The paths are printed on stdout, one a line.
+    file in place of a picture. Of pictures with one name the later ones' files have a number. The paths are printed on
+    stdout, one a line.
     """
     from unclip.cli.vary import opened
 
@@ -61,19 +64,21 @@ def invert(
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=False)
     pictures = list(opened(images, failed))
     if pictures:
+        files = _files(out, [one.path for one in pictures])
+        there = [str(file) for file in files if file.exists()]
+        if there and not overwrite:
+            raise OutputExistsError(_exists(there))
         given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
         machine = Machine(dtype, device, cpu_offload, quiet)
         bench = Workbench.open(model, machine, given, guidance=NO_GUIDANCE)
-        for _, path, image in pictures:
+        for path, image, file in ((one.path, one.given, file) for one, file in zip(pictures, files, strict=True)):
             latent = bench.tool.invert(image, super_res=super_res, **bench.settings)  # type: ignore[arg-type]
-            stem = slug(plain(path.stem))
-            file = safe_join(out, f"{stem}{SUFFIX}")
             told = {"model": bench.about["model"], "image": plain(path.name)}
-            told |= {name: str(value) for name, value in bench.settings.items()}
+            told |= {name: json.dumps(value) for name, value in bench.settings.items()}
             try:
                 bench.tool.save(latent, file, about=told, overwrite=overwrite)
             except OutputExistsError as problem:
-                raise OutputExistsError(f"{file} exists already: use --overwrite, or another --out") from problem
+                raise OutputExistsError(_exists([str(file)])) from problem
             album.num_saved += 1
             facts = {"image": plain(path.name), **bench.about}
             if check:
@@ -81,12 +86,27 @@ def invert(
                 assert isinstance(output.images, list)
                 assert isinstance(output.small_images, list)
                 facts["psnr_db"] = round(psnr_db(image, output.small_images[0]), 2)
-                back = album.save(output.images[0], f"{stem}-reconstruction", facts)
+                back = album.save(output.images[0], f"{file.stem}-reconstruction", facts)
                 album.tell(file, facts)
                 album.tell(back, facts)
             else:
                 album.tell(file, facts)
     finish(album, len(failed))
+
+
+def _files(out: Path, images: list[Path]) -> list[Path]:
+    """A latent's file for each picture, named after it; of pictures with one name the later ones have a number."""
+    stems: list[str] = []
+    for image in images:
+        name = slug(plain(image.stem))
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        stems.append(next(name for name in names if name not in stems))
+    return [safe_join(out, f"{stem}{SUFFIX}") for stem in stems]
+
+
+def _exists(files: list[str]) -> str:
+    verb = "exists" if len(files) == 1 else "exist"
+    return f"{', '.join(files)} {verb} already: use --overwrite, or another --out"
 
 
 def psnr_db(image: "Image", other: "Image") -> float:

@@ -3,25 +3,31 @@
 Knows data sets, files and options; principal components are another module's affair.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from unclip.checkpoints.layout import PROBE_FILE
 from unclip.cli import options
-from unclip.cli.loading import Machine, decoder_settings
-from unclip.cli.messages import note
+from unclip.cli.batches import SOME_FAILED
+from unclip.cli.loading import Machine, decoder_settings, find_model
+from unclip.cli.messages import error, note
 from unclip.cli.pictures import Album
-from unclip.cli.workbench import NO_GUIDANCE, Workbench, read_part
-from unclip.errors import DataError, InputError
+from unclip.cli.workbench import NO_GUIDANCE, Workbench, one_row, read_part
+from unclip.errors import DataError, ImageError, InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from unclip.models.pca import PrincipalComponents
 
-FIT_EXAMPLES = options.examples("unclip probe fit data/emoji --out pca.safetensors")
+FIT_EXAMPLES = options.examples(
+    "unclip probe fit data/emoji --out pca.safetensors",
+    "unclip probe fit data/emoji --model DIR     into DIR",
+)
 SHOW_EXAMPLES = options.examples(
     "unclip probe show cat.png --pca pca.safetensors --grid",
     "unclip probe show cat.png --pca pca.safetensors --dims 1,4,16,64,256",
@@ -38,7 +44,16 @@ def probe_group() -> None:
 @probe.command("fit", epilog=FIT_EXAMPLES)
 def fit(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder of pictures, as of: unclip data emoji.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The .safetensors file to write.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="The .safetensors file to write.",
+            show_default=f"{PROBE_FILE} in the model's folder",
+        ),
+    ] = None,
     model: options.Model = "unclip-emoji",
     num_components: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="How many to keep.", show_default="all")
@@ -51,30 +66,41 @@ def fit(
 ) -> None:
     """Fit principal components to the embeddings of all pictures of a data set.
 
-    DATA is a data set's folder, or any folder with picture files in it. The path is printed on stdout.
+    DATA is a data set's folder, or any folder with picture files in it. Without --out the components become a part of
+    the model, if that is a folder of yours, and `unclip probe show` finds them there. The path is printed on stdout.
     """
     from unclip.checkpoints.tensor_file import SUFFIX
     from unclip.errors import OutputExistsError
 
+    out = own_file(model) if out is None else out
     if out.suffix != SUFFIX:
         raise InputError(f"--out {out} must end in {SUFFIX}")
     if out.exists() and not overwrite:
         raise OutputExistsError(f"{out} exists already; use --overwrite, or another name")
     files = picture_files(data)
     bench = Workbench.open(model, Machine(dtype, device, False, quiet), {}, guidance=NO_GUIDANCE)
-    components = bench.tool.fit_components(_batches(files, batch_size), num_components)
-    about = {"model": bench.about["model"], "data": data.resolve().name, "num_pictures": str(len(files))}
-    components.save(out, about=about, overwrite=overwrite)
+    failed: list[Path] = []
+    components = bench.tool.fit_components(_batches(files, batch_size, failed), num_components)
+    count = len(files) - len(failed)
+    about = {"model": bench.about["model"], "data": data.resolve().name, "num_pictures": str(count)}
+    bench.tool.save_components(components, out, about=about, overwrite=overwrite)
     if not quiet:
         halves = int((components.explained < 0.5).sum()) + 1
-        note(f"{len(files)} pictures; the first {halves} of {components.dim} dimensions hold half of the variance")
+        note(f"{count} pictures; the first {halves} of {components.dim} dimensions hold half of the variance")
     print(out, flush=True)
+    if failed:
+        raise typer.Exit(SOME_FAILED)
 
 
 @probe.command("show", epilog=SHOW_EXAMPLES)
 def show(
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="A picture file, or a latent of: unclip invert.")],
-    pca: Annotated[Path, typer.Option("--pca", metavar="FILE", help="The components, of: unclip probe fit.")],
+    pca: Annotated[
+        Path | None,
+        typer.Option(
+            "--pca", metavar="FILE", help="The components, of: unclip probe fit.", show_default="the model's own"
+        ),
+    ] = None,
     model: options.Model = "unclip-emoji",
     dims: Annotated[
         str | None,
@@ -106,18 +132,32 @@ def show(
     part = read_part(image)
     if part.kind == "caption":
         raise InputError(f"there is no file {image!r:.200}; probing starts from a picture")
-    components = PrincipalComponents.load(pca)
-    counts = dimensions(dims, components)
+    if pca is None:
+        pca = find_model(model, quiet=quiet)[0] / PROBE_FILE
+        if not pca.exists():
+            raise InputError(f"{model} has no {PROBE_FILE}: give --pca, or fit components first: unclip probe fit DATA")
+    counts = dimensions(dims, PrincipalComponents.load(pca))
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid)
     given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
     machine = Machine(dtype, device, cpu_offload, quiet)
     bench = Workbench.open(model, machine, given, parts=[part], guidance=NO_GUIDANCE)
+    components = bench.tool.load_components(pca)
 
     from unclip.stages.manipulation import probe as reduced
 
-    latent = reduced(bench.latent(part, seed=seed), components, counts)
+    latent = reduced(one_row(bench.latent(part, seed=seed), part), components, counts)
     facts = [{"image": part.name, "pca": pca.name, "dimensions": count} for count in counts]
     bench.draw(latent, facts, album, f"{part.stem}-dims", seed=seed, batch_size=batch_size, sheet=grid)
+
+
+def own_file(model: str) -> Path:
+    """Where a model keeps its components. Raises: InputError for a model that is no folder, or one that is not ours."""
+    folder = Path(model)
+    if not folder.is_dir():
+        raise InputError(f"{model} is no folder of yours to write components into: give --out FILE")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"the folder {model} cannot be written to: give --out FILE")
+    return folder / PROBE_FILE
 
 
 def dimensions(text: str | None, components: "PrincipalComponents") -> list[int]:
@@ -152,8 +192,17 @@ def picture_files(data: Path) -> list[Path]:
     return files
 
 
-def _batches(files: list[Path], size: int) -> "Iterator[list[Image]]":
+def _batches(files: list[Path], size: int, failed: list[Path]) -> "Iterator[list[Image]]":
+    """The pictures; files that cannot be read are told of and put into `failed`."""
     from unclip.images import open_image
 
     for start in range(0, len(files), size):
-        yield [open_image(path) for path in files[start : start + size]]
+        batch = []
+        for path in files[start : start + size]:
+            try:
+                batch.append(open_image(path))
+            except ImageError as problem:
+                error(problem)
+                failed.append(path)
+        if batch:
+            yield batch

@@ -13,7 +13,7 @@ from unclip.cli.film import FPS, Film, check_writer
 from unclip.cli.generate import plain
 from unclip.cli.loading import Machine, decoder_settings
 from unclip.cli.pictures import Album, slug
-from unclip.cli.workbench import NO_GUIDANCE, Workbench, read_part
+from unclip.cli.workbench import NO_GUIDANCE, Workbench, one_row, read_part
 from unclip.errors import InputError
 
 EXAMPLES = options.examples(
@@ -79,7 +79,7 @@ def edit(
 
     direction = bench.tool.caption_difference(target, source, through_prior=not text_space, seed=seed)
     strengths = [strength] if sweep == 1 else [strength * place / (sweep - 1) for place in range(sweep)]
-    latent = turn_to(bench.latent(part, seed=seed), direction, strengths)
+    latent = turn_to(one_row(bench.latent(part, seed=seed), part), direction, strengths)
     facts = [{"image": part.name, "from": source, "to": target, "strength": round(each, 4)} for each in strengths]
     stem = f"{part.stem}-to-{slug(target)}"
     bench.draw(latent, facts, album, stem, seed=seed, batch_size=batch_size, film=film, fps=fps, sheet=grid)

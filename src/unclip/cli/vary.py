@@ -3,13 +3,14 @@
 Knows picture files and options; the batches, the files and the model are other modules' affair.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unclip.checkpoints.tensor_file import SUFFIX
 from unclip.cli import options
 from unclip.cli.batches import Wish, chosen_seed, cut, finish, make_all, picture_seed
 from unclip.cli.generate import plain
@@ -20,6 +21,8 @@ from unclip.errors import CheckpointError, ImageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from unclip.stages.manipulation import BipartiteLatent
 
 EXAMPLES = options.examples(
     "unclip vary photo.jpg",
@@ -84,33 +87,44 @@ def vary(
         raise typer.BadParameter("--eta goes with --keep-structure")
     if keep_structure and (negative is not None or sampler is not None):
         raise typer.BadParameter("--keep-structure samples by DDIM, and has no --negative and no other --sampler")
-    from unclip.cli.workbench import NO_GUIDANCE, Keeper, recorded
+    if keep_structure and (height is not None or width is not None):
+        raise typer.BadParameter("--keep-structure draws in the model's own size, and has no --height and no --width")
+    from unclip.cli.workbench import NO_GUIDANCE, Keeper, is_latent, recorded
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
     from unclip.pipelines.manipulation import Manipulator
 
     folder, index = find_model(model, quiet=quiet)
     check_can_vary(model, index)
     given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
+    failed: list[Path] = []
     if keep_structure:
-        known = {"decoder_guidance_scale": NO_GUIDANCE, **recorded(images)}
+        latents = (path for path in images if is_latent(path))
+        known = {"decoder_guidance_scale": NO_GUIDANCE, **recorded(latents, given, failed)}
         given = {name: known.get(name) if value is None else value for name, value in given.items()}
     settings = call_settings(UnCLIPImageVariationPipeline, folder, given)
     size = {name: side for name, side in (("height", height), ("width", width)) if side is not None}
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid)
     seed = chosen_seed(seed, quiet=quiet)
     prompt, negative = (None if text is None else plain(text) for text in (prompt, negative))
-    failed: list[Path] = []
+
+    @cache
+    def loaded() -> UnCLIPImageVariationPipeline:
+        return load(UnCLIPImageVariationPipeline, folder, Machine(dtype, device, cpu_offload, quiet, tile), sampler)
+
+    def latent(path: Path) -> "BipartiteLatent":
+        return Manipulator(loaded()).load(path)[0]
 
     def wishes() -> Iterator[Wish]:
-        for place, path, image in opened(images, failed, latents=keep_structure):
+        for one in opened(images, failed, latent if keep_structure else None):
+            facts = {"image": plain(one.path.name)} | ({} if one.row is None else {"row": one.row})
             for copy in range(num_images):
-                name = f"{slug(plain(path.stem))}-variation"
-                yield Wish(image, picture_seed(seed, place * num_images + copy), name, {"image": plain(path.name)})
+                name = f"{slug(plain(one.path.stem))}-variation"
+                yield Wish(one.given, picture_seed(seed, one.place * num_images + copy), name, facts)
 
     batches = cut(wishes(), batch_size)
     first = next(batches, None)  # broken files are found before the weights are read
     if first is not None:
-        pipe = load(UnCLIPImageVariationPipeline, folder, Machine(dtype, device, cpu_offload, quiet, tile), sampler)
+        pipe = loaded()
         about = {
             "prompt": prompt,
             "negative": negative,
@@ -148,22 +162,52 @@ def check_can_vary(model: str, index: dict[str, Any]) -> None:
         )
 
 
-def opened(paths: list[Path], failed: list[Path], *, latents: bool = False) -> "Iterator[tuple[int, Path, Any]]":
-    """Each picture that can be read, with its place; the others are told of and put into `failed`.
+@dataclass(frozen=True)
+class Opened:
+    """One thing that was named and could be read.
 
-    With `latents`, the path of a file of `unclip invert` stands for itself.
+    Attributes:
+        place: among all things that were named; each row of a latent's file counts.
+        path: its file.
+        given: a picture, or a latent of one row.
+        row: of the latent, where its file has several.
     """
+
+    place: int
+    path: Path
+    given: Any
+    row: int | None = None
+
+
+def opened(
+    paths: list[Path], failed: list[Path], latent: "Callable[[Path], BipartiteLatent] | None" = None
+) -> Iterator[Opened]:
+    """What can be read; the others are told of and put into `failed`, unless they are there already.
+
+    With `latent`, which reads files of `unclip invert`, these may stand for pictures.
+    """
+    from unclip.cli.workbench import is_latent
     from unclip.images import open_image
 
-    for place, path in enumerate(paths):
-        if latents and path.suffix == SUFFIX:
-            yield place, path, path
-            continue
-        try:
-            yield place, path, open_image(path)
-        except ImageError as problem:
-            error(problem)
-            failed.append(path)
+    place = 0
+    for path in paths:
+        if latent is None or not is_latent(path):
+            try:
+                yield Opened(place, path, open_image(path))
+            except ImageError as problem:
+                error(problem)
+                failed.append(path)
+        elif path not in failed:
+            try:
+                rows = latent(path)
+            except CheckpointError as problem:
+                error(problem)
+                failed.append(path)
+            else:
+                for row in range(len(rows)):
+                    yield Opened(place + row, path, rows.select([row]), row if len(rows) > 1 else None)
+                place += len(rows) - 1
+        place += 1
 
 
 def _chain(first: list[Wish], rest: Iterator[list[Wish]]) -> Iterator[list[Wish]]:

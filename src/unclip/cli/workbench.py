@@ -4,16 +4,19 @@ Knows picture files, captions and a `Manipulator`; knows no command. Called by `
 `blend` and `probe`.
 """
 
+import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unclip.checkpoints.recommended import Recommended
+from unclip.checkpoints.recommended import Recommended, check_recommended
 from unclip.checkpoints.tensor_file import SUFFIX
 from unclip.cli.batches import Wish, cut, make_all
 from unclip.cli.film import FilmKind, film_writer
 from unclip.cli.loading import Machine, call_settings, find_model, load, model_name
+from unclip.cli.messages import error
 from unclip.cli.pictures import Album, slug
 from unclip.errors import CheckpointError, InputError
 
@@ -25,12 +28,16 @@ if TYPE_CHECKING:
     from unclip.stages.manipulation import BipartiteLatent
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-RECORDED: dict[str, Callable[[str], Recommended]] = {
-    "decoder_num_inference_steps": int,
-    "super_res_num_inference_steps": int,
-    "decoder_guidance_scale": float,
+OTHER_PICTURE_SUFFIXES = (".jfif", ".jpe", ".apng", ".avif", ".heic", ".heif", ".svg", ".ico", ".psd")
+"""With which no caption ends either."""
+PATH = re.compile(r".*[/\\].*\.[a-z][a-z0-9]{1,11}", re.DOTALL | re.IGNORECASE)
+"""A text with a separator and a suffix."""
+RECORDED = {
+    "decoder_num_inference_steps": "--decoder-steps",
+    "super_res_num_inference_steps": "--super-res-steps",
+    "decoder_guidance_scale": "--decoder-guidance",
 }
-"""What a latent's file says of how it was found."""
+"""What a latent's file says, as JSON, of how it was found, and the option that says it instead."""
 NO_GUIDANCE = 1.0
 """Of inverting and decoding: a picture comes back most exactly without."""
 
@@ -66,41 +73,79 @@ def read_part(text: str, *, weighted: bool = False) -> Part:
         text: a path, or a caption.
         weighted: a number after the last colon is its weight, as in `cat.png:0.5`, unless a file has that whole name.
 
-    Raises: InputError for the name of a picture or latent that does not exist, or a weight that is not finite.
+    Raises: InputError for what looks like the path of a file that does not exist, for a folder, or for a weight that is
+        not finite.
     """
     from unclip.cli.generate import plain
 
     weight = 1.0
-    if weighted and not _is_file(text):
+    if weighted and not _is(Path.is_file, text):
         head, colon, tail = text.rpartition(":")
         if colon and head and _number(tail) is not None:
             text, weight = head, float(tail)
             if not abs(weight) < float("inf"):
                 raise InputError(f"the weight {tail!r} of {text!r:.80} is not a finite number")
     suffix = Path(text).suffix.lower() if len(text) < 1000 else ""
-    if _is_file(text):
+    if _is(Path.is_file, text):
         return Part(text, "latent" if suffix == SUFFIX else "picture", weight)
-    if suffix in (*PICTURE_SUFFIXES, SUFFIX):
+    if text and _is(Path.is_dir, text):
+        raise InputError(f"{text!r} is a folder; name a file, or word the caption otherwise")
+    if suffix in (*PICTURE_SUFFIXES, *OTHER_PICTURE_SUFFIXES, SUFFIX):
         raise InputError(f"there is no file {text!r}; a caption must not end in {suffix}")
+    if suffix and PATH.fullmatch(text):
+        raise InputError(f"there is no file {text!r}; a caption must not have both a separator and a suffix {suffix}")
     return Part(plain(text), "caption", weight)
 
 
-def recorded(paths: Iterable[str | Path]) -> dict[str, Recommended]:
-    """The steps and guidance that the first latent among `paths` was inverted with: decoding it needs the same.
+def is_latent(path: str | Path) -> bool:
+    """Whether a file's name says that it holds latents."""
+    return Path(path).suffix.lower() == SUFFIX
 
-    Raises: as `BipartiteLatent.load`; CheckpointError for a text that is no number.
+
+def recorded(
+    latents: Iterable[Path], given: Mapping[str, Recommended | None], failed: list[Path] | None = None
+) -> dict[str, Recommended]:
+    """The steps and guidance that latents were inverted with: decoding them needs the same.
+
+    Args:
+        latents: files of latents.
+        given: steps and guidance as asked for. What is given here, the files are not asked for.
+        failed: files that cannot be read are told of and put here; None: they are raised.
+
+    Raises: InputError for files that differ; as `BipartiteLatent.load`, and CheckpointError for a text that is no
+        number.
     """
+    found: dict[str, tuple[Recommended, Path]] = {}
+    for path in latents:
+        try:
+            record = _record(path)
+        except CheckpointError as problem:
+            if failed is None:
+                raise
+            error(problem)
+            failed.append(path)
+            continue
+        for name, value in record.items():
+            if given.get(name) is not None:
+                continue
+            first, other = found.setdefault(name, (value, path))
+            if first != value:
+                raise InputError(
+                    f"{other} was inverted with {name} {first} and {path} with {value}, and one command decodes all "
+                    f"alike: name them in two commands, or give {RECORDED[name]}"
+                )
+    return {name: value for name, (value, _) in found.items()}
+
+
+def _record(path: Path) -> dict[str, Recommended]:
     from unclip.stages.manipulation import BipartiteLatent
 
-    for path in paths:
-        if Path(path).suffix == SUFFIX:
-            about = BipartiteLatent.load(path)[1]
-            texts = {name: about[name] for name in RECORDED if name in about}
-            try:
-                return {name: RECORDED[name](text) for name, text in texts.items()}
-            except ValueError as problem:
-                raise CheckpointError(f"{path} says it was inverted with {texts}, which are no numbers") from problem
-    return {}
+    about = BipartiteLatent.load(path)[1]
+    texts = {name: about[name] for name in RECORDED if name in about}
+    try:
+        return check_recommended({name: json.loads(text) for name, text in texts.items()}, str(path))
+    except (ValueError, RecursionError) as problem:
+        raise CheckpointError(f"{path} says it was inverted with {texts!s:.200}, which are no numbers") from problem
 
 
 @dataclass(frozen=True)
@@ -151,7 +196,8 @@ class Workbench:
             captions = any(part.kind == "caption" for part in parts)
         if captions and "prior" not in index:
             raise CheckpointError(f"{model} has no prior, so it cannot read captions: give pictures")
-        own = {"decoder_guidance_scale": guidance, **recorded(p.text for p in parts if p.kind == "latent")}
+        latents = (Path(part.text) for part in parts if part.kind == "latent")
+        own = {"decoder_guidance_scale": guidance, **recorded(latents, given)}
         given = {name: own.get(name) if value is None else value for name, value in given.items()}
         settings = call_settings(UnCLIPImageVariationPipeline, folder, given)
         variation = load(UnCLIPImageVariationPipeline, folder, machine, None)
@@ -165,17 +211,17 @@ class Workbench:
         return cls(Manipulator(variation, text), settings, about)
 
     def latent(self, part: Part, *, seed: int, super_res: bool = False) -> "BipartiteLatent":
-        """One row: a picture inverted, a latent read, or a caption's embedding with noise of the seed."""
+        """A picture inverted, all rows of a latent's file, or a caption's embedding with noise of the seed."""
         if part.kind == "latent":
-            return self.tool.load(part.text)[0].select([0])
+            return self.tool.load(part.text)[0]
         if part.kind == "caption":
             return self.tool.fresh(self.tool.embed_captions(part.text, seed=seed), seed)
         return self.tool.invert(_opened(part), super_res=super_res, **self.settings)  # type: ignore[arg-type]
 
     def embedding(self, part: Part, *, seed: int) -> "Tensor":
-        """One row [1, embedding_dim], without any inversion."""
+        """One row [1, embedding_dim], without any inversion. Raises: InputError for a latent's file of several."""
         if part.kind == "latent":
-            return self.tool.load(part.text)[0].image_embedding[:1]
+            return one_row(self.tool.load(part.text)[0], part).image_embedding
         if part.kind == "caption":
             return self.tool.embed_captions(part.text, seed=seed)
         return self.tool.embed_images(_opened(part)).cpu()
@@ -225,26 +271,44 @@ class Keeper:
         self._tool, self._settings, self._prompt = tool, settings, prompt
         self._last: tuple[Any, BipartiteLatent] | None = None
 
-    def vary(self, pictures: Sequence[Any], seeds: Sequence[int], eta: float) -> "list[Image]":
-        """One picture for each of these, which are pictures, or paths of latents."""
-        first, *others = [self._latent(picture) for picture in pictures]
-        output = self._tool.decode(
-            first.join(*others),
-            eta=eta,
-            seed=seeds,
-            prompt=self._prompt,
-            **self._settings,  # type: ignore[arg-type]
-        )
-        return output.images  # type: ignore[return-value]
+    def vary(self, given: Sequence[Any], seeds: Sequence[int], eta: float) -> "list[Image]":
+        """One picture for each of these, which are pictures, or latents of one row.
 
-    def _latent(self, picture: Any) -> "BipartiteLatent":
-        if self._last is None or self._last[0] is not picture:
-            if isinstance(picture, Path):
-                latent = self._tool.load(picture)[0].select([0])
-            else:
-                latent = self._tool.invert(picture, prompt=self._prompt, **self._settings)  # type: ignore[arg-type]
-            self._last = (picture, latent)
+        Latents that keep the noise of more stages than others are decoded apart, for together they would lose it.
+        """
+        latents = [self._latent(each) for each in given]
+        alike: dict[int, list[int]] = {}
+        for place, latent in enumerate(latents):
+            alike.setdefault(len(latent.super_res_noise), []).append(place)
+        images: dict[int, Image] = {}
+        for places in alike.values():
+            first, *others = [latents[place] for place in places]
+            output = self._tool.decode(
+                first.join(*others),
+                eta=eta,
+                seed=[seeds[place] for place in places],
+                prompt=self._prompt,
+                **self._settings,  # type: ignore[arg-type]
+            )
+            images |= zip(places, output.images, strict=True)  # type: ignore[arg-type]
+        return [images[place] for place in range(len(latents))]
+
+    def _latent(self, given: Any) -> "BipartiteLatent":
+        from unclip.stages.manipulation import BipartiteLatent
+
+        if isinstance(given, BipartiteLatent):
+            return given
+        if self._last is None or self._last[0] is not given:
+            latent = self._tool.invert(given, prompt=self._prompt, **self._settings)  # type: ignore[arg-type]
+            self._last = (given, latent)
         return self._last[1]
+
+
+def one_row(latent: "BipartiteLatent", part: Part) -> "BipartiteLatent":
+    """The same latent. Raises: InputError when it has several rows."""
+    if len(latent) > 1:
+        raise InputError(f"{part.text} holds {len(latent)} latents, and one is needed here: save it alone")
+    return latent
 
 
 def _opened(part: Part) -> Any:
@@ -253,9 +317,9 @@ def _opened(part: Part) -> Any:
     return open_image(part.text)
 
 
-def _is_file(text: str) -> bool:
+def _is(kind: Callable[[Path], bool], text: str) -> bool:
     try:
-        return Path(text).is_file()
+        return kind(Path(text))
     except (OSError, ValueError):  # no path at all: too long, or with a NUL
         return False
 

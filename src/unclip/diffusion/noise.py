@@ -105,8 +105,13 @@ def generators_from_seed(seed: int | Sequence[int], batch_size: int) -> list[tor
             raise InputError(f"there are {len(seeds)} seeds for {batch_size} images; give one seed, or one an image")
     else:
         first = _check_seed(seed)
-        seeds = [(first + index) % _SEED_END for index in range(batch_size)]
+        seeds = [following_seed(first, index) for index in range(batch_size)]
     return [torch.Generator().manual_seed(one) for one in seeds]
+
+
+def following_seed(seed: int, index: int) -> int:
+    """The seed `index` places after this one, and round from the largest to 0. Raises: InputError as above."""
+    return (_check_seed(seed) + index) % _SEED_END
 
 
 def _check_seed(seed: object) -> int:

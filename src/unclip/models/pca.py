@@ -181,13 +181,18 @@ class PrincipalComponents:
         Raises: as `read_tensor_file`; WeightsError too when shapes disagree, or the rows are no ordered orthonormal
         basis.
         """
+        return cls.load_with_texts(path)[0]
+
+    @classmethod
+    def load_with_texts(cls, path: str | os.PathLike[str]) -> tuple[Self, dict[str, str]]:
+        """As `load`, and the texts beside the components."""
         names: dict[str, bool] = dict.fromkeys(("mean", "components", "variances", "total_variance"), True)
-        tensors, _ = read_tensor_file(path, kind=KIND, version=VERSION, names=names)
+        tensors, about = read_tensor_file(path, kind=KIND, version=VERSION, names=names)
         total = tensors.pop("total_variance")
         if total.numel() != 1 or float(total) < 0:
             raise WeightsError(f"total_variance in {path} has shape {tuple(total.shape)}; it must be one number from 0")
         try:
-            return cls(**tensors, total_variance=float(total))
+            return cls(**tensors, total_variance=float(total)), about
         except ConfigError as problem:
             raise WeightsError(f"{path}: {problem}") from problem
 

@@ -17,6 +17,11 @@ from unclip.errors import ImageError, InputError
 from unclip.images import alpha, rgb, to_tensor
 from unclip.stages.stage import Size
 
+LANCZOS_REACH = 3
+"""Pixels to either side, of the smaller picture, that count for a resized one."""
+LEAST_WEIGHT = 0.5
+"""Of the pixels around, below which a mean of those that count is no longer to be trusted."""
+
 
 @dataclass(frozen=True)
 class Edited:
@@ -76,7 +81,9 @@ def read_edited(image: Any, mask_image: Any, fit: Callable[[Size], Size]) -> Edi
     if any(region is None for region in drawn) and not all(region is None for region in drawn):
         raise InputError("some of these pictures have transparency and others have not; give mask_image for all")
     regions = [_touched(region[None, None], size) for region in drawn if region is not None]
-    x0 = torch.stack([to_tensor(resized(original, size)) for original in originals])
+    given = zip(originals, drawn, masks, strict=True)
+    shown = [_from_kept(one, region, size) if mask is None else resized(one, size) for one, region, mask in given]
+    x0 = torch.stack([to_tensor(picture) for picture in shown])
     return Edited(originals, x0, torch.cat(regions) if regions else None)
 
 
@@ -84,13 +91,14 @@ def drawn_region(picture: Image.Image, mask: Image.Image | None) -> Tensor | Non
     """What a mask marks: bool [height, width], true where the picture is to be drawn anew; None without any mask.
 
     In a mask with an alpha channel, that is where it is fully transparent (as in the DALL·E 2 edits API); in one
-    without, where it is white rather than black. Without a mask the picture's own transparency is it.
+    without, where it is white rather than black. Without a mask it is where the picture itself is not opaque: what is
+    half transparent, as at the border of a soft eraser, has half lost its colour.
 
     Raises: ImageError for a mask that marks nothing, or of another size than its picture.
     """
     transparency = alpha(picture if mask is None else mask)
     if transparency is not None:
-        region = np.asarray(transparency) == 0
+        region = np.asarray(transparency) < (255 if mask is None else 1)
         how = "is transparent nowhere: make what should be drawn anew fully transparent"
     elif mask is None:
         return None
@@ -111,6 +119,36 @@ def resized(picture: Image.Image, size: Size) -> Image.Image:
     """A picture at height and width `size`: the very same pixels where it has that size already."""
     height, width = size
     return picture if picture.size == (width, height) else picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _from_kept(picture: Image.Image, region: Tensor | None, size: Size) -> Image.Image:
+    """As `resized`, but what lies under `region` (bool [height, width]) is mixed into no pixel beside it.
+
+    Pixels under the region weigh nothing, and the others' weights are brought to a sum of 1 (as when colours are
+    multiplied by alpha first). Where too much of Lanczos' weights, of which some are below 0, is lost, bilinear ones
+    take their place.
+    """
+    plain = resized(picture, size)
+    if region is None or plain is picture:
+        return plain
+    height, width = size
+    kept = (~region).numpy().astype(np.float32)
+
+    def spread(values: np.ndarray, how: Image.Resampling) -> np.ndarray:
+        return np.asarray(Image.fromarray(values).resize((width, height), how))
+
+    lanczos, bilinear = Image.Resampling.LANCZOS, Image.Resampling.BILINEAR
+    weights = {how: spread(kept, how) for how in (lanczos, bilinear)}
+    channels = []
+    for channel in plain.getbands():
+        values = np.asarray(picture.getchannel(channel), dtype=np.float32) * kept
+        means = {how: spread(values, how) / np.maximum(weight, 1e-6) for how, weight in weights.items()}
+        channels.append(np.where(weights[lanczos] >= LEAST_WEIGHT, means[lanczos], means[bilinear]))
+    mixed = np.stack(channels, axis=-1).clip(0, 255).round().astype(np.uint8)
+    drawn = _touched(region[None, None], size)
+    reach = [LANCZOS_REACH * max(1, -(-new // old)) + 1 for new, old in zip(size, region.shape, strict=True)]
+    near = F.max_pool2d(drawn.float(), [2 * each + 1 for each in reach], stride=1, padding=reach) > 0
+    return Image.fromarray(np.where((near & ~drawn)[0, 0, :, :, None], mixed, np.asarray(plain)))
 
 
 def _touched(region: Tensor, size: Size) -> Tensor:

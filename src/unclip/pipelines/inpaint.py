@@ -97,8 +97,8 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
             image: a picture of any mode, or a list of them; one serves several prompts. Those of other sizes than the
                 result's are resized to it.
             mask_image: what is drawn anew, of the picture's size: where it is fully transparent, or where it is white
-                if it has no transparency. Without one the picture's own transparency says it; a picture that has none
-                is drawn anew as a whole, which needs a strength below 1.
+                if it has no transparency. Without one it is what in the picture itself is not opaque; a picture that
+                has no transparency is drawn anew as a whole, which needs a strength below 1.
             strength: above 0 to 1, the share of the steps that are taken. 1 starts from pure noise; less keeps as much
                 of the picture, under the mask too.
             num_images_per_prompt: results of each prompt or picture; they follow one another in the output.

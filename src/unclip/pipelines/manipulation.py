@@ -12,9 +12,9 @@ users and by the commands.
 """
 
 import copy
-import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -23,25 +23,23 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.diffusion.guidance import check_scale
-from unclip.diffusion.noise import NoiseSource, generators_from_seed
+from unclip.diffusion.noise import NoiseSource, following_seed, generators_from_seed
 from unclip.diffusion.scheduler import DDIMScheduler
 from unclip.errors import CheckpointError, ImageError, InputError
-from unclip.images import to_square
 from unclip.models.pca import PrincipalComponents
-from unclip.pipelines.arguments import Callback, check_count, check_embeddings, check_latents, on_step
-from unclip.pipelines.generation import GenerationPipeline, StageRun
+from unclip.pipelines.arguments import Callback, check_count, check_embeddings, check_latents
+from unclip.pipelines.fingerprints import encoder_fingerprint, fingerprint
+from unclip.pipelines.generation import Call, StageRun
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
+from unclip.pipelines.inversion import inverted, inverted_super_res
 from unclip.pipelines.output import ImagePipelineOutput
 from unclip.pipelines.text_to_image import UnCLIPPipeline
 from unclip.stages.arithmetic import difference
-from unclip.stages.condition import DecoderCondition, SuperResCondition
+from unclip.stages.condition import DecoderCondition
 from unclip.stages.decoder import DecoderStage
 from unclip.stages.encoders import ImageEncoder
 from unclip.stages.manipulation import BipartiteLatent
-from unclip.stages.stage import Stage, invert
-from unclip.stages.super_res import SuperResStage
 
-FINGERPRINT_VALUES = 64
 NUM_ROUNDS = 2
 
 
@@ -91,7 +89,7 @@ class Manipulator:
         images: Image.Image | Sequence[Image.Image],
         *,
         decoder_num_inference_steps: int | None = None,
-        super_res_num_inference_steps: int | None = None,
+        super_res_num_inference_steps: int | Sequence[int] | None = None,
         decoder_guidance_scale: float = 1.0,
         prompt: str | None = None,
         super_res: bool = False,
@@ -102,11 +100,12 @@ class Manipulator:
 
         Args:
             images: pictures of any mode; those that are not square are squashed, as the image encoder sees them.
-            decoder_num_inference_steps, super_res_num_inference_steps: 2 to 1000; more are nearer (paper: 250).
+            decoder_num_inference_steps, super_res_num_inference_steps: 2 to 1000; more are nearer (paper: 250). A list
+                has one for each super-resolution stage.
             decoder_guidance_scale: not above 1 is the nearest; above, both conditions are inverted together.
             prompt: a caption that the decoder sees too; empty by default.
-            super_res: also find super-resolution's x_T, for the picture's own fine detail. It starts from the small
-                picture as `decode` will make it.
+            super_res: also find the x_T of every super-resolution stage, for the picture's own fine detail. Each starts
+                from the smaller picture as `decode` will make it.
             num_rounds: forwards of the network a step; more are nearer.
             callback_on_step_end: as of a pipeline's call.
 
@@ -126,23 +125,25 @@ class Manipulator:
         embeddings = self.embed_images(pictures)
         decoder = StageRun(self._steps("decoder", decoder_num_inference_steps), decoder_guidance_scale)
         ddim = self._deterministic(0.0)
+        runs = {}
+        if super_res:
+            steps = self._super_res_steps(super_res_num_inference_steps)
+            runs = ddim._super_res_runs(steps, None, ddim._sizes(None, None))
+        for name, run in {"decoder": decoder, **runs}.items():
+            ddim._check_steps(name, run)
         text = pipe._repeated_text(pipe._captions(prompt, 1), len(pictures), 1)
-        null = DecoderCondition.null(pipe._repeated_text([""], len(pictures), 1)) if decoder.guided else None
+        null_text = pipe._repeated_text([""], len(pictures), 1) if decoder.guided else None
+        null = None if null_text is None else DecoderCondition.null(null_text)
         condition = DecoderCondition.of(text, embeddings)
         told = {"num_rounds": num_rounds, "callback": callback_on_step_end}
         stage = DecoderStage(pipe.decoder, pipe.text_proj, ddim.decoder_scheduler.process)
-        x_T = _inverted(ddim, "decoder", stage, condition, null, _pixels(pictures, stage, condition), decoder, **told)
-        latent = BipartiteLatent(embeddings.cpu(), x_T.cpu())
+        x_T = inverted(ddim, "decoder", stage, condition, null, pictures, decoder, **told)
         if not super_res:
-            return latent
-        steps = {"decoder_num_inference_steps": decoder.num_steps, "decoder_guidance_scale": decoder_guidance_scale}
-        small = self.decode(latent, prompt=prompt, output_type="pt", return_intermediates=True, **steps).small_images
-        large = StageRun(self._steps("super_res", super_res_num_inference_steps))
-        process = ddim.super_res_scheduler.process
-        wide = SuperResStage(pipe.super_res_first, pipe.super_res_last, process, tiling=pipe._tiling)
-        below = SuperResCondition((small * 2 - 1).to(pipe.device))  # type: ignore[operator, union-attr]
-        x_T = _inverted(ddim, "super_res", wide, below, None, _pixels(pictures, wide, below), large, **told)
-        return BipartiteLatent(latent.image_embedding, latent.decoder_latents, x_T.cpu())
+            return BipartiteLatent(embeddings.cpu(), x_T.cpu())
+        call = Call(NoiseSource(None, len(pictures)), None)
+        small = ddim._decode(text, null_text, embeddings, replace(decoder, latents=x_T), call)
+        wide = inverted_super_res(ddim, pictures, small, runs, **told)
+        return BipartiteLatent.of(embeddings.cpu(), x_T.cpu(), *wide)
 
     def decode(
         self,
@@ -151,7 +152,7 @@ class Manipulator:
         eta: float = 0.0,
         seed: int | Sequence[int] = 0,
         decoder_num_inference_steps: int | None = None,
-        super_res_num_inference_steps: int | None = None,
+        super_res_num_inference_steps: int | Sequence[int] | None = None,
         decoder_guidance_scale: float = 1.0,
         prompt: str | None = None,
         output_type: str = "pil",
@@ -175,18 +176,18 @@ class Manipulator:
             ConfigError: `eta` is no number from 0 to 1, or the components do not fit one another.
             Cancelled: the callback stopped it.
         """
-        pipe = self._deterministic(eta)
-        if latent.super_res_latents is None:
-            # Nothing to come back to: super-resolution samples as the model does, with the seed's noise.
-            pipe.super_res_scheduler = self.variation.super_res_scheduler
         self.check_latent(latent)
         check_count(1, len(latent))
+        pipe, stages, noise = self._deterministic(eta), list(self.variation.cascade), latent.super_res_noise
+        for name in stages[len(noise) :]:
+            # Nothing to come back to: the stage samples as the model does, with the seed's noise.
+            setattr(pipe, f"{name}_scheduler", getattr(self.variation, f"{name}_scheduler"))
         output = pipe(
             image_embeddings=latent.image_embedding,
             decoder_latents=latent.decoder_latents,
-            super_res_latents=latent.super_res_latents,
+            super_res_latents=[*noise, *[None] * (len(stages) - len(noise))],
             decoder_num_inference_steps=self._steps("decoder", decoder_num_inference_steps),
-            super_res_num_inference_steps=self._steps("super_res", super_res_num_inference_steps),
+            super_res_num_inference_steps=self._super_res_steps(super_res_num_inference_steps),
             decoder_guidance_scale=decoder_guidance_scale,
             prompt=prompt,
             seed=[seed] * len(latent) if isinstance(seed, int) else seed,
@@ -245,7 +246,7 @@ class Manipulator:
             [caption for caption in captions for _ in range(num_samples)],
             num_inference_steps=self._steps("prior", prior_num_inference_steps),
             guidance_scale=scale,
-            seed=[one + copy_ for one in first for copy_ in range(num_samples)],
+            seed=[following_seed(one, copy_) for one in first for copy_ in range(num_samples)],
         )
         return drawn.view(len(captions), num_samples, -1).mean(dim=1).cpu()
 
@@ -304,12 +305,42 @@ class Manipulator:
             raise CheckpointError(f"{path} does not fit the model: {problem}") from problem
         return latent, about
 
+    def save_components(
+        self,
+        components: PrincipalComponents,
+        path: str | os.PathLike[str],
+        *,
+        about: Mapping[str, str] | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write components of this model's embeddings, with its image encoder's fingerprint; arguments as of `save`."""
+        told = {**(about or {}), "image_encoder": encoder_fingerprint(self.variation)}
+        return components.save(path, about=told, overwrite=overwrite)
+
+    def load_components(self, path: str | os.PathLike[str]) -> PrincipalComponents:
+        """Read components of this model's embeddings; those whose image encoder is not known pass.
+
+        Raises: as `PrincipalComponents.load`; CheckpointError when they are of another image encoder or width.
+        """
+        components, about = PrincipalComponents.load_with_texts(path)
+        made, own = about.get("image_encoder", ""), encoder_fingerprint(self.variation)
+        width = self.variation.image_encoder.config.projection_dim
+        if (made and own and made != own) or components.dim != width:
+            name = about.get("model")
+            raise CheckpointError(
+                f"{path} was fitted with the image encoder of {'the model ' + name if name else 'another model'}, and "
+                "this one is another: its embeddings have other components. Fit them anew with this model"
+            )
+        return components
+
     def check_latent(self, latent: BipartiteLatent) -> None:
         """Raises: InputError for a latent whose sizes are not this model's, or that is not finite."""
         pipe = self.variation
         check_embeddings(latent.image_embedding, pipe.text_proj.config.clip_embeddings_dim)
-        for name in ("decoder", "super_res"):
-            given = getattr(latent, f"{name}_latents")
+        stages, noise = list(pipe.cascade), latent.super_res_noise
+        if len(noise) > len(stages):
+            raise InputError(f"it has noise of {len(noise)} super-resolution stages; this model has {len(stages)}")
+        for name, given in zip(["decoder", *stages], (latent.decoder_latents, *noise), strict=False):
             check_latents(given, f"{name}_latents", (len(latent), *pipe._sample_shape(name)))
 
     # ---- inside ----
@@ -318,67 +349,18 @@ class Manipulator:
         """The number of steps as given, or as recommended, or the ecosystem's default."""
         if given is not None:
             return given
-        default = {"prior": 25, "decoder": 25, "super_res": 7}[stage]
         pipe = self.text if stage == "prior" and self.text is not None else self.variation
-        steps = pipe.recommended.get(f"{stage}_num_inference_steps", default)
-        return int(steps[0] if isinstance(steps, list) else steps)  # of a cascade, the first stage's
+        return cast(int, pipe.recommended.get(f"{stage}_num_inference_steps", 25))
+
+    def _super_res_steps(self, given: int | Sequence[int] | None) -> int | Sequence[int]:
+        """As `_steps`: a number, or one for each super-resolution stage."""
+        if given is not None:
+            return given
+        return cast("int | list[int]", self.variation.recommended.get("super_res_num_inference_steps", 7))
 
     def _deterministic(self, eta: float) -> UnCLIPImageVariationPipeline:
         """The same components (hooks and bars too) that sample by DDIM; the pipeline itself is left alone."""
         pipe = copy.copy(self.variation)
-        for name in ("decoder_scheduler", "super_res_scheduler"):
+        for name in (f"{stage}_scheduler" for stage in ("decoder", *pipe.cascade)):
             setattr(pipe, name, DDIMScheduler.from_config(getattr(pipe, name).config, eta=eta))
         return pipe
-
-
-def fingerprint(pipe: GenerationPipeline) -> str:
-    """A short text that tells a decoder's weights from any other's, whatever type they are loaded in.
-
-    It is of the signs of some values of each tensor, which rounding to a smaller type leaves. Empty where the weights
-    are away (offloaded layer by layer).
-    """
-    digest = hashlib.sha256()
-    for network in (pipe.text_proj, pipe.decoder):
-        for name, tensor in sorted(network.state_dict().items()):
-            if tensor.is_meta:
-                return ""
-            flat = tensor.detach().flatten()
-            signs = flat[:: max(1, len(flat) // FINGERPRINT_VALUES)] > 0
-            digest.update(f"{name} {tuple(tensor.shape)} ".encode() + bytes(signs.cpu().tolist()))
-    return digest.hexdigest()[:16]
-
-
-def _pixels(pictures: Sequence[Image.Image], stage: Stage, condition: Any) -> Tensor:
-    """The pictures in a stage's own size, [batch, 3, size, size] in [-1, 1]."""
-    size = stage.sample_shape(condition)[-1]
-    return torch.stack([to_square(picture, size) for picture in pictures])
-
-
-def _inverted(
-    pipe: GenerationPipeline,
-    name: str,
-    stage: Stage,
-    condition: Any,
-    null: Any,
-    x0: Tensor,
-    run: StageRun,
-    *,
-    num_rounds: int,
-    callback: Callback | None,
-) -> Tensor:
-    """x_T of one stage, float32, of x0's shape."""
-    timesteps = getattr(pipe, f"{name}_scheduler").spaced_timesteps(run.num_steps)
-    try:
-        return invert(
-            stage,
-            condition,
-            x0,
-            timesteps=timesteps,
-            num_rounds=num_rounds,
-            null=null,
-            guidance_scale=run.guidance_scale,
-            progress=pipe.progress(name),
-            on_step=on_step(pipe, name, callback),
-        )
-    finally:
-        pipe.maybe_free_model_hooks()

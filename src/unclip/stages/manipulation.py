@@ -13,6 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from unclip.checkpoints.layout import FURTHER_SUPER_RES
 from unclip.checkpoints.tensor_file import read_tensor_file, write_tensor_file
 from unclip.errors import ConfigError, InputError, WeightsError
 from unclip.models.pca import PrincipalComponents
@@ -20,6 +21,13 @@ from unclip.stages.arithmetic import exact_type, slerp_path, turn
 
 KIND = "unclip bipartite latent"
 VERSION = 1
+PARTS = (
+    "image_embedding",
+    "decoder_latents",
+    "super_res_latents",
+    *(f"{stage}_latents" for stage in FURTHER_SUPER_RES),
+)
+"""In a file; it may end after any from the second on."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +38,22 @@ class BipartiteLatent:
         image_embedding: float32 [batch, embedding_dim], CLIP's, not normalised.
         decoder_latents: float32 [batch, channels, size, size]: x_T of the decoder.
         super_res_latents: x_T of super-resolution likewise, or None where it is not kept.
+        further_latents: those of further super-resolution stages, in order, as far as they are kept.
 
     Raises:
-        ConfigError: the parts have other shapes or numbers of rows.
+        ConfigError: the parts have other shapes or numbers of rows, or one is kept without those of the stages before.
     """
 
     image_embedding: Tensor
     decoder_latents: Tensor
     super_res_latents: Tensor | None = None
+    further_latents: tuple[Tensor, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.further_latents and self.super_res_latents is None:
+            raise ConfigError("a bipartite latent has further_latents, but no super_res_latents before them")
         shapes = [tuple(part.shape) for part in self._parts().values()]
-        dims = (2, 4, 4)[: len(shapes)]
+        dims = (2, *[4] * (len(shapes) - 1))
         if any(len(shape) != dim or shape[0] != shapes[0][0] for shape, dim in zip(shapes, dims, strict=True)):
             raise ConfigError(
                 f"a bipartite latent has parts of shapes {', '.join(map(str, shapes))}; they must be "
@@ -51,9 +63,14 @@ class BipartiteLatent:
     def __len__(self) -> int:
         return len(self.image_embedding)
 
+    @property
+    def super_res_noise(self) -> tuple[Tensor, ...]:
+        """x_T of every super-resolution stage that it is kept of, in order."""
+        return () if self.super_res_latents is None else (self.super_res_latents, *self.further_latents)
+
     def select(self, rows: Sequence[int] | slice) -> Self:
         """The rows of these indices."""
-        return type(self)(**{name: part[rows] for name, part in self._parts().items()})
+        return self._named({name: part[rows] for name, part in self._parts().items()})
 
     def join(self, *others: Self) -> Self:
         """These rows and the others', in order; super-resolution's noise stays only where all have it.
@@ -68,7 +85,7 @@ class BipartiteLatent:
             if len({part.shape[1:] for part in parts}) > 1:
                 raise InputError(f"{name} are of different sizes; the latents are of different models")
             joined[name] = torch.cat(parts)
-        return type(self)(**joined)
+        return self._named(joined)
 
     def showing(self, image_embedding: Tensor) -> Self:
         """Other embeddings [count, embedding_dim] from the noise of this one row, which all of them share.
@@ -82,7 +99,7 @@ class BipartiteLatent:
             for name, part in self._parts().items()
             if name != "image_embedding"
         }
-        return type(self)(image_embedding=image_embedding, **rows)
+        return self._named({"image_embedding": image_embedding, **rows})
 
     def save(
         self, path: str | os.PathLike[str], *, about: Mapping[str, str] | None = None, overwrite: bool = False
@@ -96,16 +113,29 @@ class BipartiteLatent:
 
         Raises: as `read_tensor_file`; WeightsError too when shapes disagree.
         """
-        names = {"image_embedding": True, "decoder_latents": True, "super_res_latents": False}
+        names = {name: name in PARTS[:2] for name in PARTS}
         tensors, about = read_tensor_file(path, kind=KIND, version=VERSION, names=names)
         try:
-            return cls(**tensors), about
+            return cls._named(tensors), about
         except ConfigError as problem:
             raise WeightsError(f"{path}: {problem}") from problem
 
+    @classmethod
+    def of(cls, image_embedding: Tensor, decoder_latents: Tensor, *super_res_noise: Tensor) -> Self:
+        """With the noise of as many super-resolution stages as there is."""
+        first = super_res_noise[0] if super_res_noise else None
+        return cls(image_embedding, decoder_latents, first, super_res_noise[1:])
+
+    @classmethod
+    def _named(cls, parts: Mapping[str, Tensor]) -> Self:
+        """Of parts by their names in a file. Raises: ConfigError when one is there without those before."""
+        names = PARTS[: len(parts)]
+        if set(names) != set(parts):
+            raise ConfigError(f"a bipartite latent has {', '.join(sorted(parts))}; it must have {', '.join(names)}")
+        return cls.of(*(parts[name] for name in names))
+
     def _parts(self) -> dict[str, Tensor]:
-        parts = {"image_embedding": self.image_embedding, "decoder_latents": self.decoder_latents}
-        return parts if self.super_res_latents is None else {**parts, "super_res_latents": self.super_res_latents}
+        return dict(zip(PARTS, (self.image_embedding, self.decoder_latents, *self.super_res_noise), strict=False))
 
 
 def interpolate(latent: BipartiteLatent, num_between: int, *, one_noise: bool = False) -> BipartiteLatent:
@@ -124,12 +154,8 @@ def interpolate(latent: BipartiteLatent, num_between: int, *, one_noise: bool = 
     embeddings = slerp_path(latent.image_embedding, num_between)
     if one_noise:
         return latent.select([0]).showing(embeddings)
-    noise = latent.super_res_latents
-    return BipartiteLatent(
-        embeddings,
-        slerp_path(latent.decoder_latents, num_between),
-        None if noise is None else slerp_path(noise, num_between),
-    )
+    noise = [slerp_path(each, num_between) for each in (latent.decoder_latents, *latent.super_res_noise)]
+    return BipartiteLatent.of(embeddings, *noise)
 
 
 def edit(latent: BipartiteLatent, direction: Tensor, strengths: Sequence[float]) -> BipartiteLatent:
