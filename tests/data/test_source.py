@@ -173,6 +173,43 @@ def test_broken_samples_are_replaced_and_named(shards, source):
     assert len(told) == 2
 
 
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_a_batch_of_broken_samples_alone_is_replaced_by_what_comes_next(shards, source):
+    folder = shards(30, per_shard=5, change=lambda n, parts: parts | {"png": b"no"} if n == 7 else parts)
+    whole = source(shards(30, per_shard=5, name="whole"), seed=2)
+    plain = [shown(whole.draw(step, 1, generator())) for step in range(40)]
+    stream = source(folder, seed=2)
+    drawn = [shown(stream.draw(step, 1, generator())) for step in range(40)]
+    places = [place for place, numbers in enumerate(plain) if numbers == [7]]
+    assert places
+    for place, numbers in enumerate(drawn):
+        assert numbers == plain[place + 1 if place in places else place]
+    alone = source(folder, seed=2)  # entered there, as by a run that goes on
+    assert shown(alone.draw(places[0], 1, generator())) == drawn[places[0]]
+    assert shown(alone.draw(places[0] + 1, 1, generator())) == drawn[places[0] + 1]
+    assert [name[-9:] for name in stream.skipped] == ["000000007"]
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_no_sample_that_can_be_read(shards, source):
+    stream = source(shards(9, per_shard=3, change=lambda n, parts: parts | {"png": b"no"}), max_skipped_share=1.0)
+    with pytest.raises(DataError, match=r"of 9 samples none can be read: .*00\d\.tar: 00000"):
+        stream.draw(0, 1, generator())
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_the_share_that_may_be_broken(shards, source, folder):
+    data = shards(40, per_shard=4, change=lambda n, parts: parts | {"txt": b" "} if n % 10 == 0 else parts)
+    with pytest.raises(DataError, match=r"samples cannot be read, more than the 0\.5% allowed"):
+        draw_all(source(data, max_skipped_share=0.005), 10, 4)
+    draw_all(source(data, max_skipped_share=0.02), 10, 4)
+    (folder / "1.png").write_bytes(b"no")
+    with pytest.raises(DataError, match=r"1 of 6 pictures .* more than the 12\.5% allowed"):
+        open_source(folder, [8], seed=0, max_skipped_share=0.125)
+    with pytest.warns(UserWarning, match=r"1 pictures .* are skipped"):
+        assert len(open_source(folder, [8], seed=0, max_skipped_share=0.2).skipped) == 1
+
+
 def draw_all(stream, steps, count):
     for step in range(steps):
         stream.draw(step, count, generator())

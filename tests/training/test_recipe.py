@@ -116,6 +116,7 @@ def test_the_recipe_as_plain_data(read):
         (PRIOR + "seed = -1\n[prior]", "seed is -1; it must be 0 or more"),
         (PRIOR + "ema_decay = 1.0\n[prior]", r"ema_decay is 1\.0; it must be from 0 to below 1"),
         (PRIOR + "batch_size = 10\naccumulation = 3\n[prior]", "no multiple of accumulation 3"),
+        (PRIOR + "max_skipped_share = 1.01\n[prior]", r"max_skipped_share is 1\.01; it must be from 0 to 1"),
         (PRIOR + "save_every_s = nan\n[prior]", "save_every_s is nan"),
         (PRIOR + "[optimizer]\nlearning_rate = inf\n[prior]", r"optimizer\.learning_rate is inf"),
         (PRIOR + "[prior]\ntext_drop = 1.5", r"prior\.text_drop is 1\.5; it must be from 0 to 1"),

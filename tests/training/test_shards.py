@@ -92,6 +92,11 @@ def test_sheets_of_shards(sharded, stage, tmp_path, monkeypatch, request):
     assert next(tmp_path.glob("0001.*")).stat().st_size > 20
 
 
+def test_the_recipe_says_how_much_may_be_broken(sharded, request):
+    assert closing(request, make_task(sharded("super_res"))).source.max_skipped_share == 0.01
+    assert closing(request, make_task(sharded("clip", max_skipped_share=0.25))).source.max_skipped_share == 0.25
+
+
 def test_a_prior_learns_from_embeddings_alone(tiny, pictures, tmp_path, request):
     width = PriorTask(tiny("prior")).clip.width
     data = pack(pictures, tmp_path / "embedded", embedding=width)

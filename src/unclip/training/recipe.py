@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unclip.checkpoints.hub import is_name, resolve
+from unclip.data.folder import MAX_SKIPPED_SHARE
 from unclip.errors import ConfigError, MissingDependencyError
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -239,6 +240,7 @@ class Recipe:
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     compile: bool = False
     shard: bool = False
+    max_skipped_share: float = MAX_SKIPPED_SHARE
     trackers: tuple[str, ...] = ()
     ema_decay: float = 0.999
     log_every_steps: int = 50
@@ -270,6 +272,7 @@ class Recipe:
                 raise MissingDependencyError(f"the tracker {name!r} is not installed: pip install {name}")
         counts = ("steps", "batch_size", "accumulation", "log_every_steps", "sample_every_steps")
         _check("", self, above_zero=counts, not_negative=("seed", "save_every_s"), below_one=("ema_decay",))
+        _check("", self, shares=("max_skipped_share",))
         if self.batch_size % self.accumulation:
             raise ConfigError(f"batch_size {self.batch_size} is no multiple of accumulation {self.accumulation}")
 

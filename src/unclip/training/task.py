@@ -84,5 +84,11 @@ def source_of(recipe: Recipe, sizes_px: tuple[int, ...], **how: Any) -> Source:
     """The recipe's data set, as this process of a run reads it."""
     place = PartialState(cpu=computes_on_cpu())
     return open_source(
-        recipe.data, sizes_px, seed=recipe.seed, rank=place.process_index, world=place.num_processes, **how
+        recipe.data,
+        sizes_px,
+        seed=recipe.seed,
+        max_skipped_share=recipe.max_skipped_share,
+        rank=place.process_index,
+        world=place.num_processes,
+        **how,
     )
