@@ -90,6 +90,20 @@ def test_several_folders_are_one(folder, tmp_path_factory):
     assert shown(source.examples(9, held_out=True)) == [5]
 
 
+def test_broken_pictures_of_one_name_in_two_folders(folder, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    for place in (folder, other):
+        (place / "bad.png").write_bytes(b"no")
+    (other / "a.png").write_bytes(png(200))
+    lines = ['{"file_name": "a.png", "text": "one"}', '{"file_name": "bad.png", "text": "one"}']
+    (other / "metadata.jsonl").write_text("\n".join(lines))
+    with open(folder / "metadata.jsonl", "a") as added:
+        added.write("\n" + lines[1])
+    with pytest.warns(UserWarning, match="1 pictures in"):
+        source = open_source([folder, other], [8], seed=0, max_skipped_share=0.5)
+    assert sorted(source.skipped) == sorted(str(place / "bad.png") for place in (folder, other))
+
+
 def test_shards_come_from_one_place(shards, folder):
     with pytest.raises(DataError, match="read from one place"):
         open_source([shards(2, per_shard=1), folder], [8], seed=0)

@@ -123,7 +123,7 @@ def test_a_run_leaves_its_files(tmp_path):
     trainer = Trainer(LineTask(), line_recipe(), tmp_path / "run")
     trainer.run()
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert names == ["metrics.jsonl", "model", "recipe.json", "samples", "state"]
+    assert names == ["metrics.jsonl", "model", "recipe.json", "samples", "state", "versions.json"]
     assert [row["step"] for row in rows(tmp_path / "run")] == [5, 10, 12]
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["batch_size"] == 8
     assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == ["0000006.txt", "0000012.txt"]
@@ -132,6 +132,61 @@ def test_a_run_leaves_its_files(tmp_path):
     assert torch.equal(model["line.weight"], trainer.ema["line.weight"])
     assert not torch.equal(model["line.weight"], trainer.task.module.line.weight)
     assert torch.equal(model["fixed"], torch.ones(2))
+
+
+def test_the_versions_that_computed(tmp_path, monkeypatch):
+    run, about = tmp_path / "run", {}
+    monkeypatch.setattr(state, "versions", lambda: dict(about))
+
+    def train(step: int, torch_version: str) -> list[dict]:
+        about.update(torch=torch_version)
+        Trainer(LineTask(), line_recipe(steps=step), run).run()
+        return json.loads((run / "versions.json").read_text())["runs"]
+
+    first, second = {"from_step": 0, "torch": "1"}, {"from_step": 3, "torch": "2"}
+    assert train(2, "1") == [first]
+    assert train(3, "1") == [first]
+    assert train(4, "2") == [first, second]
+    assert train(5, "2") == [first, second]
+    (run / "versions.json").write_text("{")
+    assert train(6, "2") == [{"from_step": 5, "torch": "2"}]
+    shutil.rmtree(run / "state")
+    assert train(2, "3") == [{"from_step": 0, "torch": "3"}]
+    monkeypatch.undo()
+    assert state.versions().keys() == {"unclip", "torch", "accelerate", "transformers", "python", "platform"}
+    assert state.versions()["torch"] == torch.__version__
+
+
+def skipping(**skipped: str) -> LineTask:
+    task = LineTask()
+    task.skipped = skipped
+    return task
+
+
+def test_what_was_skipped_before_stays_listed(tmp_path):
+    listed = tmp_path / "skipped.json"
+    trainer = Trainer(skipping(a="broken"), line_recipe(steps=2), tmp_path)
+    trainer.run()
+    assert json.loads(listed.read_text()) == trainer.skipped == {"a": "broken"}
+    Trainer(skipping(), line_recipe(steps=3), tmp_path).run()
+    assert json.loads(listed.read_text()) == {"a": "broken"}
+    task = skipping()
+    task.skipped = {"b": "cut off", "c\udcff": "no UTF-8"}
+    trainer = Trainer(task, line_recipe(steps=4), tmp_path)
+    trainer.run()
+    assert json.loads(listed.read_text()) == trainer.skipped == {"a": "broken", "b": "cut off", "c?": "no UTF-8"}
+    listed.write_text('{"a":')
+    Trainer(skipping(d="broken"), line_recipe(steps=5), tmp_path).run()
+    assert json.loads(listed.read_text()) == {"d": "broken"}
+    shutil.rmtree(tmp_path / "state")  # another run begins
+    Trainer(skipping(), line_recipe(steps=2), tmp_path).run()
+    assert not listed.exists()
+
+
+def test_what_other_processes_skipped_is_listed_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module, "gather_object", lambda own: [*own, {"of another": "cut off"}])
+    Trainer(skipping(own="broken"), line_recipe(steps=2), tmp_path).run()
+    assert json.loads((tmp_path / "skipped.json").read_text()) == {"own": "broken", "of another": "cut off"}
 
 
 def test_it_learns(tmp_path):

@@ -84,9 +84,9 @@ def train(
     if trainer.step and first and not quiet:
         note(f"going on from step {trainer.step} of {settings.steps}")
     trainer.run(progress=progress)
-    if first and trainer.task.skipped:
-        some = "; ".join(f"{name}: {why}" for name, why in list(trainer.task.skipped.items())[:3])
-        note(f"{len(trainer.task.skipped)} samples or shards could not be read ({out / 'skipped.json'}): {some}")
+    if first and trainer.skipped:
+        some = "; ".join(f"{name}: {why}" for name, why in list(trainer.skipped.items())[:3])
+        note(f"{len(trainer.skipped)} samples or shards could not be read ({out / 'skipped.json'}): {some}")
     if trainer.step < settings.steps:
         if first:
             note(f"stopped and saved at step {trainer.step} of {settings.steps}; the same command goes on from there")

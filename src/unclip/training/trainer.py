@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -67,9 +67,9 @@ def share(batch: Batch, *, num_processes: int, rank: int, num_pieces: int) -> li
 class Trainer:
     """Runs one recipe in one folder, from its last checkpoint if it has one.
 
-    The folder holds `recipe.json`, `metrics.jsonl`, `samples/`, `state/` (to resume from) and `model/` (the moving
-    average in the ecosystem's layout). A step depends on the recipe, its seed and its number alone, so a run that was
-    interrupted gives the weights of one that was not.
+    The folder holds `recipe.json`, `versions.json`, `metrics.jsonl`, `samples/`, `state/` (to resume from) and `model/`
+    (the moving average in the ecosystem's layout). A step depends on the recipe, its seed and its number alone, so a
+    run that was interrupted gives the weights of one that was not.
 
     Raises:
         ConfigError: the folder holds a run of another network, or this machine cannot do what the recipe asks.
@@ -103,6 +103,7 @@ class Trainer:
             self.module, self.optimizer = self.accelerator.prepare(task.module, optimizer)
         self.ema = {name: p.detach().clone() for name, p in self.weights.named_parameters() if p.requires_grad}
         self.step = 0
+        self.skipped: dict[str, str] = {}  # of all processes, and of the run's earlier parts: at the last save
         self._sums: dict[str, float] = {}  # of the metrics since the last row of the log
         self._num_summed = 0
         self._asked_to_stop = False  # this process, by a signal
@@ -151,12 +152,13 @@ class Trainer:
         module, ema = self._gathered(self.weights.state_dict()), self._gathered(self.ema)
         optimizer, scaler = self._gathered(optimizer_tensors(self.optimizer)), self.accelerator.scaler
         snapshot = Snapshot(self.step, log, module, ema, optimizer, scaler.state_dict() if scaler else None)
+        skipped = self._merged(self.task.skipped)
         if not self._is_main:
             return
         with self._writing():
             with self._carrying(ema), self.run_folder.new_model() as draft:
                 self.task.save(draft)
-            self.run_folder.note_skipped(self.task.skipped)
+            self.skipped = self.run_folder.note_skipped(skipped)
             # Last, so that a state of the last step means that the model is the last one too.
             self.run_folder.save_state(snapshot, self.recipe, self.task.fingerprint)
 
@@ -168,6 +170,13 @@ class Trainer:
             if self._is_main:
                 found[name] = value.cpu() if is_sharded(self.weights) else value
         return found
+
+    def _merged(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """What all processes have by name; each reads shards of its own. To be called by all."""
+        merged: dict[str, Any] = {}
+        for part in gather_object([dict(own)]):
+            merged |= part
+        return merged
 
     @contextlib.contextmanager
     def _carrying(self, values: Mapping[str, Tensor]) -> Iterator[None]:
