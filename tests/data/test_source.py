@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unclip.data.shards import RawSample
+from unclip.data.shards import RawSample, read_shard
 from unclip.data.source import FolderSource, ShardSource, choose_captions, decode, open_source
 from unclip.errors import DataError
 
@@ -151,6 +151,23 @@ def test_a_step_is_the_same_whatever_was_drawn_before(shards, source):
     for step in (9, 10, 2, 14, 0, 1):
         assert shown(jumping.draw(step, 3, generator())) == steps[step], step
     assert shown(source(folder, seed=4).draw(0, 3, generator())) != steps[0]
+
+
+def test_shards_whose_counts_are_known_are_passed_over(shards, source, monkeypatch):
+    folder = shards(40, per_shard=4)
+    straight = source(folder, seed=3)
+    steps = [shown(straight.draw(step, 4, generator())) for step in range(20)]
+    opened = []
+    monkeypatch.setattr(
+        "unclip.data.shards.read_shard", lambda shard, damage: opened.append(shard) or read_shard(shard, damage)
+    )
+    for counts in ({}, straight.counts):
+        opened.clear()
+        later = source(folder, seed=3)
+        later.counts.update(counts)
+        assert shown(later.draw(18, 4, generator())) == steps[18]
+        later.close()
+    assert len(opened) <= 4  # ten in an epoch, and this is near the second one's end: its last shards, and the next
 
 
 def test_processes_draw_different_rows(shards, source):

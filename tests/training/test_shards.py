@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from unclip.cli.train import make_task
-from unclip.data.shards import write_shards
+from unclip.data.shards import ShardStream, write_shards
+from unclip.data.source import ShardSource
 from unclip.errors import ConfigError, DataError
 from unclip.training import task as task_module
+from unclip.training.clip import ClipTask
 from unclip.training.diffusion import DecoderTask, PriorTask
 from unclip.training.embedding import embed
 from unclip.training.trainer import Trainer, step_generator
@@ -82,6 +84,40 @@ def test_an_interrupted_run_on_shards_is_as_one_that_was_not(sharded, stage, tmp
         closing(request, task)
     for (name, mine), theirs in zip(one.ema.items(), other.ema.values(), strict=True):
         assert torch.equal(mine, theirs), name
+
+
+def test_a_run_that_goes_on_does_not_count_its_shards_again(sharded, tmp_path, monkeypatch, request):
+    recipe = sharded("super_res", steps=6, sample_every_steps=100)
+    Trainer(closing(request, make_task(recipe)), recipe, tmp_path).run()  # two epochs
+    longer = sharded("super_res", steps=9, sample_every_steps=100)
+    trainer = Trainer(closing(request, make_task(longer)), longer, tmp_path)
+    assert sorted(trainer.task.counts.values()) == [8] * 6
+    counted = []
+    count = ShardStream._count
+    monkeypatch.setattr(
+        ShardStream, "_count", lambda stream, shard: counted.append(shard in stream.counts) or count(stream, shard)
+    )
+    trainer.take_step()
+    assert counted
+    assert all(counted)
+
+
+def test_a_clip_that_goes_on_keeps_its_tokenizer(sharded, tmp_path, monkeypatch, request):
+    recipe = sharded("clip", steps=2, sample_every_steps=100)
+    first = closing(request, ClipTask(recipe, tmp_path))
+    Trainer(first, recipe, tmp_path).run()
+    with monkeypatch.context() as without:
+        without.setattr(ShardSource, "all_captions", lambda source: pytest.fail("read again"))
+        again = closing(request, ClipTask(recipe, tmp_path))
+    assert again.tokenizer.get_vocab() == first.tokenizer.get_vocab()
+    assert again.fingerprint == first.fingerprint
+    for caption in ("a red circle", "Grün: 12 €"):
+        assert again.tokenizer(caption)["input_ids"] == first.tokenizer(caption)["input_ids"]
+    assert Trainer(again, recipe, tmp_path).step == 2
+    smaller = sharded("clip", section={"vocabulary_size": 520})
+    assert len(closing(request, ClipTask(smaller, tmp_path)).tokenizer) == 520
+    (tmp_path / "model" / "tokenizer" / "tokenizer.json").write_text("{")
+    assert closing(request, ClipTask(recipe, tmp_path)).fingerprint == first.fingerprint  # learned again
 
 
 @STAGES

@@ -60,6 +60,7 @@ class LineTask:
         self.fingerprint = "line"
         self.spoil = spoil
         self.drawn = 0
+        self.counts = {}
 
     is_local = False
     skipped: dict[str, str] = {}  # noqa: RUF012
@@ -187,6 +188,21 @@ def test_what_other_processes_skipped_is_listed_too(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer_module, "gather_object", lambda own: [*own, {"of another": "cut off"}])
     Trainer(skipping(own="broken"), line_recipe(steps=2), tmp_path).run()
     assert json.loads((tmp_path / "skipped.json").read_text()) == {"own": "broken", "of another": "cut off"}
+
+
+def test_counts_of_shards_are_kept(tmp_path, monkeypatch):
+    task = LineTask()
+    task.counts["0.tar"] = 7
+    monkeypatch.setattr(trainer_module, "gather_object", lambda own: [*own, {"1.tar": 5}])
+    Trainer(task, line_recipe(steps=2), tmp_path).run()
+    again = LineTask()
+    Trainer(again, line_recipe(steps=3), tmp_path)
+    assert again.counts == {"0.tar": 7, "1.tar": 5}
+    for text in ("{", "[]", '{"num_samples": 3}', '{"num_samples": {"0.tar": "many"}}'):
+        (tmp_path / "state" / "shards.json").write_text(text)
+        again = LineTask()
+        assert Trainer(again, line_recipe(steps=3), tmp_path).step == 2
+        assert again.counts == {}
 
 
 def test_it_learns(tmp_path):

@@ -59,6 +59,11 @@ class Source(Protocol):
         """Pictures, samples and shards that could not be read so far, with the reason."""
         ...
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Samples in each shard that was read to its end; what is laid in before need not be counted."""
+        ...
+
     def draw(self, step: int, count: int, generator: torch.Generator) -> Rows:
         """The rows of one step."""
         ...
@@ -97,6 +102,7 @@ class FolderSource:
         self.held_out = [held for _, held in split]
         self.records = self.pictures[0].records
         self.weights = torch.tensor([record.weight**weight_power for record in self.records])
+        self.counts: dict[str, int] = {}
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -162,6 +168,7 @@ class ShardSource:
         self.sizes, self.max_skipped_share = tuple(sizes), max_skipped_share
         self.stream = ShardStream(expand(shards), seed=seed, block=block, rank=rank, world=world)
         self._examples = ShardStream(self.stream.shards, seed=seed, block=1)  # the same for every process
+        self._examples.counts = self.stream.counts
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="unclip-read")
         self._decoders = ThreadPoolExecutor(num_workers, thread_name_prefix="unclip-decode")
         self._samples = _Order(())
@@ -172,6 +179,10 @@ class ShardSource:
     @property
     def skipped(self) -> dict[str, str]:
         return self.stream.damage.broken
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.stream.counts
 
     def draw(self, step: int, count: int, generator: torch.Generator) -> Rows:
         position = step * count

@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class Snapshot:
         ema: the moving average of what is trained.
         optimizer: its state, from `optimizer_tensors`.
         scaler: of float16's loss scale; None with another precision.
+        counts: samples in each shard of the data that was read to its end.
     """
 
     step: int
@@ -55,6 +56,7 @@ class Snapshot:
     ema: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     scaler: dict[str, Any] | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -173,6 +175,8 @@ class RunFolder:
                 save_file(
                     {k: v.detach().contiguous().clone() for k, v in tensors.items()}, draft / f"{name}.safetensors"
                 )
+            if snapshot.counts:
+                write_json(draft / "shards.json", {"num_samples": dict(snapshot.counts)})
             write_json(draft / "state.json", about)
 
     def new_model(self) -> contextlib.AbstractContextManager[Path]:
@@ -226,7 +230,15 @@ class RunFolder:
             what = "captions of the data set, which the tokenizer comes from," if stage == "clip" else "CLIP"
             raise self._other_run([f"the {what} changed since"])
         log = about.get("log") or {"sums": {}, "num_summed": 0}
-        return Snapshot(step, log, **tensors, scaler=about.get("scaler"))
+        return Snapshot(step, log, **tensors, scaler=about.get("scaler"), counts=self._counts())
+
+    def _counts(self) -> dict[str, int]:
+        """Of shards.json; without a whole one the shards are counted again."""
+        try:
+            found = read_json(self.state / "shards.json", limit_bytes=LISTS_LIMIT_BYTES)["num_samples"]
+            return {name: count for name, count in found.items() if type(count) is int and count >= 0}
+        except (CheckpointError, KeyError, AttributeError):
+            return {}
 
     def _read(self, name: str) -> dict[str, Tensor]:
         path = self.state / f"{name}.safetensors"

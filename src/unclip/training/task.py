@@ -38,6 +38,11 @@ class Task(Protocol):
         ...
 
     @property
+    def counts(self) -> dict[str, int]:
+        """Samples in each shard of the data, as far as known; what is laid in before need not be counted."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """Of what the weights mean nothing without: a tokenizer's vocabulary, the CLIP whose space is learned."""
         ...
@@ -67,6 +72,10 @@ class Sourced:
     @property
     def skipped(self) -> Mapping[str, str]:
         return self.source.skipped
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.source.counts
 
 
 def computes_on_cpu() -> bool:

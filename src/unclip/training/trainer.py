@@ -91,6 +91,7 @@ class Trainer:
         snapshot = self.run_folder.read_state(recipe, task.module.state_dict(), task.fingerprint)
         if snapshot is not None:
             task.module.load_state_dict(snapshot.module)
+            task.counts.update(snapshot.counts)
         self.weights = task.module  # what the optimizer changes
         if recipe.shard and self.accelerator.num_processes > 1:
             self.weights = sharded(task.module, self.accelerator.device)
@@ -151,8 +152,8 @@ class Trainer:
         log = {"sums": self._sums, "num_summed": self._num_summed}
         module, ema = self._gathered(self.weights.state_dict()), self._gathered(self.ema)
         optimizer, scaler = self._gathered(optimizer_tensors(self.optimizer)), self.accelerator.scaler
-        snapshot = Snapshot(self.step, log, module, ema, optimizer, scaler.state_dict() if scaler else None)
-        skipped = self._merged(self.task.skipped)
+        skipped, counts = self._merged(self.task.skipped), self._merged(self.task.counts)
+        snapshot = Snapshot(self.step, log, module, ema, optimizer, scaler.state_dict() if scaler else None, counts)
         if not self._is_main:
             return
         with self._writing():
