@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import LoggerType
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -521,6 +522,17 @@ def test_precision_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer_module, "Accelerator", refuses)
     with pytest.raises(ConfigError, match="precision 'fp16' is not to be had here"):
         Trainer(LineTask(), line_recipe(precision="fp16"), tmp_path)
+
+
+def test_a_tracker_that_accelerate_does_not_know(tmp_path, monkeypatch):
+    """As an accelerate that is older than the tracker; the tracker itself is installed."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    recipe = line_recipe(trackers=("trackio",))
+    older = [kind for kind in LoggerType if kind.value != "trackio"]
+    monkeypatch.setattr(trainer_module, "LoggerType", older)
+    with pytest.raises(ConfigError, match=r"trackers has 'trackio', which accelerate \d.* does not know: pip install"):
+        Trainer(LineTask(), recipe, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_trainers_in_one_folder(tmp_path):

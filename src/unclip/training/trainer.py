@@ -9,13 +9,14 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import LoggerType, gather_object, set_seed
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -78,6 +79,7 @@ class Trainer:
 
     def __init__(self, task: Task, recipe: Recipe, folder: Path):
         self.task, self.recipe, self.run_folder = task, recipe, RunFolder(Path(folder))
+        _check_trackers(recipe.trackers)
         try:
             self.accelerator = Accelerator(
                 cpu=computes_on_cpu(),
@@ -367,6 +369,17 @@ class Trainer:
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
+
+
+def _check_trackers(names: Iterable[str]) -> None:
+    """Raises: ConfigError for a tracker that the installed accelerate is too old for."""
+    known = [kind.value for kind in LoggerType]
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"trackers has {name!r}, which accelerate {accelerate.__version__} does not know: "
+                "pip install --upgrade accelerate, or leave it out"
+            )
 
 
 def make_optimizer(module: nn.Module, recipe: OptimizerRecipe) -> torch.optim.Optimizer:
