@@ -17,6 +17,7 @@ from unclip.data.source import ShardSource
 from unclip.errors import ConfigError, DataError
 from unclip.training import task as task_module
 from unclip.training.clip import ClipTask
+from unclip.training.conditions import Captioned
 from unclip.training.diffusion import DecoderTask, PriorTask
 from unclip.training.embedding import embed
 from unclip.training.trainer import Trainer, step_generator
@@ -152,17 +153,41 @@ def test_a_prior_learns_from_embeddings_alone(tiny, pictures, tmp_path, request)
 def test_processes_draw_rows_and_noise_of_their_own(sharded, monkeypatch, request):
     batches = []
     for rank in range(2):
-        place = type("Place", (), {"process_index": rank, "num_processes": 2})
+        place = type("Place", (), {"process_index": rank, "num_processes": 2, "device": torch.device("cpu")})
         monkeypatch.setattr(task_module, "PartialState", lambda cpu, place=place: place)
         task = closing(request, DecoderTask(sharded("decoder")))
         trainer = object.__new__(Trainer)
         trainer.task, trainer.recipe, trainer.step = task, sharded("decoder", batch_size=8), 0
         trainer.accelerator = place
-        batch, share_of, of = trainer._batch()
-        assert (share_of, of) == (0, 1)
+        batch = trainer._batch()
         assert len(batch["x0"]) == 4
         batches.append(batch)
     assert not torch.equal(batches[0]["noise"], batches[1]["noise"])
+
+
+def test_of_a_stream_few_pictures_are_in_memory_at_once(sharded, monkeypatch, request):
+    task = closing(request, PriorTask(sharded("prior")))
+    whole = task.data.embeddings(task.source.examples(100))
+    asked = []
+    embeddings = task.data.embeddings
+    monkeypatch.setattr(task.data, "embeddings", lambda rows: asked.append(len(rows.captions)) or embeddings(rows))
+    monkeypatch.setattr("unclip.training.conditions.AT_ONCE", 20)
+    found, weights = task.data.known()
+    assert asked == [20, 20, 8]
+    torch.testing.assert_close(found, whole)
+    assert weights.tolist() == pytest.approx([1 / 48] * 48)
+
+
+def test_a_decoder_without_jitter_looks_for_no_spread(sharded, monkeypatch, request):
+    def batch(noise: float) -> dict:
+        task = closing(request, DecoderTask(sharded("decoder", section={"embedding_noise": noise})))
+        return task.batch(0, 8, step_generator(0, 0))
+
+    jittered = batch(0.1)
+    monkeypatch.setattr(Captioned, "known", lambda data: pytest.fail("looked"))
+    plain = batch(0.0)
+    assert torch.equal(plain["noise"], jittered["noise"])  # what is drawn stays the same
+    assert not torch.equal(plain["image_embedding"], jittered["image_embedding"])
 
 
 class _Quiet(SimpleHTTPRequestHandler):

@@ -28,7 +28,8 @@ from unclip.training.clip import ClipTask
 from unclip.training.diffusion import DecoderTask, PriorTask
 from unclip.training.prior_autoregressive import AutoregressivePriorTask
 from unclip.training.recipe import ClipSettings, OptimizerRecipe, PriorSettings, Recipe
-from unclip.training.trainer import Trainer, learning_rate, share, step_generator
+from unclip.training.task import of_rows
+from unclip.training.trainer import Trainer, learning_rate, own_rows, step_generator
 
 REAL_TASKS = [
     ("clip", ClipTask),
@@ -66,8 +67,8 @@ class LineTask:
     is_local = False
     skipped: dict[str, str] = {}  # noqa: RUF012
 
-    def batch(self, step, batch_size, generator):
-        batch = {"x": torch.randn(batch_size, 3, generator=generator)}
+    def batch(self, step, batch_size, generator, own=None):
+        batch = of_rows({"x": torch.randn(batch_size, 3, generator=generator)}, own)
         self.drawn += 1
         return batch if self.spoil is None else self.spoil(batch, self.drawn)
 
@@ -283,20 +284,16 @@ def test_the_average_is_warmed_up(tmp_path):
 
 @pytest.mark.parametrize(("num_processes", "num_pieces"), [(1, 1), (2, 1), (1, 3), (2, 3), (4, 3)])
 def test_each_row_is_computed_once(num_processes, num_pieces):
-    batch = {"x": torch.arange(24), "y": torch.arange(48).view(24, 2)}
-    shares = [share(batch, num_processes=num_processes, rank=r, num_pieces=num_pieces) for r in range(num_processes)]
-    parts = [part for each in shares for part in each]
-    assert sorted(torch.cat([part["x"] for part in parts]).tolist()) == list(range(24))
-    assert {len(part["x"]) for part in parts} == {24 // (num_processes * num_pieces)}
-    assert all(torch.equal(part["y"][:, 0], 2 * part["x"]) for part in parts)
-    values = batch["x"].double() ** 2
-    means = [sum((p["x"].double() ** 2).mean() for p in each) / num_pieces for each in shares]
-    assert sum(means) / num_processes == pytest.approx(values.mean().item())
+    own = [own_rows(24, num_processes=num_processes, rank=r, num_pieces=num_pieces) for r in range(num_processes)]
+    assert sorted(torch.cat(own).tolist()) == list(range(24))
+    assert {len(rows) for rows in own} == {24 // num_processes}
+    pieces = [torch.cat([rows.chunk(num_pieces)[place] for rows in own]) for place in range(num_pieces)]
+    assert torch.cat(pieces).tolist() == list(range(24))  # all processes together compute piece after piece
 
 
 def test_a_batch_that_cannot_be_shared_out():
     with pytest.raises(ConfigError, match=r"a batch of 10 .* 2 processes .* 3: make batch_size a multiple of 6"):
-        share({"x": torch.zeros(10)}, num_processes=2, rank=0, num_pieces=3)
+        own_rows(10, num_processes=2, rank=0, num_pieces=3)
 
 
 def test_accumulation_is_one_large_batch(tiny, tmp_path):

@@ -75,6 +75,10 @@ class Source(Protocol):
         """
         ...
 
+    def examples_in_parts(self, count: int, size: int) -> Iterator[Rows]:
+        """The same as `examples`, `size` rows at a time."""
+        ...
+
     def all_captions(self) -> Iterator[str]:
         """What a tokenizer is to learn from."""
         ...
@@ -118,13 +122,16 @@ class FolderSource:
         return _folder_rows(self.pictures, index, captions)
 
     def examples(self, count: int, *, held_out: bool = False) -> Rows:
-        pictures = self.held_out if held_out else self.pictures
-        records = pictures[0].records
-        index = torch.arange(min(count, len(records)))
         if not held_out:
-            drawn = int(self.weights.count_nonzero())
-            index = torch.multinomial(self.weights, min(count, drawn), generator=torch.Generator().manual_seed(0))
-        return _folder_rows(pictures, index, [records[i].captions[0] for i in index.tolist()])
+            return next(self.examples_in_parts(count, count))
+        records = self.held_out[0].records[:count]
+        return _folder_rows(self.held_out, torch.arange(len(records)), [record.captions[0] for record in records])
+
+    def examples_in_parts(self, count: int, size: int) -> Iterator[Rows]:
+        count = min(count, int(self.weights.count_nonzero()))
+        index = torch.multinomial(self.weights, count, generator=torch.Generator().manual_seed(0))
+        for part in index.split(size):
+            yield _folder_rows(self.pictures, part, [self.records[i].captions[0] for i in part.tolist()])
 
     def all_captions(self) -> Iterator[str]:
         return itertools.chain.from_iterable(record.captions for record in self.records)
@@ -201,15 +208,17 @@ class ShardSource:
     def examples(self, count: int, *, held_out: bool = False) -> Rows:
         if held_out:  # shards of their own would have to say so
             return Rows([], {size: torch.zeros(0, 3, size, size) for size in self.sizes}, torch.zeros(0).long())
-        samples: list[_Sample] = []
-        for raw in self._examples.one_epoch():
-            if isinstance(sample := self._decode(raw), _Sample):
-                samples.append(sample)
-            if len(samples) == count:
-                break
-        if not samples:
+        return next(self.examples_in_parts(count, count))
+
+    def examples_in_parts(self, count: int, size: int) -> Iterator[Rows]:
+        decoded = (self._decode(raw) for raw in self._examples.one_epoch())
+        good = itertools.islice((sample for sample in decoded if isinstance(sample, _Sample)), count)
+        part = list(itertools.islice(good, size))
+        if not part:
             raise DataError(f"no sample can be read: {self._some()}")
-        return self._rows(samples, [sample.captions[0] for sample in samples])
+        while part:
+            yield self._rows(part, [sample.captions[0] for sample in part])
+            part = list(itertools.islice(good, size))
 
     def all_captions(self, limit: int = 200_000) -> Iterator[str]:
         for raw in itertools.islice(self._examples.one_epoch(), limit):

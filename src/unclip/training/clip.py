@@ -29,7 +29,7 @@ from unclip.errors import ConfigError, UnclipError
 from unclip.pipelines.component import read_component, write_component
 from unclip.training.pretrained import PretrainedClip, normalized, read_clip
 from unclip.training.recipe import ClipSettings, Recipe
-from unclip.training.task import Batch, Sourced, source_of
+from unclip.training.task import Batch, Sourced, of_rows, source_of
 from unclip.training.tokenizer import END, START, train_tokenizer
 
 RECONSTRUCTION_SIZE = 16
@@ -130,7 +130,7 @@ class ClipTask(Sourced):
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self.tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
 
-    def batch(self, step: int, batch_size: int, generator: torch.Generator) -> Batch:
+    def batch(self, step: int, batch_size: int, generator: torch.Generator, own: Tensor | None = None) -> Batch:
         rows = self.source.draw(step, batch_size, generator)
         tokens = self.tokenizer(
             rows.captions,
@@ -141,7 +141,7 @@ class ClipTask(Sourced):
         )
         pixels = shift_and_zoom(rows.images[self.image_size], generator)
         pixels = normalized(pixels, self.feature_extractor)
-        return {"pixels": pixels, "input_ids": tokens["input_ids"], "index": rows.index}
+        return of_rows({"pixels": pixels, "input_ids": tokens["input_ids"], "index": rows.index}, own)
 
     def save(self, folder: Path) -> None:
         parts = {

@@ -47,8 +47,8 @@ class Task(Protocol):
         """Of what the weights mean nothing without: a tokenizer's vocabulary, the CLIP whose space is learned."""
         ...
 
-    def batch(self, step: int, batch_size: int, generator: torch.Generator) -> Batch:
-        """What the step trains on: tensors that all have `batch_size` rows."""
+    def batch(self, step: int, batch_size: int, generator: torch.Generator, own: Tensor | None = None) -> Batch:
+        """What the step trains on: tensors that all have `batch_size` rows; with `own`, the rows of these numbers."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -87,6 +87,16 @@ def mixed_precision(precision: str) -> str:
     """What a recipe's `precision` comes to here: "bf16" is "no" (float32) on a CPU that would only emulate it."""
     emulated = precision == "bf16" and computes_on_cpu() and is_emulated(torch.bfloat16, torch.device("cpu"))
     return "no" if emulated else precision
+
+
+def computing_device() -> torch.device:
+    """Where this process of a run computes."""
+    return PartialState(cpu=computes_on_cpu()).device
+
+
+def of_rows(batch: Batch, own: Tensor | None) -> Batch:
+    """The rows of these numbers; all where there are none."""
+    return batch if own is None else {name: value[own] for name, value in batch.items()}
 
 
 def source_of(recipe: Recipe, sizes_px: tuple[int, ...], **how: Any) -> Source:

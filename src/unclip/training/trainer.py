@@ -44,25 +44,21 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return optimizer.learning_rate * warm * min(1.0, left)
 
 
-def share(batch: Batch, *, num_processes: int, rank: int, num_pieces: int) -> list[Batch]:
-    """One process's part of a batch, cut into pieces for gradient accumulation.
+def own_rows(batch_size: int, *, num_processes: int, rank: int, num_pieces: int) -> Tensor:
+    """Numbers of the rows of a batch that one process computes, piece after piece of gradient accumulation.
 
-    All parts of all processes together are the batch, each row once, and all are of one size: so the mean of their
+    All rows of all processes together are the batch, each once, and all pieces are of one size: so the mean of their
     losses, and of their gradients, is that of the batch.
 
     Raises: ConfigError when the rows cannot be shared out evenly.
     """
     count = num_processes * num_pieces
-    for value in batch.values():
-        if len(value) % count:
-            raise ConfigError(
-                f"a batch of {len(value)} cannot be shared out evenly among {num_processes} processes with "
-                f"accumulation {num_pieces}: make batch_size a multiple of {count}"
-            )
-    chunks = {name: value.chunk(count) for name, value in batch.items()}
-    return [
-        {name: parts[piece * num_processes + rank] for name, parts in chunks.items()} for piece in range(num_pieces)
-    ]
+    if batch_size % count:
+        raise ConfigError(
+            f"a batch of {batch_size} cannot be shared out evenly among {num_processes} processes with "
+            f"accumulation {num_pieces}: make batch_size a multiple of {count}"
+        )
+    return torch.arange(batch_size).view(num_pieces, num_processes, -1)[:, rank].flatten()
 
 
 class Trainer:
@@ -245,14 +241,15 @@ class Trainer:
     def _train_step(self) -> dict[str, float]:
         recipe, accelerator = self.recipe, self.accelerator
         torch.manual_seed((recipe.seed * 1_000_003 + self.step) % 2**63)  # for what a network draws itself, as dropout
-        batch, rank, num_processes = self._batch()
+        batch = self._batch()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, self.step)
-        parts = share(batch, num_processes=num_processes, rank=rank, num_pieces=recipe.accumulation)
+        pieces = {name: value.chunk(recipe.accumulation) for name, value in batch.items()}
         totals: dict[str, float] = {}
-        for place, part in enumerate(parts, 1):
-            on_device = {name: value.to(accelerator.device) for name, value in part.items()}
-            waits = contextlib.nullcontext() if place == len(parts) else accelerator.no_sync(self.module)
+        for place in range(recipe.accumulation):
+            on_device = {name: parts[place].to(accelerator.device) for name, parts in pieces.items()}
+            is_last = place == recipe.accumulation - 1
+            waits = contextlib.nullcontext() if is_last else accelerator.no_sync(self.module)
             with waits:
                 with accelerator.autocast():
                     metrics = self.module(on_device)
@@ -267,15 +264,15 @@ class Trainer:
         self._update_average()
         return totals
 
-    def _batch(self) -> tuple[Batch, int, int]:
-        """The batch of the step, and which part of it is this process's: its number, and of how many."""
-        size, rank, world = self.recipe.batch_size, self.accelerator.process_index, self.accelerator.num_processes
-        if not self.task.is_local:
-            return self.task.batch(self.step, size, step_generator(self.recipe.seed, self.step)), rank, world
-        if size % world:
-            raise ConfigError(f"batch_size {size} is no multiple of the {world} processes")
-        seed = self.recipe.seed + rank * 7_919  # each draws noise of its own
-        return self.task.batch(self.step, size // world, step_generator(seed, self.step)), 0, 1
+    def _batch(self) -> Batch:
+        """What this process computes of the step's batch."""
+        size, seed, pieces = self.recipe.batch_size, self.recipe.seed, self.recipe.accumulation
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        own = own_rows(size, num_processes=world, rank=rank, num_pieces=pieces)
+        if self.task.is_local:
+            generator = step_generator(seed + rank * 7_919, self.step)  # each draws noise of its own
+            return self.task.batch(self.step, size // world, generator)
+        return self.task.batch(self.step, size, step_generator(seed, self.step), own if world > 1 else None)
 
     def _mean(self, metrics: dict[str, float]) -> dict[str, float]:
         """Over all processes: so they log the whole batch, and what one of them met, or was asked, all do."""
