@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import LoggerType
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -25,7 +27,7 @@ from unclip.errors import CheckpointError, ConfigError, TrainingError
 from unclip.training import state
 from unclip.training import trainer as trainer_module
 from unclip.training.clip import ClipTask
-from unclip.training.diffusion import DecoderTask, PriorTask
+from unclip.training.diffusion import DecoderTask, PriorTask, SuperResTask
 from unclip.training.prior_autoregressive import AutoregressivePriorTask
 from unclip.training.recipe import ClipSettings, OptimizerRecipe, PriorSettings, Recipe
 from unclip.training.task import of_rows
@@ -36,6 +38,7 @@ REAL_TASKS = [
     ("prior", PriorTask),
     ("prior_autoregressive", AutoregressivePriorTask),
     ("decoder", DecoderTask),
+    ("super_res", SuperResTask),
 ]
 
 
@@ -277,6 +280,50 @@ def test_the_average_is_warmed_up(tmp_path):
     torch.testing.assert_close(
         trainer.ema["line.bias"], torch.lerp(before, trainer.task.module.line.bias.detach(), 0.5)
     )
+
+
+def test_gradients_are_clipped(tmp_path):
+    """AdamW's steps hardly tell, so what the optimizer is given is looked at."""
+
+    def given(max_norm: float) -> torch.Tensor:
+        recipe = line_recipe(optimizer=OptimizerRecipe(max_grad_norm=max_norm))
+        trainer = Trainer(LineTask(), recipe, tmp_path / str(max_norm))
+        found = []
+        step = trainer.optimizer.step
+        parameters = [p for p in trainer.weights.parameters() if p.requires_grad]
+        trainer.optimizer.step = lambda: found.append(torch.cat([p.grad.flatten() for p in parameters])) or step()
+        trainer.take_step()
+        return found[0]
+
+    whole, clipped = given(1e6), given(0.01)
+    assert whole.norm() > 0.1
+    assert clipped.norm().item() == pytest.approx(0.01, rel=1e-3)
+    torch.testing.assert_close(clipped / clipped.norm(), whole / whole.norm())
+
+
+@pytest.mark.parametrize(("stage", "task"), REAL_TASKS)
+def test_a_step_in_bfloat16(tiny, tmp_path, monkeypatch, stage, task):
+    monkeypatch.setattr(trainer_module, "mixed_precision", lambda precision: precision)  # emulated or not
+    losses, kinds = {}, {}
+    for precision in ("no", "bf16"):
+        recipe = tiny(stage, precision=precision)
+        trainer = Trainer(task(recipe), recipe, tmp_path / precision)
+        assert trainer.accelerator.mixed_precision == precision
+        seen = kinds.setdefault(precision, set())
+        for layer in trainer.weights.modules():
+            if isinstance(layer, nn.Linear):
+                layer.register_forward_hook(lambda layer, given, output, seen=seen: seen.add(output.dtype))
+        before = {name: p.detach().clone() for name, p in trainer.weights.named_parameters() if p.requires_grad}
+        losses[precision] = trainer.take_step()["loss"]
+        for name, parameter in trainer.weights.named_parameters():
+            assert parameter.dtype == torch.float32, name
+            assert parameter.isfinite().all(), name
+        moved = [name for name, p in trainer.weights.named_parameters() if name in before and (p != before[name]).any()]
+        assert moved  # not all: layers that begin at zero keep gradients from those before them
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert kinds["no"] == {torch.float32}
+    assert torch.bfloat16 in kinds["bf16"]
+    assert losses["bf16"] == pytest.approx(losses["no"], rel=0.05)
 
 
 # -- sharing a batch out -------------------------------------------------------------------------------------------
@@ -724,6 +771,48 @@ def test_killed_ten_times_at_any_moment(tmp_path):
     assert len(set(reached)) > 3  # the kills came at different steps
     assert reached[-1] == steps
     assert_equal_runs(tmp_path / "straight", run)
+    assert not list(run.glob(".unclip-tmp*"))
+
+
+@pytest.mark.slow
+def test_a_prior_killed_several_times_by_the_command_line(tmp_path, pictures, clip_model):
+    text = (Path(__file__).parents[2] / "recipes" / "tiny" / "prior.toml").read_text()
+    for key, value in {
+        "data": f'"{pictures}"',
+        "clip": f'"{clip_model}"',
+        "log_every_steps": "7",
+        "sample_every_steps": "1000\nsave_every_s = 0.0",
+    }.items():
+        text = re.sub(f"^{key} = .*$", f"{key} = {value}", text, flags=re.MULTILINE)
+    recipe = tmp_path / "prior.toml"
+    recipe.write_text(text)
+    steps, num_kills = 120, 3
+    straight, run = tmp_path / "straight", tmp_path / "killed"
+
+    def started(out: Path) -> subprocess.Popen:
+        command = [sys.executable, "-m", "unclip", "train", str(recipe), "--out", str(out), "--steps", str(steps), "-q"]
+        quiet = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        return subprocess.Popen(command, env=quiet, stdout=subprocess.PIPE, text=True)
+
+    def saved() -> int:
+        try:
+            return json.loads((run / "state" / "state.json").read_text())["step"]
+        except FileNotFoundError:  # none yet, or just being replaced
+            return 0
+
+    assert started(straight).communicate(timeout=120)[0] == f"{straight / 'model'}\n"
+    dice, reached = random.Random(0), []
+    for _ in range(num_kills):
+        process, begun = started(run), saved()
+        while saved() <= begun and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(dice.uniform(0.0, 0.2))
+        process.send_signal(signal.SIGKILL)
+        assert process.communicate(timeout=120)[0] == ""
+        reached.append(saved())
+    assert 0 < reached[0] < reached[-1] < steps
+    assert started(run).communicate(timeout=120)[0] == f"{run / 'model'}\n"
+    assert_equal_runs(straight, run)
     assert not list(run.glob(".unclip-tmp*"))
 
 
