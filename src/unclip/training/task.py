@@ -5,7 +5,7 @@ Knows no network and no optimizer. Called by the trainer and the tasks.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import PartialState
@@ -91,7 +91,7 @@ def mixed_precision(precision: str) -> str:
 
 def computing_device() -> torch.device:
     """Where this process of a run computes."""
-    return PartialState(cpu=computes_on_cpu()).device
+    return cast(torch.device, PartialState(cpu=computes_on_cpu()).device)
 
 
 def of_rows(batch: Batch, own: Tensor | None) -> Batch:
