@@ -106,13 +106,13 @@ def random_task(settings: dict):
     image = torch.randn(batch, width)
 
     class RandomTask:
-        is_local, fingerprint, skipped = False, "", {}
+        is_local, fingerprint, skipped, counts = False, "", {}, {}
 
         def __init__(self) -> None:
             torch.manual_seed(0)
             self.module = prior_module(settings) if settings["stage"] == "prior" else decoder_module(settings)
 
-        def batch(self, step, batch_size, generator):
+        def batch(self, step, batch_size, generator, own=None):
             if settings["stage"] == "prior":
                 return text_batch(text) | noised(image, 1000, generator)
             given = torch.rand(batch_size, generator=generator) >= 0.1

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unclip.data.shards import RawSample
+from unclip.data.shards import RawSample, read_shard
 from unclip.data.source import FolderSource, ShardSource, choose_captions, decode, open_source
 from unclip.errors import DataError
 
@@ -79,6 +79,30 @@ def test_a_folders_examples(folder):
     assert len(FolderSource([folder], [8], include_held_out=True).records) == 6
 
 
+@pytest.mark.parametrize("power", [0.0, 0.5])
+def test_a_weight_of_0_is_never_drawn_whatever_the_power(folder, power):
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    for place, row in enumerate(rows):
+        row["weight"] = [0, 1, 4][place % 3]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    weights = FolderSource([folder], [8], weight_power=power).weights.tolist()
+    assert weights[:3] == pytest.approx([0.0, 1.0, 4.0**power])
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_one_sample_of_a_large_weight_does_not_hide_the_readable_ones(shards, source):
+    """Its block draws it again and again; the next one can be read."""
+
+    def change(n, parts):
+        if n < 6:
+            parts = parts | {"png": b"no"}
+        return parts | {"json": json.dumps({"weight": 10_000.0 if n == 0 else 1.0}).encode()}
+
+    stream = source(shards(12, per_shard=6, change=change), max_skipped_share=1.0)
+    for step in range(12):
+        assert shown(stream.draw(step, 1, generator()))[0] >= 6
+
+
 def test_several_folders_are_one(folder, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     (other / "a.png").write_bytes(png(200))
@@ -88,6 +112,20 @@ def test_several_folders_are_one(folder, tmp_path_factory):
     assert (rows.images[8].shape, rows.images[4].shape) == ((4000, 3, 8, 8), (4000, 3, 4, 4))
     assert shown(rows).count(200) / 4000 == pytest.approx(3 / 10, abs=0.03)
     assert shown(source.examples(9, held_out=True)) == [5]
+
+
+def test_broken_pictures_of_one_name_in_two_folders(folder, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    for place in (folder, other):
+        (place / "bad.png").write_bytes(b"no")
+    (other / "a.png").write_bytes(png(200))
+    lines = ['{"file_name": "a.png", "text": "one"}', '{"file_name": "bad.png", "text": "one"}']
+    (other / "metadata.jsonl").write_text("\n".join(lines))
+    with open(folder / "metadata.jsonl", "a") as added:
+        added.write("\n" + lines[1])
+    with pytest.warns(UserWarning, match="1 pictures in"):
+        source = open_source([folder, other], [8], seed=0, max_skipped_share=0.5)
+    assert sorted(source.skipped) == sorted(str(place / "bad.png") for place in (folder, other))
 
 
 def test_shards_come_from_one_place(shards, folder):
@@ -139,6 +177,23 @@ def test_a_step_is_the_same_whatever_was_drawn_before(shards, source):
     assert shown(source(folder, seed=4).draw(0, 3, generator())) != steps[0]
 
 
+def test_shards_whose_counts_are_known_are_passed_over(shards, source, monkeypatch):
+    folder = shards(40, per_shard=4)
+    straight = source(folder, seed=3)
+    steps = [shown(straight.draw(step, 4, generator())) for step in range(20)]
+    opened = []
+    monkeypatch.setattr(
+        "unclip.data.shards.read_shard", lambda shard, damage: opened.append(shard) or read_shard(shard, damage)
+    )
+    for counts in ({}, straight.counts):
+        opened.clear()
+        later = source(folder, seed=3)
+        later.counts.update(counts)
+        assert shown(later.draw(18, 4, generator())) == steps[18]
+        later.close()
+    assert len(opened) <= 4  # ten in an epoch, and this is near the second one's end: its last shards, and the next
+
+
 def test_processes_draw_different_rows(shards, source):
     folder = shards(20, per_shard=4)
     parts = [shown(source(folder, rank=rank, world=2).draw(0, 8, generator())) for rank in range(2)]
@@ -171,6 +226,43 @@ def test_broken_samples_are_replaced_and_named(shards, source):
     assert set(seen) == set(range(20)) - {3, 7}
     assert sorted(name[-9:] for name in stream.skipped) == ["000000003", "000000007"]
     assert len(told) == 2
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_a_batch_of_broken_samples_alone_is_replaced_by_what_comes_next(shards, source):
+    folder = shards(30, per_shard=5, change=lambda n, parts: parts | {"png": b"no"} if n == 7 else parts)
+    whole = source(shards(30, per_shard=5, name="whole"), seed=2)
+    plain = [shown(whole.draw(step, 1, generator())) for step in range(40)]
+    stream = source(folder, seed=2)
+    drawn = [shown(stream.draw(step, 1, generator())) for step in range(40)]
+    places = [place for place, numbers in enumerate(plain) if numbers == [7]]
+    assert places
+    for place, numbers in enumerate(drawn):
+        assert numbers == plain[place + 1 if place in places else place]
+    alone = source(folder, seed=2)  # entered there, as by a run that goes on
+    assert shown(alone.draw(places[0], 1, generator())) == drawn[places[0]]
+    assert shown(alone.draw(places[0] + 1, 1, generator())) == drawn[places[0] + 1]
+    assert [name[-9:] for name in stream.skipped] == ["000000007"]
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_no_sample_that_can_be_read(shards, source):
+    stream = source(shards(9, per_shard=3, change=lambda n, parts: parts | {"png": b"no"}), max_skipped_share=1.0)
+    with pytest.raises(DataError, match=r"of 9 samples none can be read: .*00\d\.tar: 00000"):
+        stream.draw(0, 1, generator())
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_the_share_that_may_be_broken(shards, source, folder):
+    data = shards(40, per_shard=4, change=lambda n, parts: parts | {"txt": b" "} if n % 10 == 0 else parts)
+    with pytest.raises(DataError, match=r"samples cannot be read, more than the 0\.5% allowed"):
+        draw_all(source(data, max_skipped_share=0.005), 10, 4)
+    draw_all(source(data, max_skipped_share=0.02), 10, 4)
+    (folder / "1.png").write_bytes(b"no")
+    with pytest.raises(DataError, match=r"1 of 6 pictures .* more than the 12\.5% allowed"):
+        open_source(folder, [8], seed=0, max_skipped_share=0.125)
+    with pytest.warns(UserWarning, match=r"1 pictures .* are skipped"):
+        assert len(open_source(folder, [8], seed=0, max_skipped_share=0.2).skipped) == 1
 
 
 def draw_all(stream, steps, count):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import unclip
+from unclip.data.shards import write_shards
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6
@@ -98,3 +99,16 @@ def test_a_run_goes_from_shards_to_one_process_and_back(place, stage):
     ema = load_file(place / "two" / "state" / "ema.safetensors")
     found = {f"{stage}.{name}": value for name, value in model.state_dict().items()}
     assert all(torch.equal(found[name], value) for name, value in ema.items() if name in found)
+
+
+def test_what_any_process_could_not_read_is_listed(place):
+    data = place / "runs" / "tiny" / "data"
+    shards = place / "shards"
+    shards.mkdir()
+    picture = (data / json.loads((data / "metadata.jsonl").read_text().splitlines()[0])["file_name"]).read_bytes()
+    samples = ((f"{n:04}", {"png": b"no" if n in (0, 5) else picture, "txt": b"a shape"}) for n in range(10))
+    write_shards(samples, shards, per_shard=5)
+    recipe = place / "recipes" / "tiny" / "super_res.toml"
+    recipe.write_text(recipe.read_text().replace('data = "', 'max_skipped_share = 0.5\ndata = "../../shards" # '))
+    train(place, "super_res", "two", "replicated", steps=2)
+    assert len(json.loads((place / "two" / "skipped.json").read_text())) == 2

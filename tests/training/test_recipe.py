@@ -1,5 +1,6 @@
 """Recipes: what is read, and what is refused with a message that helps."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -30,6 +31,11 @@ def test_every_recipe_of_the_repository_is_valid(path):
     assert recipe.stage == others.get(path.stem, path.stem)
     assert recipe.start_from is None or (recipe.start_from / "model_index.json").is_file()
     json.dumps(as_dict(recipe))
+    process = getattr(getattr(recipe, recipe.stage), "process", None)
+    if process is not None:
+        kinds = {"prior": ("sample", 5.0)}.get(recipe.stage, ("v_prediction", 1.0))
+        assert (process.prediction_type, process.clip_range) == kinds
+        assert process.variance_type == "fixed_small_log"
 
 
 def test_paths_are_relative_to_the_file(read, tmp_path):
@@ -49,6 +55,20 @@ def test_sections_and_free_tables(read):
     assert recipe.prior.process.num_timesteps == 10
     assert recipe.prior.model == {"num_layers": 3}
     assert recipe.prior.text_drop == 0.1
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder", "super_res"])
+def test_a_process_says_only_what_differs_from_the_stages_own(read, stage):
+    text = f'stage = "{stage}"\ndata = "set"\n[{stage}]\n'
+    own = getattr(read(text), stage).process
+    found = getattr(read(text + f'[{stage}.process]\nweighting = "min_snr"\n'), stage).process
+    assert found == dataclasses.replace(own, weighting="min_snr")
+    if stage == "prior":
+        assert (found.prediction_type, found.clip_range) == ("sample", 5.0)
+    if stage == "decoder":
+        assert found.variance_type == "learned_range"
+    empty = getattr(read(text + f"[{stage}.process]\n"), stage).process
+    assert empty == own
 
 
 def test_a_weighting_that_there_is_none_of(read):
@@ -96,6 +116,7 @@ def test_the_recipe_as_plain_data(read):
         (PRIOR + "seed = -1\n[prior]", "seed is -1; it must be 0 or more"),
         (PRIOR + "ema_decay = 1.0\n[prior]", r"ema_decay is 1\.0; it must be from 0 to below 1"),
         (PRIOR + "batch_size = 10\naccumulation = 3\n[prior]", "no multiple of accumulation 3"),
+        (PRIOR + "max_skipped_share = 1.01\n[prior]", r"max_skipped_share is 1\.01; it must be from 0 to 1"),
         (PRIOR + "save_every_s = nan\n[prior]", "save_every_s is nan"),
         (PRIOR + "[optimizer]\nlearning_rate = inf\n[prior]", r"optimizer\.learning_rate is inf"),
         (PRIOR + "[prior]\ntext_drop = 1.5", r"prior\.text_drop is 1\.5; it must be from 0 to 1"),

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from unclip.cli.train import make_task
-from unclip.data.shards import about, read_shard, write_shard, write_shards
+from unclip.data.shards import ShardStream, about, read_shard, write_shard, write_shards
+from unclip.data.source import ShardSource
 from unclip.errors import ConfigError, DataError, OutputExistsError
 from unclip.training import task as task_module
-from unclip.training.conditions import FrozenClip
+from unclip.training.clip import ClipTask
+from unclip.training.conditions import Captioned, FrozenClip
 from unclip.training.diffusion import DecoderTask, PriorTask
 from unclip.training.embedding import embed
 from unclip.training.trainer import Trainer, step_generator
@@ -85,12 +87,51 @@ def test_an_interrupted_run_on_shards_is_as_one_that_was_not(sharded, stage, tmp
         assert torch.equal(mine, theirs), name
 
 
+def test_a_run_that_goes_on_does_not_count_its_shards_again(sharded, tmp_path, monkeypatch, request):
+    recipe = sharded("super_res", steps=6, sample_every_steps=100)
+    Trainer(closing(request, make_task(recipe)), recipe, tmp_path).run()  # two epochs
+    longer = sharded("super_res", steps=9, sample_every_steps=100)
+    trainer = Trainer(closing(request, make_task(longer)), longer, tmp_path)
+    assert sorted(trainer.task.counts.values()) == [8] * 6
+    counted = []
+    count = ShardStream._count
+    monkeypatch.setattr(
+        ShardStream, "_count", lambda stream, shard: counted.append(shard in stream.counts) or count(stream, shard)
+    )
+    trainer.take_step()
+    assert counted
+    assert all(counted)
+
+
+def test_a_clip_that_goes_on_keeps_its_tokenizer(sharded, tmp_path, monkeypatch, request):
+    recipe = sharded("clip", steps=2, sample_every_steps=100)
+    first = closing(request, ClipTask(recipe, tmp_path))
+    Trainer(first, recipe, tmp_path).run()
+    with monkeypatch.context() as without:
+        without.setattr(ShardSource, "all_captions", lambda source: pytest.fail("read again"))
+        again = closing(request, ClipTask(recipe, tmp_path))
+    assert again.tokenizer.get_vocab() == first.tokenizer.get_vocab()
+    assert again.fingerprint == first.fingerprint
+    for caption in ("a red circle", "Grün: 12 €"):
+        assert again.tokenizer(caption)["input_ids"] == first.tokenizer(caption)["input_ids"]
+    assert Trainer(again, recipe, tmp_path).step == 2
+    smaller = sharded("clip", section={"vocabulary_size": 520})
+    assert len(closing(request, ClipTask(smaller, tmp_path)).tokenizer) == 520
+    (tmp_path / "model" / "tokenizer" / "tokenizer.json").write_text("{")
+    assert closing(request, ClipTask(recipe, tmp_path)).fingerprint == first.fingerprint  # learned again
+
+
 @STAGES
 def test_sheets_of_shards(sharded, stage, tmp_path, monkeypatch, request):
     monkeypatch.setattr("unclip.training.diffusion.SHEET_STEPS", 2)
     closing(request, task := make_task(sharded(stage)))
     task.sample_sheet(tmp_path / "0001.png")
     assert next(tmp_path.glob("0001.*")).stat().st_size > 20
+
+
+def test_the_recipe_says_how_much_may_be_broken(sharded, request):
+    assert closing(request, make_task(sharded("super_res"))).source.max_skipped_share == 0.01
+    assert closing(request, make_task(sharded("clip", max_skipped_share=0.25))).source.max_skipped_share == 0.25
 
 
 def test_a_prior_learns_from_embeddings_alone(tiny, pictures, tmp_path, request):
@@ -112,17 +153,41 @@ def test_a_prior_learns_from_embeddings_alone(tiny, pictures, tmp_path, request)
 def test_processes_draw_rows_and_noise_of_their_own(sharded, monkeypatch, request):
     batches = []
     for rank in range(2):
-        place = type("Place", (), {"process_index": rank, "num_processes": 2})
+        place = type("Place", (), {"process_index": rank, "num_processes": 2, "device": torch.device("cpu")})
         monkeypatch.setattr(task_module, "PartialState", lambda cpu, place=place: place)
         task = closing(request, DecoderTask(sharded("decoder")))
         trainer = object.__new__(Trainer)
         trainer.task, trainer.recipe, trainer.step = task, sharded("decoder", batch_size=8), 0
         trainer.accelerator = place
-        batch, share_of, of = trainer._batch()
-        assert (share_of, of) == (0, 1)
+        batch = trainer._batch()
         assert len(batch["x0"]) == 4
         batches.append(batch)
     assert not torch.equal(batches[0]["noise"], batches[1]["noise"])
+
+
+def test_of_a_stream_few_pictures_are_in_memory_at_once(sharded, monkeypatch, request):
+    task = closing(request, PriorTask(sharded("prior")))
+    whole = task.data.embeddings(task.source.examples(100))
+    asked = []
+    embeddings = task.data.embeddings
+    monkeypatch.setattr(task.data, "embeddings", lambda rows: asked.append(len(rows.captions)) or embeddings(rows))
+    monkeypatch.setattr("unclip.training.conditions.AT_ONCE", 20)
+    found, weights = task.data.known()
+    assert asked == [20, 20, 8]
+    torch.testing.assert_close(found, whole)
+    assert weights.tolist() == pytest.approx([1 / 48] * 48)
+
+
+def test_a_decoder_without_jitter_looks_for_no_spread(sharded, monkeypatch, request):
+    def batch(noise: float) -> dict:
+        task = closing(request, DecoderTask(sharded("decoder", section={"embedding_noise": noise})))
+        return task.batch(0, 8, step_generator(0, 0))
+
+    jittered = batch(0.1)
+    monkeypatch.setattr(Captioned, "known", lambda data: pytest.fail("looked"))
+    plain = batch(0.0)
+    assert torch.equal(plain["noise"], jittered["noise"])  # what is drawn stays the same
+    assert not torch.equal(plain["image_embedding"], jittered["image_embedding"])
 
 
 class _Quiet(SimpleHTTPRequestHandler):

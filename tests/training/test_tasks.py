@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 import unclip
 from unclip.errors import ConfigError, DataError
-from unclip.training import diffusion
+from unclip.stages.encoders import TextEncoder
+from unclip.training import conditions, diffusion
 from unclip.training.clip import ClipTask, retrieval_ranks, shift_and_zoom
 from unclip.training.conditions import text_batch
 from unclip.training.diffusion import DecoderTask, PriorTask, SuperResTask, degrade
@@ -64,6 +66,35 @@ def test_batches_and_weights_are_functions_of_the_seed(tiny, stage):
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) and len(mine[name]) == 8 for name in mine)
     assert any(mine[name].shape != later[name].shape or not torch.equal(mine[name], later[name]) for name in mine)
+
+
+@STAGES
+def test_a_process_encodes_its_own_rows_alone(tiny, stage, monkeypatch):
+    task = TASKS[stage](tiny(stage))
+    own = torch.tensor([5, 1, 6])
+    every = task.batch(3, 8, step_generator(0, 3))
+    encoded = []
+    encode = TextEncoder.encode
+    monkeypatch.setattr(
+        TextEncoder, "encode", lambda encoder, texts: encoded.append(len(texts)) or encode(encoder, texts)
+    )
+    mine = task.batch(3, 8, step_generator(0, 3), own)
+    assert encoded == ([] if stage in ("clip", "super_res") else [3])
+    assert mine.keys() == every.keys()
+    for name, value in mine.items():
+        wanted = every[name][own]
+        torch.testing.assert_close(value, wanted[:, : value.shape[1]] if name.startswith("text_") else wanted)
+
+
+@pytest.mark.parametrize("stage", ["prior", "prior_autoregressive", "decoder"])
+def test_the_frozen_clip_lies_where_is_computed(tiny, stage, monkeypatch):
+    moved = []
+    for kind in (CLIPTextModelWithProjection, CLIPVisionModelWithProjection):
+        monkeypatch.setattr(kind, "to", lambda module, device: moved.append((type(module), device)) or module)
+    device = torch.device("cpu", 0)
+    monkeypatch.setattr(conditions, "computing_device", lambda: device)
+    TASKS[stage](tiny(stage))
+    assert moved == [(CLIPTextModelWithProjection, device), (CLIPVisionModelWithProjection, device)]
 
 
 @STAGES

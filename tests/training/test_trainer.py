@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import LoggerType
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -24,16 +27,18 @@ from unclip.errors import CheckpointError, ConfigError, TrainingError
 from unclip.training import state
 from unclip.training import trainer as trainer_module
 from unclip.training.clip import ClipTask
-from unclip.training.diffusion import DecoderTask, PriorTask
+from unclip.training.diffusion import DecoderTask, PriorTask, SuperResTask
 from unclip.training.prior_autoregressive import AutoregressivePriorTask
 from unclip.training.recipe import ClipSettings, OptimizerRecipe, PriorSettings, Recipe
-from unclip.training.trainer import Trainer, learning_rate, share, step_generator
+from unclip.training.task import of_rows
+from unclip.training.trainer import Trainer, learning_rate, own_rows, step_generator
 
 REAL_TASKS = [
     ("clip", ClipTask),
     ("prior", PriorTask),
     ("prior_autoregressive", AutoregressivePriorTask),
     ("decoder", DecoderTask),
+    ("super_res", SuperResTask),
 ]
 
 
@@ -60,12 +65,13 @@ class LineTask:
         self.fingerprint = "line"
         self.spoil = spoil
         self.drawn = 0
+        self.counts = {}
 
     is_local = False
     skipped: dict[str, str] = {}  # noqa: RUF012
 
-    def batch(self, step, batch_size, generator):
-        batch = {"x": torch.randn(batch_size, 3, generator=generator)}
+    def batch(self, step, batch_size, generator, own=None):
+        batch = of_rows({"x": torch.randn(batch_size, 3, generator=generator)}, own)
         self.drawn += 1
         return batch if self.spoil is None else self.spoil(batch, self.drawn)
 
@@ -123,7 +129,7 @@ def test_a_run_leaves_its_files(tmp_path):
     trainer = Trainer(LineTask(), line_recipe(), tmp_path / "run")
     trainer.run()
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert names == ["metrics.jsonl", "model", "recipe.json", "samples", "state"]
+    assert names == ["metrics.jsonl", "model", "recipe.json", "samples", "state", "versions.json"]
     assert [row["step"] for row in rows(tmp_path / "run")] == [5, 10, 12]
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["batch_size"] == 8
     assert sorted(path.name for path in (tmp_path / "run" / "samples").iterdir()) == ["0000006.txt", "0000012.txt"]
@@ -132,6 +138,76 @@ def test_a_run_leaves_its_files(tmp_path):
     assert torch.equal(model["line.weight"], trainer.ema["line.weight"])
     assert not torch.equal(model["line.weight"], trainer.task.module.line.weight)
     assert torch.equal(model["fixed"], torch.ones(2))
+
+
+def test_the_versions_that_computed(tmp_path, monkeypatch):
+    run, about = tmp_path / "run", {}
+    monkeypatch.setattr(state, "versions", lambda: dict(about))
+
+    def train(step: int, torch_version: str) -> list[dict]:
+        about.update(torch=torch_version)
+        Trainer(LineTask(), line_recipe(steps=step), run).run()
+        return json.loads((run / "versions.json").read_text())["runs"]
+
+    first, second = {"from_step": 0, "torch": "1"}, {"from_step": 3, "torch": "2"}
+    assert train(2, "1") == [first]
+    assert train(3, "1") == [first]
+    assert train(4, "2") == [first, second]
+    assert train(5, "2") == [first, second]
+    (run / "versions.json").write_text("{")
+    assert train(6, "2") == [{"from_step": 5, "torch": "2"}]
+    shutil.rmtree(run / "state")
+    assert train(2, "3") == [{"from_step": 0, "torch": "3"}]
+    monkeypatch.undo()
+    assert state.versions().keys() == {"unclip", "torch", "accelerate", "transformers", "python", "platform"}
+    assert state.versions()["torch"] == torch.__version__
+
+
+def skipping(**skipped: str) -> LineTask:
+    task = LineTask()
+    task.skipped = skipped
+    return task
+
+
+def test_what_was_skipped_before_stays_listed(tmp_path):
+    listed = tmp_path / "skipped.json"
+    trainer = Trainer(skipping(a="broken"), line_recipe(steps=2), tmp_path)
+    trainer.run()
+    assert json.loads(listed.read_text()) == trainer.skipped == {"a": "broken"}
+    Trainer(skipping(), line_recipe(steps=3), tmp_path).run()
+    assert json.loads(listed.read_text()) == {"a": "broken"}
+    task = skipping()
+    task.skipped = {"b": "cut off", "c\udcff": "no UTF-8"}
+    trainer = Trainer(task, line_recipe(steps=4), tmp_path)
+    trainer.run()
+    assert json.loads(listed.read_text()) == trainer.skipped == {"a": "broken", "b": "cut off", "c?": "no UTF-8"}
+    listed.write_text('{"a":')
+    Trainer(skipping(d="broken"), line_recipe(steps=5), tmp_path).run()
+    assert json.loads(listed.read_text()) == {"d": "broken"}
+    shutil.rmtree(tmp_path / "state")  # another run begins
+    Trainer(skipping(), line_recipe(steps=2), tmp_path).run()
+    assert not listed.exists()
+
+
+def test_what_other_processes_skipped_is_listed_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module, "gather_object", lambda own: [*own, {"of another": "cut off"}])
+    Trainer(skipping(own="broken"), line_recipe(steps=2), tmp_path).run()
+    assert json.loads((tmp_path / "skipped.json").read_text()) == {"own": "broken", "of another": "cut off"}
+
+
+def test_counts_of_shards_are_kept(tmp_path, monkeypatch):
+    task = LineTask()
+    task.counts["0.tar"] = 7
+    monkeypatch.setattr(trainer_module, "gather_object", lambda own: [*own, {"1.tar": 5}])
+    Trainer(task, line_recipe(steps=2), tmp_path).run()
+    again = LineTask()
+    Trainer(again, line_recipe(steps=3), tmp_path)
+    assert again.counts == {"0.tar": 7, "1.tar": 5}
+    for text in ("{", "[]", '{"num_samples": 3}', '{"num_samples": {"0.tar": "many"}}'):
+        (tmp_path / "state" / "shards.json").write_text(text)
+        again = LineTask()
+        assert Trainer(again, line_recipe(steps=3), tmp_path).step == 2
+        assert again.counts == {}
 
 
 def test_it_learns(tmp_path):
@@ -206,25 +282,65 @@ def test_the_average_is_warmed_up(tmp_path):
     )
 
 
+def test_gradients_are_clipped(tmp_path):
+    """AdamW's steps hardly tell, so what the optimizer is given is looked at."""
+
+    def given(max_norm: float) -> torch.Tensor:
+        recipe = line_recipe(optimizer=OptimizerRecipe(max_grad_norm=max_norm))
+        trainer = Trainer(LineTask(), recipe, tmp_path / str(max_norm))
+        found = []
+        step = trainer.optimizer.step
+        parameters = [p for p in trainer.weights.parameters() if p.requires_grad]
+        trainer.optimizer.step = lambda: found.append(torch.cat([p.grad.flatten() for p in parameters])) or step()
+        trainer.take_step()
+        return found[0]
+
+    whole, clipped = given(1e6), given(0.01)
+    assert whole.norm() > 0.1
+    assert clipped.norm().item() == pytest.approx(0.01, rel=1e-3)
+    torch.testing.assert_close(clipped / clipped.norm(), whole / whole.norm())
+
+
+@pytest.mark.parametrize(("stage", "task"), REAL_TASKS)
+def test_a_step_in_bfloat16(tiny, tmp_path, monkeypatch, stage, task):
+    monkeypatch.setattr(trainer_module, "mixed_precision", lambda precision: precision)  # emulated or not
+    losses, kinds = {}, {}
+    for precision in ("no", "bf16"):
+        recipe = tiny(stage, precision=precision)
+        trainer = Trainer(task(recipe), recipe, tmp_path / precision)
+        assert trainer.accelerator.mixed_precision == precision
+        seen = kinds.setdefault(precision, set())
+        for layer in trainer.weights.modules():
+            if isinstance(layer, nn.Linear):
+                layer.register_forward_hook(lambda layer, given, output, seen=seen: seen.add(output.dtype))
+        before = {name: p.detach().clone() for name, p in trainer.weights.named_parameters() if p.requires_grad}
+        losses[precision] = trainer.take_step()["loss"]
+        for name, parameter in trainer.weights.named_parameters():
+            assert parameter.dtype == torch.float32, name
+            assert parameter.isfinite().all(), name
+        moved = [name for name, p in trainer.weights.named_parameters() if name in before and (p != before[name]).any()]
+        assert moved  # not all: layers that begin at zero keep gradients from those before them
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert kinds["no"] == {torch.float32}
+    assert torch.bfloat16 in kinds["bf16"]
+    assert losses["bf16"] == pytest.approx(losses["no"], rel=0.05)
+
+
 # -- sharing a batch out -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("num_processes", "num_pieces"), [(1, 1), (2, 1), (1, 3), (2, 3), (4, 3)])
 def test_each_row_is_computed_once(num_processes, num_pieces):
-    batch = {"x": torch.arange(24), "y": torch.arange(48).view(24, 2)}
-    shares = [share(batch, num_processes=num_processes, rank=r, num_pieces=num_pieces) for r in range(num_processes)]
-    parts = [part for each in shares for part in each]
-    assert sorted(torch.cat([part["x"] for part in parts]).tolist()) == list(range(24))
-    assert {len(part["x"]) for part in parts} == {24 // (num_processes * num_pieces)}
-    assert all(torch.equal(part["y"][:, 0], 2 * part["x"]) for part in parts)
-    values = batch["x"].double() ** 2
-    means = [sum((p["x"].double() ** 2).mean() for p in each) / num_pieces for each in shares]
-    assert sum(means) / num_processes == pytest.approx(values.mean().item())
+    own = [own_rows(24, num_processes=num_processes, rank=r, num_pieces=num_pieces) for r in range(num_processes)]
+    assert sorted(torch.cat(own).tolist()) == list(range(24))
+    assert {len(rows) for rows in own} == {24 // num_processes}
+    pieces = [torch.cat([rows.chunk(num_pieces)[place] for rows in own]) for place in range(num_pieces)]
+    assert torch.cat(pieces).tolist() == list(range(24))  # all processes together compute piece after piece
 
 
 def test_a_batch_that_cannot_be_shared_out():
     with pytest.raises(ConfigError, match=r"a batch of 10 .* 2 processes .* 3: make batch_size a multiple of 6"):
-        share({"x": torch.zeros(10)}, num_processes=2, rank=0, num_pieces=3)
+        own_rows(10, num_processes=2, rank=0, num_pieces=3)
 
 
 def test_accumulation_is_one_large_batch(tiny, tmp_path):
@@ -452,6 +568,17 @@ def test_precision_that_is_not_there(tmp_path, monkeypatch):
         Trainer(LineTask(), line_recipe(precision="fp16"), tmp_path)
 
 
+def test_a_tracker_that_accelerate_does_not_know(tmp_path, monkeypatch):
+    """As an accelerate that is older than the tracker; the tracker itself is installed."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    recipe = line_recipe(trackers=("trackio",))
+    older = [kind for kind in LoggerType if kind.value != "trackio"]
+    monkeypatch.setattr(trainer_module, "LoggerType", older)
+    with pytest.raises(ConfigError, match=r"trackers has 'trackio', which accelerate \d.* does not know: pip install"):
+        Trainer(LineTask(), recipe, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_trainers_in_one_folder(tmp_path):
     second = []
 
@@ -644,6 +771,48 @@ def test_killed_ten_times_at_any_moment(tmp_path):
     assert len(set(reached)) > 3  # the kills came at different steps
     assert reached[-1] == steps
     assert_equal_runs(tmp_path / "straight", run)
+    assert not list(run.glob(".unclip-tmp*"))
+
+
+@pytest.mark.slow
+def test_a_prior_killed_several_times_by_the_command_line(tmp_path, pictures, clip_model):
+    text = (Path(__file__).parents[2] / "recipes" / "tiny" / "prior.toml").read_text()
+    for key, value in {
+        "data": f'"{pictures}"',
+        "clip": f'"{clip_model}"',
+        "log_every_steps": "7",
+        "sample_every_steps": "1000\nsave_every_s = 0.0",
+    }.items():
+        text = re.sub(f"^{key} = .*$", f"{key} = {value}", text, flags=re.MULTILINE)
+    recipe = tmp_path / "prior.toml"
+    recipe.write_text(text)
+    steps, num_kills = 120, 3
+    straight, run = tmp_path / "straight", tmp_path / "killed"
+
+    def started(out: Path) -> subprocess.Popen:
+        command = [sys.executable, "-m", "unclip", "train", str(recipe), "--out", str(out), "--steps", str(steps), "-q"]
+        quiet = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        return subprocess.Popen(command, env=quiet, stdout=subprocess.PIPE, text=True)
+
+    def saved() -> int:
+        try:
+            return json.loads((run / "state" / "state.json").read_text())["step"]
+        except FileNotFoundError:  # none yet, or just being replaced
+            return 0
+
+    assert started(straight).communicate(timeout=120)[0] == f"{straight / 'model'}\n"
+    dice, reached = random.Random(0), []
+    for _ in range(num_kills):
+        process, begun = started(run), saved()
+        while saved() <= begun and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(dice.uniform(0.0, 0.2))
+        process.send_signal(signal.SIGKILL)
+        assert process.communicate(timeout=120)[0] == ""
+        reached.append(saved())
+    assert 0 < reached[0] < reached[-1] < steps
+    assert started(run).communicate(timeout=120)[0] == f"{run / 'model'}\n"
+    assert_equal_runs(straight, run)
     assert not list(run.glob(".unclip-tmp*"))
 
 

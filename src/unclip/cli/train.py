@@ -78,15 +78,15 @@ def train(
         return
     first = os.environ.get("RANK", "0") == "0"
     progress = functools.partial(tqdm, disable=None) if first and not quiet else None
-    trainer = Trainer(make_task(located(settings), progress), settings, out)
+    trainer = Trainer(make_task(located(settings), progress, run=out), settings, out)
     if trainer.accelerator.mixed_precision != settings.precision and first and not quiet:
         note("this CPU has no instructions for bfloat16: training in float32, which is faster here")
     if trainer.step and first and not quiet:
         note(f"going on from step {trainer.step} of {settings.steps}")
     trainer.run(progress=progress)
-    if first and trainer.task.skipped:
-        some = "; ".join(f"{name}: {why}" for name, why in list(trainer.task.skipped.items())[:3])
-        note(f"{len(trainer.task.skipped)} samples or shards could not be read ({out / 'skipped.json'}): {some}")
+    if first and trainer.skipped:
+        some = "; ".join(f"{name}: {why}" for name, why in list(trainer.skipped.items())[:3])
+        note(f"{len(trainer.skipped)} samples or shards could not be read ({out / 'skipped.json'}): {some}")
     if trainer.step < settings.steps:
         if first:
             note(f"stopped and saved at step {trainer.step} of {settings.steps}; the same command goes on from there")
@@ -129,15 +129,18 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60:.0f} h {minutes % 60:02.0f} min"
 
 
-def make_task(recipe: "Recipe", progress: Callable[..., Any] | None = None) -> "Task":
+def make_task(recipe: "Recipe", progress: Callable[..., Any] | None = None, *, run: Path | None = None) -> "Task":
     """What the recipe trains; the models that it names must be folders (`located`).
 
-    `progress` wraps an iterable, as `tqdm` does, where making it takes long.
+    Args:
+        recipe: of the run.
+        progress: wraps an iterable, as `tqdm` does, where making it takes long.
+        run: the run's folder, where it may have begun.
     """
     if recipe.stage == "clip":
         from unclip.training.clip import ClipTask
 
-        return ClipTask(recipe)
+        return ClipTask(recipe, run)
     if recipe.stage == "prior_autoregressive":
         from unclip.training.prior_autoregressive import AutoregressivePriorTask
 

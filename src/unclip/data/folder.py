@@ -19,6 +19,9 @@ from unclip.checkpoints.files import safe_join
 from unclip.errors import DataError, ImageError, UnsafeFileError
 from unclip.images import open_image
 
+MAX_SKIPPED_SHARE = 0.01
+"""How much of a data set may be broken, unless said otherwise."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -40,7 +43,7 @@ class CaptionedPictures:
     Attributes:
         records: one a picture.
         pixels: uint8 [num_pictures, 3, size_px, size_px], on white where the file is transparent.
-        skipped: names of files that could not be read, with the reason.
+        skipped: files that could not be read, by their path, with the reason.
     """
 
     records: list[Record]
@@ -127,12 +130,14 @@ def _record(line: str, where: str) -> Record:
     return Record(captions=tuple(texts), **known)
 
 
-def load_pictures(folder: Path, size_px: int, *, max_skipped_share: float = 0.01) -> CaptionedPictures:
+def load_pictures(folder: Path, size_px: int, *, max_skipped_share: float = MAX_SKIPPED_SHARE) -> CaptionedPictures:
     """Read every picture of a data set at one size: `load_sizes` for one."""
     return load_sizes(folder, [size_px], max_skipped_share=max_skipped_share)[0]
 
 
-def load_sizes(folder: Path, sizes_px: Sequence[int], *, max_skipped_share: float = 0.01) -> list[CaptionedPictures]:
+def load_sizes(
+    folder: Path, sizes_px: Sequence[int], *, max_skipped_share: float = MAX_SKIPPED_SHARE
+) -> list[CaptionedPictures]:
     """Read every picture of a data set once, at several sizes.
 
     Args:
@@ -147,7 +152,7 @@ def load_sizes(folder: Path, sizes_px: Sequence[int], *, max_skipped_share: floa
     folder = Path(folder)
     kept: list[Record] = []
     pixels: dict[int, list[Tensor]] = {size: [] for size in sizes_px}
-    skipped: dict[str, str] = {}
+    broken: dict[str, str] = {}
     for record in read_records(folder):
         try:
             path = safe_join(folder, record.file_name)
@@ -156,21 +161,28 @@ def load_sizes(folder: Path, sizes_px: Sequence[int], *, max_skipped_share: floa
         try:
             image = open_image(path)
         except ImageError as error:
-            skipped[record.file_name] = str(error)
+            broken[record.file_name] = str(error)
             continue
         kept.append(record)
         for size in pixels:
             pixels[size].append(square_pixels(image, size))
-    if not kept or len(skipped) > max_skipped_share * (len(kept) + len(skipped)):
-        first = next(iter(skipped.items()))
+    if not kept or len(broken) > max_skipped_share * (len(kept) + len(broken)):
+        first = next(iter(broken.items()))
         raise DataError(
-            f"{len(skipped)} of {len(kept) + len(skipped)} pictures in {folder} cannot be read, more than the "
-            f"{max_skipped_share:.0%} allowed; the first: {first[0]}: {first[1]}"
+            f"{len(broken)} of {len(kept) + len(broken)} pictures in {folder} cannot be read, "
+            f"{f'more than the {in_percent(max_skipped_share)} allowed' if kept else 'so there is none'}; "
+            f"the first: {first[0]}: {first[1]}"
         )
-    if skipped:
-        some = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
-        warnings.warn(f"{len(skipped)} pictures in {folder} cannot be read and are skipped: {some}", stacklevel=3)
+    if broken:
+        some = "; ".join(f"{name}: {why}" for name, why in list(broken.items())[:3])
+        warnings.warn(f"{len(broken)} pictures in {folder} cannot be read and are skipped: {some}", stacklevel=3)
+    skipped = {str(folder / name): why for name, why in broken.items()}
     return [CaptionedPictures(kept, torch.stack(pixels[size]), skipped) for size in sizes_px]
+
+
+def in_percent(share: float) -> str:
+    """0.005 as "0.5%"."""
+    return f"{100 * share:.4g}%"
 
 
 def square_pixels(image: Image.Image, size_px: int) -> Tensor:

@@ -8,7 +8,8 @@ import io
 import itertools
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unclip.data.folder import CaptionedPictures, join, load_sizes, square_pixels
+from unclip.data.folder import MAX_SKIPPED_SHARE, CaptionedPictures, in_percent, join, load_sizes, square_pixels
 from unclip.data.shards import RawSample, ShardStream, expand, is_shards
 from unclip.errors import DataError, ImageError
 from unclip.images import open_image
@@ -58,6 +59,11 @@ class Source(Protocol):
         """Pictures, samples and shards that could not be read so far, with the reason."""
         ...
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Samples in each shard that was read to its end; what is laid in before need not be counted."""
+        ...
+
     def draw(self, step: int, count: int, generator: torch.Generator) -> Rows:
         """The rows of one step."""
         ...
@@ -67,6 +73,10 @@ class Source(Protocol):
 
         With `held_out`, of what is kept out of training; there may be none.
         """
+        ...
+
+    def examples_in_parts(self, count: int, size: int) -> Iterator[Rows]:
+        """The same as `examples`, `size` rows at a time."""
         ...
 
     def all_captions(self) -> Iterator[str]:
@@ -86,14 +96,18 @@ class FolderSource:
         *,
         weight_power: float = 1.0,
         include_held_out: bool = False,
+        max_skipped_share: float = MAX_SKIPPED_SHARE,
     ) -> None:
         self.sizes = tuple(sizes)
-        everything = [join(parts) for parts in zip(*(load_sizes(part, self.sizes) for part in folders), strict=True)]
+        read = [load_sizes(folder, self.sizes, max_skipped_share=max_skipped_share) for folder in folders]
+        everything = [join(parts) for parts in zip(*read, strict=True)]
         split = [pictures.split(need_training=not include_held_out) for pictures in everything]
         self.pictures = everything if include_held_out else [training for training, _ in split]
         self.held_out = [held for _, held in split]
         self.records = self.pictures[0].records
-        self.weights = torch.tensor([record.weight**weight_power for record in self.records])
+        # Weight 0 is never drawn, by the power 0 neither, though 0**0 is 1.
+        self.weights = torch.tensor([record.weight**weight_power if record.weight else 0.0 for record in self.records])
+        self.counts: dict[str, int] = {}
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -109,13 +123,16 @@ class FolderSource:
         return _folder_rows(self.pictures, index, captions)
 
     def examples(self, count: int, *, held_out: bool = False) -> Rows:
-        pictures = self.held_out if held_out else self.pictures
-        records = pictures[0].records
-        index = torch.arange(min(count, len(records)))
         if not held_out:
-            drawn = int(self.weights.count_nonzero())
-            index = torch.multinomial(self.weights, min(count, drawn), generator=torch.Generator().manual_seed(0))
-        return _folder_rows(pictures, index, [records[i].captions[0] for i in index.tolist()])
+            return next(self.examples_in_parts(count, count))
+        records = self.held_out[0].records[:count]
+        return _folder_rows(self.held_out, torch.arange(len(records)), [record.captions[0] for record in records])
+
+    def examples_in_parts(self, count: int, size: int) -> Iterator[Rows]:
+        count = min(count, int(self.weights.count_nonzero()))
+        index = torch.multinomial(self.weights, count, generator=torch.Generator().manual_seed(0))
+        for part in index.split(size):
+            yield _folder_rows(self.pictures, part, [self.records[i].captions[0] for i in part.tolist()])
 
     def all_captions(self) -> Iterator[str]:
         return itertools.chain.from_iterable(record.captions for record in self.records)
@@ -129,7 +146,7 @@ class ShardSource:
     """Tar shards, streamed and decoded ahead of the step that needs them.
 
     Step number n takes the n-th batch of an endless shuffled order, so a run that goes on sees what it would have seen.
-    A row that cannot be decoded is replaced by another of its batch.
+    A row that cannot be decoded is replaced by another of its batch, and where that has none, by the next of the order.
 
     Args:
         shards: as `shards.expand` takes them.
@@ -153,15 +170,16 @@ class ShardSource:
         block: int = 1024,
         rank: int = 0,
         world: int = 1,
-        max_skipped_share: float = 0.01,
+        max_skipped_share: float = MAX_SKIPPED_SHARE,
         num_workers: int = 2,
     ) -> None:
         self.sizes, self.max_skipped_share = tuple(sizes), max_skipped_share
         self.stream = ShardStream(expand(shards), seed=seed, block=block, rank=rank, world=world)
         self._examples = ShardStream(self.stream.shards, seed=seed, block=1)  # the same for every process
+        self._examples.counts = self.stream.counts
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="unclip-read")
         self._decoders = ThreadPoolExecutor(num_workers, thread_name_prefix="unclip-decode")
-        self._samples: Iterator[RawSample] = iter(())
+        self._samples = _Order(())
         self._next = -1
         self._ahead: Future[list[_Sample]] | None = None
         self._told = 0
@@ -170,12 +188,16 @@ class ShardSource:
     def skipped(self) -> dict[str, str]:
         return self.stream.damage.broken
 
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.stream.counts
+
     def draw(self, step: int, count: int, generator: torch.Generator) -> Rows:
         position = step * count
         if self._ahead is None or self._next != position:
             if self._ahead is not None:
                 self._ahead.cancel()
-            self._samples = self.stream.read_from(position)
+            self._samples = _Order(self.stream.read_from(position))
             self._ahead = self._reader.submit(self._batch, self._samples, count)
         samples = self._ahead.result()
         self._next = position + count
@@ -187,15 +209,17 @@ class ShardSource:
     def examples(self, count: int, *, held_out: bool = False) -> Rows:
         if held_out:  # shards of their own would have to say so
             return Rows([], {size: torch.zeros(0, 3, size, size) for size in self.sizes}, torch.zeros(0).long())
-        samples: list[_Sample] = []
-        for raw in self._examples.one_epoch():
-            if isinstance(sample := self._decode(raw), _Sample):
-                samples.append(sample)
-            if len(samples) == count:
-                break
-        if not samples:
+        return next(self.examples_in_parts(count, count))
+
+    def examples_in_parts(self, count: int, size: int) -> Iterator[Rows]:
+        decoded = (self._decode(raw) for raw in self._examples.one_epoch())
+        good = itertools.islice((sample for sample in decoded if isinstance(sample, _Sample)), count)
+        part = list(itertools.islice(good, size))
+        if not part:
             raise DataError(f"no sample can be read: {self._some()}")
-        return self._rows(samples, [sample.captions[0] for sample in samples])
+        while part:
+            yield self._rows(part, [sample.captions[0] for sample in part])
+            part = list(itertools.islice(good, size))
 
     def all_captions(self, limit: int = 200_000) -> Iterator[str]:
         for raw in itertools.islice(self._examples.one_epoch(), limit):
@@ -209,24 +233,48 @@ class ShardSource:
         for pool in (self._reader, self._decoders):
             pool.shutdown(cancel_futures=True)
 
-    def _batch(self, samples: Iterator[RawSample], count: int) -> "list[_Sample]":
+    def _batch(self, samples: "_Order", count: int) -> "list[_Sample]":
         raw = list(itertools.islice(samples, count))
         found = list(self._decoders.map(self._decode, raw))
-        good = [sample for sample in found if isinstance(sample, _Sample)]
+        self._judge(raw, found)
+        good = [sample for sample in found if isinstance(sample, _Sample)] or [self._next_good(samples)]
+        return [s if isinstance(s, _Sample) else good[place % len(good)] for place, s in enumerate(found)]
+
+    def _judge(self, raw: Sequence[RawSample], found: "Sequence[_Sample | DataError]") -> None:
+        """Note what could not be read.
+
+        Raises: DataError when that is too much by now.
+        """
         damage = self.stream.damage
         for sample, reason in zip(raw, found, strict=True):
             if not isinstance(reason, _Sample):
                 damage.broken[sample.name] = str(reason)
         shards = sum(name in self.stream.counts or name in self.stream.shards for name in damage.broken)
-        share = (len(damage.broken) - shards) / max(damage.num_read, MIN_JUDGED)
-        if not good or share > self.max_skipped_share:
+        broken = len(damage.broken) - shards
+        if broken / max(damage.num_read, MIN_JUDGED) > self.max_skipped_share:
             raise DataError(
-                f"{len(damage.broken) - shards} of {damage.num_read} samples cannot be read, more than the "
-                f"{self.max_skipped_share:.0%} allowed; {self._some()}"
+                f"{broken} of {damage.num_read} samples cannot be read, more than the "
+                f"{in_percent(self.max_skipped_share)} allowed; {self._some()}"
             )
         if 2 * shards > len(self.stream.shards):
             raise DataError(f"{shards} of {len(self.stream.shards)} shards are damaged; {self._some()}")
-        return [s if isinstance(s, _Sample) else good[place % len(good)] for place, s in enumerate(found)]
+
+    def _next_good(self, samples: "_Order") -> "_Sample":
+        """The next sample of the order that can be read; it keeps its turn.
+
+        Raises: DataError when there is none, or too many before it cannot be read.
+        """
+        met: set[str] = set()
+        for count, raw in enumerate(samples.ahead()):
+            found = self._decode(raw)
+            if isinstance(found, _Sample):
+                return found
+            self._judge([raw], [found])
+            met.add(raw.name)
+            # Three times as many as there are, so a whole epoch lies between; a block drawn by weight repeats some.
+            if count >= 3 * len(met) + 2 * self.stream.block:
+                break
+        raise DataError(f"of {len(met)} samples none can be read: {self._some()}")
 
     def _decode(self, raw: RawSample) -> "_Sample | DataError":
         try:
@@ -255,6 +303,27 @@ class ShardSource:
             warnings.warn(f"skipped {name}: {why}", stacklevel=3)
 
 
+class _Order:
+    """Samples one after another, where one may look ahead without taking any."""
+
+    def __init__(self, samples: Iterable[RawSample]) -> None:
+        self._samples = iter(samples)
+        self._seen: deque[RawSample] = deque()
+
+    def __iter__(self) -> Iterator[RawSample]:
+        return self
+
+    def __next__(self) -> RawSample:
+        return self._seen.popleft() if self._seen else next(self._samples)
+
+    def ahead(self) -> Iterator[RawSample]:
+        """The samples that come next; each still comes when it is its turn."""
+        yield from tuple(self._seen)
+        for sample in self._samples:
+            self._seen.append(sample)
+            yield sample
+
+
 @dataclass(frozen=True)
 class _Sample:
     name: str
@@ -270,10 +339,13 @@ def open_source(
     seed: int,
     weight_power: float = 1.0,
     include_held_out: bool = False,
+    max_skipped_share: float = MAX_SKIPPED_SHARE,
     rank: int = 0,
     world: int = 1,
 ) -> Source:
     """The data set at `data`: folders with `metadata.jsonl`, or tar shards (a folder of them, a glob, URLs).
+
+    Pictures or samples that cannot be read are skipped and named, up to `max_skipped_share` of all.
 
     Raises: DataError when it is neither, or cannot be read.
     """
@@ -281,9 +353,13 @@ def open_source(
     if any(is_shards(place) for place in places):
         if len(places) > 1:
             raise DataError("shards are read from one place; put them into one folder, or name them with one pattern")
-        return ShardSource(places[0], sizes, seed=seed, rank=rank, world=world)
+        return ShardSource(places[0], sizes, seed=seed, rank=rank, world=world, max_skipped_share=max_skipped_share)
     return FolderSource(
-        [Path(place) for place in places], sizes, weight_power=weight_power, include_held_out=include_held_out
+        [Path(place) for place in places],
+        sizes,
+        weight_power=weight_power,
+        include_held_out=include_held_out,
+        max_skipped_share=max_skipped_share,
     )
 
 

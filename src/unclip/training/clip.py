@@ -23,11 +23,13 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
-from unclip.errors import ConfigError
-from unclip.pipelines.component import write_component
+from unclip.checkpoints.files import read_json
+from unclip.data.source import Source
+from unclip.errors import ConfigError, UnclipError
+from unclip.pipelines.component import read_component, write_component
 from unclip.training.pretrained import PretrainedClip, normalized, read_clip
 from unclip.training.recipe import ClipSettings, Recipe
-from unclip.training.task import Batch, Sourced, source_of
+from unclip.training.task import Batch, Sourced, of_rows, source_of
 from unclip.training.tokenizer import END, START, train_tokenizer
 
 RECONSTRUCTION_SIZE = 16
@@ -94,9 +96,12 @@ def of_all_processes(rows: Tensor) -> Tensor:
 
 
 class ClipTask(Sourced):
-    """Trains a CLIP: from scratch, its tokenizer first, or the one in `recipe.start_from`, which keeps its own."""
+    """Trains a CLIP: from scratch, its tokenizer first, or the one in `recipe.start_from`, which keeps its own.
 
-    def __init__(self, recipe: Recipe):
+    In the folder of a `run` that goes on lies the tokenizer that it began with, which is taken again.
+    """
+
+    def __init__(self, recipe: Recipe, run: Path | None = None):
         assert recipe.clip is not None
         settings = self.settings = recipe.clip
         start = None if recipe.start_from is None else _start(Path(recipe.start_from), settings)
@@ -108,11 +113,8 @@ class ClipTask(Sourced):
             include_held_out=settings.include_held_out,
         )
         if start is None:
-            self.tokenizer = train_tokenizer(
-                self.source.all_captions(),
-                vocabulary_size=settings.vocabulary_size,
-                context_length=settings.context_length,
-            )
+            known = None if run is None else _tokenizer_of(run, settings)
+            self.tokenizer = known if known is not None else _learned_tokenizer(self.source, settings)
             self.context_length = settings.context_length
             self.feature_extractor: BaseImageProcessor = image_processor(settings.image_size)
         else:
@@ -128,7 +130,7 @@ class ClipTask(Sourced):
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self.tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
 
-    def batch(self, step: int, batch_size: int, generator: torch.Generator) -> Batch:
+    def batch(self, step: int, batch_size: int, generator: torch.Generator, own: Tensor | None = None) -> Batch:
         rows = self.source.draw(step, batch_size, generator)
         tokens = self.tokenizer(
             rows.captions,
@@ -139,7 +141,7 @@ class ClipTask(Sourced):
         )
         pixels = shift_and_zoom(rows.images[self.image_size], generator)
         pixels = normalized(pixels, self.feature_extractor)
-        return {"pixels": pixels, "input_ids": tokens["input_ids"], "index": rows.index}
+        return of_rows({"pixels": pixels, "input_ids": tokens["input_ids"], "index": rows.index}, own)
 
     def save(self, folder: Path) -> None:
         parts = {
@@ -209,6 +211,24 @@ def fresh_encoders(
         patch_size=settings.patch_size,
     )
     return CLIPTextModelWithProjection(text), CLIPVisionModelWithProjection(image)
+
+
+def _learned_tokenizer(source: Source, settings: ClipSettings) -> CLIPTokenizer:
+    return train_tokenizer(
+        source.all_captions(), vocabulary_size=settings.vocabulary_size, context_length=settings.context_length
+    )
+
+
+def _tokenizer_of(run: Path, settings: ClipSettings) -> CLIPTokenizer | None:
+    """The tokenizer of a run that is gone on from; None when there is none, or none of these settings."""
+    try:
+        before = read_json(run / "recipe.json", allow_infinity=True)["clip"]
+        wanted = {key: getattr(settings, key) for key in ("vocabulary_size", "context_length")}
+        if not (run / "state").is_dir() or {key: before[key] for key in wanted} != wanted:
+            return None
+        return read_component(run / "model", "tokenizer", "CLIPTokenizer", torch_dtype=None, variant=None)
+    except (UnclipError, KeyError, TypeError):
+        return None
 
 
 def _start(folder: Path, settings: ClipSettings) -> PretrainedClip:

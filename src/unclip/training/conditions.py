@@ -19,19 +19,26 @@ from unclip.stages.encoders import TextEncoder
 from unclip.training.known_embeddings import known_embeddings
 from unclip.training.pretrained import normalized, read_clip
 from unclip.training.recipe import Recipe
-from unclip.training.task import Batch, source_of
+from unclip.training.task import Batch, computing_device, source_of
 
 LENGTH_STEP = 8
 """A batch's captions are padded to a multiple of so many tokens: few shapes to compile for, and even ones."""
+AT_ONCE = 128
+"""Pictures that are embedded together."""
 SPREAD_ROWS = 4096
 """Of a stream, how many rows its embeddings' mean and spread are taken from."""
 
 
 class FrozenClip:
-    """The CLIP that prior and decoder live in: captions encoded on demand, pictures once at the start."""
+    """The CLIP that prior and decoder live in, on the device that computes: captions are encoded on demand, pictures
+    once at the start.
+    """
 
     def __init__(self, folder: Path | str):
         clip = read_clip(Path(folder))
+        self.device = computing_device()
+        for encoder in (clip.text_encoder, clip.image_encoder):
+            encoder.to(self.device)  # pyright: ignore[reportArgumentType]
         text: Any = clip.text_encoder.config
         self.folder = folder
         self.image_encoder, self.feature_extractor = clip.image_encoder, clip.feature_extractor
@@ -59,10 +66,9 @@ class FrozenClip:
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        """Image embeddings [num_pictures, width] of pictures at the encoder's own size, in [-1, 1]."""
-        pixels = normalized(images, self.feature_extractor)
-        parts = [self.image_encoder(pixel_values=part).image_embeds for part in pixels.split(128)]
-        return torch.cat(parts)
+        """Image embeddings [num_pictures, width], on the CPU, of pictures at the encoder's own size, in [-1, 1]."""
+        parts = (normalized(part.to(self.device), self.feature_extractor) for part in images.split(AT_ONCE))
+        return torch.cat([self.image_encoder(pixel_values=part).image_embeds.cpu() for part in parts])
 
     def embeddings_of(self, pictures: CaptionedPictures, progress: Callable[..., Any] | None = None) -> Tensor:
         """Image embeddings [num_pictures, width] of a whole folder; computed once and remembered for later runs."""
@@ -88,12 +94,18 @@ class Captioned:
         if isinstance(self.source, FolderSource):
             self.table = clip.embeddings_of(self.source.of_size(clip.image_size), progress)
 
-    def draw(self, step: int, batch_size: int, generator: torch.Generator) -> tuple[Rows, Tensor, TextEmbedding]:
-        """Rows of the data set, their image embeddings, and those of their captions."""
+    def draw(
+        self, step: int, batch_size: int, generator: torch.Generator, own: Tensor | None = None
+    ) -> tuple[Rows, Tensor, TextEmbedding]:
+        """Rows of the data set, their image embeddings on the CPU, and those of their captions where CLIP computes.
+
+        With `own` captions of the rows of these numbers alone are encoded.
+        """
         rows = self.source.draw(step, batch_size, generator)
         keep = torch.rand(batch_size, generator=generator) >= self.text_drop
+        captions = [c if k else "" for c, k in zip(rows.captions, keep.tolist(), strict=True)]
         with torch.no_grad():
-            text = self.clip.text.encode([c if k else "" for c, k in zip(rows.captions, keep.tolist(), strict=True)])
+            text = self.clip.text.encode(captions if own is None else [captions[row] for row in own.tolist()])
         return rows, self.embeddings(rows), text
 
     def embeddings(self, rows: Rows) -> Tensor:
@@ -116,7 +128,7 @@ class Captioned:
         """Embeddings [count, width], and how often each is drawn [count], 1 in all: of a stream some of them."""
         if isinstance(self.source, FolderSource) and self.table is not None:
             return self.table, self.source.weights / self.source.weights.sum()
-        embeddings = self.embeddings(self.source.examples(SPREAD_ROWS))
+        embeddings = torch.cat([self.embeddings(part) for part in self.source.examples_in_parts(SPREAD_ROWS, AT_ONCE)])
         return embeddings, torch.full((len(embeddings),), 1 / len(embeddings))
 
     def spread(self) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ from unclip.training.conditions import Captioned, FrozenClip, batch_text, tell_c
 from unclip.training.lora import adapt, merged, write_adapter
 from unclip.training.recipe import DecoderSettings, PriorSettings, ProcessRecipe, Recipe, SuperResSettings
 from unclip.training.reconstruction import absolute_error, perceptual_loss
-from unclip.training.task import Batch, Sourced, source_of
+from unclip.training.task import Batch, Sourced, of_rows, source_of
 
 SHEET_PICTURES = 48
 SHEET_STEPS = 20
@@ -165,10 +165,10 @@ class PriorTask(Sourced):
     def fingerprint(self) -> str:
         return self.clip.fingerprint
 
-    def batch(self, step: int, batch_size: int, generator: torch.Generator) -> Batch:
-        _, embeddings, text = self.data.draw(step, batch_size, generator)
+    def batch(self, step: int, batch_size: int, generator: torch.Generator, own: Tensor | None = None) -> Batch:
+        _, embeddings, text = self.data.draw(step, batch_size, generator, own)
         whitened = self.stage.prior.whiten(embeddings.to(self.stage.prior.clip_mean.device)).cpu()
-        return text_batch(text) | noised(whitened, self.stage.process.num_timesteps, generator)
+        return text_batch(text) | of_rows(noised(whitened, self.stage.process.num_timesteps, generator), own)
 
     def save(self, folder: Path) -> None:
         write_network(self.stage.prior, folder, "prior")
@@ -199,7 +199,8 @@ class DecoderTask(Sourced):
             "cross_attention_dim": decoder.config.cross_attention_dim,
         }
         text_proj = first_network(UnCLIPTextProjModel, "text_proj", sizes | self.settings.text_proj, recipe)
-        _, self.spread = self.data.spread()
+        is_jittered = self.settings.embedding_noise > 0
+        self.spread = self.data.spread()[1] if is_jittered else torch.zeros(1, self.clip.width)
         process = process_of(self.settings.process)
         wanted = decoder.config.in_channels * (2 if process.learns_variance else 1)
         if decoder.config.out_channels != wanted:
@@ -222,12 +223,12 @@ class DecoderTask(Sourced):
     def fingerprint(self) -> str:
         return self.clip.fingerprint
 
-    def batch(self, step: int, batch_size: int, generator: torch.Generator) -> Batch:
-        rows, embedding, text = self.data.draw(step, batch_size, generator)
+    def batch(self, step: int, batch_size: int, generator: torch.Generator, own: Tensor | None = None) -> Batch:
+        rows, embedding, text = self.data.draw(step, batch_size, generator, own)
         jitter = self.settings.embedding_noise * self.spread * torch.randn(embedding.shape, generator=generator)
         given = torch.rand(batch_size, generator=generator) >= self.settings.image_drop
         picture = noised(rows.images[self.size_px], self.stage.process.num_timesteps, generator)
-        return text_batch(text) | picture | {"image_embedding": embedding + jitter, "given": given}
+        return text_batch(text) | of_rows(picture | {"image_embedding": embedding + jitter, "given": given}, own)
 
     def save(self, folder: Path) -> None:
         write_network(self.stage.decoder, folder, "decoder")
@@ -277,7 +278,7 @@ class SuperResTask(Sourced):
     def fingerprint(self) -> str:
         return ""
 
-    def batch(self, step: int, batch_size: int, generator: torch.Generator) -> Batch:
+    def batch(self, step: int, batch_size: int, generator: torch.Generator, own: Tensor | None = None) -> Batch:
         settings, size = self.settings, self.size_px
         large = self.source.draw(step, batch_size, generator).images[size]
         small = degrade(large, settings, generator)
@@ -287,7 +288,7 @@ class SuperResTask(Sourced):
         batch = noised(large[window], self.stage.process.num_timesteps, generator)
         if settings.only_last_step:
             batch["t"] = torch.zeros_like(batch["t"])
-        return batch | {"enlarged": enlarged[window]}
+        return of_rows(batch | {"enlarged": enlarged[window]}, own)
 
     def save(self, folder: Path) -> None:
         name = "super_res_last" if self.settings.only_last_step else "super_res_first"

@@ -60,30 +60,33 @@ class AutoregressivePriorTask(Sourced):
         tables = (prior.pca_mean, prior.pca_components, prior.code_low, prior.code_high, prior.dot_edges)
         for table in tables:
             table.requires_grad_(False)
-        if recipe.start_from is None:  # else its codes are the language that it learned
-            self._fit_codes(prior, recipe.seed)
+        self.jitter = torch.zeros(prior.pca_components.shape)
+        if recipe.start_from is None or self.settings.code_noise:
+            embeddings, weights = self.data.known()
+            if recipe.start_from is None:  # else its codes are the language that it learned
+                self._fit_codes(prior, embeddings, weights, recipe.seed)
+            coordinates = (embeddings - prior.pca_mean) @ prior.pca_components.T
+            spread = (weights @ (coordinates - weights @ coordinates).square()).sqrt()
+            self.jitter = self.settings.code_noise * spread[:, None] * prior.pca_components
         put_adapters(prior, recipe)
         self.stage = AutoregressivePriorStage(prior)
         self.module = CodeModule(self.stage)
-        embeddings, weights = self.data.known()
-        coordinates = (embeddings - prior.pca_mean) @ prior.pca_components.T
-        spread = (weights @ (coordinates - weights @ coordinates).square()).sqrt()
-        self.jitter = self.settings.code_noise * spread[:, None] * prior.pca_components
 
     @property
     def fingerprint(self) -> str:
         return self.clip.fingerprint
 
-    def batch(self, step: int, batch_size: int, generator: torch.Generator) -> Batch:
-        _, embeddings, text = self.data.draw(step, batch_size, generator)
-        draws = torch.rand(2, batch_size, generator=generator)
+    def batch(self, step: int, batch_size: int, generator: torch.Generator, own: Tensor | None = None) -> Batch:
+        _, embeddings, text = self.data.draw(step, batch_size, generator, own)
+        every = torch.arange(batch_size) if own is None else own
+        embeddings, draws = embeddings[every], torch.rand(2, batch_size, generator=generator)[:, every]
         kept, told = draws[0] >= self.settings.text_drop, draws[1] >= self.settings.dot_drop
         prior = self.stage.prior
         device = prior.pca_mean.device
         dot_codes = prior.dot_code(text.embeds.to(device), embeddings.to(device)).cpu()
-        jitter = torch.randn(batch_size, len(self.jitter), generator=generator) @ self.jitter
+        jitter = torch.randn(batch_size, len(self.jitter), generator=generator)[every] @ self.jitter
         codes = prior.encode((embeddings + jitter).to(device)).cpu()
-        text = self.clip.empty.join(text).select(torch.where(kept, torch.arange(1, batch_size + 1), 0))
+        text = self.clip.empty.join(text).select(torch.where(kept, torch.arange(1, len(every) + 1), 0))
         dot_codes = dot_codes.where(kept & told, prior.no_dot_code)
         return text_batch(text) | {"codes": codes, "dot_codes": dot_codes}
 
@@ -104,13 +107,12 @@ class AutoregressivePriorTask(Sourced):
         tell_cosines(path, drawn.cpu(), self.data.embeddings(rows))
 
     @torch.no_grad()
-    def _fit_codes(self, prior: AutoregressivePrior, seed: int) -> None:
-        embeddings, weights = self.data.known()
+    def _fit_codes(self, prior: AutoregressivePrior, embeddings: Tensor, weights: Tensor, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.multinomial(weights, FITTED_ROWS, replacement=True, generator=generator)
         components = PrincipalComponents.fit(embeddings[part] for part in drawn.split(1024))
         dots = []
         for step in range(DOT_BATCHES):
             _, images, text = self.data.draw(step, DOT_BATCH_SIZE, generator)
-            dots.append(dot_product(text.embeds, images))
+            dots.append(dot_product(text.embeds.cpu(), images))
         prior.fit_codes(components, embeddings[weights > 0], torch.cat(dots))

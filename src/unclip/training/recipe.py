@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from unclip.checkpoints.hub import is_name, resolve
+from unclip.data.folder import MAX_SKIPPED_SHARE
 from unclip.errors import ConfigError, MissingDependencyError
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -239,6 +240,7 @@ class Recipe:
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     compile: bool = False
     shard: bool = False
+    max_skipped_share: float = MAX_SKIPPED_SHARE
     trackers: tuple[str, ...] = ()
     ema_decay: float = 0.999
     log_every_steps: int = 50
@@ -270,6 +272,7 @@ class Recipe:
                 raise MissingDependencyError(f"the tracker {name!r} is not installed: pip install {name}")
         counts = ("steps", "batch_size", "accumulation", "log_every_steps", "sample_every_steps")
         _check("", self, above_zero=counts, not_negative=("seed", "save_every_s"), below_one=("ema_decay",))
+        _check("", self, shares=("max_skipped_share",))
         if self.batch_size % self.accumulation:
             raise ConfigError(f"batch_size {self.batch_size} is no multiple of accumulation {self.accumulation}")
 
@@ -311,13 +314,17 @@ def located(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, **changes)
 
 
-def _build(kind: type, table: dict[str, Any], base: Path, where: str) -> Any:
+def _build(kind: type, table: dict[str, Any], base: Path, where: str, default: Any = None) -> Any:
+    """A section of class `kind`: its table laid over `default`, if there is one, else over the class's own defaults."""
     fields = {f.name for f in dataclasses.fields(kind)}
     for key in table:
         if key not in fields:
             raise ConfigError(f"unknown key {where}{key} in the recipe; known here: {', '.join(sorted(fields))}")
     hints = typing.get_type_hints(kind)
-    values = {key: _value(hints[key], value, base, f"{where}{key}") for key, value in table.items()}
+    defaults = {f.name: getattr(default, f.name, f.default) for f in dataclasses.fields(kind)}
+    values = {key: _value(hints[key], value, base, f"{where}{key}", defaults[key]) for key, value in table.items()}
+    if default is not None:
+        return dataclasses.replace(default, **values)
     missing = [
         f.name
         for f in dataclasses.fields(kind)
@@ -328,14 +335,16 @@ def _build(kind: type, table: dict[str, Any], base: Path, where: str) -> Any:
     return kind(**values)
 
 
-def _value(hint: Any, value: Any, base: Path, where: str) -> Any:
+def _value(hint: Any, value: Any, base: Path, where: str, default: Any = None) -> Any:
+    """A setting of type `hint`; a section says only what differs from `default`, if that is one."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         choices = [choice for choice in typing.get_args(hint) if choice is not type(None)]
-        return _value(choices[0], value, base, where)
+        return _value(choices[0], value, base, where, default)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise ConfigError(f"{where} is {value!r}; it must be a section [{where}]")
-        return _build(typing.cast(type, hint), value, base, f"{where}.")
+        below = default if dataclasses.is_dataclass(default) else None
+        return _build(typing.cast(type, hint), value, base, f"{where}.", below)
     if typing.get_origin(hint) is Literal:
         if value not in typing.get_args(hint):
             raise ConfigError(f"{where} is {value!r}; it must be one of {', '.join(map(repr, typing.get_args(hint)))}")

@@ -4,11 +4,13 @@ Knows files and tensors by name; knows neither task nor step. Called by the trai
 """
 
 import contextlib
+import importlib.metadata
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from unclip import __version__
 from unclip.checkpoints.files import TEMPORARY_PREFIX, atomic_file, atomic_folder, read_json, write_json
 from unclip.errors import CheckpointError, ConfigError, TrainingError
 from unclip.training.recipe import Recipe, as_dict
 from unclip.training.sharding import shared_like
+
+LISTS_LIMIT_BYTES = 2**30
+"""Of a file that lists samples: there may be a million."""
+
+
+def versions() -> dict[str, str]:
+    """What computes here: Python, the machine's kind, and the libraries whose arithmetic a run depends on."""
+    found = {"unclip": __version__, "torch": str(torch.__version__)}
+    found |= {name: importlib.metadata.version(name) for name in ("accelerate", "transformers")}
+    return {**found, "python": platform.python_version(), "platform": platform.platform()}
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,7 @@ class Snapshot:
         ema: the moving average of what is trained.
         optimizer: its state, from `optimizer_tensors`.
         scaler: of float16's loss scale; None with another precision.
+        counts: samples in each shard of the data that was read to its end.
     """
 
     step: int
@@ -42,6 +56,7 @@ class Snapshot:
     ema: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     scaler: dict[str, Any] | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,10 @@ class RunFolder:
     @property
     def state(self) -> Path:
         return self.path / "state"
+
+    @property
+    def skipped_samples(self) -> Path:
+        return self.path / "skipped.json"
 
     @property
     def metrics(self) -> Path:
@@ -87,11 +106,16 @@ class RunFolder:
             os.close(handle)
 
     def start(self, recipe: Recipe, step: int) -> None:
-        """Note the recipe, drop what a killed run logged after the step that is gone on from, and clear its drafts."""
+        """Note the recipe and the versions, drop what a killed run logged after the step that is gone on from, and
+        clear its drafts.
+        """
         for left in self.path.glob(f"{TEMPORARY_PREFIX}*"):
             if not left.name.endswith("-old"):  # that may be the only whole one there is
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         write_json(self.path / "recipe.json", as_dict(recipe))
+        self._note_versions(step)
+        if not step:
+            self.skipped_samples.unlink(missing_ok=True)
         if self.metrics.is_file():
             lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if _logged_step(line, default=step + 1) <= step]
@@ -104,10 +128,29 @@ class RunFolder:
         with open(self.metrics, "a", encoding="utf-8") as log:
             log.write(json.dumps(row) + "\n")
 
-    def note_skipped(self, skipped: Mapping[str, str]) -> None:
-        """Write skipped.json: what of the data could not be read, with the reason; nothing where all could."""
-        if skipped:
-            write_json(self.path / "skipped.json", dict(skipped))
+    def note_skipped(self, skipped: Mapping[str, str]) -> dict[str, str]:
+        """Add to skipped.json what of the data could not be read, with the reason; no file where all could.
+
+        Returns: all that it lists now, of the run's earlier parts too.
+        """
+        every: dict[str, str] = {}
+        with contextlib.suppress(CheckpointError):  # there is none yet, or no whole one
+            every = read_json(self.skipped_samples, limit_bytes=LISTS_LIMIT_BYTES)
+        # A name in a tar need not be UTF-8, a file of JSON must.
+        new = {name.encode(errors="replace").decode(): why for name, why in skipped.items()}
+        if new.items() - every.items():
+            write_json(self.skipped_samples, every | new)
+        return every | new
+
+    def _note_versions(self, step: int) -> None:
+        """Add to versions.json what computes from this step on, unless that is what computed before."""
+        before: list[dict[str, Any]] = []
+        if step:
+            with contextlib.suppress(CheckpointError, KeyError):
+                before = read_json(self.path / "versions.json")["runs"]
+        now = versions()
+        if not before or {key: before[-1].get(key) for key in now} != now:
+            write_json(self.path / "versions.json", {"runs": [*before, {"from_step": step, **now}]})
 
     def sample_path(self, step: int) -> Path:
         """Where the sheet of a step goes."""
@@ -132,6 +175,8 @@ class RunFolder:
                 save_file(
                     {k: v.detach().contiguous().clone() for k, v in tensors.items()}, draft / f"{name}.safetensors"
                 )
+            if snapshot.counts:
+                write_json(draft / "shards.json", {"num_samples": dict(snapshot.counts)})
             write_json(draft / "state.json", about)
 
     def new_model(self) -> contextlib.AbstractContextManager[Path]:
@@ -185,7 +230,15 @@ class RunFolder:
             what = "captions of the data set, which the tokenizer comes from," if stage == "clip" else "CLIP"
             raise self._other_run([f"the {what} changed since"])
         log = about.get("log") or {"sums": {}, "num_summed": 0}
-        return Snapshot(step, log, **tensors, scaler=about.get("scaler"))
+        return Snapshot(step, log, **tensors, scaler=about.get("scaler"), counts=self._counts())
+
+    def _counts(self) -> dict[str, int]:
+        """Of shards.json; without a whole one the shards are counted again."""
+        try:
+            found = read_json(self.state / "shards.json", limit_bytes=LISTS_LIMIT_BYTES)["num_samples"]
+            return {name: count for name, count in found.items() if type(count) is int and count >= 0}
+        except (CheckpointError, KeyError, AttributeError):
+            return {}
 
     def _read(self, name: str) -> dict[str, Tensor]:
         path = self.state / f"{name}.safetensors"

@@ -5,7 +5,7 @@ Knows no network and no optimizer. Called by the trainer and the tasks.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import PartialState
@@ -38,12 +38,17 @@ class Task(Protocol):
         ...
 
     @property
+    def counts(self) -> dict[str, int]:
+        """Samples in each shard of the data, as far as known; what is laid in before need not be counted."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
         """Of what the weights mean nothing without: a tokenizer's vocabulary, the CLIP whose space is learned."""
         ...
 
-    def batch(self, step: int, batch_size: int, generator: torch.Generator) -> Batch:
-        """What the step trains on: tensors that all have `batch_size` rows."""
+    def batch(self, step: int, batch_size: int, generator: torch.Generator, own: Tensor | None = None) -> Batch:
+        """What the step trains on: tensors that all have `batch_size` rows; with `own`, the rows of these numbers."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -68,6 +73,10 @@ class Sourced:
     def skipped(self) -> Mapping[str, str]:
         return self.source.skipped
 
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.source.counts
+
 
 def computes_on_cpu() -> bool:
     """Whether training runs on the CPU: there is nothing else, or accelerate was told so."""
@@ -80,9 +89,25 @@ def mixed_precision(precision: str) -> str:
     return "no" if emulated else precision
 
 
+def computing_device() -> torch.device:
+    """Where this process of a run computes."""
+    return cast(torch.device, PartialState(cpu=computes_on_cpu()).device)
+
+
+def of_rows(batch: Batch, own: Tensor | None) -> Batch:
+    """The rows of these numbers; all where there are none."""
+    return batch if own is None else {name: value[own] for name, value in batch.items()}
+
+
 def source_of(recipe: Recipe, sizes_px: tuple[int, ...], **how: Any) -> Source:
     """The recipe's data set, as this process of a run reads it."""
     place = PartialState(cpu=computes_on_cpu())
     return open_source(
-        recipe.data, sizes_px, seed=recipe.seed, rank=place.process_index, world=place.num_processes, **how
+        recipe.data,
+        sizes_px,
+        seed=recipe.seed,
+        max_skipped_share=recipe.max_skipped_share,
+        rank=place.process_index,
+        world=place.num_processes,
+        **how,
     )

@@ -9,13 +9,14 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import LoggerType, gather_object, set_seed
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -43,33 +44,29 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return optimizer.learning_rate * warm * min(1.0, left)
 
 
-def share(batch: Batch, *, num_processes: int, rank: int, num_pieces: int) -> list[Batch]:
-    """One process's part of a batch, cut into pieces for gradient accumulation.
+def own_rows(batch_size: int, *, num_processes: int, rank: int, num_pieces: int) -> Tensor:
+    """Numbers of the rows of a batch that one process computes, piece after piece of gradient accumulation.
 
-    All parts of all processes together are the batch, each row once, and all are of one size: so the mean of their
+    All rows of all processes together are the batch, each once, and all pieces are of one size: so the mean of their
     losses, and of their gradients, is that of the batch.
 
     Raises: ConfigError when the rows cannot be shared out evenly.
     """
     count = num_processes * num_pieces
-    for value in batch.values():
-        if len(value) % count:
-            raise ConfigError(
-                f"a batch of {len(value)} cannot be shared out evenly among {num_processes} processes with "
-                f"accumulation {num_pieces}: make batch_size a multiple of {count}"
-            )
-    chunks = {name: value.chunk(count) for name, value in batch.items()}
-    return [
-        {name: parts[piece * num_processes + rank] for name, parts in chunks.items()} for piece in range(num_pieces)
-    ]
+    if batch_size % count:
+        raise ConfigError(
+            f"a batch of {batch_size} cannot be shared out evenly among {num_processes} processes with "
+            f"accumulation {num_pieces}: make batch_size a multiple of {count}"
+        )
+    return torch.arange(batch_size).view(num_pieces, num_processes, -1)[:, rank].flatten()
 
 
 class Trainer:
     """Runs one recipe in one folder, from its last checkpoint if it has one.
 
-    The folder holds `recipe.json`, `metrics.jsonl`, `samples/`, `state/` (to resume from) and `model/` (the moving
-    average in the ecosystem's layout). A step depends on the recipe, its seed and its number alone, so a run that was
-    interrupted gives the weights of one that was not.
+    The folder holds `recipe.json`, `versions.json`, `metrics.jsonl`, `samples/`, `state/` (to resume from) and `model/`
+    (the moving average in the ecosystem's layout). A step depends on the recipe, its seed and its number alone, so a
+    run that was interrupted gives the weights of one that was not.
 
     Raises:
         ConfigError: the folder holds a run of another network, or this machine cannot do what the recipe asks.
@@ -78,6 +75,7 @@ class Trainer:
 
     def __init__(self, task: Task, recipe: Recipe, folder: Path):
         self.task, self.recipe, self.run_folder = task, recipe, RunFolder(Path(folder))
+        _check_trackers(recipe.trackers)
         try:
             self.accelerator = Accelerator(
                 cpu=computes_on_cpu(),
@@ -91,6 +89,7 @@ class Trainer:
         snapshot = self.run_folder.read_state(recipe, task.module.state_dict(), task.fingerprint)
         if snapshot is not None:
             task.module.load_state_dict(snapshot.module)
+            task.counts.update(snapshot.counts)
         self.weights = task.module  # what the optimizer changes
         if recipe.shard and self.accelerator.num_processes > 1:
             self.weights = sharded(task.module, self.accelerator.device)
@@ -103,6 +102,7 @@ class Trainer:
             self.module, self.optimizer = self.accelerator.prepare(task.module, optimizer)
         self.ema = {name: p.detach().clone() for name, p in self.weights.named_parameters() if p.requires_grad}
         self.step = 0
+        self.skipped: dict[str, str] = {}  # of all processes, and of the run's earlier parts: at the last save
         self._sums: dict[str, float] = {}  # of the metrics since the last row of the log
         self._num_summed = 0
         self._asked_to_stop = False  # this process, by a signal
@@ -150,13 +150,14 @@ class Trainer:
         log = {"sums": self._sums, "num_summed": self._num_summed}
         module, ema = self._gathered(self.weights.state_dict()), self._gathered(self.ema)
         optimizer, scaler = self._gathered(optimizer_tensors(self.optimizer)), self.accelerator.scaler
-        snapshot = Snapshot(self.step, log, module, ema, optimizer, scaler.state_dict() if scaler else None)
+        skipped, counts = self._merged(self.task.skipped), self._merged(self.task.counts)
+        snapshot = Snapshot(self.step, log, module, ema, optimizer, scaler.state_dict() if scaler else None, counts)
         if not self._is_main:
             return
         with self._writing():
             with self._carrying(ema), self.run_folder.new_model() as draft:
                 self.task.save(draft)
-            self.run_folder.note_skipped(self.task.skipped)
+            self.skipped = self.run_folder.note_skipped(skipped)
             # Last, so that a state of the last step means that the model is the last one too.
             self.run_folder.save_state(snapshot, self.recipe, self.task.fingerprint)
 
@@ -168,6 +169,13 @@ class Trainer:
             if self._is_main:
                 found[name] = value.cpu() if is_sharded(self.weights) else value
         return found
+
+    def _merged(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """What all processes have by name; each reads shards of its own. To be called by all."""
+        merged: dict[str, Any] = {}
+        for part in gather_object([dict(own)]):
+            merged |= part
+        return merged
 
     @contextlib.contextmanager
     def _carrying(self, values: Mapping[str, Tensor]) -> Iterator[None]:
@@ -233,14 +241,15 @@ class Trainer:
     def _train_step(self) -> dict[str, float]:
         recipe, accelerator = self.recipe, self.accelerator
         torch.manual_seed((recipe.seed * 1_000_003 + self.step) % 2**63)  # for what a network draws itself, as dropout
-        batch, rank, num_processes = self._batch()
+        batch = self._batch()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, self.step)
-        parts = share(batch, num_processes=num_processes, rank=rank, num_pieces=recipe.accumulation)
+        pieces = {name: value.chunk(recipe.accumulation) for name, value in batch.items()}
         totals: dict[str, float] = {}
-        for place, part in enumerate(parts, 1):
-            on_device = {name: value.to(accelerator.device) for name, value in part.items()}
-            waits = contextlib.nullcontext() if place == len(parts) else accelerator.no_sync(self.module)
+        for place in range(recipe.accumulation):
+            on_device = {name: parts[place].to(accelerator.device) for name, parts in pieces.items()}
+            is_last = place == recipe.accumulation - 1
+            waits = contextlib.nullcontext() if is_last else accelerator.no_sync(self.module)
             with waits:
                 with accelerator.autocast():
                     metrics = self.module(on_device)
@@ -255,15 +264,15 @@ class Trainer:
         self._update_average()
         return totals
 
-    def _batch(self) -> tuple[Batch, int, int]:
-        """The batch of the step, and which part of it is this process's: its number, and of how many."""
-        size, rank, world = self.recipe.batch_size, self.accelerator.process_index, self.accelerator.num_processes
-        if not self.task.is_local:
-            return self.task.batch(self.step, size, step_generator(self.recipe.seed, self.step)), rank, world
-        if size % world:
-            raise ConfigError(f"batch_size {size} is no multiple of the {world} processes")
-        seed = self.recipe.seed + rank * 7_919  # each draws noise of its own
-        return self.task.batch(self.step, size // world, step_generator(seed, self.step)), 0, 1
+    def _batch(self) -> Batch:
+        """What this process computes of the step's batch."""
+        size, seed, pieces = self.recipe.batch_size, self.recipe.seed, self.recipe.accumulation
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        own = own_rows(size, num_processes=world, rank=rank, num_pieces=pieces)
+        if self.task.is_local:
+            generator = step_generator(seed + rank * 7_919, self.step)  # each draws noise of its own
+            return self.task.batch(self.step, size // world, generator)
+        return self.task.batch(self.step, size, step_generator(seed, self.step), own if world > 1 else None)
 
     def _mean(self, metrics: dict[str, float]) -> dict[str, float]:
         """Over all processes: so they log the whole batch, and what one of them met, or was asked, all do."""
@@ -357,6 +366,17 @@ class Trainer:
         finally:
             for number, handler in old.items():
                 signal.signal(number, handler)
+
+
+def _check_trackers(names: Iterable[str]) -> None:
+    """Raises: ConfigError for a tracker that the installed accelerate is too old for."""
+    known = [kind.value for kind in LoggerType]
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"trackers has {name!r}, which accelerate {accelerate.__version__} does not know: "
+                "pip install --upgrade accelerate, or leave it out"
+            )
 
 
 def make_optimizer(module: nn.Module, recipe: OptimizerRecipe) -> torch.optim.Optimizer:
