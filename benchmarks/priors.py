@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from unclip import AutoregressivePrior, DPMSolverMultistepScheduler, UnCLIPPipeline
-from unclip.data.source import FolderSource, Rows
+from unclip.data.rows import Rows
+from unclip.data.source import FolderSource
 from unclip.diffusion.noise import NoiseSource, generators_from_seed
 from unclip.evaluation.exam import Exam
 from unclip.evaluation.judge import Candidates, Judge

@@ -6,9 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
+from unclip.data.decoding import decode
 from unclip.data.samples import inspect, pack, raw_samples
 from unclip.data.shards import Damage, about, expand, read_shard, weight_of, write_shard
-from unclip.data.source import FolderSource, ShardSource, decode
+from unclip.data.source import FolderSource
+from unclip.data.stream import ShardSource
 from unclip.errors import DataError, OutputExistsError
 
 from .conftest import png

@@ -9,8 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from unclip.data.decoding import decode
+from unclip.data.rows import choose_captions
 from unclip.data.shards import RawSample, read_shard
-from unclip.data.source import FolderSource, ShardSource, choose_captions, decode, open_source
+from unclip.data.source import FolderSource, open_source
+from unclip.data.stream import ShardSource
 from unclip.errors import DataError
 
 from .conftest import png

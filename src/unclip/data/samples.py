@@ -13,9 +13,9 @@ from typing import Any
 from PIL import Image
 
 from unclip.checkpoints.files import atomic_folder, output_path, safe_join, write_json
+from unclip.data.decoding import IMAGE_EXTENSIONS, decode
 from unclip.data.folder import read_records
 from unclip.data.shards import Damage, RawSample, expand, is_shards, read_shard, write_shards
-from unclip.data.source import IMAGE_EXTENSIONS, decode
 from unclip.errors import DataError, ImageError, UnsafeFileError
 from unclip.images import grid, labelled, open_image, to_pil
 

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 
 from unclip.checkpoints.files import read_json
-from unclip.data.source import Source
+from unclip.data.rows import Source
 from unclip.errors import ConfigError, UnclipError
 from unclip.pipelines.component import read_component, write_component
 from unclip.training.pretrained import PretrainedClip, normalized, read_clip

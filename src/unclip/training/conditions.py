@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unclip.data.folder import CaptionedPictures
-from unclip.data.source import FolderSource, Rows
+from unclip.data.rows import Rows
+from unclip.data.source import FolderSource
 from unclip.errors import ConfigError
 from unclip.stages.condition import TextEmbedding
 from unclip.stages.encoders import TextEncoder

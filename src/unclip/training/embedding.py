@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from unclip.data.decoding import EMBEDDING, IMAGE_EXTENSIONS, decode
 from unclip.data.samples import escaped, raw_samples, settle
 from unclip.data.shards import Damage, RawSample, about
-from unclip.data.source import EMBEDDING, IMAGE_EXTENSIONS, decode
 from unclip.data.unfinished import Portion, Unfinished
 from unclip.errors import DataError
 from unclip.training.conditions import FrozenClip

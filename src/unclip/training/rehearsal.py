@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from unclip.data.source import FolderSource, ShardSource
+from unclip.data.source import FolderSource
+from unclip.data.stream import ShardSource
 from unclip.training.recipe import Recipe
 from unclip.training.task import Sourced, Task
 from unclip.training.trainer import Trainer, step_generator

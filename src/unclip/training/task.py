@@ -12,7 +12,8 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
-from unclip.data.source import Source, open_source
+from unclip.data.rows import Source
+from unclip.data.source import open_source
 from unclip.models.kernels import is_emulated
 from unclip.training.recipe import Recipe
 

@@ -1,0 +1,75 @@
+"""A batch as a data set gives it, and what every data set does.
+
+Knows pixels and captions; knows neither folders nor shards. Called by both, and by the training tasks.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+PLAIN_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch as a data set gives it.
+
+    Attributes:
+        captions: one a row.
+        images: by size in pixels, float32 [batch, 3, size, size] in [-1, 1].
+        index: [batch]; rows of one number show one picture.
+        embeddings: CLIP image embeddings [batch, width] that lay in the data, if they did.
+    """
+
+    captions: list[str]
+    images: dict[int, Tensor]
+    index: Tensor
+    embeddings: Tensor | None = None
+
+
+class Source(Protocol):
+    """A data set as the tasks see it."""
+
+    is_local: bool
+    """Whether a batch holds the rows of this process alone; else every process draws the same batch, for all."""
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Pictures, samples and shards that could not be read so far, with the reason."""
+        ...
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Samples in each shard that was read to its end; what is laid in before need not be counted."""
+        ...
+
+    def draw(self, step: int, count: int, generator: torch.Generator) -> Rows:
+        """The rows of one step."""
+        ...
+
+    def examples(self, count: int, *, held_out: bool = False) -> Rows:
+        """At most `count` rows with their plain captions, the same ones every time.
+
+        With `held_out`, of what is kept out of training; there may be none.
+        """
+        ...
+
+    def examples_in_parts(self, count: int, size: int) -> Iterator[Rows]:
+        """The same as `examples`, `size` rows at a time."""
+        ...
+
+    def all_captions(self) -> Iterator[str]:
+        """What a tokenizer is to learn from."""
+        ...
+
+
+def choose_captions(choices: Sequence[Sequence[str]], generator: torch.Generator) -> list[str]:
+    """A caption for each row: the first, plain one half the time, else any."""
+    chances = torch.rand(2, len(choices), generator=generator).tolist()
+    return [
+        texts[0] if is_plain < PLAIN_SHARE else texts[int(which * len(texts))]
+        for texts, is_plain, which in zip(choices, *chances, strict=True)
+    ]

@@ -1,0 +1,210 @@
+"""Batches from shards that are streamed: decoded ahead, broken samples replaced, the order of a seed.
+
+Knows shards and samples; knows neither networks nor noise. Called by `source.open_source`.
+"""
+
+import hashlib
+import itertools
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from unclip.data.decoding import Sample, decode, read_captions
+from unclip.data.folder import MAX_SKIPPED_SHARE, in_percent
+from unclip.data.rows import Rows, choose_captions
+from unclip.data.shards import RawSample, ShardStream, expand
+from unclip.errors import DataError
+
+MIN_JUDGED = 200
+"""Samples that must have been read before a share of broken ones says anything."""
+
+
+class ShardSource:
+    """Tar shards, streamed and decoded ahead of the step that needs them.
+
+    Step number n takes the n-th batch of an endless shuffled order, so a run that goes on sees what it would have seen.
+    A row that cannot be decoded is replaced by another of its batch, and where that has none, by the next of the order.
+
+    Args:
+        shards: as `shards.expand` takes them.
+        sizes: pictures are made square with white and resized to each of these.
+        seed: of the order.
+        rank, world: this process's number, and how many there are: each reads its own shards.
+        max_skipped_share: of the samples that may be broken; of the shards half may be.
+        num_workers: threads that decode.
+
+    Raises: DataError when the shards are not there or hold nothing.
+    """
+
+    is_local = True
+
+    def __init__(
+        self,
+        shards: str | Path,
+        sizes: Sequence[int],
+        *,
+        seed: int = 0,
+        block: int = 1024,
+        rank: int = 0,
+        world: int = 1,
+        max_skipped_share: float = MAX_SKIPPED_SHARE,
+        num_workers: int = 2,
+    ) -> None:
+        self.sizes, self.max_skipped_share = tuple(sizes), max_skipped_share
+        self.stream = ShardStream(expand(shards), seed=seed, block=block, rank=rank, world=world)
+        self._examples = ShardStream(self.stream.shards, seed=seed, block=1)  # the same for every process
+        self._examples.counts = self.stream.counts
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="unclip-read")
+        self._decoders = ThreadPoolExecutor(num_workers, thread_name_prefix="unclip-decode")
+        self._samples = _Order(())
+        self._next = -1
+        self._ahead: Future[list[Sample]] | None = None
+        self._told = 0
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        return self.stream.damage.broken
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.stream.counts
+
+    def draw(self, step: int, count: int, generator: torch.Generator) -> Rows:
+        position = step * count
+        if self._ahead is None or self._next != position:
+            if self._ahead is not None:
+                self._ahead.cancel()
+            self._samples = _Order(self.stream.read_from(position))
+            self._ahead = self._reader.submit(self._batch, self._samples, count)
+        samples = self._ahead.result()
+        self._next = position + count
+        self._ahead = self._reader.submit(self._batch, self._samples, count)
+        self._tell()
+        captions = choose_captions([sample.captions for sample in samples], generator)
+        return self._rows(samples, captions)
+
+    def examples(self, count: int, *, held_out: bool = False) -> Rows:
+        if held_out:  # shards of their own would have to say so
+            return Rows([], {size: torch.zeros(0, 3, size, size) for size in self.sizes}, torch.zeros(0).long())
+        return next(self.examples_in_parts(count, count))
+
+    def examples_in_parts(self, count: int, size: int) -> Iterator[Rows]:
+        decoded = (self._decode(raw) for raw in self._examples.one_epoch())
+        good = itertools.islice((sample for sample in decoded if isinstance(sample, Sample)), count)
+        part = list(itertools.islice(good, size))
+        if not part:
+            raise DataError(f"no sample can be read: {self._some()}")
+        while part:
+            yield self._rows(part, [sample.captions[0] for sample in part])
+            part = list(itertools.islice(good, size))
+
+    def all_captions(self, limit: int = 200_000) -> Iterator[str]:
+        for raw in itertools.islice(self._examples.one_epoch(), limit):
+            try:
+                yield from read_captions(raw)
+            except DataError:
+                continue  # named when it is drawn
+
+    def close(self) -> None:
+        """Let the threads end."""
+        for pool in (self._reader, self._decoders):
+            pool.shutdown(cancel_futures=True)
+
+    def _batch(self, samples: "_Order", count: int) -> list[Sample]:
+        raw = list(itertools.islice(samples, count))
+        found = list(self._decoders.map(self._decode, raw))
+        self._judge(raw, found)
+        good = [sample for sample in found if isinstance(sample, Sample)] or [self._next_good(samples)]
+        return [s if isinstance(s, Sample) else good[place % len(good)] for place, s in enumerate(found)]
+
+    def _judge(self, raw: Sequence[RawSample], found: Sequence[Sample | DataError]) -> None:
+        """Note what could not be read.
+
+        Raises: DataError when that is too much by now.
+        """
+        damage = self.stream.damage
+        for sample, reason in zip(raw, found, strict=True):
+            if not isinstance(reason, Sample):
+                damage.broken[sample.name] = str(reason)
+        shards = sum(name in self.stream.counts or name in self.stream.shards for name in damage.broken)
+        broken = len(damage.broken) - shards
+        if broken / max(damage.num_read, MIN_JUDGED) > self.max_skipped_share:
+            raise DataError(
+                f"{broken} of {damage.num_read} samples cannot be read, more than the "
+                f"{in_percent(self.max_skipped_share)} allowed; {self._some()}"
+            )
+        if 2 * shards > len(self.stream.shards):
+            raise DataError(f"{shards} of {len(self.stream.shards)} shards are damaged; {self._some()}")
+
+    def _next_good(self, samples: "_Order") -> Sample:
+        """The next sample of the order that can be read; it keeps its turn.
+
+        Raises: DataError when there is none, or too many before it cannot be read.
+        """
+        met: set[str] = set()
+        for count, raw in enumerate(samples.ahead()):
+            found = self._decode(raw)
+            if isinstance(found, Sample):
+                return found
+            self._judge([raw], [found])
+            met.add(raw.name)
+            # Three times as many as there are, so a whole epoch lies between; a block drawn by weight repeats some.
+            if count >= 3 * len(met) + 2 * self.stream.block:
+                break
+        raise DataError(f"of {len(met)} samples none can be read: {self._some()}")
+
+    def _decode(self, raw: RawSample) -> Sample | DataError:
+        try:
+            return decode(raw, self.sizes)
+        except DataError as error:
+            return error
+
+    def _rows(self, samples: list[Sample], captions: list[str]) -> Rows:
+        index = torch.tensor([_number(sample.name) for sample in samples])
+        images = {
+            size: torch.stack([s.pixels[size] for s in samples]).float() / 127.5 - 1
+            for size in self.sizes
+            if all(size in s.pixels for s in samples)
+        }
+        found = [sample.embedding for sample in samples]
+        embeddings = torch.stack([e for e in found if e is not None]) if all(e is not None for e in found) else None
+        return Rows(captions, images, index, embeddings)
+
+    def _some(self) -> str:
+        return "; ".join(f"{name}: {why}" for name, why in list(self.skipped.items())[:3])
+
+    def _tell(self) -> None:
+        new = list(self.skipped.items())[self._told :]
+        self._told += len(new)
+        for name, why in new:
+            warnings.warn(f"skipped {name}: {why}", stacklevel=3)
+
+
+class _Order:
+    """Samples one after another, where one may look ahead without taking any."""
+
+    def __init__(self, samples: Iterable[RawSample]) -> None:
+        self._samples = iter(samples)
+        self._seen: deque[RawSample] = deque()
+
+    def __iter__(self) -> Iterator[RawSample]:
+        return self
+
+    def __next__(self) -> RawSample:
+        return self._seen.popleft() if self._seen else next(self._samples)
+
+    def ahead(self) -> Iterator[RawSample]:
+        """The samples that come next; each still comes when it is its turn."""
+        yield from tuple(self._seen)
+        for sample in self._samples:
+            self._seen.append(sample)
+            yield sample
+
+
+def _number(name: str) -> int:
+    """The same for the same picture in every process."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
