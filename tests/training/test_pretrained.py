@@ -12,13 +12,14 @@ from transformers.utils import logging
 
 import unclip
 from unclip.errors import CheckpointError, ConfigError, WeightsError
+from unclip.pipelines.clip import read_clip
 from unclip.pipelines.component import write_component
 from unclip.training import recipe as recipe_module
 from unclip.training.assemble import assemble
 from unclip.training.clip import ClipTask
 from unclip.training.conditions import FrozenClip
 from unclip.training.diffusion import DecoderTask, PriorTask, SuperResTask
-from unclip.training.pretrained import normalized, read_clip
+from unclip.training.pretrained import normalized
 from unclip.training.recipe import ClipSettings, located, read_recipe
 from unclip.training.tokenizer import train_tokenizer
 from unclip.training.trainer import Trainer, step_generator

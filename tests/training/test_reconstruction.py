@@ -148,9 +148,9 @@ def test_what_is_no_image_model(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_mean": 0.5}, "image_mean is 0.5"),
-        ({"image_mean": [0.5, 0.5]}, "three numbers"),
-        ({"image_std": ["a", "b", "c"]}, "image_std is"),
+        ({"image_mean": None}, "None.* must be 3 numbers"),
+        ({"image_mean": [0.5, 0.5]}, "must be 3 numbers"),
+        ({"image_std": ["a", "b", "c"]}, "must be 3 numbers"),
         ({"image_std": [0.5, 0.5, 0.0]}, "above 0"),
     ],
 )
@@ -165,7 +165,8 @@ def test_a_network_that_takes_pictures_as_they_are(tmp_path):
     save_resnet(tmp_path)
     wanted, found = torch.rand(2, 1, 3, 32, 32) * 2 - 1
     distances = []
-    for settings in ({"do_normalize": False, "image_mean": [9] * 3}, {"image_mean": [0] * 3, "image_std": [1] * 3}):
+    plain = {"do_normalize": False, "image_mean": [9] * 3}
+    for settings in (plain, {"image_mean": [0] * 3, "image_std": [1] * 3}, {"image_mean": 0, "image_std": 1.0}):
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
         distances.append(perceptual_loss(tmp_path, 1.0)(found, wanted)["perceptual"].item())
-    assert distances[0] == distances[1]
+    assert distances[0] == distances[1] == distances[2]

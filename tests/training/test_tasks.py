@@ -97,6 +97,13 @@ def test_the_frozen_clip_lies_where_is_computed(tiny, stage, monkeypatch):
     assert moved == [(CLIPTextModelWithProjection, device), (CLIPVisionModelWithProjection, device)]
 
 
+def test_the_frozen_clip_lies_where_it_is_asked_to(clip_model, monkeypatch):
+    monkeypatch.setattr(conditions, "computing_device", lambda: torch.device("meta"))
+    clip = conditions.FrozenClip(clip_model, "cpu")
+    pictures = torch.zeros(2, 3, clip.image_size, clip.image_size)
+    assert clip.embed(pictures).isfinite().all()
+
+
 @STAGES
 def test_what_is_saved_loads_again(tiny, stage, tmp_path):
     task = TASKS[stage](tiny(stage))

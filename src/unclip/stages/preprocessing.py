@@ -71,9 +71,9 @@ class PicturePreprocessor:
             resample=_filter(given.pop("resample", 3)),
             do_center_crop=_switch(given.pop("do_center_crop", True)),
             crop_size=_sides(given.pop("crop_size", 224), ("height", "width")),
-            rescale_factor=_numbers([given.pop("rescale_factor", 1 / 255)], 1)[0],
-            image_mean=_numbers(given.pop("image_mean", OPENAI_MEAN), 3),
-            image_std=_numbers(given.pop("image_std", OPENAI_STD), 3),
+            rescale_factor=numbers([given.pop("rescale_factor", 1 / 255)], 1)[0],
+            image_mean=numbers(given.pop("image_mean", OPENAI_MEAN), 3),
+            image_std=numbers(given.pop("image_std", OPENAI_STD), 3),
         )
         if given:
             raise ConfigError(f"{', '.join(sorted(given)):.80} in preprocessor_config.json is not implemented")
@@ -149,7 +149,8 @@ def _filter(value: Any) -> int:
     return value
 
 
-def _numbers(values: Any, count: int) -> tuple[float, ...]:
+def numbers(values: Any, count: int) -> tuple[float, ...]:
+    """A list in preprocessor_config.json as `count` finite numbers. Raises: ConfigError for anything else."""
     if not isinstance(values, list | tuple) or len(values) != count:
         raise ConfigError(f"{values!r:.80} in preprocessor_config.json must be {count} numbers")
     if not all(type(value) in (int, float) and math.isfinite(value) for value in values):

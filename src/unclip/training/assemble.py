@@ -14,10 +14,10 @@ from unclip.checkpoints.files import atomic_folder, read_json, write_json
 from unclip.checkpoints.layout import API_VERSION, FURTHER_SUPER_RES
 from unclip.checkpoints.recommended import write_recommended
 from unclip.errors import InputError, MissingFileError
+from unclip.pipelines.clip import is_whole_clip, read_clip
 from unclip.pipelines.component import index_entry, read_component, write_component
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 from unclip.pipelines.text_to_image import UnCLIPPipeline
-from unclip.training.pretrained import is_whole_clip, read_clip
 
 # Component → (which run it comes from, its folder there, its class).
 PARTS = {

@@ -26,8 +26,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 from unclip.checkpoints.files import read_json
 from unclip.data.rows import Source
 from unclip.errors import ConfigError, UnclipError
+from unclip.pipelines.clip import PretrainedClip, read_clip
 from unclip.pipelines.component import read_component, write_component
-from unclip.training.pretrained import PretrainedClip, normalized, read_clip
+from unclip.training.pretrained import normalized
 from unclip.training.recipe import ClipSettings, Recipe
 from unclip.training.task import Batch, Sourced, of_rows, source_of
 from unclip.training.tokenizer import END, START, train_tokenizer

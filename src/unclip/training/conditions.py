@@ -15,10 +15,11 @@ from unclip.data.folder import CaptionedPictures
 from unclip.data.rows import Rows
 from unclip.data.source import FolderSource
 from unclip.errors import ConfigError
+from unclip.pipelines.clip import read_clip
 from unclip.stages.condition import TextEmbedding
 from unclip.stages.encoders import TextEncoder
 from unclip.training.known_embeddings import known_embeddings
-from unclip.training.pretrained import normalized, read_clip
+from unclip.training.pretrained import normalized
 from unclip.training.recipe import Recipe
 from unclip.training.task import Batch, computing_device, source_of
 
@@ -31,13 +32,14 @@ SPREAD_ROWS = 4096
 
 
 class FrozenClip:
-    """The CLIP that prior and decoder live in, on the device that computes: captions are encoded on demand, pictures
-    once at the start.
+    """The CLIP that prior and decoder live in: captions are encoded on demand, pictures once at the start.
+
+    It lies on `device`, or where the run computes.
     """
 
-    def __init__(self, folder: Path | str):
+    def __init__(self, folder: Path | str, device: torch.device | str | None = None):
         clip = read_clip(Path(folder))
-        self.device = computing_device()
+        self.device = computing_device() if device is None else torch.device(device)
         for encoder in (clip.text_encoder, clip.image_encoder):
             encoder.to(self.device)  # pyright: ignore[reportArgumentType]
         text: Any = clip.text_encoder.config

@@ -58,8 +58,7 @@ def embed(
             that unfinished shards were made of.
         OutputExistsError: `out` is there already, or was begun otherwise.
     """
-    encoder, damage = FrozenClip(clip), Damage()
-    encoder.image_encoder.to(device)  # pyright: ignore[reportArgumentType]
+    encoder, damage = FrozenClip(clip, device), Damage()
     pixels_as = json.loads(encoder.feature_extractor.to_json_string())
     asked = {"clip": encoder.fingerprint, "feature_extractor": pixels_as}
     shards = Unfinished(out, asked | {"keep_pictures": keep_pictures, "per_shard": per_shard})
@@ -105,8 +104,7 @@ def _batch(
     if not good:
         return
     pixels = torch.stack([sample.pixels[encoder.image_size] for _, sample in good])
-    pixels = pixels.to(encoder.image_encoder.device).float() / 127.5 - 1
-    for (raw, sample), embedding in zip(good, encoder.embed(pixels).cpu(), strict=True):
+    for (raw, sample), embedding in zip(good, encoder.embed(pixels.float() / 127.5 - 1), strict=True):
         content = io.BytesIO()
         np.save(content, embedding.numpy().astype(np.float16))
         told = json.dumps(about(raw) | {"captions": sample.captions}, ensure_ascii=False).encode()

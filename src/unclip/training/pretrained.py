@@ -1,4 +1,4 @@
-"""Pictures as a CLIP's image encoder wants them, of any CLIP that `unclip.pipelines.clip` reads.
+"""Pictures as a CLIP's image encoder wants them.
 
 Knows preprocessors' settings; knows neither recipe nor task. Called by the tasks.
 """
@@ -8,10 +8,6 @@ from typing import Any
 
 from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor
-
-from unclip.pipelines.clip import PretrainedClip, is_whole_clip, read_clip
-
-__all__ = ["PretrainedClip", "is_whole_clip", "normalized", "read_clip", "scaled"]
 
 
 def normalized(pixels: Tensor, feature_extractor: BaseImageProcessor) -> Tensor:

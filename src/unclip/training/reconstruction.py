@@ -4,7 +4,6 @@ Knows frozen image networks of transformers; knows neither noise nor recipe. Cal
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,9 @@ from torch import Tensor, nn
 from unclip.checkpoints.files import read_json
 from unclip.checkpoints.weights import check_finite, open_weights, read_tensors
 from unclip.errors import CheckpointError, ConfigError, MissingFileError, WeightsError
-from unclip.training.pretrained import is_whole_clip, normalized, read_clip, scaled
+from unclip.pipelines.clip import is_whole_clip, read_clip
+from unclip.stages.preprocessing import numbers
+from unclip.training.pretrained import normalized, scaled
 
 Hidden = Sequence[Tensor]
 """A network's hidden states, one a layer: [batch, tokens, width] or [batch, channels, height, width]."""
@@ -114,14 +115,11 @@ def _mean_and_spread(folder: Path) -> tuple[Sequence[float], Sequence[float]]:
     about = read_json(path) if path.is_file() else {}
     if about.get("do_normalize") is False:
         return (0.0,) * 3, (1.0,) * 3
-    found = [about.get(name, (0.5,) * 3) for name in ("image_mean", "image_std")]
-    for name, values in zip(("image_mean", "image_std"), found, strict=True):
-        is_list = isinstance(values, (list, tuple)) and len(values) == 3
-        if not is_list or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
-            raise ConfigError(f"{path}: {name} is {values!r}; it must be three numbers, one a channel")
-    if min(found[1]) <= 0:
-        raise ConfigError(f"{path}: image_std is {found[1]!r}; pictures are divided by it, so it must be above 0")
-    return found[0], found[1]
+    found = (about.get(name, 0.5) for name in ("image_mean", "image_std"))
+    mean, spread = (numbers(values if isinstance(values, list) else [values] * 3, 3) for values in found)
+    if min(spread) <= 0:
+        raise ConfigError(f"image_std is {spread!r} in {path}; pictures are divided by it, so it must be above 0")
+    return mean, spread
 
 
 def _distance(found: Tensor, right: Tensor) -> Tensor:
