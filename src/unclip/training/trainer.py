@@ -5,6 +5,7 @@ affair. Called by `unclip train`.
 """
 
 import contextlib
+import gc
 import math
 import signal
 import threading
@@ -131,7 +132,7 @@ class Trainer:
                 with self._writing():
                     self.run_folder.start(self.recipe, self.step)
             self._start_trackers()
-            stack.callback(self.accelerator.end_training)
+            stack.callback(self._leave)
             bar = progress(total=self.recipe.steps, initial=self.step, unit="step") if progress else None
             if bar is not None:
                 stack.callback(bar.close)
@@ -336,6 +337,18 @@ class Trainer:
         if self._is_main:
             with self._writing(), self._carrying(ema), torch.no_grad():
                 self.task.sample_sheet(self.run_folder.sample_path(self.step))
+
+    def _leave(self) -> None:
+        """Close the trackers and the processes' group.
+
+        DDP's reducer must go before the group: whoever drops the group last waits for its thread, and that may wait for
+        the interpreter's lock; the group's own Python object lets go of the lock, the reducer does not.
+        """
+        if self.module is not self.weights:
+            self.module = self.weights
+            self.accelerator.free_memory()
+            gc.collect()
+        self.accelerator.end_training()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
