@@ -220,6 +220,13 @@ def test_samples_are_drawn_by_their_weight(weighed):
     assert sorted(numbers(stream.one_epoch())) == [0, *range(2, 20)]
 
 
+@pytest.mark.parametrize(("power", "share"), [(0.0, 1 / 19), (0.5, 3 / 21), (2.0, 81 / 99)])
+def test_weights_count_to_a_power(weighed, power, share):
+    order = take(ShardStream(expand(weighed), seed=1, block=64, weight_power=power), 0, 1900)
+    assert 1 not in order  # of weight 0, whatever the power
+    assert order.count(0) == pytest.approx(1900 * share, rel=0.12)
+
+
 def test_an_order_by_weight_can_be_entered_anywhere(weighed):
     names = expand(weighed)
     order = take(ShardStream(names, seed=1, block=7), 0, 70)

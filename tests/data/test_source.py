@@ -15,6 +15,8 @@ from unclip.data.shards import RawSample, read_shard
 from unclip.data.source import FolderSource, open_source
 from unclip.data.stream import ShardSource
 from unclip.errors import DataError
+from unclip.training.recipe import read_recipe
+from unclip.training.task import source_of
 
 from .conftest import png
 
@@ -168,6 +170,16 @@ def test_shards_give_pictures_and_captions(shards, source):
         assert rows.embeddings is None
         seen += shown(rows)
     assert sorted(seen) == list(range(20))
+
+
+def test_a_recipe_says_how_shards_are_read(shards, tmp_path, monkeypatch):
+    pools = []
+    monkeypatch.setattr("unclip.data.stream.ThreadPoolExecutor", lambda *args, **how: pools.append(args))
+    text = f'stage = "super_res"\ndata = "{shards(20, per_shard=4)}"\nreader_workers = 5\n[super_res]\n'
+    (tmp_path / "recipe.toml").write_text(text)
+    opened = source_of(read_recipe(tmp_path / "recipe.toml"), (8,), weight_power=0.25)
+    assert pools == [(1,), (5,)]  # one reads, five decode
+    assert opened.stream.weight_power == 0.25
 
 
 def test_a_step_is_the_same_whatever_was_drawn_before(shards, source):

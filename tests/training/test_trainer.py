@@ -715,6 +715,19 @@ def test_metrics_go_to_a_tracker_too(tmp_path):
         assert value == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.parametrize(("name", "left"), [("wandb", "run/wandb/*/*.wandb"), ("trackio", "kept/unclip.db")])
+def test_metrics_go_to_the_trackers_that_are_installed(tmp_path, monkeypatch, name, left):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "kept"))  # read when trackio is imported
+    pytest.importorskip(name)
+    recipe = line_recipe(trackers=(name,), log_every_steps=3)
+    for steps in (6, 12):  # a run that goes on
+        Trainer(LineTask(), dataclasses.replace(recipe, steps=steps), tmp_path / "run").run()
+    assert [path for path in tmp_path.glob(left) if path.stat().st_size > 1000]
+    assert {path.name for path in tmp_path.iterdir()} <= {"run", "kept"}
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own modules
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs a C++ compiler")

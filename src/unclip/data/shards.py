@@ -174,6 +174,7 @@ class ShardStream:
         block: how many samples are shuffled together.
         rank, world: this process's number, and how many there are.
         counts: samples a shard, if known; learned while reading, and needed to enter in the middle.
+        weight_power: a sample is drawn by its weight to this power; 0 takes all alike (but those of weight 0).
     """
 
     def __init__(
@@ -185,11 +186,13 @@ class ShardStream:
         rank: int = 0,
         world: int = 1,
         counts: Mapping[str, int] | None = None,
+        weight_power: float = 1.0,
     ) -> None:
         if len(shards) < world:
             raise DataError(f"{len(shards)} shards for {world} processes; cut the data into {world} shards or more")
         self.shards, self.seed, self.block, self.rank, self.world = shards, seed, block, rank, world
         self.counts: dict[str, int] = dict(counts or {})
+        self.weight_power = weight_power
         self.damage = Damage()
 
     def read_from(self, position: int) -> Iterator[RawSample]:
@@ -252,7 +255,8 @@ class ShardStream:
             if not held:
                 return
             generator = self._generator(epoch, self.rank, number)
-            for place in _places(held if weighted else [], len(held), generator)[skip:]:
+            weights = [weight_of(sample) ** self.weight_power for sample in held] if weighted else []
+            for place in _places(weights, len(held), generator)[skip:]:
                 self.damage.num_read += 1
                 yield held[place]
             skip = 0
@@ -273,9 +277,8 @@ class ShardStream:
         return self.damage.some() or "they are empty, or all weights are 0"
 
 
-def _places(weighed: list[RawSample], count: int, generator: torch.Generator) -> list[int]:
-    """`count` numbers of samples of a block: each once, or, if those that are weighed differ, drawn by weight."""
-    weights = [weight_of(sample) for sample in weighed]
+def _places(weights: list[float], count: int, generator: torch.Generator) -> list[int]:
+    """`count` numbers of samples of a block: each once, or, if they have weights that differ, drawn by weight."""
     if len(set(weights)) < 2:
         return torch.randperm(count, generator=generator).tolist()
     shares = torch.tensor(weights, dtype=torch.float64) / max(weights)

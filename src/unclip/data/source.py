@@ -13,7 +13,7 @@ from torch import Tensor
 from unclip.data.folder import MAX_SKIPPED_SHARE, CaptionedPictures, join, load_sizes
 from unclip.data.rows import Rows, Source, choose_captions
 from unclip.data.shards import is_shards
-from unclip.data.stream import ShardSource
+from unclip.data.stream import NUM_WORKERS, ShardSource
 from unclip.errors import DataError
 
 
@@ -83,12 +83,14 @@ def open_source(
     weight_power: float = 1.0,
     include_held_out: bool = False,
     max_skipped_share: float = MAX_SKIPPED_SHARE,
+    num_workers: int = NUM_WORKERS,
     rank: int = 0,
     world: int = 1,
 ) -> Source:
     """The data set at `data`: folders with `metadata.jsonl`, or tar shards (a folder of them, a glob, URLs).
 
-    Pictures or samples that cannot be read are skipped and named, up to `max_skipped_share` of all.
+    Pictures or samples that cannot be read are skipped and named, up to `max_skipped_share` of all. A stream's samples
+    are decoded by `num_workers` threads.
 
     Raises: DataError when it is neither, or cannot be read.
     """
@@ -96,7 +98,16 @@ def open_source(
     if any(is_shards(place) for place in places):
         if len(places) > 1:
             raise DataError("shards are read from one place; put them into one folder, or name them with one pattern")
-        return ShardSource(places[0], sizes, seed=seed, rank=rank, world=world, max_skipped_share=max_skipped_share)
+        return ShardSource(
+            places[0],
+            sizes,
+            seed=seed,
+            rank=rank,
+            world=world,
+            max_skipped_share=max_skipped_share,
+            weight_power=weight_power,
+            num_workers=num_workers,
+        )
     return FolderSource(
         [Path(place) for place in places],
         sizes,

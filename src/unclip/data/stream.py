@@ -21,6 +21,8 @@ from unclip.errors import DataError
 
 MIN_JUDGED = 200
 """Samples that must have been read before a share of broken ones says anything."""
+NUM_WORKERS = 2
+"""Threads that decode the samples of a stream."""
 
 
 class ShardSource:
@@ -35,6 +37,7 @@ class ShardSource:
         seed: of the order.
         rank, world: this process's number, and how many there are: each reads its own shards.
         max_skipped_share: of the samples that may be broken; of the shards half may be.
+        weight_power: of a sample's weight, in how often it is drawn.
         num_workers: threads that decode.
 
     Raises: DataError when the shards are not there or hold nothing.
@@ -52,10 +55,13 @@ class ShardSource:
         rank: int = 0,
         world: int = 1,
         max_skipped_share: float = MAX_SKIPPED_SHARE,
-        num_workers: int = 2,
+        weight_power: float = 1.0,
+        num_workers: int = NUM_WORKERS,
     ) -> None:
         self.sizes, self.max_skipped_share = tuple(sizes), max_skipped_share
-        self.stream = ShardStream(expand(shards), seed=seed, block=block, rank=rank, world=world)
+        self.stream = ShardStream(
+            expand(shards), seed=seed, block=block, rank=rank, world=world, weight_power=weight_power
+        )
         self._examples = ShardStream(self.stream.shards, seed=seed, block=1)  # the same for every process
         self._examples.counts = self.stream.counts
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="unclip-read")

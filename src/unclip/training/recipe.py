@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from unclip.checkpoints.hub import is_name, resolve
 from unclip.data.folder import MAX_SKIPPED_SHARE
+from unclip.data.stream import NUM_WORKERS
 from unclip.errors import ConfigError, MissingDependencyError
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -225,6 +226,8 @@ class Recipe:
         precision: "no" is float32.
         compile: compile the networks first (torch.compile): minutes at the start, then faster steps where it helps.
         shard: cut weights, gradients, optimizer state and average over the processes (FSDP), if there are several.
+        max_skipped_share: of the pictures or samples that may be broken.
+        reader_workers: threads of a process that decode the samples of shards, ahead of the step that needs them.
         trackers: what metrics go to beside metrics.jsonl: "tensorboard", "wandb", "trackio".
         lora: train adapters in the network of `start_from` (a prior or decoder) and leave its own weights.
         ema_decay: of the weights that are kept; warmed up as (1 + step) / (10 + step).
@@ -241,6 +244,7 @@ class Recipe:
     compile: bool = False
     shard: bool = False
     max_skipped_share: float = MAX_SKIPPED_SHARE
+    reader_workers: int = NUM_WORKERS
     trackers: tuple[str, ...] = ()
     ema_decay: float = 0.999
     log_every_steps: int = 50
@@ -270,7 +274,7 @@ class Recipe:
                 raise ConfigError(f"trackers has {name!r}; it may have {', '.join(TRACKERS)}")
             if importlib.util.find_spec(name) is None:
                 raise MissingDependencyError(f"the tracker {name!r} is not installed: pip install {name}")
-        counts = ("steps", "batch_size", "accumulation", "log_every_steps", "sample_every_steps")
+        counts = ("steps", "batch_size", "accumulation", "log_every_steps", "sample_every_steps", "reader_workers")
         _check("", self, above_zero=counts, not_negative=("seed", "save_every_s"), below_one=("ema_decay",))
         _check("", self, shares=("max_skipped_share",))
         if self.batch_size % self.accumulation:

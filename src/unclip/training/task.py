@@ -108,6 +108,7 @@ def source_of(recipe: Recipe, sizes_px: tuple[int, ...], **how: Any) -> Source:
         sizes_px,
         seed=recipe.seed,
         max_skipped_share=recipe.max_skipped_share,
+        num_workers=recipe.reader_workers,
         rank=place.process_index,
         world=place.num_processes,
         **how,

@@ -330,7 +330,9 @@ class Trainer:
         if self.recipe.trackers:
             settings = flat(as_dict(self.recipe))
             plain = {name: v if isinstance(v, int | float | str) else str(v) for name, v in settings.items()}
-            self.accelerator.init_trackers("unclip", config=plain)
+            name = self.folder.absolute().name
+            how = {"wandb": {"name": name, "dir": str(self.folder)}, "trackio": {"name": name, "resume": "allow"}}
+            self.accelerator.init_trackers("unclip", config=plain, init_kwargs=how)
 
     def _sample(self) -> None:
         ema = self._gathered(self.ema)
