@@ -149,9 +149,9 @@ def test_assemble_passes_its_options_on(unclip, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "unclip.training.assemble", module)
     names = ("clip", "prior", "decoder", "super-res-first", "super-res-last")
     options = [word for name in names for word in (f"--{name}", tmp_path / name)]
-    options += ["--super-res-more", tmp_path / "second", "--super-res-more", tmp_path / "third"]
+    options += ["--super-res-more", tmp_path / "second", "--super-res-more", "unclip-emoji:512"]
     done = unclip("assemble", *options, "--out", tmp_path / "model", "--dtype", "float16")
     assert done.lines == [str(tmp_path / "model")], done.err
     runs = {name.replace("-", "_"): tmp_path / name for name in names}
-    runs["super_res_more"] = [tmp_path / "second", tmp_path / "third"]
+    runs["super_res_more"] = [tmp_path / "second", (Path("unclip-emoji"), 512)]
     assert asked == {**runs, "out": tmp_path / "model", "dtype": torch.float16, "defaults": None, "overwrite": False}

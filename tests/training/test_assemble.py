@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,6 +149,33 @@ def test_further_stages_out_of_a_model(runs, more, tmp_path):
     assert pipe.cascade["super_res_3"].first.config.sample_size == 128
     assert pipe.super_res_2_last is None
     assert pipe.super_res_3_last is not None
+
+
+def test_a_stage_serves_again_at_another_size(runs, tmp_path):
+    assemble(**runs, out=tmp_path / "old")
+    model = {name: tmp_path / "old" for name in runs}
+    assemble(**model, super_res_more=[(tmp_path / "old", 64), (tmp_path / "old", 256)], out=tmp_path / "new")
+    pipe = UnCLIPPipeline.from_pretrained(tmp_path / "new")
+    sizes = {stage: networks.first.config.sample_size for stage, networks in pipe.cascade.items()}
+    assert sizes == {"super_res": 32, "super_res_2": 64, "super_res_3": 256}
+    assert pipe.super_res_3_last.config.sample_size == 256
+    first, again = pipe.super_res_first.state_dict(), pipe.super_res_3_first.state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("size", [0, 32, 65_537])
+def test_sizes_that_enlarge_nothing(runs, tmp_path, size):
+    with pytest.raises(ConfigError, match="sample_size"):
+        assemble(**runs, super_res_more=[(runs["super_res_first"], size)], out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_by_its_name(runs, tmp_path, monkeypatch):
+    assemble(**runs, out=tmp_path / "old")
+    monkeypatch.setattr("unclip.training.assemble.resolve", {"unclip-emoji": tmp_path / "old"}.__getitem__)
+    names = dict.fromkeys(runs, Path("unclip-emoji"))
+    assemble(**names, out=tmp_path / "new")
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == sorted(p.name for p in (tmp_path / "old").iterdir())
 
 
 def test_further_stages_that_do_not_fit(runs, more, tmp_path):

@@ -31,8 +31,8 @@ ASSEMBLE_EXAMPLES = options.examples(
     "  --super-res-first runs/super_res --super-res-last runs/super_res_last \\",
     "  --out models/mine",
     'unclip generate "a red apple" --model models/mine',
-    "unclip assemble --clip old --prior old --decoder runs/decoder \\",
-    "  --super-res-first old --super-res-last old --out new",
+    "unclip assemble --clip unclip-emoji --prior unclip-emoji \\",
+    "  --decoder runs/decoder --super-res-first unclip-emoji --out new",
 )
 
 
@@ -165,8 +165,12 @@ def assemble(
         ),
     ] = None,
     super_res_more: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="RUN", help="Run of super_res for a further stage, which enlarges again; once for each."),
+        list[str] | None,
+        typer.Option(
+            metavar="RUN[:SIZE]",
+            help="Run of super_res for a further stage, which enlarges again, to SIZE pixels a side if it was trained "
+            "for another size; once for each.",
+        ),
     ] = None,
     defaults: Annotated[
         Path | None,
@@ -179,7 +183,7 @@ def assemble(
 ) -> None:
     """Put trained stages together into one model folder.
 
-    Where a run is asked for, a model's folder does too: then its stage is taken as it is.
+    Where a run is asked for, a model's folder or name does too: then its stage is taken as it is.
     The folder serves both `unclip generate` and `unclip vary`. Its path is printed on stdout.
     """
     import torch
@@ -193,10 +197,18 @@ def assemble(
         decoder=decoder,
         super_res_first=super_res_first,
         super_res_last=super_res_last,
-        super_res_more=super_res_more or [],
+        super_res_more=[_sized(run) for run in super_res_more or []],
         out=out,
         dtype=None if dtype is None else getattr(torch, dtype),
         defaults=None if defaults is None else read_json(defaults),
         overwrite=overwrite,
     )
     print(out, flush=True)
+
+
+def _sized(text: str) -> Path | tuple[Path, int]:
+    """`RUN` or `RUN:SIZE`; a folder of that very name comes first."""
+    run, _, size = text.rpartition(":")
+    if not (run and size.isdecimal()) or Path(text).is_dir():
+        return Path(text)
+    return Path(run), int(size)

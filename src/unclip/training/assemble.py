@@ -3,6 +3,7 @@
 Knows runs' folders and the layout of a pipeline; trains nothing. Called by `unclip assemble`.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from unclip.checkpoints.files import atomic_folder, read_json, write_json
+from unclip.checkpoints.hub import is_name, resolve
 from unclip.checkpoints.layout import API_VERSION, FURTHER_SUPER_RES
 from unclip.checkpoints.recommended import write_recommended
 from unclip.errors import InputError, MissingFileError
@@ -43,7 +45,7 @@ def assemble(
     decoder: Path,
     super_res_first: Path,
     super_res_last: Path | None = None,
-    super_res_more: Sequence[Path] = (),
+    super_res_more: Sequence[Path | tuple[Path, int]] = (),
     out: Path,
     dtype: torch.dtype | None = None,
     defaults: Mapping[str, Any] | None = None,
@@ -53,10 +55,11 @@ def assemble(
     """Write one folder that both pipelines load, from the stages' runs.
 
     Args:
-        clip, prior, decoder, super_res_first: each a run's folder (with `model/` in it), or a model to take it from;
-            the CLIP may be transformers' own `CLIPModel`.
+        clip, prior, decoder, super_res_first: each a run's folder (with `model/` in it), or a model to take it from,
+            by its folder or its name; the CLIP may be transformers' own `CLIPModel`.
         super_res_last: another one for the last step; without it the first network does all steps.
-        super_res_more: a run for each further super-resolution stage, in the order in which they enlarge.
+        super_res_more: a run for each further super-resolution stage, in the order in which they enlarge; with a
+            number, for pictures of so many pixels a side whatever size it was trained for (the networks have none).
         out: the folder to make.
         dtype: of the weights on disk; as they are when left out.
         defaults: what `generate` takes unless told otherwise (`decoder_guidance_scale`, …).
@@ -103,24 +106,29 @@ def _parts(prior: Path) -> dict[str, tuple[str, str, str]]:
     return {name: part for name, part in parts.items() if name != "prior_scheduler"}
 
 
-def _further(runs: Sequence[Path]) -> dict[str, Any]:
-    """The further super-resolution stages' components: of a run, or of the same stage in a model.
+def _further(runs: Sequence[Path | tuple[Path, int]]) -> dict[str, Any]:
+    """The further super-resolution stages' components: of a run, or of the same stage in a model, or of its first.
 
     Raises: InputError for more than there can be.
     """
     if len(runs) > len(FURTHER_SUPER_RES):
         raise InputError(f"there are {len(runs)} further super-resolution stages; at most {len(FURTHER_SUPER_RES)}")
     components: dict[str, Any] = {}
-    for stage, run in zip(FURTHER_SUPER_RES, runs, strict=False):
+    for stage, asked in zip(FURTHER_SUPER_RES, runs, strict=False):
+        run, size_px = asked if isinstance(asked, tuple) else (asked, None)
         there = stage if (_model(run) / f"{stage}_first").is_dir() else "super_res"
-        for part, class_name in (("first", "UNet2DModel"), ("scheduler", "UnCLIPScheduler")):
-            components[f"{stage}_{part}"] = _read(run, stage, f"{there}_{part}", class_name)
-        if there == stage and (_model(run) / f"{stage}_last").is_dir():
-            components[f"{stage}_last"] = _read(run, stage, f"{stage}_last", "UNet2DModel")
+        components[f"{stage}_scheduler"] = _read(run, stage, f"{there}_scheduler", "UnCLIPScheduler")
+        parts = ["first"] + ["last"] * (_model(run) / f"{there}_last").is_dir()
+        for part in parts:
+            network = components[f"{stage}_{part}"] = _read(run, stage, f"{there}_{part}", "UNet2DModel")
+            if size_px is not None:
+                network.config = dataclasses.replace(network.config, sample_size=size_px)
     return components
 
 
 def _model(run: Path) -> Path:
+    if not run.is_dir() and is_name(str(run)):
+        return resolve(str(run))
     return run / "model" if (run / "model").is_dir() else run
 
 

@@ -1,0 +1,185 @@
+"""Run every drawing command of the guides, each in a process of its own, and put its pictures into docs/images.
+
+Prints a table of the seconds from start to exit.
+
+python examples/guide_pictures.py --data data/emoji                          # all of them, in about ten minutes
+python examples/guide_pictures.py --data data/emoji --guide manipulations    # one guide's
+python examples/guide_pictures.py --data data/emoji --only edited blended    # those whose command names these
+"""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from unclip import UnCLIPInpaintPipeline, UnCLIPPipeline
+from unclip.data.folder import read_records
+from unclip.images import grid, labelled
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+GUIDES = ("manipulations", "editing", "priors")
+SOURCES = {"cat.png": "cat face", "dog.png": "dog face", "heart.png": "red heart"}
+SHEET_WIDTH_PX = 900
+NAMES = {"path": "pictures"}
+"""What a sheet is called that a command writes into a folder of another name."""
+CANDIDATES = ["lion-1", "rocket-2", "rose-3", "penguin-4", "sailboat-5"]
+# Pictures that several commands of a guide make together: rows of files and labels.
+SHOWN = {
+    "manipulations": {
+        "inverted.png": [[("cat.png", "the picture"), ("latents/cat-reconstruction.png", "out of its latents")]],
+    },
+    "editing": {
+        "inpaint.png": [
+            [
+                ("dog-face-1.png", "dog face"),
+                ("mask.png", "the mask"),
+                ("dog-face-1-inpaint-3.png", "cat face"),
+                ("dog-face-1-inpaint-4.png", "no prompt"),
+            ]
+        ],
+        "redraw.png": [
+            [
+                ("dog-face-1.png", "dog face"),
+                ("dog-face-1-redraw-3.png", "lion, 0.4"),
+                ("dog-face-1-redraw-4.png", "lion, 0.6"),
+                ("dog-face-1-redraw-5.png", "lion, 0.75"),
+                ("dog-face-1-redraw-6.png", "lion, 0.9"),
+            ]
+        ],
+        "wide.png": [[("rainbow-2.png", "")]],
+        "enlarged.png": [[("dog-face-1.png", "128 px"), ("large/dog-face-1.png", "512 px, by a further stage")]],
+    },
+    "priors": {
+        "candidates.png": [
+            [(f"{folder}/{name}.png", label) for name in CANDIDATES]
+            for folder, label in (("one", "the first"), ("four", "the best of four"))
+        ],
+    },
+}
+# What is there, and what is asked for in the masked part; None: what is there already.
+EDITS = [
+    ("red apple", "green apple"), ("dog face", "cat face"), ("cat face", "tiger face"), ("lion", "dog face"),
+    ("pizza", "pizza"), ("birthday cake", "cupcake"), ("rose", "sunflower"), ("fish", "whale"),
+    ("butterfly", "butterfly"), ("red heart", "blue heart"), ("banana", None), ("hamburger", None),
+    ("cactus", None), ("evergreen tree", None), ("rainbow", None), ("fire", None),
+    ("smiling face", None), ("automobile", None), ("rocket", None), ("soccer ball", None),
+]  # fmt: skip
+
+
+def commands(guide: str) -> list[list[str]]:
+    """The arguments of every `unclip` line in the guide's shell blocks but for trainings and what has placeholders."""
+    text = (DOCS / "guides" / f"{guide}.md").read_text(encoding="utf-8")
+    lines = "\n".join(re.findall(r"```(?:sh|console)\n(.*?)```", text, re.DOTALL)).replace("\\\n", "").splitlines()
+    bare = [line.removeprefix("$ ") for line in lines]
+    found = [shlex.split(line)[1:] for line in bare if line.startswith("unclip ")]
+    return [args for args in found if args[0] != "train" and not {"RUN", "DIR", "…"} & set(args)]
+
+
+def half_mask() -> Image.Image:
+    """White, to be drawn anew, in the right half."""
+    mask = Image.new("L", (128, 128), "black")
+    mask.paste("white", (64, 0, 128, 128))
+    return mask
+
+
+def ellipse_mask() -> Image.Image:
+    """White in an ellipse right of the middle."""
+    mask = Image.new("L", (128, 128), "black")
+    ImageDraw.Draw(mask).ellipse((52, 20, 120, 108), fill="white")
+    return mask
+
+
+def save(sheet: Image.Image, path: Path) -> None:
+    """Small enough for a repository: 256 colours, no wider than a page."""
+    height = round(sheet.height * min(1, SHEET_WIDTH_PX / sheet.width))
+    small = sheet.convert("RGB").resize((min(sheet.width, SHEET_WIDTH_PX), height), Image.Resampling.LANCZOS)
+    small.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+def publish(name: str, made: Path, images: Path) -> None:
+    """The sheet (and the film) of the command whose folder is `made`, as `name`."""
+    with Image.open(next(made.glob("*-grid.png"))) as sheet:
+        save(sheet, images / f"{name}.png")
+    for film in made.glob("*.webp"):
+        shutil.copy(film, images / f"{name}.webp")
+
+
+def compose(rows: list[list[tuple[str, str]]]) -> Image.Image:
+    """Pictures side by side with their labels, each in the size of the largest, pixels as they are."""
+    opened = [(Image.open(file).convert("RGB"), text) for row in rows for file, text in row]
+    size = max((image.size for image, _ in opened), key=lambda size: size[1])
+    cards = [(image.resize(size, Image.Resampling.NEAREST), text) for image, text in opened]
+    return grid([labelled(image, text) if text else image for image, text in cards], columns=len(rows[0]), gap=8)
+
+
+def draw_guide(guide: str, data: Path, images: Path, only: list[str] | None) -> None:
+    """Run the guide's commands in a folder that is thrown away, and publish what they make."""
+    files = {record.label: record.file_name for record in read_records(data) if record.style == "flat"}
+    for name, label in SOURCES.items():
+        shutil.copy(data / files[label], name)
+    Path("data").mkdir()
+    Path("data/emoji").symlink_to(data)
+    half_mask().save("mask.png")
+    for arguments in commands(guide):
+        if only and not set(only) & set(arguments):
+            continue
+        begun = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "unclip", *arguments], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"unclip {shlex.join(arguments)}\n{done.stderr}")
+        print(f"| `unclip {shlex.join(arguments)}` | {time.perf_counter() - begun:.1f} |", flush=True)
+        if "--grid" in arguments:
+            made = Path(arguments[arguments.index("--out") + 1])
+            publish(NAMES.get(made.name, made.name), made, images)
+    for name, rows in SHOWN[guide].items():
+        if all(Path(file).is_file() for row in rows for file, _ in row):
+            save(compose(rows), images / name)
+
+
+def draw_twenty(images: Path) -> None:
+    """Twenty inpaintings: the picture, what is known of it, and the result."""
+    pipe = UnCLIPInpaintPipeline.from_pretrained("unclip-emoji")
+    pipe.set_progress_bar_config(leave=False)
+    mask = ellipse_mask()
+    originals = UnCLIPPipeline.from_pipe(pipe)([there for there, _ in EDITS], seed=1, **pipe.recommended).images
+    cards = []
+    for place, (original, (there, asked)) in enumerate(zip(originals, EDITS, strict=True)):
+        known = original.copy()
+        known.paste("#8090a0", (0, 0), mask)
+        result = pipe(asked, original, mask, seed=100 + place, **pipe.recommended).images[0]
+        triple = grid([original, known, result], columns=3, gap=2).resize((198, 66), Image.Resampling.LANCZOS)
+        cards.append(labelled(triple, f"{there}: {asked}" if asked else f"{there}, no prompt"))
+    save(grid(cards, columns=4, gap=10), images / "twenty.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="the emoji data set")
+    parser.add_argument("--guide", choices=GUIDES, help="of this guide alone")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="only the commands with one of these words")
+    asked = parser.parse_args()
+    data, before = asked.data.resolve(), Path.cwd()
+    print("| command | seconds |\n|---|---|")
+    for guide in [asked.guide] if asked.guide else GUIDES:
+        images = DOCS / "images" / guide
+        images.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)
+            try:
+                draw_guide(guide, data, images, asked.only)
+            finally:
+                os.chdir(before)
+        if guide == "editing" and not asked.only:
+            draw_twenty(images)
+
+
+if __name__ == "__main__":
+    main()
