@@ -248,7 +248,7 @@ def _made(
         image = scene(image, second.image, place)
         one, other = with_article(first.noun), with_article(second.noun)
         phrases = [f"{one} {place} {other}", f"{one} and {other}"]
-        held_out = is_held_out(first.noun, second.noun)
+        held_out = is_held_out(*sorted((first.noun, second.noun)))  # "b right of a" is the same picture
     if background is not None:
         phrases = [f"{phrase} on {with_article(background)} background" for phrase in phrases]
     return kind, on_background(image, background), tuple(phrases), held_out
