@@ -32,15 +32,18 @@ LAUNCHERS = {
 }
 
 
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def train(folder: Path, stage: str, out: str, launcher: str, *, steps: int = STEPS) -> None:
     """`unclip train` on a tiny recipe, by one of the launchers."""
     recipe = str(folder / "recipes" / "tiny" / f"{stage}.toml")
     unclip = ["-m", "unclip", "train", recipe, "--out", out, "--steps", str(steps), "-q"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*LAUNCHERS[launcher], *unclip], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    done = run([*LAUNCHERS[launcher], *unclip], folder)
     assert done.stdout == f"{out}/model\n"
     assert "Warning" not in done.stderr
 
@@ -83,6 +86,33 @@ def test_two_processes_do_what_one_does(place, stage, launcher):
         for run in ("one", "two")
     ]
     assert shapes[0] == shapes[1]  # what was cut is whole again
+
+
+PARTING = """
+import pathlib, sys
+from unclip.cli.train import make_task
+from unclip.training.recipe import read_recipe
+from unclip.training.trainer import Trainer
+recipe = read_recipe(pathlib.Path(sys.argv[1]), steps=1)
+trainer = Trainer(make_task(recipe), recipe, pathlib.Path("two"))
+threads = lambda: " ".join(path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm"))
+during = threads()
+trainer.run()
+pathlib.Path(f"threads-{trainer.accelerator.process_index}").write_text(during + chr(10) + threads())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted as Linux tells them")
+def test_nothing_of_the_process_group_is_left(place):
+    """Its last holder would wait for its thread with the interpreter's lock in hand, and the thread for the lock."""
+    (place / "parting.py").write_text(PARTING)
+    recipe = place / "recipes" / "tiny" / "super_res.toml"
+    command = [*LAUNCHERS["replicated"][1:], "parting.py", str(recipe)]
+    run([sys.executable, *command], place)
+    for rank in range(2):
+        during, after = (place / f"threads-{rank}").read_text().splitlines()
+        assert "gloo" in during
+        assert "gloo" not in after
 
 
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
