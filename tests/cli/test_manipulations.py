@@ -394,6 +394,25 @@ def test_a_broken_picture_is_left_out_of_a_fit(unclip, model, data, files):
     assert PrincipalComponents.load_with_texts(files / "pca.safetensors")[1]["num_pictures"] == "4"
 
 
+def test_a_fit_on_shards_is_that_of_their_pictures(unclip, model, data, tmp_path):
+    rows = [{"file_name": f"{place}.png", "text": "a square"} for place in range(4)]
+    rows += [{"file_name": "cat.png", "text": "held out", "held_out": True}, {"file_name": "../0.png", "text": "away"}]
+    shutil.copy(data / "0.png", data / "cat.png")
+    shutil.copy(data / "0.png", data.parent / "0.png")
+    (data / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert unclip("data", "pack", data, "--out", tmp_path / "shards", "--max-skipped", "1").code in (0, 3)
+    fitted = [
+        unclip("probe", "fit", source, "--model", model, "--out", tmp_path / f"{place}.safetensors", "--batch-size", 3)
+        for place, source in enumerate((data, tmp_path / "shards"))
+    ]
+    assert "../0.png" in fitted[0].err
+    assert (fitted[0].code, fitted[1].code) == (3, 0)
+    assert all("4 pictures" in one.err for one in fitted)
+    one, other = (PrincipalComponents.load(tmp_path / f"{place}.safetensors") for place in range(2))
+    assert torch.equal(one.mean, other.mean)
+    assert torch.equal(one.components, other.components)
+
+
 def test_nothing_to_fit_on(unclip, model, files):
     (files / "empty").mkdir()
     done = unclip("probe", "fit", files / "empty", "--model", model, "--out", files / "pca.safetensors")

@@ -3,8 +3,10 @@
 Knows data sets, files and options; principal components are another module's affair.
 """
 
+import itertools
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +24,7 @@ from unclip.errors import DataError, ImageError, InputError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from unclip.data.shards import Damage
     from unclip.models.pca import PrincipalComponents
 
 FIT_EXAMPLES = options.examples(
@@ -43,7 +46,9 @@ def probe_group() -> None:
 
 @probe.command("fit", epilog=FIT_EXAMPLES)
 def fit(
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="A folder of pictures, as of: unclip data emoji.")],
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="A data set: a folder, as of unclip data emoji, or tar shards.")
+    ],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -66,7 +71,8 @@ def fit(
 ) -> None:
     """Fit principal components to the embeddings of all pictures of a data set.
 
-    DATA is a data set's folder, or any folder with picture files in it. Without --out the components become a part of
+    DATA is a data set's folder (what it holds out is left out), any folder with picture files in it, or tar shards: a
+    folder of them, a pattern, URLs. Without --out the components become a part of
     the model, if that is a folder of yours, and `unclip probe show` finds them there. The path is printed on stdout.
     """
     from unclip.checkpoints.tensor_file import SUFFIX
@@ -77,18 +83,17 @@ def fit(
         raise InputError(f"--out {out} must end in {SUFFIX}")
     if out.exists() and not overwrite:
         raise OutputExistsError(f"{out} exists already; use --overwrite, or another name")
-    files = picture_files(data)
+    pictures = Pictures.of(data)
     bench = Workbench.open(model, Machine(dtype, device, False, quiet), {}, guidance=NO_GUIDANCE)
-    failed: list[Path] = []
-    components = bench.tool.fit_components(_batches(files, batch_size, failed), num_components)
-    count = len(files) - len(failed)
-    about = {"model": bench.about["model"], "data": data.resolve().name, "num_pictures": str(count)}
+    components = bench.tool.fit_components(pictures.batches(batch_size), num_components)
+    count = pictures.num_read
+    about = {"model": bench.about["model"], "data": Path(data).resolve().name, "num_pictures": str(count)}
     bench.tool.save_components(components, out, about=about, overwrite=overwrite)
     if not quiet:
         halves = int((components.explained < 0.5).sum()) + 1
         note(f"{count} pictures; the first {halves} of {components.dim} dimensions hold half of the variance")
     print(out, flush=True)
-    if failed:
+    if pictures.num_failed:
         raise typer.Exit(SOME_FAILED)
 
 
@@ -176,33 +181,65 @@ def dimensions(text: str | None, components: "PrincipalComponents") -> list[int]
     return counts
 
 
-def picture_files(data: Path) -> list[Path]:
-    """The pictures of a data set by its records, or else all picture files in a folder and below, sorted.
+@dataclass
+class Pictures:
+    """The pictures of a data set, of shards, or of a folder, once each; those that cannot be read are told of.
 
-    Raises: DataError when there are none.
+    Attributes:
+        data: as `unclip.data.samples.raw_samples` takes it; None for a folder without records.
+        files: of such a folder.
+        num_read, num_failed: so far.
     """
-    from unclip.cli.workbench import PICTURE_SUFFIXES
-    from unclip.data.folder import read_records
 
-    if (data / "metadata.jsonl").exists():
-        return [data / record.file_name for record in read_records(data)]
-    files = sorted(path for path in data.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
-    if not files:
-        raise DataError(f"{data} is no data set's folder and has no pictures in it")
-    return files
+    data: str | None
+    files: list[Path]
+    num_read: int = 0
+    num_failed: int = 0
 
+    @classmethod
+    def of(cls, data: str) -> "Pictures":
+        """Raises: DataError when there are none."""
+        from unclip.cli.workbench import PICTURE_SUFFIXES
+        from unclip.data.shards import is_shards
 
-def _batches(files: list[Path], size: int, failed: list[Path]) -> "Iterator[list[Image]]":
-    """The pictures; files that cannot be read are told of and put into `failed`."""
-    from unclip.images import open_image
+        folder = Path(data)
+        if is_shards(data) or (folder / "metadata.jsonl").exists():
+            return cls(data, [])
+        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+        if not files:
+            raise DataError(f"{data} is no data set and has no pictures in it")
+        return cls(None, files)
 
-    for start in range(0, len(files), size):
-        batch = []
-        for path in files[start : start + size]:
+    def batches(self, size: int) -> "Iterator[list[Image]]":
+        """As many at once; the last may be fewer."""
+        from unclip.data.shards import Damage
+
+        damage = Damage()
+        found = self._opened() if self.data is None else self._streamed(self.data, damage)
+        while batch := list(itertools.islice(found, size)):
+            self.num_read += len(batch)
+            yield batch
+        for name, why in damage.broken.items():
+            error(f"{name}: {why}")
+        self.num_failed += len(damage.broken)
+
+    def _opened(self) -> "Iterator[Image]":
+        from unclip.images import open_image
+
+        for path in self.files:
             try:
-                batch.append(open_image(path))
+                yield open_image(path)
             except ImageError as problem:
                 error(problem)
-                failed.append(path)
-        if batch:
-            yield batch
+                self.num_failed += 1
+
+    @staticmethod
+    def _streamed(data: str, damage: "Damage") -> "Iterator[Image]":
+        from unclip.data.decoding import read_picture
+        from unclip.data.samples import raw_samples
+
+        for raw in raw_samples(data, damage):
+            try:
+                yield read_picture(raw)
+            except DataError as problem:
+                damage.broken[raw.name] = str(problem)

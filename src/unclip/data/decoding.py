@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from unclip.data.folder import square_pixels
@@ -37,18 +38,37 @@ def decode(raw: RawSample, sizes: Sequence[int]) -> Sample:
     Raises: DataError for a sample without caption, with neither picture nor embedding, or with a broken one.
     """
     captions = read_captions(raw)
-    image = next((raw.parts[extension] for extension in IMAGE_EXTENSIONS if extension in raw.parts), None)
+    image = _image(raw)
     embedding = _embedding(raw.parts[EMBEDDING]) if EMBEDDING in raw.parts else None
     if image is None and embedding is None:
         raise DataError(f"it has no picture (.{', .'.join(IMAGE_EXTENSIONS)}) and no .{EMBEDDING}")
     pixels = {}
     if image is not None and sizes:
-        try:
-            picture = open_image(io.BytesIO(image), raw.key)
-        except ImageError as error:
-            raise DataError(str(error)) from error
+        picture = _opened(image, raw)
         pixels = {size: square_pixels(picture, size) for size in sizes}
     return Sample(raw.name, captions, pixels, embedding)
+
+
+def read_picture(raw: RawSample) -> Image.Image:
+    """Its picture, RGB.
+
+    Raises: DataError when it has none, or one that cannot be read.
+    """
+    image = _image(raw)
+    if image is None:
+        raise DataError(f"it has no picture (.{', .'.join(IMAGE_EXTENSIONS)})")
+    return _opened(image, raw)
+
+
+def _image(raw: RawSample) -> bytes | None:
+    return next((raw.parts[extension] for extension in IMAGE_EXTENSIONS if extension in raw.parts), None)
+
+
+def _opened(image: bytes, raw: RawSample) -> Image.Image:
+    try:
+        return open_image(io.BytesIO(image), raw.key)
+    except ImageError as error:
+        raise DataError(str(error)) from error
 
 
 def read_captions(raw: RawSample) -> tuple[str, ...]:
