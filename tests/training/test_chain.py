@@ -23,29 +23,31 @@ def unclip(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def train_all(folder: Path, recipes: str, *, steps: int) -> None:
-    """Every stage by the recipes of that name, each for so many steps, and the model that they make, in `model`."""
-    shutil.copytree(ROOT / "recipes" / recipes, folder / "recipes" / recipes)
-    for stage in STAGES:
-        out = f"runs/{recipes}/{stage}"
-        recipe = f"recipes/{recipes}/{stage}.toml"
-        assert unclip(folder, "train", recipe, "--out", out, "--steps", str(steps), "-q") == f"{out}/model\n"
-    (folder / "defaults.json").write_text(
-        json.dumps({f"{stage}_num_inference_steps": 3 for stage in ("prior", "decoder", "super_res")})
-    )
-    runs = [word for stage in STAGES[:3] for word in (f"--{stage}", f"runs/{recipes}/{stage}")]
-    runs += ["--super-res-first", f"runs/{recipes}/super_res", "--defaults", "defaults.json"]
-    assert unclip(folder, "assemble", *runs, "--out", "model") == "model\n"
-
-
 @pytest.mark.slow
 def test_from_pictures_to_a_picture(tmp_path, pictures):
+    """Every stage by its tiny recipe, a last step's network and a second upsampler too, and what they make."""
     shutil.copytree(pictures, tmp_path / "runs" / "tiny" / "data")
-    train_all(tmp_path, "tiny", steps=30)
-    for stage in STAGES:
-        log = (tmp_path / "runs" / "tiny" / stage / "metrics.jsonl").read_text()
+    shutil.copytree(ROOT / "recipes" / "tiny", tmp_path / "recipes" / "tiny")
+    runs = dict.fromkeys([*STAGES, "super_res_last", "super_res_2"], "")
+    for stage in runs:
+        out = runs[stage] = f"runs/tiny/{stage}"
+        recipe = f"recipes/tiny/{stage}.toml"
+        assert unclip(tmp_path, "train", recipe, "--out", out, "--steps", "30", "-q") == f"{out}/model\n"
+        log = (tmp_path / out / "metrics.jsonl").read_text()
         losses = [json.loads(line)["loss"] for line in log.splitlines()]
-        assert losses[-1] < losses[0]
+        assert losses[-1] < losses[0], stage
+    (tmp_path / "defaults.json").write_text(
+        json.dumps({f"{stage}_num_inference_steps": 3 for stage in ("prior", "decoder", "super_res")})
+    )
+    parts = [word for stage in STAGES[:3] for word in (f"--{stage}", runs[stage])]
+    parts += ["--super-res-first", runs["super_res"], "--super-res-last", runs["super_res_last"]]
+    assert unclip(tmp_path, "assemble", *parts, "--defaults", "defaults.json", "--out", "model") == "model\n"
+    large = [*parts, "--super-res-more", runs["super_res_2"], "--out", "large"]
+    assert unclip(tmp_path, "assemble", *large) == "large\n"
+    few = ["--prior-steps", "2", "--decoder-steps", "2", "--super-res-steps", "2,2", "--tile", "48"]
+    made = unclip(tmp_path, "generate", "a red circle", "--model", "large", "--seed", "3", *few, "-q")
+    with Image.open(tmp_path / made.strip()) as image:
+        assert image.size == (64, 64)
     made = unclip(tmp_path, "generate", "a red circle", "--model", "model", "--seed", "3", "--out", "made", "-q")
     with Image.open(tmp_path / made.strip()) as image:
         assert image.format == "PNG"

@@ -115,6 +115,42 @@ def test_nothing_of_the_process_group_is_left(place):
         assert "gloo" not in after
 
 
+TABLES = """
+import pathlib, sys
+import torch
+from accelerate import PartialState
+from unclip.cli.train import make_task
+from unclip.training.recipe import read_recipe
+task = make_task(read_recipe(pathlib.Path(sys.argv[1])))
+torch.save(task.stage.prior.dot_edges, f"edges-{PartialState().process_index}.pt")
+"""
+
+
+def to_shards(place: Path, stage: str) -> None:
+    """The recipe's data as shards, of which each of two processes has its own."""
+    data = place / "runs" / "tiny" / "data"
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    parts = [
+        {"png": (data / row["file_name"]).read_bytes(), "json": json.dumps({"captions": row["captions"]}).encode()}
+        for row in rows
+    ]
+    (place / "shards").mkdir()
+    write_shards(((f"{n:04}", part) for n, part in enumerate(parts * 2)), place / "shards", per_shard=4)
+    recipe = place / "recipes" / "tiny" / f"{stage}.toml"
+    recipe.write_text(recipe.read_text().replace('data = "', 'data = "../../shards" # '))
+
+
+def test_processes_that_read_their_own_shards_have_one_language(place):
+    to_shards(place, "prior_autoregressive")
+    (place / "tables.py").write_text(TABLES)
+    recipe = str(place / "recipes" / "tiny" / "prior_autoregressive.toml")
+    run([*LAUNCHERS["replicated"], "tables.py", recipe], place)
+    one, two = (torch.load(place / f"edges-{rank}.pt", weights_only=True) for rank in range(2))
+    assert torch.equal(one, two)
+    train(place, "prior_autoregressive", "two", "sharded", steps=3)
+    assert len(losses(place / "two")) == 3
+
+
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
 def test_a_run_goes_from_shards_to_one_process_and_back(place, stage):
     recipe = place / "recipes" / "tiny" / f"{stage}.toml"

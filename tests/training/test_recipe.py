@@ -27,9 +27,10 @@ def test_every_recipe_of_the_repository_is_valid(path):
     recipe = read_recipe(path)
     sources = recipe.data if isinstance(recipe.data, tuple) else (recipe.data,)
     assert all(source.parent.parent.name == "runs" for source in sources)
-    others = {"judge": "clip", "super_res_last": "super_res", "decoder_more": "decoder", "prior_more": "prior"}
+    others = {"judge": "clip", "judge_more": "clip", "super_res_last": "super_res", "super_res_2": "super_res"}
+    others |= {"decoder_more": "decoder", "decoder_composed": "decoder", "prior_more": "prior"}
     assert recipe.stage == others.get(path.stem, path.stem)
-    assert recipe.start_from is None or (recipe.start_from / "model_index.json").is_file()
+    assert recipe.start_from is None or (recipe.start_from / "feature_extractor").is_dir()
     json.dumps(as_dict(recipe))
     process = getattr(getattr(recipe, recipe.stage), "process", None)
     if process is not None:
@@ -114,6 +115,7 @@ def test_the_recipe_as_plain_data(read):
         (PRIOR + "[prior]\nmodel = 3", r"prior\.model is 3; it must be dict"),
         (PRIOR + "steps = 0\n[prior]", "steps is 0; it must be above 0"),
         (PRIOR + "seed = -1\n[prior]", "seed is -1; it must be 0 or more"),
+        (PRIOR + "seed = 18446744073709551616\n[prior]", "seed is 18446744073709551616; it must be below 2"),
         (PRIOR + "ema_decay = 1.0\n[prior]", r"ema_decay is 1\.0; it must be from 0 to below 1"),
         (PRIOR + "batch_size = 10\naccumulation = 3\n[prior]", "no multiple of accumulation 3"),
         (PRIOR + "max_skipped_share = 1.01\n[prior]", r"max_skipped_share is 1\.01; it must be from 0 to 1"),

@@ -701,6 +701,17 @@ def test_what_one_process_is_asked_all_do(tmp_path, monkeypatch, stop, save):
     assert trainer._save_is_due == bool(save)
 
 
+def test_processes_that_see_different_folders_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("unclip.training.trainer.gather_object", lambda own: [*own, 3])
+    with pytest.raises(ConfigError, match="is at step 0 for one process and at 3 for another"):
+        Trainer(LineTask(), line_recipe(), tmp_path)
+
+
+def test_a_large_seed(tmp_path):
+    Trainer(LineTask(), line_recipe(seed=2**64 - 1, steps=2), tmp_path).run()
+    assert [row["step"] for row in rows(tmp_path)][-1] == 2
+
+
 def test_metrics_go_to_a_tracker_too(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from unclip.diffusion.noise import NoiseSource
@@ -115,4 +116,6 @@ class AutoregressivePriorTask(Sourced):
         for step in range(DOT_BATCHES):
             _, images, text = self.data.draw(step, DOT_BATCH_SIZE, generator)
             dots.append(dot_product(text.embeds.cpu(), images))
-        prior.fit_codes(components, embeddings[weights > 0], torch.cat(dots))
+        # Of shards each process draws others, and all must have the same codes: the first one's.
+        (found,) = broadcast_object_list([torch.cat(dots)])
+        prior.fit_codes(components, embeddings[weights > 0], found)

@@ -277,6 +277,8 @@ class Recipe:
         counts = ("steps", "batch_size", "accumulation", "log_every_steps", "sample_every_steps", "reader_workers")
         _check("", self, above_zero=counts, not_negative=("seed", "save_every_s"), below_one=("ema_decay",))
         _check("", self, shares=("max_skipped_share",))
+        if self.seed >= 2**64:
+            raise ConfigError(f"seed is {self.seed}; it must be below 2**64")
         if self.batch_size % self.accumulation:
             raise ConfigError(f"batch_size {self.batch_size} is no multiple of accumulation {self.accumulation}")
 

@@ -70,7 +70,8 @@ class Trainer:
     run that was interrupted gives the weights of one that was not.
 
     Raises:
-        ConfigError: the folder holds a run of another network, or this machine cannot do what the recipe asks.
+        ConfigError: the folder holds a run of another network, processes see different folders, or this machine cannot
+            do what the recipe asks.
         CheckpointError: the folder's state is broken.
     """
 
@@ -86,8 +87,9 @@ class Trainer:
             )
         except ValueError as error:
             raise ConfigError(f"precision {recipe.precision!r} is not to be had here: {error}") from error
-        set_seed(recipe.seed)
+        set_seed(recipe.seed % 2**32)  # NumPy takes no larger ones
         snapshot = self.run_folder.read_state(recipe, task.module.state_dict(), task.fingerprint)
+        self._check_same_step(0 if snapshot is None else snapshot.step)
         if snapshot is not None:
             task.module.load_state_dict(snapshot.module)
             task.counts.update(snapshot.counts)
@@ -140,6 +142,15 @@ class Trainer:
             if self.step < self.recipe.steps:  # a finished run is left as it is
                 self._loop(bar)
                 self.save()
+
+    def _check_same_step(self, step: int) -> None:
+        """Raises: ConfigError where processes do not see one folder: each would go on from another step."""
+        steps = set(gather_object([step]))
+        if len(steps) > 1:
+            raise ConfigError(
+                f"{self.folder} is at step {min(steps)} for one process and at {max(steps)} for another: all machines "
+                "of a run need one folder that they share"
+            )
 
     def save(self) -> None:
         """Write the state to resume from and the averaged model; each replaces the old one only when whole.
