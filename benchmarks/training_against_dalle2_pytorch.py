@@ -128,8 +128,8 @@ def prior_module(settings: dict):
     from unclip.stages.condition import PriorCondition
     from unclip.stages.prior import PriorStage
     from unclip.training.conditions import batch_text
-    from unclip.training.diffusion import StageModule, process_of
-    from unclip.training.recipe import PriorSettings
+    from unclip.training.diffusion import StageModule
+    from unclip.training.process import OWN_PROCESSES
 
     prior = PriorTransformer(
         num_attention_heads=settings["width"] // 64,
@@ -139,7 +139,7 @@ def prior_module(settings: dict):
         num_embeddings=settings["tokens"],
     )
     prior.initialize_for_training()
-    stage = PriorStage(prior, process_of(PriorSettings().process))
+    stage = PriorStage(prior, OWN_PROCESSES["prior"])
     return StageModule(stage, lambda b: PriorCondition(batch_text(b)), "simple", prior=prior)
 
 
@@ -150,8 +150,8 @@ def decoder_module(settings: dict):
     from unclip.stages.condition import DecoderCondition
     from unclip.stages.decoder import DecoderStage
     from unclip.training.conditions import batch_text
-    from unclip.training.diffusion import StageModule, process_of
-    from unclip.training.recipe import DecoderSettings
+    from unclip.training.diffusion import StageModule
+    from unclip.training.process import OWN_PROCESSES
 
     decoder = UNet2DConditionModel(
         sample_size=settings["size"],
@@ -173,7 +173,7 @@ def decoder_module(settings: dict):
         clip_embeddings_dim=settings["width"], time_embed_dim=4 * 32, cross_attention_dim=192
     )
     text_proj.initialize_for_training()
-    stage = DecoderStage(decoder, text_proj, process_of(DecoderSettings().process))
+    stage = DecoderStage(decoder, text_proj, OWN_PROCESSES["decoder"])
     return StageModule(
         stage,
         lambda b: DecoderCondition(batch_text(b), b["image_embedding"], b["given"]),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from unclip.errors import ConfigError, MissingDependencyError
+from unclip.training.process import settled
 from unclip.training.recipe import as_dict, read_recipe
 
 ROOT = Path(__file__).parents[2] / "recipes"
@@ -32,7 +33,7 @@ def test_every_recipe_of_the_repository_is_valid(path):
     assert recipe.stage == others.get(path.stem, path.stem)
     assert recipe.start_from is None or (recipe.start_from / "feature_extractor").is_dir()
     json.dumps(as_dict(recipe))
-    process = getattr(getattr(recipe, recipe.stage), "process", None)
+    process = getattr(getattr(settled(recipe), recipe.stage), "process", None)
     if process is not None:
         kinds = {"prior": ("sample", 5.0)}.get(recipe.stage, ("v_prediction", 1.0))
         assert (process.prediction_type, process.clip_range) == kinds
@@ -61,15 +62,19 @@ def test_sections_and_free_tables(read):
 @pytest.mark.parametrize("stage", ["prior", "decoder", "super_res"])
 def test_a_process_says_only_what_differs_from_the_stages_own(read, stage):
     text = f'stage = "{stage}"\ndata = "set"\n[{stage}]\n'
-    own = getattr(read(text), stage).process
-    found = getattr(read(text + f'[{stage}.process]\nweighting = "min_snr"\n'), stage).process
+
+    def process(more: str = ""):
+        return getattr(settled(read(text + more)), stage).process
+
+    own = process()
+    found = process(f'[{stage}.process]\nweighting = "min_snr"\n')
     assert found == dataclasses.replace(own, weighting="min_snr")
     if stage == "prior":
         assert (found.prediction_type, found.clip_range) == ("sample", 5.0)
     if stage == "decoder":
         assert found.variance_type == "learned_range"
-    empty = getattr(read(text + f"[{stage}.process]\n"), stage).process
-    assert empty == own
+    assert process(f"[{stage}.process]\n") == own
+    assert (own.num_timesteps, own.beta_schedule, own.weighting) == (1000, "squaredcos_cap_v2", "simple")
 
 
 def test_a_weighting_that_there_is_none_of(read):

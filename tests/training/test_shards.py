@@ -1,5 +1,6 @@
 """Every stage trains on shards: from a folder, over HTTP, with a damaged shard among them, and goes on where it was."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -256,7 +257,34 @@ def test_what_else_a_sample_says_is_embedded_with_it(pictures, clip_model, tmp_p
     write_shards(iter([("k", {"png": picture, "json": json.dumps(told).encode()})]), tmp_path / "in", per_shard=1)
     embed(tmp_path / "in", clip_model, tmp_path / "out")
     (sample,) = read_shard(str(tmp_path / "out" / "00000.tar"))
-    assert about(sample) == told | {"captions": ["a"]}
+    assert about(sample) == told | {"captions": ["a"], "clip": FrozenClip(clip_model).fingerprint}
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder"])
+def test_embeddings_of_another_clip_of_the_same_width(pictures, clip_model, tiny, tmp_path, request, stage):
+    ClipTask(tiny("clip", seed=9)).save(tmp_path / "other")
+    packed = pack(pictures, tmp_path / "in", copies=1)
+    embed(packed, tmp_path / "other", tmp_path / "of_other", keep_pictures=True)
+    words = r"the data were embedded with another CLIP \(.*: embed them again with this one \(unclip data embed\)"
+    # A decoder that asks for no spread meets them at its first step.
+    plain = {"embedding_noise": 0.0} if stage == "decoder" else {}
+    recipe = tiny(stage, data=tmp_path / "of_other", section=plain)
+    with pytest.raises(ConfigError, match=words):
+        closing(request, make_task(recipe)).batch(0, 4, step_generator(0, 0))
+    own = tiny(stage, data=tmp_path / "of_other", section=plain | {"clip": tmp_path / "other"})
+    assert closing(request, make_task(own)).batch(0, 4, step_generator(0, 0))["x0"].isfinite().all()
+    embed(tmp_path / "of_other", clip_model, tmp_path / "again", keep_pictures=True)
+    again = tiny(stage, data=tmp_path / "again", section=plain)
+    assert closing(request, make_task(again)).batch(0, 4, step_generator(0, 0))["x0"].isfinite().all()
+
+
+def test_embeddings_that_do_not_say_their_clip_are_taken(pictures, tiny, tmp_path, request):
+    task = closing(request, PriorTask(tiny("prior", data=pack(pictures, tmp_path / "in", embedding=32))))
+    rows = task.source.examples(8)
+    assert rows.clips == frozenset()
+    assert task.data.embeddings(rows) is rows.embeddings
+    with pytest.raises(ConfigError, match=r"another CLIP \(0123456789ab…\)"):
+        task.data.embeddings(dataclasses.replace(rows, clips=frozenset({"0123456789abcdef", task.clip.fingerprint})))
 
 
 def test_too_much_that_cannot_be_embedded(pictures, clip_model, tmp_path):

@@ -64,6 +64,7 @@ def train(
     from tqdm import tqdm
 
     from unclip.cli.loading import silence
+    from unclip.training.process import settled
     from unclip.training.recipe import located, read_recipe
     from unclip.training.sharding import asked_by_launcher
     from unclip.training.trainer import Trainer
@@ -72,7 +73,7 @@ def train(
         raise typer.BadParameter("name the run's folder with --out RUN, or give --dry-run")
     silence(downloads=True)
     keep_freed_memory()
-    settings = read_recipe(recipe, steps=steps, shard=asked_by_launcher() or None)
+    settings = settled(read_recipe(recipe, steps=steps, shard=asked_by_launcher() or None))
     if out is None or dry_run:
         tell_cost(settings)
         return

@@ -14,22 +14,28 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.data.folder import square_pixels
-from unclip.data.shards import RawSample
+from unclip.data.shards import RawSample, about
 from unclip.errors import DataError, ImageError
 from unclip.images import open_image
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 EMBEDDING = "img_emb.npy"
+CLIP = "clip"
+"""What a sample's .json calls the fingerprint of the CLIP that its embedding is of."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """As `decode` gives it: pixels are uint8 [3, size, size] by size, the embedding float32 [width]."""
+    """As `decode` gives it: pixels are uint8 [3, size, size] by size, the embedding float32 [width].
+
+    `clip` is the fingerprint of the CLIP that the embedding is of; None where the sample does not say it.
+    """
 
     name: str
     captions: tuple[str, ...]
     pixels: dict[int, Tensor]
     embedding: Tensor | None
+    clip: str | None = None
 
 
 def decode(raw: RawSample, sizes: Sequence[int]) -> Sample:
@@ -46,7 +52,8 @@ def decode(raw: RawSample, sizes: Sequence[int]) -> Sample:
     if image is not None and sizes:
         picture = _opened(image, raw)
         pixels = {size: square_pixels(picture, size) for size in sizes}
-    return Sample(raw.name, captions, pixels, embedding)
+    clip = about(raw).get(CLIP) if embedding is not None else None
+    return Sample(raw.name, captions, pixels, embedding, clip if isinstance(clip, str) else None)
 
 
 def read_picture(raw: RawSample) -> Image.Image:
@@ -78,8 +85,8 @@ def read_captions(raw: RawSample) -> tuple[str, ...]:
     """
     try:
         if "json" in raw.parts:
-            about = json.loads(raw.parts["json"])
-            texts = about.get("captions") or [about.get("caption")] if isinstance(about, dict) else []
+            told = json.loads(raw.parts["json"])
+            texts = told.get("captions") or [told.get("caption")] if isinstance(told, dict) else []
             good = tuple(text for text in texts if isinstance(text, str) and text.strip())
             if good:
                 return good

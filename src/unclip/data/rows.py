@@ -22,12 +22,14 @@ class Rows:
         images: by size in pixels, float32 [batch, 3, size, size] in [-1, 1].
         index: [batch]; rows of one number show one picture.
         embeddings: CLIP image embeddings [batch, width] that lay in the data, if they did.
+        clips: fingerprints of the CLIPs that these are of, as far as the data say it.
     """
 
     captions: list[str]
     images: dict[int, Tensor]
     index: Tensor
     embeddings: Tensor | None = None
+    clips: frozenset[str] = frozenset()
 
 
 class Source(Protocol):

@@ -178,7 +178,8 @@ class ShardSource:
         }
         found = [sample.embedding for sample in samples]
         embeddings = torch.stack([e for e in found if e is not None]) if all(e is not None for e in found) else None
-        return Rows(captions, images, index, embeddings)
+        clips = frozenset(sample.clip for sample in samples if sample.clip is not None)
+        return Rows(captions, images, index, embeddings, clips if embeddings is not None else frozenset())
 
     def _some(self) -> str:
         return "; ".join(f"{name}: {why}" for name, why in list(self.skipped.items())[:3])

@@ -114,7 +114,7 @@ class Captioned:
     def embeddings(self, rows: Rows) -> Tensor:
         """Image embeddings [batch, width].
 
-        Raises: ConfigError when those that lie in the data are not of this CLIP's width.
+        Raises: ConfigError when those that lie in the data are not of this CLIP's width, or are said to be of another.
         """
         if self.table is not None:
             return self.table[rows.index]
@@ -124,6 +124,12 @@ class Captioned:
             raise ConfigError(
                 f"the embeddings in the data have {rows.embeddings.shape[1]} numbers, the CLIP's have "
                 f"{self.clip.width}: they are of another CLIP"
+            )
+        if others := rows.clips - {self.clip.fingerprint}:
+            raise ConfigError(
+                f"the data were embedded with another CLIP ({min(others)[:12]}…) than the one in {self.clip.folder} "
+                f"({self.clip.fingerprint[:12]}…): embed them again with this one (unclip data embed), or name the one "
+                "that they were embedded with"
             )
         return rows.embeddings
 

@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.diffusion.noise import NoiseSource
-from unclip.diffusion.process import DiffusionProcess
 from unclip.diffusion.sampler import DDIMSampler
-from unclip.diffusion.scheduler import UnCLIPScheduler
 from unclip.errors import ConfigError
 from unclip.images import grid, to_pil
 from unclip.models.component import Component
@@ -30,7 +28,8 @@ from unclip.stages.stage import sample, size_px
 from unclip.stages.super_res import SuperResStage, enlarge
 from unclip.training.conditions import Captioned, FrozenClip, batch_text, tell_cosines, text_batch
 from unclip.training.lora import adapt, merged, write_adapter
-from unclip.training.recipe import DecoderSettings, PriorSettings, ProcessRecipe, Recipe, SuperResSettings
+from unclip.training.process import process_of, scheduler_of, settled
+from unclip.training.recipe import DecoderSettings, PriorSettings, Recipe, SuperResSettings
 from unclip.training.reconstruction import absolute_error, perceptual_loss
 from unclip.training.task import Batch, Sourced, of_rows, source_of
 
@@ -76,29 +75,6 @@ class StageModule(nn.Module):
         return {"loss": process.loss(output, x0, noise, x_t, t, weighting=self.weighting).mean()}
 
 
-def process_of(recipe: ProcessRecipe) -> DiffusionProcess:
-    """The process that a recipe describes."""
-    return DiffusionProcess(
-        num_timesteps=recipe.num_timesteps,
-        beta_schedule=recipe.beta_schedule,
-        prediction_type=recipe.prediction_type,
-        variance_type=recipe.variance_type,
-        clip_range=recipe.clip_range,
-    )
-
-
-def scheduler_of(recipe: ProcessRecipe) -> UnCLIPScheduler:
-    """The scheduler that is saved beside a network trained on this process."""
-    return UnCLIPScheduler(
-        num_train_timesteps=recipe.num_timesteps,
-        beta_schedule=recipe.beta_schedule,
-        prediction_type=recipe.prediction_type,
-        variance_type=recipe.variance_type,
-        clip_sample=recipe.clip_range is not None,
-        clip_sample_range=recipe.clip_range or 1.0,
-    )
-
-
 N = TypeVar("N", bound=Component)
 
 
@@ -142,6 +118,7 @@ class PriorTask(Sourced):
     """Caption → whitened image embedding, mean-squared error on x0 (paper §2.2)."""
 
     def __init__(self, recipe: Recipe, progress: Callable[..., Any] | None = None):
+        recipe = settled(recipe)
         assert recipe.prior is not None
         self.settings: PriorSettings = recipe.prior
         self.clip = FrozenClip(self.settings.clip)
@@ -172,7 +149,7 @@ class PriorTask(Sourced):
 
     def save(self, folder: Path) -> None:
         write_network(self.stage.prior, folder, "prior")
-        write_component(scheduler_of(self.settings.process), folder / "prior_scheduler", variant=None)
+        write_component(scheduler_of(self.stage.process), folder / "prior_scheduler", variant=None)
 
     def sample_sheet(self, path: Path) -> None:
         """Writes `path` with the suffix .txt: cosine of sampled and true embeddings, and of a wrong pairing."""
@@ -186,6 +163,7 @@ class DecoderTask(Sourced):
     """Image embedding and caption → small picture (paper §2.1)."""
 
     def __init__(self, recipe: Recipe, progress: Callable[..., Any] | None = None):
+        recipe = settled(recipe)
         assert recipe.decoder is not None
         self.settings: DecoderSettings = recipe.decoder
         self.clip = FrozenClip(self.settings.clip)
@@ -233,7 +211,7 @@ class DecoderTask(Sourced):
     def save(self, folder: Path) -> None:
         write_network(self.stage.decoder, folder, "decoder")
         write_component(self.stage.text_proj, folder / "text_proj", variant=None)
-        write_component(scheduler_of(self.settings.process), folder / "decoder_scheduler", variant=None)
+        write_component(scheduler_of(self.stage.process), folder / "decoder_scheduler", variant=None)
 
     def sample_sheet(self, path: Path) -> None:
         """Pictures decoded from true embeddings, without caption; below each row the real ones."""
@@ -250,6 +228,7 @@ class SuperResTask(Sourced):
     """Small picture → large picture, trained on crops; the small one is degraded as the paper does (§2.1)."""
 
     def __init__(self, recipe: Recipe):
+        recipe = settled(recipe)
         assert recipe.super_res is not None
         self.settings: SuperResSettings = recipe.super_res
         start = "super_res_first"
@@ -293,7 +272,7 @@ class SuperResTask(Sourced):
     def save(self, folder: Path) -> None:
         name = "super_res_last" if self.settings.only_last_step else "super_res_first"
         write_component(self.network, folder / name, variant=None)
-        write_component(scheduler_of(self.settings.process), folder / "super_res_scheduler", variant=None)
+        write_component(scheduler_of(self.stage.process), folder / "super_res_scheduler", variant=None)
 
     def sample_sheet(self, path: Path) -> None:
         """Held-out pictures, if there are any: enlarged by bicubic, by the network, and real."""

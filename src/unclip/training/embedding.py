@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from unclip.data.decoding import EMBEDDING, IMAGE_EXTENSIONS, decode
+from unclip.data.decoding import CLIP, EMBEDDING, IMAGE_EXTENSIONS, decode
 from unclip.data.samples import escaped, raw_samples, settle
 from unclip.data.shards import Damage, RawSample, about
 from unclip.data.unfinished import Portion, Unfinished
@@ -34,6 +34,8 @@ def embed(
     progress: Callable[..., Any] | None = None,
 ) -> Damage:
     """Write shards with each sample's captions and CLIP image embedding, for training of a prior (or a decoder).
+
+    The sample's .json says by a fingerprint which CLIP the embedding is of.
 
     The folder `out` appears once it is whole. Until then its shards lie in `unfinished_folder(out)`, and the same call
     goes on from them: it reads the samples that they were made of again, to see that they are the same, and computes
@@ -107,6 +109,7 @@ def _batch(
     for (raw, sample), embedding in zip(good, encoder.embed(pixels.float() / 127.5 - 1), strict=True):
         content = io.BytesIO()
         np.save(content, embedding.numpy().astype(np.float16))
-        told = json.dumps(about(raw) | {"captions": sample.captions}, ensure_ascii=False).encode()
+        said = about(raw) | {"captions": sample.captions, CLIP: encoder.fingerprint}
+        told = json.dumps(said, ensure_ascii=False).encode()
         pictures = {name: raw.parts[name] for name in IMAGE_EXTENSIONS if keep_pictures and name in raw.parts}
         yield raw.key, {**pictures, "json": told, EMBEDDING: content.getvalue()}

@@ -72,13 +72,18 @@ class OptimizerRecipe:
 
 @dataclass(frozen=True)
 class ProcessRecipe:
-    """The diffusion process that a stage learns to undo: see `unclip.diffusion.DiffusionProcess`."""
+    """What a stage learns to undo: see `unclip.diffusion.DiffusionProcess`, which has the same names.
 
-    num_timesteps: int = 1000
-    beta_schedule: str = "squaredcos_cap_v2"
-    prediction_type: str = "epsilon"
-    variance_type: str = "fixed_small_log"
-    clip_range: float | None = 1.0
+    None is what the recipe does not state; `unclip.training.process.settled` says what that comes to.
+    """
+
+    num_timesteps: int | None = None
+    beta_schedule: str | None = None
+    beta_start: float | None = None
+    beta_end: float | None = None
+    prediction_type: str | None = None
+    variance_type: str | None = None
+    clip_range: float | None = None
     weighting: Literal["simple", "min_snr"] = "simple"
 
 
@@ -118,7 +123,7 @@ class PriorSettings:
 
     clip: Path | str = Path()
     model: dict[str, Any] = field(default_factory=dict)
-    process: ProcessRecipe = ProcessRecipe(prediction_type="sample", clip_range=5.0)
+    process: ProcessRecipe = ProcessRecipe()
     text_drop: float = 0.1
 
     def __post_init__(self) -> None:
@@ -155,7 +160,7 @@ class DecoderSettings:
     clip: Path | str = Path()
     model: dict[str, Any] = field(default_factory=dict)
     text_proj: dict[str, Any] = field(default_factory=dict)
-    process: ProcessRecipe = ProcessRecipe(variance_type="learned_range")
+    process: ProcessRecipe = ProcessRecipe()
     text_drop: float = 0.5
     image_drop: float = 0.1
     embedding_noise: float = 0.0
@@ -221,7 +226,7 @@ class Recipe:
         stage: which network is trained; the section of that name must be there, the others must not.
         data: a folder of captioned pictures, or a list of such; or tar shards: a folder, a glob, URLs with {000..041}.
         start_from: a model's folder, or its name on the hub; training goes on from its networks of this stage instead
-            of fresh ones. A CLIP keeps its sizes and its tokenizer.
+            of fresh ones, under the diffusion process that they learned. A CLIP keeps its sizes and its tokenizer.
         steps: optimizer steps in all; batch_size: pictures a step, over all processes and accumulations.
         precision: "no" is float32.
         compile: compile the networks first (torch.compile): minutes at the start, then faster steps where it helps.
