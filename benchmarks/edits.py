@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--num-edits", type=int, default=100)
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.3, 0.5, 0.7])
     parser.add_argument("--ways", nargs="+", choices=sorted(WAYS), default=["prior", "text"])
+    parser.add_argument("--candidates", type=int, help="of the prior, for both captions; as the model recommends")
     parser.add_argument("--small", action="store_true", help="judge the decoder's pictures: one super-resolution step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sheet", type=Path, help="a PNG of the first edits, a row each: before, then each strength")
@@ -114,7 +115,9 @@ def main() -> None:
         captions = judge.read([each.source, *each.rivals])
         own = each.rivals.index(each.target)
         for way in asked.ways:
-            direction = tool.caption_difference(each.target, each.source, through_prior=WAYS[way])
+            direction = tool.caption_difference(
+                each.target, each.source, through_prior=WAYS[way], num_prior_candidates=asked.candidates
+            )
             frames = edit(latent, direction, strengths)
             steps = {"super_res_num_inference_steps": 1} if asked.small else {}
             output = tool.decode(frames, return_intermediates=True, **steps)
@@ -140,7 +143,8 @@ def table(asked, edits, changed, kept, strengths) -> str:
     counts = ", ".join(f"{sum(e.family == f.name for e in edits)} of {f.name}" for f in FAMILIES)
     size = "the decoder's pictures" if asked.small else "finished pictures"
     lines = [
-        f"`{asked.model}`, judged by `{asked.judge}`: {len(edits)} edits ({counts}), {size}",
+        f"`{asked.model}`, judged by `{asked.judge}`: {len(edits)} edits ({counts}), {size}, "
+        f"{asked.candidates or 'the recommended'} candidates",
         "",
         "| difference | strength | changed | kept | both |",
         "|---|---|---|---|---|",

@@ -1,11 +1,14 @@
 """`unclip inpaint` and `unclip redraw`: picture files edited, and what goes wrong."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from unclip.pipelines import text_to_image as text_to_image_module
 
 from .conftest import FEW_STEPS
 
@@ -116,6 +119,34 @@ def test_redrawing_stays_nearer_the_lower_the_strength(edit, photo):
         assert Path(done.lines[0]).name.startswith("my-photo-redraw-3")
         distances.append(np.abs(pixels(done.lines[0]).astype(float) - pixels(photo)).mean())
     assert 0 < distances[0] < distances[1]
+
+
+@pytest.mark.parametrize(("command", "more"), [("inpaint", ["--mask", "MASK"]), ("redraw", [])])
+def test_how_the_prior_draws(edit, photo, mask, model, tmp_path, monkeypatch, command, more):
+    more = [mask if part == "MASK" else part for part in more]
+    folder = shutil.copytree(model, tmp_path / "recommending")
+    (folder / "generation_defaults.json").write_text('{"num_prior_candidates": 4}')
+    asked, original = [], text_to_image_module.sample_best
+
+    def spy(*given, num_candidates, **named):
+        asked.append(num_candidates)
+        return original(*given, num_candidates=num_candidates, **named)
+
+    monkeypatch.setattr(text_to_image_module, "sample_best", spy)
+    for options, wanted in (((), 4), (("--candidates", 3), 3)):
+        done = edit(command, photo, *more, "--prompt", "a cat", *options, "--json", model=folder)
+        assert json.loads(done.out)["settings"]["num_prior_candidates"] == wanted
+        assert asked.pop() == wanted
+    edit(command, photo, *more, "--prompt", "a cat")
+    assert asked == [1]
+    for option, value in (("--prior-temperature", 0.5), ("--prior-top-p", 0.9)):
+        done = edit(command, photo, *more, "--prompt", "a cat", option, value)
+        assert (done.code, "a diffusion prior draws no codes" in done.err) == (1, True)
+    for without in ((), ("--prompt", "a cat", "--embedding-from", "image")):
+        done = edit(command, photo, *more, *without, "--candidates", 3, model=folder)
+        assert (done.code, "leave out --candidates" in done.err) == (1, True)
+        done = edit(command, photo, *more, *without, "--json", model=folder)
+        assert "num_prior_candidates" not in json.loads(done.out)["settings"]
 
 
 def test_redrawing_by_the_pictures_own_content(edit, photo):

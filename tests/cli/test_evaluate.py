@@ -239,6 +239,30 @@ def test_prior(unclip, model, data, tmp_path, variation):
     assert "has no prior" in done.err
 
 
+def test_prior_of_several_candidates(unclip, model, data, tmp_path):
+    """The one that is kept is measured: closer to its caption than the first."""
+    out = tmp_path / "prior.json"
+    own = shutil.copytree(model, tmp_path / "own")
+    (own / "generation_defaults.json").write_text('{"num_prior_candidates": 6}')
+    where = ["--data", data, "--out", out, "--prior-steps", "2", "-q", "--overwrite"]
+
+    def ask(*more):
+        done = unclip("evaluate", "prior", *where, *more)
+        assert done.code == 0, done.err
+        report = json.loads(out.read_text())
+        return report["settings"].get("num_prior_candidates"), report["prior"]["seen"]["text_dot"]["prior"]
+
+    dots = {}
+    for wanted, more in ((None, ["--model", model]), (6, ["--model", own]), (2, ["--model", own, "--candidates", 2])):
+        found, dots[wanted] = ask(*more)
+        assert found == wanted
+    assert dots[None] < dots[6]
+    assert dots[2] <= dots[6]
+    for option, value in (("--prior-temperature", 0.5), ("--prior-top-p", 0.9)):
+        done = unclip("evaluate", "prior", *where, "--model", model, option, value)
+        assert (done.code, "a diffusion prior draws no codes" in done.err) == (1, True)
+
+
 def test_prior_needs_an_image_encoder(unclip, text_to_image, data, tmp_path):
     done = unclip("evaluate", "prior", "--model", text_to_image, "--data", data, "--out", tmp_path / "x.json", "-q")
     assert (done.code, done.out) == (1, "")

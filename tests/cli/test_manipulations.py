@@ -1,5 +1,6 @@
 """`invert`, `vary --keep-structure`, `interpolate`, `edit`, `blend`, `probe`: on a tiny model, and what they refuse."""
 
+import functools
 import json
 import shutil
 import sys
@@ -11,10 +12,11 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionModelWithProjection
 
-from unclip import UnCLIPPipeline, UnCLIPScheduler, UNet2DModel
+from unclip import UnCLIPImageVariationPipeline, UnCLIPPipeline, UnCLIPScheduler, UNet2DModel
 from unclip.cli.workbench import read_part
 from unclip.errors import InputError
 from unclip.models.pca import PrincipalComponents
+from unclip.pipelines import text_to_image as text_to_image_module
 
 from .test_generate import alike
 
@@ -327,6 +329,86 @@ def test_several_blends(run):
     assert names(done) == [*(f"cat-and-dog-{seed}.png" for seed in (7, 8, 9)), "cat-and-dog-7-grid.png"]
     assert not alike(done.lines[0], done.lines[1])
     assert "cancel" in run("blend", "cat.png:1", "cat.png:-1").err
+
+
+@pytest.fixture
+def recommending(model, tmp_path):
+    """The model, with several candidates recommended."""
+    folder = shutil.copytree(model, tmp_path / "recommending")
+    (folder / "generation_defaults.json").write_text('{"num_prior_candidates": 4, "prior_num_inference_steps": 2}')
+    return folder
+
+
+def test_one_caption_is_blended_as_it_is_generated(run, recommending, monkeypatch):
+    drawn, original = [], UnCLIPImageVariationPipeline.__call__
+
+    @functools.wraps(original)
+    def spy(*given, image_embeddings=None, **more):
+        drawn.append(image_embeddings)
+        return original(*given, image_embeddings=image_embeddings, **more)
+
+    monkeypatch.setattr(UnCLIPImageVariationPipeline, "__call__", spy)
+    pipe = UnCLIPPipeline.from_pretrained(recommending)
+    pipe.set_progress_bar_config(disable=True)
+    few = {"decoder_num_inference_steps": 2, "super_res_num_inference_steps": 2, "return_intermediates": True}
+    first = []
+    for seed in range(6):
+        done = run("blend", "a red apple", "--seed", seed, model=recommending)
+        assert json.loads(texts(done.lines[0])["settings"])["num_prior_candidates"] == 4
+        made = pipe("a red apple", seed=seed, **few, **pipe.recommended).image_embeddings
+        torch.testing.assert_close(drawn[-1], made, rtol=0, atol=1e-5)
+        alone = pipe("a red apple", seed=seed, **few, **pipe.recommended | {"num_prior_candidates": 1})
+        first.append(torch.equal(alone.image_embeddings, made))
+    assert not all(first)
+
+
+CAPTIONS = {
+    "blend": ("blend", "a cat", "dog.png"),
+    "edit": ("edit", "cat.png", "--from", "a cat", "--to", "a red apple"),
+    "interpolate": ("interpolate", "a cat", "dog.png", "--frames", 1),
+}
+
+
+@pytest.mark.parametrize("command", CAPTIONS.values(), ids=CAPTIONS)
+def test_how_the_prior_draws(run, recommending, monkeypatch, command):
+    asked, original = [], text_to_image_module.sample_best
+
+    def spy(*given, num_candidates, **more):
+        asked.append(num_candidates)
+        return original(*given, num_candidates=num_candidates, **more)
+
+    monkeypatch.setattr(text_to_image_module, "sample_best", spy)
+    for more, model, wanted in (((), recommending, 4), (("--candidates", 3), recommending, 3)):
+        done = run(*command, *more, "--json", model=model)
+        assert done.code == 0, done.err
+        assert json.loads(done.lines[0])["settings"]["num_prior_candidates"] == wanted
+        assert asked.pop() == wanted
+        assert not asked
+    done = run(*command, "--json")
+    assert "num_prior_candidates" not in json.loads(done.lines[0])["settings"]
+    assert asked == [1]
+    assert run(*command, "--candidates", 0).code == 2
+    for option, value in (("--prior-temperature", 0.5), ("--prior-top-p", 0.9)):
+        done = run(*command, option, value)
+        assert done.code == 1
+        assert "a diffusion prior draws no codes" in done.err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("blend", "cat.png", "dog.png"),
+        ("interpolate", "cat.png", "dog.png"),
+        ("edit", "cat.png", "--from", "a cat", "--to", "a red apple", "--text-space"),
+    ],
+)
+def test_nothing_is_drawn_where_no_caption_is_read(run, recommending, command):
+    for option, value in (("--candidates", 2), ("--prior-temperature", 0.5), ("--prior-top-p", 0.9)):
+        done = run(*command, option, value)
+        assert (done.code, done.out) == (1, "")
+        assert f"leave out {option}" in done.err
+    done = run(*command, "--json", model=recommending)
+    assert "num_prior_candidates" not in json.loads(done.lines[0])["settings"]
 
 
 def test_probing(run, unclip, model, files):

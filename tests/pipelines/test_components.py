@@ -22,6 +22,7 @@ from unclip import (
     OutputExistsError,
     PriorTransformer,
     UnCLIPImageVariationPipeline,
+    UnCLIPInpaintPipeline,
     UnCLIPPipeline,
     UnCLIPScheduler,
     UnCLIPTextProjModel,
@@ -711,6 +712,11 @@ def test_recommended_settings_travel_with_a_model(tiny_pipeline, tmp_path):
     assert pipe.recommended == {"prior_guidance_scale": 2, "decoder_num_inference_steps": 3}
     pipe.save_pretrained(tmp_path / "again")
     assert UnCLIPPipeline.from_pretrained(tmp_path / "again").recommended == pipe.recommended
+    drawing = {"num_prior_candidates": 4, "prior_temperature": 0.7, "prior_top_p": 0.9}
+    (tmp_path / "model" / "generation_defaults.json").write_text(json.dumps(drawing))
+    for kind in (UnCLIPPipeline, UnCLIPInpaintPipeline):
+        assert kind.from_pretrained(tmp_path / "model").recommended == drawing
+        assert kind.from_pipe(UnCLIPPipeline.from_pretrained(tmp_path / "model")).recommended == drawing
     (tmp_path / "model" / "generation_defaults.json").write_text('{"decoder_num_inference_steps": 2.5}')
     with pytest.raises(ConfigError, match="whole number"):
         UnCLIPPipeline.from_pretrained(tmp_path / "model")

@@ -8,6 +8,8 @@ from PIL import Image
 from unclip import CheckpointError, DDIMScheduler, ImageError, InputError, UnCLIPScheduler, UNet2DModel
 from unclip.images import to_square
 from unclip.pipelines.manipulation import Manipulator, fingerprint
+from unclip.stages import embedding
+from unclip.stages.arithmetic import difference
 from unclip.stages.manipulation import BipartiteLatent, edit, interpolate
 
 STEPS = {"decoder_num_inference_steps": 6, "super_res_num_inference_steps": 3}
@@ -199,6 +201,53 @@ def test_samples_go_round_at_the_largest_seed(tool):
     torch.testing.assert_close(mean[0], parts.mean(dim=0), rtol=0, atol=1e-5)
     with pytest.raises(InputError, match="the seed is -1"):
         tool.embed_captions("a cat", seed=-1, num_samples=2)
+
+
+@pytest.fixture
+def recommending(tool, monkeypatch):
+    """Its model recommends several candidates."""
+    monkeypatch.setattr(tool.text, "_recommended", {"num_prior_candidates": 4, "prior_num_inference_steps": 2})
+    return tool
+
+
+def test_a_caption_has_the_embedding_of_its_picture(recommending):
+    tool, seeds = recommending, range(8)
+    prompts = ["a red apple"] * len(seeds)
+    few = {"decoder_num_inference_steps": 2, "super_res_num_inference_steps": 2, "return_intermediates": True}
+    made = tool.text(prompts, seed=list(seeds), **few, **tool.text.recommended).image_embeddings
+    found = tool.embed_captions(prompts, seed=list(seeds))
+    torch.testing.assert_close(found, made, rtol=0, atol=1e-5)
+    assert distance(tool.embed_captions(prompts, seed=list(seeds), num_prior_candidates=1), made) > 1e-3
+    with pytest.raises(InputError, match="a diffusion prior draws no codes"):
+        tool.embed_captions("a cat", prior_temperature=0.5)
+    with pytest.raises(InputError, match="a diffusion prior draws no codes"):
+        tool.caption_difference("a cat", "an apple", prior_top_p=0.5)
+
+
+def test_a_difference_is_of_one_candidate_for_both_captions(recommending, monkeypatch):
+    """Each alone may be closest to another, whose noise is another: that would be in the difference too."""
+    tool, drawn, apart = recommending, [], 0
+    captions = ["a red apple", "a cat"]
+    text = tool.text._text().encode(captions, "cpu").embeds
+
+    def closest(text_embeddings, candidates, captions_per_choice=1):
+        drawn.append(candidates)
+        return original(text_embeddings, candidates, captions_per_choice)
+
+    original = embedding.closest
+    monkeypatch.setattr(embedding, "closest", closest)
+    for seed in range(12):
+        found = tool.caption_difference(*captions, seed=seed, num_samples=1)
+        cosines = torch.nn.functional.cosine_similarity(text, drawn[-1], dim=-1)
+        assert cosines.shape == (4, 2)
+        target, source = drawn[-1][cosines.sum(dim=1).argmax()]
+        torch.testing.assert_close(found, difference(target, source), rtol=0, atol=1e-5)
+        own = cosines.argmax(dim=0)
+        apart += int(own[0] != own[1])
+    assert apart  # else this test tells nothing
+    both = tool.embed_captions(captions, seed=3, num_samples=2, one_choice=True)
+    each = [tool.embed_captions(captions, seed=seed, one_choice=True) for seed in (3, 4)]
+    torch.testing.assert_close(both, torch.stack(each).mean(dim=0), rtol=0, atol=1e-5)
 
 
 def test_without_a_prior(tiny_variation, pictures):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from unclip import AutoregressivePrior, Cancelled, ConfigError, InputError, UnCLIPPipeline
 from unclip.models.pca import PrincipalComponents
@@ -212,3 +213,68 @@ def test_a_diffusion_prior_draws_no_codes(tiny_pipeline):
     for more in ({"prior_temperature": 0.5}, {"prior_top_p": 0.9}):
         with pytest.raises(InputError, match="but a diffusion prior draws no codes"):
             tiny_pipeline("a cat", **more)
+
+
+# The same embeddings wherever captions become some
+
+
+EDITED = {"prior_num_inference_steps": 2, "num_resamples": 1, "strength": 0.5, "return_intermediates": True} | DECODING
+
+
+@pytest.fixture
+def edited(either, tiny_components, build_pipeline):
+    """Image to image with the same prior."""
+    shared = {**tiny_components(), **either.pipe.components}
+    if either.pipe.prior_scheduler is None:
+        del shared["prior_scheduler"]
+    pipe = build_pipeline("inpaint", shared)
+    pictures = [Image.radial_gradient("L").resize((16, 16))]
+    return lambda prompt, **more: pipe(prompt, pictures, **EDITED | more)
+
+
+def ways(pipe):
+    """Ways to draw of which each gives another embedding than the plain one."""
+    return [{"prior_temperature": 3.0}, {"prior_top_p": 0.2}] if isinstance(pipe.prior, AutoregressivePrior) else []
+
+
+def test_captions_alone_and_edits_have_the_embeddings_of_pictures(either, edited):
+    prompts = ["a cat", "a red apple"] * 4
+    plain = either(prompts, seed=5).image_embeddings
+    for how in ({}, {"num_prior_candidates": 4}, *ways(either.pipe)):
+        wanted = either(prompts, seed=5, **how).image_embeddings
+        assert torch.equal(wanted, plain) == (how == {})
+        found = either.pipe.embed_captions(prompts, num_inference_steps=2, seed=5, **how)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(edited(prompts, seed=5, **how).image_embeddings, wanted, rtol=0, atol=1e-5)
+
+
+def test_one_validation_for_all(either, edited):
+    def embed(prompt, **more):
+        return either.pipe.embed_captions(prompt, num_inference_steps=2, **more)
+
+    for run in (either, edited, embed):
+        for more in ({"num_prior_candidates": 0}, {"num_prior_candidates": 1001}, {"num_prior_candidates": True}):
+            with pytest.raises(InputError, match=r"num_prior_candidates is .*from 1 to 1000"):
+                run("a cat", **more)
+        for more in ({"prior_temperature": 101}, {"prior_top_p": 0.0}):
+            with pytest.raises(InputError, match=r"the prior's (temperature|top_p) is"):
+                run("a cat", **more)
+        if not ways(either.pipe):
+            with pytest.raises(InputError, match="a diffusion prior draws no codes"):
+                run("a cat", prior_temperature=0.5)
+
+
+def test_captions_that_keep_one_candidate(either):
+    pipe = either.pipe
+
+    def embed(prompts, **more):
+        return pipe.embed_captions(prompts, num_inference_steps=2, seed=[3] * len(prompts), **more)
+
+    prompts = ["a cat", "a red apple"]
+    for count in (2, 4):
+        assert torch.equal(embed(prompts, captions_per_choice=2), embed(prompts))  # one candidate, no choice
+        same = embed(["a cat", "a cat"], num_prior_candidates=count, captions_per_choice=2)
+        torch.testing.assert_close(same, embed(["a cat", "a cat"], num_prior_candidates=count), rtol=0, atol=1e-5)
+    for wrong in (0, 3, -1, 1.5):
+        with pytest.raises(InputError, match="it must divide the number of captions, 2"):
+            embed(prompts, captions_per_choice=wrong)

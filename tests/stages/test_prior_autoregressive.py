@@ -264,6 +264,19 @@ def test_the_closest_candidate_by_direction():
     assert torch.equal(closest(text, torch.stack([candidates[0], candidates[0] * 2])), candidates[0])  # ties: the first
 
 
+def test_captions_that_choose_together():
+    """In either pair one would take candidate 0 and the other candidate 1; together they take the closer to both."""
+    text = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [3.0, 0.0]])
+    candidates = torch.tensor(
+        [[[1.0, 0.0], [9.0, 0.0], [0.0, 1.0], [0.0, 9.0]], [[0.8, 0.6], [0.8, 0.6], [1.0, 0.0], [0.8, 0.6]]]
+    )
+    alone = closest(text, candidates)
+    assert torch.equal(alone, torch.stack([candidates[k, i] for i, k in enumerate((0, 1, 0, 1))]))
+    together = closest(text, candidates, 2)
+    assert torch.equal(together, torch.stack([candidates[k, i] for i, k in enumerate((1, 1, 0, 0))]))
+    assert torch.equal(closest(text, candidates, 4), candidates[1])
+
+
 @torch.no_grad()
 def test_more_candidates_never_lower_the_dot_product(prior):
     stage, asked = AutoregressivePriorStage(prior), condition(24)

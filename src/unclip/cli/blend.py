@@ -10,7 +10,7 @@ import typer
 
 from unclip.cli import options
 from unclip.cli.batches import Wish, chosen_seed, cut, make_all, picture_seed
-from unclip.cli.loading import Machine, decoder_settings
+from unclip.cli.loading import Machine, decoder_settings, drawing_settings
 from unclip.cli.pictures import Album, slug
 from unclip.cli.workbench import Workbench, read_part
 
@@ -41,6 +41,9 @@ def blend(
     decoder_steps: options.DecoderSteps = None,
     super_res_steps: options.SuperResSteps = None,
     decoder_guidance: options.DecoderGuidance = None,
+    candidates: options.Candidates = None,
+    prior_temperature: options.PriorTemperature = None,
+    prior_top_p: options.PriorTopP = None,
     out: options.OutFolder = Path("."),
     grid: options.Grid = False,
     overwrite: options.OverwritePictures = False,
@@ -53,16 +56,18 @@ def blend(
 ) -> None:
     """Mix what several pictures and captions show, with weights.
 
-    Pictures count by their embeddings, captions by those that the prior draws for them; each by its direction, so only
-    the weights say how much of it there is. A caption that ends in a colon and a number needs a weight after it.
-    The paths are printed on stdout, one a line.
+    Pictures count by their embeddings, captions by those that `generate` draws for them with the same seed; each by its
+    direction, so only the weights say how much of it there is. A caption that ends in a colon and a number needs a
+    weight after it. The paths are printed on stdout, one a line.
     """
     read = [read_part(text, weighted=True) for text in parts]
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid)
     seed = chosen_seed(seed, quiet=quiet)
     given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
+    drawing = drawing_settings(candidates, prior_temperature, prior_top_p)
     captions = any(part.kind == "caption" for part in read)  # a latent's steps are of no use here: nothing comes back
-    bench = Workbench.open(model, Machine(dtype, device, cpu_offload, quiet), given, captions=captions, guidance=None)
+    machine = Machine(dtype, device, cpu_offload, quiet)
+    bench = Workbench.open(model, machine, given, drawing=drawing, captions=captions, guidance=None)
 
     import torch
 

@@ -169,6 +169,9 @@ def prior(
     seed: measures.Seed = 0,
     prior_steps: measures.PriorSteps = None,
     prior_guidance: measures.PriorGuidance = None,
+    candidates: options.Candidates = None,
+    prior_temperature: options.PriorTemperature = None,
+    prior_top_p: options.PriorTopP = None,
     sampler: options.Sampler = None,
     batch_size: options.BatchSize = 64,
     dtype: options.DtypeOption = options.Dtype.float32,
@@ -189,7 +192,9 @@ def prior(
     machine = Machine(dtype, device, cpu_offload=False, quiet=quiet)
     asked = Asked(data, out, model, num_seen, num_held_out, seed, batch_size, overwrite)
     measures.refuse_outputs(asked)
-    subject = measures.prepare("prior", UnCLIPPipeline, ["prior", "image_encoder"], asked, machine, given, sampler)
+    drawing = drawing_settings(candidates, prior_temperature, prior_top_p)
+    needed = ["prior", "image_encoder"]
+    subject = measures.prepare("prior", UnCLIPPipeline, needed, asked, machine, given, sampler, drawing)
     found = measure(
         subject.pipe,
         Judge.load(subject.folder, subject.pipe.device),

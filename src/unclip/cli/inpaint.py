@@ -16,7 +16,17 @@ from unclip.checkpoints.recommended import Recommended
 from unclip.cli import options
 from unclip.cli.batches import Wish, chosen_seed, cut, finish, make_all, picture_seed
 from unclip.cli.generate import plain
-from unclip.cli.loading import Machine, call_settings, find_model, load, model_name, sampler_name, stage_settings
+from unclip.cli.loading import (
+    Machine,
+    call_settings,
+    drawing_settings,
+    find_model,
+    load,
+    model_name,
+    refuse_drawing,
+    sampler_name,
+    stage_settings,
+)
 from unclip.cli.pictures import Album, slug
 from unclip.errors import CheckpointError, InputError
 
@@ -111,6 +121,9 @@ def inpaint(
     super_res_steps: options.SuperResSteps = None,
     prior_guidance: PriorGuidance = None,
     decoder_guidance: options.DecoderGuidance = None,
+    candidates: options.Candidates = None,
+    prior_temperature: options.PriorTemperature = None,
+    prior_top_p: options.PriorTopP = None,
     sampler: options.Sampler = None,
     height: options.Height = None,
     width: options.Width = None,
@@ -153,8 +166,9 @@ def inpaint(
         **{"strength": strength, "num_resamples": resamples, "jump_length": jump},
         **{"embedding_from": embedding_from and embedding_from.value, "height": height, "width": width},
     }
+    drawing = drawing_settings(candidates, prior_temperature, prior_top_p)
     album = partial(Album, out, overwrite=overwrite, as_json=as_json, keep=grid)
-    _make(edit, model, settings, Machine(dtype, device, cpu_offload, quiet, tile), sampler, album, batch_size)
+    _make(edit, model, settings, drawing, Machine(dtype, device, cpu_offload, quiet, tile), sampler, album, batch_size)
 
 
 def redraw(
@@ -174,6 +188,9 @@ def redraw(
     super_res_steps: options.SuperResSteps = None,
     prior_guidance: PriorGuidance = None,
     decoder_guidance: options.DecoderGuidance = None,
+    candidates: options.Candidates = None,
+    prior_temperature: options.PriorTemperature = None,
+    prior_top_p: options.PriorTopP = None,
     sampler: options.Sampler = None,
     height: options.Height = None,
     width: options.Width = None,
@@ -204,14 +221,16 @@ def redraw(
         **{"strength": strength},
         **{"embedding_from": embedding_from and embedding_from.value, "height": height, "width": width},
     }
+    drawing = drawing_settings(candidates, prior_temperature, prior_top_p)
     album = partial(Album, out, overwrite=overwrite, as_json=as_json, keep=grid)
-    _make(edit, model, settings, Machine(dtype, device, cpu_offload, quiet, tile), sampler, album, batch_size)
+    _make(edit, model, settings, drawing, Machine(dtype, device, cpu_offload, quiet, tile), sampler, album, batch_size)
 
 
 def _make(
     edit: Edit,
     model: str,
     given: dict[str, Any],
+    drawing: dict[str, Recommended | None],
     machine: Machine,
     sampler: options.SamplerName | None,
     open_album: Callable[[], Album],
@@ -221,14 +240,17 @@ def _make(
     folder, index = find_model(model, quiet=machine.quiet)
     if "prior" not in index:
         raise CheckpointError(f"{model} has no prior, so it only makes variations: unclip vary IMAGE --model {model}")
-    if "image_encoder" not in index and (edit.facts["prompt"] is None or given["embedding_from"] == "image"):
+    prior_runs = edit.facts["prompt"] is not None and given["embedding_from"] != "image"
+    if not prior_runs:
+        refuse_drawing(drawing)
+        drawing = {}  # nor are the model's own told of
+    if "image_encoder" not in index and not prior_runs:
         raise InputError(f"{model} has no image_encoder, so the picture cannot say what is drawn: give --prompt alone")
 
     from unclip.pipelines.inpaint import UnCLIPInpaintPipeline
 
-    settings: dict[str, Recommended | str] = {
-        name: value for name, value in call_settings(UnCLIPInpaintPipeline, folder, given).items() if value is not None
-    }
+    found = call_settings(UnCLIPInpaintPipeline, folder, given, drawing)
+    settings: dict[str, Recommended | str] = {name: value for name, value in found.items() if value is not None}
     album = open_album()
     seed = chosen_seed(edit.seed, quiet=machine.quiet)
     pipe = load(UnCLIPInpaintPipeline, folder, machine, sampler)

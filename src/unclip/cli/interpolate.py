@@ -11,7 +11,7 @@ import typer
 
 from unclip.cli import options
 from unclip.cli.film import FPS, Film, check_writer
-from unclip.cli.loading import Machine, decoder_settings
+from unclip.cli.loading import Machine, decoder_settings, drawing_settings
 from unclip.cli.pictures import Album, slug
 from unclip.cli.workbench import NO_GUIDANCE, Part, Workbench, read_part
 
@@ -47,6 +47,9 @@ def interpolate(
             metavar="SCALE", help="Guidance of the decoder; 1 or less: none.", show_default="1; of captions the model's"
         ),
     ] = None,
+    candidates: options.Candidates = None,
+    prior_temperature: options.PriorTemperature = None,
+    prior_top_p: options.PriorTopP = None,
     film: Film = None,
     fps: FPS = 10,
     out: options.OutFolder = Path("."),
@@ -62,8 +65,8 @@ def interpolate(
     """Go from one picture or caption to another, step by step.
 
     Pictures are inverted, so the first and the last frame are the given ones again; what is shown and the noise both
-    turn evenly on the way. Captions become embeddings through the prior and share one noise. A film goes there and
-    back. The paths are printed on stdout, one a line.
+    turn evenly on the way. Captions have the embeddings that `generate` draws for them with the same seed, and share
+    the decoder's noise. A film goes there and back. The paths are printed on stdout, one a line.
     """
     if len(parts) < 2:
         raise typer.BadParameter("name two or more pictures or captions")
@@ -73,10 +76,12 @@ def interpolate(
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid or film is not None)
     kinds = {part.kind for part in read}
     given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
+    drawing = drawing_settings(candidates, prior_temperature, prior_top_p)
     bench = Workbench.open(
         model,
         Machine(dtype, device, cpu_offload, quiet),
         given,
+        drawing=drawing,
         parts=read,
         guidance=None if kinds == {"caption"} else NO_GUIDANCE,
     )

@@ -1,6 +1,6 @@
 """A model made ready for a command: found, read, put on its device, with its settings.
 
-Knows pipelines' folders and devices; knows not what is drawn. Called by `generate` and `vary`.
+Knows pipelines' folders and devices; knows not what is drawn. Called by the commands that draw.
 """
 
 import inspect
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from unclip.pipelines.generation import GenerationPipeline
     from unclip.pipelines.pipeline import Pipeline
 
+DRAWING_OPTIONS = {
+    "num_prior_candidates": "--candidates",
+    "prior_temperature": "--prior-temperature",
+    "prior_top_p": "--prior-top-p",
+}
 STAGES = ("prior", "decoder", "super_res", *FURTHER_SUPER_RES)
 
 P = TypeVar("P", bound="GenerationPipeline")
@@ -91,6 +96,13 @@ def drawing_settings(
         "prior_temperature": prior_temperature,
         "prior_top_p": prior_top_p,
     }
+
+
+def refuse_drawing(drawing: Mapping[str, Recommended | None]) -> None:
+    """For a command whose prior does not run. Raises: InputError when any of `drawing_settings` is given."""
+    given = [DRAWING_OPTIONS[name] for name, value in drawing.items() if value is not None]
+    if given:
+        raise InputError(f"the prior does not run here, as no caption is turned into an idea: leave out {given[0]}")
 
 
 def call_settings(

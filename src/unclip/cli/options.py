@@ -56,6 +56,11 @@ def guidance(name: str, what: str) -> typer.models.OptionInfo:
     )
 
 
+def candidates(what: str) -> typer.models.OptionInfo:
+    """The option for the candidates of the prior."""
+    return typer.Option("--candidates", min=1, max=1000, metavar="N", help=what, show_default="the model's own, or 1")
+
+
 def steps_of_stages(text: str) -> int | list[int]:
     """ "7" as a number, "7,15" as one for each super-resolution stage.
 
@@ -96,15 +101,7 @@ SuperResSteps = Annotated[
 ]
 DecoderGuidance = Annotated[float | None, guidance("decoder", "small picture is pushed towards its conditions")]
 Candidates = Annotated[
-    int | None,
-    typer.Option(
-        "--candidates",
-        min=1,
-        max=1000,
-        metavar="N",
-        help="Ideas that the prior draws for each picture; the one closest to the caption is kept.",
-        show_default="the model's own, or 1",
-    ),
+    int | None, candidates("Ideas that the prior draws for each picture; the one closest to the caption is kept.")
 ]
 PriorTemperature = Annotated[
     float | None,

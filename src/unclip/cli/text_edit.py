@@ -11,7 +11,7 @@ import typer
 from unclip.cli import options
 from unclip.cli.film import FPS, Film, check_writer
 from unclip.cli.generate import plain
-from unclip.cli.loading import Machine, decoder_settings
+from unclip.cli.loading import Machine, decoder_settings, drawing_settings
 from unclip.cli.pictures import Album, slug
 from unclip.cli.workbench import NO_GUIDANCE, Workbench, one_row, read_part
 from unclip.errors import InputError
@@ -46,6 +46,12 @@ def edit(
     decoder_steps: options.DecoderSteps = None,
     super_res_steps: options.SuperResSteps = None,
     decoder_guidance: options.KeptGuidance = None,
+    candidates: Annotated[
+        int | None,
+        options.candidates("Ideas that the prior draws for each caption; both captions keep the same one."),
+    ] = None,
+    prior_temperature: options.PriorTemperature = None,
+    prior_top_p: options.PriorTopP = None,
     film: Film = None,
     fps: FPS = 10,
     out: options.OutFolder = Path("."),
@@ -61,7 +67,9 @@ def edit(
     """Change a picture as one caption differs from another.
 
     The picture is inverted, and its embedding turned towards the difference of the two captions, while the noise stays:
-    so what is changed changes and the rest stays where it was. The paths are printed on stdout, one a line.
+    so what is changed changes and the rest stays where it was. The prior draws both captions' embeddings from the same
+    noise, and of several candidates takes the same for both: what differs is what they say. The paths are printed on
+    stdout, one a line.
     """
     check_writer(film)
     source, target = plain(source), plain(target)
@@ -73,11 +81,15 @@ def edit(
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid or film is not None)
     given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
     machine = Machine(dtype, device, cpu_offload, quiet)
-    bench = Workbench.open(model, machine, given, parts=[part], captions=not text_space, guidance=NO_GUIDANCE)
+    drawing = drawing_settings(candidates, prior_temperature, prior_top_p)
+    bench = Workbench.open(
+        model, machine, given, drawing=drawing, parts=[part], captions=not text_space, guidance=NO_GUIDANCE
+    )
 
     from unclip.stages.manipulation import edit as turn_to
 
-    direction = bench.tool.caption_difference(target, source, through_prior=not text_space, seed=seed)
+    through_prior = not text_space
+    direction = bench.tool.caption_difference(target, source, through_prior=through_prior, seed=seed, **bench.drawing)
     strengths = [strength] if sweep == 1 else [strength * place / (sweep - 1) for place in range(sweep)]
     latent = turn_to(one_row(bench.latent(part, seed=seed), part), direction, strengths)
     facts = [{"image": part.name, "from": source, "to": target, "strength": round(each, 4)} for each in strengths]

@@ -15,7 +15,7 @@ from unclip.checkpoints.recommended import Recommended, check_recommended
 from unclip.checkpoints.tensor_file import SUFFIX
 from unclip.cli.batches import Wish, cut, make_all
 from unclip.cli.film import FilmKind, film_writer
-from unclip.cli.loading import Machine, call_settings, find_model, load, model_name
+from unclip.cli.loading import Machine, call_settings, find_model, load, model_name, refuse_drawing
 from unclip.cli.messages import error
 from unclip.cli.pictures import Album, slug
 from unclip.errors import CheckpointError, InputError
@@ -155,11 +155,13 @@ class Workbench:
     Attributes:
         tool: the model; it has a prior only when captions were announced.
         settings: arguments of `invert` and `decode`.
+        drawing: how the prior draws: arguments of `embed_captions` and `caption_difference`.
         about: what every file says.
     """
 
     tool: "Manipulator"
     settings: dict[str, Recommended]
+    drawing: dict[str, Any]
     about: dict[str, Any]
 
     @classmethod
@@ -169,6 +171,7 @@ class Workbench:
         machine: Machine,
         given: Mapping[str, Recommended | None],
         *,
+        drawing: Mapping[str, Recommended | None] | None = None,
         parts: Sequence[Part] = (),
         captions: bool | None = None,
         guidance: float | None,
@@ -179,11 +182,13 @@ class Workbench:
             model: a folder, a hub id or a built-in name.
             machine: how it is loaded.
             given: steps and guidance as asked for.
+            drawing: how the prior draws, as asked for.
             parts: what was named; a latent among them says what it was inverted with, where `given` does not.
             captions: whether the prior is needed; by default for a caption among the parts.
             guidance: of the decoder where neither says it; None is the model's own.
 
-        Raises: CheckpointError for a model without an image encoder, or a prior that is needed.
+        Raises: CheckpointError for a model without an image encoder, or a prior that is needed; InputError for ways to
+            draw where no prior is.
         """
         from unclip.cli.vary import check_can_vary
         from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
@@ -196,26 +201,29 @@ class Workbench:
             captions = any(part.kind == "caption" for part in parts)
         if captions and "prior" not in index:
             raise CheckpointError(f"{model} has no prior, so it cannot read captions: give pictures")
+        if not captions:
+            refuse_drawing(drawing or {})
         latents = (Path(part.text) for part in parts if part.kind == "latent")
         own = {"decoder_guidance_scale": guidance, **recorded(latents, given)}
         given = {name: own.get(name) if value is None else value for name, value in given.items()}
         settings = call_settings(UnCLIPImageVariationPipeline, folder, given)
         variation = load(UnCLIPImageVariationPipeline, folder, machine, None)
-        text = None
+        text, draws = None, {}
         if captions:
+            draws = call_settings(UnCLIPPipeline, folder, {}, drawing)
             shared = {name: part for name, part in variation.components.items() if name in UnCLIPPipeline.COMPONENTS}
             text = UnCLIPPipeline.from_pretrained(folder, torch_dtype=variation.dtype, own_clip=True, **shared)
             text.prior.to(variation.device)
             text.set_progress_bar_config(**variation._progress)
-        about = {"model": model_name(model), "settings": {**settings, "dtype": machine.dtype.value}}
-        return cls(Manipulator(variation, text), settings, about)
+        about = {"model": model_name(model), "settings": {**settings, **draws, "dtype": machine.dtype.value}}
+        return cls(Manipulator(variation, text), settings, draws, about)
 
     def latent(self, part: Part, *, seed: int, super_res: bool = False) -> "BipartiteLatent":
         """A picture inverted, all rows of a latent's file, or a caption's embedding with noise of the seed."""
         if part.kind == "latent":
             return self.tool.load(part.text)[0]
         if part.kind == "caption":
-            return self.tool.fresh(self.tool.embed_captions(part.text, seed=seed), seed)
+            return self.tool.fresh(self.embedding(part, seed=seed), seed)
         return self.tool.invert(_opened(part), super_res=super_res, **self.settings)  # type: ignore[arg-type]
 
     def embedding(self, part: Part, *, seed: int) -> "Tensor":
@@ -223,7 +231,7 @@ class Workbench:
         if part.kind == "latent":
             return one_row(self.tool.load(part.text)[0], part).image_embedding
         if part.kind == "caption":
-            return self.tool.embed_captions(part.text, seed=seed)
+            return self.tool.embed_captions(part.text, seed=seed, **self.drawing)
         return self.tool.embed_images(_opened(part)).cpu()
 
     def draw(

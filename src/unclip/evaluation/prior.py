@@ -28,6 +28,9 @@ def prior(
     progress: Progress = iter,
     prior_num_inference_steps: int = 25,
     prior_guidance_scale: float = 4.0,
+    num_prior_candidates: int = 1,
+    prior_temperature: float = 1.0,
+    prior_top_p: float = 1.0,
 ) -> dict[str, Any]:
     """Compare the prior's sample for a caption with the embedding of the picture that has this caption.
 
@@ -39,7 +42,8 @@ def prior(
         batch_size: embeddings a call.
         seed: of the choice, and of the first sample of each group.
         progress: wraps the starts of the batches, as tqdm does.
-        prior_num_inference_steps, prior_guidance_scale: as in the pipeline's call.
+        prior_num_inference_steps, prior_guidance_scale, num_prior_candidates, prior_temperature, prior_top_p: as in the
+            pipeline's call. The sample that is measured is, of several candidates, the one that is kept.
 
     Returns: for "seen" and "held_out", beside what tells of the group:
         cosine: to the true embedding, means of "prior" (the sample) and of what it must be better than: "text" (the
@@ -69,6 +73,9 @@ def prior(
                 num_inference_steps=prior_num_inference_steps,
                 guidance_scale=prior_guidance_scale,
                 seed=seeds,
+                num_prior_candidates=num_prior_candidates,
+                prior_temperature=prior_temperature,
+                prior_top_p=prior_top_p,
             )
             drawn.append(embeddings.cpu())
         result[name]["seeds"] = [seed, seed + len(asked) - 1]

@@ -50,17 +50,13 @@ def check_count(num_images_per_prompt: int, num_prompts: int) -> int:
     return total
 
 
-def check_candidates(num_prior_candidates: int) -> int:
-    """The number of candidates.
-
-    Raises: InputError unless it is a whole number from 1 to 1000.
-    """
+def check_candidates(num_prior_candidates: int) -> None:
+    """Raises: InputError unless the number of candidates is a whole number from 1 to 1000."""
     whole = isinstance(num_prior_candidates, int) and not isinstance(num_prior_candidates, bool)
     if not whole or not 1 <= num_prior_candidates <= MAX_CANDIDATES:
         raise InputError(
             f"num_prior_candidates is {num_prior_candidates!r}; it must be a whole number from 1 to {MAX_CANDIDATES}"
         )
-    return num_prior_candidates
 
 
 def noise_source(

@@ -84,6 +84,9 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
         image_embeddings: Tensor | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         seed: int | Sequence[int] | None = None,
+        num_prior_candidates: int = 1,
+        prior_temperature: float = 1.0,
+        prior_top_p: float = 1.0,
         height: int | None = None,
         width: int | None = None,
         callback_on_step_end: Callback | None = None,
@@ -111,6 +114,7 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
                 the decoder's caption alone. The prompt's when there is one.
             image_embeddings: [batch, embedding_dim] in place of both: an interpolation of the two, say.
             negative_prompt, seed, callback_on_step_end, return_intermediates: as in `UnCLIPPipeline`.
+            num_prior_candidates, prior_temperature, prior_top_p: as in `UnCLIPPipeline`, for a prompt's embedding.
             height, width: of the result, both or neither. By default it has the picture's shape, in as many pixels as
                 the model's own square, rounded to what its networks need.
 
@@ -132,7 +136,13 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
         rows = self._rows(prompt, edited, image_embeddings)
         call = Call(noise_source(generator, seed, check_count(num_images_per_prompt, rows)), callback_on_step_end)
         sizes = self._sizes(*edited.x0.shape[2:])
-        prior = PriorRun(prior_num_inference_steps, prior_guidance_scale)
+        prior = PriorRun(
+            prior_num_inference_steps,
+            prior_guidance_scale,
+            num_candidates=num_prior_candidates,
+            temperature=prior_temperature,
+            top_p=prior_top_p,
+        )
         embedder = self._embedder(prior)
         decoder = StageRun(decoder_num_inference_steps, decoder_guidance_scale, size=sizes["decoder"])
         runs = {"decoder": decoder, **self._super_res_runs(super_res_num_inference_steps, None, sizes)}

@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from PIL import Image
@@ -123,11 +123,13 @@ class Manipulator:
         if not all(isinstance(picture, Image.Image) for picture in pictures):
             raise ImageError(f"the pictures to invert are {type(images).__name__}; give PIL pictures")
         embeddings = self.embed_images(pictures)
-        decoder = StageRun(self._steps("decoder", decoder_num_inference_steps), decoder_guidance_scale)
+        decoder = StageRun(
+            self._setting("decoder_num_inference_steps", decoder_num_inference_steps, 25), decoder_guidance_scale
+        )
         ddim = self._deterministic(0.0)
         runs = {}
         if super_res:
-            steps = self._super_res_steps(super_res_num_inference_steps)
+            steps = self._setting("super_res_num_inference_steps", super_res_num_inference_steps, 7)
             runs = ddim._super_res_runs(steps, None, ddim._sizes(None, None))
         for name, run in {"decoder": decoder, **runs}.items():
             ddim._check_steps(name, run)
@@ -186,8 +188,10 @@ class Manipulator:
             image_embeddings=latent.image_embedding,
             decoder_latents=latent.decoder_latents,
             super_res_latents=[*noise, *[None] * (len(stages) - len(noise))],
-            decoder_num_inference_steps=self._steps("decoder", decoder_num_inference_steps),
-            super_res_num_inference_steps=self._super_res_steps(super_res_num_inference_steps),
+            decoder_num_inference_steps=self._setting("decoder_num_inference_steps", decoder_num_inference_steps, 25),
+            super_res_num_inference_steps=self._setting(
+                "super_res_num_inference_steps", super_res_num_inference_steps, 7
+            ),
             decoder_guidance_scale=decoder_guidance_scale,
             prompt=prompt,
             seed=[seed] * len(latent) if isinstance(seed, int) else seed,
@@ -219,6 +223,10 @@ class Manipulator:
         num_samples: int = 1,
         prior_num_inference_steps: int | None = None,
         prior_guidance_scale: float | None = None,
+        num_prior_candidates: int | None = None,
+        prior_temperature: float | None = None,
+        prior_top_p: float | None = None,
+        one_choice: bool = False,
     ) -> Tensor:
         """The image embeddings that the prior draws for captions, float32 [batch, embedding_dim], on the CPU.
 
@@ -227,7 +235,13 @@ class Manipulator:
             seed: one gives every caption the same noise; a list has one a caption.
             num_samples: how many are drawn for each caption and averaged, with seeds from `seed` on: a mean has less of
                 what chance adds.
-            prior_num_inference_steps, prior_guidance_scale: as the model recommends, unless given.
+            prior_num_inference_steps, prior_guidance_scale, num_prior_candidates, prior_temperature, prior_top_p: as of
+                a call of `UnCLIPPipeline`, and as the model recommends, unless given. One sample of a caption is then
+                the embedding that such a call with its seed makes its picture of.
+            one_choice: of several candidates each caption keeps the one closest to itself, and that may be another,
+                with another noise, than its neighbour's. True: of each sample all captions keep candidates of the
+                same number, that whose dot products with all of them add up to the most; with one seed they then differ
+                by what they say alone.
 
         Raises: CheckpointError for a model without a prior; InputError for a wrong argument.
         """
@@ -237,22 +251,32 @@ class Manipulator:
                 "model that makes pictures of captions"
             )
         captions = [captions] if isinstance(captions, str) else captions
-        scale = prior_guidance_scale
-        if scale is None:
-            scale = cast(float, self.text.recommended.get("prior_guidance_scale", 4.0))
         check_count(num_samples, len(captions))
         first = [seed] * len(captions) if isinstance(seed, int) else list(seed)
         drawn = self.text.embed_captions(
-            [caption for caption in captions for _ in range(num_samples)],
-            num_inference_steps=self._steps("prior", prior_num_inference_steps),
-            guidance_scale=scale,
-            seed=[following_seed(one, copy_) for one in first for copy_ in range(num_samples)],
+            [*captions] * num_samples,
+            num_inference_steps=self._setting("prior_num_inference_steps", prior_num_inference_steps, 25),
+            guidance_scale=self._setting("prior_guidance_scale", prior_guidance_scale, 4.0),
+            seed=[following_seed(one, copy_) for copy_ in range(num_samples) for one in first],
+            num_prior_candidates=self._setting("num_prior_candidates", num_prior_candidates, 1),
+            prior_temperature=self._setting("prior_temperature", prior_temperature, 1.0),
+            prior_top_p=self._setting("prior_top_p", prior_top_p, 1.0),
+            captions_per_choice=len(captions) if one_choice else 1,
         )
-        return drawn.view(len(captions), num_samples, -1).mean(dim=1).cpu()
+        return drawn.view(num_samples, len(captions), -1).mean(dim=0).cpu()
 
     @torch.no_grad()
     def caption_difference(
-        self, target: str, source: str, *, through_prior: bool = True, seed: int = 0, num_samples: int = 4
+        self,
+        target: str,
+        source: str,
+        *,
+        through_prior: bool = True,
+        seed: int = 0,
+        num_samples: int = 4,
+        num_prior_candidates: int | None = None,
+        prior_temperature: float | None = None,
+        prior_top_p: float | None = None,
     ) -> Tensor:
         """The direction from one caption to another, float32 [embedding_dim], of unit norm (paper §3.3's z_d).
 
@@ -261,12 +285,22 @@ class Manipulator:
             through_prior: take the difference of the image embeddings that the prior draws for the two captions, with
                 the same noise. Texts and images lie apart in CLIP's space, the more the smaller the CLIP; the prior
                 crosses that gap. False is the paper's: the difference of the two text embeddings.
-            seed, num_samples: of the prior, as of `embed_captions`.
+            seed, num_samples, num_prior_candidates, prior_temperature, prior_top_p: of the prior, as of
+                `embed_captions`. Of several candidates both captions keep the same one (`one_choice`): a difference of
+                embeddings that were drawn from different noises would be one of the noises too.
 
         Raises: InputError for captions that mean the same; CheckpointError for a prior that is not there.
         """
         if through_prior:
-            both = self.embed_captions([target, source], seed=seed, num_samples=num_samples)
+            both = self.embed_captions(
+                [target, source],
+                seed=seed,
+                num_samples=num_samples,
+                num_prior_candidates=num_prior_candidates,
+                prior_temperature=prior_temperature,
+                prior_top_p=prior_top_p,
+                one_choice=True,
+            )
         else:
             both = self.variation._text().encode([target, source], self.variation.device).embeds.float().cpu()
             self.variation.maybe_free_model_hooks()
@@ -345,18 +379,12 @@ class Manipulator:
 
     # ---- inside ----
 
-    def _steps(self, stage: str, given: int | None) -> int:
-        """The number of steps as given, or as recommended, or the ecosystem's default."""
+    def _setting(self, name: str, given: Any, default: Any) -> Any:
+        """An argument of a pipeline's call as given, or as the model recommends, or the ecosystem's default."""
         if given is not None:
             return given
-        pipe = self.text if stage == "prior" and self.text is not None else self.variation
-        return cast(int, pipe.recommended.get(f"{stage}_num_inference_steps", 25))
-
-    def _super_res_steps(self, given: int | Sequence[int] | None) -> int | Sequence[int]:
-        """As `_steps`: a number, or one for each super-resolution stage."""
-        if given is not None:
-            return given
-        return cast("int | list[int]", self.variation.recommended.get("super_res_num_inference_steps", 7))
+        pipe = self.text if "prior" in name and self.text is not None else self.variation
+        return pipe.recommended.get(name, default)
 
     def _deterministic(self, eta: float) -> UnCLIPImageVariationPipeline:
         """The same components (hooks and bars too) that sample by DDIM; the pipeline itself is left alone."""

@@ -100,7 +100,7 @@ class Pipeline:
 
     @property
     def recommended(self) -> dict[str, Recommended]:
-        """The steps and guidance scales that the model's makers recommend: `pipe(prompt, **pipe.recommended)`.
+        """The steps, guidance scales and candidates that its makers recommend: `pipe(prompt, **pipe.recommended)`.
 
         Only a call's own arguments are in it; it is empty for a model that comes without recommendations. A call's
         defaults stay those of the ecosystem.

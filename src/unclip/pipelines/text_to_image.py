@@ -37,9 +37,10 @@ from unclip.stages.prior_autoregressive import AutoregressivePriorStage, check_d
 
 @dataclass(frozen=True)
 class PriorRun(StageRun):
-    """How the prior runs in one call: candidates of each embedding, and how codes are drawn."""
+    """How the prior runs in one call: candidates of each embedding, who chooses together, and how codes are drawn."""
 
     num_candidates: int = 1
+    captions_per_choice: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
 
@@ -136,10 +137,11 @@ class UnCLIPPipeline(GenerationPipeline):
             return_dict: False gives a plain tuple.
             negative_prompt: what guidance pushes away from in place of the empty caption; one, or one a prompt.
             seed: picture i is made with seed + i (or the i-th of a list), whatever else is in its batch.
-            num_prior_candidates: image embeddings drawn of each caption (paper §2.2), of which the one with the largest
-                dot product with the text embedding, both normalised, is kept. The first candidate is what is drawn
-                without others, and `prior_latents` are its.
-            prior_temperature, prior_top_p: how an autoregressive prior draws its codes: see `AutoregressivePriorStage`.
+            num_prior_candidates: image embeddings drawn of each caption, 1 to 1000 (paper §2.2: 2), of which the one
+                with the largest dot product with the text embedding, both normalised, is kept. The first candidate is
+                what is drawn without others, and `prior_latents` are its.
+            prior_temperature, prior_top_p: how an autoregressive prior draws its codes, from 0 to 100 and above 0 to 1:
+                see `AutoregressivePriorStage`. A diffusion prior draws none, and takes no other than 1.
             image_embeddings: [batch, embedding_dim] in place of the prior's, which does not run then.
             height, width: of the pictures in pixels, the model's own square by default. Networks draw best near the
                 size that they were trained on.
@@ -160,7 +162,7 @@ class UnCLIPPipeline(GenerationPipeline):
             prior_num_inference_steps,
             prior_guidance_scale,
             prior_latents,
-            num_candidates=check_candidates(num_prior_candidates),
+            num_candidates=num_prior_candidates,
             temperature=prior_temperature,
             top_p=prior_top_p,
         )
@@ -203,6 +205,10 @@ class UnCLIPPipeline(GenerationPipeline):
         guidance_scale: float = 4.0,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         seed: int | Sequence[int] | None = None,
+        num_prior_candidates: int = 1,
+        prior_temperature: float = 1.0,
+        prior_top_p: float = 1.0,
+        captions_per_choice: int = 1,
     ) -> Tensor:
         """The image embeddings that the prior draws for captions, float32 [batch, embedding_dim].
 
@@ -211,14 +217,31 @@ class UnCLIPPipeline(GenerationPipeline):
             num_inference_steps, guidance_scale: of the prior.
             generator, seed: as of a call; `seed=[7] * n` gives every caption the same noise, so that they differ by
                 what they say alone.
+            num_prior_candidates, prior_temperature, prior_top_p: as of a call, so that a caption has the embedding here
+                that a call draws its picture from.
+            captions_per_choice: so many captions that follow one another keep candidates of the same number, that whose
+                dot products with all of them add up to the most; at 1, captions of one seed may keep candidates of
+                different noise. It divides the number of captions.
 
         Raises: InputError for a wrong argument.
         """
         self.check()
         check_scale(guidance_scale, "guidance_scale")
-        run = PriorRun(num_inference_steps, guidance_scale)
+        run = PriorRun(
+            num_inference_steps,
+            guidance_scale,
+            num_candidates=num_prior_candidates,
+            captions_per_choice=captions_per_choice,
+            temperature=prior_temperature,
+            top_p=prior_top_p,
+        )
         embedder = self._embedder(run)
-        text = self._text().encode(as_prompts(prompt), self.device)
+        prompts = as_prompts(prompt)
+        if captions_per_choice not in range(1, len(prompts) + 1) or len(prompts) % captions_per_choice:
+            raise InputError(
+                f"captions_per_choice is {captions_per_choice}; it must divide the number of captions, {len(prompts)}"
+            )
+        text = self._text().encode(prompts, self.device)
         null_text = self._repeated_text([""], len(text), 1) if run.guided else None
         embeddings = self._embed(embedder, text, null_text, run, Call(noise_source(generator, seed, len(text)), None))
         self.maybe_free_model_hooks()
@@ -227,8 +250,10 @@ class UnCLIPPipeline(GenerationPipeline):
     def _embedder(self, run: PriorRun) -> EmbeddingSampler:
         """The prior, ready to be sampled.
 
-        Raises: InputError for steps that its scheduler cannot take, or a way to draw codes that it cannot follow.
+        Raises: InputError for steps that its scheduler cannot take, a number of candidates out of its limits, or a way
+            to draw codes that it cannot follow.
         """
+        check_candidates(run.num_candidates)
         if isinstance(self.prior, AutoregressivePrior):
             return AutoregressivePriorStage(self.prior, run.temperature, run.top_p)
         check_drawing(run.temperature, run.top_p)
@@ -278,6 +303,7 @@ class UnCLIPPipeline(GenerationPipeline):
                 prior,
                 PriorCondition(text),
                 num_candidates=run.num_candidates,
+                captions_per_choice=run.captions_per_choice,
                 noise=call.noise,
                 null=PriorCondition(null_text) if null_text is not None and run.guided else None,
                 guidance_scale=run.guidance_scale,

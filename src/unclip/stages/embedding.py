@@ -81,6 +81,7 @@ def sample_best(
     condition: PriorCondition,
     *,
     num_candidates: int,
+    captions_per_choice: int = 1,
     noise: NoiseSource,
     null: PriorCondition | None = None,
     guidance_scale: float = 1.0,
@@ -96,6 +97,7 @@ def sample_best(
 
     Args:
         num_candidates: 1 or more; the candidates are drawn one after another, so they need no more memory.
+        captions_per_choice: see `closest`.
         latents: noise for the first candidate; the others draw theirs.
 
     The other arguments are those of `stages.stage.sample`. Returns: float32 [batch, embedding_dim].
@@ -113,10 +115,10 @@ def sample_best(
         )
         for source, start in starts
     ]
-    return closest(condition.text.embeds, torch.stack(candidates))
+    return closest(condition.text.embeds, torch.stack(candidates), captions_per_choice)
 
 
-def closest(text_embeddings: Tensor, candidates: Tensor) -> Tensor:
+def closest(text_embeddings: Tensor, candidates: Tensor, captions_per_choice: int = 1) -> Tensor:
     """Of several image embeddings for each caption the one whose dot product with it is the largest (paper §2.2).
 
     Both are normalised first: CLIP was trained to compare directions, and a long embedding is no better for being long.
@@ -124,9 +126,12 @@ def closest(text_embeddings: Tensor, candidates: Tensor) -> Tensor:
     Args:
         text_embeddings: [batch, embedding_dim].
         candidates: [num_candidates, batch, embedding_dim]; of equals the first is kept.
+        captions_per_choice: so many rows that follow one another keep candidates of the same number: that whose dot
+            products with their captions add up to the most. It divides the batch.
 
     Returns: [batch, embedding_dim].
     """
     scores = torch.stack([dot_product(text_embeddings, candidate) for candidate in candidates])
-    best = scores.argmax(dim=0)
+    best = scores.unflatten(1, (-1, captions_per_choice)).sum(dim=2).argmax(dim=0)
+    best = best.repeat_interleave(captions_per_choice)
     return candidates[best, torch.arange(len(best), device=best.device)]
