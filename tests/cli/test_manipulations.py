@@ -378,14 +378,15 @@ def test_how_the_prior_draws(run, recommending, monkeypatch, command):
         return original(*given, num_candidates=num_candidates, **more)
 
     monkeypatch.setattr(text_to_image_module, "sample_best", spy)
-    for more, model, wanted in (((), recommending, 4), (("--candidates", 3), recommending, 3)):
+    is_edit = command[0] == "edit"  # a difference takes one, whatever is recommended for pictures
+    for more, model, wanted in (((), recommending, 1 if is_edit else 4), (("--candidates", 3), recommending, 3)):
         done = run(*command, *more, "--json", model=model)
         assert done.code == 0, done.err
         assert json.loads(done.lines[0])["settings"]["num_prior_candidates"] == wanted
         assert asked.pop() == wanted
         assert not asked
     done = run(*command, "--json")
-    assert "num_prior_candidates" not in json.loads(done.lines[0])["settings"]
+    assert json.loads(done.lines[0])["settings"].get("num_prior_candidates") == (1 if is_edit else None)
     assert asked == [1]
     assert run(*command, "--candidates", 0).code == 2
     for option, value in (("--prior-temperature", 0.5), ("--prior-top-p", 0.9)):

@@ -56,9 +56,9 @@ def guidance(name: str, what: str) -> typer.models.OptionInfo:
     )
 
 
-def candidates(what: str) -> typer.models.OptionInfo:
+def candidates(what: str, *, default: str = "the model's own, or 1") -> typer.models.OptionInfo:
     """The option for the candidates of the prior."""
-    return typer.Option("--candidates", min=1, max=1000, metavar="N", help=what, show_default="the model's own, or 1")
+    return typer.Option("--candidates", min=1, max=1000, metavar="N", help=what, show_default=default)
 
 
 def steps_of_stages(text: str) -> int | list[int]:

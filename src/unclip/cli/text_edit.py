@@ -48,7 +48,7 @@ def edit(
     decoder_guidance: options.KeptGuidance = None,
     candidates: Annotated[
         int | None,
-        options.candidates("Ideas that the prior draws for each caption; both captions keep the same one."),
+        options.candidates("Ideas that the prior draws for each caption; both keep the same one.", default="1"),
     ] = None,
     prior_temperature: options.PriorTemperature = None,
     prior_top_p: options.PriorTopP = None,
@@ -81,6 +81,8 @@ def edit(
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid or film is not None)
     given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
     machine = Machine(dtype, device, cpu_offload, quiet)
+    if candidates is None and not text_space:
+        candidates = 1  # and not as many as the model recommends: see `caption_difference`
     drawing = drawing_settings(candidates, prior_temperature, prior_top_p)
     bench = Workbench.open(
         model, machine, given, drawing=drawing, parts=[part], captions=not text_space, guidance=NO_GUIDANCE

@@ -274,7 +274,7 @@ class Manipulator:
         through_prior: bool = True,
         seed: int = 0,
         num_samples: int = 4,
-        num_prior_candidates: int | None = None,
+        num_prior_candidates: int = 1,
         prior_temperature: float | None = None,
         prior_top_p: float | None = None,
     ) -> Tensor:
@@ -287,7 +287,8 @@ class Manipulator:
                 crosses that gap. False is the paper's: the difference of the two text embeddings.
             seed, num_samples, num_prior_candidates, prior_temperature, prior_top_p: of the prior, as of
                 `embed_captions`. Of several candidates both captions keep the same one (`one_choice`): a difference of
-                embeddings that were drawn from different noises would be one of the noises too.
+                embeddings that were drawn from different noises would be one of the noises too. One is enough, whatever
+                the model recommends for pictures: the mean of the samples is taken.
 
         Raises: InputError for captions that mean the same; CheckpointError for a prior that is not there.
         """
