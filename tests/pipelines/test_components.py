@@ -118,6 +118,7 @@ def test_the_references_class_is_refused_with_a_remedy(tiny_pipeline, tiny_confi
         ("decoder", {"out_channels": 3}, "decoder.out_channels is 3"),
         ("decoder", {"block_out_channels": (16, 16)}, "text_proj.time_embed_dim is 32"),
         ("decoder", {"sample_size": None}, "sample_size is None"),
+        ("decoder", {"class_embed_type": None}, "decoder.class_embed_type is None; it must be 'identity'"),
         ("super_res_first", {"in_channels": 3}, "super_res_first.in_channels is 3"),
         ("super_res_last", {"in_channels": 3}, "super_res_last.in_channels is 3"),
         ("super_res_last", {"sample_size": 32}, "super_res_last.sample_size is 32"),

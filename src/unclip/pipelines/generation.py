@@ -140,13 +140,18 @@ class GenerationPipeline(Pipeline):
         self._tiling = None
 
     def check(self) -> None:
-        """Raises: ConfigError when the components' widths or sizes do not fit one another."""
+        """Raises: ConfigError when the components do not fit one another."""
         text, proj, decoder = self.text_encoder.config, self.text_proj.config, self.decoder.config
         channels, dim = decoder.in_channels, proj.clip_embeddings_dim
         stages = self.cascade
         if len(self.tokenizer) > text.vocab_size:
             raise ConfigError(
                 f"the components do not fit: tokenizer has {len(self.tokenizer)} tokens, text_encoder {text.vocab_size}"
+            )
+        if decoder.class_embed_type != "identity":
+            raise ConfigError(
+                f"the components do not fit: decoder.class_embed_type is {decoder.class_embed_type!r}; it must be "
+                "'identity', for what text_proj makes of the image embedding goes in there"
             )
         fits = [
             ("text_proj.clip_embeddings_dim", dim, "text_encoder.projection_dim", text.projection_dim),
