@@ -109,17 +109,35 @@ def test_the_references_class_is_refused_with_a_remedy(tiny_pipeline, tiny_confi
         UnCLIPPipeline(**tiny_pipeline.components | {"prior": theirs})
 
 
+DEEP = {
+    "block_out_channels": (8,) * 6,
+    "down_block_types": ("ResnetDownsampleBlock2D",) * 6,
+    "up_block_types": ("ResnetUpsampleBlock2D",) * 6,
+}
+
+
 @pytest.mark.parametrize(
     ("part", "settings", "words"),
     [
         ("prior", {"embedding_dim": 24}, "prior.embedding_dim is 24"),
         ("prior", {"num_embeddings": 12}, "prior.num_embeddings is 12"),
+        ("prior", {"clip_embed_dim": 20}, "prior.clip_embed_dim is 20"),
+        ("prior", {"embedding_proj_dim": 12}, "prior.embedding_proj_dim is 12"),
+        ("prior", {"encoder_hid_proj_type": None, "attention_head_dim": 16}, "prior.text_dim is 32"),
+        ("prior", {"added_emb_type": None}, "prior.added_emb_type is None"),
+        ("prior", {"additional_embeddings": 3}, "prior.additional_embeddings is 3"),
         ("decoder", {"cross_attention_dim": 16}, "text_proj.cross_attention_dim is 12"),
         ("decoder", {"out_channels": 3}, "decoder.out_channels is 3"),
         ("decoder", {"block_out_channels": (16, 16)}, "text_proj.time_embed_dim is 32"),
         ("decoder", {"sample_size": None}, "sample_size is None"),
+        ("decoder", {"sample_size": 9}, "decoder.sample_size is 9, but a network of 2 levels needs a multiple of 2"),
         ("decoder", {"class_embed_type": None}, "decoder.class_embed_type is None; it must be 'identity'"),
         ("super_res_first", {"in_channels": 3}, "super_res_first.in_channels is 3"),
+        ("super_res_first", {"sample_size": 17}, "super_res_first.sample_size is 17, but a network of 2 levels"),
+        ("super_res_first", {"sample_size": 4}, "super_res_first.sample_size is 4, less than the 8"),
+        ("super_res_first", {"class_embed_type": "identity"}, "super_res_first.class_embed_type is identity"),
+        ("super_res_last", {"class_embed_type": "identity"}, "super_res_last.class_embed_type is identity"),
+        ("super_res_last", DEEP, "super_res_last.sample_size is 16, but a network of 6 levels needs a multiple of 32"),
         ("super_res_last", {"in_channels": 3}, "super_res_last.in_channels is 3"),
         ("super_res_last", {"sample_size": 32}, "super_res_last.sample_size is 32"),
         ("super_res_last", {"out_channels": 6}, "super_res_last.out_channels is 6"),
@@ -142,6 +160,12 @@ def test_a_learned_variance_needs_a_scheduler_that_knows_it(tiny_pipeline, few):
     decoder = UNet2DConditionModel(tiny_pipeline.decoder.config, out_channels=3).eval()
     without = quiet(UnCLIPPipeline.from_pipe(tiny_pipeline, decoder=decoder, decoder_scheduler=plain))
     assert picture(without, few).isfinite().all()
+
+
+def test_a_prior_that_takes_the_texts_tokens_as_they_are(tiny_pipeline, few):
+    torch.manual_seed(0)
+    prior = PriorTransformer(tiny_pipeline.prior.config, encoder_hid_proj_type=None).eval()
+    assert picture(quiet(UnCLIPPipeline.from_pipe(tiny_pipeline, prior=prior)), few).isfinite().all()
 
 
 def test_a_time_embedding_of_a_width_of_its_own(tiny_pipeline, few):
