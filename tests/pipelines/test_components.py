@@ -531,8 +531,39 @@ def test_a_tokenizer_of_another_text_encoder(tiny_pipeline):
 
     captions = ["the quick brown fox jumps over the lazy dog"] * 3
     other = train_tokenizer(captions, vocabulary_size=540, context_length=11)
-    with pytest.raises(ConfigError, match=r"tokenizer has 5\d\d tokens, text_encoder 520"):
+    with pytest.raises(ConfigError, match=r"tokenizer numbers its tokens up to 5\d\d, text_encoder has 520"):
         UnCLIPPipeline(**tiny_pipeline.components | {"tokenizer": other})
+
+
+@pytest.mark.parametrize("own_clip", [False, True])
+def test_a_token_whose_number_the_text_encoder_lacks(copied, own_clip):
+    """As many tokens as the text encoder has, but one of them is numbered beyond."""
+    file = copied / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    name = next(token for token, number in vocabulary.items() if number == 7)
+    vocabulary[name] = 700
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="tokenizer numbers its tokens up to 700, text_encoder has 520"):
+        UnCLIPPipeline.from_pretrained(copied, own_clip=own_clip)
+
+
+@pytest.mark.parametrize("own_clip", [False, True])
+@pytest.mark.parametrize(
+    ("file", "before", "after", "words"),
+    [
+        ("tokenizer.json", "{", '{"twice": 1, "twice": 2, ', "has the key 'twice' twice"),
+        ("tokenizer.json", "}", "", "is not JSON"),
+        ("tokenizer_config.json", "{", '{"twice": 1, "twice": 2, ', "has the key 'twice' twice"),
+        ("special_tokens_map.json", "{", '{"twice": 1, "twice": 2, ', "has the key 'twice' twice"),
+    ],
+)
+def test_json_of_a_tokenizer_that_cannot_be_trusted(copied, file, before, after, words, own_clip):
+    path = copied / "tokenizer" / file
+    text = path.read_text() if path.exists() else '{"bos_token": "<|startoftext|>"}'
+    path.write_text(text.replace(before, after, 1))
+    with pytest.raises(CheckpointError, match=rf"component 'tokenizer'.*{file} {words}"):
+        UnCLIPPipeline.from_pretrained(copied, own_clip=own_clip)
 
 
 def test_a_link_that_leaves_the_folder(copied, saved):

@@ -145,9 +145,11 @@ class GenerationPipeline(Pipeline):
         text, proj, decoder = self.text_encoder.config, self.text_proj.config, self.decoder.config
         channels, dim = decoder.in_channels, proj.clip_embeddings_dim
         stages = self.cascade
-        if len(self.tokenizer) > text.vocab_size:
+        largest = max(self.tokenizer.get_vocab().values())
+        if largest >= text.vocab_size:
             raise ConfigError(
-                f"the components do not fit: tokenizer has {len(self.tokenizer)} tokens, text_encoder {text.vocab_size}"
+                f"the components do not fit: tokenizer numbers its tokens up to {largest}, text_encoder has "
+                f"{text.vocab_size} of them, from 0"
             )
         if decoder.class_embed_type != "identity":
             raise ConfigError(

@@ -150,6 +150,10 @@ class CaptionTokenizer:
     def __len__(self) -> int:
         return len(self._vocabulary)
 
+    def get_vocab(self) -> dict[str, int]:
+        """Token → number."""
+        return dict(self._vocabulary)
+
     def __call__(
         self,
         text: str | Sequence[str],
