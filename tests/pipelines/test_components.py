@@ -573,6 +573,49 @@ def test_a_link_that_leaves_the_folder(copied, saved):
         UnCLIPPipeline.from_pretrained(copied)
 
 
+@pytest.mark.parametrize("own_clip", [False, True])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "model_index.json",
+        "generation_defaults.json",
+        "decoder/config.json",
+        "text_encoder/config.json",
+        "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
+        "tokenizer/merges.txt",
+        "image_encoder/config.json",
+        "feature_extractor/preprocessor_config.json",
+        "decoder_scheduler/scheduler_config.json",
+    ],
+)
+def test_a_file_that_is_a_link_out_of_the_folder(saved, tmp_path, file, own_clip):
+    folder, outside = shutil.copytree(saved / "variation", tmp_path / "linked"), tmp_path / "outside"
+    path = folder / file
+    if path.exists():
+        path.rename(outside)
+    else:
+        outside.write_text("{}")
+    if path.name == "merges.txt":  # nobody reads it beside a tokenizer.json
+        path.with_name("tokenizer.json").rename(path.with_name("vocab.json"))
+    path.symlink_to(outside)
+    with pytest.raises(UnsafeFileError, match=rf"{path.name} is a link that leaves its folder"):
+        UnCLIPImageVariationPipeline.from_pretrained(folder, own_clip=own_clip)
+
+
+@pytest.mark.parametrize("own_clip", [False, True])
+def test_a_snapshot_of_the_hubs_cache_is_links_throughout(saved, tmp_path, own_clip):
+    root = tmp_path / "models--owner--name"
+    snapshot = shutil.copytree(saved / "variation", root / "snapshots" / "abc")
+    (root / "blobs").mkdir()
+    (snapshot / "generation_defaults.json").write_text('{"decoder_num_inference_steps": 3}')
+    for number, path in enumerate(sorted(path for path in snapshot.rglob("*") if path.is_file())):
+        path.rename(root / "blobs" / str(number))
+        path.symlink_to(os.path.relpath(root / "blobs" / str(number), path.parent))
+    pipe = UnCLIPImageVariationPipeline.from_pretrained(snapshot, own_clip=own_clip)
+    assert pipe.recommended == {"decoder_num_inference_steps": 3}
+
+
 # ---- type and place ----
 
 

@@ -210,7 +210,8 @@ def _read_tokenizer(cls: Any, folder: Path) -> Any:
     """
     for pattern in TOKENIZER_JSON:
         for path in sorted(folder.glob(pattern)):
-            read_json(path)
+            read_json(safe_join(folder, path.name))
+    safe_join(folder, "merges.txt")
     if not (folder / "tokenizer.json").is_file():
         for name in ("vocab.json", "merges.txt"):
             if not (folder / name).is_file():
@@ -254,7 +255,7 @@ def _check_clip_config(folder: Path) -> None:
 
     That is said before anything of that size is allocated.
     """
-    settings = read_json(folder / "config.json")
+    settings = read_json(safe_join(folder, "config.json"))
     check_clip_settings(settings, str(folder / "config.json"))
     both = [settings.get(name) for name in (*HALVES, *OLD_HALVES)]  # a whole CLIP's two halves
     for part in [settings, *(part for part in both if isinstance(part, dict))]:
