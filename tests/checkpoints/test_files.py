@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,16 @@ def test_json_that_python_or_people_let_through_is_refused(tmp_path, text, match
     path.write_text(text, encoding="utf-8")
     with pytest.raises(CheckpointError, match=match):
         read_json(path)
+
+
+def test_a_key_twice_among_many_is_found_at_once(tmp_path):
+    path = tmp_path / "config.json"
+    keys = [*range(200_000), 199_999]
+    path.write_text("{" + ", ".join(f'"{key}": 0' for key in keys) + "}")
+    begin = time.process_time()
+    with pytest.raises(CheckpointError, match="'199999' twice"):
+        read_json(path)
+    assert time.process_time() - begin < 2
 
 
 def test_json_that_is_no_text_or_no_file(tmp_path):

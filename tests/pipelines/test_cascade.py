@@ -234,6 +234,13 @@ def test_a_stage_of_other_sizes(tiny_pipeline, tiny_configs, third, settings, me
         UnCLIPPipeline(**tiny_pipeline.components, **third | {"super_res_2_first": network})
 
 
+def test_a_first_stage_may_redraw_at_the_same_size(tiny_pipeline, tiny_configs, few):
+    network = UNet2DModel(**tiny_configs["super_res"] | {"sample_size": 8}).eval()
+    parts = {"super_res_first": network, "super_res_last": network}
+    pipe = quiet(UnCLIPPipeline(**tiny_pipeline.components | parts))
+    assert pipe("a cat", seed=1, **few).images[0].size == (8, 8)
+
+
 def test_parts_of_another_kind(tiny_pipeline, third):
     with pytest.raises(ConfigError, match="component 'super_res_2_first' is a torch"):
         UnCLIPPipeline(**tiny_pipeline.components, **third | {"super_res_2_first": torch.nn.Identity()})
@@ -293,6 +300,20 @@ def test_the_multiple_is_that_of_the_pickiest_stage(draw):
     """8 → 16 → 32 px, each halved once: the decoder's 2 px are 8 px of the result."""
     with pytest.raises(InputError, match="multiple of 8, such as 16"):
         draw(height=20)
+
+
+def test_the_last_steps_network_may_be_the_pickiest(tiny_pipeline, tiny_configs, few):
+    levels = {
+        "block_out_channels": (8,) * 4,
+        "down_block_types": ("ResnetDownsampleBlock2D",) * 4,
+        "up_block_types": ("ResnetUpsampleBlock2D",) * 4,
+    }
+    last = UNet2DModel(**tiny_configs["super_res"] | levels).eval()
+    pipe = quiet(UnCLIPPipeline(**tiny_pipeline.components | {"super_res_last": last}))
+    with pytest.raises(InputError, match="multiple of 8, such as"):
+        pipe("a cat", height=12, **few)
+    with pytest.raises(InputError, match="multiples of 8"):
+        pipe.enable_super_res_tiling(12, 4)
 
 
 @pytest.mark.parametrize(

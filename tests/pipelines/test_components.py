@@ -110,16 +110,35 @@ def test_the_references_class_is_refused_with_a_remedy(tiny_pipeline, tiny_confi
         UnCLIPPipeline(**tiny_pipeline.components | {"prior": theirs})
 
 
+DEEP = {
+    "block_out_channels": (8,) * 6,
+    "down_block_types": ("ResnetDownsampleBlock2D",) * 6,
+    "up_block_types": ("ResnetUpsampleBlock2D",) * 6,
+}
+
+
 @pytest.mark.parametrize(
     ("part", "settings", "words"),
     [
         ("prior", {"embedding_dim": 24}, "prior.embedding_dim is 24"),
         ("prior", {"num_embeddings": 12}, "prior.num_embeddings is 12"),
+        ("prior", {"clip_embed_dim": 20}, "prior.clip_embed_dim is 20"),
+        ("prior", {"embedding_proj_dim": 12}, "prior.embedding_proj_dim is 12"),
+        ("prior", {"encoder_hid_proj_type": None, "attention_head_dim": 16}, "prior.text_dim is 32"),
+        ("prior", {"added_emb_type": None}, "prior.added_emb_type is None"),
+        ("prior", {"additional_embeddings": 3}, "prior.additional_embeddings is 3"),
         ("decoder", {"cross_attention_dim": 16}, "text_proj.cross_attention_dim is 12"),
         ("decoder", {"out_channels": 3}, "decoder.out_channels is 3"),
         ("decoder", {"block_out_channels": (16, 16)}, "text_proj.time_embed_dim is 32"),
         ("decoder", {"sample_size": None}, "sample_size is None"),
+        ("decoder", {"sample_size": 9}, "decoder.sample_size is 9, but a network of 2 levels needs a multiple of 2"),
+        ("decoder", {"class_embed_type": None}, "decoder.class_embed_type is None; it must be 'identity'"),
         ("super_res_first", {"in_channels": 3}, "super_res_first.in_channels is 3"),
+        ("super_res_first", {"sample_size": 17}, "super_res_first.sample_size is 17, but a network of 2 levels"),
+        ("super_res_first", {"sample_size": 4}, "super_res_first.sample_size is 4, less than the 8"),
+        ("super_res_first", {"class_embed_type": "identity"}, "super_res_first.class_embed_type is identity"),
+        ("super_res_last", {"class_embed_type": "identity"}, "super_res_last.class_embed_type is identity"),
+        ("super_res_last", DEEP, "super_res_last.sample_size is 16, but a network of 6 levels needs a multiple of 32"),
         ("super_res_last", {"in_channels": 3}, "super_res_last.in_channels is 3"),
         ("super_res_last", {"sample_size": 32}, "super_res_last.sample_size is 32"),
         ("super_res_last", {"out_channels": 6}, "super_res_last.out_channels is 6"),
@@ -142,6 +161,12 @@ def test_a_learned_variance_needs_a_scheduler_that_knows_it(tiny_pipeline, few):
     decoder = UNet2DConditionModel(tiny_pipeline.decoder.config, out_channels=3).eval()
     without = quiet(UnCLIPPipeline.from_pipe(tiny_pipeline, decoder=decoder, decoder_scheduler=plain))
     assert picture(without, few).isfinite().all()
+
+
+def test_a_prior_that_takes_the_texts_tokens_as_they_are(tiny_pipeline, few):
+    torch.manual_seed(0)
+    prior = PriorTransformer(tiny_pipeline.prior.config, encoder_hid_proj_type=None).eval()
+    assert picture(quiet(UnCLIPPipeline.from_pipe(tiny_pipeline, prior=prior)), few).isfinite().all()
 
 
 def test_a_time_embedding_of_a_width_of_its_own(tiny_pipeline, few):
@@ -507,8 +532,39 @@ def test_a_tokenizer_of_another_text_encoder(tiny_pipeline):
 
     captions = ["the quick brown fox jumps over the lazy dog"] * 3
     other = train_tokenizer(captions, vocabulary_size=540, context_length=11)
-    with pytest.raises(ConfigError, match=r"tokenizer has 5\d\d tokens, text_encoder 520"):
+    with pytest.raises(ConfigError, match=r"tokenizer numbers its tokens up to 5\d\d, text_encoder has 520"):
         UnCLIPPipeline(**tiny_pipeline.components | {"tokenizer": other})
+
+
+@pytest.mark.parametrize("own_clip", [False, True])
+def test_a_token_whose_number_the_text_encoder_lacks(copied, own_clip):
+    """As many tokens as the text encoder has, but one of them is numbered beyond."""
+    file = copied / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    name = next(token for token, number in vocabulary.items() if number == 7)
+    vocabulary[name] = 700
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="tokenizer numbers its tokens up to 700, text_encoder has 520"):
+        UnCLIPPipeline.from_pretrained(copied, own_clip=own_clip)
+
+
+@pytest.mark.parametrize("own_clip", [False, True])
+@pytest.mark.parametrize(
+    ("file", "before", "after", "words"),
+    [
+        ("tokenizer.json", "{", '{"twice": 1, "twice": 2, ', "has the key 'twice' twice"),
+        ("tokenizer.json", "}", "", "is not JSON"),
+        ("tokenizer_config.json", "{", '{"twice": 1, "twice": 2, ', "has the key 'twice' twice"),
+        ("special_tokens_map.json", "{", '{"twice": 1, "twice": 2, ', "has the key 'twice' twice"),
+    ],
+)
+def test_json_of_a_tokenizer_that_cannot_be_trusted(copied, file, before, after, words, own_clip):
+    path = copied / "tokenizer" / file
+    text = path.read_text() if path.exists() else '{"bos_token": "<|startoftext|>"}'
+    path.write_text(text.replace(before, after, 1))
+    with pytest.raises(CheckpointError, match=rf"component 'tokenizer'.*{file} {words}"):
+        UnCLIPPipeline.from_pretrained(copied, own_clip=own_clip)
 
 
 def test_a_link_that_leaves_the_folder(copied, saved):
@@ -516,6 +572,49 @@ def test_a_link_that_leaves_the_folder(copied, saved):
     (copied / "prior").symlink_to(saved / "text" / "prior")
     with pytest.raises(UnsafeFileError, match="component 'prior'"):
         UnCLIPPipeline.from_pretrained(copied)
+
+
+@pytest.mark.parametrize("own_clip", [False, True])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "model_index.json",
+        "generation_defaults.json",
+        "decoder/config.json",
+        "text_encoder/config.json",
+        "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
+        "tokenizer/merges.txt",
+        "image_encoder/config.json",
+        "feature_extractor/preprocessor_config.json",
+        "decoder_scheduler/scheduler_config.json",
+    ],
+)
+def test_a_file_that_is_a_link_out_of_the_folder(saved, tmp_path, file, own_clip):
+    folder, outside = shutil.copytree(saved / "variation", tmp_path / "linked"), tmp_path / "outside"
+    path = folder / file
+    if path.exists():
+        path.rename(outside)
+    else:
+        outside.write_text("{}")
+    if path.name == "merges.txt":  # nobody reads it beside a tokenizer.json
+        path.with_name("tokenizer.json").rename(path.with_name("vocab.json"))
+    path.symlink_to(outside)
+    with pytest.raises(UnsafeFileError, match=rf"{path.name} is a link that leaves its folder"):
+        UnCLIPImageVariationPipeline.from_pretrained(folder, own_clip=own_clip)
+
+
+@pytest.mark.parametrize("own_clip", [False, True])
+def test_a_snapshot_of_the_hubs_cache_is_links_throughout(saved, tmp_path, own_clip):
+    root = tmp_path / "models--owner--name"
+    snapshot = shutil.copytree(saved / "variation", root / "snapshots" / "abc")
+    (root / "blobs").mkdir()
+    (snapshot / "generation_defaults.json").write_text('{"decoder_num_inference_steps": 3}')
+    for number, path in enumerate(sorted(path for path in snapshot.rglob("*") if path.is_file())):
+        path.rename(root / "blobs" / str(number))
+        path.symlink_to(os.path.relpath(root / "blobs" / str(number), path.parent))
+    pipe = UnCLIPImageVariationPipeline.from_pretrained(snapshot, own_clip=own_clip)
+    assert pipe.recommended == {"decoder_num_inference_steps": 3}
 
 
 # ---- type and place ----

@@ -184,7 +184,7 @@ def convert_text_to_image_to_variation(
     preprocessor stays CLIP's, which keeps their centre. Raises as `convert_karlo` does.
     """
     source, clip_folder = resolve(folder), resolve(clip)
-    index = read_json(source / "model_index.json")
+    index = read_json(safe_join(source, "model_index.json"))
     lacking = [name for name in layout.SHARED if name not in index]
     if lacking:
         raise CheckpointError(
@@ -197,7 +197,7 @@ def convert_text_to_image_to_variation(
         sub = clip_folder / "image_encoder"
         encoder = sub if sub.is_dir() else clip_folder
         config = _half_config(encoder, "vision", "CLIPVisionModelWithProjection")
-        width = read_json(source / "text_proj" / "config.json").get("clip_embeddings_dim", 768)
+        width = read_json(safe_join(source / "text_proj", "config.json")).get("clip_embeddings_dim", 768)
         if config["projection_dim"] != width:
             raise WeightsError(
                 f"{encoder} gives embeddings of width {config['projection_dim']}; the decoder needs {width}"

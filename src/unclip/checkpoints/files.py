@@ -55,11 +55,11 @@ def parse_json_object(
     """
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise error(f"{what} has the key {twice[:80]!r} twice; which one holds cannot be known, so remove one")
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise error(f"{what} has the key {name[:80]!r} twice; which one holds cannot be known, so remove one")
+            found[name] = value
         return found
 
     def constant(text: str) -> float:

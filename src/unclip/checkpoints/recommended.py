@@ -6,7 +6,7 @@ Knows the file and its keys; knows no pipeline. Called by pipelines, assembling 
 from collections.abc import Mapping
 from pathlib import Path
 
-from unclip.checkpoints.files import read_json, write_json
+from unclip.checkpoints.files import read_json, safe_join, write_json
 from unclip.errors import ConfigError
 
 FILE = "generation_defaults.json"
@@ -31,7 +31,7 @@ def read_recommended(folder: Path) -> dict[str, Recommended]:
 
     Raises: ConfigError for an unknown key or a value that is no number; CheckpointError for a broken file.
     """
-    path = folder / FILE
+    path = safe_join(folder, FILE)
     return check_recommended(read_json(path), str(path)) if path.exists() else {}
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from unclip.checkpoints.files import read_json
+from unclip.checkpoints.files import read_json, safe_join
 from unclip.checkpoints.hub import resolve
 from unclip.checkpoints.layout import FURTHER_SUPER_RES
 from unclip.checkpoints.recommended import SCALES, Recommended, read_recommended
@@ -51,7 +51,7 @@ def find_model(name: str, *, quiet: bool) -> tuple[Path, dict[str, Any]]:
     """A pipeline's folder, fetched from the hub if need be, and its model_index.json."""
     silence_later(downloads=quiet)
     folder = resolve(name)
-    return folder, read_json(folder / "model_index.json")
+    return folder, read_json(safe_join(folder, "model_index.json"))
 
 
 def model_name(name: str) -> str:

@@ -103,7 +103,7 @@ def read_components(folder: Path) -> dict[str, Component]:
     Raises: CheckpointError when it is none of these.
     """
     if (folder / "model_index.json").is_file():
-        index = read_json(folder / "model_index.json")
+        index = read_json(safe_join(folder, "model_index.json"))
         named = {name: entry[1] for name, entry in index.items() if _is_entry(entry)}
         return {name: read_component(folder, name, class_name) for name, class_name in named.items()}
     if _config_name(folder):
@@ -121,7 +121,7 @@ def read_component(folder: Path, name: str, class_name: str) -> Component:
         if not place.is_dir():
             raise MissingFileError(f"{place} is not there")
         config_name = _config_name(place)
-        config = read_json(place / config_name) if config_name else {}
+        config = read_json(safe_join(place, config_name)) if config_name else {}
         class_name = class_name or _own_class(config)
         if config_name == "scheduler_config.json":
             settings = {key: value for key, value in config.items() if not key.startswith("_")}

@@ -173,7 +173,7 @@ class Component(nn.Module, Generic[C]):
         )
         if subfolder:
             folder = safe_join(folder, subfolder)
-        settings = read_json(folder / "config.json")
+        settings = read_json(safe_join(folder, "config.json"))
         name = settings.get("_class_name", cls.__name__)
         if name != cls.__name__:
             raise ConfigError(f"{folder} holds a {name}, not a {cls.__name__}, as its config.json says; use that class")

@@ -49,6 +49,16 @@ class PriorConfig(ModelConfig):
         return self.num_attention_heads * self.attention_head_dim
 
     @property
+    def summary_width(self) -> int:
+        """Width of the text's embedding as it is given."""
+        return self.embedding_proj_dim or self.embedding_dim
+
+    @property
+    def text_width(self) -> int:
+        """Width of the text's tokens as they are given."""
+        return self.embedding_dim if self.encoder_hid_proj_type else self.width
+
+    @property
     def output_width(self) -> int:
         """Width of the predicted embedding."""
         return self.clip_embed_dim or self.embedding_dim
@@ -100,13 +110,13 @@ class PriorTransformer(Component[PriorConfig]):
     config_class: ClassVar = PriorConfig
 
     def build(self, config: PriorConfig) -> None:
-        width, text_width = config.width, config.embedding_proj_dim or config.embedding_dim
+        width = config.width
         self.time_embedding = TimestepEmbedding(
             width, config.time_embed_dim or width, width, act_fn=config.time_embed_act_fn
         )
         self.proj_in = Linear(config.embedding_dim, width)
-        self.embedding_proj_norm = nn.LayerNorm(text_width) if config.embedding_proj_norm_type else None
-        self.embedding_proj = Linear(text_width, width)
+        self.embedding_proj_norm = nn.LayerNorm(config.summary_width) if config.embedding_proj_norm_type else None
+        self.embedding_proj = Linear(config.summary_width, width)
         self.encoder_hidden_states_proj = Linear(config.embedding_dim, width) if config.encoder_hid_proj_type else None
         num_tokens = config.num_embeddings + config.additional_embeddings
         self.positional_embedding = nn.Parameter(torch.zeros(1, num_tokens, width))
@@ -139,7 +149,7 @@ class PriorTransformer(Component[PriorConfig]):
 
     def _text_tokens(self, proj_embedding: Tensor, encoder_hidden_states: Tensor | None) -> Tensor:
         """[batch, text tokens + 1, width], without positions."""
-        expected = self.config.embedding_proj_dim or self.config.embedding_dim
+        expected = self.config.summary_width
         if proj_embedding.dim() not in (2, 3) or proj_embedding.shape[-1] != expected:
             raise InputError(f"proj_embedding is {tuple(proj_embedding.shape)}; it must be [batch, {expected}]")
         if self.embedding_proj_norm is not None:
@@ -151,7 +161,7 @@ class PriorTransformer(Component[PriorConfig]):
                 raise InputError('encoder_hid_proj_type is "linear": encoder_hidden_states must be given')
             return summary
         text = encoder_hidden_states
-        expected = self.config.width if self.encoder_hidden_states_proj is None else self.config.embedding_dim
+        expected = self.config.text_width
         if text.dim() != 3 or text.shape[-1] != expected:
             raise InputError(f"encoder_hidden_states is {tuple(text.shape)}; it must be [batch, tokens, {expected}]")
         check_rows(proj_embedding=proj_embedding, encoder_hidden_states=text)

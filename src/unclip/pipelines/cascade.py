@@ -12,12 +12,15 @@ from unclip.checkpoints.layout import FURTHER_SUPER_RES
 from unclip.diffusion.scheduler import Scheduler
 from unclip.errors import ConfigError, InputError
 from unclip.models.unet import UNet2DConditionModel, UNet2DModel
+from unclip.models.unet_config import UNet2DConditionConfig, UNetConfig
 from unclip.stages.stage import Size, size_px
 
 STAGES = ("super_res", *FURTHER_SUPER_RES)
 MAX_SIDE_PX = 8192
 
 V = TypeVar("V")
+Fact = tuple[str, object, str, object]
+"""What must agree: a setting's name and value, and another's name and the value that is wanted."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class SuperResParts:
     first: UNet2DModel
     last: UNet2DModel
     scheduler: Scheduler
+
+    @property
+    def multiple(self) -> int:
+        """What a picture's sides must be multiples of, for both networks to halve them."""
+        return max(_multiple(self.first.config), _multiple(self.last.config))
 
 
 def parts(components: Mapping[str, Any]) -> dict[str, SuperResParts]:
@@ -56,25 +64,32 @@ def parts(components: Mapping[str, Any]) -> dict[str, SuperResParts]:
     return found
 
 
-def fits(channels: int, small_px: int, stages: Mapping[str, SuperResParts]) -> list[tuple[str, Any, str, Any]]:
-    """What must agree, as (name, value, other, wanted), for pictures of `channels` and at first `small_px`.
+def fits(decoder: UNet2DConditionConfig, stages: Mapping[str, SuperResParts]) -> list[Fact]:
+    """What must agree for super-resolution to go on from the decoder's pictures.
 
-    Raises: ConfigError for a stage that does not enlarge, or a network that does not say its size.
+    The first stage may keep their size, and only redraw them; each further one must enlarge.
+
+    Raises: ConfigError for a stage that shrinks, or a network that does not say its size or cannot halve it.
     """
-    facts: list[tuple[str, Any, str, Any]] = []
+    facts: list[Fact] = []
+    channels, small_px = decoder.in_channels, _own_px("decoder", decoder)
     for stage, part in stages.items():
         first, last = part.first.config, part.last.config
-        size = size_px(first.sample_size)
-        if stage != "super_res" and size <= small_px:
+        size, words = _own_px(f"{stage}_first", first), "less" if stage == "super_res" else "no more"
+        _own_px(f"{stage}_last", last)
+        if size < small_px or (size == small_px and stage != "super_res"):
             raise ConfigError(
-                f"the components do not fit: {stage}_first.sample_size is {size}, no more than the {small_px} of the "
+                f"the components do not fit: {stage}_first.sample_size is {size}, {words} than the {small_px} of the "
                 "stage before"
             )
         small_px = size
+        given = "what super-resolution gives its networks"
         facts += [
             (f"{stage}_first.in_channels", first.in_channels, "twice the decoder's", 2 * channels),
             (f"{stage}_last.in_channels", last.in_channels, f"{stage}_first.in_channels", first.in_channels),
             (f"{stage}_last.sample_size", last.sample_size, f"{stage}_first.sample_size", first.sample_size),
+            (f"{stage}_first.class_embed_type", first.class_embed_type, given, None),
+            (f"{stage}_last.class_embed_type", last.class_embed_type, given, None),
         ]
     return facts
 
@@ -101,8 +116,8 @@ def side_multiple(decoder: UNet2DConditionModel, stages: Mapping[str, SuperResPa
     """What a result's height and width must be multiples of, unless they are the networks' own."""
     own = _own_sizes(decoder, stages)
     result = list(own.values())[-1]
-    configs = [decoder.config, *(part.first.config for part in stages.values())]
-    needs = [2 ** (config.num_levels - 1) * result for config in configs]
+    multiples = [_multiple(decoder.config), *(part.multiple for part in stages.values())]
+    needs = [multiple * result for multiple in multiples]
     return math.lcm(*(need // math.gcd(need, size) for need, size in zip(needs, own.values(), strict=True)))
 
 
@@ -128,6 +143,21 @@ def per_stage(value: V | Sequence[V], stages: Sequence[str], name: str) -> dict[
             f"{name} has {len(value)} values for {len(stages)} super-resolution stages; give one, or one for each"
         )
     return dict(zip(stages, value, strict=True))
+
+
+def _multiple(config: UNetConfig) -> int:
+    return 2 ** (config.num_levels - 1)
+
+
+def _own_px(name: str, config: UNetConfig) -> int:
+    """The side of the pictures that a network says it makes. Raises: ConfigError unless it can halve it as it does."""
+    size, multiple = size_px(config.sample_size), _multiple(config)
+    if size % multiple:
+        raise ConfigError(
+            f"the components do not fit: {name}.sample_size is {size}, but a network of {config.num_levels} levels "
+            f"needs a multiple of {multiple}"
+        )
+    return size
 
 
 def _own_sizes(decoder: UNet2DConditionModel, stages: Mapping[str, SuperResParts]) -> dict[str, int]:

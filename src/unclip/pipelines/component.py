@@ -59,6 +59,9 @@ OWN_CLIP = {
 }
 """Transformers' class → unclip's own, by module and name, which reads the same folder and gives the same."""
 
+TOKENIZER_JSON = ("tokenizer*.json", "vocab.json", "special_tokens_map.json", "added_tokens.json")
+"""What transformers' tokenizers read; tokenizer.json may have a version in its name."""
+
 MORE_FILES = ("adapter_config.json", "processor_config.json")
 """What transformers reads besides a part's own files; unclip's classes do not."""
 
@@ -201,7 +204,14 @@ def _read_own_clip(class_name: str, folder: Path, dtype: torch.dtype | None, var
 
 
 def _read_tokenizer(cls: Any, folder: Path) -> Any:
-    """A tokenizer with the folder's vocabulary; without one, transformers would make up an empty one."""
+    """A tokenizer with the folder's vocabulary; without one, transformers would make up an empty one.
+
+    What transformers reads is judged first, for of two equal keys it takes the last.
+    """
+    for pattern in TOKENIZER_JSON:
+        for path in sorted(folder.glob(pattern)):
+            read_json(safe_join(folder, path.name))
+    safe_join(folder, "merges.txt")
     if not (folder / "tokenizer.json").is_file():
         for name in ("vocab.json", "merges.txt"):
             if not (folder / name).is_file():
@@ -245,7 +255,7 @@ def _check_clip_config(folder: Path) -> None:
 
     That is said before anything of that size is allocated.
     """
-    settings = read_json(folder / "config.json")
+    settings = read_json(safe_join(folder, "config.json"))
     check_clip_settings(settings, str(folder / "config.json"))
     both = [settings.get(name) for name in (*HALVES, *OLD_HALVES)]  # a whole CLIP's two halves
     for part in [settings, *(part for part in both if isinstance(part, dict))]:

@@ -22,6 +22,7 @@ from unclip.models.text_proj import UnCLIPTextProjModel
 from unclip.models.unet import UNet2DConditionModel, UNet2DModel
 from unclip.pipelines import cascade
 from unclip.pipelines.arguments import Callback, as_prompts, check_latents, on_step
+from unclip.pipelines.cascade import Fact
 from unclip.pipelines.output import ImagePipelineOutput, in_form
 from unclip.pipelines.pipeline import Pipeline
 from unclip.stages.condition import DecoderCondition, SuperResCondition, TextEmbedding
@@ -132,7 +133,7 @@ class GenerationPipeline(Pipeline):
         """
         tiling = Tiling(tile_px, overlap_px)
         for part in self.cascade.values():
-            tiling.check_multiple(2 ** (part.first.config.num_levels - 1))
+            tiling.check_multiple(part.multiple)
         self._tiling = tiling
 
     def disable_super_res_tiling(self) -> None:
@@ -140,20 +141,27 @@ class GenerationPipeline(Pipeline):
         self._tiling = None
 
     def check(self) -> None:
-        """Raises: ConfigError when the components' widths or sizes do not fit one another."""
+        """Raises: ConfigError when the components do not fit one another."""
         text, proj, decoder = self.text_encoder.config, self.text_proj.config, self.decoder.config
         channels, dim = decoder.in_channels, proj.clip_embeddings_dim
         stages = self.cascade
-        if len(self.tokenizer) > text.vocab_size:
+        largest = max(self.tokenizer.get_vocab().values())
+        if largest >= text.vocab_size:
             raise ConfigError(
-                f"the components do not fit: tokenizer has {len(self.tokenizer)} tokens, text_encoder {text.vocab_size}"
+                f"the components do not fit: tokenizer numbers its tokens up to {largest}, text_encoder has "
+                f"{text.vocab_size} of them, from 0"
             )
-        fits = [
+        if decoder.class_embed_type != "identity":
+            raise ConfigError(
+                f"the components do not fit: decoder.class_embed_type is {decoder.class_embed_type!r}; it must be "
+                "'identity', for what text_proj makes of the image embedding goes in there"
+            )
+        fits: list[Fact] = [
             ("text_proj.clip_embeddings_dim", dim, "text_encoder.projection_dim", text.projection_dim),
             ("text_proj.clip_embeddings_dim", dim, "text_encoder.hidden_size", text.hidden_size),
             ("text_proj.cross_attention_dim", proj.cross_attention_dim, "decoder's", decoder.cross_attention_dim),
             ("text_proj.time_embed_dim", proj.time_embed_dim, "decoder's", decoder.embedding_width),
-            *cascade.fits(channels, size_px(decoder.sample_size), stages),
+            *cascade.fits(decoder, stages),
         ]
         networks: list[tuple[str, Any, Scheduler]] = [("decoder", decoder, self.decoder_scheduler)]
         for stage, part in stages.items():
@@ -165,7 +173,7 @@ class GenerationPipeline(Pipeline):
             fits.append((f"{name}.out_channels", config.out_channels, f"its scheduler's ({kind=})", wanted))
         self._check_fits(fits)
 
-    def _check_fits(self, fits: Sequence[tuple[str, int | None, str, int | None]]) -> None:
+    def _check_fits(self, fits: Sequence[Fact]) -> None:
         for name, value, other, wanted in fits:
             if value != wanted:
                 raise ConfigError(f"the components do not fit: {name} is {value}, but {other} is {wanted}")

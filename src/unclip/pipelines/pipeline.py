@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from unclip.checkpoints.files import atomic_folder, read_json, write_json
+from unclip.checkpoints.files import atomic_folder, read_json, safe_join, write_json
 from unclip.checkpoints.hub import resolve
 from unclip.checkpoints.layout import API_VERSION
 from unclip.checkpoints.recommended import Recommended, read_recommended, write_recommended
@@ -180,7 +180,7 @@ class Pipeline:
             token=token,
             variant=variant,
         )
-        index = read_json(folder / "model_index.json")
+        index = read_json(safe_join(folder, "model_index.json"))
         parts = dict(components)
         to_read = [name for name in cls.component_names() if name not in parts and not cls._may_lack(name, index)]
         varied = set() if variant is None else parts_with_variant(folder, to_read, variant)

@@ -14,7 +14,7 @@ from unclip.checkpoints.layout import FURTHER
 from unclip.diffusion.guidance import check_scale
 from unclip.diffusion.scheduler import Scheduler
 from unclip.errors import InputError
-from unclip.models.prior import PriorTransformer
+from unclip.models.prior import PriorConfig, PriorTransformer
 from unclip.models.prior_autoregressive import AutoregressivePrior
 from unclip.pipelines.arguments import (
     Callback,
@@ -27,6 +27,7 @@ from unclip.pipelines.arguments import (
     noise_source,
     on_step,
 )
+from unclip.pipelines.cascade import Fact
 from unclip.pipelines.generation import Call, GenerationPipeline, StageRun
 from unclip.pipelines.output import ImagePipelineOutput, check_output_type
 from unclip.stages.condition import PriorCondition, TextEmbedding
@@ -75,17 +76,21 @@ class UnCLIPPipeline(GenerationPipeline):
         super().check()
         if self.prior_scheduler is None and isinstance(self.prior, PriorTransformer):
             raise InputError("UnCLIPPipeline needs the component 'prior_scheduler': its prior is a diffusion prior")
-        width = self.text_encoder.config.projection_dim
-        context = self.text_encoder.config.max_position_embeddings
-        self._check_fits(
-            [
-                ("prior.embedding_dim", self.prior.config.embedding_dim, "text_encoder.projection_dim", width),
-                ("prior.num_embeddings", self.prior.config.num_embeddings, "text_encoder's context", context),
+        text, prior = self.text_encoder.config, self.prior.config
+        fits: list[Fact] = [
+            ("prior.embedding_dim", prior.embedding_dim, "text_encoder.projection_dim", text.projection_dim),
+            ("prior.num_embeddings", prior.num_embeddings, "text_encoder's context", text.max_position_embeddings),
+            ("prior.text_dim", prior.text_width, "text_encoder.hidden_size", text.hidden_size),
+        ]
+        if isinstance(prior, PriorConfig):
+            summary, output = prior.summary_width, prior.output_width
+            fits += [
+                ("prior.embedding_proj_dim", summary, "text_encoder.projection_dim", text.projection_dim),
+                ("prior.clip_embed_dim", output, "prior.embedding_dim", prior.embedding_dim),
+                ("prior.added_emb_type", prior.added_emb_type, "the query that a pipeline reads", "prd"),
+                ("prior.additional_embeddings", prior.additional_embeddings, "the count of tokens after the text's", 4),
             ]
-        )
-        if isinstance(self.prior, AutoregressivePrior):
-            text_width = self.text_encoder.config.hidden_size
-            self._check_fits([("prior.text_dim", self.prior.config.text_width, "text_encoder.hidden_size", text_width)])
+        self._check_fits(fits)
 
     @torch.no_grad()
     def __call__(

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unclip.checkpoints.files import output_folder, read_json, write_json
+from unclip.checkpoints.files import output_folder, read_json, safe_join, write_json
 from unclip.errors import ConfigError
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -57,7 +57,7 @@ class PicturePreprocessor:
         Raises: ConfigError for a setting that is not implemented, so that transformers' class must read it;
             CheckpointError for a file that cannot be read.
         """
-        return cls._from_settings(read_json(Path(folder) / "preprocessor_config.json"))
+        return cls._from_settings(read_json(safe_join(folder, "preprocessor_config.json")))
 
     @classmethod
     def _from_settings(cls, settings: Mapping[str, Any]) -> Self:

@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
 
-from unclip.checkpoints.files import output_folder, read_json, write_json
+from unclip.checkpoints.files import output_folder, read_json, safe_join, write_json
 from unclip.errors import ConfigError, InputError, MissingFileError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -120,18 +120,20 @@ class CaptionTokenizer:
             left, say), so that transformers' class must read it; CheckpointError for files that cannot be read.
         """
         folder = Path(folder)
-        settings = _optional_json(folder / "tokenizer_config.json")
+        settings = _optional_json(safe_join(folder, "tokenizer_config.json"))
         _check_settings(settings)
-        _check_special(_optional_json(folder / "special_tokens_map.json"), "special_tokens_map.json")
+        _check_special(_optional_json(safe_join(folder, "special_tokens_map.json")), "special_tokens_map.json")
         if (folder / "added_tokens.json").exists():
             raise ConfigError(f"{folder} has added_tokens.json")
         limit = settings.get("model_max_length", UNLIMITED)
         if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit >= 3:
             raise ConfigError(f"model_max_length in {folder} is {limit!r}")
-        if (folder / "tokenizer.json").is_file():
-            vocabulary, merges = _read_whole(folder / "tokenizer.json")
+        whole = safe_join(folder, "tokenizer.json")
+        if whole.is_file():
+            vocabulary, merges = _read_whole(whole)
         else:
-            vocabulary, merges = read_json(folder / "vocab.json"), _read_merges(folder / "merges.txt")
+            vocabulary = read_json(safe_join(folder, "vocab.json"))
+            merges = _read_merges(safe_join(folder, "merges.txt"))
         made = cls(vocabulary, merges, int(limit))
         _check_added(settings.get("added_tokens_decoder", {}), vocabulary)
         return made
@@ -149,6 +151,10 @@ class CaptionTokenizer:
 
     def __len__(self) -> int:
         return len(self._vocabulary)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Token → number."""
+        return dict(self._vocabulary)
 
     def __call__(
         self,
