@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from unclip.checkpoints.files import TEMPORARY_PREFIX, atomic_file, hub_root, read_json, safe_join, sync, write_json
 from unclip.checkpoints.header import TensorInfo, check_tensor_name, read_header
-from unclip.errors import CheckpointError, MissingFileError, UnsafeFileError, WeightsError
+from unclip.errors import CheckpointError, InputError, MissingFileError, UnsafeFileError, WeightsError
 
 if TYPE_CHECKING:
     import torch
@@ -268,6 +268,36 @@ def _compare(wanted: Mapping[str, tuple[int, ...]], index: WeightsIndex, folder:
         raise WeightsError(
             f"the weights in {folder} do not fit the model: {'; '.join(problems)}. Is its config.json right?"
         )
+
+
+# -- of networks in memory ------------------------------------------------------------------------------------------
+
+
+def offload_hooks(module: nn.Module) -> tuple[Any, ...]:
+    """accelerate's hooks on one module (not on those inside it): what offloading works by."""
+    hook = vars(module).get("_hf_hook")
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
+
+
+def state_of(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a network, with the weights that sequential offloading keeps for it in place of empty ones.
+
+    Raises: InputError when weights have no values: nothing keeps them.
+    """
+    state = module.state_dict()
+    for path, part in module.named_modules():
+        kept = [hook.weights_map for hook in offload_hooks(part) if getattr(hook, "weights_map", None) is not None]
+        for name in (*part._parameters, *part._buffers) if kept else ():
+            full = f"{path}.{name}" if path else name
+            if full in state and state[full].is_meta:
+                state[full] = next((weights[name] for weights in kept if name in weights), state[full])
+    empty = [name for name, value in state.items() if value.is_meta]
+    if empty:
+        raise InputError(
+            f"{_some(empty)} of {type(module).__name__} lie on the meta device, where weights have no values: "
+            "call the pipeline's remove_all_hooks() if it is offloaded, or load the weights, before they are saved"
+        )
+    return state
 
 
 # -- writing -------------------------------------------------------------------------------------------------------

@@ -104,15 +104,17 @@ class Component(nn.Module, Generic[C]):
         Raises:
             UnsafeFileError: `safe_serialization` is False: pickles can run code when read and are not written.
             InputError, OutputExistsError: `folder` is no possible name, or a file.
+            InputError: the weights have no values (they lie on the meta device, and no offloading keeps them).
         """
         from unclip.checkpoints.files import output_folder, sync, write_json
-        from unclip.checkpoints.weights import save_weights
+        from unclip.checkpoints.weights import save_weights, state_of
 
         if not safe_serialization:
             raise UnsafeFileError(
                 "safe_serialization=False asks for a pickle, which can run code when it is read; "
                 "unclip writes safetensors only. Leave the argument out."
             )
+        state = state_of(self)
         folder = output_folder(folder)
         path, config = folder / "config.json", self._header() | dict(self.config)
 
@@ -123,7 +125,7 @@ class Component(nn.Module, Generic[C]):
 
         save_weights(
             folder,
-            self.state_dict(),
+            state,
             stem=self.weights_stem,
             variant=variant,
             max_shard_size=max_shard_size,

@@ -23,6 +23,7 @@ from unclip.checkpoints.weights import (
     index_name,
     open_weights,
     read_tensors,
+    state_of,
 )
 from unclip.errors import CheckpointError, ConfigError, MissingFileError, UnclipError, WeightsError
 
@@ -126,7 +127,10 @@ def write_component(component: Any, folder: Path, *, variant: str | None) -> Non
     """Write one component into a folder of its own."""
     with _no_bars() if _is_foreign(component) else nullcontext():
         if isinstance(component, nn.Module):
-            component.save_pretrained(folder, variant=variant)  # type: ignore[operator]
+            # Only of transformers' class: unclip's own look up by themselves what offloading keeps.
+            offloaded = _is_foreign(component) and any(weight.is_meta for weight in component.parameters())
+            given = {"state_dict": state_of(component)} if offloaded else {}
+            component.save_pretrained(folder, variant=variant, **given)  # type: ignore[operator]
         else:
             component.save_pretrained(folder)
 

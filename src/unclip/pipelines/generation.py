@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
@@ -116,6 +116,14 @@ class GenerationPipeline(Pipeline):
     @classmethod
     def _annotation(cls, name: str) -> Any:
         return super()._annotation(re.sub(r"^super_res_\d_", "super_res_", name))
+
+    @classmethod
+    def from_pipe(cls, pipeline: Pipeline, **components: Any) -> Self:
+        made = super().from_pipe(pipeline, **components)
+        tiling = getattr(pipeline, "_tiling", None)
+        if tiling is not None:
+            made.enable_super_res_tiling(tiling.tile_px, tiling.overlap_px)
+        return made
 
     @property
     def cascade(self) -> dict[str, cascade.SuperResParts]:

@@ -19,6 +19,7 @@ from unclip.checkpoints.files import atomic_folder, read_json, write_json
 from unclip.checkpoints.hub import resolve
 from unclip.checkpoints.layout import API_VERSION
 from unclip.checkpoints.recommended import Recommended, read_recommended, write_recommended
+from unclip.checkpoints.weights import offload_hooks
 from unclip.diffusion.loop import Progress
 from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError
 from unclip.pipelines.component import index_entry, parts_with_variant, read_component, write_component
@@ -50,7 +51,6 @@ class Pipeline:
                 raise InputError(f"{type(self).__name__} needs the component {name!r}")
             setattr(self, name, components.get(name))
         self._progress: dict[str, Any] = {}
-        self._offload_hooks: list[Any] = []
         self._recommended: dict[str, Recommended] = {}
         self.check()
 
@@ -196,10 +196,19 @@ class Pipeline:
 
     @classmethod
     def from_pipe(cls, pipeline: "Pipeline", **components: Any) -> Self:
-        """This kind of pipeline from another's loaded components, and those it lacks given by name."""
+        """This kind of pipeline from another's loaded components, and those it lacks given by name.
+
+        Bars, tiling, recommendations and offloading stay as they are there; offloading lies in the networks, so what
+        one of the two changes in it holds for both, and a network that is new here takes part from the next enabling.
+
+        Raises: InputError when `pipeline` is none of unclip's.
+        """
+        if not isinstance(pipeline, Pipeline):
+            raise InputError(f"from_pipe takes a pipeline of unclip's, not a {type(pipeline).__name__}")
         shared = {name: part for name, part in pipeline.components.items() if name in cls.component_names()}
         made = cls(**shared | components)
         made._recommended = dict(pipeline._recommended)
+        made._progress = dict(pipeline._progress)
         return made
 
     def save_pretrained(
@@ -229,7 +238,7 @@ class Pipeline:
 
     def to(self, *where: torch.device | torch.dtype | str | int, **named: Any) -> Self:
         """Move and/or cast all networks: `to("cuda")`, `to(torch.float16)`, `to("cuda", torch.float16)`."""
-        if self._offload_hooks:
+        if self._is_offloaded:
             raise InputError(
                 "the pipeline is offloaded: its networks move by themselves; call remove_all_hooks() first"
             )
@@ -245,9 +254,8 @@ class Pipeline:
         target = _accelerator(gpu_id, device)
         self.to("cpu")
         previous = None
-        for network in self.networks.values():
+        for network in self._distinct_networks:
             _, previous = cpu_offload_with_hook(network, target, prev_module_hook=previous)
-            self._offload_hooks.append(previous)
 
     def enable_sequential_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | None = None
@@ -258,25 +266,36 @@ class Pipeline:
         self.remove_all_hooks()
         target = _accelerator(gpu_id, device)
         self.to("cpu")
-        for network in self.networks.values():
+        for network in self._distinct_networks:
             cpu_offload(network, target, offload_buffers=bool(network._parameters))
-            self._offload_hooks.append(network)
 
     def remove_all_hooks(self) -> None:
-        """Undo offloading; the networks stay in main memory."""
+        """Undo offloading, of other pipelines with the same networks too; the networks stay in main memory."""
         self.maybe_free_model_hooks()
-        if self._offload_hooks:
+        if self._is_offloaded:
             from accelerate.hooks import remove_hook_from_module
 
-            for network in self.networks.values():
+            for network in self._distinct_networks:
                 remove_hook_from_module(network, recurse=True)
-        self._offload_hooks = []
 
     def maybe_free_model_hooks(self) -> None:
         """With model offload on, bring every network back to main memory; called at the end of each call."""
-        for hook in self._offload_hooks:
-            if hasattr(hook, "offload"):
-                hook.offload()
+        for network in self._distinct_networks:
+            for hook in offload_hooks(network):
+                from accelerate.hooks import CpuOffload, UserCpuOffloadHook
+
+                if isinstance(hook, CpuOffload):
+                    UserCpuOffloadHook(network, hook).offload()
+
+    @property
+    def _distinct_networks(self) -> list[nn.Module]:
+        """Every network once, also where it is two components."""
+        return list(dict.fromkeys(self.networks.values()))
+
+    @property
+    def _is_offloaded(self) -> bool:
+        """Whether networks have offloading's hooks, whichever pipeline put them there."""
+        return any(offload_hooks(module) for network in self._distinct_networks for module in network.modules())
 
     def enable_attention_slicing(self, slice_size: str | int = "auto") -> None:
         """Compute attention in slices, which needs less memory: "auto" halves it, "max" takes one head at a time."""
