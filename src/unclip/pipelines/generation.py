@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor
 
 from unclip.checkpoints.layout import FURTHER
@@ -22,7 +23,7 @@ from unclip.models.text_proj import UnCLIPTextProjModel
 from unclip.models.unet import UNet2DConditionModel, UNet2DModel
 from unclip.pipelines import cascade
 from unclip.pipelines.arguments import Callback, as_prompts, check_latents, on_step
-from unclip.pipelines.output import ImagePipelineOutput, in_form
+from unclip.pipelines.output import ImagePipelineOutput, check_finite, in_form
 from unclip.pipelines.pipeline import Pipeline
 from unclip.stages.condition import DecoderCondition, SuperResCondition, TextEmbedding
 from unclip.stages.decoder import DecoderStage
@@ -173,6 +174,10 @@ class GenerationPipeline(Pipeline):
             fits.append((f"{name}.out_channels", config.out_channels, f"its scheduler's ({kind=})", wanted))
         self._check_fits(fits)
 
+    def _check_finite(self, results: Mapping[str, Tensor]) -> None:
+        """Raises: NonFiniteError; see `check_finite`."""
+        check_finite(results, has_float16=any(network.dtype == torch.float16 for network in self.networks.values()))
+
     def _check_fits(self, fits: Sequence[tuple[str, int | None, str, int | None]]) -> None:
         for name, value, other, wanted in fits:
             if value != wanted:
@@ -282,6 +287,7 @@ class GenerationPipeline(Pipeline):
         self, large: Tensor, small: Tensor, embeddings: Tensor, output_type: str, intermediates: bool, return_dict: bool
     ) -> ImagePipelineOutput | tuple[Any, ...]:
         self.maybe_free_model_hooks()
+        self._check_finite({"image embeddings": embeddings, "decoder's pictures": small, "pictures": large})
         output = ImagePipelineOutput(in_form(large, output_type))
         if intermediates:
             output.image_embeddings = embeddings.float().cpu()

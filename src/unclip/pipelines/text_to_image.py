@@ -151,6 +151,7 @@ class UnCLIPPipeline(GenerationPipeline):
             InputError: an argument is wrong; no stage has run.
             ConfigError: a component that was exchanged does not fit the others.
             Cancelled: the callback stopped the run.
+            NonFiniteError: the result is NaN or infinity, and no picture.
         """
         self.check()
         check_output_type(output_type)
@@ -212,7 +213,7 @@ class UnCLIPPipeline(GenerationPipeline):
             generator, seed: as of a call; `seed=[7] * n` gives every caption the same noise, so that they differ by
                 what they say alone.
 
-        Raises: InputError for a wrong argument.
+        Raises: InputError for a wrong argument, NonFiniteError for a result that is NaN or infinity.
         """
         self.check()
         check_scale(guidance_scale, "guidance_scale")
@@ -222,6 +223,7 @@ class UnCLIPPipeline(GenerationPipeline):
         null_text = self._repeated_text([""], len(text), 1) if run.guided else None
         embeddings = self._embed(embedder, text, null_text, run, Call(noise_source(generator, seed, len(text)), None))
         self.maybe_free_model_hooks()
+        self._check_finite({"image embeddings": embeddings})
         return embeddings
 
     def _embedder(self, run: PriorRun) -> EmbeddingSampler:
