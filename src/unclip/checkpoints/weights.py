@@ -137,6 +137,23 @@ def _nothing_found(folder: Path, stem: str, variant: str | None) -> CheckpointEr
     return MissingFileError(f"{folder} has no {wanted}; there is {_some(names) or 'nothing'}{remedy}")
 
 
+def check_asked(torch_dtype: object, use_safetensors: object) -> None:
+    """Check how weights are asked for, before a file is opened.
+
+    Raises: InputError for a `torch_dtype` that is neither None nor a floating torch.dtype; UnsafeFileError for
+        `use_safetensors=False` (None, which leaves the choice, and True are the same).
+    """
+    import torch
+
+    if torch_dtype is not None and not (isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point):
+        raise InputError(
+            f"torch_dtype is {torch_dtype!r}; it must be a floating type of torch's, such as torch.float16, "
+            "torch.bfloat16 or torch.float32"
+        )
+    if use_safetensors is not None and not use_safetensors:
+        raise UnsafeFileError("only safetensors are read; for pickles you trust: unclip convert pickle --help")
+
+
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
@@ -268,36 +285,6 @@ def _compare(wanted: Mapping[str, tuple[int, ...]], index: WeightsIndex, folder:
         raise WeightsError(
             f"the weights in {folder} do not fit the model: {'; '.join(problems)}. Is its config.json right?"
         )
-
-
-# -- of networks in memory ------------------------------------------------------------------------------------------
-
-
-def offload_hooks(module: nn.Module) -> tuple[Any, ...]:
-    """accelerate's hooks on one module (not on those inside it): what offloading works by."""
-    hook = vars(module).get("_hf_hook")
-    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
-
-
-def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a network, with the weights that sequential offloading keeps for it in place of empty ones.
-
-    Raises: InputError when weights have no values: nothing keeps them.
-    """
-    state = module.state_dict()
-    for path, part in module.named_modules():
-        kept = [hook.weights_map for hook in offload_hooks(part) if getattr(hook, "weights_map", None) is not None]
-        for name in (*part._parameters, *part._buffers) if kept else ():
-            full = f"{path}.{name}" if path else name
-            if full in state and state[full].is_meta:
-                state[full] = next((weights[name] for weights in kept if name in weights), state[full])
-    empty = [name for name, value in state.items() if value.is_meta]
-    if empty:
-        raise InputError(
-            f"{_some(empty)} of {type(module).__name__} lie on the meta device, where weights have no values: "
-            "call the pipeline's remove_all_hooks() if it is offloaded, or load the weights, before they are saved"
-        )
-    return state
 
 
 # -- writing -------------------------------------------------------------------------------------------------------

@@ -107,7 +107,8 @@ class Component(nn.Module, Generic[C]):
             InputError: the weights have no values (they lie on the meta device, and no offloading keeps them).
         """
         from unclip.checkpoints.files import output_folder, sync, write_json
-        from unclip.checkpoints.weights import save_weights, state_of
+        from unclip.checkpoints.offloaded import state_of
+        from unclip.checkpoints.weights import save_weights
 
         if not safe_serialization:
             raise UnsafeFileError(
@@ -151,19 +152,25 @@ class Component(nn.Module, Generic[C]):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
+        use_safetensors: bool | None = None,
     ) -> Self:
         """A network read from a folder or a hub repository, in evaluation mode; float32 unless `torch_dtype` is given.
 
         The layers are built without memory and get the file's weights assigned: nothing is drawn and thrown away.
 
+        Nothing but safetensors is read, whether `use_safetensors` is None or True.
+
         Raises:
+            InputError: `torch_dtype` is no floating type.
+            UnsafeFileError: `use_safetensors` is False.
             ConfigError: config.json describes another class, or something that is not implemented.
             CheckpointError: a file is missing, unsafe or broken, or its weights do not fit the configuration.
         """
         from unclip.checkpoints.files import read_json, safe_join
         from unclip.checkpoints.hub import resolve
-        from unclip.checkpoints.weights import load_into
+        from unclip.checkpoints.weights import check_asked, load_into
 
+        check_asked(torch_dtype, use_safetensors)
         folder = resolve(
             name_or_folder,
             revision=revision,

@@ -15,6 +15,7 @@ from torch import nn
 
 from unclip.checkpoints.clip_settings import HALVES, OLD_HALVES, check_clip_settings, read_image_processor_settings
 from unclip.checkpoints.files import read_json, safe_join
+from unclip.checkpoints.offloaded import state_of
 from unclip.checkpoints.weights import (
     DEFAULT_STEM,
     TRANSFORMERS_STEM,
@@ -23,7 +24,6 @@ from unclip.checkpoints.weights import (
     index_name,
     open_weights,
     read_tensors,
-    state_of,
 )
 from unclip.errors import CheckpointError, ConfigError, MissingFileError, UnclipError, WeightsError
 
