@@ -27,6 +27,7 @@ ALL = [
     "Manipulator",
     "MissingDependencyError",
     "MissingFileError",
+    "NonFiniteError",
     "OutputExistsError",
     "PrincipalComponents",
     "PriorTransformer",

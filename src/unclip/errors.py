@@ -13,6 +13,7 @@ Each message names the value, the limit and the remedy.
     │   └── WeightsError                   truncated, overlapping, duplicate, NaN, missing or extra weights
     ├── DataError (ValueError)             a data set or one of its samples cannot be used
     ├── TrainingError (RuntimeError)       a training run cannot go on (a loss that is not a number, say)
+    ├── NonFiniteError (ArithmeticError)   what was computed is NaN or infinite, and no picture
     ├── OutputExistsError (FileExistsError)        a file would be overwritten and nobody asked for it
     ├── MissingDependencyError (ImportError)       an optional package is needed for what was asked
     └── Cancelled                          a callback stopped the run
@@ -57,6 +58,10 @@ class DataError(UnclipError, ValueError):
 
 class TrainingError(UnclipError, RuntimeError):
     """A training run cannot go on."""
+
+
+class NonFiniteError(UnclipError, ArithmeticError):
+    """What was computed is NaN or infinite: numbers exceeded their type, or what went in was too large."""
 
 
 class OutputExistsError(UnclipError, FileExistsError):

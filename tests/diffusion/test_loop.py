@@ -86,6 +86,28 @@ def test_a_replacement_of_another_kind_is_refused(replacement) -> None:
         run(denoiser, DDIMSampler(PROCESS), (999, 0), START, noise=QUIET, on_step=lambda info: replacement)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_a_replacement_that_is_not_finite_is_refused(value: float) -> None:
+    replacement = torch.zeros(2, 3, dtype=torch.float64)
+    replacement[1, 2] = value
+    with pytest.raises(InputError, match=r"on_step returned a tensor that holds NaN or infinity in torch\.float32"):
+        run(denoiser, DDIMSampler(PROCESS), (999, 0), START, noise=QUIET, on_step=lambda info: replacement)
+    with pytest.raises(InputError, match="on_step returned a tensor on the meta device"):
+        run(denoiser, DDIMSampler(PROCESS), (999, 0), START, noise=QUIET, on_step=lambda info: START.to("meta"))
+
+
+def test_a_callback_is_not_blamed_for_what_was_lost_before() -> None:
+    lost = run(
+        lambda x, t: x * float("nan"),
+        DDIMSampler(PROCESS),
+        (999, 0),
+        START,
+        noise=QUIET,
+        on_step=lambda info: info.x + 1,
+    )
+    assert lost.isnan().all()
+
+
 def test_a_callback_may_cancel() -> None:
     calls: list[int] = []
 

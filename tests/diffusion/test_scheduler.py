@@ -130,6 +130,71 @@ def test_neutral_and_foreign_settings_are_let_through() -> None:
     UnCLIPScheduler.from_config({**foreign, "eta": 0.5, "timestep_spacing": "trailing", "set_alpha_to_one": False})
 
 
+@pytest.mark.parametrize(
+    ("make", "overrides", "named"),
+    [
+        (UnCLIPScheduler, {"timestep_spacing": "trailing"}, "timestep_spacing='trailing'"),
+        (UnCLIPScheduler, {"eta": 0.5, "solver_order": 7}, "eta"),
+        (UnCLIPScheduler, {"eta": 0.0}, "eta"),  # ancestral sampling is never without noise
+        (DDIMScheduler, {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type"),
+        (DDIMScheduler, {"use_karras_sigmas": True}, "use_karras_sigmas=True"),
+        (DDIMScheduler, {"solver_order": 2}, "solver_order=2"),
+        (DPMSolverMultistepScheduler, {"eta": 1.0}, "eta=1.0"),
+        (DPMSolverMultistepScheduler, {"set_alpha_to_one": False}, "set_alpha_to_one=False"),
+        (DDIMScheduler, {"colour": "red"}, "colour"),
+        (DDIMScheduler, {"_class_name": "UnCLIPScheduler"}, "_class_name"),
+    ],
+)
+def test_what_a_caller_wrote_does_not_vanish(make, overrides: dict, named: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=named):
+        make.from_config(KARLO_DECODER, **overrides)
+    UnCLIPScheduler().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=named):
+        make.from_pretrained(tmp_path, **overrides)
+
+
+@pytest.mark.parametrize(
+    ("make", "overrides"),
+    [
+        (UnCLIPScheduler, {"timestep_spacing": "linspace", "solver_order": 1, "use_karras_sigmas": False}),
+        (UnCLIPScheduler, {"steps_offset": 0, "set_alpha_to_one": True, "thresholding": False}),
+        (DDIMScheduler, {"solver_order": 1, "use_karras_sigmas": False, "flow_shift": 2.0}),
+        (DPMSolverMultistepScheduler, {"eta": 0.0, "set_alpha_to_one": True, "variance_type": "learned_range"}),
+    ],
+)
+def test_overrides_that_ask_for_nothing_are_let_through(make, overrides: dict) -> None:
+    assert dict(make.from_config(KARLO_DECODER, **overrides).config) == dict(make.from_config(KARLO_DECODER).config)
+
+
+@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize(
+    "settings", [{}, {"variance_type": "learned_range"}, {"prediction_type": "sample", "clip_sample_range": 5.0}]
+)
+def test_a_config_without_a_class_is_known_by_its_settings(make, settings: dict) -> None:
+    config = diffusers.UnCLIPScheduler(**settings).config  # never in a file: it names no class
+    assert "_class_name" not in config
+    made = make.from_config(config)
+    assert made.process == UnCLIPScheduler(**settings).process
+    assert make is DPMSolverMultistepScheduler or made.spaced_timesteps(2) == (999, 0)
+    ours = {name: value for name, value in UnCLIPScheduler(**settings).config.items() if name != "_class_name"}
+    assert make.from_config(ours).config == made.config
+    assert make.from_config({name: value for name, value in KARLO_DECODER.items() if name != "_class_name"}).config == (
+        make.from_config(KARLO_DECODER).config
+    )
+
+
+def test_settings_of_others_without_a_class_are_not_taken_for_unclip_s() -> None:
+    plain = DDIMScheduler()
+    for config in (
+        {"clip_sample_range": 1.0},  # what a person writes
+        {"variance_type": None, "prediction_type": "epsilon"},
+        diffusers.DDIMScheduler().config,
+        {name: value for name, value in diffusers.DDPMScheduler().config.items() if name != "timestep_spacing"},
+    ):
+        assert DDIMScheduler.from_config(config).process.beta_schedule == plain.process.beta_schedule
+        assert DDIMScheduler.from_config(config).spaced_timesteps(2) == plain.spaced_timesteps(2) == (500, 0)
+
+
 @pytest.mark.parametrize("make", ALL)
 @pytest.mark.parametrize(
     "bad",

@@ -11,7 +11,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from unclip import Cancelled, DDIMScheduler, DPMSolverMultistepScheduler, InputError, UnCLIPScheduler
+from unclip import (
+    Cancelled,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    InputError,
+    NonFiniteError,
+    UnclipError,
+    UnCLIPScheduler,
+)
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 STAGES = ("prior", "decoder", "super_res")
@@ -358,6 +366,30 @@ def test_the_contracts_order_of_arguments(tiny_pipeline):
     assert images.shape == (2, 3, 16, 16)
 
 
+# ---- results that are no numbers ----
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+def test_embeddings_that_are_too_large(own_pipeline, vary, few, output_type):
+    embeddings = torch.full((1, 16), 1e30)
+    with pytest.raises(NonFiniteError, match=r"decoder's pictures .* too large"):
+        own_pipeline(image_embeddings=embeddings, seed=1, output_type=output_type, **few)
+    with pytest.raises(NonFiniteError, match="decoder's pictures"):
+        vary(image_embeddings=embeddings, seed=1, output_type=output_type)
+    assert issubclass(NonFiniteError, UnclipError)
+    own_pipeline.to(torch.float16)
+    with pytest.raises(NonFiniteError, match=r"float16 ends at 65504.*torch_dtype=torch\.bfloat16 or torch\.float32"):
+        own_pipeline(image_embeddings=embeddings / 1e24, seed=1, output_type=output_type, **few)
+
+
+def test_a_prior_that_gives_no_numbers(own_pipeline, few):
+    with torch.no_grad():
+        own_pipeline.prior.clip_std.fill_(float("inf"))
+    for make in (lambda: own_pipeline("a cat", seed=1, **few), lambda: own_pipeline.embed_captions("a cat", seed=1)):
+        with pytest.raises(NonFiniteError, match=r"image embeddings came out as NaN or infinity.* damaged"):
+            make()
+
+
 # ---- callbacks ----
 
 
@@ -389,6 +421,15 @@ def test_a_callback_may_replace_the_latents(make):
             return {"latents": torch.full((1, 3, 16, 16), 0.5, dtype=torch.float64)}
 
     assert torch.equal(make("a cat", seed=1, callback_on_step_end=callback), torch.full((1, 3, 16, 16), 0.75))
+
+
+@pytest.mark.parametrize("stage", ["prior", "decoder", "super_res"])
+def test_latents_of_a_callback_that_are_no_numbers(make, stage):
+    def callback(pipeline, step, timestep, about):
+        return {"latents": about["latents"] * float("nan")} if about["stage"] == stage else None
+
+    with pytest.raises(InputError, match="NaN or infinity"):
+        make("a cat", seed=1, callback_on_step_end=callback)
 
 
 def test_a_callback_may_return_what_it_was_given(make):

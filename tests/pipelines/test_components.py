@@ -31,6 +31,7 @@ from unclip import (
     UnsafeFileError,
     WeightsError,
 )
+from unclip.checkpoints.layout import CLASSES, FURTHER
 
 
 def picture(pipeline, few, seed=1):
@@ -769,6 +770,79 @@ def test_offloading_twice_and_otherwise(own_pipeline, tiny_pipeline, few):
 
 
 @pytest.mark.parametrize("kind", ["model", "sequential"])
+def test_an_offloaded_pipeline_is_saved_with_its_weights(own_pipeline, tiny_pipeline, tmp_path, kind):
+    getattr(own_pipeline, f"enable_{kind}_cpu_offload")(device="cpu")
+    own_pipeline.save_pretrained(tmp_path / "saved")
+    own_pipeline.prior.save_pretrained(tmp_path / "prior")
+    assert hooked(own_pipeline) == list(own_pipeline.networks)
+    loaded = {**UnCLIPPipeline.from_pretrained(tmp_path / "saved").networks}
+    loaded["alone"] = PriorTransformer.from_pretrained(tmp_path / "prior")
+    for name, network in loaded.items():
+        expected = tiny_pipeline.networks["prior" if name == "alone" else name].state_dict()
+        state = network.state_dict()
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(value, expected[key]) for key, value in state.items()), name
+
+
+def test_weights_that_nobody_has_are_not_saved(tiny_configs, tmp_path):
+    with torch.device("meta"):
+        empty = PriorTransformer(tiny_configs["prior"])
+    with pytest.raises(InputError, match=r"of PriorTransformer .* lie on the meta device.*remove_all_hooks"):
+        empty.save_pretrained(tmp_path / "prior")
+    assert not (tmp_path / "prior").exists()
+
+
+@pytest.mark.parametrize("kind", ["model", "sequential"])
+def test_a_pipeline_of_offloaded_parts_is_offloaded(own_pipeline, tiny_pipeline, few, kind):
+    getattr(own_pipeline, f"enable_{kind}_cpu_offload")(device="cpu")
+    made = UnCLIPPipeline.from_pipe(own_pipeline)
+    with pytest.raises(InputError, match="offloaded"):
+        made.to("cpu")
+    torch.testing.assert_close(picture(made, few), picture(tiny_pipeline, few), rtol=0, atol=1e-5)
+    made.remove_all_hooks()
+    assert hooked(made) == hooked(own_pipeline) == []
+    assert own_pipeline.to(torch.float64).dtype == made.dtype == torch.float64  # they share them
+
+
+def test_a_pipeline_of_offloaded_parts_brings_them_back_too(own_pipeline, few, monkeypatch):
+    from accelerate import hooks
+
+    own_pipeline.enable_model_cpu_offload(device="cpu")
+    made, back = UnCLIPPipeline.from_pipe(own_pipeline), []
+    monkeypatch.setattr(hooks.UserCpuOffloadHook, "offload", lambda self: back.append(self.model))
+    picture(made, few)
+    assert back[-len(made.networks) :] == list(made.networks.values())
+
+
+@pytest.mark.parametrize("kind", ["model", "sequential"])
+def test_a_network_that_is_two_components_is_offloaded_once(own_pipeline, tiny_pipeline, few, kind):
+    own_pipeline.super_res_last = own_pipeline.super_res_first
+    expected = picture(own_pipeline, few)
+    getattr(own_pipeline, f"enable_{kind}_cpu_offload")(device="cpu")
+    torch.testing.assert_close(picture(own_pipeline, few), expected, rtol=0, atol=1e-5)
+    own_pipeline.remove_all_hooks()
+    assert hooked(own_pipeline) == []
+
+
+def test_from_pipe_keeps_bars_and_tiling(tiny_components, build_pipeline, tiny_pipeline, tiny_variation, few, capsys):
+    pipe = build_pipeline("text", tiny_components({"sample_size": 32}))
+    pipe.enable_super_res_tiling(16, 4)
+    made = UnCLIPPipeline.from_pipe(pipe)
+    assert made._tiling == pipe._tiling
+    picture(made, few)
+    assert capsys.readouterr().err == ""  # no bars
+    made.set_progress_bar_config(disable=False)
+    made.disable_super_res_tiling()
+    assert pipe._progress == {"disable": True}  # options of one are not the other's
+    assert pipe._tiling is not None
+    more = {name: getattr(tiny_variation, name) for name in ("image_encoder", "feature_extractor")}
+    assert UnCLIPImageVariationPipeline.from_pipe(pipe, **more)._tiling == pipe._tiling
+    assert UnCLIPPipeline.from_pipe(tiny_pipeline)._tiling is None
+    with pytest.raises(InputError, match="not a str"):
+        UnCLIPPipeline.from_pipe("unclip-emoji")
+
+
+@pytest.mark.parametrize("kind", ["model", "sequential"])
 def test_offloading_needs_an_accelerator(own_pipeline, monkeypatch, kind):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with pytest.raises(InputError, match="needs an accelerator"):
@@ -848,6 +922,69 @@ def test_progress_options_are_checked_when_they_are_set(own_pipeline):
         own_pipeline.set_progress_bar_config(nonsense=1)
 
 
-def test_only_safetensors_are_read():
-    with pytest.raises(UnsafeFileError):
-        UnCLIPPipeline.from_pretrained("unclip-emoji", use_safetensors=False)
+def test_only_safetensors_are_read(saved):
+    for cls, folder in ((UnCLIPPipeline, saved / "text"), (PriorTransformer, saved / "text" / "prior")):
+        with pytest.raises(UnsafeFileError, match="unclip convert pickle"):
+            cls.from_pretrained(folder, use_safetensors=False)
+        for use in (None, True):
+            assert cls.from_pretrained(folder, use_safetensors=use).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.int8, torch.complex64, 16, float], ids=str)
+def test_a_type_that_weights_cannot_have(saved, dtype):
+    for cls, folder in ((UnCLIPPipeline, saved / "text"), (PriorTransformer, saved / "text" / "prior")):
+        with pytest.raises(InputError, match=r"torch_dtype is .*torch\.float16"):
+            cls.from_pretrained(folder, torch_dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("part", "wrong"),
+    [
+        ("text_encoder", "x"),
+        ("text_encoder", torch.nn.Linear(2, 2)),
+        ("tokenizer", "x"),
+        ("tokenizer", object()),
+        ("tokenizer", len),
+        ("image_encoder", 5),
+        ("feature_extractor", "x"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_a_part_of_clip_that_is_none(own_variation, part, wrong):
+    with pytest.raises(ConfigError, match=rf"component '{part}' is a .*; it must be a \w+ of transformers'"):
+        UnCLIPImageVariationPipeline(**own_variation.components | {part: wrong})
+    before = getattr(own_variation, part)
+    with pytest.raises(ConfigError, match=part):
+        setattr(own_variation, part, wrong)
+    assert getattr(own_variation, part) is before
+
+
+def test_a_part_of_clip_of_another_class(own_variation, own_pipeline):
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    swapped = {"text_encoder": own_variation.image_encoder, "image_encoder": own_variation.text_encoder}
+    for part, wrong in {**swapped, "tokenizer": CLIPTokenizer}.items():
+        with pytest.raises(ConfigError, match=part):
+            UnCLIPImageVariationPipeline(**own_variation.components | {part: wrong})
+    with pytest.raises(ConfigError, match=r"CLIPTextModel; it must be a CLIPTextModelWithProjection"):
+        own_pipeline.text_encoder = CLIPTextModel(own_pipeline.text_encoder.config)
+
+
+@pytest.mark.parametrize("typo", ["super_res2_first", "prior_schedulr", "safety_checker"])
+def test_a_name_that_no_pipeline_has(tiny_pipeline, tiny_variation, typo):
+    for pipe in (tiny_pipeline, tiny_variation):
+        for value in (3, None):
+            with pytest.raises(InputError, match=rf"no pipeline has a component '{typo}'.* has text_encoder"):
+                type(pipe)(**pipe.components, **{typo: value})
+            with pytest.raises(InputError, match=typo):
+                type(pipe).from_pipe(pipe, **{typo: value})
+    # What another kind has is passed over.
+    assert "prior" not in UnCLIPImageVariationPipeline(**tiny_variation.components, prior=3).components
+    assert "image_encoder" not in UnCLIPPipeline(**tiny_pipeline.components, image_encoder=3).components
+
+
+def test_the_names_that_pipelines_have_are_those_of_the_folders():
+    kinds = (UnCLIPPipeline, UnCLIPImageVariationPipeline, UnCLIPInpaintPipeline)
+    assert {name for cls in kinds for name in cls.component_names()} == {*CLASSES, *FURTHER}
+    strings = {kind for cls in kinds for name in cls.component_names() for kind in cls._kinds(name)} - {None}
+    assert {kind for kind in strings if isinstance(kind, str)} == set(pipeline_module.CLIP_PARTS)

@@ -5,7 +5,16 @@ import pytest
 import torch
 from PIL import Image
 
-from unclip import CheckpointError, DDIMScheduler, ImageError, InputError, UnCLIPScheduler, UNet2DModel
+from unclip import (
+    CheckpointError,
+    DDIMScheduler,
+    ImageError,
+    InputError,
+    NonFiniteError,
+    UnCLIPScheduler,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from unclip.images import to_square
 from unclip.pipelines.manipulation import Manipulator, fingerprint
 from unclip.stages import embedding
@@ -325,6 +334,13 @@ def test_fingerprints_outlive_a_smaller_type(own_variation):
 def test_wrong_arguments(tool, pictures, arguments, words):
     with pytest.raises(ValueError, match=words):
         tool.invert(pictures, **arguments)
+
+
+def test_an_inversion_that_gives_no_numbers(tool, pictures, monkeypatch):
+    denoise = UNet2DConditionModel.denoise
+    monkeypatch.setattr(UNet2DConditionModel, "denoise", lambda *given: denoise(*given) * float("nan"))
+    with pytest.raises(NonFiniteError, match="decoder's noise came out as NaN"):
+        tool.invert(pictures)
 
 
 def test_wrong_pictures_and_latents(tool, pictures):

@@ -74,7 +74,8 @@ def run(
         The state after the last step, float32.
 
     Raises:
-        InputError: `timesteps` is no path for this sampler, or a callback returned something of another shape.
+        InputError: `timesteps` is no path for this sampler, or a callback returned something of another shape, or
+            that is not finite.
         Cancelled: raised by `on_step`, never by the loop.
     """
     steps = sampler.steps(timesteps)
@@ -94,9 +95,15 @@ def run(
 
 
 def _replaced(x: Tensor, replacement: Tensor | None) -> Tensor:
-    if replacement is None:
+    if replacement is None or replacement is x:
         return x
     if not isinstance(replacement, Tensor) or replacement.shape != x.shape:
         got = tuple(replacement.shape) if isinstance(replacement, Tensor) else type(replacement).__name__
         raise InputError(f"on_step returned {got}; it must return None, or a tensor of shape {tuple(x.shape)}")
-    return replacement.to(device=x.device, dtype=x.dtype)
+    if replacement.is_meta:
+        raise InputError("on_step returned a tensor on the meta device, where tensors have no values")
+    replacement = replacement.to(device=x.device, dtype=x.dtype)
+    # What was already lost before is not the callback's doing: whoever takes the result says so.
+    if not replacement.isfinite().all() and x.isfinite().all():
+        raise InputError(f"on_step returned a tensor that holds NaN or infinity in {x.dtype}; it must be finite")
+    return replacement

@@ -33,6 +33,12 @@ class UnCLIPScheduler(Scheduler):
         ConfigError: a setting is unknown, not implemented, or outside its limits.
     """
 
+    _foreign: ClassVar[_settings.Neutral] = {
+        **_settings.FOREIGN_NEUTRAL,
+        "timestep_spacing": ("linspace",),
+        "solver_order": (1,),
+    }
+
     def __init__(
         self,
         num_train_timesteps: int = 1000,
@@ -111,6 +117,7 @@ class DDIMScheduler(Scheduler):
     """
 
     _neutral: ClassVar[_settings.Neutral] = _settings.NEUTRAL_DDIM
+    _foreign: ClassVar[_settings.Neutral] = {**_settings.FOREIGN_NEUTRAL, "solver_order": (1,)}
 
     def __init__(
         self,
@@ -209,6 +216,7 @@ class DPMSolverMultistepScheduler(Scheduler):
     """
 
     _neutral: ClassVar[_settings.Neutral] = _settings.NEUTRAL_DPM_SOLVER
+    _foreign: ClassVar[_settings.Neutral] = {**_settings.FOREIGN_NEUTRAL, "eta": (0, 0.0)}
     _includes_zero: ClassVar[bool] = False
 
     def __init__(

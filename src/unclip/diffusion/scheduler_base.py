@@ -51,6 +51,7 @@ class Scheduler:
     order: ClassVar[int] = 1
     init_noise_sigma: ClassVar[float] = 1.0
     _neutral: ClassVar[_settings.Neutral] = _settings.NEUTRAL_EVERYWHERE
+    _foreign: ClassVar[_settings.Neutral] = _settings.FOREIGN_NEUTRAL
     _includes_zero: ClassVar[bool] = True
 
     def __init__(self, settings: Mapping[str, Any], unused: Mapping[str, object]) -> None:
@@ -186,21 +187,25 @@ class Scheduler:
         """A scheduler with the settings of `config`, which may be another scheduler's.
 
         The process is kept: schedule, prediction, variance and clipping, also where `config` left them at the
-        defaults of its own class (named by its "_class_name"). Karlo's even spacing of timesteps is kept too.
-        Settings of a sibling's way of sampling and names that begin with "_" are ignored.
+        defaults of its own class (named by its "_class_name"; without one, the settings that UnCLIPScheduler alone has
+        are its). Karlo's even spacing of timesteps is kept too. Settings in `config` of a sibling's way of sampling and
+        names that begin with "_" are ignored.
 
         Args:
             config: a scheduler's `config`, or the content of a scheduler_config.json.
-            overrides: settings that replace those of `config`.
+            overrides: settings of this class that replace those of `config`.
 
         Raises:
-            ConfigError: a setting is unknown, not implemented, or outside its limits.
+            ConfigError: a setting is unknown, not implemented, or outside its limits; or an override is of a sibling's
+                way of sampling.
         """
         if not isinstance(config, Mapping):
             raise ConfigError(f"the configuration is {type(config).__name__}; pass a scheduler's config, or a dict")
+        known = {*cls._defaults(), *cls._neutral}
+        _settings.check_overrides(cls.__name__, known, cls._foreign, overrides)
         inherited: dict[str, object] = {}
         siblings = {one.__name__: one for one in Scheduler.__subclasses__()}
-        source = siblings.get(str(config.get("_class_name")))
+        source = siblings.get("UnCLIPScheduler" if _settings.is_unclip(config) else str(config.get("_class_name")))
         if source is not None and source is not cls:
             defaults = source._defaults()
             inherited = {name: defaults[name] for name in _settings.PROCESS_SETTINGS}
@@ -208,7 +213,7 @@ class Scheduler:
         given = {**inherited, **config, **overrides}
         if given.get("variance_type", ...) is None:
             del given["variance_type"]  # of those for whom it plays no part
-        own = _settings.own_settings(cls.__name__, {*cls._defaults(), *cls._neutral}, given)
+        own = _settings.own_settings(cls.__name__, known, given)
         return cls(**own)
 
     @classmethod

@@ -58,6 +58,14 @@ NEUTRAL_DPM_SOLVER: Neutral = {
 
 _ELSEWHERE = {*NEUTRAL_DDIM, *NEUTRAL_DPM_SOLVER, "timestep_spacing", "eta", "solver_order"}
 
+_METHODS = ("algorithm_type", "solver_type")
+"""What chooses among a solver's methods: to another way of sampling no value of it is neutral."""
+
+FOREIGN_NEUTRAL: Neutral = {
+    name: values for name, values in {**NEUTRAL_DDIM, **NEUTRAL_DPM_SOLVER}.items() if name not in _METHODS
+}
+"""Settings of the siblings, at the values that ask for nothing of a class that does not have them."""
+
 
 class SchedulerConfig(Mapping[str, object]):
     """A scheduler's settings, and its class as "_class_name". Cannot be changed; entries are attributes too."""
@@ -121,3 +129,25 @@ def own_settings(class_name: str, known: set[str], settings: Mapping[str, Any]) 
                 f"{name!r} is no setting of {class_name} or its siblings; remove it from the configuration"
             )
     return {name: value for name, value in settings.items() if name in known}
+
+
+def check_overrides(class_name: str, known: set[str], neutral: Neutral, overrides: Mapping[str, object]) -> None:
+    """Accept what a caller wrote beside a configuration: `known` settings, and others that ask for nothing.
+
+    `own_settings` drops a sibling's settings from a configuration, which was written for that sibling; what the caller
+    wrote for this class must not vanish.
+
+    Raises:
+        ConfigError: a setting is unknown, or a sibling's at a value that `class_name` would not follow.
+    """
+    check_neutral(class_name, neutral, {name: value for name, value in overrides.items() if name not in known})
+
+
+def is_unclip(config: Mapping[str, object]) -> bool:
+    """Whether settings that do not name their class are a whole UnCLIPScheduler's.
+
+    Of the ecosystem's classes it alone has a kind of variance and nothing of another's: no spacing of timesteps above
+    all. A `config` that was never in a file says no class.
+    """
+    names = {name for name in config if not name.startswith("_")}
+    return "_class_name" not in config and config.get("variance_type") is not None and names <= {*PROCESS_SETTINGS}

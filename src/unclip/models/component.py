@@ -104,8 +104,10 @@ class Component(nn.Module, Generic[C]):
         Raises:
             UnsafeFileError: `safe_serialization` is False: pickles can run code when read and are not written.
             InputError, OutputExistsError: `folder` is no possible name, or a file.
+            InputError: the weights have no values (they lie on the meta device, and no offloading keeps them).
         """
         from unclip.checkpoints.files import output_folder, sync, write_json
+        from unclip.checkpoints.offloaded import state_of
         from unclip.checkpoints.weights import save_weights
 
         if not safe_serialization:
@@ -113,6 +115,7 @@ class Component(nn.Module, Generic[C]):
                 "safe_serialization=False asks for a pickle, which can run code when it is read; "
                 "unclip writes safetensors only. Leave the argument out."
             )
+        state = state_of(self)
         folder = output_folder(folder)
         path, config = folder / "config.json", self._header() | dict(self.config)
 
@@ -123,7 +126,7 @@ class Component(nn.Module, Generic[C]):
 
         save_weights(
             folder,
-            self.state_dict(),
+            state,
             stem=self.weights_stem,
             variant=variant,
             max_shard_size=max_shard_size,
@@ -149,19 +152,25 @@ class Component(nn.Module, Generic[C]):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
+        use_safetensors: bool | None = None,
     ) -> Self:
         """A network read from a folder or a hub repository, in evaluation mode; float32 unless `torch_dtype` is given.
 
         The layers are built without memory and get the file's weights assigned: nothing is drawn and thrown away.
 
+        Nothing but safetensors is read, whether `use_safetensors` is None or True.
+
         Raises:
+            InputError: `torch_dtype` is no floating type.
+            UnsafeFileError: `use_safetensors` is False.
             ConfigError: config.json describes another class, or something that is not implemented.
             CheckpointError: a file is missing, unsafe or broken, or its weights do not fit the configuration.
         """
         from unclip.checkpoints.files import read_json, safe_join
         from unclip.checkpoints.hub import resolve
-        from unclip.checkpoints.weights import load_into
+        from unclip.checkpoints.weights import check_asked, load_into
 
+        check_asked(torch_dtype, use_safetensors)
         folder = resolve(
             name_or_folder,
             revision=revision,

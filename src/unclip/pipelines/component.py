@@ -15,6 +15,7 @@ from torch import nn
 
 from unclip.checkpoints.clip_settings import HALVES, OLD_HALVES, check_clip_settings, read_image_processor_settings
 from unclip.checkpoints.files import read_json, safe_join
+from unclip.checkpoints.offloaded import state_of
 from unclip.checkpoints.weights import (
     DEFAULT_STEM,
     TRANSFORMERS_STEM,
@@ -129,7 +130,10 @@ def write_component(component: Any, folder: Path, *, variant: str | None) -> Non
     """Write one component into a folder of its own."""
     with _no_bars() if _is_foreign(component) else nullcontext():
         if isinstance(component, nn.Module):
-            component.save_pretrained(folder, variant=variant)  # type: ignore[operator]
+            # Only of transformers' class: unclip's own look up by themselves what offloading keeps.
+            offloaded = _is_foreign(component) and any(weight.is_meta for weight in component.parameters())
+            given = {"state_dict": state_of(component)} if offloaded else {}
+            component.save_pretrained(folder, variant=variant, **given)  # type: ignore[operator]
         else:
             component.save_pretrained(folder)
 

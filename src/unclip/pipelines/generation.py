@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor
 
 from unclip.checkpoints.layout import FURTHER
@@ -23,7 +24,7 @@ from unclip.models.unet import UNet2DConditionModel, UNet2DModel
 from unclip.pipelines import cascade
 from unclip.pipelines.arguments import Callback, as_prompts, check_latents, on_step
 from unclip.pipelines.cascade import Fact
-from unclip.pipelines.output import ImagePipelineOutput, in_form
+from unclip.pipelines.output import ImagePipelineOutput, check_finite, in_form
 from unclip.pipelines.pipeline import Pipeline
 from unclip.stages.condition import DecoderCondition, SuperResCondition, TextEmbedding
 from unclip.stages.decoder import DecoderStage
@@ -118,6 +119,14 @@ class GenerationPipeline(Pipeline):
     def _annotation(cls, name: str) -> Any:
         return super()._annotation(re.sub(r"^super_res_\d_", "super_res_", name))
 
+    @classmethod
+    def from_pipe(cls, pipeline: Pipeline, **components: Any) -> Self:
+        made = super().from_pipe(pipeline, **components)
+        tiling = getattr(pipeline, "_tiling", None)
+        if tiling is not None:
+            made.enable_super_res_tiling(tiling.tile_px, tiling.overlap_px)
+        return made
+
     @property
     def cascade(self) -> dict[str, cascade.SuperResParts]:
         """The super-resolution stages, in order: "super_res", then "super_res_2" and so on."""
@@ -172,6 +181,10 @@ class GenerationPipeline(Pipeline):
             wanted = channels * (2 if scheduler.process.learns_variance else 1)
             fits.append((f"{name}.out_channels", config.out_channels, f"its scheduler's ({kind=})", wanted))
         self._check_fits(fits)
+
+    def _check_finite(self, results: Mapping[str, Tensor]) -> None:
+        """Raises: NonFiniteError; see `check_finite`."""
+        check_finite(results, has_float16=any(network.dtype == torch.float16 for network in self.networks.values()))
 
     def _check_fits(self, fits: Sequence[Fact]) -> None:
         for name, value, other, wanted in fits:
@@ -282,6 +295,7 @@ class GenerationPipeline(Pipeline):
         self, large: Tensor, small: Tensor, embeddings: Tensor, output_type: str, intermediates: bool, return_dict: bool
     ) -> ImagePipelineOutput | tuple[Any, ...]:
         self.maybe_free_model_hooks()
+        self._check_finite({"image embeddings": embeddings, "decoder's pictures": small, "pictures": large})
         output = ImagePipelineOutput(in_form(large, output_type))
         if intermediates:
             output.image_embeddings = embeddings.float().cpu()

@@ -122,6 +122,7 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
             InputError: an argument is wrong (ImageError: a picture or mask is); no stage has run.
             ConfigError: a component that was exchanged does not fit the others.
             Cancelled: the callback stopped the run.
+            NonFiniteError: the result is NaN or infinity, and no picture.
         """
         self.check()
         check_output_type(output_type)

@@ -16,6 +16,7 @@ from unclip.diffusion.noise import NoiseSource
 from unclip.images import to_square
 from unclip.pipelines.arguments import Callback, on_step
 from unclip.pipelines.generation import Call, GenerationPipeline, StageRun
+from unclip.pipelines.pipeline import stage_words
 from unclip.stages.condition import SuperResCondition
 from unclip.stages.stage import Stage, invert
 from unclip.stages.super_res import SuperResStage
@@ -42,11 +43,13 @@ def inverted(
         pictures: one for each row of the condition.
         run: steps and guidance.
         callback: as of a pipeline's call.
+
+    Raises: NonFiniteError when it is NaN or infinity.
     """
     size = stage.sample_shape(condition)[-1]
     timesteps = getattr(pipe, f"{name}_scheduler").spaced_timesteps(run.num_steps)
     try:
-        return invert(
+        x_T = invert(
             stage,
             condition,
             torch.stack([to_square(picture, size) for picture in pictures]),
@@ -59,6 +62,8 @@ def inverted(
         )
     finally:
         pipe.maybe_free_model_hooks()
+    pipe._check_finite({f"{stage_words(name)}'s noise": x_T})
+    return x_T
 
 
 def inverted_super_res(

@@ -3,15 +3,16 @@
 Knows the output types; knows no component. Called by the pipelines.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
-from unclip.errors import InputError
+from unclip.errors import InputError, NonFiniteError
 from unclip.images import to_numpy, to_pil, to_unit
 
 Images = list[Image.Image] | np.ndarray | Tensor
@@ -65,3 +66,26 @@ def check_output_type(output_type: str) -> None:
     """Raises: InputError for a form that there is none of."""
     if output_type not in OUTPUT_TYPES:
         raise InputError(f"output_type is {output_type!r}; it must be one of {', '.join(map(repr, OUTPUT_TYPES))}")
+
+
+def check_finite(results: Mapping[str, Tensor], *, has_float16: bool) -> None:
+    """Look once, when all is computed, whether it came out as numbers.
+
+    Args:
+        results: by what a person calls them, in the order in which they were made.
+        has_float16: whether some network's weights are of that type.
+
+    Raises: NonFiniteError that names the first that is not finite, and the likely cause.
+    """
+    for name, result in results.items():
+        if bool(result.isfinite().all()):
+            continue
+        inputs = "embeddings, latents or text_model_output that were given are too large"
+        cause = f"the {inputs}, or the model's weights are damaged"
+        if has_float16:
+            largest = f"{torch.finfo(torch.float16).max:g}"
+            cause = (
+                f"float16 ends at {largest}, which some number exceeded: load the model with "
+                f"torch_dtype=torch.bfloat16 or torch.float32; or the {inputs}"
+            )
+        raise NonFiniteError(f"the {name} came out as NaN or infinity. Most likely {cause}")

@@ -7,6 +7,7 @@ import inspect
 import io
 import sys
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, Self, get_args
@@ -17,8 +18,10 @@ from tqdm.auto import tqdm
 
 from unclip.checkpoints.files import atomic_folder, read_json, safe_join, write_json
 from unclip.checkpoints.hub import resolve
-from unclip.checkpoints.layout import API_VERSION
+from unclip.checkpoints.layout import API_VERSION, CLASSES, FURTHER
+from unclip.checkpoints.offloaded import offload_hooks
 from unclip.checkpoints.recommended import Recommended, read_recommended, write_recommended
+from unclip.checkpoints.weights import check_asked
 from unclip.diffusion.loop import Progress
 from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError
 from unclip.pipelines.component import index_entry, parts_with_variant, read_component, write_component
@@ -38,6 +41,9 @@ class Pipeline:
     Subclasses name their components in `COMPONENTS`, in the order in which they work (offloading follows it), and
     annotate each with its class. Those in `OPTIONAL` may be missing: the attribute is None then, and `components`,
     loading and saving leave them out.
+
+    Given components that another kind of pipeline has are passed over, so that `OtherPipeline(**pipe.components, …)`
+    can be written; a name that none has is an InputError.
     """
 
     COMPONENTS: ClassVar[tuple[str, ...]] = ()
@@ -45,20 +51,23 @@ class Pipeline:
     """Those that may be None: not every model has them, or not every kind of the others needs them."""
 
     def __init__(self, **components: Any):
+        for name in components:
+            if name not in {*self.component_names(), *CLASSES, *FURTHER}:
+                known = ", ".join(self.component_names())
+                raise InputError(f"no pipeline has a component {name!r}; {type(self).__name__} has {known}")
         for name in self.component_names():
             if components.get(name) is None and name not in self.OPTIONAL:
                 raise InputError(f"{type(self).__name__} needs the component {name!r}")
             setattr(self, name, components.get(name))
         self._progress: dict[str, Any] = {}
-        self._offload_hooks: list[Any] = []
         self._recommended: dict[str, Recommended] = {}
         self.check()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Components can be exchanged (`pipe.decoder_scheduler = …`), for one of unclip's own kind.
 
-        Raises: ConfigError for a network or scheduler that is none of unclip's, such as diffusers' of that name.
-        Whether it fits the others is checked when the pipeline is next called.
+        Raises: ConfigError for a network or scheduler that is none of unclip's, such as diffusers' of that name, or for
+        a part of CLIP's that cannot be one. Whether it fits the others is checked when the pipeline is next called.
         """
         kinds = self._kinds(name)
         if value is None and kinds and name not in self.OPTIONAL:
@@ -70,6 +79,12 @@ class Pipeline:
                 f"component {name!r} is a {found}; it must be a {_either(kinds, in_full=True)} "
                 "(its from_pretrained and from_config read what diffusers' class of that name saved)"
             )
+        for kind in kinds:
+            if value is not None and isinstance(kind, str) and not _serves_as(kind, value):
+                found = f"{type(value).__module__}.{type(value).__name__}"
+                raise ConfigError(
+                    f"component {name!r} is a {found}; it must be a {kind} of transformers', or unclip's own"
+                )
         super().__setattr__(name, value)
 
     @classmethod
@@ -144,7 +159,7 @@ class Pipeline:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
-        use_safetensors: bool = True,
+        use_safetensors: bool | None = None,
         own_clip: bool = False,
         **components: Any,
     ) -> Self:
@@ -156,18 +171,18 @@ class Pipeline:
             variant: "fp16", say, reads `diffusion_pytorch_model.fp16.safetensors` of the components that have it, and
                 the plain weights of the others.
             revision, cache_dir, local_files_only, token: as the hub client has them.
-            use_safetensors: nothing else is read, so False is refused.
+            use_safetensors: nothing else is read, so None and True are the same and False is refused.
             own_clip: read CLIP's parts by unclip's own classes (`models/clip.py`, `stages/tokenizer.py`,
                 `stages/preprocessing.py`) instead of transformers', whose import takes seconds. They give the same
                 numbers and only encode; a part that they do not implement is read by transformers' class after all.
             components: parts to use in place of the folder's (`prior=my_prior`).
 
         Raises:
+            InputError: `torch_dtype` is no floating type, or there is no component of a given name.
             CheckpointError: something is missing, broken or unsafe; the message names the component.
             ConfigError: a component is of an unknown kind, or does not fit the others.
         """
-        if not use_safetensors:
-            raise UnsafeFileError("only safetensors are read; for pickles you trust: unclip convert pickle --help")
+        check_asked(torch_dtype, use_safetensors)
         for name in components:
             if name not in cls.component_names():
                 known = ", ".join(cls.component_names())
@@ -196,10 +211,19 @@ class Pipeline:
 
     @classmethod
     def from_pipe(cls, pipeline: "Pipeline", **components: Any) -> Self:
-        """This kind of pipeline from another's loaded components, and those it lacks given by name."""
+        """This kind of pipeline from another's loaded components, and those it lacks given by name.
+
+        Bars, tiling, recommendations and offloading stay as they are there; offloading lies in the networks, so what
+        one of the two changes in it holds for both, and a network that is new here takes part from the next enabling.
+
+        Raises: InputError when `pipeline` is none of unclip's.
+        """
+        if not isinstance(pipeline, Pipeline):
+            raise InputError(f"from_pipe takes a pipeline of unclip's, not a {type(pipeline).__name__}")
         shared = {name: part for name, part in pipeline.components.items() if name in cls.component_names()}
         made = cls(**shared | components)
         made._recommended = dict(pipeline._recommended)
+        made._progress = dict(pipeline._progress)
         return made
 
     def save_pretrained(
@@ -229,7 +253,7 @@ class Pipeline:
 
     def to(self, *where: torch.device | torch.dtype | str | int, **named: Any) -> Self:
         """Move and/or cast all networks: `to("cuda")`, `to(torch.float16)`, `to("cuda", torch.float16)`."""
-        if self._offload_hooks:
+        if self._is_offloaded:
             raise InputError(
                 "the pipeline is offloaded: its networks move by themselves; call remove_all_hooks() first"
             )
@@ -245,9 +269,8 @@ class Pipeline:
         target = _accelerator(gpu_id, device)
         self.to("cpu")
         previous = None
-        for network in self.networks.values():
+        for network in self._distinct_networks:
             _, previous = cpu_offload_with_hook(network, target, prev_module_hook=previous)
-            self._offload_hooks.append(previous)
 
     def enable_sequential_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | None = None
@@ -258,25 +281,36 @@ class Pipeline:
         self.remove_all_hooks()
         target = _accelerator(gpu_id, device)
         self.to("cpu")
-        for network in self.networks.values():
+        for network in self._distinct_networks:
             cpu_offload(network, target, offload_buffers=bool(network._parameters))
-            self._offload_hooks.append(network)
 
     def remove_all_hooks(self) -> None:
-        """Undo offloading; the networks stay in main memory."""
+        """Undo offloading, of other pipelines with the same networks too; the networks stay in main memory."""
         self.maybe_free_model_hooks()
-        if self._offload_hooks:
+        if self._is_offloaded:
             from accelerate.hooks import remove_hook_from_module
 
-            for network in self.networks.values():
+            for network in self._distinct_networks:
                 remove_hook_from_module(network, recurse=True)
-        self._offload_hooks = []
 
     def maybe_free_model_hooks(self) -> None:
         """With model offload on, bring every network back to main memory; called at the end of each call."""
-        for hook in self._offload_hooks:
-            if hasattr(hook, "offload"):
-                hook.offload()
+        for network in self._distinct_networks:
+            for hook in offload_hooks(network):
+                from accelerate.hooks import CpuOffload, UserCpuOffloadHook
+
+                if isinstance(hook, CpuOffload):
+                    UserCpuOffloadHook(network, hook).offload()
+
+    @property
+    def _distinct_networks(self) -> list[nn.Module]:
+        """Every network once, also where it is two components."""
+        return list(dict.fromkeys(self.networks.values()))
+
+    @property
+    def _is_offloaded(self) -> bool:
+        """Whether networks have offloading's hooks, whichever pipeline put them there."""
+        return any(offload_hooks(module) for network in self._distinct_networks for module in network.modules())
 
     def enable_attention_slicing(self, slice_size: str | int = "auto") -> None:
         """Compute attention in slices, which needs less memory: "auto" halves it, "max" takes one head at a time."""
@@ -310,6 +344,29 @@ class Pipeline:
     def __repr__(self) -> str:
         parts = ", ".join(f"{name}={type(part).__name__}" for name, part in self.components.items())
         return f"{type(self).__name__}({parts})"
+
+
+CLIP_PARTS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "CLIPTextModelWithProjection": (nn.Module, ("config.vocab_size", "config.hidden_size", "text_projection")),
+    "CLIPVisionModelWithProjection": (nn.Module, ("config.image_size", "visual_projection")),
+    "CLIPTokenizer": (Callable, ("__len__", "model_max_length")),
+    "BaseImageProcessor": (Callable, ()),
+}
+"""What is asked of CLIP's parts, whose classes are not imported here: a base, and what they have."""
+
+
+def _serves_as(kind: str, value: object) -> bool:
+    """Whether a value can be the part of CLIP's of that class: that class itself, unclip's own, or one like it."""
+    base, needed = CLIP_PARTS[kind]
+    return isinstance(value, base) and not isinstance(value, type) and all(_has(value, path) for path in needed)
+
+
+def _has(value: object, path: str) -> bool:
+    try:
+        attrgetter(path)(value)
+    except AttributeError:
+        return False
+    return True
 
 
 def _either(kinds: tuple[type | str, ...], *, in_full: bool = False) -> str:

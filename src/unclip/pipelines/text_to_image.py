@@ -158,6 +158,7 @@ class UnCLIPPipeline(GenerationPipeline):
             InputError: an argument is wrong; no stage has run.
             ConfigError: a component that was exchanged does not fit the others.
             Cancelled: the callback stopped the run.
+            NonFiniteError: the result is NaN or infinity, and no picture.
         """
         self.check()
         check_output_type(output_type)
@@ -228,7 +229,7 @@ class UnCLIPPipeline(GenerationPipeline):
                 dot products with all of them add up to the most; at 1, captions of one seed may keep candidates of
                 different noise. It divides the number of captions.
 
-        Raises: InputError for a wrong argument.
+        Raises: InputError for a wrong argument, NonFiniteError for a result that is NaN or infinity.
         """
         self.check()
         check_scale(guidance_scale, "guidance_scale")
@@ -250,6 +251,7 @@ class UnCLIPPipeline(GenerationPipeline):
         null_text = self._repeated_text([""], len(text), 1) if run.guided else None
         embeddings = self._embed(embedder, text, null_text, run, Call(noise_source(generator, seed, len(text)), None))
         self.maybe_free_model_hooks()
+        self._check_finite({"image embeddings": embeddings})
         return embeddings
 
     def _embedder(self, run: PriorRun) -> EmbeddingSampler:
