@@ -188,13 +188,6 @@ def test_global_generator(twins):
         compare(twins, "text", arguments)
 
 
-def test_with_the_references_own_tables(tiny_components, tiny_configs, build_pipeline):
-    components = tiny_components()
-    parts = reference_parts(components, tiny_configs, precise=False)
-    pair = {"text": (reference("text", parts), build_pipeline("text", components))}
-    compare(pair, "text", TEXT_CASES["guided"], limit=ROUNDED)
-
-
 def picture(seed=0, size=(23, 17)):
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
@@ -223,6 +216,20 @@ VARIATION_CASES = {
 @pytest.mark.parametrize("case", VARIATION_CASES)
 def test_variations(twins, case):
     compare(twins, "variation", VARIATION_CASES[case])
+
+
+# Two cases are left out: there the networks, whose weights are random, make much of what the rounding of tables changes.
+ROUNDED_CASES = {
+    f"text, {name}": ("text", case) for name, case in TEXT_CASES.items() if name not in ("other scales", "empty prompt")
+} | {f"variation, {name}": ("variation", case) for name, case in VARIATION_CASES.items()}
+
+
+@pytest.mark.parametrize("case", ROUNDED_CASES)
+def test_with_the_references_own_tables(tiny_components, tiny_configs, build_pipeline, case):
+    kind, arguments = ROUNDED_CASES[case]
+    components = tiny_components()
+    parts = reference_parts(components, tiny_configs, precise=False)
+    compare({kind: (reference(kind, parts), build_pipeline(kind, components))}, kind, arguments, limit=ROUNDED)
 
 
 # ---- folders ----

@@ -1,0 +1,53 @@
+"""The model in the package: how large it is, and that it draws what it is asked for."""
+
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import torch
+
+from unclip import UnCLIPImageVariationPipeline, UnCLIPPipeline
+from unclip.evaluation.judge import Candidates, Judge
+
+ASSETS = Path(str(files("unclip"))) / "assets"
+CAPTIONS = [
+    "red apple", "banana", "pizza", "hamburger", "birthday cake",
+    "cat face", "dog face", "lion", "fish", "butterfly",
+    "rose", "cactus", "evergreen tree", "rainbow", "fire",
+    "red heart", "smiling face", "automobile", "rocket", "soccer ball",
+]  # fmt: skip
+
+
+def test_all_weights_together_are_small():
+    weights = sum(path.stat().st_size for path in ASSETS.rglob("*.safetensors"))
+    assert 40e6 < weights < 60e6
+
+
+@pytest.fixture(scope="module")
+def candidates():
+    return Candidates.read_by(Judge.load(ASSETS / "emoji-judge"), CAPTIONS)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    pipe = UnCLIPPipeline.from_pretrained("unclip-emoji")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(CAPTIONS, seed=1, **pipe.recommended).images
+
+
+@pytest.mark.slow
+def test_it_draws_what_is_asked(candidates, drawn):
+    """A CLIP that had no part in it finds the right caption of twenty; chance is one picture."""
+    looks = candidates.judge.look(drawn)
+    assert candidates.rates(looks, CAPTIONS)["at_1"] >= 0.8
+    assert candidates.rates(looks.roll(1, 0), CAPTIONS)["at_1"] <= 0.2
+
+
+@pytest.mark.slow
+def test_variations_keep_what_a_picture_shows(candidates, drawn):
+    vary = UnCLIPImageVariationPipeline.from_pretrained("unclip-emoji")
+    vary.set_progress_bar_config(disable=True)
+    varied = vary(drawn, seed=7, **vary.recommended).images
+    assert candidates.rates(candidates.judge.look(varied), CAPTIONS)["at_1"] >= 0.75
+    same = torch.tensor([one.tobytes() == other.tobytes() for one, other in zip(varied, drawn, strict=True)])
+    assert not same.any()
