@@ -218,7 +218,7 @@ def test_variations(twins, case):
     compare(twins, "variation", VARIATION_CASES[case])
 
 
-# Two cases are left out: there the networks, whose weights are random, make much of what rounding changes in the tables.
+# Two cases are left out: there the networks, of random weights, make much of what rounding changes in the tables.
 ROUNDED_CASES = {
     f"text, {name}": ("text", case) for name, case in TEXT_CASES.items() if name not in ("other scales", "empty prompt")
 } | {f"variation, {name}": ("variation", case) for name, case in VARIATION_CASES.items()}
