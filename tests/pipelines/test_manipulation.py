@@ -246,7 +246,7 @@ def test_a_difference_is_of_one_candidate_for_both_captions(recommending, monkey
     original = embedding.closest
     monkeypatch.setattr(embedding, "closest", closest)
     for seed in range(12):
-        found = tool.caption_difference(*captions, seed=seed, num_samples=1)
+        found = tool.caption_difference(*captions, seed=seed, num_samples=1, num_prior_candidates=4)
         cosines = torch.nn.functional.cosine_similarity(text, drawn[-1], dim=-1)
         assert cosines.shape == (4, 2)
         target, source = drawn[-1][cosines.sum(dim=1).argmax()]

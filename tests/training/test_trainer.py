@@ -702,6 +702,8 @@ def test_what_one_process_is_asked_all_do(tmp_path, monkeypatch, stop, save):
 
 
 def test_processes_that_see_different_folders_are_told(tmp_path, monkeypatch):
+    trainer = Trainer(LineTask(), line_recipe(), tmp_path / "other")
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
     monkeypatch.setattr("unclip.training.trainer.gather_object", lambda own: [*own, 3])
     with pytest.raises(ConfigError, match="is at step 0 for one process and at 3 for another"):
         Trainer(LineTask(), line_recipe(), tmp_path)

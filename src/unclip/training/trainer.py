@@ -145,7 +145,7 @@ class Trainer:
 
     def _check_same_step(self, step: int) -> None:
         """Raises: ConfigError where processes do not see one folder: each would go on from another step."""
-        steps = set(gather_object([step]))
+        steps = set(gather_object([step])) if self.accelerator.num_processes > 1 else {step}
         if len(steps) > 1:
             raise ConfigError(
                 f"{self.folder} is at step {min(steps)} for one process and at {max(steps)} for another: all machines "
