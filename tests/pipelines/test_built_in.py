@@ -1,5 +1,6 @@
 """The model in the package: how large it is, and that it draws what it is asked for."""
 
+import json
 from importlib.resources import files
 from pathlib import Path
 
@@ -51,3 +52,35 @@ def test_variations_keep_what_a_picture_shows(candidates, drawn):
     assert candidates.rates(candidates.judge.look(varied), CAPTIONS)["at_1"] >= 0.75
     same = torch.tensor([one.tobytes() == other.tobytes() for one, other in zip(varied, drawn, strict=True)])
     assert not same.any()
+
+
+# ---- its card ----
+
+
+def test_the_card_tells_what_the_reports_say():
+    folder = ASSETS / "emoji"
+    card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+    groups = json.loads((folder / "evaluation.json").read_text())["retrieval"]
+    varied = json.loads((folder / "variations.json").read_text())["variations"]
+    rows = {
+        "seen concepts, generated": groups["seen"]["generated"],
+        "seen concepts, real pictures (ceiling)": groups["seen"]["real"],
+        "seen concepts, variations of the real pictures": varied["seen"]["variations"],
+        "held-out concepts, generated": groups["held_out"]["generated"],
+        "held-out concepts, real pictures (ceiling)": groups["held_out"]["real"],
+        "held-out concepts, variations of the real pictures": varied["held_out"]["variations"],
+    }
+    for name, found in rows.items():
+        first, five = (f"{100 * found[key]:.1f} %" for key in ("at_1", "at_5"))
+        number = groups["held_out" if name.startswith("held-out") else "seen"]["num"]
+        assert f"| {name} | {number} | {first} | {five} | {found['clip_score']:.3f} |" in card
+
+
+def test_the_readme_tells_what_the_report_says():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    seen = json.loads((ASSETS / "emoji" / "evaluation.json").read_text())["retrieval"]["seen"]
+    (made, made_5), (real, real_5) = (
+        [round(100 * seen[kind][key]) for key in ("at_1", "at_5")] for kind in ("generated", "real")
+    )
+    assert f"first for {made} % of 200 concepts and among five for {made_5} %" in readme
+    assert f"(of the real pictures: {real} and {real_5} %)" in readme
