@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 
 from unclip import UnCLIPInpaintPipeline, UnCLIPPipeline
 from unclip.data.folder import read_records
-from unclip.images import grid, labelled
+from unclip.images import grid, labelled, open_image
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 GUIDES = ("manipulations", "editing", "priors")
@@ -114,7 +114,7 @@ def publish(name: str, made: Path, images: Path) -> None:
 
 def compose(rows: list[list[tuple[str, str]]]) -> Image.Image:
     """Pictures side by side with their labels, each in the size of the largest, pixels as they are."""
-    opened = [(Image.open(file).convert("RGB"), text) for row in rows for file, text in row]
+    opened = [(open_image(file), text) for row in rows for file, text in row]
     size = max((image.size for image, _ in opened), key=lambda size: size[1])
     cards = [(image.resize(size, Image.Resampling.NEAREST), text) for image, text in opened]
     return grid([labelled(image, text) if text else image for image, text in cards], columns=len(rows[0]), gap=8)
