@@ -25,8 +25,13 @@ def test_all_weights_together_are_small():
 
 
 @pytest.fixture(scope="module")
-def candidates():
-    return Candidates.read_by(Judge.load(ASSETS / "emoji-judge"), CAPTIONS)
+def judge():
+    return Judge.load(ASSETS / "emoji-judge")
+
+
+@pytest.fixture(scope="module")
+def candidates(judge):
+    return Candidates.read_by(judge, CAPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +42,19 @@ def drawn():
 
 
 @pytest.mark.slow
-def test_it_draws_what_is_asked(candidates, drawn):
+def test_it_draws_what_is_asked(judge, candidates, drawn):
     """A CLIP that had no part in it finds the right caption of twenty; chance is one picture."""
-    looks = candidates.judge.look(drawn)
+    looks = judge.look(drawn)
     assert candidates.rates(looks, CAPTIONS)["at_1"] >= 0.8
     assert candidates.rates(looks.roll(1, 0), CAPTIONS)["at_1"] <= 0.2
 
 
 @pytest.mark.slow
-def test_variations_keep_what_a_picture_shows(candidates, drawn):
+def test_variations_keep_what_a_picture_shows(judge, candidates, drawn):
     vary = UnCLIPImageVariationPipeline.from_pretrained("unclip-emoji")
     vary.set_progress_bar_config(disable=True)
     varied = vary(drawn, seed=7, **vary.recommended).images
-    assert candidates.rates(candidates.judge.look(varied), CAPTIONS)["at_1"] >= 0.75
+    assert candidates.rates(judge.look(varied), CAPTIONS)["at_1"] >= 0.75
     same = torch.tensor([one.tobytes() == other.tobytes() for one, other in zip(varied, drawn, strict=True)])
     assert not same.any()
 
