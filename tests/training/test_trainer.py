@@ -28,10 +28,11 @@ from unclip.training import state
 from unclip.training import trainer as trainer_module
 from unclip.training.clip import ClipTask
 from unclip.training.diffusion import DecoderTask, PriorTask, SuperResTask
+from unclip.training.optimizer import learning_rate
 from unclip.training.prior_autoregressive import AutoregressivePriorTask
 from unclip.training.recipe import ClipSettings, OptimizerRecipe, PriorSettings, Recipe
 from unclip.training.task import of_rows
-from unclip.training.trainer import Trainer, learning_rate, own_rows, step_generator
+from unclip.training.trainer import Trainer, own_rows, step_generator
 
 REAL_TASKS = [
     ("clip", ClipTask),

@@ -22,27 +22,16 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from unclip.errors import ConfigError, TrainingError
-from unclip.training.muon import Muon, split_parameters
-from unclip.training.recipe import OptimizerRecipe, Recipe, as_dict
+from unclip.training.optimizer import learning_rate, make_optimizer
+from unclip.training.recipe import Recipe, as_dict
 from unclip.training.sharding import is_sharded, sharded, share_of, shared_like, shares_of, whole
 from unclip.training.state import RunFolder, Snapshot, flat, optimizer_tensors, restore_optimizer
 from unclip.training.task import Batch, Task, computes_on_cpu, mixed_precision
-
-FUSED = ("cpu", "cuda")
-"""Where AdamW's step passes over the weights once, not once an operation."""
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
     """The source of all randomness of one step: the same whether the run was interrupted or not."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
-
-
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, constant, then linear to zero over the last `decay_share` of the steps."""
-    optimizer = recipe.optimizer
-    warm = min(1.0, (step + 1) / max(1, optimizer.warmup_steps))
-    left = (recipe.steps - step) / max(1.0, optimizer.decay_share * recipe.steps)
-    return optimizer.learning_rate * warm * min(1.0, left)
 
 
 def own_rows(batch_size: int, *, num_processes: int, rank: int, num_pieces: int) -> Tensor:
@@ -403,20 +392,6 @@ def _check_trackers(names: Iterable[str]) -> None:
                 f"trackers has {name!r}, which accelerate {accelerate.__version__} does not know: "
                 "pip install --upgrade accelerate, or leave it out"
             )
-
-
-def make_optimizer(module: nn.Module, recipe: OptimizerRecipe) -> torch.optim.Optimizer:
-    """What the recipe asks for. Matrices and kernels decay; biases, norms' scales and single vectors do not."""
-    settings: dict[str, Any] = {"lr": recipe.learning_rate, "betas": (recipe.beta1, recipe.beta2), "eps": recipe.eps}
-    if recipe.name == "muon":
-        return Muon(split_parameters(module, recipe.weight_decay), **settings)
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    fused = all(p.device.type in FUSED for p in trained)
-    return torch.optim.AdamW(groups, **settings, fused=fused)
 
 
 @torch.no_grad()
