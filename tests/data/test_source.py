@@ -305,6 +305,9 @@ def test_damaged_shards_up_to_half(shards, source):
     stream = source(folder)
     with pytest.raises(DataError, match="3 of 4 shards are damaged"):
         draw_all(stream, 6, 5)
+    tolerant = source(folder, max_skipped_share=0.8)
+    with pytest.warns(UserWarning, match="skipped"):
+        draw_all(tolerant, 6, 5)
 
 
 def test_embeddings_in_the_shards(shards, source):

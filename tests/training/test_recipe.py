@@ -117,7 +117,7 @@ def test_the_recipe_as_plain_data(read):
         ('stage = "prior"\ndata = "a\\u0000b"\n[prior]', "it must be a path"),
         (PRIOR + "prior = 3", r"prior is 3; it must be a section \[prior\]"),
         (PRIOR + "optimizer = 3\n[prior]", "optimizer is 3; it must be a section"),
-        (PRIOR + "[prior]\nmodel = 3", r"prior\.model is 3; it must be dict"),
+        (PRIOR + "[prior]\nmodel = 3", r"prior\.model is 3; it must be a section"),
         (PRIOR + "steps = 0\n[prior]", "steps is 0; it must be above 0"),
         (PRIOR + "seed = -1\n[prior]", "seed is -1; it must be 0 or more"),
         (PRIOR + "seed = 18446744073709551616\n[prior]", "seed is 18446744073709551616; it must be below 2"),
@@ -142,6 +142,15 @@ def test_files_that_are_no_recipes(tmp_path):
     (tmp_path / "latin.toml").write_bytes(b'stage = "\xe9"')
     with pytest.raises(ConfigError, match="no UTF-8 text"):
         read_recipe(tmp_path / "latin.toml")
+
+
+def test_further_settings_of_a_clip(read):
+    text = 'stage = "clip"\ndata = "set"\n[clip]\ntext_heads = 2\n[clip.text_config]\nhidden_size = 8\n'
+    recipe = read(text)
+    assert recipe.clip.text_config == {"hidden_size": 8}
+    assert as_dict(recipe)["clip"]["text_config"] == {"hidden_size": 8}
+    with pytest.raises(ConfigError, match=r"clip.text_config is 3; it must be a section \[clip.text_config\]"):
+        read('stage = "clip"\ndata = "set"\n[clip]\ntext_config = 3\n')
 
 
 def test_trackers(read, monkeypatch):

@@ -14,6 +14,7 @@ from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProject
 
 import unclip
 from unclip.errors import ConfigError, DataError
+from unclip.pipelines.clip import read_clip
 from unclip.stages.encoders import TextEncoder
 from unclip.training import conditions, diffusion
 from unclip.training.clip import ClipTask, retrieval_ranks, shift_and_zoom
@@ -205,6 +206,40 @@ def test_without_held_out_pictures_the_sheet_says_so_by_silence(tiny, tmp_path, 
 def test_clip_sizes_that_do_not_fit(tiny, change, words):
     with pytest.raises(ConfigError, match=words):
         ClipTask(tiny("clip", section=change))
+
+
+def test_a_clip_of_any_configuration(tiny, tmp_path):
+    section = {
+        "text_config": {"hidden_size": 24, "intermediate_size": 40, "hidden_act": "gelu"},
+        "image_config": {"layer_norm_eps": 1e-4, "intermediate_size": 56},
+    }
+    task = ClipTask(tiny("clip", section=section))
+    text, image = task.module.text.config, task.module.image.config
+    assert (text.hidden_size, text.intermediate_size, text.hidden_act) == (24, 40, "gelu")
+    assert (image.layer_norm_eps, image.intermediate_size) == (1e-4, 56)
+    task.save(tmp_path / "clip")
+    assert read_clip(tmp_path / "clip").text_encoder.config.hidden_size == 24
+    with pytest.raises(ConfigError, match=r"\[clip.text_config\] is stated"):
+        ClipTask(dataclasses.replace(tiny("clip", section=section), start_from=tmp_path / "clip"))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "words"),
+    [
+        ("text_config", "num_hidden_layers", 3, "clip.text_config.num_hidden_layers cannot be set.*hidden_act"),
+        ("image_config", "num_channels", 4, "clip.image_config.num_channels cannot be set"),
+        ("image_config", "windows", 4, "clip.image_config.windows cannot be set"),
+        ("text_config", "hidden_size", "wide", "hidden_size is 'wide'"),
+        ("text_config", "hidden_size", 7, "hidden_size. and clip.text_heads are 7 and"),
+        ("text_config", "intermediate_size", 0, "intermediate_size is 0"),
+        ("text_config", "hidden_act", "swoosh", "hidden_act is 'swoosh'.*quick_gelu"),
+        ("image_config", "hidden_act", ["gelu"], "hidden_act is"),
+        ("image_config", "attention_dropout", "much", "refused by transformers"),
+    ],
+)
+def test_settings_that_no_clip_has(tiny, section, key, value, words):
+    with pytest.raises(ConfigError, match=words):
+        ClipTask(tiny("clip", section={section: {key: value}}))
 
 
 def test_shift_and_zoom():

@@ -31,6 +31,7 @@ from unclip.training.diffusion import DecoderTask, PriorTask, SuperResTask
 from unclip.training.optimizer import learning_rate
 from unclip.training.prior_autoregressive import AutoregressivePriorTask
 from unclip.training.recipe import ClipSettings, OptimizerRecipe, PriorSettings, Recipe
+from unclip.training.state import RunFolder
 from unclip.training.task import of_rows
 from unclip.training.trainer import Trainer, own_rows, step_generator
 
@@ -740,6 +741,29 @@ def test_metrics_go_to_the_trackers_that_are_installed(tmp_path, monkeypatch, na
         Trainer(LineTask(), dataclasses.replace(recipe, steps=steps), tmp_path / "run").run()
     assert [path for path in tmp_path.glob(left) if path.stat().st_size > 1000]
     assert {path.name for path in tmp_path.iterdir()} <= {"run", "kept"}
+    parts = list(tmp_path.glob("run/wandb/offline-run-*"))
+    assert len(parts) == (2 if name == "wandb" else 0)
+    assert len({part.name.rpartition("-")[2] for part in parts}) <= 1  # one run for wandb, when they are sent to it
+
+
+def test_wandb_is_told_which_run_goes_on(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda self, *args, init_kwargs, **more: told.append(init_kwargs))
+    recipe = line_recipe(trackers=("tensorboard",))
+    for steps in (6, 12):
+        Trainer(LineTask(), dataclasses.replace(recipe, steps=steps), tmp_path).run()
+    first, second = (how["wandb"] for how in told)
+    assert first["id"] == second["id"]
+    assert second["resume"] == "allow"
+
+
+def test_a_tracker_knows_a_run_again_that_goes_on_and_only_that(tmp_path):
+    folder = RunFolder(tmp_path)
+    first = folder.run_id(0)
+    assert folder.run_id(7) == first
+    assert folder.run_id(0) != first
+    (tmp_path / "run_id").write_bytes(b"\xff\x00")
+    assert folder.run_id(7).isalnum()
 
 
 @pytest.mark.slow

@@ -21,6 +21,8 @@ from unclip.errors import DataError
 
 MIN_JUDGED = 200
 """Samples that must have been read before a share of broken ones says anything."""
+MAX_DAMAGED_SHARDS = 0.5
+"""Of all shards; a damaged one gives the samples before its damage."""
 NUM_WORKERS = 2
 """Threads that decode the samples of a stream."""
 
@@ -36,7 +38,7 @@ class ShardSource:
         sizes: pictures are made square with white and resized to each of these.
         seed: of the order.
         rank, world: this process's number, and how many there are: each reads its own shards.
-        max_skipped_share: of the samples that may be broken; of the shards half may be.
+        max_skipped_share: of the samples that may be broken; of the shards at least half may be.
         weight_power: of a sample's weight, in how often it is drawn.
         num_workers: threads that decode.
 
@@ -143,7 +145,7 @@ class ShardSource:
                 f"{broken} of {damage.num_read} samples cannot be read, more than the "
                 f"{in_percent(self.max_skipped_share)} allowed; {self._some()}"
             )
-        if 2 * shards > len(self.stream.shards):
+        if shards > max(MAX_DAMAGED_SHARDS, self.max_skipped_share) * len(self.stream.shards):
             raise DataError(f"{shards} of {len(self.stream.shards)} shards are damaged; {self._some()}")
 
     def _next_good(self, samples: "_Order") -> Sample:

@@ -8,9 +8,11 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from transformers import (
@@ -20,7 +22,9 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    PretrainedConfig,
 )
+from transformers.activations import ACT2FN
 from transformers.image_processing_utils import BaseImageProcessor
 
 from unclip.checkpoints.files import read_json
@@ -35,6 +39,11 @@ from unclip.training.tokenizer import END, START, train_tokenizer
 
 RECONSTRUCTION_SIZE = 16
 MAX_LOGIT_SCALE = math.log(100)
+WIDTHS = {
+    "text_config": "clip.projection_dim (or clip.text_config.hidden_size) and clip.text_heads",
+    "image_config": "clip.image_width and clip.image_heads",
+}
+"""What an encoder's width and heads are called in a recipe."""
 SHOWN_ROWS = 1024
 """How many pictures retrieval is tried on for a sheet."""
 
@@ -186,32 +195,62 @@ def fresh_encoders(
 ) -> tuple[CLIPTextModelWithProjection, CLIPVisionModelWithProjection]:
     """Text and image encoder with weights drawn from torch's own generator.
 
-    Raises: ConfigError when a width is no multiple of what it is cut into.
+    Raises: ConfigError when a width is no multiple of what it is cut into, or for a further setting that is none.
     """
-    _check_sizes(settings)
     vocabulary, width = tokenizer.get_vocab(), settings.projection_dim
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=4 * width,
-        projection_dim=width,
-        num_hidden_layers=settings.text_layers,
-        num_attention_heads=settings.text_heads,
-        max_position_embeddings=settings.context_length,
-        bos_token_id=vocabulary[START],
-        eos_token_id=vocabulary[END],
-        pad_token_id=vocabulary[END],
-    )
-    image = CLIPVisionConfig(
-        hidden_size=settings.image_width,
-        intermediate_size=4 * settings.image_width,
-        projection_dim=width,
-        num_hidden_layers=settings.image_layers,
-        num_attention_heads=settings.image_heads,
-        image_size=settings.image_size,
-        patch_size=settings.patch_size,
-    )
+    named = {
+        "vocab_size": len(tokenizer),
+        "projection_dim": width,
+        "num_hidden_layers": settings.text_layers,
+        "num_attention_heads": settings.text_heads,
+        "max_position_embeddings": settings.context_length,
+        "bos_token_id": vocabulary[START],
+        "eos_token_id": vocabulary[END],
+        "pad_token_id": vocabulary[END],
+    }
+    text = _config(CLIPTextConfig, named, settings.text_config, "text_config", width)
+    named = {
+        "hidden_size": settings.image_width,
+        "projection_dim": width,
+        "num_hidden_layers": settings.image_layers,
+        "num_attention_heads": settings.image_heads,
+        "image_size": settings.image_size,
+        "patch_size": settings.patch_size,
+        "num_channels": 3,
+    }
+    if settings.image_size % settings.patch_size:
+        raise ConfigError(
+            f"clip.image_size and clip.patch_size are {settings.image_size} and {settings.patch_size}; the first must "
+            "be a multiple of the second"
+        )
+    image = _config(CLIPVisionConfig, named, settings.image_config, "image_config", settings.image_width)
     return CLIPTextModelWithProjection(text), CLIPVisionModelWithProjection(image)
+
+
+def _config(kind: type, named: dict[str, Any], further: dict[str, Any], section: str, width: int) -> Any:
+    """The configuration of an encoder of class `kind`: what has a name in the recipe, and what its `section` says.
+
+    Raises: ConfigError for a key that is unknown or has a name of its own in [clip], and for a value that is none.
+    """
+    known = {name for name in kind().to_dict() if name not in PretrainedConfig().to_dict() and name != "model_type"}
+    for key in further:
+        if key in named or key not in known:
+            free = ", ".join(sorted(known - named.keys()))
+            raise ConfigError(f"clip.{section}.{key} cannot be set; of {kind.__name__} these can: {free}")
+    settings = {"hidden_size": width, "intermediate_size": 4 * width} | named | further
+    for name in ("hidden_size", "intermediate_size"):
+        if not isinstance(settings[name], int) or settings[name] < 1:
+            raise ConfigError(f"clip.{section}.{name} is {settings[name]!r}; it must be a number above 0")
+    width, heads = settings["hidden_size"], settings["num_attention_heads"]
+    if width % heads:
+        raise ConfigError(f"{WIDTHS[section]} are {width} and {heads}; the first must be a multiple of the second")
+    activation = settings.get("hidden_act")
+    if activation is not None and not (isinstance(activation, str) and activation in ACT2FN):
+        raise ConfigError(f"clip.{section}.hidden_act is {activation!r}; it must be one of {', '.join(sorted(ACT2FN))}")
+    try:
+        return kind(**settings)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ConfigError(f"[clip.{section}] is refused by transformers: {error}") from error
 
 
 def _learned_tokenizer(source: Source, settings: ClipSettings) -> CLIPTokenizer:
@@ -256,6 +295,7 @@ def _start(folder: Path, settings: ClipSettings) -> PretrainedClip:
         for field in dataclasses.fields(settings)
         if field.name in found and getattr(settings, field.name) not in (field.default, found[field.name])
     ]
+    other += [f"[clip.{name}] is stated" for name in ("text_config", "image_config") if getattr(settings, name)]
     if other:
         raise ConfigError(f"the recipe's CLIP is not the one in {folder}: {'; '.join(other)}. Leave these settings out")
     return clip
@@ -263,16 +303,6 @@ def _start(folder: Path, settings: ClipSettings) -> PretrainedClip:
 
 def _encoders(clip: PretrainedClip) -> tuple[CLIPTextModelWithProjection, CLIPVisionModelWithProjection]:
     return clip.text_encoder.train(), clip.image_encoder.train()
-
-
-def _check_sizes(settings: ClipSettings) -> None:
-    for width, heads, what in (
-        (settings.projection_dim, settings.text_heads, "clip.projection_dim and clip.text_heads"),
-        (settings.image_width, settings.image_heads, "clip.image_width and clip.image_heads"),
-        (settings.image_size, settings.patch_size, "clip.image_size and clip.patch_size"),
-    ):
-        if width % heads:
-            raise ConfigError(f"{what} are {width} and {heads}; the first must be a multiple of the second")
 
 
 def image_processor(size_px: int) -> CLIPImageProcessorPil:

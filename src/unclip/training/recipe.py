@@ -92,7 +92,8 @@ class ClipSettings:
     """CLIP (contrastive) training: the encoders' sizes and the tokenizer's.
 
     `weight_power` flattens how often pictures are drawn (0: all alike). `include_held_out` is for a judge, which must
-    know the concepts that the generating model was never shown.
+    know the concepts that the generating model was never shown. `text_config` and `image_config` are for what has no
+    name of its own here, by the keys of transformers' `CLIPTextConfig` and `CLIPVisionConfig`.
     """
 
     projection_dim: int = 256
@@ -108,6 +109,8 @@ class ClipSettings:
     reconstruction_weight: float = 0.0
     weight_power: float = 0.5
     include_held_out: bool = False
+    text_config: dict[str, Any] = field(default_factory=dict)
+    image_config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         sizes = ("projection_dim", "vocabulary_size", "image_size", "patch_size", "image_width")
@@ -375,6 +378,8 @@ def _value(hint: Any, value: Any, base: Path, where: str, default: Any = None) -
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     plain = typing.get_origin(hint) or hint
+    if plain is dict and not isinstance(value, dict):
+        raise ConfigError(f"{where} is {value!r}; it must be a section [{where}]")
     if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
         raise ConfigError(f"{where} is {value!r}; it must be {plain.__name__}")
     return value

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,6 +128,18 @@ class RunFolder:
         """Append a row to metrics.jsonl."""
         with open(self.metrics, "a", encoding="utf-8") as log:
             log.write(json.dumps(row) + "\n")
+
+    def run_id(self, step: int) -> str:
+        """By what a tracker knows this run again when it goes on; drawn anew where it begins, kept in run_id."""
+        path = self.path / "run_id"
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            known = path.read_text(encoding="ascii").strip()
+            if step and known.isalnum():
+                return known
+        drawn = uuid.uuid4().hex
+        with atomic_file(path) as draft:
+            draft.write_text(f"{drawn}\n", encoding="ascii")
+        return drawn
 
     def note_skipped(self, skipped: Mapping[str, str]) -> dict[str, str]:
         """Add to skipped.json what of the data could not be read, with the reason; no file where all could.

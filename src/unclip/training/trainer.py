@@ -328,10 +328,14 @@ class Trainer:
 
     def _start_trackers(self) -> None:
         if self.recipe.trackers:
+            own_id = self.run_folder.run_id(self.step) if self._is_main else None
             settings = flat(as_dict(self.recipe))
             plain = {name: v if isinstance(v, int | float | str) else str(v) for name, v in settings.items()}
             name = self.folder.absolute().name
-            how = {"wandb": {"name": name, "dir": str(self.folder)}, "trackio": {"name": name, "resume": "allow"}}
+            how = {
+                "wandb": {"name": name, "dir": str(self.folder), "id": own_id, "resume": "allow"},
+                "trackio": {"name": name, "resume": "allow"},
+            }
             self.accelerator.init_trackers("unclip", config=plain, init_kwargs=how)
 
     def _sample(self) -> None:
