@@ -323,6 +323,13 @@ def test_a_sweep_goes_on_where_it_stopped(swept, tmp_path, monkeypatch):
     assert [point["seconds_per_picture"] for point in found[::2]] == seconds
 
 
+def test_candidates_are_swept(swept, tmp_path):
+    done = swept("--candidates", "1,3", "--decoder-steps", "2")
+    assert done.code == 0, done.err
+    assert [each["num_prior_candidates"] for each in points(tmp_path / "sweep.json")] == [1, 3]
+    assert "candidates" in done.out
+
+
 def test_a_sweep_of_something_else_is_not_gone_on_with(swept, tmp_path, model):
     out = tmp_path / "sweep.json"
     assert swept("--decoder-steps", "1").code == 0
@@ -357,6 +364,11 @@ def test_samplers_are_switched_and_put_back(own_pipeline):
         (("--decoder-steps", "1.5"), "'1.5'"),
         (("--prior-guidance", "1,two"), "--prior-guidance has 'two' in it"),
         (("--prior-guidance", "nan"), "--prior-guidance is nan"),
+        (("--candidates", "1,0"), "--candidates has '0' in it"),
+        (("--prior-temperature", "1,-1"), "temperature is -1"),
+        (("--prior-top-p", "0.5,2"), "top_p is 2"),
+        (("--prior-temperature", "1,warm"), "--prior-temperature has 'warm' in it"),
+        (("--prior-temperature", "0.5"), "diffusion prior"),
         (("--sampler", "ddim,euler"), "--sampler has 'euler' in it; there are ancestral, ddim, dpm"),
         (("--decoder-steps", ",".join(map(str, range(1, 1001))), "--sampler", "ddim,dpm"), "2000 combinations"),
     ],

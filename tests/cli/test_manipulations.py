@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import CLIPVisionModelWithProjection
 
 from unclip import UnCLIPImageVariationPipeline, UnCLIPPipeline, UnCLIPScheduler, UNet2DModel
+from unclip.cli.probe import drawn
 from unclip.cli.workbench import read_part
 from unclip.errors import InputError
 from unclip.models.pca import PrincipalComponents
@@ -465,6 +466,27 @@ def test_components_of_another_image_encoder(run, unclip, model, data, tmp_path)
     assert "image encoder" in done.err
     PrincipalComponents.load(pca).save(tmp_path / "old.safetensors")
     assert names(run("probe show", "cat.png", "--pca", tmp_path / "old.safetensors", "--dims", "1", model=other))
+
+
+@pytest.mark.parametrize("kind", ["pictures", "records"])
+def test_a_fit_on_some_of_the_pictures(unclip, model, data, files, kind):
+    if kind == "records":
+        rows = [{"file_name": f"{place}.png", "text": "a square"} for place in range(4)]
+        (data / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    fitted = unclip("probe", "fit", data, "--model", model, "--out", files / "pca.safetensors", "--num-pictures", 3)
+    assert fitted.code == 0
+    assert "3 pictures" in fitted.err
+    assert PrincipalComponents.load(files / "pca.safetensors").num_components == 2
+
+
+def test_drawn_at_random():
+    some = drawn(iter(range(10_000)), 500)
+    assert len(set(some)) == 500
+    assert 4_600 < sum(some) / 500 < 5_400  # five deviations of the mean are 645
+    assert sum(place < 500 for place in some) < 60  # and of those that came first, 25
+    assert some == drawn(range(10_000), 500)
+    assert drawn(range(3), 5) == [0, 1, 2]
+    assert list(drawn(range(3), None)) == [0, 1, 2]
 
 
 def test_a_broken_picture_is_left_out_of_a_fit(unclip, model, data, files):

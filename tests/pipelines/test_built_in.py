@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from unclip import UnCLIPImageVariationPipeline, UnCLIPPipeline
+from unclip.checkpoints.layout import PROBE_FILE
 from unclip.evaluation.judge import Candidates, Judge
+from unclip.pipelines.manipulation import Manipulator
 
 ASSETS = Path(str(files("unclip"))) / "assets"
 CAPTIONS = [
@@ -22,6 +24,13 @@ CAPTIONS = [
 def test_all_weights_together_are_small():
     weights = sum(path.stat().st_size for path in ASSETS.rglob("*.safetensors"))
     assert 40e6 < weights < 60e6
+
+
+def test_it_has_the_components_of_its_own_image_encoder():
+    tool = Manipulator.from_pretrained("unclip-emoji")
+    components = tool.load_components(ASSETS / "emoji" / PROBE_FILE)
+    assert components.num_components == components.dim == 256
+    assert components.explained[31] > 0.99
 
 
 @pytest.fixture(scope="module")

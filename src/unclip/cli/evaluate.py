@@ -275,6 +275,13 @@ def sweep(
     decoder_guidance: Annotated[
         str | None, measures.values("decoder-guidance", "Guidance scales of the decoder")
     ] = None,
+    candidates: Annotated[
+        str | None, measures.values("candidates", "Ideas that the prior draws, the closest to the caption kept")
+    ] = None,
+    prior_temperature: Annotated[
+        str | None, measures.values("prior-temperature", "Temperatures of an autoregressive prior")
+    ] = None,
+    prior_top_p: Annotated[str | None, measures.values("prior-top-p", "Of an autoregressive prior: top-p")] = None,
     sampler: Annotated[str | None, measures.values("sampler", "Samplers: ancestral, ddim, dpm")] = None,
     batch_size: options.BatchSize = 16,
     dtype: options.DtypeOption = options.Dtype.float32,
@@ -290,7 +297,17 @@ def sweep(
     """
     from unclip.cli.sweeping import Lists, run_sweep
 
-    lists = Lists(prior_guidance, decoder_guidance, prior_steps, decoder_steps, super_res_steps, sampler)
+    lists = Lists(
+        prior_guidance=prior_guidance,
+        decoder_guidance=decoder_guidance,
+        prior_steps=prior_steps,
+        decoder_steps=decoder_steps,
+        super_res_steps=super_res_steps,
+        candidates=candidates,
+        prior_temperature=prior_temperature,
+        prior_top_p=prior_top_p,
+        sampler=sampler,
+    )
     machine = Machine(dtype, device, cpu_offload=False, quiet=quiet)
     asked = Asked(data, out, model, num_seen, num_held_out, seed, batch_size, overwrite, judge)
     found, charts = run_sweep(lists, asked, machine, features)

@@ -5,10 +5,11 @@ Knows data sets, files and options; principal components are another module's af
 
 import itertools
 import os
-from collections.abc import Iterator
+import random
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -27,9 +28,12 @@ if TYPE_CHECKING:
     from unclip.data.shards import Damage
     from unclip.models.pca import PrincipalComponents
 
+T = TypeVar("T")
+
 FIT_EXAMPLES = options.examples(
     "unclip probe fit data/emoji --out pca.safetensors",
-    "unclip probe fit data/emoji --model DIR     into DIR",
+    "unclip probe fit data/emoji --model DIR             into DIR",
+    "unclip probe fit data/emoji --num-pictures 2000 --out pca.safetensors",
 )
 SHOW_EXAMPLES = options.examples(
     "unclip probe show cat.png --pca pca.safetensors --grid",
@@ -63,13 +67,17 @@ def fit(
     num_components: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="How many to keep.", show_default="all")
     ] = None,
+    num_pictures: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="N", help="Look at this many, drawn at random: faster.", show_default="all"),
+    ] = None,
     batch_size: options.BatchSize = 64,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it is there.")] = False,
     dtype: options.DtypeOption = options.Dtype.float32,
     device: options.Device = "auto",
     quiet: options.Quiet = False,
 ) -> None:
-    """Fit principal components to the embeddings of all pictures of a data set.
+    """Fit principal components to the embeddings of a data set's pictures.
 
     DATA is a data set's folder (what it holds out is left out), any folder with picture files in it, or tar shards: a
     folder of them, a pattern, URLs. Without --out the components become a part of
@@ -83,7 +91,7 @@ def fit(
         raise InputError(f"--out {out} must end in {SUFFIX}")
     if out.exists() and not overwrite:
         raise OutputExistsError(f"{out} exists already; use --overwrite, or another name")
-    pictures = Pictures.of(data)
+    pictures = Pictures.of(data, num_pictures)
     bench = Workbench.open(model, Machine(dtype, device, False, quiet), {}, guidance=NO_GUIDANCE)
     components = bench.tool.fit_components(pictures.batches(batch_size), num_components)
     count = pictures.num_read
@@ -181,6 +189,22 @@ def dimensions(text: str | None, components: "PrincipalComponents") -> list[int]
     return counts
 
 
+def drawn(items: Iterable[T], most: int | None) -> Iterable[T]:
+    """`most` of all items, each as likely as any other, in no order, however many there are; always the same ones.
+
+    Source: Vitter 1985, "Random sampling with a reservoir", algorithm R.
+    """
+    if most is None:
+        return items
+    chance, kept = random.Random(0), list[T]()
+    for count, item in enumerate(items):
+        if count < most:
+            kept.append(item)
+        elif (place := chance.randrange(count + 1)) < most:
+            kept[place] = item
+    return kept
+
+
 @dataclass
 class Pictures:
     """The pictures of a data set, of shards, or of a folder, once each; those that cannot be read are told of.
@@ -188,27 +212,29 @@ class Pictures:
     Attributes:
         data: as `unclip.data.samples.raw_samples` takes it; None for a folder without records.
         files: of such a folder.
+        most: how many are drawn at random, always the same; None for all.
         num_read, num_failed: so far.
     """
 
     data: str | None
     files: list[Path]
+    most: int | None = None
     num_read: int = 0
     num_failed: int = 0
 
     @classmethod
-    def of(cls, data: str) -> "Pictures":
+    def of(cls, data: str, most: int | None = None) -> "Pictures":
         """Raises: DataError when there are none."""
         from unclip.cli.workbench import PICTURE_SUFFIXES
         from unclip.data.shards import is_shards
 
         folder = Path(data)
         if is_shards(data) or (folder / "metadata.jsonl").exists():
-            return cls(data, [])
+            return cls(data, [], most)
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
         if not files:
             raise DataError(f"{data} is no data set and has no pictures in it")
-        return cls(None, files)
+        return cls(None, files, most)
 
     def batches(self, size: int) -> "Iterator[list[Image]]":
         """As many at once; the last may be fewer."""
@@ -226,19 +252,18 @@ class Pictures:
     def _opened(self) -> "Iterator[Image]":
         from unclip.images import open_image
 
-        for path in self.files:
+        for path in drawn(self.files, self.most):
             try:
                 yield open_image(path)
             except ImageError as problem:
                 error(problem)
                 self.num_failed += 1
 
-    @staticmethod
-    def _streamed(data: str, damage: "Damage") -> "Iterator[Image]":
+    def _streamed(self, data: str, damage: "Damage") -> "Iterator[Image]":
         from unclip.data.decoding import read_picture
         from unclip.data.samples import raw_samples
 
-        for raw in raw_samples(data, damage):
+        for raw in drawn(raw_samples(data, damage), self.most):
             try:
                 yield read_picture(raw)
             except DataError as problem:

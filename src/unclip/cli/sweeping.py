@@ -28,6 +28,9 @@ class Lists:
     prior_steps: str | None
     decoder_steps: str | None
     super_res_steps: str | None
+    candidates: str | None
+    prior_temperature: str | None
+    prior_top_p: str | None
     sampler: str | None
 
     def axes(self) -> dict[str, list[Any]]:
@@ -41,6 +44,9 @@ class Lists:
             "prior_steps": ("prior_num_inference_steps", _count),
             "decoder_steps": ("decoder_num_inference_steps", _count),
             "super_res_steps": ("super_res_num_inference_steps", _count),
+            "candidates": ("num_prior_candidates", _count),
+            "prior_temperature": ("prior_temperature", _temperature),
+            "prior_top_p": ("prior_top_p", _top_p),
             "sampler": ("sampler", _sampler),
         }
         found: dict[str, list[Any]] = {}
@@ -74,7 +80,7 @@ def run_sweep(lists: Lists, asked: Asked, machine: Machine, features: Path | Non
     subject = measures.prepare("sweep", UnCLIPPipeline, ["prior"], asked, machine, own, None, drawing_settings())
     assert subject.judge is not None
     defaults = {**subject.settings, SAMPLER: sampler_name(subject.pipe)}
-    places = grid_of({name: axes.get(name, [value]) for name, value in defaults.items()})
+    places = grid_of({name: [value] for name, value in defaults.items()} | axes)
     space = measures.read_features(features, subject.pipe.device)
     about = _about(subject, asked, machine, space)
     finished = [] if asked.overwrite or not asked.out.exists() else _resumed(asked.out, about)
@@ -160,11 +166,29 @@ def _points_of(out: Path) -> list[dict[str, Any]]:
 def _scale(text: str, option: str) -> float:
     from unclip.diffusion.guidance import check_scale
 
+    return check_scale(_number(text, option), option)
+
+
+def _temperature(text: str, option: str) -> float:
+    from unclip.stages.prior_autoregressive import check_drawing
+
+    value = _number(text, option)
+    check_drawing(value, 1.0)
+    return value
+
+
+def _top_p(text: str, option: str) -> float:
+    from unclip.stages.prior_autoregressive import check_drawing
+
+    value = _number(text, option)
+    check_drawing(1.0, value)
+    return value
+
+
+def _number(text: str, option: str) -> float:
     try:
-        return check_scale(float(text), option)
-    except ValueError as problem:
-        if isinstance(problem, InputError):
-            raise
+        return float(text)
+    except ValueError:
         raise InputError(f"{option} has {text!r} in it; give numbers with commas between, as 1,2,4") from None
 
 

@@ -15,6 +15,9 @@ WORDS = {
     "prior_num_inference_steps": "prior steps",
     "decoder_num_inference_steps": "decoder steps",
     "super_res_num_inference_steps": "super-resolution steps",
+    "num_prior_candidates": "candidates",
+    "prior_temperature": "temperature",
+    "prior_top_p": "top-p",
     "sampler": "sampler",
 }
 GUIDANCE = ("prior_guidance_scale", "decoder_guidance_scale")
