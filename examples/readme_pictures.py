@@ -1,10 +1,14 @@
 """Draw the pictures of the README with the built-in model.
 
-python examples/readme_pictures.py          # writes docs/images/*.png
+python examples/readme_pictures.py                                         # writes docs/images/*.png
+python examples/readme_pictures.py --evaluated sheet-held-out.png held-out # the first rows of a sheet of evaluate
 """
 
 import argparse
 from pathlib import Path
+
+from guide_pictures import save
+from PIL import Image
 
 from unclip import UnCLIPImageVariationPipeline, UnCLIPPipeline
 from unclip.images import grid, labelled
@@ -15,6 +19,8 @@ CAPTIONS = [
     "rose", "cactus", "evergreen tree", "rainbow", "fire",
     "red heart", "smiling face", "automobile", "rocket", "soccer ball",
 ]  # fmt: skip
+EVALUATED_ROWS_PX = 8 * (128 + 18 + 12) - 12
+"""Eight rows of cards, as `unclip evaluate` draws them."""
 VARIED = ["red apple", "dog face", "rocket"]
 
 
@@ -22,9 +28,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="unclip-emoji")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "images", metavar="DIR")
+    parser.add_argument("--evaluated", nargs=2, metavar=("SHEET", "NAME"), help="publish a sheet, and draw nothing")
     args = parser.parse_args()
     folder: Path = args.out
     folder.mkdir(parents=True, exist_ok=True)
+    if args.evaluated is not None:
+        path, name = args.evaluated
+        with Image.open(path) as whole:
+            save(whole.crop((0, 0, whole.width, min(whole.height, EVALUATED_ROWS_PX))), folder / f"{name}.png")
+        return
     pipe = UnCLIPPipeline.from_pretrained(args.model)
     vary = UnCLIPImageVariationPipeline.from_pretrained(args.model)
     images = pipe(CAPTIONS, seed=1, **pipe.recommended).images

@@ -116,6 +116,8 @@ def test_the_choice_hangs_on_the_seed_alone(data):
 def test_sheets(data, tmp_path):
     retrieval(FakePipeline(), FakeJudge(), data, num_seen=3, sheet=tmp_path / "new" / "sheet")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["sheet-held-out.png", "sheet-seen.png"]
+    with Image.open(tmp_path / "new" / "sheet-seen.png") as sheet:
+        assert sheet.size == (3 * (8 + 2 + 8) + 2 * 12, 8 + 18)
 
 
 def test_composed_captions(data, tmp_path):

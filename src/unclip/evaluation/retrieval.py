@@ -14,7 +14,7 @@ from unclip.data.compose import kind_of
 from unclip.evaluation.distances import FeatureSpace, distances
 from unclip.evaluation.exam import Exam, Progress, batches, check_counts
 from unclip.evaluation.judge import Candidates, Judge
-from unclip.evaluation.sheets import draw_cards, draw_grid, sheet_path
+from unclip.evaluation.sheets import draw_cards, sheet_path
 from unclip.pipelines.text_to_image import UnCLIPPipeline
 
 
@@ -46,8 +46,8 @@ def retrieval(
         num_held_out: how many held-out ones; None takes all.
         batch_size: pictures a call.
         seed: of the choice, and of the first picture of each group.
-        sheet: where to draw the generated pictures (`-seen.png`, `-held-out.png` are appended); composed ones stand
-            beside the real ones, with captions.
+        sheet: where to draw the generated pictures beside the real ones, with captions (`-seen.png`, `-held-out.png`
+            are appended).
         features: another space in which the distance of the generated from the real pictures is told.
         progress: wraps the starts of the batches, as tqdm does.
         call: arguments of the pipeline's call.
@@ -85,10 +85,8 @@ def retrieval(
             result[name]["kinds"] = by_kind(candidates, looked, asked)
         featured = (features.look(made), features.look(real)) if features is not None else None
         result[name] |= distances((looked["generated"], looked["real"]), features, featured)
-        if sheet is not None and exam.composed:
+        if sheet is not None:
             draw_cards(real, made, asked, sheet_path(sheet, name))
-        elif sheet is not None:
-            draw_grid(made, sheet_path(sheet, name))
     return result
 
 

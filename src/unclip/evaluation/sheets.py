@@ -3,7 +3,6 @@
 Knows pictures; knows nothing of how they were made. Called by the measures and the command line.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,18 +11,13 @@ from PIL import Image
 from unclip.checkpoints.files import atomic_file
 from unclip.images import grid, labelled
 
-MAX_CARDS = 96
+MAX_CARDS = 200
 """Of a sheet with captions: more cannot be looked at."""
 
 
 def sheet_path(prefix: Path, group: str) -> Path:
     """`PREFIX-seen.png` and `PREFIX-held-out.png`."""
     return prefix.with_name(f"{prefix.name}-{group.replace('_', '-')}.png")
-
-
-def draw_grid(images: Sequence[Image.Image], path: Path) -> None:
-    """All pictures, about square, at most 16 in a row."""
-    _save(grid(list(images), columns=min(16, math.ceil(math.sqrt(len(images))))), path)
 
 
 def draw_pairs(real: Sequence[Image.Image], made: Sequence[Image.Image], path: Path, *, columns: int = 12) -> None:
@@ -40,7 +34,7 @@ def draw_pairs(real: Sequence[Image.Image], made: Sequence[Image.Image], path: P
 def draw_cards(
     real: Sequence[Image.Image], made: Sequence[Image.Image], captions: Sequence[str], path: Path, *, columns: int = 4
 ) -> None:
-    """The real picture at the left of the made one, the caption below: the first 96, four in a row."""
+    """The real picture at the left of the made one, the caption below: the first 200, four in a row."""
     size = made[0].size
     cards = [
         labelled(grid([one.resize(size, Image.Resampling.LANCZOS), other], columns=2, gap=2), caption)
