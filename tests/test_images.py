@@ -218,6 +218,17 @@ def test_transparency_of_a_colour_and_of_a_turned_picture(write):
     assert open_image(write(pattern()), keep_alpha=True).mode == "RGB"
 
 
+def test_a_file_keeps_its_transparency_and_what_it_hides(write):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 4), dtype=np.uint8)
+    pixels[0, :, 3] = 0
+    opened = open_image(write(Image.fromarray(pixels)), keep_alpha=True)
+    assert np.array_equal(np.asarray(opened), pixels)
+
+
+def test_a_sheet_has_white_behind_transparency():
+    assert grid([Image.new("RGBA", (1, 1), (255, 0, 0, 0)), Image.new("RGB", (1, 1), RED)]).getpixel((0, 0)) == WHITE
+
+
 def test_transparency_of_pictures_out_of_limits():
     with pytest.raises(ImageError, match="one side may be"):
         alpha(Image.new("RGBA", (1, 101)))

@@ -31,7 +31,8 @@ def open_image(file: str | Path | IO[bytes], name: str | None = None, *, keep_al
     Args:
         file: a path, or an open file.
         name: how messages call it; the path when left out.
-        keep_alpha: a picture with transparency comes as RGBA, upright too, instead of on white.
+        keep_alpha: a picture with transparency comes as RGBA, upright too, its colours as they are in the file instead
+            of on white.
 
     Raises: ImageError for a missing, broken or truncated file, no picture at all, or one of too many pixels.
     """
@@ -41,11 +42,8 @@ def open_image(file: str | Path | IO[bytes], name: str | None = None, *, keep_al
             check_size(image, name)
             image.seek(0)
             image.load()
-            transparency = alpha(image) if keep_alpha else None
-            picture = rgb(image)
-            if transparency is not None:
-                picture.putalpha(transparency)
-            return picture
+            seen_through = rgba(image) if keep_alpha else None
+            return rgb(image) if seen_through is None else seen_through
     except UnidentifiedImageError as error:
         raise ImageError(f"{name} is not a picture of a known kind ({', '.join(FORMATS)})") from error
     except ImageError:
@@ -105,12 +103,21 @@ def alpha(image: Image.Image) -> Image.Image | None:
 
     Raises: ImageError when it cannot be decoded, or its size is out of limits.
     """
+    seen_through = rgba(image)
+    return None if seen_through is None else seen_through.getchannel("A")
+
+
+def rgba(image: Image.Image) -> Image.Image | None:
+    """The picture upright and in RGBA, what its transparency hides too. None for a picture that has no transparency.
+
+    Raises: ImageError when it cannot be decoded, or its size is out of limits.
+    """
     check_size(image)
     try:
         if not image.has_transparency_data or image.mode[0] in "IF":
             return None
         image = ImageOps.exif_transpose(image)
-        return (image.convert("LA") if image.mode == "La" else image).convert("RGBA").getchannel("A")
+        return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
         raise ImageError(f"the image cannot be decoded: {error}") from error
 
@@ -143,13 +150,13 @@ def to_square(image: Image.Image, size_px: int) -> Tensor:
 
 
 def grid(images: list[Image.Image], *, columns: int | None = None, gap: int = 4) -> Image.Image:
-    """One sheet of pictures of one size, white between them; about square unless `columns` is given."""
+    """One sheet of pictures of one size, white between and behind them; about square unless `columns` is given."""
     columns = min(len(images), columns or math.ceil(math.sqrt(len(images))))
     rows = math.ceil(len(images) / columns)
     width, height = images[0].size
     sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
     for place, image in enumerate(images):
-        sheet.paste(image, ((place % columns) * (width + gap), (place // columns) * (height + gap)))
+        sheet.paste(rgb(image), ((place % columns) * (width + gap), (place // columns) * (height + gap)))
     return sheet
 
 

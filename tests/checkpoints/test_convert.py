@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from unclip.checkpoints import convert, karlo, layout
 from unclip.checkpoints.convert import convert_karlo, convert_pickle, convert_text_to_image_to_variation
 from unclip.checkpoints.files import read_json
+from unclip.checkpoints.fingerprint import fingerprint
 from unclip.checkpoints.header import read_header
 from unclip.checkpoints.weights import WeightsIndex, check_finite, read_tensors
 from unclip.errors import (
@@ -28,6 +29,7 @@ from unclip.errors import (
     WeightsError,
 )
 from unclip.models import UNet2DConditionModel, UNet2DModel
+from unclip.models.pca import PrincipalComponents
 
 CLIP_DIM = 24
 NETWORKS = ("prior", "text_proj", "decoder", "super_res_first", "super_res_last")
@@ -359,6 +361,34 @@ def test_a_variation_folder_shares_weights_and_has_clips_eyes(converted, clip, t
         expected = whole.visual_projection(whole.vision_model(pixels).pooler_output)
         torch.testing.assert_close(encoder(pixels).image_embeds, expected, rtol=1e-5, atol=1e-5)
     assert CLIPImageProcessor.from_pretrained(out / "feature_extractor").do_resize
+
+
+def test_a_variation_folder_keeps_what_is_recommended_for_its_stages(converted, clip, tmp_path):
+    shutil.copytree(converted, tmp_path / "model")
+    settings = {"prior_num_inference_steps": 9, "num_prior_candidates": 4, "prior_guidance_scale": 2.0}
+    kept = {"decoder_num_inference_steps": 20, "super_res_num_inference_steps": 3, "decoder_guidance_scale": 2.0}
+    (tmp_path / "model" / "generation_defaults.json").write_text(json.dumps(settings | kept))
+    out = convert_text_to_image_to_variation(tmp_path / "model", tmp_path / "out", clip=clip)
+    assert read_json(out / "generation_defaults.json") == kept
+    (tmp_path / "model" / "generation_defaults.json").write_text(json.dumps(settings))
+    out = convert_text_to_image_to_variation(tmp_path / "model", tmp_path / "none", clip=clip)
+    assert not (out / "generation_defaults.json").exists()
+
+
+def test_a_variation_folder_keeps_the_components_of_its_own_image_encoder(converted, clip, tmp_path):
+    from transformers import CLIPVisionModelWithProjection
+
+    model = shutil.copytree(converted, tmp_path / "model")
+    first = convert_text_to_image_to_variation(model, tmp_path / "first", clip=clip)
+    encoder = CLIPVisionModelWithProjection.from_pretrained(first / "image_encoder")
+    components = PrincipalComponents.fit([torch.randn(40, CLIP_DIM)])
+    for known, made in (("yes", fingerprint([encoder.state_dict()])), ("no", "0" * 16), ("unknown", None)):
+        about = {} if made is None else {"image_encoder": made}
+        file = components.save(model / layout.PROBE_FILE, about=about, overwrite=True)
+        out = convert_text_to_image_to_variation(model, tmp_path / known, clip=clip)
+        assert (out / layout.PROBE_FILE).exists() == (known == "yes")
+        if known == "yes":
+            assert (out / layout.PROBE_FILE).read_bytes() == file.read_bytes()
 
 
 def test_variations_squash_pictures_unless_told_to_crop(converted, clip, tmp_path):

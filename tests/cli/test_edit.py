@@ -86,6 +86,31 @@ def test_transparency_is_a_mask(edit, photo, mask, tmp_path):
     assert np.array_equal(pixels(done.lines[0]), pixels(by_mask.lines[0]))
 
 
+def test_transparency_outside_a_mask_stays_to_the_bit(edit, mask, tmp_path):
+    given = np.random.default_rng(1).integers(0, 256, (32, 32, 4), dtype=np.uint8)
+    given[:8, :, 3] = 0
+    Image.fromarray(given).save(tmp_path / "cut.png")
+    done = edit("inpaint", tmp_path / "cut.png", "--mask", mask, "--prompt", "a cat", "--seed", 5, "--grid")
+    assert done.code == 0
+    with Image.open(done.lines[0]) as image:
+        assert image.mode == "RGBA"
+        result = np.asarray(image)
+    assert np.array_equal(result[:, 16:], given[:, 16:])
+    assert (result[:, :16, 3] == 255).all()
+    assert (pixels(done.lines[1])[:8, 16:] == 255).all()  # the sheet, on white
+
+
+def test_a_mask_as_editors_save_it(edit, photo, mask, tmp_path):
+    with Image.open(mask) as image:
+        image.convert("RGBA").save(tmp_path / "opaque.png")
+    found = [
+        edit("inpaint", photo, "--mask", each, "--prompt", "a cat", "--seed", 5)
+        for each in (mask, tmp_path / "opaque.png")
+    ]
+    assert [done.code for done in found] == [0, 0]
+    assert np.array_equal(*(pixels(done.lines[0]) for done in found))
+
+
 def test_options_of_inpainting_matter(edit, photo, mask):
     def run(*more):
         done = edit("inpaint", photo, "--mask", mask, "--seed", 5, *more)
@@ -167,6 +192,7 @@ def test_steps_of_several_stages_in_a_model_of_one(edit, photo):
     ("arguments", "code", "message"),
     [
         (["inpaint", "PHOTO", "--prompt", "a cat"], 1, "give --mask, or make it transparent"),
+        (["inpaint", "OPAQUE", "--prompt", "a cat"], 1, "give --mask, or make it transparent"),
         (["inpaint", "PHOTO", "--mask", "PHOTO.none"], 1, "cannot be read"),
         (["inpaint", "PHOTO", "--mask", "SMALL"], 1, "the mask is 8×8 pixels, its picture 32×32"),
         (["inpaint", "PHOTO", "--mask", "MASK", "--strength", "0"], 2, "--strength is 0"),
@@ -180,7 +206,13 @@ def test_steps_of_several_stages_in_a_model_of_one(edit, photo):
 )
 def test_wrong_arguments(edit, photo, mask, tmp_path, arguments, code, message):
     Image.new("L", (8, 8), 255).save(tmp_path / "small.png")
-    places = {"PHOTO": photo, "MASK": mask, "SMALL": tmp_path / "small.png", "PHOTO.none": tmp_path / "none.png"}
+    Image.new("RGBA", (32, 32), "red").save(tmp_path / "opaque.png")
+    places = {"OPAQUE": tmp_path / "opaque.png"} | {
+        "PHOTO": photo,
+        "MASK": mask,
+        "SMALL": tmp_path / "small.png",
+        "PHOTO.none": tmp_path / "none.png",
+    }
     done = edit(*(places.get(part, part) for part in arguments))
     assert (done.code, done.out) == (code, "")
     assert message in " ".join(done.err.split())

@@ -581,6 +581,7 @@ def test_a_link_that_leaves_the_folder(copied, saved):
     [
         "model_index.json",
         "generation_defaults.json",
+        "probe.safetensors",
         "decoder/config.json",
         "text_encoder/config.json",
         "tokenizer/tokenizer.json",

@@ -229,7 +229,49 @@ def test_ways_to_say_the_same_region(edit):
     assert np.array_equal(edit("a cat", PICTURE, transparent), result)
     assert np.array_equal(edit("a cat", PICTURE, MASK.convert("1")), result)
     assert np.array_equal(edit("a cat", PICTURE, MASK.convert("RGB")), result)
+    assert np.array_equal(edit("a cat", PICTURE, MASK.convert("RGBA")), result)
+    assert np.array_equal(edit("a cat", PICTURE, MASK.convert("LA")), result)
     assert np.array_equal(edit("a cat", own), result)
+
+
+def test_an_alpha_channel_that_is_opaque_is_no_transparency(edit):
+    whole = edit("a cat", [PICTURE, noisy(seed=2)], strength=0.6)
+    assert np.array_equal(edit("a cat", [PICTURE, noisy(seed=2).convert("RGBA")], strength=0.6), whole)
+    assert np.array_equal(edit("a cat", PICTURE.convert("RGBA"), MASK), edit("a cat", PICTURE, MASK))
+
+
+def see_through(seed=0):
+    """A picture of noise in every channel: some pixels half transparent, some wholly, with colours that are hidden."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 4), dtype=np.uint8)
+    pixels[:4, :, 3] = 0
+    return Image.fromarray(pixels)
+
+
+def test_transparency_outside_the_mask_stays_to_the_bit(tiny_inpaint, edit):
+    own = see_through()
+    (result,) = tiny_inpaint("a cat", own, MASK, **FEW).images
+    assert result.mode == "RGBA"
+    found = np.asarray(result)
+    assert np.array_equal(found[:, 8:], np.asarray(own)[:, 8:])
+    assert (found[:, :8, 3] == 255).all()
+    assert np.array_equal(found[:, :8, :3], edit("a cat", rgb(own), MASK)[0][:, :8])
+    (as_tuple,) = tiny_inpaint("a cat", own, MASK, return_dict=False, **FEW)
+    assert np.array_equal(np.asarray(as_tuple[0]), found)
+    numbers = tiny_inpaint("a cat", own, MASK, output_type="np", **FEW).images[0]
+    np.testing.assert_allclose(numbers[:, 8:], np.asarray(rgb(own))[:, 8:] / 255, rtol=0, atol=1e-6)
+
+
+def test_each_of_a_batch_keeps_its_own_transparency(tiny_inpaint):
+    pictures = [see_through(1), PICTURE, see_through(2)]
+    results = tiny_inpaint("a cat", pictures, MASK, num_images_per_prompt=2, **FEW).images
+    assert [result.mode for result in results] == ["RGBA"] * 2 + ["RGB"] * 2 + ["RGBA"] * 2
+    for result, own in zip(results, [picture for picture in pictures for _ in range(2)], strict=True):
+        assert np.array_equal(np.asarray(result)[:, 8:], np.asarray(own)[:, 8:])
+    several = tiny_inpaint(["a cat", "an apple"], see_through(1), MASK, **FEW).images
+    for result in several:
+        assert np.array_equal(np.asarray(result)[:, 8:], np.asarray(see_through(1))[:, 8:])
+    (resized,) = tiny_inpaint("a cat", see_through(), MASK, height=8, width=8, **FEW).images
+    assert resized.mode == "RGB"
 
 
 def test_half_transparent_pixels_stay(edit):
@@ -335,8 +377,10 @@ WRONG = [
     ({"mask_image": "mask.png"}, "mask_image must be a PIL image"),
     ({"mask_image": left_half(17, 16)}, "the mask is 17×16 pixels, its picture 16×16"),
     ({"mask_image": Image.new("L", (16, 16), 0)}, "the mask is white nowhere"),
-    ({"mask_image": OPAQUE}, "the mask is transparent nowhere"),
-    ({"image": OPAQUE, "mask_image": None}, "the picture is transparent nowhere"),
+    ({"mask_image": Image.new("RGBA", (16, 16), "black")}, "the mask is white nowhere"),
+    ({"mask_image": Image.new("RGBA", (16, 16), (255, 255, 255, 9))}, "the mask is transparent nowhere"),
+    ({"image": OPAQUE, "mask_image": None}, "nothing of the picture would stay"),
+    ({"image": [PICTURE, OPAQUE], "mask_image": None}, "nothing of the picture would stay"),
     ({"mask_image": [MASK, MASK]}, "there are 2 masks for 1 pictures"),
     ({"image": [HOLED, PICTURE], "mask_image": None}, "some of these pictures have transparency"),
     ({"image": [noisy(20, 10), noisy(10, 20)], "mask_image": None, "strength": 0.5}, "different shapes"),

@@ -1,22 +1,32 @@
 """The manipulator on tiny random parts: inversion comes back, noise is shared, files are checked."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from unclip import (
+    AutoregressivePrior,
     CheckpointError,
     DDIMScheduler,
     ImageError,
     InputError,
     NonFiniteError,
+    UnCLIPImageVariationPipeline,
+    UnCLIPInpaintPipeline,
+    UnCLIPPipeline,
     UnCLIPScheduler,
     UNet2DConditionModel,
     UNet2DModel,
 )
+from unclip.checkpoints.layout import PROBE_FILE
+from unclip.cli.workbench import _record
 from unclip.images import to_square
-from unclip.pipelines.manipulation import Manipulator, fingerprint
+from unclip.models.pca import PrincipalComponents
+from unclip.pipelines.fingerprints import fingerprint
+from unclip.pipelines.manipulation import Manipulator, recorded_settings
 from unclip.stages import embedding
 from unclip.stages.arithmetic import difference
 from unclip.stages.manipulation import BipartiteLatent, edit, interpolate
@@ -165,6 +175,11 @@ def test_one_noise_for_every_row(tool):
     each = tool.decode(same, output_type="pt", seed=[9, 10, 11], **STEPS).images
     assert distance(each[0], images[0]) < 1e-5
     assert distance(each[0], each[1]) > 1e-3
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        any_, other = (tool.decode(same, output_type="pt", seed=None, **STEPS).images for _ in range(2))
+    assert distance(any_[0], any_[1]) > 1e-3
+    assert distance(any_[0], other[0]) > 1e-3
 
 
 def test_the_ends_of_an_interpolation_are_the_reconstructions(tool, pictures):
@@ -259,6 +274,39 @@ def test_a_difference_is_of_one_candidate_for_both_captions(recommending, monkey
     torch.testing.assert_close(both, torch.stack(each).mean(dim=0), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"seed": None}, "the seed is None"),
+        ({"seed": np.int64(3)}, r"the seed is (np.int64\()?3"),
+        ({"seed": [1, None, 2]}, "the seed is None"),
+        ({"seed": [1, 2, 3]}, "3 seeds for 1"),
+        ({"captions": None}, "prompt must be a string"),
+        ({"captions": []}, "prompt must be a string"),
+        ({"num_samples": 0}, "asks for 0"),
+    ],
+)
+def test_wrong_arguments_of_captions(tool, arguments, words):
+    with pytest.raises(InputError, match=words):
+        tool.embed_captions(**{"captions": "a cat", **arguments})
+
+
+def test_a_part_that_only_one_of_the_pipelines_has(tiny_inpaint, tmp_path):
+    tiny_inpaint.save_pretrained(tmp_path / "model")
+    settings = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "embedding_dim": 16}
+    settings |= {"num_embeddings": 11, "num_components": 4, "num_buckets": 8, "num_dot_buckets": 4}
+    prior, encoder = AutoregressivePrior(settings).eval(), copy.deepcopy(tiny_inpaint.image_encoder)
+    tool = Manipulator.from_pretrained(tmp_path / "model", prior=prior, image_encoder=encoder)
+    assert tool.text.prior is prior
+    assert tool.variation.image_encoder is encoder
+    decoder = tiny_inpaint.decoder
+    tool = Manipulator.from_pretrained(tmp_path / "model", decoder=decoder, torch_dtype=torch.bfloat16)
+    assert tool.text.decoder is tool.variation.decoder is decoder
+    assert tool.text.prior.dtype == tool.variation.image_encoder.dtype == torch.bfloat16
+    with pytest.raises(InputError, match="no component 'unet'"):
+        Manipulator.from_pretrained(tmp_path / "model", unet=decoder)
+
+
 def test_without_a_prior(tiny_variation, pictures):
     tool = Manipulator(tiny_variation)
     with pytest.raises(CheckpointError, match="no prior"):
@@ -279,6 +327,42 @@ def test_principal_components_of_pictures(tool, pictures):
     assert components.num_components == 3
     embeddings = tool.embed_images(pictures)
     torch.testing.assert_close(components.reconstruct(components.project(embeddings)), embeddings, rtol=1e-3, atol=1e-3)
+
+
+def test_components_of_a_models_folder_travel_with_it(tool, pictures, tmp_path, build_pipeline):
+    model, again = tmp_path / "model", tmp_path / "again"
+    tool.variation.save_pretrained(model)
+    assert not (model / PROBE_FILE).exists()
+    tool.save_components(tool.fit_components([pictures]), model / PROBE_FILE)
+    content = (model / PROBE_FILE).read_bytes()
+    pipe = UnCLIPImageVariationPipeline.from_pretrained(model)
+    pipe.save_pretrained(again)
+    assert (again / PROBE_FILE).read_bytes() == content
+    pipe.save_pretrained(model, overwrite=True)
+    assert (model / PROBE_FILE).read_bytes() == content
+    UnCLIPImageVariationPipeline.from_pipe(pipe.to(torch.float16)).save_pretrained(tmp_path / "half")
+    assert (tmp_path / "half" / PROBE_FILE).read_bytes() == content
+    PrincipalComponents.load(again / PROBE_FILE).save(again / PROBE_FILE, overwrite=True)  # of an encoder unknown
+    UnCLIPImageVariationPipeline.from_pretrained(again).save_pretrained(tmp_path / "unknown")
+    assert (tmp_path / "unknown" / PROBE_FILE).exists()
+    pipe.image_encoder = copy.deepcopy(pipe.image_encoder)
+    with torch.no_grad():
+        pipe.image_encoder.visual_projection.weight.neg_()
+    pipe.save_pretrained(model, overwrite=True)
+    assert not (model / PROBE_FILE).exists()
+
+
+def test_a_model_without_an_image_encoder_has_no_components(tool, pictures, tmp_path, tiny_inpaint):
+    tiny_inpaint.save_pretrained(tmp_path / "model")
+    tool.save_components(tool.fit_components([pictures]), tmp_path / "model" / PROBE_FILE)
+    text = UnCLIPPipeline.from_pretrained(tmp_path / "model")
+    text.save_pretrained(tmp_path / "text")
+    assert not (tmp_path / "text" / PROBE_FILE).exists()
+    seeing = {name: getattr(tiny_inpaint, name) for name in ("image_encoder", "feature_extractor")}
+    UnCLIPInpaintPipeline.from_pipe(text, **seeing).save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / PROBE_FILE).exists()
+    (tmp_path / "model" / PROBE_FILE).write_bytes(b"damaged")
+    assert UnCLIPInpaintPipeline.from_pretrained(tmp_path / "model").image_encoder is not None
 
 
 def test_components_know_their_image_encoder(tool, pictures, tmp_path, own_variation):
@@ -304,6 +388,7 @@ def test_files_know_their_model(tool, pictures, tmp_path, own_variation):
     read, about = tool.load(path)
     assert torch.equal(read.decoder_latents, latent.decoder_latents)
     assert about == {"model": "tiny"}
+    assert recorded_settings(about) == {}
     with torch.no_grad():
         for parameter in own_variation.decoder.parameters():
             parameter.neg_()
@@ -314,9 +399,68 @@ def test_files_know_their_model(tool, pictures, tmp_path, own_variation):
         tool.load(narrow)
 
 
+@pytest.mark.parametrize("network", ["super_res_first", "super_res_last"])
+def test_noise_of_super_resolution_knows_its_networks(tool, pictures, tmp_path, build_pipeline, network):
+    other = dict(tool.variation.components)
+    other[network] = copy.deepcopy(other[network])
+    with torch.no_grad():
+        other[network].conv_in.weight.neg_()
+    other = Manipulator(build_pipeline("variation", other))
+    with_noise = tool.save(tool.invert(pictures, super_res=True, **STEPS), tmp_path / "wide.safetensors")
+    with pytest.raises(CheckpointError, match="found with other super-resolution networks"):
+        other.load(with_noise)
+    assert tool.load(with_noise)[1] == {}
+    without = tool.save(tool.invert(pictures, **STEPS), tmp_path / "x.safetensors")
+    assert len(other.load(without)[0]) == 2
+    old = BipartiteLatent.load(with_noise)[0].save(tmp_path / "old.safetensors")  # says nothing of its networks
+    assert len(other.load(old)[0]) == 2
+
+
+def test_a_file_tells_how_its_latent_was_found(tool, pictures, tmp_path):
+    settings = {**STEPS, "decoder_guidance_scale": 1.5, "prompt": "a cat 🐈"}
+    latent = tool.invert(pictures, **settings)
+    path = tool.save(latent, tmp_path / "x.safetensors", settings=settings, about={"model": "tiny"})
+    read, about = tool.load(path)
+    assert about == {
+        "model": "tiny",
+        "decoder_num_inference_steps": "6",
+        "super_res_num_inference_steps": "3",
+        "decoder_guidance_scale": "1.5",
+        "prompt": "a cat 🐈",
+    }
+    assert recorded_settings(about) == settings
+    back = tool.decode(read, output_type="pt", **recorded_settings(about)).images
+    assert torch.equal(back, tool.decode(latent, output_type="pt", **settings).images)
+    assert _record(path) == {name: value for name, value in settings.items() if name != "prompt"}
+    few = {"super_res_num_inference_steps": (2, 3), "decoder_num_inference_steps": None}
+    path = tool.save(latent, tmp_path / "few.safetensors", settings=few)
+    assert recorded_settings(tool.load(path)[1]) == {"super_res_num_inference_steps": [2, 3]}
+    with pytest.raises(CheckpointError, match="are no numbers"):
+        recorded_settings({"decoder_guidance_scale": "much"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"eta": 0.5}, "settings have 'eta'; a latent is kept with decoder_num_inference_steps"),
+        ({"decoder_num_inference_steps": 2.5}, "decoder_num_inference_steps is 2.5"),
+        ({"decoder_guidance_scale": "much"}, "decoder_guidance_scale is 'much'"),
+        ({"prompt": ["a cat"]}, "it must be a text"),
+    ],
+)
+def test_settings_that_no_file_has(tool, tmp_path, settings, words):
+    latent = tool.fresh(torch.ones(1, 16))
+    with pytest.raises(InputError, match=words):
+        tool.save(latent, tmp_path / "x.safetensors", settings=settings)
+    assert not list(tmp_path.iterdir())
+
+
 def test_fingerprints_outlive_a_smaller_type(own_variation):
+    with torch.no_grad():
+        own_variation.decoder.conv_in.weight[0, 0, 0, 0] = 1e-9  # 0 in float16
     whole = fingerprint(own_variation)
     assert fingerprint(own_variation.to(torch.bfloat16)) == whole
+    assert fingerprint(own_variation.to(torch.float16)) == whole
     with torch.no_grad():
         next(own_variation.decoder.parameters()).neg_()
     assert fingerprint(own_variation) != whole
@@ -402,7 +546,7 @@ def test_the_built_in_model_edits_the_colour(built_in, drawn):
     assert float((before - after)[:, :8, :8].abs().mean()) < 0.1  # the corner stays white
 
 
-@pytest.mark.parametrize("wrong", [torch.zeros(1, 3, 16, 16), [torch.zeros(3, 16, 16)]])
+@pytest.mark.parametrize("wrong", [torch.zeros(1, 3, 16, 16), [torch.zeros(3, 16, 16)], None, 3, "cat.png"])
 def test_only_pil_pictures_are_inverted(tool, wrong):
     with pytest.raises(ImageError, match="PIL"):
         tool.invert(wrong, **STEPS)

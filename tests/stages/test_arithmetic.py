@@ -8,6 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from unclip import InputError
+from unclip.stages import arithmetic
 from unclip.stages.arithmetic import blend, difference, slerp, slerp_path, turn
 
 quick = settings(deadline=None, max_examples=60)
@@ -102,6 +103,22 @@ def test_a_path_through_points():
     torch.testing.assert_close(steps[:4], steps[:1].expand(4), rtol=0, atol=1e-3)
 
 
+def test_a_path_is_walked_one_step_at_a_time(monkeypatch):
+    """In float64 a step takes many times the room of its result; all at once would take that of every frame."""
+    points, rows = vectors(0, rows=3, norm=5), []
+
+    def spy(start, end, share):
+        rows.append(len(start))
+        return slerp(start, end, share)
+
+    monkeypatch.setattr(arithmetic, "slerp", spy)
+    path = slerp_path(points, 9)
+    assert rows == [1] * 20
+    start, end = (part.repeat_interleave(10, dim=0) for part in (points[:-1], points[1:]))
+    at_once = slerp(start, end, (torch.arange(10) / 10).double().repeat(2))
+    torch.testing.assert_close(path[:-1], at_once, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("rows", "between", "words"), [(1, 3, "two or more"), (2, -1, "num_between"), (2, 0.5, "num_")]
 )
@@ -166,3 +183,9 @@ def test_turning_keeps_the_norm_and_comes_nearer(seed, theta, length):
     before, after = (float(torch.cosine_similarity(each[0], direction, dim=0)) for each in (x, turned))
     assert after > before
     torch.testing.assert_close(turn(x, direction * length, 0.0), x)
+
+
+@pytest.mark.parametrize("direction", [torch.ones(12), torch.ones(2, 12), torch.ones(()), None])
+def test_a_direction_of_another_width(direction):
+    with pytest.raises(InputError, match="the direction is"):
+        turn(vectors(0), direction, 0.5)

@@ -1,5 +1,6 @@
 """Bipartite latents: rows, files, and the paths that manipulations make of them."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -24,6 +25,10 @@ def test_rows():
     assert len(both) == 5
     assert torch.equal(both.select([2]).decoder_latents, three.decoder_latents[:1])
     assert two.join(latent(1, super_res=False)).super_res_latents is None
+    assert torch.equal(both.select([-1]).image_embedding, both.select([4]).image_embedding)
+    for row in (5, -6):
+        with pytest.raises(InputError, match=f"no row {row}; there are 5"):
+            both.select([0, row])
     with pytest.raises(InputError, match="different models"):
         two.join(BipartiteLatent(torch.ones(1, 12), torch.ones(1, 3, 8, 8)))
 
@@ -115,8 +120,18 @@ def test_an_edit_turns_the_embedding_and_keeps_the_noise():
     for strength in (-0.1, 1.1, float("nan")):
         with pytest.raises(InputError, match="strength"):
             edit(one, direction, [strength])
-    with pytest.raises(InputError, match="take one"):
-        edit(latent(2).select([0, 1]), direction, [0.1, 0.2])
+    for strengths in ([0.1, 0.2], [0.1, 0.2, 0.3]):
+        with pytest.raises(InputError, match="take one"):
+            edit(latent(2).select([0, 1]), direction, strengths)
+    for strengths in (0.4, (0.4,), torch.tensor(0.4), [torch.tensor(0.4)], np.array([0.4])):
+        alone = edit(one, direction, strengths).image_embedding
+        torch.testing.assert_close(alone, rows.image_embedding[2:], rtol=0, atol=1e-5)
+    for strengths in ([], None, "0.4", ["0.4"], [[0.1, 0.2]]):
+        with pytest.raises(InputError, match="strengths"):
+            edit(one, direction, strengths)
+    for other in (torch.ones(12), None):
+        with pytest.raises(InputError, match="direction"):
+            edit(one, other, [0.1, 0.2])
 
 
 def test_probing_comes_nearer_with_every_dimension():
@@ -128,5 +143,11 @@ def test_probing_comes_nearer_with_every_dimension():
     torch.testing.assert_close(rows.image_embedding[2:], one.image_embedding, rtol=0, atol=1e-5)
     gap = (rows.image_embedding - one.image_embedding).norm(dim=1)
     assert gap[0] > gap[1] > gap[2]
+    assert torch.equal(probe(one, components, 4).image_embedding, rows.image_embedding[1:2])
     with pytest.raises(InputError, match="0 to 16"):
         probe(one, components, [17])
+    for counts in ([], None, 2.5):
+        with pytest.raises(InputError, match="counts are"):
+            probe(one, components, counts)
+    with pytest.raises(InputError, match="take one"):
+        probe(latent(2), components, [4])

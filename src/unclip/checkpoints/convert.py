@@ -21,6 +21,8 @@ from unclip.checkpoints.clip_settings import check_clip_settings, read_image_pro
 from unclip.checkpoints.files import atomic_folder, file_size, read_json, safe_join, write_json
 from unclip.checkpoints.header import read_header
 from unclip.checkpoints.hub import resolve
+from unclip.checkpoints.probe_file import ProbeFile
+from unclip.checkpoints.recommended import OF_VARIATIONS, read_recommended, write_recommended
 from unclip.checkpoints.weights import (
     DEFAULT_STEM,
     TRANSFORMERS_STEM,
@@ -181,7 +183,9 @@ def convert_text_to_image_to_variation(
     It has the parts of the text-to-image `folder` but the prior, and the image encoder and preprocessor of `clip` (a
     folder or hub id in transformers' layout). Weights of the parts are hard links where the file system has them, and
     are never loaded. Pictures that are not square are squashed, as Karlo's own code does it; with `crop` the
-    preprocessor stays CLIP's, which keeps their centre. Raises as `convert_karlo` does.
+    preprocessor stays CLIP's, which keeps their centre. What the folder recommends for the parts goes along, and its
+    principal components if they are of this very image encoder. Raises as `convert_karlo` does, and ConfigError for
+    recommendations that are none.
     """
     source, clip_folder = resolve(folder), resolve(clip)
     index = read_json(safe_join(source, "model_index.json"))
@@ -205,6 +209,11 @@ def convert_text_to_image_to_variation(
         state = _half_weights(encoder, ("vision_model.", "visual_projection."))
         save_weights(draft / "image_encoder", state, stem=TRANSFORMERS_STEM)
         write_json(draft / "image_encoder" / "config.json", config)
+        probe = ProbeFile.read(source)
+        if probe is not None and probe.image_encoder and probe.may_be_of(state):
+            probe.write(draft)
+        recommended = read_recommended(source)
+        write_recommended(draft, {key: value for key, value in recommended.items() if key in OF_VARIATIONS})
         sub = clip_folder / "feature_extractor"
         settings = read_image_processor_settings(sub if sub.is_dir() else clip_folder)
         settings = {**settings, "image_processor_type": "CLIPImageProcessor"}

@@ -20,6 +20,8 @@ PER_STAGE = "super_res_num_inference_steps"
 SCALES = ("prior_guidance_scale", "decoder_guidance_scale")
 DRAWING = ("prior_temperature", "prior_top_p")
 KEYS = (*COUNTS, *SCALES, *DRAWING)
+OF_VARIATIONS = tuple(key for key in KEYS if "prior" not in key)
+"""Of the stages that are there without a prior too."""
 
 Number = int | float
 Recommended = Number | list[int]

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.errors import ImageError, InputError
-from unclip.images import alpha, rgb, to_tensor
+from unclip.images import alpha, rgb, rgba, to_tensor
 from unclip.stages.stage import Size
 
 LANCZOS_REACH = 3
@@ -31,11 +31,14 @@ class Edited:
         originals: as they were given, upright and in RGB.
         x0: float32 [batch, 3, height, width] in [-1, 1], at the result's size.
         drawn: bool [batch, 1, height, width], true where the picture is drawn anew; None: everywhere.
+        seen_through: as given, upright and in RGBA, those that have transparency beside a mask, and the result's size;
+            None for the others.
     """
 
     originals: list[Image.Image]
     x0: Tensor
     drawn: Tensor | None
+    seen_through: list[Image.Image | None]
 
     def repeat(self, rows: int, count: int, device: torch.device) -> "Edited":
         """On a device, for `rows` prompts with `count` pictures each; one picture serves all prompts."""
@@ -43,7 +46,22 @@ class Edited:
         def spread(tensor: Tensor) -> Tensor:
             return tensor.to(device).expand(rows, -1, -1, -1).repeat_interleave(count, dim=0)
 
-        return Edited(self.originals, spread(self.x0), None if self.drawn is None else spread(self.drawn))
+        drawn = None if self.drawn is None else spread(self.drawn)
+        return Edited(self.originals, spread(self.x0), drawn, self.seen_through)
+
+    def transparent_again(self, images: list[Image.Image]) -> list[Image.Image]:
+        """Results, as many as rows, of which each has its picture's own pixels outside what was drawn, in RGBA.
+
+        What was drawn is opaque. Of pictures without transparency, or of another size, the results are as they were.
+        """
+        if self.drawn is None:
+            return images
+        each = len(images) // len(self.seen_through)
+        given = [picture for picture in self.seen_through for _ in range(each)]
+        return [
+            image if own is None else _pasted(image, own, region[0])
+            for image, own, region in zip(images, given, self.drawn.cpu(), strict=True)
+        ]
 
     def at(self, size: Size) -> tuple[Tensor, Tensor | None]:
         """The picture at a stage's size, and what is kept there: pixels of which no part is drawn anew."""
@@ -84,20 +102,23 @@ def read_edited(image: Any, mask_image: Any, fit: Callable[[Size], Size]) -> Edi
     given = zip(originals, drawn, masks, strict=True)
     shown = [_from_kept(one, region, size) if mask is None else resized(one, size) for one, region, mask in given]
     x0 = torch.stack([to_tensor(picture) for picture in shown])
-    return Edited(originals, x0, torch.cat(regions) if regions else None)
+    pairs = zip(pictures, masks, strict=True)
+    seen_through = [None if mask is None else _seen_through(picture, size) for picture, mask in pairs]
+    return Edited(originals, x0, torch.cat(regions) if regions else None, seen_through)
 
 
 def drawn_region(picture: Image.Image, mask: Image.Image | None) -> Tensor | None:
     """What a mask marks: bool [height, width], true where the picture is to be drawn anew; None without any mask.
 
-    In a mask with an alpha channel, that is where it is fully transparent (as in the DALL·E 2 edits API); in one
-    without, where it is white rather than black. Without a mask it is where the picture itself is not opaque: what is
-    half transparent, as at the border of a soft eraser, has half lost its colour.
+    In a mask with transparency, that is where it is fully transparent (as in the DALL·E 2 edits API); in one without,
+    where it is white rather than black. Without a mask it is where the picture itself is not opaque: what is half
+    transparent, as at the border of a soft eraser, has half lost its colour. An alpha channel that is opaque
+    everywhere, as many editors write it, is no transparency.
 
     Raises: ImageError for a mask that marks nothing, or of another size than its picture.
     """
     transparency = alpha(picture if mask is None else mask)
-    if transparency is not None:
+    if transparency is not None and not _is_opaque(transparency):
         region = np.asarray(transparency) < (255 if mask is None else 1)
         how = "is transparent nowhere: make what should be drawn anew fully transparent"
     elif mask is None:
@@ -149,6 +170,23 @@ def _from_kept(picture: Image.Image, region: Tensor | None, size: Size) -> Image
     reach = [LANCZOS_REACH * max(1, -(-new // old)) + 1 for new, old in zip(size, region.shape, strict=True)]
     near = F.max_pool2d(drawn.float(), [2 * each + 1 for each in reach], stride=1, padding=reach) > 0
     return Image.fromarray(np.where((near & ~drawn)[0, 0, :, :, None], mixed, np.asarray(plain)))
+
+
+def _is_opaque(transparency: Image.Image) -> bool:
+    return transparency.getextrema() == (255, 255)
+
+
+def _seen_through(picture: Image.Image, size: Size) -> Image.Image | None:
+    """A picture in RGBA, upright, if it has transparency and that size."""
+    found = rgba(picture)
+    fits = found is not None and found.size == size[::-1] and not _is_opaque(found.getchannel("A"))
+    return found if fits else None
+
+
+def _pasted(image: Image.Image, own: Image.Image, region: Tensor) -> Image.Image:
+    """`own`, in RGBA, with `image` under the region (bool [height, width])."""
+    drawn = region[..., None].numpy()
+    return Image.fromarray(np.where(drawn, np.asarray(image.convert("RGBA")), np.asarray(own)))
 
 
 def _touched(region: Tensor, size: Size) -> Tensor:

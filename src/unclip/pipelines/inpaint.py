@@ -40,8 +40,8 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
 
     A masked region is drawn by the same loops as any picture, with the known pixels put back at every step and parts of
     the path walked several times (RePaint, Lugmayr et al. 2201.09865), in the decoder and in super-resolution. Pixels
-    outside the mask come out as they went in, at the result's size. `strength` below 1 departs from the picture noised
-    that far instead of pure noise (SDEdit, Meng et al. 2108.01073).
+    outside the mask come out as they went in, at the result's size, transparent ones too. `strength` below 1 departs
+    from the picture noised that far instead of pure noise (SDEdit, Meng et al. 2108.01073).
     """
 
     OPTIONAL = ("image_encoder", "feature_extractor", *UnCLIPPipeline.OPTIONAL)
@@ -100,13 +100,16 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
             image: a picture of any mode, or a list of them; one serves several prompts. Those of other sizes than the
                 result's are resized to it.
             mask_image: what is drawn anew, of the picture's size: where it is fully transparent, or where it is white
-                if it has no transparency. Without one it is what in the picture itself is not opaque; a picture that
-                has no transparency is drawn anew as a whole, which needs a strength below 1.
+                if it has no transparency (an alpha channel that is opaque everywhere is none). Without a mask it is
+                what in the picture itself is not opaque; a picture that has no transparency is drawn anew as a whole,
+                which needs a strength below 1.
             strength: above 0 to 1, the share of the steps that are taken. 1 starts from pure noise; less keeps as much
                 of the picture, under the mask too.
             num_images_per_prompt: results of each prompt or picture; they follow one another in the output.
             prior_num_inference_steps, decoder_num_inference_steps, super_res_num_inference_steps, generator,
-                prior_guidance_scale, decoder_guidance_scale, output_type, return_dict: as in `UnCLIPPipeline`.
+                prior_guidance_scale, decoder_guidance_scale, return_dict: as in `UnCLIPPipeline`.
+            output_type: "pil", "np" or "pt". A picture with transparency and a mask comes back in RGBA as "pil", with
+                its own pixels outside the mask, if it has the result's size; else transparency stands on white.
             num_resamples: how often each part of the path is walked, so that new and old grow together; 1 to 100. It
                 multiplies the time, and does nothing without a mask.
             jump_length: steps in each such part.
@@ -164,7 +167,11 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
             embeddings = own.expand(rows, -1).repeat_interleave(num_images_per_prompt, dim=0)
         small = self._decode(text, null_text, embeddings, runs["decoder"], call)
         large = self._enlarge(small, runs, call)
-        return self._finish(large, small, embeddings, output_type, return_intermediates, return_dict)
+        output = self._finish(large, small, embeddings, output_type, return_intermediates, return_dict=True)
+        assert isinstance(output, ImagePipelineOutput)
+        if isinstance(output.images, list):
+            output.images = known.transparent_again(output.images)
+        return output if return_dict else output.to_tuple()
 
     def _embedding_source(self, asked: str | None, prompt: Any, image_embeddings: Tensor | None) -> str:
         """Where image embeddings come from: "prompt", "image", or "given"."""

@@ -12,6 +12,7 @@ users and by the commands.
 """
 
 import copy
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -22,13 +23,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unclip.checkpoints.recommended import check_recommended
 from unclip.diffusion.guidance import check_scale
 from unclip.diffusion.noise import NoiseSource, following_seed, generators_from_seed
 from unclip.diffusion.scheduler import DDIMScheduler
-from unclip.errors import CheckpointError, ImageError, InputError
+from unclip.errors import CheckpointError, ConfigError, ImageError, InputError
 from unclip.models.pca import PrincipalComponents
-from unclip.pipelines.arguments import Callback, check_count, check_embeddings, check_latents
-from unclip.pipelines.fingerprints import encoder_fingerprint, fingerprint
+from unclip.pipelines import fingerprints
+from unclip.pipelines.arguments import Callback, as_prompts, check_count, check_embeddings, check_latents
 from unclip.pipelines.generation import Call, StageRun
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 from unclip.pipelines.inversion import inverted, inverted_super_res
@@ -41,6 +43,8 @@ from unclip.stages.encoders import ImageEncoder
 from unclip.stages.manipulation import BipartiteLatent
 
 NUM_ROUNDS = 2
+RECORDED = ("decoder_num_inference_steps", "super_res_num_inference_steps", "decoder_guidance_scale")
+"""What a latent's file says, as JSON, of how it was inverted; and `prompt`, as it is."""
 
 
 class Manipulator:
@@ -60,11 +64,16 @@ class Manipulator:
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path = "unclip-emoji", **options: Any) -> Self:
-        """Load a folder that holds an image encoder and a prior. Arguments and errors as of a pipeline."""
-        text = UnCLIPPipeline.from_pretrained(name_or_folder, **options)
-        parts = UnCLIPImageVariationPipeline.COMPONENTS
-        shared = {name: part for name, part in text.components.items() if name in parts}
-        variation = UnCLIPImageVariationPipeline.from_pretrained(name_or_folder, **{**options, **shared})
+        """Load a folder that holds an image encoder and a prior.
+
+        Arguments and errors as of a pipeline; a component may be given that either of the two pipelines has.
+        """
+        of_text, of_variation = UnCLIPPipeline.component_names(), UnCLIPImageVariationPipeline.component_names()
+        for_text = {name: each for name, each in options.items() if name in of_text or name not in of_variation}
+        text = UnCLIPPipeline.from_pretrained(name_or_folder, **for_text)
+        shared = {name: part for name, part in text.components.items() if name in of_variation}
+        others = {name: each for name, each in options.items() if name in of_variation or name not in of_text}
+        variation = UnCLIPImageVariationPipeline.from_pretrained(name_or_folder, **{**others, **shared})
         return cls(variation, text)
 
     # ---- pictures ----
@@ -120,7 +129,7 @@ class Manipulator:
         pipe.check()
         check_scale(decoder_guidance_scale, "decoder_guidance_scale")
         pictures = [images] if isinstance(images, Image.Image) else images
-        if not all(isinstance(picture, Image.Image) for picture in pictures):
+        if not isinstance(pictures, Sequence) or not all(isinstance(picture, Image.Image) for picture in pictures):
             raise ImageError(f"the pictures to invert are {type(images).__name__}; give PIL pictures")
         embeddings = self.embed_images(pictures)
         decoder = StageRun(
@@ -152,7 +161,7 @@ class Manipulator:
         latent: BipartiteLatent,
         *,
         eta: float = 0.0,
-        seed: int | Sequence[int] = 0,
+        seed: int | Sequence[int] | None = 0,
         decoder_num_inference_steps: int | None = None,
         super_res_num_inference_steps: int | Sequence[int] | None = None,
         decoder_guidance_scale: float = 1.0,
@@ -168,7 +177,7 @@ class Manipulator:
             eta: 0 is deterministic, so an inverted picture comes back; towards 1 ever more noise varies it.
             seed: of all other noise: that of the steps, and super-resolution's where the latent has none. One seed
                 gives every row the same noise, so that rows differ by their latents alone and a film does not flicker.
-                A list gives each row its own.
+                A list gives each row its own; None draws it from torch's global generator, for each row another.
             decoder_num_inference_steps, super_res_num_inference_steps, decoder_guidance_scale, prompt: those of the
                 inversion bring its picture back.
             output_type, return_intermediates, callback_on_step_end: as of a pipeline's call.
@@ -250,9 +259,9 @@ class Manipulator:
                 "this model has no prior, so a caption cannot become an image embedding: give pictures instead, or a "
                 "model that makes pictures of captions"
             )
-        captions = [captions] if isinstance(captions, str) else captions
+        captions = as_prompts(captions)
         check_count(num_samples, len(captions))
-        first = [seed] * len(captions) if isinstance(seed, int) else list(seed)
+        first = list(seed) if isinstance(seed, Sequence) else [seed] * len(captions)
         drawn = self.text.embed_captions(
             [*captions] * num_samples,
             num_inference_steps=self._setting("prior_num_inference_steps", prior_num_inference_steps, 25),
@@ -314,21 +323,38 @@ class Manipulator:
         latent: BipartiteLatent,
         path: str | os.PathLike[str],
         *,
+        settings: Mapping[str, Any] | None = None,
         about: Mapping[str, str] | None = None,
         overwrite: bool = False,
     ) -> Path:
-        """Write a latent with this model's fingerprint; `about` are texts to keep. Raises: as `write_tensor_file`."""
-        told = {**(about or {}), "fingerprint": fingerprint(self.variation)}
+        """Write a latent with fingerprints of this model's decoder, and of super-resolution where its noise is kept.
+
+        Args:
+            latent: of any number of rows.
+            path: ends in .safetensors.
+            settings: steps, guidance and prompt of the inversion, by `invert`'s argument names (`RECORDED` and
+                `prompt`): decoding needs the same, and `recorded_settings` reads them again, as the commands do.
+            about: further texts to keep.
+            overwrite: replace a file that is there.
+
+        Raises: as `write_tensor_file`; InputError for settings of other names, or that are no numbers.
+        """
+        noise = fingerprints.super_res_fingerprints(self.variation, len(latent.super_res_noise))
+        told = {
+            **(about or {}),
+            **_recorded_texts(settings or {}),
+            "fingerprint": fingerprints.fingerprint(self.variation),
+            **({"super_res_fingerprints": ",".join(noise)} if noise else {}),
+        }
         return latent.save(path, about=told, overwrite=overwrite)
 
     def load(self, path: str | os.PathLike[str]) -> tuple[BipartiteLatent, dict[str, str]]:
-        """Read a latent of this model, and the texts beside it.
+        """Read a latent of this model, and the texts beside it; `recorded_settings` makes `decode`'s arguments of them.
 
         Raises: as `read_tensor_file`; CheckpointError when it is another model's.
         """
         latent, about = BipartiteLatent.load(path)
-        made, own = about.pop("fingerprint", ""), fingerprint(self.variation)
-        if made and own and made != own:
+        if not fingerprints.has_decoder(self.variation, about.pop("fingerprint", "")):
             name = about.get("model")
             raise CheckpointError(
                 f"{path} was made with {'the model ' + name if name else 'another model'}, and this is another one: a "
@@ -338,6 +364,11 @@ class Manipulator:
             self.check_latent(latent)
         except InputError as problem:
             raise CheckpointError(f"{path} does not fit the model: {problem}") from problem
+        if not fingerprints.has_super_res(self.variation, about.pop("super_res_fingerprints", "").split(",")):
+            raise CheckpointError(
+                f"{path} holds super-resolution's noise, which was found with other super-resolution networks than "
+                "this model's and means nothing to these. Invert the picture again with this model"
+            )
         return latent, about
 
     def save_components(
@@ -349,7 +380,7 @@ class Manipulator:
         overwrite: bool = False,
     ) -> Path:
         """Write components of this model's embeddings, with its image encoder's fingerprint; arguments as of `save`."""
-        told = {**(about or {}), "image_encoder": encoder_fingerprint(self.variation)}
+        told = {**(about or {}), "image_encoder": fingerprints.encoder_fingerprint(self.variation)}
         return components.save(path, about=told, overwrite=overwrite)
 
     def load_components(self, path: str | os.PathLike[str]) -> PrincipalComponents:
@@ -358,9 +389,9 @@ class Manipulator:
         Raises: as `PrincipalComponents.load`; CheckpointError when they are of another image encoder or width.
         """
         components, about = PrincipalComponents.load_with_texts(path)
-        made, own = about.get("image_encoder", ""), encoder_fingerprint(self.variation)
         width = self.variation.image_encoder.config.projection_dim
-        if (made and own and made != own) or components.dim != width:
+        known = fingerprints.has_encoder(self.variation, about.get("image_encoder", ""))
+        if not known or components.dim != width:
             name = about.get("model")
             raise CheckpointError(
                 f"{path} was fitted with the image encoder of {'the model ' + name if name else 'another model'}, and "
@@ -393,3 +424,33 @@ class Manipulator:
         for name in (f"{stage}_scheduler" for stage in ("decoder", *pipe.cascade)):
             setattr(pipe, name, DDIMScheduler.from_config(getattr(pipe, name).config, eta=eta))
         return pipe
+
+
+def recorded_settings(about: Mapping[str, str]) -> dict[str, Any]:
+    """The arguments of `decode` that a latent's texts tell, as `Manipulator.save` or `unclip invert` wrote them.
+
+    What the file does not say is left out. Raises: CheckpointError for a text that is no number.
+    """
+    texts = {name: about[name] for name in RECORDED if name in about}
+    try:
+        found = check_recommended({name: json.loads(text) for name, text in texts.items()}, "the latent's file")
+    except (ValueError, RecursionError) as problem:
+        raise CheckpointError(f"the latent was inverted with {texts!s:.200}, which are no numbers") from problem
+    return {**found, **({"prompt": about["prompt"]} if "prompt" in about else {})}
+
+
+def _recorded_texts(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as a latent's file has them; None is left out. Raises: InputError as `Manipulator.save`."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    prompt = given.pop("prompt", None)
+    for name in given:
+        if name not in RECORDED:
+            raise InputError(f"settings have {name!r}; a latent is kept with {', '.join((*RECORDED, 'prompt'))}")
+    if prompt is not None and not isinstance(prompt, str):
+        raise InputError(f"the prompt is {prompt!r:.100}; it must be a text")
+    lists = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    try:
+        numbers = check_recommended(lists, "settings")
+    except ConfigError as problem:
+        raise InputError(str(problem)) from problem
+    return {**{name: json.dumps(value) for name, value in numbers.items()}, **({"prompt": prompt} if prompt else {})}

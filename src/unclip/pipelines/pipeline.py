@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 from unclip.checkpoints.files import atomic_folder, read_json, safe_join, write_json
 from unclip.checkpoints.hub import resolve
 from unclip.checkpoints.layout import API_VERSION, CLASSES, FURTHER
-from unclip.checkpoints.offloaded import offload_hooks
+from unclip.checkpoints.offloaded import offload_hooks, state_of
+from unclip.checkpoints.probe_file import ProbeFile
 from unclip.checkpoints.recommended import Recommended, read_recommended, write_recommended
 from unclip.checkpoints.weights import check_asked
 from unclip.diffusion.loop import Progress
@@ -61,6 +62,7 @@ class Pipeline:
             setattr(self, name, components.get(name))
         self._progress: dict[str, Any] = {}
         self._recommended: dict[str, Recommended] = {}
+        self._probe: ProbeFile | None = None
         self.check()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -207,14 +209,16 @@ class Pipeline:
             )
         pipeline = cls(**parts)
         pipeline._recommended = read_recommended(folder)
+        pipeline._probe = ProbeFile.read(folder)
         return pipeline
 
     @classmethod
     def from_pipe(cls, pipeline: "Pipeline", **components: Any) -> Self:
         """This kind of pipeline from another's loaded components, and those it lacks given by name.
 
-        Bars, tiling, recommendations and offloading stay as they are there; offloading lies in the networks, so what
-        one of the two changes in it holds for both, and a network that is new here takes part from the next enabling.
+        Bars, tiling, recommendations, principal components and offloading stay as they are there; offloading lies in
+        the networks, so what one of the two changes in it holds for both, and a network that is new here takes part
+        from the next enabling.
 
         Raises: InputError when `pipeline` is none of unclip's.
         """
@@ -223,6 +227,7 @@ class Pipeline:
         shared = {name: part for name, part in pipeline.components.items() if name in cls.component_names()}
         made = cls(**shared | components)
         made._recommended = dict(pipeline._recommended)
+        made._probe = pipeline._probe
         made._progress = dict(pipeline._progress)
         return made
 
@@ -236,8 +241,11 @@ class Pipeline:
     ) -> None:
         """Write a folder that this library and, component by component, the ecosystem load.
 
-        It appears only when whole. Raises: OutputExistsError when it is there already and `overwrite` is false;
-        UnsafeFileError for `safe_serialization=False`.
+        It appears only when whole. What the folder that was loaded recommends goes along, and its principal components
+        too, if the image encoder is still the one that they are of.
+
+        Raises: OutputExistsError when it is there already and `overwrite` is false; UnsafeFileError for
+        `safe_serialization=False`.
         """
         if not safe_serialization:
             raise UnsafeFileError("unclip writes no pickles: leave safe_serialization at True")
@@ -250,6 +258,9 @@ class Pipeline:
                 index[name] = index_entry(part)
             write_json(draft / "model_index.json", index)
             write_recommended(draft, self._recommended)
+            encoder = self.networks.get("image_encoder")
+            if self._probe is not None and encoder is not None and self._probe.may_be_of(state_of(encoder)):
+                self._probe.write(draft)
 
     def to(self, *where: torch.device | torch.dtype | str | int, **named: Any) -> Self:
         """Move and/or cast all networks: `to("cuda")`, `to(torch.float16)`, `to("cuda", torch.float16)`."""

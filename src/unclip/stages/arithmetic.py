@@ -70,9 +70,12 @@ def slerp_path(points: Tensor, num_between: int) -> Tensor:
     if isinstance(num_between, bool) or not isinstance(num_between, int) or num_between < 0:
         raise InputError(f"num_between is {num_between!r}; it must be a whole number from 0")
     steps = num_between + 1
-    shares = (torch.arange(steps, dtype=torch.float64) / steps).repeat(len(points) - 1).to(exact_type(points.device))
-    start, end = (part.repeat_interleave(steps, dim=0) for part in (points[:-1], points[1:]))
-    return torch.cat([slerp(start, end, shares.to(points.device)), points[-1:].float()])
+    path = points.new_empty((len(points) - 1) * steps + 1, *points.shape[1:], dtype=torch.float32)
+    for place in range(len(path) - 1):  # one at a time: in float64 a step takes many times the room of its result
+        point, step = divmod(place, steps)
+        path[place] = slerp(points[point : point + 1], points[point + 1 : point + 2], step / steps)[0]
+    path[-1] = points[-1]
+    return path
 
 
 def blend(embeddings: Tensor, weights: Sequence[float] | Tensor) -> Tensor:
@@ -137,9 +140,12 @@ def turn(embedding: Tensor, direction: Tensor, strength: float | Tensor) -> Tens
 
     Returns: float32 [batch, dim].
 
-    Raises: as `slerp`.
+    Raises: as `slerp`; InputError for a direction of another width.
     """
-    direction = direction.expand_as(embedding) if direction.ndim == 1 else direction
+    if not isinstance(direction, Tensor) or direction.ndim not in (1, 2) or direction.shape[-1] != embedding.shape[-1]:
+        found = _shape(direction) if isinstance(direction, Tensor) else type(direction).__name__
+        raise InputError(f"the direction is {found}; embeddings {_shape(embedding)} are turned by one of their width")
+    direction.expand_as(embedding) if direction.ndim == 1 else direction
     scale = embedding.float().norm(dim=-1, keepdim=True) / _norm(direction.float(), "direction")
     return slerp(embedding, direction.float() * scale, strength)
 

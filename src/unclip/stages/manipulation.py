@@ -69,7 +69,11 @@ class BipartiteLatent:
         return () if self.super_res_latents is None else (self.super_res_latents, *self.further_latents)
 
     def select(self, rows: Sequence[int] | slice) -> Self:
-        """The rows of these indices."""
+        """The rows of these indices. Raises: InputError for one that there is none of."""
+        if not isinstance(rows, slice):
+            wrong = [row for row in rows if not -len(self) <= row < len(self)]
+            if wrong:
+                raise InputError(f"there is no row {wrong[0]}; there are {len(self)}, the first is 0")
         return self._named({name: part[rows] for name, part in self._parts().items()})
 
     def join(self, *others: Self) -> Self:
@@ -92,11 +96,9 @@ class BipartiteLatent:
 
         Raises: InputError when this is not one row.
         """
-        if len(self) != 1:
-            raise InputError(f"there are {len(self)} rows; take one: latent.select([0])")
         rows = {
             name: part.expand(len(image_embedding), *part.shape[1:])
-            for name, part in self._parts().items()
+            for name, part in _one_row(self)._parts().items()
             if name != "image_embedding"
         }
         return self._named({"image_embedding": image_embedding, **rows})
@@ -158,33 +160,50 @@ def interpolate(latent: BipartiteLatent, num_between: int, *, one_noise: bool = 
     return BipartiteLatent.of(embeddings, *noise)
 
 
-def edit(latent: BipartiteLatent, direction: Tensor, strengths: Sequence[float]) -> BipartiteLatent:
+def edit(latent: BipartiteLatent, direction: Tensor, strengths: float | Sequence[float] | Tensor) -> BipartiteLatent:
     """Turn one picture's embedding towards a direction, ever further, with its noise as it is (paper §3.3, figure 5).
 
     Args:
         latent: one row.
         direction: [embedding_dim], a `difference` of two captions' embeddings.
-        strengths: theta of each row that is wanted, from 0 to 1.
+        strengths: theta of each row that is wanted, from 0 to 1; or one number.
 
-    Raises: InputError when there is not one row, or a strength is outside 0..1.
+    Raises: InputError when there is not one row, the direction has another width, or a strength is outside 0..1.
     """
-    for strength in strengths:
+    device = latent.image_embedding.device
+    try:
+        shares = torch.as_tensor(strengths, dtype=exact_type(device)).to(device)
+    except (TypeError, ValueError, RuntimeError) as problem:
+        raise InputError(f"strengths are {strengths!r:.100}; they must be numbers from 0 to 1") from problem
+    shares = shares.reshape(1) if shares.ndim == 0 else shares
+    if shares.ndim != 1 or len(shares) < 1:
+        raise InputError(f"strengths have shape {tuple(shares.shape)}; give one number, or a list of one or more")
+    for strength in shares.tolist():
         if not 0 <= strength <= 1:
             raise InputError(f"the strength is {strength}; it must be from 0 (nothing changes) to 1 (nothing stays)")
-    rows = latent.image_embedding.expand(len(strengths), -1)
-    share = torch.tensor(list(strengths), dtype=exact_type(rows.device), device=rows.device)
-    return latent.showing(turn(rows, direction.to(rows.device), share))
+    rows = _one_row(latent).image_embedding.expand(len(shares), -1)
+    return latent.showing(turn(rows, direction.to(device) if isinstance(direction, Tensor) else direction, shares))
 
 
-def probe(latent: BipartiteLatent, components: PrincipalComponents, counts: Sequence[int]) -> BipartiteLatent:
+def probe(latent: BipartiteLatent, components: PrincipalComponents, counts: int | Sequence[int]) -> BipartiteLatent:
     """What one picture's embedding says in its first principal components, from one noise (paper §4, figure 7).
 
     Args:
         latent: one row.
         components: fitted on the same encoder's embeddings.
-        counts: how many components each row keeps, 0 (the mean of all pictures) to all.
+        counts: how many components each row keeps, 0 (the mean of all pictures) to all; or one number.
 
-    Raises: InputError when there is not one row, the width is another, or a count is out of range.
+    Raises: InputError when there is not one row, the width is another, a count is out of range, or there is none.
     """
-    coordinates = [components.project(latent.image_embedding, count) for count in counts]
+    kept = [counts] if isinstance(counts, int) else counts
+    if not isinstance(kept, Sequence) or not kept:
+        raise InputError(f"counts are {counts!r:.100}; give one number of components, or a list of one or more")
+    coordinates = [components.project(_one_row(latent).image_embedding, count) for count in kept]
     return latent.showing(torch.cat([components.reconstruct(each) for each in coordinates]))
+
+
+def _one_row(latent: BipartiteLatent) -> BipartiteLatent:
+    """The same. Raises: InputError when it is not one row."""
+    if len(latent) != 1:
+        raise InputError(f"there are {len(latent)} rows; take one: latent.select([0])")
+    return latent
