@@ -325,6 +325,14 @@ def test_a_blend_goes_by_its_weights(run):
     assert alike(blends["0"], run("blend", "a red apple", "--seed", 2).lines[0])
 
 
+def test_each_blend_is_that_of_its_own_seed(run):
+    parts = ("a red apple", "a cat:0.5", "dog.png:0.2")
+    both = run("blend", *parts, "-n", 2, "--seed", 5)
+    for seed, path in zip((5, 6), both.lines, strict=True):
+        assert alike(path, run("blend", *parts, "--seed", seed).lines[0])
+    assert not alike(*both.lines)
+
+
 def test_several_blends(run):
     done = run("blend", "cat.png", "dog.png", "-n", 3, "--seed", 7, "--grid")
     assert names(done) == [*(f"cat-and-dog-{seed}.png" for seed in (7, 8, 9)), "cat-and-dog-7-grid.png"]

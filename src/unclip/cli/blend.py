@@ -73,12 +73,13 @@ def blend(
 
     from unclip.stages.arithmetic import blend as mixed
 
-    embeddings = torch.cat([bench.embedding(part, seed=seed) for part in read])
-    embedding = mixed(embeddings, [part.weight for part in read])
+    weights = [part.weight for part in read]
+    seen = {part: bench.embedding(part, seed=seed) for part in read if part.kind != "caption"}
 
     def draw(batch: list[Wish]) -> "list[Image]":
-        rows = embedding.expand(len(batch), -1)
         seeds = [wish.seed for wish in batch]
+        each = [seen[part].expand(len(seeds), -1) if part in seen else bench.caption(part, seeds) for part in read]
+        rows = torch.stack([mixed(embeddings, weights) for embeddings in torch.stack(each, dim=1)])
         output = bench.tool.variation(image_embeddings=rows, seed=seeds, **bench.settings)  # type: ignore[arg-type]
         return output.images  # type: ignore[union-attr, return-value]
 

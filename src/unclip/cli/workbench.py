@@ -231,8 +231,12 @@ class Workbench:
         if part.kind == "latent":
             return one_row(self.tool.load(part.text)[0], part).image_embedding
         if part.kind == "caption":
-            return self.tool.embed_captions(part.text, seed=seed, **self.drawing)
+            return self.caption(part, [seed])
         return self.tool.embed_images(_opened(part)).cpu()
+
+    def caption(self, part: Part, seeds: Sequence[int]) -> "Tensor":
+        """A caption's embedding by each of the seeds [len(seeds), embedding_dim]."""
+        return self.tool.embed_captions([part.text] * len(seeds), seed=seeds, **self.drawing)
 
     def draw(
         self,
