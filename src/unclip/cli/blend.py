@@ -52,6 +52,7 @@ def blend(
     dtype: options.DtypeOption = options.Dtype.float32,
     device: options.Device = "auto",
     cpu_offload: options.CpuOffload = False,
+    tile: options.Tile = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Mix what several pictures and captions show, with weights.
@@ -66,7 +67,7 @@ def blend(
     given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
     drawing = drawing_settings(candidates, prior_temperature, prior_top_p)
     captions = any(part.kind == "caption" for part in read)  # a latent's steps are of no use here: nothing comes back
-    machine = Machine(dtype, device, cpu_offload, quiet)
+    machine = Machine(dtype, device, cpu_offload, quiet, tile)
     bench = Workbench.open(model, machine, given, drawing=drawing, captions=captions, guidance=None)
 
     import torch
