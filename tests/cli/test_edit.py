@@ -137,6 +137,20 @@ def test_sizes_and_tiles(edit, photo, mask, command, more):
     assert pixels(done.lines[0]).shape == (16, 48, 3)
 
 
+@pytest.mark.parametrize("command", ["inpaint", "redraw"])
+def test_the_default_size_is_as_the_help_says(edit, unclip, photo, mask, command):
+    text = " ".join(unclip(command, "--help").out.split())
+    assert text.count("(the picture's shape, in the model's size)") == 2
+    assert "goes with --width" in text
+    assert "goes with --height" in text
+    for path in (photo, mask):
+        with Image.open(path) as image:
+            image.resize((64, 16)).save(path)
+    done = edit(command, photo, *(["--mask", mask] if command == "inpaint" else []), "--prompt", "a cat")
+    assert done.code == 0, done.err
+    assert pixels(done.lines[0]).shape == (16, 64, 3)
+
+
 def test_redrawing_stays_nearer_the_lower_the_strength(edit, photo):
     distances = []
     for strength in (0.1, 0.9):
@@ -200,6 +214,8 @@ def test_steps_of_several_stages_in_a_model_of_one(edit, photo):
         (["inpaint", "PHOTO", "--mask", "MASK", "--super-res-steps", "2,x"], 2, "'2,x' is no number"),
         (["redraw", "PHOTO", "--prompt", "a cat", "--strength", "1"], 2, "below 1"),
         (["redraw", "PHOTO", "--prompt", "a cat", "--height", "30", "--width", "32"], 1, "height is 30"),
+        (["redraw", "PHOTO", "--prompt", "a cat", "--height", "32"], 1, "height and width, or neither"),
+        (["inpaint", "PHOTO", "--mask", "MASK", "--width", "32"], 1, "height and width, or neither"),
         (["redraw", "PHOTO", "--prompt", "a cat", "--tile", "3"], 1, "must be multiples of 2"),
         (["redraw"], 2, "Missing argument"),
     ],

@@ -12,9 +12,12 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionModelWithProjection
 
-from unclip import UnCLIPImageVariationPipeline, UnCLIPPipeline, UnCLIPScheduler, UNet2DModel
+from unclip import UnCLIPImageVariationPipeline, UnCLIPPipeline, UnCLIPScheduler, UNet2DModel, images
+from unclip.checkpoints.offloaded import offload_hooks
+from unclip.cli.loading import Machine
+from unclip.cli.options import Dtype
 from unclip.cli.probe import drawn
-from unclip.cli.workbench import read_part
+from unclip.cli.workbench import Workbench, read_part
 from unclip.errors import InputError
 from unclip.models.pca import PrincipalComponents
 from unclip.pipelines import text_to_image as text_to_image_module
@@ -102,7 +105,62 @@ def test_what_is_in_the_way_of_a_latent_is_found_first(run, monkeypatch):
     assert not Path("out/cat.safetensors").exists()
 
 
+@pytest.mark.parametrize("quiet", [False, True])
+def test_how_near_the_picture_comes_is_told(run, quiet):
+    done = run("invert", "cat.png", "--check", *["--quiet"] * quiet)
+    psnr_db = float(texts(done.lines[1])["psnr_db"])
+    assert done.err == ("" if quiet else f"cat.png: {psnr_db:.1f} dB\n")
+
+
 KEEP = ("--keep-structure", "--eta", "0", "--seed", 0)
+
+
+def test_a_latent_is_decoded_in_the_tiles_it_was_found_in(run):
+    names(run("invert", "cat.png", "--super-res", "--check"))
+    as_a_whole = Path("out/cat-reconstruction.png").rename("as-a-whole.png")
+    names(run("invert", "cat.png", "--super-res", "--check", "--tile", 16, "--overwrite"))
+    assert not alike("out/cat-reconstruction.png", as_a_whole)
+    for more in ([], ["--tile", 16]):
+        done = run("vary", "out/cat.safetensors", *KEEP, *more, "--overwrite", steps=[])
+        assert alike(done.lines[0], "out/cat-reconstruction.png")
+        assert json.loads(texts(done.lines[0])["settings"])["super_res_tile_px"] == 16
+    way = run("interpolate", "out/cat.safetensors", "dog.png", "--super-res", "--frames", 1, steps=[])
+    assert alike(way.lines[0], "out/cat-reconstruction.png")
+    for command in (
+        ("vary", "out/cat.safetensors", *KEEP),
+        ("interpolate", "out/cat.safetensors", "dog.png"),
+        ("edit", "out/cat.safetensors", "--from", "a cat", "--to", "an apple"),
+    ):
+        for other, words in ((8, "in tiles of 8 px"), (32, "as a whole")):
+            done = run(*command, "--tile", other)
+            assert (done.code, done.out) == (1, "")
+            assert f"in tiles of 16 px, and would be decoded {words}: leave out --tile {other}" in done.err
+    names(run("invert", "cat.png", "--super-res", "--overwrite"))
+    assert "as a whole" in run("vary", "out/cat.safetensors", *KEEP, "--tile", 16).err
+    whole = run("vary", "out/cat.safetensors", *KEEP, "--tile", 32, "--overwrite")  # as large as the picture
+    assert alike(whole.lines[0], as_a_whole)
+
+
+def test_latents_found_in_other_tiles_are_not_decoded_alike(run, files):
+    from unclip.stages.manipulation import BipartiteLatent
+
+    run("invert", "cat.png", "--super-res")
+    run("invert", "dog.png", "--super-res", "--tile", 16)
+    both = ("out/cat.safetensors", "out/dog.safetensors")
+    for command in (("vary", *both, *KEEP), ("interpolate", *both, "--frames", 1)):
+        done = run(*command)
+        assert (done.code, done.out) == (1, "")
+        assert all(path in done.err for path in both)
+        assert "two commands" in done.err
+    run("invert", "cat.png", "--overwrite")  # keeps no noise that a tile could spoil
+    assert len(names(run("vary", *both, *KEEP))) == 2
+    assert len(names(run("vary", both[0], *KEEP, "--tile", 16))) == 1
+    latent, about = BipartiteLatent.load(both[1])
+    assert about["super_res_tile_px"] == "16"
+    latent.save("wordy.safetensors", about={**about, "super_res_tile_px": "-1"})
+    done = run("vary", "wordy.safetensors", "dog.png", *KEEP)
+    assert (done.code, len(done.lines)) == (3, 1)
+    assert "no numbers" in done.err
 
 
 def test_latents_found_in_other_steps_are_not_decoded_alike(run):
@@ -263,6 +321,28 @@ def test_one_noise_keeps_the_first(run):
     assert not alike(turned.lines[1], kept.lines[1])
 
 
+def test_the_ends_come_back_in_detail(run):
+    plain, fine = (run("interpolate", "cat.png", "dog.png", "--frames", 1, *more) for more in ((), ("--super-res",)))
+    for end, name in ((0, "cat"), (1, "dog")):
+        run("invert", f"{name}.png", "--super-res", "--check")
+        assert alike(fine.lines[end], f"out/{name}-reconstruction.png")
+        assert not alike(plain.lines[end], f"out/{name}-reconstruction.png")
+
+
+def test_a_way_through_several_is_told_of(run):
+    done = run("interpolate", "cat.png", "a red apple", "dog.png", "--frames", 1, "--grid", "--film", "gif", "--json")
+    *_, sheet, film = map(json.loads, done.lines)
+    for told in (sheet, film, texts(sheet["path"])):
+        assert [told[name] for name in ("from", "through", "to")] == ["cat.png", "a red apple", "dog.png"]
+    assert film["frames"] == 3
+    for options, ways in (((), (False, False)), (("--one-noise", "--super-res"), (True, True))):
+        done = run("interpolate", "cat.png", "dog.png", "--frames", 1, "--grid", *options)
+        for path in done.lines:
+            settings = json.loads(texts(path)["settings"])
+            assert (settings["one_noise"], settings["super_res"]) == ways
+        assert "through" not in texts(done.lines[-1])
+
+
 def test_interpolation_of_captions_and_mixtures(run):
     done = run("interpolate", "a cat", "a red apple", "--frames", 2, "--seed", 3, "--film", "webp")
     assert names(done)[0] == "a-cat-to-a-red-apple-000-3.png"
@@ -270,6 +350,16 @@ def test_interpolation_of_captions_and_mixtures(run):
     with Image.open(done.lines[-1]) as film:
         assert film.n_frames == 4
     assert len(names(run("interpolate", "a cat", "dog.png", "--frames", 2))) == 3
+
+
+def test_a_mixture_of_a_caption_and_a_picture_is_neither(run):
+    mixture, caption, picture = (
+        run("blend", *parts, "--seed", 2).lines[0] for parts in (("a cat", "dog.png"), ("a cat",), ("dog.png",))
+    )
+    assert not alike(mixture, caption)
+    assert not alike(mixture, picture)
+    way = run("interpolate", "a cat", "dog.png", "--frames", 2)
+    assert not any(alike(way.lines[1], way.lines[end]) for end in (0, 2))
 
 
 def test_a_film_needs_its_writer(run, monkeypatch, files):
@@ -297,6 +387,22 @@ def test_edit(run):
     by_text = run("edit", "cat.png", "--from", "a cat", "--to", "a red apple", "--strength", 0.9, "--text-space")
     assert names(by_text) == ["cat-to-a-red-apple-0.png"]
     assert not alike(by_text.lines[0], done.lines[2])
+    for path, in_text in ((done.lines[0], False), (by_text.lines[0], True)):
+        assert json.loads(texts(path)["settings"])["text_space"] is in_text
+
+
+def test_the_sheet_of_a_sweep_tells_the_strengths(run, monkeypatch):
+    below, original = [], images.labelled
+    monkeypatch.setattr(images, "labelled", lambda image, text: (below.append(text), original(image, text))[1])
+    options = ("--strength", 0.9, "--sweep", 3, "--grid", "--film", "gif", "--json")
+    done = run("edit", "cat.png", "--from", "a cat", "--to", "a red apple", *options)
+    assert below == ["0", "0.45", "0.9"]
+    *_, sheet, film = map(json.loads, done.lines)
+    for told in (sheet, film, texts(sheet["path"])):
+        assert [told[name] for name in ("image", "from", "to")] == ["cat.png", "a cat", "a red apple"]
+        assert (float(told["strength"]), int(told["sweep"])) == (0.9, 3)
+    with Image.open(sheet["path"]) as labelled, Image.open(film["path"]) as frames:
+        assert labelled.height > frames.height == 32
 
 
 def test_the_largest_seed(run):
@@ -323,6 +429,14 @@ def test_a_blend_goes_by_its_weights(run):
     assert not alike(blends["1"], blends["0.5"])
     assert not alike(blends["0.5"], blends["0"])
     assert alike(blends["0"], run("blend", "a red apple", "--seed", 2).lines[0])
+
+
+def test_each_blend_is_that_of_its_own_seed(run):
+    parts = ("a red apple", "a cat:0.5", "dog.png:0.2")
+    both = run("blend", *parts, "-n", 2, "--seed", 5)
+    for seed, path in zip((5, 6), both.lines, strict=True):
+        assert alike(path, run("blend", *parts, "--seed", seed).lines[0])
+    assert not alike(*both.lines)
 
 
 def test_several_blends(run):
@@ -428,6 +542,10 @@ def test_probing(run, unclip, model, files):
     some = run("probe show", "cat.png", "--pca", "pca.safetensors", "--dims", "3,0", "--grid")
     assert len(names(some)) == 3
     assert alike(some.lines[1], done.lines[0])
+    told = texts(some.lines[2])
+    assert [told[name] for name in ("image", "pca", "dimensions")] == ["cat.png", "pca.safetensors", "3,0"]
+    with Image.open(some.lines[2]) as sheet:
+        assert sheet.height > 32  # each has a label
     for dims in ("5", "x", "-1"):
         assert "--dims" in run("probe show", "cat.png", "--pca", "pca.safetensors", f"--dims={dims}").err
     run("invert", "cat.png")
@@ -523,6 +641,55 @@ def test_nothing_to_fit_on(unclip, model, files):
     done = unclip("probe", "fit", files / "empty", "--model", model, "--out", files / "pca.safetensors")
     assert done.code == 1
     assert "no pictures" in done.err
+
+
+COMMANDS = {
+    "vary": ("vary", "cat.png", *KEEP),
+    "invert": ("invert", "cat.png", "--check", "--super-res"),
+    "interpolate": ("interpolate", "a cat", "dog.png", "--frames", 1),
+    "edit": ("edit", "cat.png", "--from", "a cat", "--to", "a red apple"),
+    "edit by texts": ("edit", "cat.png", "--from", "a cat", "--to", "a red apple", "--text-space"),
+    "blend": ("blend", "a cat", "dog.png", "--seed", 1),
+    "probe": ("probe show", "cat.png", "--dims", "2", "--pca", "pca.safetensors"),
+}
+
+
+@pytest.fixture(params=COMMANDS.values(), ids=COMMANDS)
+def command(request, run, unclip, model, data, files):
+    """A command that draws, as a function of more options; it tells the last picture that it wrote."""
+    if "--pca" in request.param:
+        assert unclip("probe", "fit", data, "--model", model, "--out", files / "pca.safetensors").code == 0
+
+    def last(*options):
+        done = run(*request.param, *options)
+        assert done.code == 0, done.err
+        made = Path(done.lines[-1]).rename(f"{len(options)}.png")
+        for path in Path("out").glob("*.safetensors"):
+            path.unlink()
+        return made
+
+    return last
+
+
+def test_offloading_changes_no_picture(command):
+    assert alike(command("--device", "cpu"), command("--device", "cpu", "--cpu-offload"))
+
+
+def test_tiles_reach_super_resolution(command):
+    tiled = command("--tile", 16)
+    assert not alike(tiled, command())
+    assert json.loads(texts(tiled)["settings"])["super_res_tile_px"] == 16
+    assert "super_res_tile_px" not in json.loads(texts(command())["settings"])
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_prior_is_offloaded_as_all_others(model, offload):
+    bench = Workbench.open(str(model), Machine(Dtype.float32, "cpu", offload, True), {}, captions=True, guidance=None)
+    assert bench.tool.text is not None
+    networks = bench.tool.variation.networks | bench.tool.text.networks
+    assert "prior" in networks
+    offloaded = {name for name, network in networks.items() if offload_hooks(network)}
+    assert offloaded == (set(networks) if offload else set())
 
 
 def test_models_that_lack_a_part(run, text_to_image, variation):

@@ -52,6 +52,7 @@ def blend(
     dtype: options.DtypeOption = options.Dtype.float32,
     device: options.Device = "auto",
     cpu_offload: options.CpuOffload = False,
+    tile: options.Tile = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Mix what several pictures and captions show, with weights.
@@ -66,19 +67,20 @@ def blend(
     given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
     drawing = drawing_settings(candidates, prior_temperature, prior_top_p)
     captions = any(part.kind == "caption" for part in read)  # a latent's steps are of no use here: nothing comes back
-    machine = Machine(dtype, device, cpu_offload, quiet)
+    machine = Machine(dtype, device, cpu_offload, quiet, tile)
     bench = Workbench.open(model, machine, given, drawing=drawing, captions=captions, guidance=None)
 
     import torch
 
     from unclip.stages.arithmetic import blend as mixed
 
-    embeddings = torch.cat([bench.embedding(part, seed=seed) for part in read])
-    embedding = mixed(embeddings, [part.weight for part in read])
+    weights = [part.weight for part in read]
+    seen = {part: bench.embedding(part, seed=seed) for part in read if part.kind != "caption"}
 
     def draw(batch: list[Wish]) -> "list[Image]":
-        rows = embedding.expand(len(batch), -1)
         seeds = [wish.seed for wish in batch]
+        each = [seen[part].expand(len(seeds), -1) if part in seen else bench.caption(part, seeds) for part in read]
+        rows = torch.stack([mixed(embeddings, weights) for embeddings in torch.stack(each, dim=1)])
         output = bench.tool.variation(image_embeddings=rows, seed=seeds, **bench.settings)  # type: ignore[arg-type]
         return output.images  # type: ignore[union-attr, return-value]
 

@@ -92,6 +92,25 @@ From = Annotated[
 PriorSteps = Annotated[int | None, options.steps("prior", "of the prior, which turns words into an idea")]
 PriorGuidance = Annotated[float | None, options.guidance("prior", "idea is pushed towards the caption")]
 
+Height = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="PX",
+        help="Height of the result; goes with --width.",
+        show_default="the picture's shape, in the model's size",
+    ),
+]
+Width = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="PX",
+        help="Width of the result; goes with --height.",
+        show_default="the picture's shape, in the model's size",
+    ),
+]
+
 
 def inpaint(
     image: Picture,
@@ -125,8 +144,8 @@ def inpaint(
     prior_temperature: options.PriorTemperature = None,
     prior_top_p: options.PriorTopP = None,
     sampler: options.Sampler = None,
-    height: options.Height = None,
-    width: options.Width = None,
+    height: Height = None,
+    width: Width = None,
     out: options.OutFolder = Path("."),
     grid: options.Grid = False,
     overwrite: options.OverwritePictures = False,
@@ -192,8 +211,8 @@ def redraw(
     prior_temperature: options.PriorTemperature = None,
     prior_top_p: options.PriorTopP = None,
     sampler: options.Sampler = None,
-    height: options.Height = None,
-    width: options.Width = None,
+    height: Height = None,
+    width: Width = None,
     out: options.OutFolder = Path("."),
     grid: options.Grid = False,
     overwrite: options.OverwritePictures = False,

@@ -60,6 +60,7 @@ def interpolate(
     dtype: options.DtypeOption = options.Dtype.float32,
     device: options.Device = "auto",
     cpu_offload: options.CpuOffload = False,
+    tile: options.Tile = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Go from one picture or caption to another, step by step.
@@ -79,11 +80,12 @@ def interpolate(
     drawing = drawing_settings(candidates, prior_temperature, prior_top_p)
     bench = Workbench.open(
         model,
-        Machine(dtype, device, cpu_offload, quiet),
+        Machine(dtype, device, cpu_offload, quiet, tile),
         given,
         drawing=drawing,
         parts=read,
         guidance=None if kinds == {"caption"} else NO_GUIDANCE,
+        ways={"one_noise": one_noise, "super_res": super_res},
     )
 
     from unclip.stages.manipulation import interpolate as path_through
@@ -92,7 +94,10 @@ def interpolate(
     latent = path_through(first.join(*others), frames - 1, one_noise=one_noise)
     read = [part for part, rows in zip(read, latents, strict=True) for _ in range(len(rows))]
     facts = [{"from": a.name, "to": b.name, "share": share} for a, b, share in _places(read, frames)]
-    bench.draw(latent, facts, album, stem, seed=seed, batch_size=batch_size, film=film, fps=fps, sheet=grid)
+    whole = _whole(read)
+    bench.draw(
+        latent, facts, album, stem, seed=seed, batch_size=batch_size, film=film, fps=fps, sheet=grid, whole=whole
+    )
 
 
 def _places(read: list[Part], frames: int) -> list[tuple[Part, Part, float]]:
@@ -100,3 +105,9 @@ def _places(read: list[Part], frames: int) -> list[tuple[Part, Part, float]]:
     ways = list(itertools.pairwise(read))
     found = [(a, b, round(step / frames, 4)) for a, b in ways for step in range(frames)]
     return [*found, (*ways[-1], 1.0)]
+
+
+def _whole(read: list[Part]) -> dict[str, str]:
+    """What sheet and film say of the way."""
+    first, *between, last = [part.name for part in read]
+    return {"from": first, **({"through": "; ".join(between)} if between else {}), "to": last}

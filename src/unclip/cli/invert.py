@@ -17,8 +17,9 @@ from unclip.cli import options
 from unclip.cli.batches import finish
 from unclip.cli.generate import plain
 from unclip.cli.loading import Machine, decoder_settings
+from unclip.cli.messages import note
 from unclip.cli.pictures import Album, slug
-from unclip.cli.workbench import NO_GUIDANCE, Workbench
+from unclip.cli.workbench import NO_GUIDANCE, Workbench, tile_fact
 from unclip.errors import OutputExistsError
 
 if TYPE_CHECKING:
@@ -49,14 +50,15 @@ def invert(
     dtype: options.DtypeOption = options.Dtype.float32,
     device: options.Device = "auto",
     cpu_offload: options.CpuOffload = False,
+    tile: options.Tile = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Find the noise that leads to a picture.
 
     Each picture becomes a small file of two latents: what the picture shows (its embedding), and the noise from which
-    the decoder draws it so and not otherwise. `vary --keep-structure`, `interpolate`, `edit` and `probe` take such a
-    file in place of a picture. Of pictures with one name the later ones' files have a number. The paths are printed on
-    stdout, one a line.
+    the decoder draws it so and not otherwise. `vary --keep-structure`, `interpolate`, `edit`, `blend` and `probe show`
+    take such a file in place of a picture. Of pictures with one name the later ones' files have a number. The paths are
+    printed on stdout, one a line.
     """
     from unclip.cli.vary import opened
 
@@ -69,12 +71,13 @@ def invert(
         if there and not overwrite:
             raise OutputExistsError(_exists(there))
         given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
-        machine = Machine(dtype, device, cpu_offload, quiet)
-        bench = Workbench.open(model, machine, given, guidance=NO_GUIDANCE)
+        machine = Machine(dtype, device, cpu_offload, quiet, tile)
+        bench = Workbench.open(model, machine, given, guidance=NO_GUIDANCE, ways={"super_res": super_res})
+        kept = {**bench.settings, **tile_fact(tile)}
         for path, image, file in ((one.path, one.given, file) for one, file in zip(pictures, files, strict=True)):
             latent = bench.tool.invert(image, super_res=super_res, **bench.settings)  # type: ignore[arg-type]
             told = {"model": bench.about["model"], "image": plain(path.name)}
-            told |= {name: json.dumps(value) for name, value in bench.settings.items()}
+            told |= {name: json.dumps(value) for name, value in kept.items()}
             try:
                 bench.tool.save(latent, file, about=told, overwrite=overwrite)
             except OutputExistsError as problem:
@@ -86,6 +89,8 @@ def invert(
                 assert isinstance(output.images, list)
                 assert isinstance(output.small_images, list)
                 facts["psnr_db"] = round(psnr_db(image, output.small_images[0]), 2)
+                if not quiet:
+                    note(f"{facts['image']}: {facts['psnr_db']:.1f} dB")
                 back = album.save(output.images[0], f"{file.stem}-reconstruction", facts)
                 album.tell(file, facts)
                 album.tell(back, facts)

@@ -6,7 +6,7 @@ Knows files and PNG texts; knows no model. Called by `batches.py`.
 import json
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,13 +103,22 @@ class Album:
         """Say on stdout that a file is there."""
         print(json.dumps({"path": str(path), **facts}) if self.as_json else path, flush=True)
 
-    def save_sheet(self, stem: str, facts: Mapping[str, Any], *, columns: int | None = None) -> None:
-        """Write the sheet of all kept pictures as `stem-grid.png`, and tell of it."""
-        from unclip.images import grid
+    def save_sheet(
+        self,
+        stem: str,
+        facts: Mapping[str, Any],
+        *,
+        columns: int | None = None,
+        labels: Sequence[str] | None = None,
+    ) -> None:
+        """Write the sheet of all kept pictures, above their labels if there are any, as `stem-grid.png`; tell of it."""
+        from unclip.images import grid, labelled
 
         if self.kept:
-            facts = {**facts, "grid": len(self.kept)}
-            self.tell(self.save(grid(self.kept, columns=columns), f"{stem}-grid", facts), facts)
+            facts, cards = {**facts, "grid": len(self.kept)}, self.kept
+            if labels is not None:
+                cards = [labelled(image, label) for image, label in zip(cards, labels, strict=True)]
+            self.tell(self.save(grid(cards, columns=columns), f"{stem}-grid", facts), facts)
 
     def _free_names(self, stem: str, suffix: str) -> Iterator[Path]:
         """The paths to try: the plain name, then with a number."""

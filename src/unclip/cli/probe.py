@@ -133,12 +133,14 @@ def show(
     dtype: options.DtypeOption = options.Dtype.float32,
     device: options.Device = "auto",
     cpu_offload: options.CpuOffload = False,
+    tile: options.Tile = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Draw a picture from ever more of its embedding's principal components.
 
     The noise is the picture's own throughout, found by inversion. With no component it is what the mean of all pictures
-    makes of that noise; with all, the picture itself. The paths are printed on stdout, one a line.
+    makes of that noise; with as many as the embedding has dimensions, the picture itself. The paths are printed on
+    stdout, one a line.
     """
     from unclip.models.pca import PrincipalComponents
 
@@ -152,15 +154,26 @@ def show(
     counts = dimensions(dims, PrincipalComponents.load(pca))
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid)
     given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
-    machine = Machine(dtype, device, cpu_offload, quiet)
+    machine = Machine(dtype, device, cpu_offload, quiet, tile)
     bench = Workbench.open(model, machine, given, parts=[part], guidance=NO_GUIDANCE)
     components = bench.tool.load_components(pca)
 
     from unclip.stages.manipulation import probe as reduced
 
     latent = reduced(one_row(bench.latent(part, seed=seed), part), components, counts)
-    facts = [{"image": part.name, "pca": pca.name, "dimensions": count} for count in counts]
-    bench.draw(latent, facts, album, f"{part.stem}-dims", seed=seed, batch_size=batch_size, sheet=grid)
+    about = {"image": part.name, "pca": pca.name}
+    shown = [str(count) for count in counts]
+    bench.draw(
+        latent,
+        [{**about, "dimensions": count} for count in counts],
+        album,
+        f"{part.stem}-dims",
+        seed=seed,
+        batch_size=batch_size,
+        sheet=grid,
+        whole={**about, "dimensions": ",".join(shown)},
+        labels=shown,
+    )
 
 
 def own_file(model: str) -> Path:

@@ -62,6 +62,7 @@ def edit(
     dtype: options.DtypeOption = options.Dtype.float32,
     device: options.Device = "auto",
     cpu_offload: options.CpuOffload = False,
+    tile: options.Tile = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Change a picture as one caption differs from another.
@@ -80,12 +81,19 @@ def edit(
         raise InputError(f"there is no file {image!r:.200}; an edit starts from a picture")
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid or film is not None)
     given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
-    machine = Machine(dtype, device, cpu_offload, quiet)
+    machine = Machine(dtype, device, cpu_offload, quiet, tile)
     if candidates is None and not text_space:
         candidates = 1  # and not as many as the model recommends: see `caption_difference`
     drawing = drawing_settings(candidates, prior_temperature, prior_top_p)
     bench = Workbench.open(
-        model, machine, given, drawing=drawing, parts=[part], captions=not text_space, guidance=NO_GUIDANCE
+        model,
+        machine,
+        given,
+        drawing=drawing,
+        parts=[part],
+        captions=not text_space,
+        guidance=NO_GUIDANCE,
+        ways={"text_space": text_space},
     )
 
     from unclip.stages.manipulation import edit as turn_to
@@ -94,6 +102,17 @@ def edit(
     direction = bench.tool.caption_difference(target, source, through_prior=through_prior, seed=seed, **bench.drawing)
     strengths = [strength] if sweep == 1 else [strength * place / (sweep - 1) for place in range(sweep)]
     latent = turn_to(one_row(bench.latent(part, seed=seed), part), direction, strengths)
-    facts = [{"image": part.name, "from": source, "to": target, "strength": round(each, 4)} for each in strengths]
-    stem = f"{part.stem}-to-{slug(target)}"
-    bench.draw(latent, facts, album, stem, seed=seed, batch_size=batch_size, film=film, fps=fps, sheet=grid)
+    about = {"image": part.name, "from": source, "to": target}
+    bench.draw(
+        latent,
+        [{**about, "strength": round(each, 4)} for each in strengths],
+        album,
+        f"{part.stem}-to-{slug(target)}",
+        seed=seed,
+        batch_size=batch_size,
+        film=film,
+        fps=fps,
+        sheet=grid,
+        whole={**about, "strength": strength, "sweep": sweep},
+        labels=[f"{each:.3g}" for each in strengths],
+    )

@@ -89,7 +89,7 @@ def vary(
         raise typer.BadParameter("--keep-structure samples by DDIM, and has no --negative and no other --sampler")
     if keep_structure and (height is not None or width is not None):
         raise typer.BadParameter("--keep-structure draws in the model's own size, and has no --height and no --width")
-    from unclip.cli.workbench import NO_GUIDANCE, Keeper, is_latent, recorded
+    from unclip.cli.workbench import NO_GUIDANCE, Keeper, is_latent, recorded, recorded_tile, records, tile_fact
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
     from unclip.pipelines.manipulation import Manipulator
 
@@ -98,8 +98,9 @@ def vary(
     given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
     failed: list[Path] = []
     if keep_structure:
-        latents = (path for path in images if is_latent(path))
-        known = {"decoder_guidance_scale": NO_GUIDANCE, **recorded(latents, given, failed)}
+        found = records((path for path in images if is_latent(path)), failed)
+        tile = recorded_tile(found, tile)
+        known = {"decoder_guidance_scale": NO_GUIDANCE, **recorded(found, given)}
         given = {name: known.get(name) if value is None else value for name, value in given.items()}
     settings = call_settings(UnCLIPImageVariationPipeline, folder, given)
     size = {name: side for name, side in (("height", height), ("width", width)) if side is not None}
@@ -129,7 +130,7 @@ def vary(
             "prompt": prompt,
             "negative": negative,
             "model": model_name(model),
-            "settings": {**settings, **size, "sampler": sampler_name(pipe), "dtype": dtype.value},
+            "settings": {**settings, **size, **tile_fact(tile), "sampler": sampler_name(pipe), "dtype": dtype.value},
         }
 
         if keep_structure:

@@ -7,7 +7,7 @@ Knows picture files, captions and a `Manipulator`; knows no command. Called by `
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,8 @@ RECORDED = {
     "decoder_guidance_scale": "--decoder-guidance",
 }
 """What a latent's file says, as JSON, of how it was found, and the option that says it instead."""
+TILE = "super_res_tile_px"
+"""What it says of super-resolution's tiles, and pictures too; left out where there were none."""
 NO_GUIDANCE = 1.0
 """Of inverting and decoding: a picture comes back most exactly without."""
 
@@ -102,48 +104,103 @@ def is_latent(path: str | Path) -> bool:
     return Path(path).suffix.lower() == SUFFIX
 
 
-def recorded(
-    latents: Iterable[Path], given: Mapping[str, Recommended | None], failed: list[Path] | None = None
-) -> dict[str, Recommended]:
-    """The steps and guidance that latents were inverted with: decoding them needs the same.
+@dataclass(frozen=True)
+class Record:
+    """How a latent was found, as its file says.
+
+    Attributes:
+        path: the file.
+        settings: steps and guidance, by the names of a call's arguments.
+        tile: side of super-resolution's tiles; None: it saw pictures as a whole.
+        side_px: of the largest super-resolution noise that is kept; 0 where none is.
+    """
+
+    path: Path
+    settings: dict[str, Recommended]
+    tile: int | None
+    side_px: int
+
+    def tiles(self, tile: int | None) -> str:
+        """How a tile has super-resolution see this picture; one as large as the picture changes nothing."""
+        return "as a whole" if tile is None or tile >= self.side_px else f"in tiles of {tile} px"
+
+
+def records(latents: Iterable[Path], failed: list[Path] | None = None) -> list[Record]:
+    """What files of latents say.
 
     Args:
-        latents: files of latents.
-        given: steps and guidance as asked for. What is given here, the files are not asked for.
-        failed: files that cannot be read are told of and put here; None: they are raised.
+        latents: the files.
+        failed: those that cannot be read are told of and put here; None: they are raised.
 
-    Raises: InputError for files that differ; as `BipartiteLatent.load`, and CheckpointError for a text that is no
-        number.
+    Raises: as `BipartiteLatent.load`, and CheckpointError for a text that is no number.
     """
-    found: dict[str, tuple[Recommended, Path]] = {}
+    found = []
     for path in latents:
         try:
-            record = _record(path)
+            found.append(_record(path))
         except CheckpointError as problem:
             if failed is None:
                 raise
             error(problem)
             failed.append(path)
-            continue
-        for name, value in record.items():
+    return found
+
+
+def recorded(found: Iterable[Record], given: Mapping[str, Recommended | None]) -> dict[str, Recommended]:
+    """The steps and guidance that latents were inverted with: decoding them needs the same.
+
+    What is given, the files are not asked for. Raises: InputError for files that differ.
+    """
+    known: dict[str, tuple[Recommended, Path]] = {}
+    for record in found:
+        for name, value in record.settings.items():
             if given.get(name) is not None:
                 continue
-            first, other = found.setdefault(name, (value, path))
+            first, other = known.setdefault(name, (value, record.path))
             if first != value:
                 raise InputError(
-                    f"{other} was inverted with {name} {first} and {path} with {value}, and one command decodes all "
-                    f"alike: name them in two commands, or give {RECORDED[name]}"
+                    f"{other} was inverted with {name} {first} and {record.path} with {value}, and one command decodes "
+                    f"all alike: name them in two commands, or give {RECORDED[name]}"
                 )
-    return {name: value for name, (value, _) in found.items()}
+    return {name: value for name, (value, _) in known.items()}
 
 
-def _record(path: Path) -> dict[str, Recommended]:
+def recorded_tile(found: Sequence[Record], given: int | None) -> int | None:
+    """The tile to decode latents with: as given, else as they were inverted with.
+
+    Raises: InputError where a latent that keeps super-resolution's noise was inverted with another, for that noise
+        leads to its picture in no other.
+    """
+    keeping = [record for record in found if record.side_px]
+    first = next((record for record in keeping or found if record.tile is not None), None)
+    tile = given if given is not None else first and first.tile
+    for record in keeping:
+        then, now = record.tiles(record.tile), record.tiles(tile)
+        if then != now and given is not None:
+            raise InputError(
+                f"{record.path} was inverted with super-resolution {then}, and would be decoded {now}: leave out "
+                f"--tile {given}, or invert the picture again with it"
+            )
+        if then != now and first is not None:
+            raise InputError(
+                f"{first.path} was inverted with super-resolution {first.tiles(first.tile)} and {record.path} {then}, "
+                "and one command decodes all alike: name them in two commands"
+            )
+    return tile
+
+
+def _record(path: Path) -> Record:
     from unclip.stages.manipulation import BipartiteLatent
 
-    about = BipartiteLatent.load(path)[1]
-    texts = {name: about[name] for name in RECORDED if name in about}
+    latent, about = BipartiteLatent.load(path)
+    side_px = max((noise.shape[-1] for noise in latent.super_res_noise), default=0)
+    texts = {name: about[name] for name in (*RECORDED, TILE) if name in about}
     try:
-        return check_recommended({name: json.loads(text) for name, text in texts.items()}, str(path))
+        values = {name: json.loads(text) for name, text in texts.items()}
+        tile = values.pop(TILE, None)
+        if tile is not None and (type(tile) is not int or tile < 1):
+            raise ValueError(f"{TILE} is {tile!r}")
+        return Record(path, check_recommended(values, str(path)), tile, side_px)
     except (ValueError, RecursionError) as problem:
         raise CheckpointError(f"{path} says it was inverted with {texts!s:.200}, which are no numbers") from problem
 
@@ -175,20 +232,22 @@ class Workbench:
         parts: Sequence[Part] = (),
         captions: bool | None = None,
         guidance: float | None,
+        ways: Mapping[str, bool] | None = None,
     ) -> "Workbench":
         """Load what is needed, and no prior for pictures alone.
 
         Args:
             model: a folder, a hub id or a built-in name.
-            machine: how it is loaded.
+            machine: how it is loaded; without a tile, the one that latents among the parts were inverted with is taken.
             given: steps and guidance as asked for.
             drawing: how the prior draws, as asked for.
             parts: what was named; a latent among them says what it was inverted with, where `given` does not.
             captions: whether the prior is needed; by default for a caption among the parts.
             guidance: of the decoder where neither says it; None is the model's own.
+            ways: what else changes pictures, and files are to say beside the settings.
 
         Raises: CheckpointError for a model without an image encoder, or a prior that is needed; InputError for ways to
-            draw where no prior is.
+            draw where no prior is, and as `recorded` and `recorded_tile`.
         """
         from unclip.cli.vary import check_can_vary
         from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
@@ -203,8 +262,9 @@ class Workbench:
             raise CheckpointError(f"{model} has no prior, so it cannot read captions: give pictures")
         if not captions:
             refuse_drawing(drawing or {})
-        latents = (Path(part.text) for part in parts if part.kind == "latent")
-        own = {"decoder_guidance_scale": guidance, **recorded(latents, given)}
+        found = records(Path(part.text) for part in parts if part.kind == "latent")
+        machine = replace(machine, tile=recorded_tile(found, machine.tile))
+        own = {"decoder_guidance_scale": guidance, **recorded(found, given)}
         given = {name: own.get(name) if value is None else value for name, value in given.items()}
         settings = call_settings(UnCLIPImageVariationPipeline, folder, given)
         variation = load(UnCLIPImageVariationPipeline, folder, machine, None)
@@ -213,9 +273,13 @@ class Workbench:
             draws = call_settings(UnCLIPPipeline, folder, {}, drawing)
             shared = {name: part for name, part in variation.components.items() if name in UnCLIPPipeline.COMPONENTS}
             text = UnCLIPPipeline.from_pretrained(folder, torch_dtype=variation.dtype, own_clip=True, **shared)
-            text.prior.to(variation.device)
+            if machine.cpu_offload:
+                text.enable_model_cpu_offload(device=variation.device)  # anew, with the prior among them
+            else:
+                text.prior.to(variation.device)
             text.set_progress_bar_config(**variation._progress)
-        about = {"model": model_name(model), "settings": {**settings, **draws, "dtype": machine.dtype.value}}
+        how = {**settings, **draws, **tile_fact(machine.tile), **(ways or {}), "dtype": machine.dtype.value}
+        about = {"model": model_name(model), "settings": how}
         return cls(Manipulator(variation, text), settings, draws, about)
 
     def latent(self, part: Part, *, seed: int, super_res: bool = False) -> "BipartiteLatent":
@@ -231,8 +295,12 @@ class Workbench:
         if part.kind == "latent":
             return one_row(self.tool.load(part.text)[0], part).image_embedding
         if part.kind == "caption":
-            return self.tool.embed_captions(part.text, seed=seed, **self.drawing)
+            return self.caption(part, [seed])
         return self.tool.embed_images(_opened(part)).cpu()
+
+    def caption(self, part: Part, seeds: Sequence[int]) -> "Tensor":
+        """A caption's embedding by each of the seeds [len(seeds), embedding_dim]."""
+        return self.tool.embed_captions([part.text] * len(seeds), seed=seeds, **self.drawing)
 
     def draw(
         self,
@@ -246,10 +314,21 @@ class Workbench:
         film: FilmKind | None = None,
         fps: float = 10.0,
         sheet: bool = False,
-        about: Mapping[str, Any] | None = None,
+        whole: Mapping[str, Any],
+        labels: Sequence[str] | None = None,
     ) -> None:
-        """Decode every row with the same noise, save each with its own facts; then the sheet and the film."""
-        about = {**self.about, **(about or {})}
+        """Decode every row with the same noise, save each with its own facts; then the sheet and the film.
+
+        Args:
+            latent: a row a picture.
+            facts: of each row.
+            album, stem: where to, and under which names.
+            seed: of all other noise.
+            batch_size: rows decoded at once.
+            film, fps, sheet: what is written besides.
+            whole: the facts of sheet and film.
+            labels: what the sheet says below each picture.
+        """
         several = len(latent) > 1
         wishes = (Wish(row, seed, f"{stem}-{row:03d}" if several else stem, facts[row]) for row in range(len(latent)))
 
@@ -257,13 +336,14 @@ class Workbench:
             rows = latent.select([wish.given for wish in batch])
             return self.tool.decode(rows, seed=seed, **self.settings).images  # type: ignore[arg-type]
 
-        make_all(cut(wishes, batch_size), decode, album, about)
+        make_all(cut(wishes, batch_size), decode, album, self.about)
+        about = {**whole, **self.about, "seed": seed}
         if sheet:
             columns = len(latent) if len(latent) <= 10 else None
-            album.save_sheet(f"{stem}-{seed}", {**about, "seed": seed}, columns=columns)
+            album.save_sheet(f"{stem}-{seed}", about, columns=columns, labels=labels)
         if film is not None and album.kept:
             path = album.write(f"{stem}-{seed}", f".{film.value}", film_writer(film, album.kept, fps))
-            album.tell(path, {**about, "seed": seed, "frames": len(latent), "fps": fps})
+            album.tell(path, {**about, "frames": len(latent), "fps": fps})
 
 
 class Keeper:
@@ -310,6 +390,11 @@ class Keeper:
             latent = self._tool.invert(given, prompt=self._prompt, **self._settings)  # type: ignore[arg-type]
             self._last = (given, latent)
         return self._last[1]
+
+
+def tile_fact(tile: int | None) -> dict[str, int]:
+    """What pictures and latents say of the tile."""
+    return {} if tile is None else {TILE: tile}
 
 
 def one_row(latent: "BipartiteLatent", part: Part) -> "BipartiteLatent":
