@@ -21,6 +21,7 @@ from unclip.cli.workbench import Workbench, read_part
 from unclip.errors import InputError
 from unclip.models.pca import PrincipalComponents
 from unclip.pipelines import text_to_image as text_to_image_module
+from unclip.pipelines.manipulation import Manipulator
 
 from .test_generate import alike
 
@@ -95,8 +96,6 @@ def test_pictures_of_one_name_have_their_own_latents(run, files):
 
 
 def test_what_is_in_the_way_of_a_latent_is_found_first(run, monkeypatch):
-    from unclip.pipelines.manipulation import Manipulator
-
     names(run("invert", "dog.png"))
     monkeypatch.setattr(Manipulator, "invert", None)  # nothing is computed in vain
     done = run("invert", "cat.png", "dog.png")
@@ -525,6 +524,23 @@ def test_nothing_is_drawn_where_no_caption_is_read(run, recommending, command):
         assert f"leave out {option}" in done.err
     done = run(*command, "--json", model=recommending)
     assert "num_prior_candidates" not in json.loads(done.lines[0])["settings"]
+
+
+def test_a_latent_brings_its_prompt(run, model, files):
+    tool = Manipulator.from_pretrained(model)
+    with Image.open(files / "cat.png") as picture:
+        settings = {"decoder_num_inference_steps": 3, "super_res_num_inference_steps": 2, "prompt": "a red apple"}
+        tool.save(tool.invert(picture, **settings), files / "told.safetensors", settings=settings)
+    untold = {name: value for name, value in settings.items() if name != "prompt"}
+    tool.save(tool.load(files / "told.safetensors")[0], files / "plain.safetensors", settings=untold)
+    told = run("vary", "told.safetensors", "--keep-structure", "--eta", 0, "--seed", 1)
+    assert (told.code, texts(told.lines[0])["prompt"]) == (0, "a red apple")
+    plain = run("vary", "plain.safetensors", "--keep-structure", "--eta", 0, "--seed", 1)
+    asked = run("vary", "plain.safetensors", "--keep-structure", "--eta", 0, "--seed", 1, "--prompt", "a red apple")
+    assert differ(told.lines[0], plain.lines[0])
+    assert alike(told.lines[0], asked.lines[0])
+    path = run("interpolate", "told.safetensors", "dog.png", "--json")
+    assert json.loads(path.lines[0])["settings"]["prompt"] == "a red apple"
 
 
 def test_probing(run, unclip, model, files):

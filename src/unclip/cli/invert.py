@@ -4,7 +4,6 @@ Knows picture files and options; how it is found is another module's affair.
 """
 
 import itertools
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -77,9 +76,8 @@ def invert(
         for path, image, file in ((one.path, one.given, file) for one, file in zip(pictures, files, strict=True)):
             latent = bench.tool.invert(image, super_res=super_res, **bench.settings)  # type: ignore[arg-type]
             told = {"model": bench.about["model"], "image": plain(path.name)}
-            told |= {name: json.dumps(value) for name, value in kept.items()}
             try:
-                bench.tool.save(latent, file, about=told, overwrite=overwrite)
+                bench.tool.save(latent, file, settings=kept, about=told, overwrite=overwrite)
             except OutputExistsError as problem:
                 raise OutputExistsError(_exists([str(file)])) from problem
             album.num_saved += 1

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from unclip.checkpoints.record import PROMPT
 from unclip.cli import options
 from unclip.cli.batches import Wish, chosen_seed, cut, finish, make_all, picture_seed
 from unclip.cli.generate import plain
@@ -97,16 +98,17 @@ def vary(
     check_can_vary(model, index)
     given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
     failed: list[Path] = []
+    prompt, negative = (None if text is None else plain(text) for text in (prompt, negative))
     if keep_structure:
         found = records((path for path in images if is_latent(path)), failed)
         tile = recorded_tile(found, tile)
-        known = {"decoder_guidance_scale": NO_GUIDANCE, **recorded(found, given)}
+        known = {"decoder_guidance_scale": NO_GUIDANCE, **recorded(found, {**given, PROMPT: prompt})}
+        prompt = known.get(PROMPT) if prompt is None else prompt
         given = {name: known.get(name) if value is None else value for name, value in given.items()}
     settings = call_settings(UnCLIPImageVariationPipeline, folder, given)
     size = {name: side for name, side in (("height", height), ("width", width)) if side is not None}
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid)
     seed = chosen_seed(seed, quiet=quiet)
-    prompt, negative = (None if text is None else plain(text) for text in (prompt, negative))
 
     @cache
     def loaded() -> UnCLIPImageVariationPipeline:

@@ -4,14 +4,14 @@ Knows picture files, captions and a `Manipulator`; knows no command. Called by `
 `blend` and `probe`.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unclip.checkpoints.recommended import Recommended, check_recommended
+from unclip.checkpoints.recommended import Recommended
+from unclip.checkpoints.record import PROMPT, TILE, read_record
 from unclip.checkpoints.tensor_file import SUFFIX
 from unclip.cli.batches import Wish, cut, make_all
 from unclip.cli.film import FilmKind, film_writer
@@ -32,14 +32,12 @@ OTHER_PICTURE_SUFFIXES = (".jfif", ".jpe", ".apng", ".avif", ".heic", ".heif", "
 """With which no caption ends either."""
 PATH = re.compile(r".*[/\\].*\.[a-z][a-z0-9]{1,11}", re.DOTALL | re.IGNORECASE)
 """A text with a separator and a suffix."""
-RECORDED = {
+OPTIONS = {
     "decoder_num_inference_steps": "--decoder-steps",
     "super_res_num_inference_steps": "--super-res-steps",
     "decoder_guidance_scale": "--decoder-guidance",
 }
-"""What a latent's file says, as JSON, of how it was found, and the option that says it instead."""
-TILE = "super_res_tile_px"
-"""What it says of super-resolution's tiles, and pictures too; left out where there were none."""
+"""The options that say what a latent's file says otherwise."""
 NO_GUIDANCE = 1.0
 """Of inverting and decoding: a picture comes back most exactly without."""
 
@@ -110,13 +108,13 @@ class Record:
 
     Attributes:
         path: the file.
-        settings: steps and guidance, by the names of a call's arguments.
+        settings: steps, guidance and prompt, by the names of a call's arguments.
         tile: side of super-resolution's tiles; None: it saw pictures as a whole.
         side_px: of the largest super-resolution noise that is kept; 0 where none is.
     """
 
     path: Path
-    settings: dict[str, Recommended]
+    settings: dict[str, Any]
     tile: int | None
     side_px: int
 
@@ -146,21 +144,22 @@ def records(latents: Iterable[Path], failed: list[Path] | None = None) -> list[R
     return found
 
 
-def recorded(found: Iterable[Record], given: Mapping[str, Recommended | None]) -> dict[str, Recommended]:
-    """The steps and guidance that latents were inverted with: decoding them needs the same.
+def recorded(found: Iterable[Record], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The steps, the guidance and the prompt that latents were inverted with: decoding them needs the same.
 
     What is given, the files are not asked for. Raises: InputError for files that differ.
     """
-    known: dict[str, tuple[Recommended, Path]] = {}
+    known: dict[str, tuple[Any, Path]] = {}
     for record in found:
         for name, value in record.settings.items():
             if given.get(name) is not None:
                 continue
             first, other = known.setdefault(name, (value, record.path))
             if first != value:
+                instead = f", or give {OPTIONS[name]}" if name in OPTIONS else ""
                 raise InputError(
                     f"{other} was inverted with {name} {first} and {record.path} with {value}, and one command decodes "
-                    f"all alike: name them in two commands, or give {RECORDED[name]}"
+                    f"all alike: name them in two commands{instead}"
                 )
     return {name: value for name, (value, _) in known.items()}
 
@@ -194,15 +193,8 @@ def _record(path: Path) -> Record:
 
     latent, about = BipartiteLatent.load(path)
     side_px = max((noise.shape[-1] for noise in latent.super_res_noise), default=0)
-    texts = {name: about[name] for name in (*RECORDED, TILE) if name in about}
-    try:
-        values = {name: json.loads(text) for name, text in texts.items()}
-        tile = values.pop(TILE, None)
-        if tile is not None and (type(tile) is not int or tile < 1):
-            raise ValueError(f"{TILE} is {tile!r}")
-        return Record(path, check_recommended(values, str(path)), tile, side_px)
-    except (ValueError, RecursionError) as problem:
-        raise CheckpointError(f"{path} says it was inverted with {texts!s:.200}, which are no numbers") from problem
+    settings = read_record(about, str(path))
+    return Record(path, settings, settings.pop(TILE, None), side_px)
 
 
 @dataclass(frozen=True)
@@ -267,6 +259,7 @@ class Workbench:
         own = {"decoder_guidance_scale": guidance, **recorded(found, given)}
         given = {name: own.get(name) if value is None else value for name, value in given.items()}
         settings = call_settings(UnCLIPImageVariationPipeline, folder, given)
+        settings |= {PROMPT: own[PROMPT]} if PROMPT in own else {}
         variation = load(UnCLIPImageVariationPipeline, folder, machine, None)
         text, draws = None, {}
         if captions:

@@ -12,7 +12,6 @@ users and by the commands.
 """
 
 import copy
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -23,11 +22,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unclip.checkpoints.recommended import check_recommended
+from unclip.checkpoints.record import TILE, read_record, record_texts
 from unclip.diffusion.guidance import check_scale
 from unclip.diffusion.noise import NoiseSource, following_seed, generators_from_seed
 from unclip.diffusion.scheduler import DDIMScheduler
-from unclip.errors import CheckpointError, ConfigError, ImageError, InputError
+from unclip.errors import CheckpointError, ImageError, InputError
 from unclip.models.pca import PrincipalComponents
 from unclip.pipelines import fingerprints
 from unclip.pipelines.arguments import Callback, as_prompts, check_count, check_embeddings, check_latents
@@ -43,8 +42,6 @@ from unclip.stages.encoders import ImageEncoder
 from unclip.stages.manipulation import BipartiteLatent
 
 NUM_ROUNDS = 2
-RECORDED = ("decoder_num_inference_steps", "super_res_num_inference_steps", "decoder_guidance_scale")
-"""What a latent's file says, as JSON, of how it was inverted; and `prompt`, as it is."""
 
 
 class Manipulator:
@@ -332,8 +329,9 @@ class Manipulator:
         Args:
             latent: of any number of rows.
             path: ends in .safetensors.
-            settings: steps, guidance and prompt of the inversion, by `invert`'s argument names (`RECORDED` and
-                `prompt`): decoding needs the same, and `recorded_settings` reads them again, as the commands do.
+            settings: steps, guidance and prompt of the inversion, by `invert`'s argument names (and the tile, see
+                `unclip.checkpoints.record`): decoding needs the same. `recorded_settings` reads them again, as the
+                commands do.
             about: further texts to keep.
             overwrite: replace a file that is there.
 
@@ -342,7 +340,7 @@ class Manipulator:
         noise = fingerprints.super_res_fingerprints(self.variation, len(latent.super_res_noise))
         told = {
             **(about or {}),
-            **_recorded_texts(settings or {}),
+            **record_texts(settings or {}),
             "fingerprint": fingerprints.fingerprint(self.variation),
             **({"super_res_fingerprints": ",".join(noise)} if noise else {}),
         }
@@ -431,26 +429,5 @@ def recorded_settings(about: Mapping[str, str]) -> dict[str, Any]:
 
     What the file does not say is left out. Raises: CheckpointError for a text that is no number.
     """
-    texts = {name: about[name] for name in RECORDED if name in about}
-    try:
-        found = check_recommended({name: json.loads(text) for name, text in texts.items()}, "the latent's file")
-    except (ValueError, RecursionError) as problem:
-        raise CheckpointError(f"the latent was inverted with {texts!s:.200}, which are no numbers") from problem
-    return {**found, **({"prompt": about["prompt"]} if "prompt" in about else {})}
-
-
-def _recorded_texts(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Settings as a latent's file has them; None is left out. Raises: InputError as `Manipulator.save`."""
-    given = {name: value for name, value in settings.items() if value is not None}
-    prompt = given.pop("prompt", None)
-    for name in given:
-        if name not in RECORDED:
-            raise InputError(f"settings have {name!r}; a latent is kept with {', '.join((*RECORDED, 'prompt'))}")
-    if prompt is not None and not isinstance(prompt, str):
-        raise InputError(f"the prompt is {prompt!r:.100}; it must be a text")
-    lists = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
-    try:
-        numbers = check_recommended(lists, "settings")
-    except ConfigError as problem:
-        raise InputError(str(problem)) from problem
-    return {**{name: json.dumps(value) for name, value in numbers.items()}, **({"prompt": prompt} if prompt else {})}
+    found = read_record(about, "the latent's file")
+    return {name: value for name, value in found.items() if name != TILE}
