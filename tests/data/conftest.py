@@ -18,6 +18,13 @@ def png(number: int, size: int = 8) -> bytes:
     return content.getvalue()
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch):
+    """For a server that may do better."""
+    for name in ("WAITS_S", "FIRST_WAITS_S"):
+        monkeypatch.setattr(f"unclip.data.shards.{name}", (0.0, 0.0, 0.0))
+
+
 @pytest.fixture
 def shards(tmp_path: Path) -> Callable[..., Path]:
     """A folder of shards: `shards(20, per_shard=5)`; `change` may alter a sample's parts, by its number."""

@@ -62,6 +62,11 @@ def test_records(folder):
         ('{"file_name": "a.png", "text": "x", "weight": NaN}', "weight is nan"),
         (entry(concept=3), "concept is 3; it must be a text"),
         (entry(held_out="no"), "held_out is 'no'"),
+        (
+            '{"file_name": "a.png", "text": "a smile \\ud83d"}',
+            "line 2 has a text that is no Unicode text: .*surrogates",
+        ),
+        ('{"file_name": "a.png", "text": "x", "label": "\\ude00"}', "line 2 has a text that is no Unicode text"),
     ],
 )
 def test_bad_lines(folder, line, words):

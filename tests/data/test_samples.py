@@ -125,9 +125,15 @@ def test_nothing_to_pack(tmp_path):
 
 def test_a_folder_inspected(folder):
     found = inspect(folder)
-    assert (found.num_samples, found.num_captions, found.num_embeddings) == (2, 4, 0)
+    assert (found.num_samples, found.num_captions, found.num_embeddings) == (3, 6, 0)
     assert sorted(name.rsplit(": ")[0] for name in found.broken) == ["1.png", "4.png"]
     assert found.sheet.width == 2 * 128 + 6
+
+
+def test_a_held_out_picture_that_is_broken_is_found(folder):
+    """Training reads it too."""
+    (folder / "3.png").write_bytes(b"no picture")
+    assert sorted(name.rsplit(": ")[0] for name in inspect(folder).broken) == ["1.png", "3.png", "4.png"]
 
 
 def test_a_sheet_is_spread_over_the_whole(shards):
@@ -156,7 +162,7 @@ def test_by_the_command_line(folder, tmp_path):
     sheet = tmp_path / "sheet.png"
     done = CliRunner().invoke(app, ["data", "inspect", str(folder), "--sheet", str(sheet)])
     assert done.exit_code == 0, done.output
-    assert "samples                      2" in done.stdout
+    assert "samples                      3" in done.stdout
     assert "broken                       2" in done.stdout
     assert "1.png" in done.stderr
     with Image.open(sheet) as image:

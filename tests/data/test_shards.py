@@ -5,6 +5,8 @@ import itertools
 import json
 import tarfile
 import threading
+import time
+import weakref
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -43,8 +45,32 @@ def test_files_that_a_range_names_and_that_are_not_there(shards):
     assert expand(f"{folder}/{{0..1}}000*.tar") == [*(f"{folder}/0000{n}.tar" for n in range(4)), f"{folder}/1000*.tar"]
 
 
+def test_globs_in_folders(shards, tmp_path):
+    folders = [shards(2, per_shard=1, name=name) for name in ("part-0", "part-[1]")]
+    names = [str(folder / f"0000{n}.tar") for folder in folders for n in (0, 1)]
+    assert (
+        expand(f"{tmp_path}/*/*.tar") == expand(f"{tmp_path}/part-*/*.tar") == expand(f"{tmp_path}/**/*.tar") == names
+    )
+    assert expand(f"{tmp_path}/part-?/00001.tar") == names[1:2]
+    assert expand(f"{tmp_path}/part-[1]/*.tar") == expand(f"{tmp_path}/part-[1]/0000[01].tar") == names[2:]
+    assert expand(f"{tmp_path}/part-[1]/00001.tar") == names[3:]
+    assert expand(f"{tmp_path}/*/{{00000..00001}}.tar") == [names[0], names[2], names[1], names[3]]
+
+
+def test_globs_from_here(shards, tmp_path, monkeypatch):
+    shards(2, per_shard=1)
+    monkeypatch.chdir(tmp_path)
+    assert expand("*/*.tar") == expand("shards/*.tar") == ["shards/00000.tar", "shards/00001.tar"]
+
+
 def test_no_shards(tmp_path):
-    for source in (tmp_path, tmp_path / "none.tar", f"{tmp_path}/*.tar", f"{tmp_path}/{{0..3}}.tar"):
+    for source in (
+        tmp_path,
+        tmp_path / "none.tar",
+        f"{tmp_path}/*.tar",
+        f"{tmp_path}/*/*.tar",
+        f"{tmp_path}/{{0..3}}.tar",
+    ):
         with pytest.raises(DataError, match="names no shards"):
             expand(source)
 
@@ -147,11 +173,6 @@ def server(shards):
     server.server_close()
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch):
-    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
-
-
 @pytest.mark.parametrize("replies", [["whole"], ["500", "whole"], ["cut", "whole"], ["cut", "503", "429", "whole"]])
 def test_a_url_is_tried_again_and_no_sample_comes_twice(server, replies):
     url, queue = server
@@ -171,6 +192,28 @@ def test_a_url_that_fails(server, replies, words):
     assert len(samples) < 5
     assert not queue
     assert words in found.broken[url]
+
+
+def test_a_shard_that_is_read_whole_later_is_no_longer_damaged(server):
+    url, queue = server
+    found = Damage()
+    for replies, number in ((["500"] * 4, 1), (["whole"], 0), (["cut"] * 4, 1), (["cut", "whole"], 0)):
+        queue.extend(replies)
+        list(read_shard(url, found))
+        assert (found.num_broken_shards, found.num_broken_samples) == (number, 0)
+        assert list(found.broken) == [url]  # it stays listed
+
+
+@pytest.mark.parametrize(("num_read", "least", "most"), [(0, 2, 4), (1, 25, 40)])
+def test_a_network_is_waited_for_unless_nothing_was_ever_read(server, monkeypatch, num_read, least, most):
+    monkeypatch.undo()
+    waited = []
+    monkeypatch.setattr(module.time, "sleep", waited.append)
+    url, queue = server
+    queue.extend(["500"] * 4)
+    list(read_shard(url, Damage(num_read=num_read)))
+    assert len(waited) == 3
+    assert least < sum(waited) < most
 
 
 def test_nobody_listens():
@@ -249,6 +292,65 @@ def test_it_can_be_entered_anywhere(shards):
     again = ShardStream(names, seed=1, block=7)
     assert take(again, 30, 5) == order[30:35]
     assert take(again, 2, 5) == order[2:7]  # and with what was counted then
+
+
+def counting(monkeypatch) -> list[str]:
+    """The keys of all samples that are read, as they are."""
+    keys, plain = [], module.read_shard
+
+    def counted(shard, damage):
+        for sample in plain(shard, damage):
+            keys.append(sample.key)
+            yield sample
+
+    monkeypatch.setattr(module, "read_shard", counted)
+    return keys
+
+
+def test_an_order_is_entered_without_reading_a_sample_twice(shards, monkeypatch):
+    names = expand(shards(20, per_shard=5))
+    order = take(ShardStream(names, seed=1, block=5), 0, 20)
+    keys = counting(monkeypatch)
+    for position in (0, 7, 9):
+        keys.clear()
+        assert take(ShardStream(names, seed=1, block=5), position, 5) == order[position : position + 5]
+        assert len(keys) == len(set(keys))
+    stream = ShardStream(names, seed=1, block=5)
+    stream.counts = {shard: 5 for shard in stream._order(0)[:2]}
+    keys.clear()
+    assert take(stream, 12, 3) == order[12:15]
+    assert not set(order[:10]) & {int(key) for key in keys}
+
+
+def wait_until(is_so) -> None:
+    end = time.monotonic() + 10
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_one_block_is_read_ahead_and_no_further_one(shards, monkeypatch):
+    names = expand(shards(60, per_shard=10))
+    order = take(ShardStream(names, seed=1, block=5), 0, 60)
+    alive, plain = [], module.read_shard
+
+    def watched(shard, damage):
+        for sample in plain(shard, damage):
+            alive.append(weakref.ref(sample))
+            yield sample
+
+    monkeypatch.setattr(module, "read_shard", watched)
+    samples = ShardStream(names, seed=1, block=5).read_from(0)
+    found = []
+    for block in range(1, 8):
+        found += numbers(itertools.islice(samples, 1))
+        wait_until(lambda block=block: len(alive) == 5 * (block + 1))
+        time.sleep(0.02)
+        assert len(alive) == 5 * (block + 1)
+        assert sum(sample() is not None for sample in alive) <= 2 * 5
+        found += numbers(itertools.islice(samples, 4))
+    assert found == order[:35]
+    samples.close()
 
 
 def test_processes_share_the_shards(shards):

@@ -1,5 +1,7 @@
 """What batches are drawn from: folders and shards alike, broken samples replaced and named, a stream repeatable."""
 
+import collections
+import functools
 import io
 import json
 import warnings
@@ -9,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from unclip.data import shards as shards_module
 from unclip.data.decoding import decode
 from unclip.data.rows import choose_captions
-from unclip.data.shards import RawSample, read_shard
+from unclip.data.shards import RawSample, read_shard, write_shard
 from unclip.data.source import FolderSource, open_source
 from unclip.data.stream import ShardSource
 from unclip.errors import DataError
@@ -178,7 +181,7 @@ def test_a_recipe_says_how_shards_are_read(shards, tmp_path, monkeypatch):
     text = f'stage = "super_res"\ndata = "{shards(20, per_shard=4)}"\nreader_workers = 5\n[super_res]\n'
     (tmp_path / "recipe.toml").write_text(text)
     opened = source_of(read_recipe(tmp_path / "recipe.toml"), (8,), weight_power=0.25)
-    assert pools == [(1,), (5,)]  # one reads, five decode
+    assert pools == [(5,)]
     assert opened.stream.weight_power == 0.25
 
 
@@ -206,7 +209,7 @@ def test_shards_whose_counts_are_known_are_passed_over(shards, source, monkeypat
         later.counts.update(counts)
         assert shown(later.draw(18, 4, generator())) == steps[18]
         later.close()
-    assert len(opened) <= 4  # ten in an epoch, and this is near the second one's end: its last shards, and the next
+    assert len(opened) <= 5  # ten in an epoch, and this is near the second one's end: its last three, and the next two
 
 
 def test_processes_draw_different_rows(shards, source):
@@ -322,6 +325,57 @@ def test_embeddings_in_the_shards(shards, source):
     assert rows.embeddings[:, 2].long().tolist() == [int(text.split()[1]) for text in rows.captions]
 
 
+def test_a_name_that_is_no_unicode(shards, source):
+    folder = shards(1, per_shard=1)
+    write_shard([("\udcff", {"png": png(3), "txt": b"text"})], folder / "00000.tar")
+    assert shown(source(folder).draw(0, 1, generator())) == [3]
+
+
+def test_failures_that_pass_do_not_add_up(shards, source, monkeypatch):
+    """Each of four shards cannot be opened once, in another epoch."""
+    folder = shards(16, per_shard=4)
+    opened = collections.Counter()
+    plain = shards_module._opened
+
+    def failing(shard):
+        opened[shard] += 1
+        if opened[shard] == int(shard[-5]) + 1:
+            raise OSError("the network is down")
+        return plain(shard)
+
+    monkeypatch.setattr(shards_module, "_opened", failing)
+    stream = source(folder, block=4)
+    with pytest.warns(UserWarning, match=r"skipped .*the network is down"):
+        draw_all(stream, 30, 4)
+    assert [name[-9:] for name in sorted(stream.skipped)] == [f"0000{n}.tar" for n in range(4)]
+    assert stream.stream.damage.num_broken_shards == 0
+
+
+def test_a_batch_of_another_size_at_the_same_place(shards, source):
+    stream = source(shards(40, per_shard=8))
+    stream.draw(0, 8, generator())
+    assert len(stream.draw(2, 4, generator()).captions) == 4
+
+
+def test_where_a_picture_is_needed(shards, source):
+    def embed(number, parts, *, every):
+        if number % every:
+            return parts
+        return {"txt": parts["txt"], "img_emb.npy": array([1.0, 2.0])}
+
+    def drawn(every):
+        change = functools.partial(embed, every=every)
+        return source(shards(8, per_shard=4, change=change, name=f"every {every}")).draw(0, 8, generator())
+
+    alone, mixed = drawn(1), drawn(2)
+    with pytest.raises(DataError, match=r"have no picture, and pictures are needed here: .*--keep-pictures"):
+        alone.pictures(8)
+    with pytest.raises(DataError, match=r"have no picture, others have no embedding, and .*--keep-pictures"):
+        mixed.pictures(8)
+    whole = source(shards(4, per_shard=4)).draw(0, 4, generator())
+    assert whole.pictures(4) is whole.images[4]
+
+
 # -- one sample ----------------------------------------------------------------------------------------------------
 
 
@@ -335,6 +389,22 @@ def array(values, **how) -> bytes:
     return content.getvalue()
 
 
+def with_header(header: bytes) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(8)
+
+
+DAMAGED_EMBEDDINGS = [
+    b"PK\x03\x04" + bytes(60),  # a zip, says its beginning
+    b"\x80\x04]q\x00.",  # a pickle
+    with_header(b"{'descr': '<f4', 'fortran_order': False, 'shape': (2L,"),
+    with_header(b"{'descr': ('<f4',), 'fortran_order': False, 'shape': (2,)}"),
+    with_header(b"{'descr': '<f4', 'fortran_order': False, 'shape': (-2,)}"),
+    with_header(b"{'descr': '<f4', 'fortran_order': False, 'shape': (999999999999999,)}"),
+    with_header(b"(" * 500),
+    array([1.0, 2.0])[:-5],
+]
+
+
 @pytest.mark.parametrize(
     ("parts", "captions"),
     [
@@ -343,6 +413,7 @@ def array(values, **how) -> bytes:
         ({"json": b'{"captions": ["one", "two", " ", 3]}'}, ("one", "two")),
         ({"txt": b"text", "json": b'{"caption": null}'}, ("text",)),
         ({"txt": b"text", "json": b"[1]"}, ("text",)),
+        ({"json": b'{"caption": "a smile \\ud83d\\ude00"}'}, ("a smile \N{GRINNING FACE}",)),
     ],
 )
 def test_captions_of_a_sample(parts, captions):
@@ -362,6 +433,10 @@ def test_captions_of_a_sample(parts, captions):
         ({"img_emb.npy": array([[1.0]]), "txt": b"text"}, "no list of finite numbers"),
         ({"img_emb.npy": array([float("nan")]), "txt": b"text"}, "no list of finite numbers"),
         ({"img_emb.npy": array([{}], dtype=object), "txt": b"text"}, "img_emb.npy cannot be read"),
+        ({"img_emb.npy": array([1e300]), "txt": b"text"}, "no list of finite numbers: float32"),
+        *(({"img_emb.npy": content, "txt": b"text"}, "img_emb.npy cannot be read") for content in DAMAGED_EMBEDDINGS),
+        ({"png": png(1), "json": b'{"caption": "half a smile \\ud83d"}'}, "caption cannot be read.*surrogates"),
+        ({"png": png(1), "json": b'{"captions": ["a smile", "\\ude00"]}'}, "caption cannot be read.*surrogates"),
     ],
 )
 def test_a_sample_that_cannot_be_used(parts, words):

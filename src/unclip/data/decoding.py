@@ -81,7 +81,7 @@ def _opened(image: bytes, raw: RawSample) -> Image.Image:
 def read_captions(raw: RawSample) -> tuple[str, ...]:
     """Of .txt, or of .json with "captions" or "caption"; the plain one first.
 
-    Raises: DataError when there is none.
+    Raises: DataError when there is none, or one that is no Unicode text.
     """
     try:
         if "json" in raw.parts:
@@ -89,6 +89,7 @@ def read_captions(raw: RawSample) -> tuple[str, ...]:
             texts = told.get("captions") or [told.get("caption")] if isinstance(told, dict) else []
             good = tuple(text for text in texts if isinstance(text, str) and text.strip())
             if good:
+                "".join(good).encode()  # JSON can say half a character, which no text may hold
                 return good
         text = raw.parts.get("txt", b"").decode("utf-8").strip()
     except (ValueError, RecursionError, TypeError) as error:
@@ -100,9 +101,13 @@ def read_captions(raw: RawSample) -> tuple[str, ...]:
 
 def _embedding(content: bytes) -> Tensor:
     try:
-        array = np.load(io.BytesIO(content), allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f".{EMBEDDING} cannot be read: {error}") from error
-    if array.ndim != 1 or array.dtype.kind != "f" or not np.isfinite(array).all():
+        array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except Exception as error:  # a damaged header is parsed as Python, which fails in many ways
+        raise DataError(f".{EMBEDDING} cannot be read: {type(error).__name__}: {error}") from error
+    if array.ndim != 1 or array.dtype.kind != "f":
         raise DataError(f".{EMBEDDING} is no list of finite numbers but {array.dtype} {array.shape}")
-    return torch.from_numpy(array.astype(np.float32))
+    with np.errstate(over="ignore"):
+        numbers = array.astype(np.float32)
+    if not np.isfinite(numbers).all():
+        raise DataError(f".{EMBEDDING} is no list of finite numbers: float32 holds not all of them")
+    return torch.from_numpy(numbers)

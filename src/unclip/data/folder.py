@@ -122,6 +122,10 @@ def _record(line: str, where: str) -> Record:
     for key in ("concept", "label", "style"):
         if not isinstance(known.get(key, ""), str):
             raise DataError(f"{where}: {key} is {known[key]!r}; it must be a text")
+    try:
+        "".join([*texts, *(known.get(key, "") for key in ("concept", "label", "style"))]).encode()
+    except UnicodeEncodeError as error:  # JSON can say half a character, which no text may hold
+        raise DataError(f"{where} has a text that is no Unicode text: {error}") from error
     weight = known.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
         raise DataError(f"{where}: weight is {weight!r}; it must be a number from 0 up")

@@ -3,12 +3,15 @@
 Knows pixels and captions; knows neither folders nor shards. Called by both, and by the training tasks.
 """
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from unclip.errors import DataError
 
 PLAIN_SHARE = 0.5
 
@@ -19,7 +22,7 @@ class Rows:
 
     Attributes:
         captions: one a row.
-        images: by size in pixels, float32 [batch, 3, size, size] in [-1, 1].
+        images: by size in pixels, float32 [batch, 3, size, size] in [-1, 1]; none where a row has no picture.
         index: [batch]; rows of one number show one picture.
         embeddings: CLIP image embeddings [batch, width] that lay in the data, if they did.
         clips: fingerprints of the CLIPs that these are of, as far as the data say it.
@@ -30,6 +33,19 @@ class Rows:
     index: Tensor
     embeddings: Tensor | None = None
     clips: frozenset[str] = frozenset()
+
+    def pictures(self, size_px: int) -> Tensor:
+        """The images of a size, where they are needed.
+
+        Raises: DataError when a row has none.
+        """
+        if size_px in self.images:
+            return self.images[size_px]
+        others = ", others have no embedding" if self.embeddings is None else ""
+        raise DataError(
+            f"some samples of the data have no picture{others}, and pictures are needed here: if unclip data embed "
+            "made the shards, make them again with --keep-pictures, else leave out the samples without a picture"
+        )
 
 
 class Source(Protocol):
@@ -65,6 +81,13 @@ class Source(Protocol):
 
     def all_captions(self) -> Iterator[str]:
         """What a tokenizer is to learn from."""
+        ...
+
+    def reading(self, should_stop: Callable[[], bool]) -> contextlib.AbstractContextManager[None]:
+        """Within it a wait for data ends with Cancelled once `should_stop`; after it nothing is read ahead.
+
+        What is drawn later is the same.
+        """
         ...
 
 

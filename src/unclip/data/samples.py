@@ -24,8 +24,10 @@ CHECK_PX = 8
 """Side to which a picture is made when only its being whole matters."""
 
 
-def raw_samples(data: str | Path, damage: Damage) -> Iterator[RawSample]:
-    """The samples of a folder or of shards, in their order, not decoded. Held-out pictures of a folder are left out.
+def raw_samples(data: str | Path, damage: Damage, *, include_held_out: bool = False) -> Iterator[RawSample]:
+    """The samples of a folder or of shards, in their order, not decoded.
+
+    Held-out pictures of a folder are left out unless they are asked for; of shards there are none.
 
     A folder's picture of a kind that shards do not have (GIF, BMP, TIFF) becomes a PNG. What cannot be read goes into
     `damage`.
@@ -41,7 +43,7 @@ def raw_samples(data: str | Path, damage: Damage) -> Iterator[RawSample]:
         return
     folder = Path(data)
     for number, record in enumerate(read_records(folder)):
-        if record.held_out:
+        if record.held_out and not include_held_out:
             continue
         damage.num_read += 1
         about: dict[str, Any] = {name: getattr(record, name) for name in ("captions", "concept", "label", "style")}
@@ -161,12 +163,12 @@ class Inspection:
 
 
 def inspect(data: str | Path, *, num_shown: int = 48, progress: Callable[..., Any] | None = None) -> Inspection:
-    """Decode every sample of a data set, count, and draw a contact sheet of some, spread over the whole.
+    """Decode every sample of a data set, held-out ones too, count, and draw a sheet of some, spread over the whole.
 
     Raises: DataError when the data set is not there.
     """
     damage, found = Damage(), Inspection()
-    samples = raw_samples(data, damage)
+    samples = raw_samples(data, damage, include_held_out=True)
     shown: list[tuple[Image.Image, str]] = []
     every = 1
     for raw in progress(samples, desc="reading", unit="sample") if progress else samples:

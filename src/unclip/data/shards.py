@@ -16,17 +16,21 @@ import time
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
+from unclip.data.ahead import Ahead
 from unclip.errors import DataError
 
 MAX_PART_BYTES = 256 * 2**20
-TRIES = 4
+WAITS_S = (2.0, 8.0, 20.0)
+"""Before a URL is asked again, the first time, the second, the last: networks fail for a while."""
+FIRST_WAITS_S = (0.4, 0.8, 1.6)
+"""The same while nothing at all was read yet: then it is rather the address that is wrong."""
 TIMEOUT_S = 60.0
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _FAILURES = (OSError, EOFError, tarfile.TarError, zlib.error, http.client.HTTPException)
@@ -54,12 +58,14 @@ class Damage:
         broken: the reason, by the name of a picture, sample or shard.
         num_read: samples in all, the broken ones too.
         shards: names in `broken` that are whole shards: cut off, damaged or not there.
+        mended: those of them that were read whole later, as after a failure of the network that passed.
         num_shards: in all, where they are counted.
     """
 
     broken: dict[str, str] = field(default_factory=dict)
     num_read: int = 0
     shards: set[str] = field(default_factory=set)
+    mended: set[str] = field(default_factory=set)
     num_shards: int = 0
 
     @property
@@ -67,13 +73,30 @@ class Damage:
         """Samples that could not be read; those that a damaged shard lost are in no count."""
         return len(self.broken) - len(self.shards)
 
+    @property
+    def num_broken_shards(self) -> int:
+        """Shards that could not be read when they were last."""
+        return len(self.shards) - len(self.mended)
+
+    def note_shard(self, shard: str, reason: str | None) -> None:
+        """Note how a shard was read: whole, or broken for a reason."""
+        if reason is not None:
+            self.mended.discard(shard)
+            self.shards.add(shard)
+            self.broken[shard] = reason
+        elif shard in self.shards:
+            self.mended.add(shard)
+
     def some(self) -> str:
         """The first three, for a message."""
         return "; ".join(f"{name}: {why}" for name, why in list(self.broken.items())[:3])
 
     def check(self, max_skipped_share: float) -> None:
         """Raises: DataError when a larger share of the samples, or of the shards, could not be read."""
-        counts = {"samples": (self.num_broken_samples, self.num_read), "shards": (len(self.shards), self.num_shards)}
+        counts = {
+            "samples": (self.num_broken_samples, self.num_read),
+            "shards": (self.num_broken_shards, self.num_shards),
+        }
         for what, (num_broken, num_all) in counts.items():
             if num_broken > max_skipped_share * num_all:
                 raise DataError(
@@ -143,27 +166,29 @@ def read_shard(shard: str, damage: Damage | None = None) -> Iterator[RawSample]:
     `damage`. A URL is tried several times before it counts as damaged; what it gave already is not given again.
     """
     given = 0
-    for attempt in itertools.count(1):
+    is_first = damage is not None and not damage.num_read
+    for wait_s in (*(FIRST_WAITS_S if is_first else WAITS_S), None):
         try:
             for sample in itertools.islice(_samples(shard), given, None):
                 yield sample
                 given += 1
+            if damage is not None:
+                damage.note_shard(shard, None)
             return
         except _FAILURES as error:
-            worth_it = is_url(shard) and not _is_final(error)
-            if not worth_it or attempt == TRIES:
+            if wait_s is None or not is_url(shard) or _is_final(error):
                 if damage is not None:
-                    damage.broken[shard] = f"{type(error).__name__}: {error} (after {given} samples)"
-                    damage.shards.add(shard)
+                    damage.note_shard(shard, f"{type(error).__name__}: {error} (after {given} samples)")
                 return
-            time.sleep(0.2 * 2**attempt)
+            time.sleep(wait_s)
 
 
 class ShardStream:
     """An endless, shuffled, repeatable order of the samples in shards, that can be entered at any place.
 
     Each epoch permutes the shards; of them this process takes every `world`-th; what they hold is shuffled in blocks of
-    `block` samples, which are in memory as encoded files. All of it depends on the seed and the place alone.
+    `block` samples, which are in memory as encoded files: one block that is used, and the next one that is read.
+    All of it depends on the seed and the place alone.
 
     Where the samples of a block differ in weight, as many are drawn from it as it holds, with replacement, each by its
     weight: weights compare the samples of one block, and every block counts alike. Those of weight 0 are passed over.
@@ -200,19 +225,20 @@ class ShardStream:
 
         Raises: DataError when there are none at all.
         """
-        epoch = 0
-        while position >= (length := self._length(epoch, up_to=position)):
-            if not length:
-                raise DataError(f"there is no sample in {len(self.shards)} shards: {self._some_damage()}")
-            position -= length
-            epoch += 1
-        for later in itertools.count(epoch):
-            yield from self._epoch(later, position)
-            position = 0
+        with contextlib.closing(Ahead(self._blocks(position))) as blocks:
+            for block in blocks:
+                yield from self._given(block)
+                del block  # before the next but one is read
 
     def one_epoch(self) -> Iterator[RawSample]:
         """Every sample of this process's first epoch, once, whatever its weight (but 0)."""
-        return self._epoch(0, 0, weighted=False)
+        for block in self._epoch(0, 0, weighted=False):
+            yield from self._given(block)
+
+    def _given(self, block: list[RawSample]) -> Iterator[RawSample]:
+        for sample in block:
+            self.damage.num_read += 1
+            yield sample
 
     def _order(self, epoch: int) -> list[str]:
         order = torch.randperm(len(self.shards), generator=self._generator(epoch)).tolist()
@@ -224,20 +250,25 @@ class ShardStream:
             number = (number * 1_000_003 + part + 1) % 2**63
         return torch.Generator().manual_seed(number)
 
-    def _length(self, epoch: int, *, up_to: int) -> int:
-        """Samples of an epoch; counted no further than it takes to know that there are more than `up_to`."""
-        length = 0
-        for shard in self._order(epoch):
-            length += self._count(shard)
-            if length > up_to:
-                return length
-        return length
+    def _blocks(self, position: int) -> Iterator[list[RawSample]]:
+        """The endless order from number `position` on, block by block.
 
-    def _count(self, shard: str) -> int:
-        if shard not in self.counts:
-            for _ in self._read(shard):
-                pass
-        return self.counts[shard]
+        An epoch of which every shard is counted already is passed over; of another one what lies before is read.
+        """
+        for epoch in itertools.count():
+            order = self._order(epoch)
+            is_counted = all(shard in self.counts for shard in order)
+            if not is_counted or position < self._length(order):
+                is_reached = yield from self._epoch(epoch, position)
+                if is_reached:
+                    position = 0
+                    continue
+            if not (length := self._length(order)):
+                raise DataError(f"there is no sample in {len(self.shards)} shards: {self._some_damage()}")
+            position -= length
+
+    def _length(self, shards: list[str]) -> int:
+        return sum(self.counts[shard] for shard in shards)
 
     def _read(self, shard: str) -> Iterator[RawSample]:
         number = 0
@@ -247,24 +278,23 @@ class ShardStream:
                 yield sample
         self.counts[shard] = number
 
-    def _epoch(self, epoch: int, start: int, *, weighted: bool = True) -> Iterator[RawSample]:
-        first_block, skip = divmod(start, self.block)
-        samples = self._raw(epoch, first_block * self.block)
-        for number in itertools.count(first_block):
-            held = list(itertools.islice(samples, self.block))
-            if not held:
-                return
+    def _epoch(self, epoch: int, start: int, *, weighted: bool = True) -> Generator[list[RawSample], None, bool]:
+        """What an epoch has from number `start` on, block by block. Returns: whether that was anything."""
+        number, skip = divmod(start, self.block)
+        samples = self._raw(epoch, number * self.block)
+        is_reached = False
+        while len(held := list(itertools.islice(samples, self.block))) > skip:
             generator = self._generator(epoch, self.rank, number)
             weights = [weight_of(sample) ** self.weight_power for sample in held] if weighted else []
-            for place in _places(weights, len(held), generator)[skip:]:
-                self.damage.num_read += 1
-                yield held[place]
-            skip = 0
+            yield [held[place] for place in _places(weights, len(held), generator)[skip:]]
+            del held  # before the next ones are read
+            number, skip, is_reached = number + 1, 0, True
+        return is_reached
 
     def _raw(self, epoch: int, start: int) -> Iterator[RawSample]:
         for shard in self._order(epoch):
             known = self.counts.get(shard)
-            if known is not None and start >= known:
+            if known is not None and start and start >= known:  # else read: what gave none may give some by now
                 start -= known
                 continue
             for sample in self._read(shard):
@@ -315,8 +345,9 @@ def _found(name: str) -> list[str]:
     path = Path(name).expanduser()
     if path.is_dir():
         return sorted(str(tar) for tar in path.glob("*.tar"))
-    if any(letter in path.name for letter in "*?["):
-        return sorted(str(tar) for tar in path.parent.glob(path.name))
+    if any(letter in str(path) for letter in "*?[") and not path.is_file():
+        folder = next(parent for parent in path.parents if parent.is_dir())  # its own name may have such letters
+        return sorted(str(tar) for tar in folder.glob(str(path.relative_to(folder))))
     return [str(path)] if path.is_file() else []
 
 

@@ -3,8 +3,9 @@
 Knows data sets and pixels; knows neither networks nor noise. Called by the training tasks.
 """
 
+import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -69,6 +70,9 @@ class FolderSource:
 
     def all_captions(self) -> Iterator[str]:
         return itertools.chain.from_iterable(record.captions for record in self.records)
+
+    def reading(self, should_stop: Callable[[], bool]) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()  # all is in memory
 
 
 def _folder_rows(pictures: list[CaptionedPictures], index: Tensor, captions: list[str]) -> Rows:

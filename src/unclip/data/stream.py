@@ -3,16 +3,18 @@
 Knows shards and samples; knows neither networks nor noise. Called by `source.open_source`.
 """
 
+import contextlib
 import hashlib
 import itertools
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from unclip.data.ahead import Ahead
 from unclip.data.decoding import Sample, decode, read_captions
 from unclip.data.folder import MAX_SKIPPED_SHARE, in_percent
 from unclip.data.rows import Rows, choose_captions
@@ -66,11 +68,10 @@ class ShardSource:
         )
         self._examples = ShardStream(self.stream.shards, seed=seed, block=1)  # the same for every process
         self._examples.counts = self.stream.counts
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="unclip-read")
         self._decoders = ThreadPoolExecutor(num_workers, thread_name_prefix="unclip-decode")
-        self._samples = _Order(())
-        self._next = -1
-        self._ahead: Future[list[Sample]] | None = None
+        self._ahead: Ahead[list[Sample]] | None = None
+        self._next = (-1, 0)  # where the batch ahead begins, and its size
+        self._should_stop: Callable[[], bool] | None = None
         self._told = 0
 
     @property
@@ -83,14 +84,15 @@ class ShardSource:
 
     def draw(self, step: int, count: int, generator: torch.Generator) -> Rows:
         position = step * count
-        if self._ahead is None or self._next != position:
-            if self._ahead is not None:
-                self._ahead.cancel()
-            self._samples = _Order(self.stream.read_from(position))
-            self._ahead = self._reader.submit(self._batch, self._samples, count)
-        samples = self._ahead.result()
-        self._next = position + count
-        self._ahead = self._reader.submit(self._batch, self._samples, count)
+        if self._ahead is None or self._next != (position, count):
+            self._read_no_further()
+            self._ahead = Ahead(self._batches(position, count), self._is_to_stop)
+        try:
+            samples = next(self._ahead)
+        except BaseException:
+            self._read_no_further()
+            raise
+        self._next = (position + count, count)
         self._tell()
         captions = choose_captions([sample.captions for sample in samples], generator)
         return self._rows(samples, captions)
@@ -101,14 +103,15 @@ class ShardSource:
         return next(self.examples_in_parts(count, count))
 
     def examples_in_parts(self, count: int, size: int) -> Iterator[Rows]:
-        decoded = (self._decode(raw) for raw in self._examples.one_epoch())
-        good = itertools.islice((sample for sample in decoded if isinstance(sample, Sample)), count)
-        part = list(itertools.islice(good, size))
-        if not part:
-            raise DataError(f"no sample can be read: {self._some()}")
-        while part:
-            yield self._rows(part, [sample.captions[0] for sample in part])
+        with contextlib.closing(Ahead(self._examples.one_epoch(), self._is_to_stop)) as samples:
+            decoded = (self._decode(raw) for raw in samples)
+            good = itertools.islice((sample for sample in decoded if isinstance(sample, Sample)), count)
             part = list(itertools.islice(good, size))
+            if not part:
+                raise DataError(f"no sample can be read: {self._some()}")
+            while part:
+                yield self._rows(part, [sample.captions[0] for sample in part])
+                part = list(itertools.islice(good, size))
 
     def all_captions(self, limit: int = 200_000) -> Iterator[str]:
         for raw in itertools.islice(self._examples.one_epoch(), limit):
@@ -117,10 +120,32 @@ class ShardSource:
             except DataError:
                 continue  # named when it is drawn
 
+    @contextlib.contextmanager
+    def reading(self, should_stop: Callable[[], bool]) -> Iterator[None]:
+        self._should_stop = should_stop
+        try:
+            yield
+        finally:
+            self._should_stop = None
+            self._read_no_further()
+
     def close(self) -> None:
-        """Let the threads end."""
-        for pool in (self._reader, self._decoders):
-            pool.shutdown(cancel_futures=True)
+        """Let the threads end; one that hangs in a server's answer is not waited for."""
+        self._read_no_further()
+        self._decoders.shutdown(cancel_futures=True)
+
+    def _read_no_further(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+    def _is_to_stop(self) -> bool:
+        return self._should_stop is not None and self._should_stop()
+
+    def _batches(self, position: int, count: int) -> Iterator[list[Sample]]:
+        samples = _Order(self.stream.read_from(position))
+        while True:
+            yield self._batch(samples, count)
 
     def _batch(self, samples: "_Order", count: int) -> list[Sample]:
         raw = list(itertools.islice(samples, count))
@@ -138,8 +163,7 @@ class ShardSource:
         for sample, reason in zip(raw, found, strict=True):
             if not isinstance(reason, Sample):
                 damage.broken[sample.name] = str(reason)
-        shards = sum(name in self.stream.counts or name in self.stream.shards for name in damage.broken)
-        broken = len(damage.broken) - shards
+        broken, shards = damage.num_broken_samples, damage.num_broken_shards
         if broken / max(damage.num_read, MIN_JUDGED) > self.max_skipped_share:
             raise DataError(
                 f"{broken} of {damage.num_read} samples cannot be read, more than the "
@@ -215,5 +239,5 @@ class _Order:
 
 
 def _number(name: str) -> int:
-    """The same for the same picture in every process."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
+    """The same for the same picture in every process; a name in a tar need not be UTF-8."""
+    return int.from_bytes(hashlib.sha256(name.encode(errors="surrogatepass")).digest()[:7])

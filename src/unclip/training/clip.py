@@ -149,7 +149,7 @@ class ClipTask(Sourced):
             max_length=self.context_length,
             return_tensors="pt",
         )
-        pixels = shift_and_zoom(rows.images[self.image_size], generator)
+        pixels = shift_and_zoom(rows.pictures(self.image_size), generator)
         pixels = normalized(pixels, self.feature_extractor)
         return of_rows({"pixels": pixels, "input_ids": tokens["input_ids"], "index": rows.index}, own)
 
@@ -170,7 +170,7 @@ class ClipTask(Sourced):
         for name in ("trained", "held out"):
             rows = self.source.examples(SHOWN_ROWS, held_out=name == "held out")
             if rows.captions:
-                images = normalized(rows.images[self.image_size], self.feature_extractor)
+                images = normalized(rows.pictures(self.image_size), self.feature_extractor)
                 rank = retrieval_ranks(self.module, self.tokenizer, rows.captions, images)
                 lines.append(f"{name}: top-1 {(rank < 1).float().mean():.3f}, top-5 {(rank < 5).float().mean():.3f}")
         path.with_suffix(".txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

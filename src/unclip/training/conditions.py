@@ -119,7 +119,7 @@ class Captioned:
         if self.table is not None:
             return self.table[rows.index]
         if rows.embeddings is None:
-            return self.clip.embed(rows.images[self.clip.image_size])
+            return self.clip.embed(rows.pictures(self.clip.image_size))
         if rows.embeddings.shape[1] != self.clip.width:
             raise ConfigError(
                 f"the embeddings in the data have {rows.embeddings.shape[1]} numbers, the CLIP's have "

@@ -205,7 +205,7 @@ class DecoderTask(Sourced):
         rows, embedding, text = self.data.draw(step, batch_size, generator, own)
         jitter = self.settings.embedding_noise * self.spread * torch.randn(embedding.shape, generator=generator)
         given = torch.rand(batch_size, generator=generator) >= self.settings.image_drop
-        picture = noised(rows.images[self.size_px], self.stage.process.num_timesteps, generator)
+        picture = noised(rows.pictures(self.size_px), self.stage.process.num_timesteps, generator)
         return text_batch(text) | of_rows(picture | {"image_embedding": embedding + jitter, "given": given}, own)
 
     def save(self, folder: Path) -> None:
@@ -216,7 +216,7 @@ class DecoderTask(Sourced):
     def sample_sheet(self, path: Path) -> None:
         """Pictures decoded from true embeddings, without caption; below each row the real ones."""
         rows = self.source.examples(SHEET_PICTURES)
-        real = rows.images[self.size_px]
+        real = rows.pictures(self.size_px)
         empty = self.clip.empty.select([0] * len(real))
         condition = DecoderCondition.of(empty, self.data.embeddings(rows))
         drawn = draw_stage(self.module, self.stage, condition, DecoderCondition.null(self.clip.empty), scale=2.0)
@@ -259,7 +259,7 @@ class SuperResTask(Sourced):
 
     def batch(self, step: int, batch_size: int, generator: torch.Generator, own: Tensor | None = None) -> Batch:
         settings, size = self.settings, self.size_px
-        large = self.source.draw(step, batch_size, generator).images[size]
+        large = self.source.draw(step, batch_size, generator).pictures(size)
         small = degrade(large, settings, generator)
         enlarged = enlarge(small, size)
         top, left = torch.randint(size - settings.crop_size + 1, (2,), generator=generator).tolist()
@@ -277,7 +277,7 @@ class SuperResTask(Sourced):
     def sample_sheet(self, path: Path) -> None:
         """Held-out pictures, if there are any: enlarged by bicubic, by the network, and real."""
         held_out, trained = (self.source.examples(8, held_out=held) for held in (True, False))
-        large = (held_out if held_out.captions else trained).images[self.size_px]
+        large = (held_out if held_out.captions else trained).pictures(self.size_px)
         small = degrade(large, self.settings, torch.Generator().manual_seed(0))
         drawn = draw_stage(self.module, self.stage, SuperResCondition(small), None, num_steps=7)
         enlarged = enlarge(small, self.size_px).clamp(-1, 1)

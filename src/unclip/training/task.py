@@ -3,7 +3,8 @@
 Knows no network and no optimizer. Called by the trainer and the tasks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -52,6 +53,10 @@ class Task(Protocol):
         """What the step trains on: tensors that all have `batch_size` rows; with `own`, the rows of these numbers."""
         ...
 
+    def reading(self, should_stop: Callable[[], bool]) -> AbstractContextManager[None]:
+        """Within it a wait for data ends with Cancelled once `should_stop`; after it nothing is read ahead."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write the module's networks in the ecosystem's layout."""
         ...
@@ -77,6 +82,9 @@ class Sourced:
     @property
     def counts(self) -> dict[str, int]:
         return self.source.counts
+
+    def reading(self, should_stop: Callable[[], bool]) -> AbstractContextManager[None]:
+        return self.source.reading(should_stop)
 
 
 def computes_on_cpu() -> bool:

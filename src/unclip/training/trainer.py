@@ -21,7 +21,7 @@ from accelerate.utils import LoggerType, gather_object, set_seed
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from unclip.errors import ConfigError, TrainingError
+from unclip.errors import Cancelled, ConfigError, DataError, TrainingError
 from unclip.training.optimizer import learning_rate, make_optimizer
 from unclip.training.recipe import Recipe, as_dict
 from unclip.training.sharding import is_sharded, sharded, share_of, shared_like, shares_of, whole
@@ -111,6 +111,8 @@ class Trainer:
     def run(self, *, progress: Callable[..., Any] | None = None) -> None:
         """Train to the recipe's last step. The first SIGINT or SIGTERM saves and returns, a second one kills.
 
+        Of several processes none stops while it waits for data: the others wait for its step.
+
         Args:
             progress: makes a bar, as `tqdm` does.
 
@@ -127,9 +129,11 @@ class Trainer:
             bar = progress(total=self.recipe.steps, initial=self.step, unit="step") if progress else None
             if bar is not None:
                 stack.callback(bar.close)
+            stack.enter_context(self.task.reading(lambda: self._stop))
             stack.enter_context(self._signals())
             if self.step < self.recipe.steps:  # a finished run is left as it is
-                self._loop(bar)
+                with self._noting_damage(), contextlib.suppress(Cancelled):  # told to stop while it waited for data
+                    self._loop(bar)
                 self.save()
 
     def _check_same_step(self, step: int) -> None:
@@ -366,6 +370,16 @@ class Trainer:
                 f"{self.folder} cannot be written at step {self.step}: {error}; {self.run_folder.last_checkpoint()}: "
                 "make room on the disk, or see to the folder's rights, and run again"
             ) from error
+
+    @contextlib.contextmanager
+    def _noting_damage(self) -> Iterator[None]:
+        """Within it, a run that its data end says in skipped.json what of them this process could not read."""
+        try:
+            yield
+        except DataError:
+            with self._writing():
+                self.skipped = self.run_folder.note_skipped(self.task.skipped)
+            raise
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
