@@ -185,6 +185,20 @@ def test_variations_by_the_command_line(unclip, model, data, tmp_path):
     assert "is there already" in again.err
 
 
+def test_broken_pictures_by_the_command_line(unclip, model, data, tmp_path):
+    rows = [{"file_name": "green.png", "captions": [f"green {n}"], "held_out": n > 0} for n in range(101)]
+    rows[50]["file_name"] = "gone.png"
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "prior.json"
+    done = unclip("evaluate", "prior", "--model", model, "--data", data, "--out", out, "--prior-steps", "2", "-q")
+    assert done.code == 0, done.err
+    assert "warning: 1 of the 101 pictures asked for" in done.err
+    assert "gone.png" in done.err
+    report = json.loads(out.read_text())["prior"]
+    assert (report["num_skipped"], list(report["skipped"])) == (1, ["gone.png"])
+    assert report["held_out"]["num"] == 99
+
+
 # -- composed captions ---------------------------------------------------------------------------------------------
 
 

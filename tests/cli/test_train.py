@@ -82,6 +82,20 @@ def test_a_dry_run_tells_what_the_run_takes(unclip, recipe, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_of_several_processes_one_tells_the_cost(unclip, recipe, monkeypatch):
+    from unclip.training import rehearsal
+
+    cost = rehearsal.Cost({"text": 5}, 5, 2**20, 2**21, (16,), (16,), 1.0, 3, 2, is_sharded=True)
+    rehearsed = []
+    monkeypatch.setattr(rehearsal, "rehearse", lambda task, recipe: rehearsed.append(recipe) or cost)
+    monkeypatch.setenv("RANK", "1")
+    done = unclip("train", recipe, "--dry-run")
+    assert (done.code, done.out) == (0, "")
+    assert len(rehearsed) == 1  # all must take the steps
+    monkeypatch.setenv("RANK", "0")
+    assert "weights, gradients, optimizer, average, of all shards  1 MiB" in unclip("train", recipe, "--dry-run").lines
+
+
 def test_stopped_training_is_130(unclip, recipe, tmp_path, monkeypatch):
     from unclip.training import trainer
 

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
-from unclip.data.folder import Record
+from unclip.data.folder import Record, load_pictures, square_pixels
 from unclip.errors import DataError, ImageError, InputError, UnsafeFileError
 from unclip.evaluation.exam import Exam, batches, concepts_of
 
@@ -76,17 +77,57 @@ def test_numbers(scenes, numbers):
         Exam.prepare(scenes, **numbers, seed=0)
 
 
-def test_pictures_that_cannot_be_read(scenes, tmp_path):
+def test_too_many_pictures_that_cannot_be_read(scenes, tmp_path):
     exam = Exam.prepare(scenes, num_seen=9, seed=0)
     assert [image.size for image in exam.pictures("held_out")] == [(8, 8)] * 4
+    assert exam.left_out() == {}
     (tmp_path / "3.png").write_bytes(b"no picture")
-    with pytest.raises(ImageError, match=r"3\.png"):
+    with pytest.raises(ImageError, match=r"3\.png"):  # it was broken since
         exam.pictures("held_out")
+    with pytest.raises(DataError, match=r"1 of the 6 pictures asked for .* more than the 1% allowed: 3\.png: .*3\.png"):
+        Exam.prepare(scenes, num_seen=9, seed=0)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "../other.png", "text": "x"}')
     with pytest.raises(UnsafeFileError, match="leads out"):
-        Exam.prepare(tmp_path, num_seen=1, seed=0).pictures("seen")
+        Exam.prepare(tmp_path, num_seen=1, seed=0)
     with pytest.raises(DataError):
         Exam.prepare(tmp_path / "nowhere", num_seen=1, seed=0)
+
+
+@pytest.fixture
+def many(tmp_path):
+    """A trained concept, and 120 that were held out."""
+    rows = [{"file_name": f"{n}.png", "captions": [f"thing {n}"], "held_out": n > 0} for n in range(121)]
+    return write(tmp_path, rows)
+
+
+def test_a_few_pictures_that_cannot_be_read_are_left_out(many):
+    (many / "7.png").write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match=r"1 of the 121 pictures asked for .* are skipped: 7\.png: "):
+        exam = Exam.prepare(many, num_seen=1, seed=0)
+    assert (len(exam.pictures("seen")), len(exam.pictures("held_out"))) == (1, 119)
+    assert "thing 7" not in exam.asked("held_out")
+    assert "thing 7" in exam.captions
+    assert exam.about("held_out")["num"] == 119
+    assert exam.left_out()["num_skipped"] == 1
+    assert "7.png" in exam.left_out()["skipped"]["7.png"]
+
+
+def test_no_picture_that_training_knew_can_be_read(many):
+    (many / "0.png").unlink()
+    with pytest.raises(DataError, match=r"1 of the 121 pictures .* cannot be read, no seen one can: 0\.png"):
+        Exam.prepare(many, num_seen=1, seed=0)
+
+
+@pytest.mark.parametrize("size", [(24, 10), (11, 30)])
+def test_pictures_are_square_as_in_training(tmp_path, size):
+    picture = Image.effect_noise(size, 90).convert("RGB")
+    picture.save(tmp_path / "0.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "x"}')
+    (found,) = Exam.prepare(tmp_path, num_seen=1, seed=0).pictures("seen")
+    assert found.size == (max(size), max(size))
+    assert found.getpixel((0, 0)) == (255, 255, 255)
+    trained = load_pictures(tmp_path, 8).pixels[0]
+    assert torch.equal(square_pixels(found, 8), trained)
 
 
 def test_batches():

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from unclip import UnCLIPPipeline
+from unclip.data.folder import square_pixels
 from unclip.errors import InputError
 from unclip.evaluation.judge import Judge
 from unclip.evaluation.prior import compare, mean_of_others, prior
@@ -80,6 +81,25 @@ def test_a_prior_that_knows(tiny_pipeline, own, data, monkeypatch):
     assert seen["at_1"] == 1
     assert seen["text_dot"]["prior"] == seen["text_dot"]["true"]
     assert seen["norm"]["prior"] == seen["norm"]["true"]
+
+
+def test_true_embeddings_are_those_that_training_knows(tiny_pipeline, own, tmp_path, monkeypatch):
+    """A picture that is not square is padded with white there, and neither squashed nor cropped."""
+    pictures = []
+    for place, name in enumerate(("red", "green")):
+        picture = Image.new("RGB", (30, 12), name)
+        picture.paste((20, 20, 200), (0, 0, 7, 12))
+        picture.save(tmp_path / f"{place}.png")
+        size = own.image.image_encoder.config.image_size
+        pictures.append(Image.fromarray(square_pixels(picture, size).permute(1, 2, 0).numpy()))
+    rows = [{"file_name": f"{place}.png", "text": f"{place}"} for place in range(2)]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(
+        UnCLIPPipeline, "embed_captions", lambda self, captions, **more: own.embed([pictures[int(c)] for c in captions])
+    )
+    seen = prior(tiny_pipeline, own, tmp_path, **FEW)["seen"]
+    assert seen["cosine"]["prior"] > 0.9999
+    assert seen["norm"]["prior"] == pytest.approx(seen["norm"]["true"], rel=1e-3)
 
 
 def test_numbers(tiny_pipeline, own, data):

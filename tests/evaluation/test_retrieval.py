@@ -156,6 +156,28 @@ def test_rates_by_kind():
     assert found["other"]["num"] == 1
 
 
+def test_broken_pictures_are_found_before_anything_is_drawn(data, tmp_path):
+    (data / "4.png").write_bytes(b"no picture")  # held out: it comes last
+    pipeline = FakePipeline()
+    with pytest.raises(DataError, match=r"1 of the 4 pictures .* 4\.png"):
+        retrieval(pipeline, FakeJudge(), data)
+    assert pipeline.calls == []
+
+
+def test_a_few_broken_pictures_are_told(tmp_path):
+    rows = [{"file_name": f"{n}.png", "text": f"red {n}", "held_out": n % 2 == 0} for n in range(200)]
+    for row in rows:
+        Image.new("RGB", (8, 8), "red").save(tmp_path / row["file_name"])
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "0.png").unlink()
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match="2 of the 200 pictures"):
+        found = retrieval(FakePipeline(), FakeJudge(), tmp_path)
+    assert found["num_skipped"] == 2
+    assert set(found["skipped"]) == {"0.png", "1.png"}
+    assert (found["seen"]["num"], found["held_out"]["num"], found["num_captions"]) == (99, 99, 200)
+
+
 def test_without_held_out_concepts_and_styles(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "red"}')

@@ -14,6 +14,7 @@ from unclip.errors import CheckpointError, ConfigError, InputError, MissingFileE
 from unclip.training.assemble import PARTS, assemble
 from unclip.training.clip import ClipTask
 from unclip.training.diffusion import DecoderTask, PriorTask, SuperResTask
+from unclip.training.trainer import Trainer
 
 FEW = {"decoder_num_inference_steps": 2, "super_res_num_inference_steps": 2}
 
@@ -109,6 +110,83 @@ def test_stages_that_do_not_fit(runs, tmp_path, tiny):
         assemble(**runs, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".unclip-tmp*"))
+
+
+# ---- what sizes do not tell ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prediction_type": "epsilon"}, "prediction_type is 'v_prediction' and 'epsilon'"),
+        ({"beta_schedule": "linear", "beta_end": 0.01}, "beta_schedule .* beta_end is 0.02 and 0.01"),
+        ({"num_timesteps": 500}, "num_timesteps is 1000 and 500"),
+    ],
+)
+def test_a_last_step_of_another_process(runs, tmp_path, tiny, changes, words):
+    process = dataclasses.replace(tiny("super_res").super_res.process, **changes)
+    recipe = tiny("super_res", section={"only_last_step": True, "process": process})
+    runs["super_res_last"] = write_run(SuperResTask(recipe), tmp_path / "other")
+    with pytest.raises(ConfigError, match=rf"super_res_last \(.*other\) share a scheduler, .*: {words}"):
+        assemble(**runs, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_last_step_that_was_to_be_drawn_otherwise(runs, tmp_path, tiny):
+    """The variance and the clipping are the sampler's affair, and there may be a network without a scheduler."""
+    process = dataclasses.replace(tiny("super_res").super_res.process, variance_type="fixed_small", clip_range=2.0)
+    recipe = tiny("super_res", section={"only_last_step": True, "process": process})
+    runs["super_res_last"] = write_run(SuperResTask(recipe), tmp_path / "other")
+    assemble(**runs, out=tmp_path / "out")
+    shutil.rmtree(runs["super_res_last"] / "model" / "super_res_scheduler")
+    assemble(**runs, out=tmp_path / "again")
+
+
+KINDS = {"prior": PriorTask, "decoder": DecoderTask}
+
+
+@pytest.fixture
+def other_clip(tmp_path, tiny):
+    """Another CLIP of the same sizes."""
+    return write_run(ClipTask(tiny("clip", seed=9)), tmp_path / "other_clip")
+
+
+@pytest.fixture
+def trained(runs, tmp_path, tiny):
+    """The same with a state: prior and decoder have been trained."""
+    for stage, kind in KINDS.items():
+        recipe = tiny(stage, steps=1, batch_size=4)
+        Trainer(kind(recipe), recipe, tmp_path / f"{stage}_run").run()
+    return runs | {stage: tmp_path / f"{stage}_run" for stage in KINDS}
+
+
+def test_runs_under_another_clip(trained, runs, tmp_path, other_clip):
+    assemble(**trained, out=tmp_path / "right")
+    for stage in KINDS:
+        one = runs | {stage: trained[stage], "clip": other_clip}
+        with pytest.raises(ConfigError, match=rf"{stage} \(.*_run\) was trained under another CLIP .*other_clip"):
+            assemble(**one, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    # A model's folder does not say it, an assembled one's CLIP is the same, and a broken state says nothing.
+    models = {stage: trained[stage] / "model" for stage in KINDS}
+    assemble(**trained | models | {"clip": other_clip}, out=tmp_path / "unknown")
+    assemble(**trained | {"clip": tmp_path / "right"}, out=tmp_path / "again")
+    for stage in KINDS:
+        (trained[stage] / "state" / "state.json").write_text("{")
+    assemble(**trained | {"clip": other_clip}, out=tmp_path / "broken")
+
+
+@pytest.mark.parametrize("stage", list(KINDS))
+def test_a_start_under_another_clip(trained, tmp_path, tiny, other_clip, stage):
+    section = {"clip": other_clip / "model"}
+    start = trained[stage] / "model"
+    with pytest.warns(UserWarning, match="was trained under another CLIP .* must learn the new space"):
+        KINDS[stage](tiny(stage, start_from=start, section=section))
+    KINDS[stage](tiny(stage, start_from=start))
+    assemble(**trained, out=tmp_path / "whole")
+    with pytest.warns(UserWarning, match="whole was trained under another CLIP"):
+        KINDS[stage](tiny(stage, start_from=tmp_path / "whole", section=section))
+    KINDS[stage](tiny(stage, start_from=tmp_path / "whole"))
 
 
 # ---- further super-resolution stages ----

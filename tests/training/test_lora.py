@@ -1,5 +1,6 @@
 """Adapters: they start as nothing, are all that is trained, and end up in weights that load everywhere."""
 
+import dataclasses
 import sys
 
 import diffusers
@@ -85,6 +86,24 @@ def test_a_run_with_adapters_goes_on_exactly(adapted, stage, tmp_path):
     assert again.step == 3
     again.run()
     assert all(torch.equal(value, again.ema[name]) for name, value in straight.ema.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"alpha": 800.0}, r"lora\.alpha was 8\.0 and is 800\.0"),
+        ({"targets": ("to_q",)}, r"lora\.targets was \['to_q', .*\] and is \['to_q'\]"),
+        ({"rank": 2}, r"lora\.rank was 4 and is 2"),
+    ],
+)
+def test_other_adapters_are_not_gone_on_from(adapted, tmp_path, changes, words):
+    recipe = adapted("prior", steps=1)
+    Trainer(PriorTask(recipe), recipe, tmp_path / "run").run()
+    changed = dataclasses.replace(recipe, steps=2, lora=dataclasses.replace(recipe.lora, **changes))
+    with pytest.raises(ConfigError, match=words):
+        Trainer(PriorTask(changed), changed, tmp_path / "run")
+    allowed = dataclasses.replace(recipe, steps=2, lora=dataclasses.replace(recipe.lora, dropout=0.5))
+    assert Trainer(PriorTask(allowed), allowed, tmp_path / "run").step == 1
 
 
 def test_what_lora_needs(tiny, tmp_path, adapted, monkeypatch):

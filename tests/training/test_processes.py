@@ -88,6 +88,43 @@ def test_two_processes_do_what_one_does(place, stage, launcher):
     assert shapes[0] == shapes[1]  # what was cut is whole again
 
 
+CHANGES = {
+    "accumulation": ("prior", "steps = ", "accumulation = 2\nsteps = "),
+    "lora": ("decoder", "[decoder]", "[lora]\nrank = 4\n\n[decoder]"),
+    "perceptual": (
+        "super_res_last",
+        'last_loss = "l1"',
+        'last_loss = "perceptual"\nfeatures = "../../runs/tiny/clip/model"',
+    ),
+}
+"""A setting: the recipe, and what stands in it in place of what."""
+
+
+@pytest.mark.parametrize(
+    ("setting", "launcher"),
+    [
+        ("accumulation", "replicated"),
+        ("accumulation", "sharded"),
+        ("lora", "replicated"),
+        ("lora", "sharded"),
+        ("perceptual", "sharded"),
+    ],
+)
+def test_two_processes_with_further_settings(place, setting, launcher):
+    stage, old, new = CHANGES[setting]
+    recipe = place / "recipes" / "tiny" / f"{stage}.toml"
+    if setting == "lora":
+        train(place, stage, "base", "alone", steps=1)
+        recipe.write_text(recipe.read_text().replace("steps = ", 'start_from = "../../base/model"\nsteps = ', 1))
+    recipe.write_text(recipe.read_text().replace(old, new, 1))
+    assert new in recipe.read_text()
+    train(place, stage, "one", "alone")
+    train(place, stage, "two", launcher)
+    assert len(losses(place / "one")) == STEPS
+    assert_same_run(place / "one", place / "two")
+    assert setting != "lora" or all(".lora_" in name for name in load_file(place / "two" / "state" / "ema.safetensors"))
+
+
 PARTING = """
 import pathlib, sys
 from unclip.cli.train import make_task

@@ -1,5 +1,6 @@
 """Losses of super-resolution's last step: what they are, whose gradient they have, and that they train its network."""
 
+import copy
 import json
 import math
 
@@ -15,6 +16,7 @@ from unclip.training.reconstruction import absolute_error, perceptual_loss
 from unclip.training.trainer import Trainer, step_generator
 
 LAST = {"only_last_step": True}
+MIN_SNR = ProcessRecipe(weighting="min_snr")
 
 
 def save_resnet(folder) -> None:
@@ -56,6 +58,18 @@ def test_perceptual_distance(features):
     assert all(parameter.grad is None for parameter in loss.network.parameters())
 
 
+def test_a_copy_of_the_loss_looks_with_its_own_network(features):
+    """Each process that holds a shard trains a copy of the module, on its own device."""
+    loss = perceptual_loss(features, 1.0)
+    copied = copy.deepcopy(loss)
+    looked = []
+    loss.network.register_forward_hook(lambda *_: looked.append("original"))
+    copied.network.register_forward_hook(lambda *_: looked.append("copy"))
+    wanted, found = torch.rand(2, 1, 3, 32, 32) * 2 - 1
+    copied(found, wanted)
+    assert looked == ["copy", "copy"]
+
+
 def test_a_network_whose_file_lacks_weights(tmp_path):
     """transformers would draw them, and the features would be of chance."""
     save_resnet(tmp_path)
@@ -84,7 +98,7 @@ def test_a_classifiers_checkpoint_without_a_pooling_layer(tmp_path):
 def test_a_brightness_that_is_normalised_away_is_no_distance(clip_model):
     """Features are compared by direction: of a network that scales with its input, its length does not matter."""
     loss = perceptual_loss(clip_model, 1.0)
-    straight = type(loss)(loss.network, lambda pixels: [pixels], 1.0)
+    straight = type(loss)(loss.network, lambda network, pixels: [pixels], 1.0)
     pixels = torch.rand(1, 3, 4, 4) + 0.1
     assert straight(0.5 * pixels, pixels)["perceptual"].item() == pytest.approx(0.0, abs=1e-6)
     assert straight(-pixels, pixels)["perceptual"].item() == pytest.approx(4.0, rel=1e-5)
@@ -129,6 +143,8 @@ def test_the_loss_is_of_the_clean_picture_as_it_would_be_drawn(tiny):
         (LAST | {"last_loss": "perceptual"}, "go together"),
         (LAST | {"features": "x"}, "go together"),
         (LAST | {"perceptual_weight": -1.0}, "perceptual_weight"),
+        (LAST | {"last_loss": "l1", "process": MIN_SNR}, "'min_snr', which weighs .* 'l1' has no use for it"),
+        (LAST | {"last_loss": "perceptual", "features": "x", "process": MIN_SNR}, "'perceptual' has no use for it"),
     ],
 )
 def test_settings_that_do_not_fit(settings, words):

@@ -7,6 +7,7 @@ import torch
 
 from unclip.errors import ConfigError
 from unclip.training import sharding
+from unclip.training.clip import MAX_LOGIT_SCALE, ClipTask
 from unclip.training.diffusion import DecoderTask, PriorTask
 from unclip.training.recipe import OptimizerRecipe
 from unclip.training.sharding import asked_by_launcher, is_sharded, sharded, share_of, shared_like, whole
@@ -52,6 +53,15 @@ def test_a_sharded_copy_computes_what_the_module_does(group, tiny, stage):
     share_of(next(copy.parameters())).data.zero_()  # memory of its own, and the copy's
     assert all(torch.equal(value, before[name]) for name, value in task.module.state_dict().items())
     assert not whole(next(copy.parameters())).any()
+
+
+def test_a_copys_temperature_is_brought_back_too(group, tiny):
+    task = ClipTask(tiny("clip"))
+    copy = sharded(task.module, torch.device("cpu"))
+    share_of(copy.logit_scale).data.fill_(9.0)
+    copy.keep_limits()
+    assert whole(copy.logit_scale).item() == pytest.approx(MAX_LOGIT_SCALE)
+    assert task.module.logit_scale.item() < MAX_LOGIT_SCALE
 
 
 def test_a_whole_tensor_is_cut_like_another(group, tiny):

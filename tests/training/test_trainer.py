@@ -27,7 +27,7 @@ from torch import nn
 from unclip.errors import CheckpointError, ConfigError, TrainingError
 from unclip.training import state
 from unclip.training import trainer as trainer_module
-from unclip.training.clip import ClipTask
+from unclip.training.clip import MAX_LOGIT_SCALE, ClipTask
 from unclip.training.diffusion import DecoderTask, PriorTask, SuperResTask
 from unclip.training.optimizer import learning_rate
 from unclip.training.prior_autoregressive import AutoregressivePriorTask
@@ -364,6 +364,39 @@ def test_accumulation_is_one_large_batch(tiny, tmp_path):
         torch.testing.assert_close(value, found[4][1][name], atol=2e-4, rtol=1e-3)
 
 
+def test_a_launchers_accumulation_is_not_obeyed(tiny, tmp_path, monkeypatch):
+    """The recipe says it: else every loss would be divided by the launcher's number once more."""
+    norms = []
+    for number in ("1", "4"):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", number)
+        trainer = Trainer(LineTask(), line_recipe(accumulation=2), tmp_path / number)
+        clip = trainer.accelerator.clip_grad_norm_
+        monkeypatch.setattr(
+            trainer.accelerator, "clip_grad_norm_", lambda *how, clip=clip: norms.append(clip(*how).item())
+        )
+        trainer.take_step()
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert norms[0] == norms[1] > 0
+
+
+def test_the_temperature_of_a_clip_does_not_stay_above_its_limit(tiny, tmp_path):
+    """There it has no gradient: it would never come down again."""
+    settings = {"steps": 40, "precision": "no", "optimizer": OptimizerRecipe(learning_rate=0.02, warmup_steps=0)}
+    recipe = tiny("clip", **settings)
+    task = ClipTask(recipe)
+    with torch.no_grad():
+        task.module.logit_scale.fill_(MAX_LOGIT_SCALE + 3)
+    trainer = Trainer(task, recipe, tmp_path)
+    found = [(trainer.take_step(), task.module.logit_scale.item())[1] for _ in range(20)]
+    limit = torch.tensor(MAX_LOGIT_SCALE).item()
+    assert found[0] == pytest.approx(limit)
+    assert max(found) <= limit
+    assert found[-1] < limit - 0.1  # an untrained network fares better with a lower one
+    trainer.save()
+    again = Trainer(ClipTask(recipe), recipe, tmp_path)
+    assert again.weights.logit_scale.item() == found[-1]
+
+
 # -- going on ------------------------------------------------------------------------------------------------------
 
 
@@ -477,7 +510,9 @@ def test_a_log_without_a_checkpoint_starts_anew(tmp_path):
 def test_a_finished_run_stays(tmp_path):
     Trainer(LineTask(), line_recipe(), tmp_path).run()
     before, log, written = tensors(tmp_path), rows(tmp_path), (tmp_path / "model").stat().st_mtime_ns
-    Trainer(LineTask(), line_recipe(), tmp_path).run()
+    written_recipe = (tmp_path / "recipe.json").read_text()
+    Trainer(LineTask(), line_recipe(batch_size=16, steps=10), tmp_path).run()
+    assert (tmp_path / "recipe.json").read_text() == written_recipe  # what it was trained by
     assert all(torch.equal(before[name], value) for name, value in tensors(tmp_path).items())
     assert rows(tmp_path) == log
     assert (tmp_path / "model").stat().st_mtime_ns == written

@@ -77,7 +77,7 @@ def train(
     if out is None or dry_run:
         tell_cost(settings)
         return
-    first = os.environ.get("RANK", "0") == "0"
+    first = is_first()
     progress = functools.partial(tqdm, disable=None) if first and not quiet else None
     trainer = Trainer(make_task(located(settings), progress, run=out), settings, out)
     if trainer.accelerator.mixed_precision != settings.precision and first and not quiet:
@@ -96,12 +96,20 @@ def train(
         print(out / "model", flush=True)
 
 
+def is_first() -> bool:
+    """Whether this is the process that talks, of those that the launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def tell_cost(recipe: "Recipe") -> None:
-    """Print what a run of this recipe takes."""
+    """Print what a run of this recipe takes; of several processes, all of which must call it, the first one does."""
     from unclip.training.recipe import located
     from unclip.training.rehearsal import rehearse
 
     cost = rehearse(make_task(located(recipe)), recipe)
+    if not is_first():
+        return
+    whole = ", of all shards" if cost.is_sharded else ""
     rows = [(f"parameters of {name}", f"{count:,}") for name, count in cost.parameters.items()]
     rows += [
         (what, ", ".join(f"{side}×{side} px" for side in sides))
@@ -110,7 +118,7 @@ def tell_cost(recipe: "Recipe") -> None:
     ]
     rows += [
         ("parameters trained", f"{cost.trained:,}"),
-        ("weights, gradients, optimizer, average", f"{cost.state_bytes / 2**20:,.0f} MiB"),
+        (f"weights, gradients, optimizer, average{whole}", f"{cost.state_bytes / 2**20:,.0f} MiB"),
         ("peak memory of a step", f"{cost.peak_bytes / 2**20:,.0f} MiB"),
         ("a step", f"{cost.step_s:.3g} s, {cost.batch_size / cost.step_s:,.1f} pictures/s"),
         ("the run", f"{cost.steps:,} steps, {cost.steps * cost.batch_size:,} pictures, {duration(cost.total_s)}"),

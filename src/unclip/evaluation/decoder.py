@@ -55,7 +55,7 @@ def decoder(
     """
     check_counts(batch_size=batch_size)
     exam = Exam.prepare(data, num_seen=num_seen, num_held_out=num_held_out, seed=seed)
-    result: dict[str, Any] = {"captions": captions}
+    result: dict[str, Any] = {"captions": captions, **exam.left_out()}
     for name in exam.groups:
         result[name] = exam.about(name)
         asked = exam.asked(name)

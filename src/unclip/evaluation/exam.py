@@ -3,8 +3,9 @@
 Knows records and pictures; knows no network. Called by every measure.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,8 +13,8 @@ from PIL import Image
 
 from unclip.checkpoints.files import safe_join
 from unclip.data.compose import STYLE as COMPOSED_STYLE
-from unclip.data.folder import Record, read_records
-from unclip.errors import DataError, InputError
+from unclip.data.folder import MAX_SKIPPED_SHARE, Record, in_percent, read_records, square_pixels
+from unclip.errors import DataError, ImageError, InputError
 from unclip.images import open_image
 
 PLAIN_STYLE = "flat"
@@ -32,12 +33,14 @@ class Exam:
         concepts: one record a concept, or a composed caption: all of the data set.
         groups: those asked for, "seen" and "held_out".
         drawn: how the concepts of a group were chosen, in words.
+        skipped: files of those chosen that could not be read, with the reason; they are in no group.
     """
 
     data: Path
     concepts: list[Record]
     groups: dict[str, list[Record]]
     drawn: dict[str, str]
+    skipped: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def prepare(cls, data: Path, *, num_seen: int, num_held_out: int | None = None, seed: int) -> "Exam":
@@ -46,7 +49,11 @@ class Exam:
         Asked for are concepts that exist in the plain style (all of them, in a data set without it): the others were
         never drawn without naming a style. But their captions stand among those that a judge chooses from.
 
-        Raises: InputError for a number out of its limits; DataError when the data set cannot be used.
+        The pictures of all that are chosen are tried: what cannot be read is left out, with a warning, up to the share
+        of a data set that training takes as broken.
+
+        Raises: InputError for a number out of its limits; DataError when the data set cannot be used; UnsafeFileError
+            for a name that leads out of the folder.
         """
         check_counts(num_seen=num_seen)
         if num_held_out is not None and num_held_out < 0:
@@ -67,7 +74,8 @@ class Exam:
             places = torch.randperm(len(held_out), generator=generator)[:num_held_out]
             held_out, drawn["held_out"] = [held_out[i] for i in places.tolist()], "at random"
         drawn["held_out"] += " that exist in the unmarked style"
-        exam = cls(data, concepts, {"seen": [seen[i] for i in chosen], "held_out": held_out}, drawn)
+        groups, skipped = _readable(data, {"seen": [seen[i] for i in chosen], "held_out": held_out})
+        exam = cls(data, concepts, groups, drawn, skipped)
         if exam.composed:
             drawn["seen"] = "at random, each caption once at most"
             drawn["held_out"] = drawn["held_out"].removesuffix(" that exist in the unmarked style")
@@ -88,11 +96,11 @@ class Exam:
         return [bare_caption(record) for record in self.groups[group]]
 
     def pictures(self, group: str) -> list[Image.Image]:
-        """The real pictures of a group, in order, RGB.
+        """The real pictures of a group, in order, RGB, square on white as training sees them.
 
-        Raises: ImageError for one that cannot be read, UnsafeFileError for a name that leads out of the folder.
+        Raises: ImageError for one that cannot be read any more.
         """
-        return [open_image(safe_join(self.data, record.file_name)) for record in self.groups[group]]
+        return [squared(open_image(safe_join(self.data, record.file_name))) for record in self.groups[group]]
 
     def about(self, group: str) -> dict[str, object]:
         """What a report says of a group: how many, how chosen, and how many were left out."""
@@ -104,6 +112,42 @@ class Exam:
                 plain = any(record.style == PLAIN_STYLE for record in self.concepts)
                 found["num_without_plain_style"] = sum(plain and record.style != PLAIN_STYLE for record in held_out)
         return found
+
+    def left_out(self) -> dict[str, object]:
+        """What a report says of pictures that could not be read: their number, and why. Nothing if all could."""
+        return {"num_skipped": len(self.skipped), "skipped": self.skipped} if self.skipped else {}
+
+
+def squared(image: Image.Image) -> Image.Image:
+    """An RGB picture made square with white, at the size of its longer side."""
+    if image.width == image.height:
+        return image
+    return Image.fromarray(square_pixels(image, max(image.size)).permute(1, 2, 0).numpy())
+
+
+def _readable(data: Path, groups: dict[str, list[Record]]) -> tuple[dict[str, list[Record]], dict[str, str]]:
+    """The records whose pictures can be read, by group, and the files of the others, with the reason.
+
+    Raises: DataError when too many cannot, or none of the seen ones can.
+    """
+    broken: dict[str, str] = {}
+    for record in (record for records in groups.values() for record in records):
+        path = safe_join(data, record.file_name)
+        try:
+            open_image(path)
+        except ImageError as error:
+            broken[record.file_name] = str(error)
+    if not broken:
+        return groups, broken
+    kept = {name: [each for each in records if each.file_name not in broken] for name, records in groups.items()}
+    count = sum(map(len, groups.values()))
+    some = "; ".join(f"{name}: {why}" for name, why in list(broken.items())[:3])
+    told = f"{len(broken)} of the {count} pictures asked for in {data} cannot be read"
+    if not kept["seen"] or len(broken) > MAX_SKIPPED_SHARE * count:
+        limit = f"more than the {in_percent(MAX_SKIPPED_SHARE)} allowed" if kept["seen"] else "no seen one can"
+        raise DataError(f"{told}, {limit}: {some}")
+    warnings.warn(f"{told} and are skipped: {some}", stacklevel=4)
+    return kept, broken
 
 
 def batches(count: int, batch_size: int, *, seed: int, progress: Progress = iter) -> Iterator[tuple[slice, list[int]]]:

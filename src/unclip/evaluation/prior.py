@@ -58,7 +58,7 @@ def prior(
     """
     check_counts(batch_size=batch_size)
     exam = Exam.prepare(data, num_seen=num_seen, num_held_out=num_held_out, seed=seed)
-    result: dict[str, Any] = {}
+    result: dict[str, Any] = exam.left_out()
     true_seen = own.embed(exam.pictures("seen")).float()
     for name in exam.groups:
         result[name] = exam.about(name)

@@ -68,6 +68,7 @@ def retrieval(
         "captions": "composed" if exam.composed else "concepts",
         "num_captions": len(candidates.captions),
         **candidates.chance(),
+        **exam.left_out(),
     }
     for name in exam.groups:
         result[name] = exam.about(name)
@@ -75,10 +76,10 @@ def retrieval(
         if not asked:
             continue
         result[name]["seeds"] = [seed, seed + len(asked) - 1]
+        real = exam.pictures(name)
         made: list[Image.Image] = []
         for rows, seeds in batches(len(asked), batch_size, seed=seed, progress=progress):
             made += pipeline(asked[rows], seed=seeds, **call).images  # pyright: ignore
-        real = exam.pictures(name)
         looked = {"generated": judge.look(made), "real": judge.look(real)}
         result[name] |= {kind: candidates.rates(seen, asked) for kind, seen in looked.items()}
         if exam.composed:

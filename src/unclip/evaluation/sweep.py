@@ -100,6 +100,7 @@ def sweep(
     about: dict[str, Any] = {
         "num_captions": len(candidates.captions),
         **candidates.chance(),
+        **exam.left_out(),
         "real": {name: {"num": len(real[name])} | candidates.rates(looked[name], exam.asked(name)) for name in groups},
     }
     done = list(finished)

@@ -52,7 +52,7 @@ def variations(
     check_counts(batch_size=batch_size)
     exam = Exam.prepare(data, num_seen=num_seen, num_held_out=num_held_out, seed=seed)
     candidates = Candidates.read_by(judge, exam.captions)
-    result: dict[str, Any] = {"num_captions": len(candidates.captions)}
+    result: dict[str, Any] = {"num_captions": len(candidates.captions), **exam.left_out()}
     for name, group in exam.groups.items():
         result[name] = {"num": len(group)}
         if not group:

@@ -75,10 +75,14 @@ def read_clip(folder: Path) -> PretrainedClip:
         CheckpointError: a part is missing or broken.
     """
     parts, scale = read_parts(folder)
+    return PretrainedClip(**parts, logit_scale=scale, fingerprint=fingerprint_of(folder))
+
+
+def fingerprint_of(folder: Path) -> str:
+    """Of the files of a CLIP's weights: the same CLIP saved otherwise (in half precision, say) has another."""
     halves = [*folder.glob("text_encoder/*.safetensors"), *folder.glob("image_encoder/*.safetensors")]
     weights = halves if (folder / "text_encoder").is_dir() else folder.glob("*.safetensors")
-    fingerprint = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(weights))).hexdigest()
-    return PretrainedClip(**parts, logit_scale=scale, fingerprint=fingerprint)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(weights))).hexdigest()
 
 
 def read_parts(folder: Path) -> tuple[dict[str, Any], float | None]:

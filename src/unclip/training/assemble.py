@@ -15,11 +15,13 @@ from unclip.checkpoints.files import atomic_folder, read_json, write_json
 from unclip.checkpoints.hub import is_name, resolve
 from unclip.checkpoints.layout import API_VERSION, FURTHER_SUPER_RES
 from unclip.checkpoints.recommended import write_recommended
-from unclip.errors import InputError, MissingFileError
-from unclip.pipelines.clip import is_whole_clip, read_clip
+from unclip.errors import ConfigError, InputError, MissingFileError
+from unclip.pipelines.clip import fingerprint_of, is_whole_clip, read_clip
 from unclip.pipelines.component import index_entry, read_component, write_component
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 from unclip.pipelines.text_to_image import UnCLIPPipeline
+from unclip.training.process import KEYS, process_in
+from unclip.training.state import clip_of_run
 
 # Component → (which run it comes from, its folder there, its class).
 PARTS = {
@@ -36,6 +38,9 @@ PARTS = {
     "super_res_last": ("super_res_last", "super_res_last", "UNet2DModel"),
     "super_res_scheduler": ("super_res_first", "super_res_scheduler", "UnCLIPScheduler"),
 }
+
+SAMPLING_KEYS = ("variance_type", "clip_range")
+"""What of a process says how to draw, and not what a network's output means."""
 
 
 def assemble(
@@ -69,7 +74,8 @@ def assemble(
     Raises:
         MissingFileError: a run has no model yet, or a model lacks the stage.
         OutputExistsError: `out` is there.
-        ConfigError: the stages do not fit one another.
+        ConfigError: the stages do not fit one another: by their sizes, by the process that both networks of
+            super-resolution must share, or by the CLIP that a run's state says it was trained under.
     """
     runs = {"clip": clip, "prior": prior, "decoder": decoder, "super_res_first": super_res_first}
     runs["super_res_last"] = super_res_last or super_res_first
@@ -83,6 +89,8 @@ def assemble(
             is_there = name in whole_clip
             components[name] = whole_clip[name] if is_there else _read(runs[run], run, folder, class_name)
         components |= _further(super_res_more)
+        _check_shared_scheduler(super_res_first, runs["super_res_last"])
+        _check_clip(clip, {"prior": prior, "decoder": decoder})
         for pipeline in (UnCLIPPipeline, UnCLIPImageVariationPipeline):  # they check what fits what
             pipeline(**{name: part for name, part in components.items() if name in pipeline.component_names()})
         for name, component in components.items():
@@ -124,6 +132,37 @@ def _further(runs: Sequence[Path | tuple[Path, int]]) -> dict[str, Any]:
             if size_px is not None:
                 network.config = dataclasses.replace(network.config, sample_size=size_px)
     return components
+
+
+def _check_shared_scheduler(first: Path, last: Path) -> None:
+    """Raises: ConfigError where the network of the last step learned another process than the scheduler's."""
+    name = "super_res_scheduler"
+    one, other = (process_in(_model(run), name) for run in (first, last))
+    if one is None or other is None:
+        return
+    apart = [
+        f"{key} is {getattr(one, key)!r} and {getattr(other, key)!r}"
+        for key in KEYS
+        if key not in SAMPLING_KEYS and getattr(one, key) != getattr(other, key)
+    ]
+    if apart:
+        raise ConfigError(
+            f"super_res_first ({first}) and super_res_last ({last}) share a scheduler, but were trained under two "
+            f"processes: {'; '.join(apart)}. Train one of them under the other's, or leave super_res_last out"
+        )
+
+
+def _check_clip(clip: Path, runs: Mapping[str, Path]) -> None:
+    """Raises: ConfigError where a run was trained under another CLIP. A model's folder does not say its own."""
+    known = {stage: found for stage, run in runs.items() if (found := clip_of_run(run)) is not None}
+    own = fingerprint_of(_model(clip)) if known else ""
+    for stage, found in known.items():
+        if found != own:
+            raise ConfigError(
+                f"{stage} ({runs[stage]}) was trained under another CLIP ({found[:12]}…) than the one in {clip} "
+                f"({own[:12]}…), or under the same one saved otherwise. Name the CLIP that it was trained under; to "
+                f"take it all the same, name {runs[stage] / 'model'}"
+            )
 
 
 def _model(run: Path) -> Path:

@@ -34,6 +34,7 @@ from unclip.pipelines.clip import PretrainedClip, read_clip
 from unclip.pipelines.component import read_component, write_component
 from unclip.training.pretrained import normalized
 from unclip.training.recipe import ClipSettings, Recipe
+from unclip.training.sharding import share_of
 from unclip.training.task import Batch, Sourced, of_rows, source_of
 from unclip.training.tokenizer import END, START, train_tokenizer
 
@@ -92,6 +93,11 @@ class ContrastivePair(nn.Module):
             metrics["loss"] = contrastive + self.reconstruction_weight * error
             metrics["reconstruction"] = error.detach()
         return metrics
+
+    @torch.no_grad()
+    def keep_limits(self) -> None:
+        """Above its limit, where it makes no difference, the temperature would have no gradient that leads back."""
+        share_of(self.logit_scale).clamp_(max=MAX_LOGIT_SCALE)
 
 
 def of_all_processes(rows: Tensor) -> Tensor:

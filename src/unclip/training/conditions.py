@@ -3,6 +3,7 @@
 Knows CLIP's parts and data sources; knows no diffusion. Called by the tasks.
 """
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from unclip.data.folder import CaptionedPictures
 from unclip.data.rows import Rows
 from unclip.data.source import FolderSource
 from unclip.errors import ConfigError
-from unclip.pipelines.clip import read_clip
+from unclip.pipelines.clip import fingerprint_of, read_clip
 from unclip.stages.condition import TextEmbedding
 from unclip.stages.encoders import TextEncoder
 from unclip.training.known_embeddings import known_embeddings
 from unclip.training.pretrained import normalized
 from unclip.training.recipe import Recipe
+from unclip.training.state import clip_of_run
 from unclip.training.task import Batch, computing_device, source_of
 
 LENGTH_STEP = 8
@@ -66,6 +68,24 @@ class FrozenClip:
                 "diffusion prior and the decoder take a CLIP where both are alike"
             )
         return self.width
+
+    def warn_of_start(self, start: Path | str | None) -> None:
+        """Warn where the networks that training begins with are of another CLIP's space, as far as that is known.
+
+        A run's state says it of its `model/`, and a whole model's folder has its CLIP.
+        """
+        if start is None:
+            return
+        model = Path(start)
+        known = clip_of_run(model.parent) if model.name == "model" else None
+        if known is None and all((model / part).is_dir() for part in ("text_encoder", "image_encoder")):
+            known = fingerprint_of(model)
+        if known is not None and known != self.fingerprint:
+            warnings.warn(
+                f"the model in {start} was trained under another CLIP ({known[:12]}…) than the one in {self.folder} "
+                f"({self.fingerprint[:12]}…), or under the same one saved otherwise: it must learn the new space first",
+                stacklevel=3,
+            )
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:

@@ -122,6 +122,7 @@ class PriorTask(Sourced):
         assert recipe.prior is not None
         self.settings: PriorSettings = recipe.prior
         self.clip = FrozenClip(self.settings.clip)
+        self.clip.warn_of_start(recipe.start_from)
         self.data = Captioned(recipe, self.clip, self.settings.text_drop, progress=progress)
         self.source = self.data.source
         sizes = {"embedding_dim": self.clip.one_width(), "num_embeddings": self.clip.context}
@@ -167,6 +168,7 @@ class DecoderTask(Sourced):
         assert recipe.decoder is not None
         self.settings: DecoderSettings = recipe.decoder
         self.clip = FrozenClip(self.settings.clip)
+        self.clip.warn_of_start(recipe.start_from)
         decoder = first_network(UNet2DConditionModel, "decoder", self.settings.model, recipe)
         self.size_px = size_px(decoder.config.sample_size)
         self.data = Captioned(recipe, self.clip, self.settings.text_drop, (self.size_px,), progress)

@@ -48,6 +48,7 @@ class AutoregressivePriorTask(Sourced):
         assert recipe.prior_autoregressive is not None
         self.settings: AutoregressivePriorSettings = recipe.prior_autoregressive
         self.clip = FrozenClip(self.settings.clip)
+        self.clip.warn_of_start(recipe.start_from)
         self.data = Captioned(
             recipe, self.clip, text_drop=0.0, progress=progress
         )  # a text is dropped here, with its dot product

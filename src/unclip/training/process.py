@@ -1,6 +1,7 @@
 """The diffusion process of a run: as the recipe states it, as the model that it starts from has it, or the stage's own.
 
-Knows recipes and schedulers' files; knows no network. Called by the diffusion tasks and by `unclip train`.
+Knows recipes and schedulers' files; knows no network. Called by the diffusion tasks, by `unclip train` and by
+`unclip assemble`.
 """
 
 import dataclasses
@@ -43,7 +44,7 @@ def settled(recipe: Recipe) -> Recipe:
     stated = {key: value for key in KEYS if (value := getattr(settings.process, key)) is not None}
     if (start := recipe.start_from) is not None:
         name = f"{recipe.stage}_scheduler"
-        found = _process_in(resolve(start) if isinstance(start, str) else start, name)
+        found = process_in(resolve(start) if isinstance(start, str) else start, name)
         if found is not None:
             _check_agreement(stated, found, recipe, name)
             own = found
@@ -70,8 +71,11 @@ def scheduler_of(process: DiffusionProcess) -> UnCLIPScheduler:
     )
 
 
-def _process_in(model: Path, name: str) -> DiffusionProcess | None:
-    """That of the model's scheduler `name`; None where it has none, or one of a class that is not known here."""
+def process_in(model: Path, name: str) -> DiffusionProcess | None:
+    """That of the model's scheduler `name`; None where it has none, or one of a class that is not known here.
+
+    Raises: ConfigError for one that is not implemented.
+    """
     if not (model / name / CONFIG_NAME).is_file():
         return None
     config = read_json(safe_join(model, f"{name}/{CONFIG_NAME}"), allow_infinity=True)

@@ -201,6 +201,11 @@ class SuperResSettings:
                 f"super_res.last_loss is {self.last_loss!r}, which is for the last step's network: set only_last_step, "
                 "or leave it out"
             )
+        if self.last_loss != "mse" and self.process.weighting != "simple":
+            raise ConfigError(
+                f"super_res.process.weighting is {self.process.weighting!r}, which weighs the process's own loss; "
+                f"super_res.last_loss {self.last_loss!r} has no use for it: leave one of them out"
+            )
         if (self.last_loss == "perceptual") != (self.features is not None):
             raise ConfigError(
                 "super_res.last_loss 'perceptual' and super_res.features (the folder of a CLIP, or of another image "

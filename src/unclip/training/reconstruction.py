@@ -38,20 +38,22 @@ class PerceptualLoss:
 
     Attributes:
         network: frozen; no part of what is trained or saved.
-        features: pictures [batch, 3, height, width] in [-1, 1] → the network's hidden states.
+        features: the network, pictures [batch, 3, height, width] in [-1, 1] → its hidden states. It holds no network of
+            its own: a copy of the loss computes with the copy of `network`.
         weight: of the features' distance.
     """
 
     network: nn.Module
-    features: Callable[[Tensor], Hidden]
+    features: Callable[[nn.Module, Tensor], Hidden]
     weight: float
 
     def __call__(self, found: Tensor, wanted: Tensor) -> dict[str, Tensor]:
         """`loss`, and its parts `l1` and `perceptual`, of pictures in [-1, 1]."""
         self.network.to(found.device)
         with torch.no_grad():
-            right = self.features(wanted)
-        distance = torch.stack([_distance(a, b) for a, b in zip(self.features(found), right, strict=True)]).mean()
+            right = self.features(self.network, wanted)
+        left = self.features(self.network, found)
+        distance = torch.stack([_distance(a, b) for a, b in zip(left, right, strict=True)]).mean()
         error = (found - wanted).abs().mean()
         return {"loss": error + self.weight * distance, "l1": error.detach(), "perceptual": distance.detach()}
 
@@ -78,7 +80,7 @@ def perceptual_loss(folder: Path, weight: float) -> PerceptualLoss:
         size = getattr(network.config, "image_size", None)
     network.eval().requires_grad_(False)
 
-    def features(pixels: Tensor) -> Hidden:
+    def features(network: nn.Module, pixels: Tensor) -> Hidden:
         if isinstance(size, int) and pixels.shape[-1] != size:
             pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
         hidden = network(pixel_values=ready(pixels), output_hidden_states=True).hidden_states

@@ -15,6 +15,7 @@ import torch
 from unclip.data.source import FolderSource
 from unclip.data.stream import ShardSource
 from unclip.training.recipe import Recipe
+from unclip.training.sharding import is_sharded
 from unclip.training.task import Sourced, Task
 from unclip.training.trainer import Trainer, step_generator
 
@@ -28,12 +29,13 @@ class Cost:
     Attributes:
         parameters: of each network, by name.
         trained: of all, those that change.
-        state_bytes: weights, gradients, optimizer state and moving average together.
+        state_bytes: weights, gradients, optimizer state and moving average together, of all shards where there are any.
         peak_bytes: the most memory that the process (on an accelerator: the device) held while a step was computed.
         read_px: sides that the data set's pictures are made square at, in pixels.
         trained_px: sides of the pictures in a batch, which may be crops; none where a batch holds embeddings alone.
         step_s: seconds a step takes.
         steps: how many the recipe asks for; batch_size: pictures in each.
+        is_sharded: whether each process holds only its share of what `state_bytes` counts.
     """
 
     parameters: dict[str, int]
@@ -45,6 +47,7 @@ class Cost:
     step_s: float
     steps: int
     batch_size: int
+    is_sharded: bool = False
 
     @property
     def total_s(self) -> float:
@@ -79,6 +82,7 @@ def rehearse(task: Task, recipe: Recipe, *, num_steps: int = 3) -> Cost:
             step_s=step_s,
             steps=recipe.steps,
             batch_size=recipe.batch_size,
+            is_sharded=is_sharded(trainer.weights),
         )
 
 

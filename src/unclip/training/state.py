@@ -1,6 +1,7 @@
 """What lies in a run's folder: the state to resume from, the model, the log.
 
-Knows files and tensors by name; knows neither task nor step. Called by the trainer.
+Knows files and tensors by name; knows neither task nor step. Called by the trainer, and by whoever takes a model out of
+a run.
 """
 
 import contextlib
@@ -25,6 +26,12 @@ from unclip.checkpoints.files import TEMPORARY_PREFIX, atomic_file, atomic_folde
 from unclip.errors import CheckpointError, ConfigError, TrainingError
 from unclip.training.recipe import Recipe, as_dict
 from unclip.training.sharding import shared_like
+
+UNDER_CLIP = ("prior", "prior_autoregressive", "decoder")
+"""The stages whose fingerprint is that of a CLIP."""
+
+SETTLED_OF_LORA = ("rank", "alpha", "targets")
+"""What adapters mean nothing without; their dropout may change."""
 
 LISTS_LIMIT_BYTES = 2**30
 """Of a file that lists samples: there may be a million."""
@@ -231,7 +238,7 @@ class RunFolder:
         tensors = {name: self._read(name) for name in ("module", "ema", "optimizer")}
         self._check_shapes(tensors["module"], module, changed)
         self._check_shapes(tensors["ema"], {name: module[name] for name in tensors["ema"] if name in module}, changed)
-        settled = [line for line in changed if line.startswith((f"{stage}.process.", f"{stage}.model."))]
+        settled = [line for line in changed if line.startswith((f"{stage}.process.", f"{stage}.model.", "lora."))]
         if settled:
             raise self._other_run(settled)
         optimizer = about.get("optimizer", "adamw")
@@ -261,16 +268,23 @@ class RunFolder:
             raise CheckpointError(f"{path} cannot be read: {error}; remove {self.state} to start anew") from error
 
     def _changed_settings(self, recipe: Recipe) -> list[str]:
-        """The stage's settings that recipe.json has otherwise."""
+        """The settings of the stage and of its adapters that recipe.json has otherwise."""
         try:
-            before = flat(read_json(self.path / "recipe.json", allow_infinity=True).get(recipe.stage) or {})
+            written = read_json(self.path / "recipe.json", allow_infinity=True)
         except CheckpointError:
             return []
-        now = flat(json.loads(json.dumps(as_dict(recipe)))[recipe.stage])
-        return [
+        asked = json.loads(json.dumps(as_dict(recipe)))
+        before, now = flat(written.get(recipe.stage) or {}), flat(asked[recipe.stage])
+        changed = [
             f"{recipe.stage}.{key} was {before.get(key)!r} and is {now.get(key)!r}"
             for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key) and ((key in before and key in now) or key.startswith("model."))
+        ]
+        before, now = written.get("lora") or {}, asked.get("lora") or {}
+        return changed + [
+            f"lora.{key} was {before[key]!r} and is {now[key]!r}"
+            for key in SETTLED_OF_LORA
+            if key in before and key in now and before[key] != now[key]
         ]
 
     def _check_shapes(self, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], changed: list[str]) -> None:
@@ -287,6 +301,20 @@ class RunFolder:
             f"{self.state} is of another network than the recipe's: {'; '.join(reasons)}. Name another run folder, or "
             "put the recipe back"
         )
+
+
+def clip_of_run(run: Path) -> str | None:
+    """The fingerprint of the CLIP that a run's prior or decoder was trained under; None where its state does not say.
+
+    Args:
+        run: the folder that has `model/` and `state/`; a model's folder says nothing.
+    """
+    try:
+        about = read_json(run / "state" / "state.json")
+    except CheckpointError:
+        return None
+    is_under_clip = about.get("stage") in UNDER_CLIP
+    return str(about["fingerprint"]) if is_under_clip and about.get("fingerprint") else None
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

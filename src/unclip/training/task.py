@@ -6,7 +6,7 @@ Knows no network and no optimizer. Called by the trainer and the tasks.
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from accelerate import PartialState
@@ -63,6 +63,15 @@ class Task(Protocol):
 
     def sample_sheet(self, path: Path) -> None:
         """Draw a picture of what the networks can do now, or write a text (with the suffix .txt) that says it."""
+        ...
+
+
+@runtime_checkable
+class Limited(Protocol):
+    """A task's module some of whose parameters have limits."""
+
+    def keep_limits(self) -> None:
+        """Bring them back after an optimizer step, each process what it holds of them."""
         ...
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import accelerate
 import torch
 from accelerate import Accelerator
-from accelerate.utils import LoggerType, gather_object, set_seed
+from accelerate.utils import GradientAccumulationPlugin, LoggerType, gather_object, set_seed
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ from unclip.training.optimizer import learning_rate, make_optimizer
 from unclip.training.recipe import Recipe, as_dict
 from unclip.training.sharding import is_sharded, sharded, share_of, shared_like, shares_of, whole
 from unclip.training.state import RunFolder, Snapshot, flat, optimizer_tensors, restore_optimizer
-from unclip.training.task import Batch, Task, computes_on_cpu, mixed_precision
+from unclip.training.task import Batch, Limited, Task, computes_on_cpu, mixed_precision
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -73,6 +73,9 @@ class Trainer:
                 mixed_precision=mixed_precision(recipe.precision),
                 log_with=list(recipe.trackers) or None,
                 project_dir=folder,
+                # The recipe alone says it, and a step counts its pieces itself: a launcher's number would divide the
+                # loss once more.
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             )
         except ValueError as error:
             raise ConfigError(f"precision {recipe.precision!r} is not to be had here: {error}") from error
@@ -119,11 +122,13 @@ class Trainer:
         Raises: TrainingError when the loss is no longer a number, the folder cannot be written, or another process
             trains in it; the last checkpoint stays as it was.
         """
+        is_finished = self.step >= self.recipe.steps  # then it is left as it is
         with contextlib.ExitStack() as stack:
             if self._is_main:
                 stack.enter_context(self.run_folder.locked())
-                with self._writing():
-                    self.run_folder.start(self.recipe, self.step)
+                if not is_finished:
+                    with self._writing():
+                        self.run_folder.start(self.recipe, self.step)
             self._start_trackers()
             stack.callback(self._leave)
             bar = progress(total=self.recipe.steps, initial=self.step, unit="step") if progress else None
@@ -131,7 +136,7 @@ class Trainer:
                 stack.callback(bar.close)
             stack.enter_context(self.task.reading(lambda: self._stop))
             stack.enter_context(self._signals())
-            if self.step < self.recipe.steps:  # a finished run is left as it is
+            if not is_finished:
                 with self._noting_damage(), contextlib.suppress(Cancelled):  # told to stop while it waited for data
                     self._loop(bar)
                 self.save()
@@ -265,6 +270,8 @@ class Trainer:
         norm = accelerator.clip_grad_norm_(self.module.parameters(), recipe.optimizer.max_grad_norm)
         self._check_finite(totals["loss"], norm if norm is None else whole(norm))
         self.optimizer.step()
+        if isinstance(self.weights, Limited):
+            self.weights.keep_limits()
         self.optimizer.zero_grad(set_to_none=True)
         self._update_average()
         return totals
