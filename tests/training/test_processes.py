@@ -130,7 +130,7 @@ import pathlib, sys
 from unclip.cli.train import make_task
 from unclip.training.recipe import read_recipe
 from unclip.training.trainer import Trainer
-recipe = read_recipe(pathlib.Path(sys.argv[1]), steps=1)
+recipe = read_recipe(pathlib.Path(sys.argv[1]), steps=1, shard=sys.argv[2] == "sharded")
 trainer = Trainer(make_task(recipe), recipe, pathlib.Path("two"))
 threads = lambda: " ".join(path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm"))
 during = threads()
@@ -140,11 +140,12 @@ pathlib.Path(f"threads-{trainer.accelerator.process_index}").write_text(during +
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted as Linux tells them")
-def test_nothing_of_the_process_group_is_left(place):
+@pytest.mark.parametrize("kind", ["replicated", "sharded"])
+def test_nothing_of_the_process_group_is_left(place, kind):
     """Its last holder would wait for its thread with the interpreter's lock in hand, and the thread for the lock."""
     (place / "parting.py").write_text(PARTING)
     recipe = place / "recipes" / "tiny" / "super_res.toml"
-    command = [*LAUNCHERS["replicated"][1:], "parting.py", str(recipe)]
+    command = [*LAUNCHERS["replicated"][1:], "parting.py", str(recipe), kind]
     run([sys.executable, *command], place)
     for rank in range(2):
         during, after = (place / f"threads-{rank}").read_text().splitlines()

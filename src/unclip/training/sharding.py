@@ -15,7 +15,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, debug, distribute_tensor
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from unclip.models.attention import AddedKeyValueAttention, PriorBlock
@@ -64,6 +64,17 @@ def sharded(module: nn.Module, device: torch.device) -> nn.Module:
 def is_sharded(module: nn.Module) -> bool:
     """Whether a module came from `sharded`."""
     return isinstance(module, FSDPModule)
+
+
+def leave_group(module: nn.Module) -> None:
+    """Have a module of shards, which is used no more, hold the processes' group no longer.
+
+    Its meshes hold it, and so does what torch remembers of operations on shards. There is no public way.
+    """
+    for mesh in {parameter.device_mesh for parameter in module.parameters() if isinstance(parameter, DTensor)}:
+        getattr(mesh, "_pg_registry", {}).clear()
+    for name in ("_clear_sharding_prop_cache", "_clear_fast_path_sharding_prop_cache"):
+        getattr(debug, name, lambda: None)()  # not every version has both
 
 
 def share_of(tensor: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from unclip.errors import Cancelled, ConfigError, DataError, TrainingError
 from unclip.training.optimizer import learning_rate, make_optimizer
 from unclip.training.recipe import Recipe, as_dict
-from unclip.training.sharding import is_sharded, sharded, share_of, shared_like, shares_of, whole
+from unclip.training.sharding import is_sharded, leave_group, sharded, share_of, shared_like, shares_of, whole
 from unclip.training.state import RunFolder, Snapshot, flat, optimizer_tensors, restore_optimizer
 from unclip.training.task import Batch, Limited, Task, computes_on_cpu, mixed_precision
 
@@ -359,8 +359,13 @@ class Trainer:
         """Close the trackers and the processes' group.
 
         DDP's reducer must go before the group: whoever drops the group last waits for its thread, and that may wait for
-        the interpreter's lock; the group's own Python object lets go of the lock, the reducer does not.
+        the interpreter's lock; the group's own Python object lets go of the lock, the reducer does not. Shards hold the
+        group too, and would still when the interpreter ends.
         """
+        if is_sharded(self.weights):
+            leave_group(self.weights)
+            self.weights, self.ema = self.task.module, {}
+            del self.optimizer
         if self.module is not self.weights:
             self.module = self.weights
             self.accelerator.free_memory()
