@@ -26,6 +26,7 @@ from unclip.data.source import FolderSource
 from unclip.diffusion.noise import NoiseSource, generators_from_seed
 from unclip.evaluation.exam import Exam
 from unclip.evaluation.judge import Candidates, Judge
+from unclip.images import grid, labelled
 from unclip.models.prior_autoregressive import dot_product
 from unclip.stages.condition import PriorCondition
 from unclip.stages.embedding import DiffusionEmbeddingSampler, EmbeddingSampler, sample_best
@@ -35,6 +36,8 @@ from unclip.training.conditions import FrozenClip
 
 ASSETS = Path(__file__).parents[1] / "src" / "unclip" / "assets"
 CANDIDATES = (1, 2, 4)
+SHOWN = ["lion", "rocket", "rose", "penguin", "sailboat", "red apple", "pizza", "butterfly"]
+"""Captions of the sheet."""
 SMOOTHING = 1.0
 """Added to each count of the unigram model, so that a code which was never seen has a chance too."""
 
@@ -149,6 +152,18 @@ def judged(
     return found
 
 
+def draw_sheet(pipe: UnCLIPPipeline, samplers: dict[str, EmbeddingSampler], clip: FrozenClip, scale: float, path: Path):
+    """A row of pictures for each prior, all with the same noise, the best of four candidates."""
+    cards = []
+    for kind, sampler in samplers.items():
+        embeddings = drawer(sampler, clip, scale, max(CANDIDATES))(clip.text.encode(SHOWN))
+        call = {name: value for name, value in pipe.recommended.items() if not name.startswith(("prior", "num_prior"))}
+        images = pipe(SHOWN, image_embeddings=embeddings, seed=list(range(len(SHOWN))), **call).images
+        assert isinstance(images, list)
+        cards += [labelled(image, f"{text}, {kind}") for image, text in zip(images, SHOWN, strict=True)]
+    grid(cards, columns=len(SHOWN), gap=8).quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     pipe = UnCLIPPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
@@ -165,6 +180,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "diffusion": DiffusionEmbeddingSampler(stage, scheduler.sampler(), timesteps),
         "autoregressive": AutoregressivePriorStage(prior, args.temperature, args.top_p),
     }
+    if args.sheet:
+        draw_sheet(pipe, samplers, clip, scale, args.sheet)
     source = FolderSource([args.data], (clip.image_size,))
     pictures = source.of_size(clip.image_size)
     table = clip.embeddings_of(pictures)
@@ -268,6 +285,7 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="pictures by DPM-Solver in 8 and 2 steps")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--sheet", type=Path, help="a PNG: a row of pictures for each prior")
     parser.add_argument("--out", type=Path, help="a JSON file for the numbers")
     args = parser.parse_args()
     with torch.no_grad():
