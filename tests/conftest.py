@@ -4,6 +4,7 @@
 changed; `own_pipeline` and `own_variation` belong to one test, which may do with them what it likes.
 """
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from torch import nn
 
 torch.set_num_threads(1)
+# A shell's background job is started with Ctrl-C ignored; the tests of Ctrl-C are of processes that are not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CONTEXT = 11  # with four extra tokens 15: no level of the decoder has as many pixels
 FEW = {"prior_num_inference_steps": 2, "decoder_num_inference_steps": 2, "super_res_num_inference_steps": 2}
