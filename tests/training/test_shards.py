@@ -273,7 +273,7 @@ def test_embeddings_computed_once_are_those_computed_each_time(
 def test_what_else_a_sample_says_is_embedded_with_it(pictures, clip_model, tmp_path):
     picture = next(pictures.rglob("*.png")).read_bytes()
     (tmp_path / "in").mkdir()
-    told = {"caption": "a", "weight": 0.5, "concept": "c"}
+    told = {"caption": "a", "weight": 0.5, "concept": "c", "note": "half a smile \ud83d"}
     write_shards(iter([("k", {"png": picture, "json": json.dumps(told).encode()})]), tmp_path / "in", per_shard=1)
     embed(tmp_path / "in", clip_model, tmp_path / "out")
     (sample,) = read_shard(str(tmp_path / "out" / "00000.tar"))

@@ -110,6 +110,6 @@ def _batch(
         content = io.BytesIO()
         np.save(content, embedding.numpy().astype(np.float16))
         said = about(raw) | {"captions": sample.captions, CLIP: encoder.fingerprint}
-        told = json.dumps(said, ensure_ascii=False).encode()
+        told = json.dumps(said).encode()  # plain ASCII: half a character in it stays what it is
         pictures = {name: raw.parts[name] for name in IMAGE_EXTENSIONS if keep_pictures and name in raw.parts}
         yield raw.key, {**pictures, "json": told, EMBEDDING: content.getvalue()}
