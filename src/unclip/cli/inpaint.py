@@ -92,24 +92,9 @@ From = Annotated[
 PriorSteps = Annotated[int | None, options.steps("prior", "of the prior, which turns words into an idea")]
 PriorGuidance = Annotated[float | None, options.guidance("prior", "idea is pushed towards the caption")]
 
-Height = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        metavar="PX",
-        help="Height of the result; goes with --width.",
-        show_default="the picture's shape, in the model's size",
-    ),
-]
-Width = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        metavar="PX",
-        help="Width of the result; goes with --height.",
-        show_default="the picture's shape, in the model's size",
-    ),
-]
+OWN_SIZE = "the picture's shape, in the model's size"
+Height = Annotated[int | None, options.side("Height of the result; goes with --width.", OWN_SIZE)]
+Width = Annotated[int | None, options.side("Width of the result; goes with --height.", OWN_SIZE)]
 
 
 def inpaint(

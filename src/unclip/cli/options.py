@@ -56,6 +56,11 @@ def guidance(name: str, what: str) -> typer.models.OptionInfo:
     )
 
 
+def side(what: str, default: str) -> typer.models.OptionInfo:
+    """The option for a side of the pictures, in pixels."""
+    return typer.Option(min=1, metavar="PX", help=what, show_default=default)
+
+
 def candidates(what: str, *, default: str = "the model's own, or 1") -> typer.models.OptionInfo:
     """The option for the candidates of the prior."""
     return typer.Option("--candidates", min=1, max=1000, metavar="N", help=what, show_default=default)
@@ -150,14 +155,8 @@ KeptDtype = Annotated[
 Device = Annotated[
     str, typer.Option(metavar="NAME", help="Where to compute: cpu, cuda, cuda:1, mps or xpu; auto: the best there is.")
 ]
-Height = Annotated[
-    int | None,
-    typer.Option(min=1, metavar="PX", help="Height of the pictures.", show_default="the model's own"),
-]
-Width = Annotated[
-    int | None,
-    typer.Option(min=1, metavar="PX", help="Width of the pictures.", show_default="the model's own"),
-]
+Height = Annotated[int | None, side("Height of the pictures.", "the model's own")]
+Width = Annotated[int | None, side("Width of the pictures.", "the model's own")]
 Tile = Annotated[
     int | None,
     typer.Option(

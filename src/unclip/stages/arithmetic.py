@@ -145,7 +145,6 @@ def turn(embedding: Tensor, direction: Tensor, strength: float | Tensor) -> Tens
     if not isinstance(direction, Tensor) or direction.ndim not in (1, 2) or direction.shape[-1] != embedding.shape[-1]:
         found = _shape(direction) if isinstance(direction, Tensor) else type(direction).__name__
         raise InputError(f"the direction is {found}; embeddings {_shape(embedding)} are turned by one of their width")
-    direction.expand_as(embedding) if direction.ndim == 1 else direction
     scale = embedding.float().norm(dim=-1, keepdim=True) / _norm(direction.float(), "direction")
     return slerp(embedding, direction.float() * scale, strength)
 
