@@ -19,13 +19,16 @@ from unclip.cli.options import Dtype
 from unclip.cli.probe import drawn
 from unclip.cli.workbench import Workbench, read_part
 from unclip.errors import InputError
+from unclip.images import open_image
 from unclip.models.pca import PrincipalComponents
 from unclip.pipelines import text_to_image as text_to_image_module
 from unclip.pipelines.manipulation import Manipulator
+from unclip.pipelines.pacing import even_places
 
 from .test_generate import alike
 
 FEW = ["--decoder-steps", "3", "--super-res-steps", "2"]
+GUIDED = {"decoder_num_inference_steps": 3, "decoder_guidance_scale": 2.0}
 
 
 @pytest.fixture
@@ -294,7 +297,8 @@ def test_the_structure_is_of_the_models_own_size(run, side):
 
 
 def test_interpolation_of_pictures(run):
-    done = run("interpolate", "cat.png", "dog.png", "--frames", 3, "--grid", "--film", "gif", "--batch-size", 3)
+    turns = ("--spacing", "turns", "--batch-size", 3)
+    done = run("interpolate", "cat.png", "dog.png", "--frames", 3, "--grid", "--film", "gif", *turns)
     assert names(done) == [
         *(f"cat-to-dog-{i:03d}-0.png" for i in range(4)),
         "cat-to-dog-0-grid.png",
@@ -311,6 +315,45 @@ def test_interpolation_of_pictures(run):
     with Image.open(done.lines[-1]) as film:
         assert film.n_frames == 6  # there and back, the ends once
         assert film.info["loop"] == 0
+
+
+def test_frames_stand_where_pictures_differ_equally(run, model, files):
+    """By default, and with the settings that the frames are drawn with; every point stays a frame."""
+    way = ("interpolate", "cat.png", "dog.png", "cat.png", "--frames", 4, "--decoder-guidance", 2, "--json")
+    turns, evenly, batched = (
+        [json.loads(line) for line in run(*way, *more).lines]
+        for more in (("--spacing", "turns"), (), ("--spacing", "jumps", "--batch-size", 2))
+    )
+    assert [each["share"] for each in turns] == [0, 0.25, 0.5, 0.75] * 2 + [1]
+    assert [each["settings"]["spacing"] for each in (turns[0], evenly[0], batched[0])] == ["turns", "jumps", "jumps"]
+    assert [each["share"] for each in batched] == pytest.approx([each["share"] for each in evenly], abs=2e-4)
+
+    tool = Manipulator.from_pretrained(model)
+    points = tool.invert([open_image(files / name) for name in ("cat.png", "dog.png", "cat.png")], **GUIDED)
+    wanted = even_places(tool, points, 3, **GUIDED)
+    assert [(each["from"], each["to"]) for each in evenly] == [("cat.png", "dog.png")] * 4 + [
+        ("dog.png", "cat.png")
+    ] * 5
+    assert [(place >= 4) + each["share"] for place, each in enumerate(evenly)] == pytest.approx(wanted, abs=2e-4)
+    assert max(abs(a["share"] - b["share"]) for a, b in zip(evenly, turns, strict=True)) > 0.01
+
+
+def test_the_noise_is_that_of_the_frames(run):
+    """With one noise pictures differ otherwise, and so their frames stand elsewhere."""
+    way = ("interpolate", "cat.png", "dog.png", "--frames", 3, "--json")
+    turned, kept = ([json.loads(line)["share"] for line in run(*way, *more).lines] for more in ((), ("--one-noise",)))
+    assert turned != kept
+
+
+def test_memory_that_placing_needs(run, monkeypatch):
+    def full(*given, **named):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(Manipulator, "decode_small", full)
+    done = run("interpolate", "cat.png", "dog.png", "--frames", 3)
+    assert (done.code, done.out) == (1, "")
+    assert "--batch-size" in done.err
+    assert run("interpolate", "cat.png", "dog.png", "--frames", 3, "--spacing", "turns").code == 0
 
 
 def test_one_noise_keeps_the_first(run):

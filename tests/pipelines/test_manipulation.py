@@ -27,9 +27,11 @@ from unclip.images import to_square
 from unclip.models.pca import PrincipalComponents
 from unclip.pipelines.fingerprints import fingerprint
 from unclip.pipelines.manipulation import Manipulator, recorded_settings
+from unclip.pipelines.pacing import even_places
 from unclip.stages import embedding
 from unclip.stages.arithmetic import difference
-from unclip.stages.manipulation import BipartiteLatent, edit, interpolate
+from unclip.stages.manipulation import BipartiteLatent, edit, interpolate, path_at
+from unclip.stages.pacing import equal_turns, jumps
 
 STEPS = {"decoder_num_inference_steps": 6, "super_res_num_inference_steps": 3}
 
@@ -189,6 +191,71 @@ def test_the_ends_of_an_interpolation_are_the_reconstructions(tool, pictures):
     assert distance(path[0], alone[0]) < 1e-4
     assert distance(path[-1], alone[1]) < 1e-4
     assert distance(path[2], alone[0]) > 1e-2
+
+
+def test_the_decoders_pictures_alone(tool, pictures):
+    """Those that `decode` enlarges, with every setting that the decoder has; nothing after them runs."""
+    given = {"decoder_num_inference_steps": 6, "decoder_guidance_scale": 3.0, "prompt": "a cat"}
+    latent, heard = tool.invert(pictures, **STEPS), []
+    whole = tool.decode(
+        latent, output_type="pt", return_intermediates=True, super_res_num_inference_steps=3, **given
+    ).small_images
+
+    def hear(pipe, step, timestep, tensors):
+        heard.append(step)
+        return tensors
+
+    small = tool.decode_small(latent, callback_on_step_end=hear, **given)
+    torch.testing.assert_close(small, whole, rtol=0, atol=1e-6)
+    assert len(heard) == 6
+    for name in given:
+        assert distance(tool.decode_small(latent, **{other: given[other] for other in given if other != name}), small)
+    for wrong in ({"decoder_num_inference_steps": 0}, {"decoder_guidance_scale": float("nan")}, {"prompt": 3}):
+        with pytest.raises(InputError):
+            tool.decode_small(latent, **wrong)
+    with pytest.raises(InputError, match="decoder_latents"):
+        tool.decode_small(BipartiteLatent(latent.image_embedding, torch.zeros(2, 3, 4, 4)))
+
+
+@pytest.mark.parametrize("one_noise", [False, True])
+def test_frames_are_placed_by_what_is_drawn(tool, pictures, one_noise):
+    """More evenly with each round, in batches as well, each leg on its own, with all settings of the decoder."""
+    first, second = (tool.invert(picture, **STEPS) for picture in pictures)
+    points = first.join(second, tool.fresh(first.image_embedding * 0.5 + second.image_embedding * 0.7, seed=2))
+    given = {"decoder_num_inference_steps": 6, "decoder_guidance_scale": 2.0, "prompt": "a cat"}
+
+    def unevenness(places):
+        assert places[::5] == [0, 1, 2]
+        steps = jumps(tool.decode_small(path_at(points, places, one_noise=one_noise), **given)).view(2, 5)
+        return (steps.max(dim=1).values / steps.mean(dim=1)).max()
+
+    rounds = [even_places(tool, points, 4, one_noise=one_noise, num_rounds=n, **given) for n in (0, 1, 4)]
+    assert rounds[0] == equal_turns(3, 4)
+    turns, _, jumped = map(unevenness, rounds)
+    assert jumped < 1 + (turns - 1) * 0.5
+    assert jumped < 1.2
+    in_batches = even_places(tool, points, 4, one_noise=one_noise, num_rounds=4, batch_size=3, **given)
+    assert in_batches == pytest.approx(rounds[-1], abs=1e-4)
+    one_leg = even_places(tool, points.select([0, 1]), 4, one_noise=one_noise, num_rounds=4, **given)
+    assert one_leg == pytest.approx(rounds[-1][:6], abs=1e-4)
+    assert even_places(tool, points, 0) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"num_between": -1}, "num_between"),
+        ({"num_rounds": 0.5}, "num_rounds"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"decoder_num_inference_steps": 0}, "steps"),
+    ],
+)
+def test_what_placing_refuses(tool, pictures, wrong, words):
+    latent = tool.invert(pictures, **STEPS)
+    with pytest.raises(InputError, match=words):
+        even_places(tool, latent, **{"num_between": 2, **wrong})
+    with pytest.raises(InputError, match="two or more"):
+        even_places(tool, latent.select([0]), 2)
 
 
 def test_an_edit_changes_the_picture_by_its_strength(tool, pictures):
@@ -527,10 +594,12 @@ def test_the_built_in_model_brings_pictures_back(built_in, drawn):
 
 @pytest.mark.slow
 def test_the_built_in_model_goes_smoothly_from_picture_to_picture(built_in, drawn):
-    frames = built_in.decode(interpolate(built_in.invert(drawn), 9), output_type="pt").images
-    jumps = (frames[1:] - frames[:-1]).square().flatten(1).mean(dim=1).sqrt()
-    assert float(jumps.max()) <= 3 * float(jumps.median())
-    assert float(jumps.min()) > 0
+    """Large pictures too, though the frames are placed by small ones."""
+    latent = built_in.invert(drawn)
+    frames = built_in.decode(path_at(latent, even_places(built_in, latent, 9)), output_type="pt").images
+    steps = jumps(frames)
+    assert float(steps.max()) <= 2 * float(steps.median())
+    assert float(steps.min()) > 0
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from unclip import InputError
 from unclip.stages import arithmetic
 from unclip.stages.arithmetic import blend, difference, slerp, slerp_path, turn
+from unclip.stages.pacing import equal_turns
 
 quick = settings(deadline=None, max_examples=60)
 
@@ -95,7 +96,7 @@ def test_what_slerp_refuses(a, b, share, words):
 
 def test_a_path_through_points():
     points = vectors(0, rows=3, norm=5)
-    path = slerp_path(points, 3)
+    path = slerp_path(points, equal_turns(3, 3))
     assert path.shape == (9, 16)
     assert torch.equal(path[[0, 4, 8]], points)
     torch.testing.assert_close(path[5:6], slerp(points[1:2], points[2:3], 0.25))
@@ -112,19 +113,35 @@ def test_a_path_is_walked_one_step_at_a_time(monkeypatch):
         return slerp(start, end, share)
 
     monkeypatch.setattr(arithmetic, "slerp", spy)
-    path = slerp_path(points, 9)
-    assert rows == [1] * 20
+    path = slerp_path(points, equal_turns(3, 9))
+    assert rows == [1] * 21
     start, end = (part.repeat_interleave(10, dim=0) for part in (points[:-1], points[1:]))
     at_once = slerp(start, end, (torch.arange(10) / 10).double().repeat(2))
     torch.testing.assert_close(path[:-1], at_once, rtol=0, atol=1e-6)
 
 
+def test_places_may_lie_anywhere():
+    points = vectors(0, rows=3, norm=5)
+    path = slerp_path(points, [1.7, 2, 0.25, 1, torch.pi / 4])
+    assert torch.equal(path[[1, 3]], points[[2, 1]])
+    torch.testing.assert_close(path[:1], slerp(points[1:2], points[2:], 0.7))
+    torch.testing.assert_close(path[4:], slerp(points[:1], points[1:2], math.pi / 4))
+
+
 @pytest.mark.parametrize(
-    ("rows", "between", "words"), [(1, 3, "two or more"), (2, -1, "num_between"), (2, 0.5, "num_")]
+    ("rows", "places", "words"),
+    [
+        (1, [0.0], "two or more"),
+        (2, [], "needs one"),
+        (2, [0, 1.01], "from 0 to 1"),
+        (3, [-0.1], "from 0 to 2"),
+        (2, [math.nan], "nan"),
+        (2, ["0.5"], "places are"),
+    ],
 )
-def test_paths_that_there_are_none_of(rows, between, words):
+def test_places_that_are_on_no_path(rows, places, words):
     with pytest.raises(InputError, match=words):
-        slerp_path(vectors(0, rows=rows), between)
+        slerp_path(vectors(0, rows=rows), places)
 
 
 @quick

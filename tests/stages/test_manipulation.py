@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from unclip import CheckpointError, ConfigError, InputError, OutputExistsError, WeightsError
 from unclip.models.pca import PrincipalComponents
 from unclip.stages.arithmetic import slerp, turn
-from unclip.stages.manipulation import KIND, BipartiteLatent, edit, interpolate, probe
+from unclip.stages.manipulation import KIND, BipartiteLatent, edit, interpolate, path_at, probe
 
 
 def latent(rows=2, seed=0, super_res=True):
@@ -97,6 +97,17 @@ def test_interpolation_passes_through_all_rows():
         assert torch.equal(getattr(path, name)[[0, 5, 10]], getattr(three, name))
         between = slerp(getattr(three, name)[:1], getattr(three, name)[1:2], 0.4)
         torch.testing.assert_close(getattr(path, name)[2:3], between)
+
+
+def test_a_path_at_places():
+    three = latent(3)
+    path = path_at(three, [2, 1.25, 0])
+    assert torch.equal(path.decoder_latents[[0, 2]], three.decoder_latents[[2, 0]])
+    for name in ("image_embedding", "decoder_latents", "super_res_latents"):
+        given = getattr(three, name)
+        torch.testing.assert_close(getattr(path, name)[1:2], slerp(given[1:2], given[2:], 0.25))
+    with pytest.raises(InputError, match="from 0 to 2"):
+        path_at(three, [2.5], one_noise=True)
 
 
 def test_interpolation_with_one_noise():

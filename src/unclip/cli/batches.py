@@ -5,6 +5,7 @@ Knows neither captions nor pictures given, only what a wish is called. Called by
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,9 @@ def make_all(
     """
     try:
         for batch in batches:
-            _save(batch, _drawn(batch, draw), album, about)
+            with within_memory(len(batch)):
+                images = draw(batch)
+            _save(batch, images, album, about)
     except UnclipError as problem:
         if not album.num_saved:
             raise
@@ -89,14 +92,16 @@ def finish(album: Album, num_failed: int) -> None:
         raise typer.Exit(SOME_FAILED if album.num_saved else 1)
 
 
-def _drawn(batch: list[Wish], draw: Callable[[list[Wish]], "list[Image]"]) -> "list[Image]":
+@contextmanager
+def within_memory(batch_size: int) -> Iterator[None]:
+    """Raises: InputError that says what to do, when the device's memory does not hold what is done within."""
     import torch
 
     try:
-        return draw(batch)
+        yield
     except torch.OutOfMemoryError as problem:
         raise InputError(
-            f"the device's memory does not hold a batch of {len(batch)}: make --batch-size smaller, or try "
+            f"the device's memory does not hold a batch of {batch_size}: make --batch-size smaller, or try "
             "--dtype bfloat16 or --cpu-offload"
         ) from problem
 

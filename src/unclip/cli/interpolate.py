@@ -3,13 +3,15 @@
 Knows parts and options; the path itself is another module's affair.
 """
 
-import itertools
+from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from unclip.cli import options
+from unclip.cli.batches import within_memory
 from unclip.cli.film import FPS, Film, check_writer
 from unclip.cli.loading import Machine, decoder_settings, drawing_settings
 from unclip.cli.pictures import Album, slug
@@ -19,7 +21,15 @@ EXAMPLES = options.examples(
     "unclip interpolate cat.png dog.png --grid",
     'unclip interpolate "a red apple" "a pear" "a lemon" --frames 12 --film gif',
     "unclip interpolate cat.png dog.png --one-noise --film webp --out film",
+    "unclip interpolate cat.png dog.png --frames 3 --spacing turns --grid",
 )
+
+
+class Spacing(StrEnum):
+    """Where the frames of a path stand."""
+
+    jumps = "jumps"
+    turns = "turns"
 
 
 def interpolate(
@@ -33,6 +43,14 @@ def interpolate(
     one_noise: Annotated[
         bool, typer.Option("--one-noise", help="Keep the first one's noise throughout: only what is shown changes.")
     ] = False,
+    spacing: Annotated[
+        Spacing,
+        typer.Option(
+            metavar="HOW",
+            help="jumps: neighbouring pictures differ equally; the decoder draws the path twice to find out where. "
+            "turns: equal steps of the angle.",
+        ),
+    ] = Spacing.jumps,
     super_res: Annotated[
         bool, typer.Option("--super-res", help="Also invert super-resolution, so that the ends come back in detail.")
     ] = False,
@@ -66,8 +84,8 @@ def interpolate(
     """Go from one picture or caption to another, step by step.
 
     Pictures are inverted, so the first and the last frame are the given ones again; what is shown and the noise both
-    turn evenly on the way. Captions have the embeddings that `generate` draws for them with the same seed, and share
-    the decoder's noise. A film goes there and back. The paths are printed on stdout, one a line.
+    turn from the one's to the other's. Captions have the embeddings that `generate` draws for them with the same seed,
+    and share the decoder's noise. A film goes there and back. The paths are printed on stdout, one a line.
     """
     if len(parts) < 2:
         raise typer.BadParameter("name two or more pictures or captions")
@@ -85,26 +103,48 @@ def interpolate(
         drawing=drawing,
         parts=read,
         guidance=None if kinds == {"caption"} else NO_GUIDANCE,
-        ways={"one_noise": one_noise, "super_res": super_res},
+        ways={"one_noise": one_noise, "super_res": super_res, "spacing": spacing.value},
     )
 
-    from unclip.stages.manipulation import interpolate as path_through
+    from unclip.pipelines.pacing import NUM_ROUNDS, even_places
+    from unclip.stages.manipulation import path_at
 
     first, *others = latents = [bench.latent(part, seed=seed, super_res=super_res) for part in read]
-    latent = path_through(first.join(*others), frames - 1, one_noise=one_noise)
+    points = first.join(*others)
+    with within_memory(batch_size):
+        places = even_places(
+            bench.tool,
+            points,
+            frames - 1,
+            one_noise=one_noise,
+            num_rounds=NUM_ROUNDS if spacing is Spacing.jumps else 0,
+            batch_size=batch_size,
+            **bench.decoder_settings,
+        )
+    latent = path_at(points, places, one_noise=one_noise)
     read = [part for part, rows in zip(read, latents, strict=True) for _ in range(len(rows))]
-    facts = [{"from": a.name, "to": b.name, "share": share} for a, b, share in _places(read, frames)]
     whole = _whole(read)
     bench.draw(
-        latent, facts, album, stem, seed=seed, batch_size=batch_size, film=film, fps=fps, sheet=grid, whole=whole
+        latent,
+        _facts(read, places),
+        album,
+        stem,
+        seed=seed,
+        batch_size=batch_size,
+        film=film,
+        fps=fps,
+        sheet=grid,
+        whole=whole,
     )
 
 
-def _places(read: list[Part], frames: int) -> list[tuple[Part, Part, float]]:
-    """(from, to, share) of every frame."""
-    ways = list(itertools.pairwise(read))
-    found = [(a, b, round(step / frames, 4)) for a, b in ways for step in range(frames)]
-    return [*found, (*ways[-1], 1.0)]
+def _facts(read: list[Part], places: Sequence[float]) -> list[dict[str, object]]:
+    """Between which two every frame stands, and at which share of the angle from the one to the other."""
+    legs = [min(int(place), len(read) - 2) for place in places]
+    return [
+        {"from": read[leg].name, "to": read[leg + 1].name, "share": round(place - leg, 4)}
+        for leg, place in zip(legs, places, strict=True)
+    ]
 
 
 def _whole(read: list[Part]) -> dict[str, str]:

@@ -224,7 +224,7 @@ class Workbench:
         parts: Sequence[Part] = (),
         captions: bool | None = None,
         guidance: float | None,
-        ways: Mapping[str, bool] | None = None,
+        ways: Mapping[str, bool | str] | None = None,
     ) -> "Workbench":
         """Load what is needed, and no prior for pictures alone.
 
@@ -274,6 +274,11 @@ class Workbench:
         how = {**settings, **draws, **tile_fact(machine.tile), **(ways or {}), "dtype": machine.dtype.value}
         about = {"model": model_name(model), "settings": how}
         return cls(Manipulator(variation, text), settings, draws, about)
+
+    @property
+    def decoder_settings(self) -> dict[str, Any]:
+        """Those of the decoder alone."""
+        return {name: value for name, value in self.settings.items() if not name.startswith("super_res")}
 
     def latent(self, part: Part, *, seed: int, super_res: bool = False) -> "BipartiteLatent":
         """A picture inverted, all rows of a latent's file, or a caption's embedding with noise of the seed."""

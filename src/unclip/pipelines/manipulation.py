@@ -27,6 +27,7 @@ from unclip.diffusion.guidance import check_scale
 from unclip.diffusion.noise import NoiseSource, following_seed, generators_from_seed
 from unclip.diffusion.scheduler import DDIMScheduler
 from unclip.errors import CheckpointError, ImageError, InputError
+from unclip.images import to_unit
 from unclip.models.pca import PrincipalComponents
 from unclip.pipelines import fingerprints
 from unclip.pipelines.arguments import Callback, as_prompts, check_count, check_embeddings, check_latents
@@ -36,7 +37,7 @@ from unclip.pipelines.inversion import inverted, inverted_super_res
 from unclip.pipelines.output import ImagePipelineOutput
 from unclip.pipelines.text_to_image import UnCLIPPipeline
 from unclip.stages.arithmetic import difference
-from unclip.stages.condition import DecoderCondition
+from unclip.stages.condition import DecoderCondition, TextEmbedding
 from unclip.stages.decoder import DecoderStage
 from unclip.stages.encoders import ImageEncoder
 from unclip.stages.manipulation import BipartiteLatent
@@ -124,23 +125,19 @@ class Manipulator:
         """
         pipe = self.variation
         pipe.check()
-        check_scale(decoder_guidance_scale, "decoder_guidance_scale")
         pictures = [images] if isinstance(images, Image.Image) else images
         if not isinstance(pictures, Sequence) or not all(isinstance(picture, Image.Image) for picture in pictures):
             raise ImageError(f"the pictures to invert are {type(images).__name__}; give PIL pictures")
-        embeddings = self.embed_images(pictures)
-        decoder = StageRun(
-            self._setting("decoder_num_inference_steps", decoder_num_inference_steps, 25), decoder_guidance_scale
-        )
         ddim = self._deterministic(0.0)
+        decoder = self._decoder_run(ddim, decoder_num_inference_steps, decoder_guidance_scale)
         runs = {}
         if super_res:
             steps = self._setting("super_res_num_inference_steps", super_res_num_inference_steps, 7)
             runs = ddim._super_res_runs(steps, None, ddim._sizes(None, None))
-        for name, run in {"decoder": decoder, **runs}.items():
+        for name, run in runs.items():
             ddim._check_steps(name, run)
-        text = pipe._repeated_text(pipe._captions(prompt, 1), len(pictures), 1)
-        null_text = pipe._repeated_text([""], len(pictures), 1) if decoder.guided else None
+        embeddings = self.embed_images(pictures)
+        text, null_text = self._texts(prompt, len(pictures), decoder)
         null = None if null_text is None else DecoderCondition.null(null_text)
         condition = DecoderCondition.of(text, embeddings)
         told = {"num_rounds": num_rounds, "callback": callback_on_step_end}
@@ -207,6 +204,35 @@ class Manipulator:
         )
         assert isinstance(output, ImagePipelineOutput)
         return output
+
+    @torch.no_grad()
+    def decode_small(
+        self,
+        latent: BipartiteLatent,
+        *,
+        decoder_num_inference_steps: int | None = None,
+        decoder_guidance_scale: float = 1.0,
+        prompt: str | None = None,
+        callback_on_step_end: Callback | None = None,
+    ) -> Tensor:
+        """What the decoder alone makes of latents by DDIM without noise: `decode`'s pictures before super-resolution.
+
+        Arguments and errors as of `decode`; NonFiniteError when the pictures are NaN or infinity.
+
+        Returns: float32 [batch, 3, size, size] in [0, 1], on the CPU.
+        """
+        self.check_latent(latent)
+        check_count(1, len(latent))
+        pipe = self._deterministic(0.0)
+        pipe.check()
+        run = self._decoder_run(pipe, decoder_num_inference_steps, decoder_guidance_scale)
+        text, null_text = self._texts(prompt, len(latent), run)
+        call = Call(NoiseSource(None, len(latent)), callback_on_step_end)
+        embeddings = latent.image_embedding.to(pipe.device).float()
+        small = pipe._decode(text, null_text, embeddings, replace(run, latents=latent.decoder_latents), call)
+        pipe.maybe_free_model_hooks()
+        pipe._check_finite({"decoder's pictures": small})
+        return to_unit(small).cpu()
 
     def fresh(self, image_embedding: Tensor, seed: int = 0) -> BipartiteLatent:
         """Latents of embeddings [batch, embedding_dim] that were never a picture: one noise, drawn by `seed`, for all.
@@ -415,6 +441,21 @@ class Manipulator:
             return given
         pipe = self.text if "prior" in name and self.text is not None else self.variation
         return pipe.recommended.get(name, default)
+
+    def _decoder_run(
+        self, pipe: UnCLIPImageVariationPipeline, num_steps: int | None, guidance_scale: float
+    ) -> StageRun:
+        """How the decoder runs. Raises: InputError for a number of steps or a scale that cannot be."""
+        check_scale(guidance_scale, "decoder_guidance_scale")
+        run = StageRun(self._setting("decoder_num_inference_steps", num_steps, 25), guidance_scale)
+        pipe._check_steps("decoder", run)
+        return run
+
+    def _texts(self, prompt: str | None, rows: int, run: StageRun) -> tuple[TextEmbedding, TextEmbedding | None]:
+        """What the decoder reads beside the embedding, and the empty caption where it is guided."""
+        pipe = self.variation
+        text = pipe._repeated_text(pipe._captions(prompt, 1), rows, 1)
+        return text, pipe._repeated_text([""], rows, 1) if run.guided else None
 
     def _deterministic(self, eta: float) -> UnCLIPImageVariationPipeline:
         """The same components (hooks and bars too) that sample by DDIM; the pipeline itself is left alone."""

@@ -4,6 +4,7 @@ Knows tensors alone: no network, no picture, no caption. Called by manipulations
 """
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -54,27 +55,28 @@ def slerp(start: Tensor, end: Tensor, share: float | Tensor) -> Tensor:
     return torch.where(at == 0, start.float(), torch.where(at == 1, end.float(), turned))
 
 
-def slerp_path(points: Tensor, num_between: int) -> Tensor:
-    """A path through all points: each, and `num_between` steps of `slerp` on the way to the next one.
+def slerp_path(points: Tensor, places: Sequence[float]) -> Tensor:
+    """Points of the path that goes through all given ones by `slerp`.
 
     Args:
         points: [num_points, ...], two or more.
-        num_between: 0 or more.
+        places: one or more, from 0, the first point, to num_points - 1, the last; 1.25 is a quarter of the angle from
+            the second to the third.
 
-    Returns: float32 [(num_points - 1) * (num_between + 1) + 1, ...]; the points themselves are in it unchanged.
+    Returns: float32 [len(places), ...]; where a place is whole, exactly the point itself.
 
-    Raises: InputError for fewer than two points or a number below 0; else as `slerp`.
+    Raises: InputError for fewer than two points, no place or one beyond the ends; else as `slerp`.
     """
-    if len(points) < 2:
+    last = len(points) - 1
+    if last < 1:
         raise InputError(f"there are {len(points)} points; a path needs two or more")
-    if isinstance(num_between, bool) or not isinstance(num_between, int) or num_between < 0:
-        raise InputError(f"num_between is {num_between!r}; it must be a whole number from 0")
-    steps = num_between + 1
-    path = points.new_empty((len(points) - 1) * steps + 1, *points.shape[1:], dtype=torch.float32)
-    for place in range(len(path) - 1):  # one at a time: in float64 a step takes many times the room of its result
-        point, step = divmod(place, steps)
-        path[place] = slerp(points[point : point + 1], points[point + 1 : point + 2], step / steps)[0]
-    path[-1] = points[-1]
+    if not len(places) or not all(isinstance(place, Real) and 0 <= place <= last for place in places):
+        found = f"places are {list(places)!r:.100}"
+        raise InputError(f"{found}; a path through {len(points)} points has those from 0 to {last}, and needs one")
+    path = points.new_empty(len(places), *points.shape[1:], dtype=torch.float32)
+    for row, place in enumerate(places):  # one at a time: in float64 a step takes many times the room of its result
+        leg = min(int(place), last - 1)
+        path[row] = slerp(points[leg : leg + 1], points[leg + 1 : leg + 2], float(place) - leg)[0]
     return path
 
 

@@ -18,6 +18,7 @@ from unclip.checkpoints.tensor_file import read_tensor_file, write_tensor_file
 from unclip.errors import ConfigError, InputError, WeightsError
 from unclip.models.pca import PrincipalComponents
 from unclip.stages.arithmetic import exact_type, slerp_path, turn
+from unclip.stages.pacing import equal_turns
 
 KIND = "unclip bipartite latent"
 VERSION = 1
@@ -141,22 +142,35 @@ class BipartiteLatent:
 
 
 def interpolate(latent: BipartiteLatent, num_between: int, *, one_noise: bool = False) -> BipartiteLatent:
-    """A path through the rows: spherical in the embedding, and in the noise too (paper §3.2, figure 4).
+    """A path through the rows in equal turns: spherical in the embedding, and in the noise too (paper §3.2, figure 4).
 
     Args:
         latent: two rows or more.
         num_between: frames between a row and the next one, 0 or more.
-        one_noise: every frame keeps the first row's noise, so that only what is shown changes. Frames at the other
-            rows are then no reconstructions any more.
+        one_noise: as of `path_at`.
 
     Returns: (rows - 1) * (num_between + 1) + 1 rows; the given ones are among them.
 
     Raises: InputError for one row, or a number below 0.
     """
-    embeddings = slerp_path(latent.image_embedding, num_between)
+    return path_at(latent, equal_turns(len(latent), num_between), one_noise=one_noise)
+
+
+def path_at(latent: BipartiteLatent, places: Sequence[float], *, one_noise: bool = False) -> BipartiteLatent:
+    """Rows anywhere on the path of `interpolate`.
+
+    Args:
+        latent: two rows or more.
+        places: from 0, the first row, to the number of the last one; see `slerp_path`.
+        one_noise: every frame keeps the first row's noise, so that only what is shown changes. Frames at the other
+            rows are then no reconstructions any more.
+
+    Raises: InputError for one row, or a place beyond the ends.
+    """
+    embeddings = slerp_path(latent.image_embedding, places)
     if one_noise:
         return latent.select([0]).showing(embeddings)
-    noise = [slerp_path(each, num_between) for each in (latent.decoder_latents, *latent.super_res_noise)]
+    noise = [slerp_path(each, places) for each in (latent.decoder_latents, *latent.super_res_noise)]
     return BipartiteLatent.of(embeddings, *noise)
 
 
