@@ -17,9 +17,8 @@ import torch
 from unclip.data.folder import read_records
 from unclip.images import open_image
 from unclip.pipelines.manipulation import Manipulator
-from unclip.pipelines.pacing import NUM_ROUNDS, even_places
 from unclip.stages.manipulation import path_at
-from unclip.stages.pacing import jumps
+from unclip.stages.pacing import NUM_ROUNDS, even_places, jumps
 
 CAPTIONS = [
     ("red apple", "banana"), ("cat face", "dog face"), ("red heart", "blue heart"), ("rocket", "automobile"),
@@ -54,7 +53,7 @@ def main() -> None:
         for rounds in asked.rounds:
             ratios, off = [], []
             for each, own in zip(ends, alone, strict=True):
-                places = even_places(tool, each, asked.num_between, num_rounds=rounds)
+                places = even_places(each, asked.num_between, tool.decode_small, num_rounds=rounds)
                 path = tool.decode_small(path_at(each, places))
                 steps = jumps(path)
                 ratios.append(float(steps.max() / steps.median()))

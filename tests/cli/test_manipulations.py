@@ -23,7 +23,7 @@ from unclip.images import open_image
 from unclip.models.pca import PrincipalComponents
 from unclip.pipelines import text_to_image as text_to_image_module
 from unclip.pipelines.manipulation import Manipulator
-from unclip.pipelines.pacing import even_places
+from unclip.stages.pacing import even_places
 
 from .test_generate import alike
 
@@ -330,7 +330,7 @@ def test_frames_stand_where_pictures_differ_equally(run, model, files):
 
     tool = Manipulator.from_pretrained(model)
     points = tool.invert([open_image(files / name) for name in ("cat.png", "dog.png", "cat.png")], **GUIDED)
-    wanted = even_places(tool, points, 3, **GUIDED)
+    wanted = even_places(points, 3, functools.partial(tool.decode_small, **GUIDED))
     assert [(each["from"], each["to"]) for each in evenly] == [("cat.png", "dog.png")] * 4 + [
         ("dog.png", "cat.png")
     ] * 5

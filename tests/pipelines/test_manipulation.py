@@ -1,6 +1,7 @@
 """The manipulator on tiny random parts: inversion comes back, noise is shared, files are checked."""
 
 import copy
+import functools
 
 import numpy as np
 import pytest
@@ -26,12 +27,12 @@ from unclip.cli.workbench import _record
 from unclip.images import to_square
 from unclip.models.pca import PrincipalComponents
 from unclip.pipelines.fingerprints import fingerprint
-from unclip.pipelines.manipulation import Manipulator, recorded_settings
-from unclip.pipelines.pacing import even_places
+from unclip.pipelines.manipulation import Manipulator
+from unclip.pipelines.model_files import recorded_settings
 from unclip.stages import embedding
 from unclip.stages.arithmetic import difference
 from unclip.stages.manipulation import BipartiteLatent, edit, interpolate, path_at
-from unclip.stages.pacing import equal_turns, jumps
+from unclip.stages.pacing import even_places, jumps
 
 STEPS = {"decoder_num_inference_steps": 6, "super_res_num_inference_steps": 3}
 
@@ -219,43 +220,17 @@ def test_the_decoders_pictures_alone(tool, pictures):
 
 @pytest.mark.parametrize("one_noise", [False, True])
 def test_frames_are_placed_by_what_is_drawn(tool, pictures, one_noise):
-    """More evenly with each round, in batches as well, each leg on its own, with all settings of the decoder."""
-    first, second = (tool.invert(picture, **STEPS) for picture in pictures)
-    points = first.join(second, tool.fresh(first.image_embedding * 0.5 + second.image_embedding * 0.7, seed=2))
-    given = {"decoder_num_inference_steps": 6, "decoder_guidance_scale": 2.0, "prompt": "a cat"}
-
-    def unevenness(places):
-        assert places[::5] == [0, 1, 2]
-        steps = jumps(tool.decode_small(path_at(points, places, one_noise=one_noise), **given)).view(2, 5)
-        return (steps.max(dim=1).values / steps.mean(dim=1)).max()
-
-    rounds = [even_places(tool, points, 4, one_noise=one_noise, num_rounds=n, **given) for n in (0, 1, 4)]
-    assert rounds[0] == equal_turns(3, 4)
-    turns, _, jumped = map(unevenness, rounds)
-    assert jumped < 1 + (turns - 1) * 0.5
-    assert jumped < 1.2
-    in_batches = even_places(tool, points, 4, one_noise=one_noise, num_rounds=4, batch_size=3, **given)
-    assert in_batches == pytest.approx(rounds[-1], abs=1e-4)
-    one_leg = even_places(tool, points.select([0, 1]), 4, one_noise=one_noise, num_rounds=4, **given)
-    assert one_leg == pytest.approx(rounds[-1][:6], abs=1e-4)
-    assert even_places(tool, points, 0) == [0, 1, 2]
-
-
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
-        ({"num_between": -1}, "num_between"),
-        ({"num_rounds": 0.5}, "num_rounds"),
-        ({"batch_size": 0}, "batch_size"),
-        ({"decoder_num_inference_steps": 0}, "steps"),
-    ],
-)
-def test_what_placing_refuses(tool, pictures, wrong, words):
+    """With all settings that the decoder has."""
     latent = tool.invert(pictures, **STEPS)
-    with pytest.raises(InputError, match=words):
-        even_places(tool, latent, **{"num_between": 2, **wrong})
-    with pytest.raises(InputError, match="two or more"):
-        even_places(tool, latent.select([0]), 2)
+    settings = {"decoder_num_inference_steps": 6, "decoder_guidance_scale": 2.0, "prompt": "a cat"}
+    draw = functools.partial(tool.decode_small, **settings)
+
+    def unevenness(num_rounds):
+        places = even_places(latent, 4, draw, one_noise=one_noise, num_rounds=num_rounds)
+        steps = jumps(draw(path_at(latent, places, one_noise=one_noise)))
+        return float(steps.max() / steps.mean())
+
+    assert unevenness(4) < 1 + (unevenness(0) - 1) * 0.5
 
 
 def test_an_edit_changes_the_picture_by_its_strength(tool, pictures):
@@ -596,7 +571,7 @@ def test_the_built_in_model_brings_pictures_back(built_in, drawn):
 def test_the_built_in_model_goes_smoothly_from_picture_to_picture(built_in, drawn):
     """Large pictures too, though the frames are placed by small ones."""
     latent = built_in.invert(drawn)
-    frames = built_in.decode(path_at(latent, even_places(built_in, latent, 9)), output_type="pt").images
+    frames = built_in.decode(path_at(latent, even_places(latent, 9, built_in.decode_small)), output_type="pt").images
     steps = jumps(frames)
     assert float(steps.max()) <= 2 * float(steps.median())
     assert float(steps.min()) > 0

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from unclip import InputError
 from unclip.stages import arithmetic
-from unclip.stages.arithmetic import blend, difference, slerp, slerp_path, turn
-from unclip.stages.pacing import equal_turns
+from unclip.stages.arithmetic import blend, difference, equal_turns, slerp, slerp_path, turn
 
 quick = settings(deadline=None, max_examples=60)
 
@@ -118,6 +117,20 @@ def test_a_path_is_walked_one_step_at_a_time(monkeypatch):
     start, end = (part.repeat_interleave(10, dim=0) for part in (points[:-1], points[1:]))
     at_once = slerp(start, end, (torch.arange(10) / 10).double().repeat(2))
     torch.testing.assert_close(path[:-1], at_once, rtol=0, atol=1e-6)
+
+
+def test_equal_turns():
+    assert equal_turns(3, 1) == [0, 0.5, 1, 1.5, 2]
+    assert equal_turns(2, 0) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("points", "between", "words"),
+    [(1, 3, "two or more"), (2, -1, "num_between"), (2, 0.5, "num_between"), (2, True, "num_between")],
+)
+def test_turns_that_there_are_none_of(points, between, words):
+    with pytest.raises(InputError, match=words):
+        equal_turns(points, between)
 
 
 def test_places_may_lie_anywhere():

@@ -1,4 +1,4 @@
-"""Where frames stand: in equal turns, and where pictures differ equally."""
+"""Where frames stand: as pictures differ equally, of a known way and of one that is drawn for it."""
 
 import pytest
 import torch
@@ -6,26 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unclip.errors import InputError
-from unclip.stages.pacing import equal_jumps, equal_turns, jumps
+from unclip.stages.arithmetic import equal_turns
+from unclip.stages.manipulation import BipartiteLatent, path_at
+from unclip.stages.pacing import equal_jumps, even_places, jumps
 
 
 def grey(values):
     """Pictures [count, 3, 2, 2] of one grey each: a jump is the difference of two."""
     return torch.tensor(values, dtype=torch.float32)[:, None, None, None].expand(-1, 3, 2, 2)
-
-
-def test_equal_turns():
-    assert equal_turns(3, 1) == [0, 0.5, 1, 1.5, 2]
-    assert equal_turns(2, 0) == [0, 1]
-
-
-@pytest.mark.parametrize(
-    ("points", "between", "words"),
-    [(1, 3, "two or more"), (2, -1, "num_between"), (2, 0.5, "num_between"), (2, True, "num_between")],
-)
-def test_turns_that_there_are_none_of(points, between, words):
-    with pytest.raises(InputError, match=words):
-        equal_turns(points, between)
 
 
 def test_jumps_are_root_mean_squares():
@@ -61,3 +49,77 @@ def test_of_a_known_way_all_jumps_are_equal(steep, at, between):
     assert found == sorted(found)
     steps = jumps(drawn(found))
     assert float(steps.max() / steps.min()) < 1.02
+
+
+def points(rows):
+    """Latents with a right angle from each to the next, in embedding and noise alike."""
+    eye = torch.eye(rows)
+    return BipartiteLatent(eye, eye[:, None, None, :].expand(-1, 3, rows, -1).contiguous())
+
+
+class Drawing:
+    """Pictures of one grey that turns as the first row's share does, steeply at 30 degrees; it counts its batches."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, latent):
+        self.batches.append(len(latent))
+        angle = torch.atan2(latent.image_embedding[:, 1], latent.image_embedding[:, 0])
+        noise = latent.decoder_latents[:, 0, 0, 0]  # so that the noise counts too
+        return grey((torch.sigmoid((angle - torch.pi / 6) * 40) + noise * 0.1).tolist())
+
+
+@pytest.mark.parametrize("one_noise", [False, True])
+def test_each_round_is_more_even(one_noise):
+    draw, latent, found = Drawing(), points(2), []
+    for rounds in range(5):
+        places = even_places(latent, 7, draw, one_noise=one_noise, num_rounds=rounds)
+        assert len(places) == 9
+        steps = jumps(draw(path_at(latent, places, one_noise=one_noise)))
+        found.append(float(steps.max() / steps.median()))
+    assert found[0] > 5
+    assert found[2] < 2.2
+    assert found[4] < 1.1
+    assert even_places(latent, 7, draw, num_rounds=0) == equal_turns(2, 7)
+    defaults = even_places(latent, 7, draw)
+    assert defaults == even_places(latent, 7, draw, num_rounds=2)
+    assert defaults != even_places(latent, 7, draw, one_noise=True)
+
+
+def test_what_is_drawn_for_it():
+    draw = Drawing()
+    places = even_places(points(2), 7, draw, batch_size=4)
+    assert draw.batches == [4, 4, 1, 4, 3]  # the path, then the frames between the ends once more
+    assert even_places(points(2), 7, draw, batch_size=100) == places
+    draw.batches.clear()
+    assert even_places(points(3), 0, draw) == [0, 1, 2]
+    even_places(points(2), 7, draw, num_rounds=0)
+    assert draw.batches == []
+
+
+def test_each_leg_is_placed_on_its_own():
+    draw, three = Drawing(), points(3)
+    places = even_places(three, 4, draw)
+    assert places[::5] == [0, 1, 2]
+    assert places[:6] == pytest.approx(even_places(three.select([0, 1]), 4, draw), abs=1e-6)
+
+
+def test_a_way_on_which_nothing_changes():
+    same = points(2).select([0, 0])
+    assert even_places(same, 3, Drawing()) == equal_turns(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"num_between": -1}, "num_between"),
+        ({"num_rounds": -1}, "num_rounds"),
+        ({"num_rounds": 0.5}, "num_rounds"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"latent": points(2).select([0])}, "two or more"),
+    ],
+)
+def test_what_placing_refuses(wrong, words):
+    with pytest.raises(InputError, match=words):
+        even_places(**{"latent": points(2), "num_between": 2, "draw": Drawing(), **wrong})

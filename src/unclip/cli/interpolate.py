@@ -106,20 +106,19 @@ def interpolate(
         ways={"one_noise": one_noise, "super_res": super_res, "spacing": spacing.value},
     )
 
-    from unclip.pipelines.pacing import NUM_ROUNDS, even_places
     from unclip.stages.manipulation import path_at
+    from unclip.stages.pacing import NUM_ROUNDS, even_places
 
     first, *others = latents = [bench.latent(part, seed=seed, super_res=super_res) for part in read]
     points = first.join(*others)
     with within_memory(batch_size):
         places = even_places(
-            bench.tool,
             points,
             frames - 1,
+            bench.decode_small,
             one_noise=one_noise,
             num_rounds=NUM_ROUNDS if spacing is Spacing.jumps else 0,
             batch_size=batch_size,
-            **bench.decoder_settings,
         )
     latent = path_at(points, places, one_noise=one_noise)
     read = [part for part, rows in zip(read, latents, strict=True) for _ in range(len(rows))]

@@ -275,11 +275,6 @@ class Workbench:
         about = {"model": model_name(model), "settings": how}
         return cls(Manipulator(variation, text), settings, draws, about)
 
-    @property
-    def decoder_settings(self) -> dict[str, Any]:
-        """Those of the decoder alone."""
-        return {name: value for name, value in self.settings.items() if not name.startswith("super_res")}
-
     def latent(self, part: Part, *, seed: int, super_res: bool = False) -> "BipartiteLatent":
         """A picture inverted, all rows of a latent's file, or a caption's embedding with noise of the seed."""
         if part.kind == "latent":
@@ -299,6 +294,11 @@ class Workbench:
     def caption(self, part: Part, seeds: Sequence[int]) -> "Tensor":
         """A caption's embedding by each of the seeds [len(seeds), embedding_dim]."""
         return self.tool.embed_captions([part.text] * len(seeds), seed=seeds, **self.drawing)
+
+    def decode_small(self, latent: "BipartiteLatent") -> "Tensor":
+        """The decoder's pictures of latents, with the command's settings, before super-resolution."""
+        own = {name: value for name, value in self.settings.items() if not name.startswith("super_res")}
+        return self.tool.decode_small(latent, **own)  # type: ignore[arg-type]
 
     def draw(
         self,

@@ -12,8 +12,7 @@ users and by the commands.
 """
 
 import copy
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -22,18 +21,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unclip.checkpoints.record import TILE, read_record, record_texts
 from unclip.diffusion.guidance import check_scale
 from unclip.diffusion.noise import NoiseSource, following_seed, generators_from_seed
 from unclip.diffusion.scheduler import DDIMScheduler
-from unclip.errors import CheckpointError, ImageError, InputError
+from unclip.errors import CheckpointError, ImageError
 from unclip.images import to_unit
 from unclip.models.pca import PrincipalComponents
-from unclip.pipelines import fingerprints
-from unclip.pipelines.arguments import Callback, as_prompts, check_count, check_embeddings, check_latents
+from unclip.pipelines.arguments import Callback, as_prompts, check_count, check_embeddings
 from unclip.pipelines.generation import Call, StageRun
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 from unclip.pipelines.inversion import inverted, inverted_super_res
+from unclip.pipelines.model_files import ModelFiles
 from unclip.pipelines.output import ImagePipelineOutput
 from unclip.pipelines.text_to_image import UnCLIPPipeline
 from unclip.stages.arithmetic import difference
@@ -45,8 +43,8 @@ from unclip.stages.manipulation import BipartiteLatent
 NUM_ROUNDS = 2
 
 
-class Manipulator:
-    """Inverts pictures, decodes latents, and reads captions as embeddings and directions.
+class Manipulator(ModelFiles):
+    """Inverts pictures, decodes latents, reads captions as embeddings and directions, and keeps them as files.
 
     It holds loaded pipelines and changes nothing in them. Steps and guidance are those that the model recommends
     unless a call says otherwise, but guidance is off (1) where a picture is inverted and decoded again.
@@ -58,7 +56,8 @@ class Manipulator:
     """
 
     def __init__(self, variation: UnCLIPImageVariationPipeline, text: UnCLIPPipeline | None = None) -> None:
-        self.variation, self.text = variation, text
+        super().__init__(variation)
+        self.text = text
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path = "unclip-emoji", **options: Any) -> Self:
@@ -339,100 +338,6 @@ class Manipulator:
             self.variation.maybe_free_model_hooks()
         return difference(both[0], both[1])
 
-    # ---- files ----
-
-    def save(
-        self,
-        latent: BipartiteLatent,
-        path: str | os.PathLike[str],
-        *,
-        settings: Mapping[str, Any] | None = None,
-        about: Mapping[str, str] | None = None,
-        overwrite: bool = False,
-    ) -> Path:
-        """Write a latent with fingerprints of this model's decoder, and of super-resolution where its noise is kept.
-
-        Args:
-            latent: of any number of rows.
-            path: ends in .safetensors.
-            settings: steps, guidance and prompt of the inversion, by `invert`'s argument names (and the tile, see
-                `unclip.checkpoints.record`): decoding needs the same. `recorded_settings` reads them again, as the
-                commands do.
-            about: further texts to keep.
-            overwrite: replace a file that is there.
-
-        Raises: as `write_tensor_file`; InputError for settings of other names, or that are no numbers.
-        """
-        noise = fingerprints.super_res_fingerprints(self.variation, len(latent.super_res_noise))
-        told = {
-            **(about or {}),
-            **record_texts(settings or {}),
-            "fingerprint": fingerprints.fingerprint(self.variation),
-            **({"super_res_fingerprints": ",".join(noise)} if noise else {}),
-        }
-        return latent.save(path, about=told, overwrite=overwrite)
-
-    def load(self, path: str | os.PathLike[str]) -> tuple[BipartiteLatent, dict[str, str]]:
-        """Read a latent of this model, and the texts beside it; `recorded_settings` makes `decode`'s arguments of them.
-
-        Raises: as `read_tensor_file`; CheckpointError when it is another model's.
-        """
-        latent, about = BipartiteLatent.load(path)
-        if not fingerprints.has_decoder(self.variation, about.pop("fingerprint", "")):
-            name = about.get("model")
-            raise CheckpointError(
-                f"{path} was made with {'the model ' + name if name else 'another model'}, and this is another one: a "
-                "latent means nothing to any other. Invert the picture again with this model"
-            )
-        try:
-            self.check_latent(latent)
-        except InputError as problem:
-            raise CheckpointError(f"{path} does not fit the model: {problem}") from problem
-        if not fingerprints.has_super_res(self.variation, about.pop("super_res_fingerprints", "").split(",")):
-            raise CheckpointError(
-                f"{path} holds super-resolution's noise, which was found with other super-resolution networks than "
-                "this model's and means nothing to these. Invert the picture again with this model"
-            )
-        return latent, about
-
-    def save_components(
-        self,
-        components: PrincipalComponents,
-        path: str | os.PathLike[str],
-        *,
-        about: Mapping[str, str] | None = None,
-        overwrite: bool = False,
-    ) -> Path:
-        """Write components of this model's embeddings, with its image encoder's fingerprint; arguments as of `save`."""
-        told = {**(about or {}), "image_encoder": fingerprints.encoder_fingerprint(self.variation)}
-        return components.save(path, about=told, overwrite=overwrite)
-
-    def load_components(self, path: str | os.PathLike[str]) -> PrincipalComponents:
-        """Read components of this model's embeddings; those whose image encoder is not known pass.
-
-        Raises: as `PrincipalComponents.load`; CheckpointError when they are of another image encoder or width.
-        """
-        components, about = PrincipalComponents.load_with_texts(path)
-        width = self.variation.image_encoder.config.projection_dim
-        known = fingerprints.has_encoder(self.variation, about.get("image_encoder", ""))
-        if not known or components.dim != width:
-            name = about.get("model")
-            raise CheckpointError(
-                f"{path} was fitted with the image encoder of {'the model ' + name if name else 'another model'}, and "
-                "this one is another: its embeddings have other components. Fit them anew with this model"
-            )
-        return components
-
-    def check_latent(self, latent: BipartiteLatent) -> None:
-        """Raises: InputError for a latent whose sizes are not this model's, or that is not finite."""
-        pipe = self.variation
-        check_embeddings(latent.image_embedding, pipe.text_proj.config.clip_embeddings_dim)
-        stages, noise = list(pipe.cascade), latent.super_res_noise
-        if len(noise) > len(stages):
-            raise InputError(f"it has noise of {len(noise)} super-resolution stages; this model has {len(stages)}")
-        for name, given in zip(["decoder", *stages], (latent.decoder_latents, *noise), strict=False):
-            check_latents(given, f"{name}_latents", (len(latent), *pipe._sample_shape(name)))
-
     # ---- inside ----
 
     def _setting(self, name: str, given: Any, default: Any) -> Any:
@@ -463,12 +368,3 @@ class Manipulator:
         for name in (f"{stage}_scheduler" for stage in ("decoder", *pipe.cascade)):
             setattr(pipe, name, DDIMScheduler.from_config(getattr(pipe, name).config, eta=eta))
         return pipe
-
-
-def recorded_settings(about: Mapping[str, str]) -> dict[str, Any]:
-    """The arguments of `decode` that a latent's texts tell, as `Manipulator.save` or `unclip invert` wrote them.
-
-    What the file does not say is left out. Raises: CheckpointError for a text that is no number.
-    """
-    found = read_record(about, "the latent's file")
-    return {name: value for name, value in found.items() if name != TILE}

@@ -80,6 +80,20 @@ def slerp_path(points: Tensor, places: Sequence[float]) -> Tensor:
     return path
 
 
+def equal_turns(num_points: int, num_between: int) -> list[float]:
+    """Places for `slerp_path`: of every point, and of `num_between` frames from each to the next in equal steps of the
+    angle.
+
+    Raises: InputError for fewer than two points, or a number below 0.
+    """
+    if num_points < 2:
+        raise InputError(f"there are {num_points} points; a path needs two or more")
+    if isinstance(num_between, bool) or not isinstance(num_between, int) or num_between < 0:
+        raise InputError(f"num_between is {num_between!r}; it must be a whole number from 0")
+    steps = num_between + 1
+    return [leg + step / steps for leg in range(num_points - 1) for step in range(steps)] + [float(num_points - 1)]
+
+
 def blend(embeddings: Tensor, weights: Sequence[float] | Tensor) -> Tensor:
     """A mixture of embeddings: the direction of the weighted sum of their directions, with their weighted mean norm.
 

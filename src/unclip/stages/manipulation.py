@@ -17,8 +17,7 @@ from unclip.checkpoints.layout import FURTHER_SUPER_RES
 from unclip.checkpoints.tensor_file import read_tensor_file, write_tensor_file
 from unclip.errors import ConfigError, InputError, WeightsError
 from unclip.models.pca import PrincipalComponents
-from unclip.stages.arithmetic import exact_type, slerp_path, turn
-from unclip.stages.pacing import equal_turns
+from unclip.stages.arithmetic import equal_turns, exact_type, slerp_path, turn
 
 KIND = "unclip bipartite latent"
 VERSION = 1
