@@ -7,26 +7,25 @@ affair. Called by `unclip train`.
 import contextlib
 import gc
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, LoggerType, gather_object, set_seed
+from accelerate.utils import GradientAccumulationPlugin, gather_object, set_seed
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from unclip.errors import Cancelled, ConfigError, DataError, TrainingError
 from unclip.training.optimizer import learning_rate, make_optimizer
-from unclip.training.recipe import Recipe, as_dict
+from unclip.training.recipe import Recipe
 from unclip.training.sharding import is_sharded, leave_group, sharded, share_of, shared_like, shares_of, whole
-from unclip.training.state import RunFolder, Snapshot, flat, optimizer_tensors, restore_optimizer
+from unclip.training.signals import first_signal
+from unclip.training.state import RunFolder, Snapshot, optimizer_tensors, restore_optimizer
 from unclip.training.task import Batch, Limited, Task, computes_on_cpu, mixed_precision
+from unclip.training.trackers import check_trackers, start_trackers
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -66,7 +65,7 @@ class Trainer:
 
     def __init__(self, task: Task, recipe: Recipe, folder: Path):
         self.task, self.recipe, self.run_folder = task, recipe, RunFolder(Path(folder))
-        _check_trackers(recipe.trackers)
+        check_trackers(recipe.trackers)
         try:
             self.accelerator = Accelerator(
                 cpu=computes_on_cpu(),
@@ -129,13 +128,15 @@ class Trainer:
                 if not is_finished:
                     with self._writing():
                         self.run_folder.start(self.recipe, self.step)
-            self._start_trackers()
+            if self.recipe.trackers:
+                own_id = self.run_folder.run_id(self.step) if self._is_main else None
+                start_trackers(self.accelerator, self.recipe, self.folder, own_id)
             stack.callback(self._leave)
             bar = progress(total=self.recipe.steps, initial=self.step, unit="step") if progress else None
             if bar is not None:
                 stack.callback(bar.close)
             stack.enter_context(self.task.reading(lambda: self._stop))
-            stack.enter_context(self._signals())
+            stack.enter_context(first_signal(self._ask_to_stop))
             if not is_finished:
                 with self._noting_damage(), contextlib.suppress(Cancelled):  # told to stop while it waited for data
                     self._loop(bar)
@@ -337,17 +338,8 @@ class Trainer:
             if self.recipe.trackers:
                 self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=self.step)
 
-    def _start_trackers(self) -> None:
-        if self.recipe.trackers:
-            own_id = self.run_folder.run_id(self.step) if self._is_main else None
-            settings = flat(as_dict(self.recipe))
-            plain = {name: v if isinstance(v, int | float | str) else str(v) for name, v in settings.items()}
-            name = self.folder.absolute().name
-            how = {
-                "wandb": {"name": name, "dir": str(self.folder), "id": own_id, "resume": "allow"},
-                "trackio": {"name": name, "resume": "allow"},
-            }
-            self.accelerator.init_trackers("unclip", config=plain, init_kwargs=how)
+    def _ask_to_stop(self) -> None:
+        self._asked_to_stop = True
 
     def _sample(self) -> None:
         ema = self._gathered(self.ema)
@@ -392,36 +384,6 @@ class Trainer:
             with self._writing():
                 self.skipped = self.run_folder.note_skipped(self.task.skipped)
             raise
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread may take signals
-            return
-        old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-        def stop(number: int, frame: Any) -> None:
-            self._asked_to_stop = True
-            signal.signal(number, old[signal.Signals(number)])
-
-        for number in old:
-            signal.signal(number, stop)
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-
-
-def _check_trackers(names: Iterable[str]) -> None:
-    """Raises: ConfigError for a tracker that the installed accelerate is too old for."""
-    known = [kind.value for kind in LoggerType]
-    for name in names:
-        if name not in known:
-            raise ConfigError(
-                f"trackers has {name!r}, which accelerate {accelerate.__version__} does not know: "
-                "pip install --upgrade accelerate, or leave it out"
-            )
 
 
 @torch.no_grad()
