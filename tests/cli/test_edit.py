@@ -135,6 +135,8 @@ def test_sizes_and_tiles(edit, photo, mask, command, more):
     done = edit(command, photo, *more, "--prompt", "a cat", "--height", 16, "--width", 48, "--tile", 16)
     assert done.code == 0, done.err
     assert pixels(done.lines[0]).shape == (16, 48, 3)
+    with Image.open(done.lines[0]) as image:
+        assert json.loads(image.text["settings"])["super_res_tile_px"] == 16  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("command", ["inpaint", "redraw"])

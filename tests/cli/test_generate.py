@@ -72,6 +72,11 @@ def test_picture_tells_how_it_was_made(generate):
     }
 
 
+def test_tiles_are_told_of(generate):
+    done = generate("a cat", "--tile", 16, "--json")
+    assert json.loads(done.lines[0])["settings"]["super_res_tile_px"] == 16
+
+
 def test_sampler_is_the_models_own_by_default(generate):
     done = generate("a cat", "--json")
     assert json.loads(done.out)["settings"]["sampler"] == "ancestral"

@@ -104,7 +104,8 @@ def generate(
     size = {name: side for name, side in (("height", height), ("width", width)) if side is not None}
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid)
     seed = chosen_seed(seed, quiet=quiet)
-    pipe = load(UnCLIPPipeline, folder, Machine(dtype, device, cpu_offload, quiet, tile), sampler)
+    machine = Machine(dtype, device, cpu_offload, quiet, tile)
+    pipe = load(UnCLIPPipeline, folder, machine, sampler)
     negative = None if negative is None else plain(negative)
 
     def draw(batch: list[Wish]) -> "list[Image]":
@@ -114,7 +115,7 @@ def generate(
     about = {
         "negative": negative,
         "model": model_name(model),
-        "settings": {**settings, **size, "sampler": sampler_name(pipe), "dtype": dtype.value},
+        "settings": {**settings, **size, "sampler": sampler_name(pipe), **machine.facts},
     }
     wishes = (
         Wish(text, picture_seed(seed, place * num_images + copy), slug(text), {"prompt": text})

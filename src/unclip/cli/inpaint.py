@@ -267,7 +267,7 @@ def _make(
     about = {
         **edit.facts,
         "model": model_name(model),
-        "settings": {**settings, "sampler": sampler_name(pipe), "dtype": machine.dtype.value},
+        "settings": {**settings, "sampler": sampler_name(pipe), **machine.facts},
     }
     name = f"{slug(plain(edit.path.stem))}-{edit.verb}"
     facts = {"image": plain(edit.path.name)}

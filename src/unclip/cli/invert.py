@@ -18,7 +18,7 @@ from unclip.cli.generate import plain
 from unclip.cli.loading import Machine, decoder_settings
 from unclip.cli.messages import note
 from unclip.cli.pictures import Album, slug
-from unclip.cli.workbench import NO_GUIDANCE, Workbench, tile_fact
+from unclip.cli.workbench import NO_GUIDANCE, Workbench
 from unclip.errors import OutputExistsError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def invert(
         given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
         machine = Machine(dtype, device, cpu_offload, quiet, tile)
         bench = Workbench.open(model, machine, given, guidance=NO_GUIDANCE, ways={"super_res": super_res})
-        kept = {**bench.settings, **tile_fact(tile)}
+        kept = {**bench.settings, **machine.tile_fact}
         for path, image, file in ((one.path, one.given, file) for one, file in zip(pictures, files, strict=True)):
             latent = bench.tool.invert(image, super_res=super_res, **bench.settings)  # type: ignore[arg-type]
             told = {"model": bench.about["model"], "image": plain(path.name)}

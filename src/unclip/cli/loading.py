@@ -15,6 +15,7 @@ from unclip.checkpoints.files import read_json, safe_join
 from unclip.checkpoints.hub import resolve
 from unclip.checkpoints.layout import FURTHER_SUPER_RES
 from unclip.checkpoints.recommended import SCALES, Recommended, read_recommended
+from unclip.checkpoints.record import TILE
 from unclip.cli.memory import keep_freed_memory
 from unclip.cli.options import Dtype, SamplerName
 from unclip.errors import InputError
@@ -45,6 +46,16 @@ class Machine:
     cpu_offload: bool
     quiet: bool
     tile: int | None = None
+
+    @property
+    def tile_fact(self) -> dict[str, int]:
+        """What pictures and latents say of the tile."""
+        return {} if self.tile is None else {TILE: self.tile}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What pictures say of how they were computed."""
+        return {**self.tile_fact, "dtype": self.dtype.value}
 
 
 def find_model(name: str, *, quiet: bool) -> tuple[Path, dict[str, Any]]:

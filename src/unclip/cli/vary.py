@@ -90,7 +90,7 @@ def vary(
         raise typer.BadParameter("--keep-structure samples by DDIM, and has no --negative and no other --sampler")
     if keep_structure and (height is not None or width is not None):
         raise typer.BadParameter("--keep-structure draws in the model's own size, and has no --height and no --width")
-    from unclip.cli.workbench import NO_GUIDANCE, Keeper, is_latent, recorded, recorded_tile, records, tile_fact
+    from unclip.cli.workbench import NO_GUIDANCE, Keeper, is_latent, recorded, recorded_tile, records
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
     from unclip.pipelines.manipulation import Manipulator
 
@@ -110,9 +110,11 @@ def vary(
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid)
     seed = chosen_seed(seed, quiet=quiet)
 
+    machine = Machine(dtype, device, cpu_offload, quiet, tile)
+
     @cache
     def loaded() -> UnCLIPImageVariationPipeline:
-        return load(UnCLIPImageVariationPipeline, folder, Machine(dtype, device, cpu_offload, quiet, tile), sampler)
+        return load(UnCLIPImageVariationPipeline, folder, machine, sampler)
 
     def latent(path: Path) -> "BipartiteLatent":
         return Manipulator(loaded()).load(path)[0]
@@ -132,7 +134,7 @@ def vary(
             "prompt": prompt,
             "negative": negative,
             "model": model_name(model),
-            "settings": {**settings, **size, **tile_fact(tile), "sampler": sampler_name(pipe), "dtype": dtype.value},
+            "settings": {**settings, **size, "sampler": sampler_name(pipe), **machine.facts},
         }
 
         if keep_structure:

@@ -271,7 +271,7 @@ class Workbench:
             else:
                 text.prior.to(variation.device)
             text.set_progress_bar_config(**variation._progress)
-        how = {**settings, **draws, **tile_fact(machine.tile), **(ways or {}), "dtype": machine.dtype.value}
+        how = {**settings, **draws, **(ways or {}), **machine.facts}
         about = {"model": model_name(model), "settings": how}
         return cls(Manipulator(variation, text), settings, draws, about)
 
@@ -388,11 +388,6 @@ class Keeper:
             latent = self._tool.invert(given, prompt=self._prompt, **self._settings)  # type: ignore[arg-type]
             self._last = (given, latent)
         return self._last[1]
-
-
-def tile_fact(tile: int | None) -> dict[str, int]:
-    """What pictures and latents say of the tile."""
-    return {} if tile is None else {TILE: tile}
 
 
 def one_row(latent: "BipartiteLatent", part: Part) -> "BipartiteLatent":
