@@ -18,6 +18,7 @@ embeddings themselves, as in the paper (arXiv 2204.06125, section 3.3).
 import argparse
 import random
 import statistics
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from pathlib import Path
 from unclip.checkpoints.hub import BUILT_IN_JUDGE, resolve
 from unclip.data.folder import read_records
 from unclip.evaluation.retrieval import Judge
-from unclip.images import grid, open_image
+from unclip.images import grid, open_image, to_pil
 from unclip.pipelines.manipulation import Manipulator
 from unclip.stages.manipulation import edit
 
@@ -65,25 +66,35 @@ class Edit:
 
 
 def all_edits(data: Path) -> Iterator[Edit]:
-    """Every edit of a picture that the data set has, to a caption that it has too."""
-    files = {r.label: data / r.file_name for r in read_records(data) if r.style == "flat" and not r.held_out}
-    for family in FAMILIES:
-        for value in family.edited:
-            for place, source in enumerate(family.captions(value)):
+    """Every edit of a picture that the data set has, in any style, to a caption that it has too in this style."""
+    files = {(r.style, r.label): data / r.file_name for r in read_records(data) if not r.held_out}
+    for (style, source), file in files.items():
+        for family in FAMILIES:
+            for value in family.edited:
+                captions = family.captions(value)
+                if source not in captions:
+                    continue
+                place = captions.index(source)
                 for other in family.edited:
                     rivals = family.captions(other)
-                    if other != value and source in files and rivals[place] in files:
-                        yield Edit(family.name, files[source], source, rivals[place], tuple(rivals))
+                    if other != value and (style, rivals[place]) in files:
+                        yield Edit(family.name, file, source, rivals[place], tuple(rivals))
 
 
 def choose(data: Path, count: int, seed: int) -> list[Edit]:
-    """`count` edits, the families taking turns, each in a drawn order."""
+    """`count` edits in a drawn order, the families taking turns; no picture twice as long as there are others."""
     found = list(all_edits(data))
     random.Random(seed).shuffle(found)
-    turns = [[edit for edit in found if edit.family == family.name] for family in FAMILIES]
+    times: Counter[Path] = Counter()
+    ranked: dict[str, list[tuple[int, Edit]]] = {family.name: [] for family in FAMILIES}
+    for each in found:
+        ranked[each.family].append((times[each.file], each))
+        times[each.file] += 1
+    queues = [sorted(some, key=lambda pair: -pair[0]) for some in ranked.values()]  # taken from their ends
     chosen: list[Edit] = []
-    while len(chosen) < count and any(turns):
-        chosen += [queue.pop() for queue in turns if queue]
+    while len(chosen) < count and any(queues):
+        least = min(queue[-1][0] for queue in queues if queue)
+        chosen += [queue.pop()[1] for queue in queues if queue and queue[-1][0] == least]
     return chosen[:count]
 
 
@@ -95,8 +106,8 @@ def main() -> None:
     parser.add_argument("--num-edits", type=int, default=100)
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.3, 0.5, 0.7])
     parser.add_argument("--ways", nargs="+", choices=sorted(WAYS), default=["prior", "text"])
-    parser.add_argument("--candidates", type=int, help="of the prior, for both captions; as the model recommends")
-    parser.add_argument("--small", action="store_true", help="judge the decoder's pictures: one super-resolution step")
+    parser.add_argument("--candidates", type=int, default=1, help="of the prior, for both captions")
+    parser.add_argument("--small", action="store_true", help="judge the decoder's pictures, without super-resolution")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sheet", type=Path, help="a PNG of the first edits, a row each: before, then each strength")
     parser.add_argument("--out", type=Path)
@@ -119,9 +130,7 @@ def main() -> None:
                 each.target, each.source, through_prior=WAYS[way], num_prior_candidates=asked.candidates
             )
             frames = edit(latent, direction, strengths)
-            steps = {"super_res_num_inference_steps": 1} if asked.small else {}
-            output = tool.decode(frames, return_intermediates=True, **steps)
-            images = output.small_images if asked.small else output.images
+            images = to_pil(tool.decode_small(frames) * 2 - 1) if asked.small else tool.decode(frames).images
             scores = judge.look(images) @ captions.T  # type: ignore[arg-type]
             for strength, score in zip(strengths, scores, strict=True):
                 changed[way, strength].append(bool(score[1 + own] > score[0]))
@@ -143,8 +152,8 @@ def table(asked, edits, changed, kept, strengths) -> str:
     counts = ", ".join(f"{sum(e.family == f.name for e in edits)} of {f.name}" for f in FAMILIES)
     size = "the decoder's pictures" if asked.small else "finished pictures"
     lines = [
-        f"`{asked.model}`, judged by `{asked.judge}`: {len(edits)} edits ({counts}), {size}, "
-        f"{asked.candidates or 'the recommended'} candidates",
+        f"`{asked.model}`, judged by `{asked.judge}`: {len(edits)} edits ({counts}) of {len({e.file for e in edits})} "
+        f"pictures, {size}, candidates: {asked.candidates}",
         "",
         "| difference | strength | changed | kept | both |",
         "|---|---|---|---|---|",

@@ -1,14 +1,17 @@
 """How smooth a path between two pictures, or two captions, is: a Markdown table.
 
-    python benchmarks/paths.py --data data/emoji
+    python benchmarks/paths.py --data data/emoji                     # about ten minutes on two cores
+    python benchmarks/paths.py --data data/emoji --one-noise --drawings 2
 
 A jump is the root mean square of what two neighbouring frames differ by, in pixels of [0, 1] at the decoder's size.
 Told are the largest jump of a path over its median one, and how far the first and last frames are from what the ends
-decode to by themselves, for frames in equal turns and after each round of placing them in equal jumps. The pictures are
-the data set's plain ones, far from each other in it; each is inverted first.
+decode to by themselves, for frames in equal turns (0 drawings) and placed after the path has been drawn so often. The
+pictures are the data set's plain ones, far from each other in it; each is inverted first. As in `unclip interpolate`,
+the decoder is guided between captions only.
 """
 
 import argparse
+import functools
 import statistics
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from unclip.data.folder import read_records
 from unclip.images import open_image
 from unclip.pipelines.manipulation import Manipulator
 from unclip.stages.manipulation import path_at
-from unclip.stages.pacing import NUM_ROUNDS, even_places, jumps
+from unclip.stages.pacing import NUM_DRAWINGS, even_places, jumps
 
 CAPTIONS = [
     ("red apple", "banana"), ("cat face", "dog face"), ("red heart", "blue heart"), ("rocket", "automobile"),
@@ -33,7 +36,8 @@ def main() -> None:
     parser.add_argument("--model", default="unclip-emoji")
     parser.add_argument("--num-pairs", type=int, default=20, help="of pictures")
     parser.add_argument("--num-between", type=int, default=7, help="frames between the ends")
-    parser.add_argument("--rounds", type=int, nargs="+", default=list(range(NUM_ROUNDS + 1)), help="of placing frames")
+    parser.add_argument("--drawings", type=int, nargs="+", default=list(range(NUM_DRAWINGS + 1)))
+    parser.add_argument("--one-noise", action="store_true", help="frames keep the first end's noise")
     asked = parser.parse_args()
 
     tool = Manipulator.from_pretrained(asked.model)
@@ -45,21 +49,23 @@ def main() -> None:
     images = [open_image(asked.data / record.file_name) for pair in pairs for record in pair]
     pictures = tool.invert(images)
     captions = tool.fresh(tool.embed_captions([caption for pair in CAPTIONS for caption in pair]))
-    print("| ends | pairs | rounds | largest jump over the median, worst pair | mean | ends, from themselves at most |")
-    print("|---|---|---|---|---|---|")
-    for name, latents in (("pictures, inverted", pictures), ("captions, one noise", captions)):
+    scale = tool.variation.recommended.get("decoder_guidance_scale", 1.0)
+    print("| ends | guidance | pairs | drawings | largest jump over the median, worst pair | mean | ends, at most |")
+    print("|---|---|---|---|---|---|---|")
+    for name, latents, guidance in (("pictures", pictures, 1.0), ("captions", captions, scale)):
+        draw = functools.partial(tool.decode_small, decoder_guidance_scale=guidance)
         ends = [latents.select([start, start + 1]) for start in range(0, len(latents), 2)]
-        alone = [tool.decode_small(each) for each in ends]
-        for rounds in asked.rounds:
+        alone = [draw(path_at(each, [0, 1], one_noise=asked.one_noise)) for each in ends]
+        for drawings in asked.drawings:
             ratios, off = [], []
             for each, own in zip(ends, alone, strict=True):
-                places = even_places(each, asked.num_between, tool.decode_small, num_rounds=rounds)
-                path = tool.decode_small(path_at(each, places))
+                places = even_places(each, asked.num_between, draw, one_noise=asked.one_noise, num_drawings=drawings)
+                path = draw(path_at(each, places, one_noise=asked.one_noise))
                 steps = jumps(path)
                 ratios.append(float(steps.max() / steps.median()))
                 off.append(float((path[[0, -1]] - own).abs().max()))
-            worst, mean = max(ratios), statistics.mean(ratios)
-            print(f"| {name} | {len(ends)} | {rounds} | {worst:.2f} | {mean:.2f} | {max(off):.1e} |", flush=True)
+            told = f"{max(ratios):.2f} | {statistics.mean(ratios):.2f} | {max(off):.1e}"
+            print(f"| {name} | {guidance} | {len(ends)} | {drawings} | {told} |", flush=True)
 
 
 if __name__ == "__main__":

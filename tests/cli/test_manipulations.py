@@ -345,6 +345,20 @@ def test_the_noise_is_that_of_the_frames(run):
     assert turned != kept
 
 
+def test_a_way_through_the_rows_of_one_file(run, model, files):
+    tool = Manipulator.from_pretrained(model)
+    both = tool.invert([open_image(files / name) for name in ("cat.png", "dog.png")])
+    tool.save(both, files / "both.safetensors")
+    done = run("interpolate", "both.safetensors", "--frames", 2)
+    assert names(done) == [f"both-{place:03d}-0.png" for place in range(3)]
+    assert "draws the path twice" in done.err
+    tool.save(both.select([0]), files / "one.safetensors")
+    done = run("interpolate", "one.safetensors")
+    assert done.code == 1
+    assert "two or more" in done.err
+    assert run("interpolate", "cat.png").code == 2
+
+
 def test_memory_that_placing_needs(run, monkeypatch):
     def full(*given, **named):
         raise torch.OutOfMemoryError("full")

@@ -211,6 +211,9 @@ def test_the_decoders_pictures_alone(tool, pictures):
     assert len(heard) == 6
     for name in given:
         assert distance(tool.decode_small(latent, **{other: given[other] for other in given if other != name}), small)
+    each = tool.decode_small(latent, **{**given, "prompt": ["a cat", "a red apple"]})
+    torch.testing.assert_close(each[0], small[0], rtol=0, atol=1e-5)
+    assert distance(each[1], small[1]) > 1e-4
     for wrong in ({"decoder_num_inference_steps": 0}, {"decoder_guidance_scale": float("nan")}, {"prompt": 3}):
         with pytest.raises(InputError):
             tool.decode_small(latent, **wrong)
@@ -225,8 +228,8 @@ def test_frames_are_placed_by_what_is_drawn(tool, pictures, one_noise):
     settings = {"decoder_num_inference_steps": 6, "decoder_guidance_scale": 2.0, "prompt": "a cat"}
     draw = functools.partial(tool.decode_small, **settings)
 
-    def unevenness(num_rounds):
-        places = even_places(latent, 4, draw, one_noise=one_noise, num_rounds=num_rounds)
+    def unevenness(num_drawings):
+        places = even_places(latent, 4, draw, one_noise=one_noise, num_drawings=num_drawings)
         steps = jumps(draw(path_at(latent, places, one_noise=one_noise)))
         return float(steps.max() / steps.mean())
 

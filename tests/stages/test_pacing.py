@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unclip.errors import InputError
+from unclip.errors import InputError, NonFiniteError
 from unclip.stages.arithmetic import equal_turns
 from unclip.stages.manipulation import BipartiteLatent, path_at
 from unclip.stages.pacing import equal_jumps, even_places, jumps
@@ -71,19 +71,19 @@ class Drawing:
 
 
 @pytest.mark.parametrize("one_noise", [False, True])
-def test_each_round_is_more_even(one_noise):
+def test_each_drawing_makes_it_more_even(one_noise):
     draw, latent, found = Drawing(), points(2), []
-    for rounds in range(5):
-        places = even_places(latent, 7, draw, one_noise=one_noise, num_rounds=rounds)
+    for drawings in range(5):
+        places = even_places(latent, 7, draw, one_noise=one_noise, num_drawings=drawings)
         assert len(places) == 9
         steps = jumps(draw(path_at(latent, places, one_noise=one_noise)))
         found.append(float(steps.max() / steps.median()))
     assert found[0] > 5
     assert found[2] < 2.2
     assert found[4] < 1.1
-    assert even_places(latent, 7, draw, num_rounds=0) == equal_turns(2, 7)
+    assert even_places(latent, 7, draw, num_drawings=0) == equal_turns(2, 7)
     defaults = even_places(latent, 7, draw)
-    assert defaults == even_places(latent, 7, draw, num_rounds=2)
+    assert defaults == even_places(latent, 7, draw, num_drawings=2)
     assert defaults != even_places(latent, 7, draw, one_noise=True)
 
 
@@ -94,7 +94,7 @@ def test_what_is_drawn_for_it():
     assert even_places(points(2), 7, draw, batch_size=100) == places
     draw.batches.clear()
     assert even_places(points(3), 0, draw) == [0, 1, 2]
-    even_places(points(2), 7, draw, num_rounds=0)
+    even_places(points(2), 7, draw, num_drawings=0)
     assert draw.batches == []
 
 
@@ -106,16 +106,52 @@ def test_each_leg_is_placed_on_its_own():
 
 
 def test_a_way_on_which_nothing_changes():
-    same = points(2).select([0, 0])
-    assert even_places(same, 3, Drawing()) == equal_turns(2, 3)
+    """Pictures of batches of different sizes differ in their last bits."""
+    same = points(2).select([0, 0, 1])
+    draw = Drawing()
+    places = even_places(same, 9, lambda latent: draw(latent) + 1e-7 * len(latent))
+    assert places[:11] == equal_turns(2, 9)
+    assert places[11:] != equal_turns(3, 9)[11:]
+    assert len(set(draw.batches)) > 1
+
+
+def test_super_resolutions_noise_is_left_out():
+    seen, draw, plain = [], Drawing(), points(2)
+    latent = BipartiteLatent(plain.image_embedding, plain.decoder_latents, torch.ones(2, 3, 8, 8))
+
+    def spy(part):
+        seen.append(part.super_res_noise)
+        return draw(part)
+
+    assert even_places(latent, 2, spy) == even_places(plain, 2, draw)
+    assert set(seen) == {()}
+
+
+@pytest.mark.parametrize(
+    ("draw", "error", "words"),
+    [
+        (lambda latent: Drawing()(latent)[:1], InputError, "3 pictures"),
+        (lambda latent: None, InputError, "no tensor"),
+        (lambda latent: Drawing()(latent) * torch.nan, NonFiniteError, "NaN"),
+    ],
+)
+def test_drawings_that_tell_nothing(draw, error, words):
+    with pytest.raises(error, match=words):
+        even_places(points(2), 1, draw)
+
+
+@pytest.mark.parametrize("places", [[0, 0.5, 1.5, 2], [1, 0.5, 0], [0, 1], []])
+def test_places_that_are_not_those_of_the_pictures(places):
+    with pytest.raises(InputError, match="rising order"):
+        equal_jumps(places, grey([0, 0, 0, 1]) if len(places) == 4 else grey([0, 1, 1]), 1)
 
 
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
         ({"num_between": -1}, "num_between"),
-        ({"num_rounds": -1}, "num_rounds"),
-        ({"num_rounds": 0.5}, "num_rounds"),
+        ({"num_drawings": -1}, "num_drawings"),
+        ({"num_drawings": 0.5}, "num_drawings"),
         ({"batch_size": 0}, "batch_size"),
         ({"latent": points(2).select([0])}, "two or more"),
     ],

@@ -14,6 +14,7 @@ from unclip.cli import options
 from unclip.cli.batches import within_memory
 from unclip.cli.film import FPS, Film, check_writer
 from unclip.cli.loading import Machine, decoder_settings, drawing_settings
+from unclip.cli.messages import note
 from unclip.cli.pictures import Album, slug
 from unclip.cli.workbench import NO_GUIDANCE, Part, Workbench, read_part
 
@@ -87,10 +88,10 @@ def interpolate(
     turn from the one's to the other's. Captions have the embeddings that `generate` draws for them with the same seed,
     and share the decoder's noise. A film goes there and back. The paths are printed on stdout, one a line.
     """
-    if len(parts) < 2:
+    read = [read_part(text) for text in parts]
+    if len(read) < 2 and read[0].kind != "latent":
         raise typer.BadParameter("name two or more pictures or captions")
     check_writer(film)
-    read = [read_part(text) for text in parts]
     stem = slug("-to-".join(part.stem for part in read))
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid or film is not None)
     kinds = {part.kind for part in read}
@@ -107,17 +108,19 @@ def interpolate(
     )
 
     from unclip.stages.manipulation import path_at
-    from unclip.stages.pacing import NUM_ROUNDS, even_places
+    from unclip.stages.pacing import NUM_DRAWINGS, even_places
 
     first, *others = latents = [bench.latent(part, seed=seed, super_res=super_res) for part in read]
     points = first.join(*others)
+    if spacing is Spacing.jumps and frames > 1 and not quiet:
+        note("the decoder draws the path twice in small, to place its frames")
     with within_memory(batch_size):
         places = even_places(
             points,
             frames - 1,
             bench.decode_small,
             one_noise=one_noise,
-            num_rounds=NUM_ROUNDS if spacing is Spacing.jumps else 0,
+            num_drawings=NUM_DRAWINGS if spacing is Spacing.jumps else 0,
             batch_size=batch_size,
         )
     latent = path_at(points, places, one_noise=one_noise)

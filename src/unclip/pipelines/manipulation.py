@@ -97,7 +97,7 @@ class Manipulator(ModelFiles):
         decoder_num_inference_steps: int | None = None,
         super_res_num_inference_steps: int | Sequence[int] | None = None,
         decoder_guidance_scale: float = 1.0,
-        prompt: str | None = None,
+        prompt: str | Sequence[str] | None = None,
         super_res: bool = False,
         num_rounds: int = NUM_ROUNDS,
         callback_on_step_end: Callback | None = None,
@@ -109,7 +109,7 @@ class Manipulator(ModelFiles):
             decoder_num_inference_steps, super_res_num_inference_steps: 2 to 1000; more are nearer (paper: 250). A list
                 has one for each super-resolution stage.
             decoder_guidance_scale: not above 1 is the nearest; above, both conditions are inverted together.
-            prompt: a caption that the decoder sees too; empty by default.
+            prompt: a caption that the decoder sees too, or one a picture; empty by default.
             super_res: also find the x_T of every super-resolution stage, for the picture's own fine detail. Each starts
                 from the smaller picture as `decode` will make it.
             num_rounds: forwards of the network a step; more are nearer.
@@ -158,7 +158,7 @@ class Manipulator(ModelFiles):
         decoder_num_inference_steps: int | None = None,
         super_res_num_inference_steps: int | Sequence[int] | None = None,
         decoder_guidance_scale: float = 1.0,
-        prompt: str | None = None,
+        prompt: str | Sequence[str] | None = None,
         output_type: str = "pil",
         return_intermediates: bool = False,
         callback_on_step_end: Callback | None = None,
@@ -211,14 +211,18 @@ class Manipulator(ModelFiles):
         *,
         decoder_num_inference_steps: int | None = None,
         decoder_guidance_scale: float = 1.0,
-        prompt: str | None = None,
+        prompt: str | Sequence[str] | None = None,
         callback_on_step_end: Callback | None = None,
     ) -> Tensor:
         """What the decoder alone makes of latents by DDIM without noise: `decode`'s pictures before super-resolution.
 
-        Arguments and errors as of `decode`; NonFiniteError when the pictures are NaN or infinity.
+        Args:
+            latent: one row a picture; super-resolution's noise is not needed.
+            decoder_num_inference_steps, decoder_guidance_scale, prompt, callback_on_step_end: as of `decode`.
 
         Returns: float32 [batch, 3, size, size] in [0, 1], on the CPU.
+
+        Raises: as `decode`; NonFiniteError when the pictures are NaN or infinity.
         """
         self.check_latent(latent)
         check_count(1, len(latent))
@@ -356,10 +360,12 @@ class Manipulator(ModelFiles):
         pipe._check_steps("decoder", run)
         return run
 
-    def _texts(self, prompt: str | None, rows: int, run: StageRun) -> tuple[TextEmbedding, TextEmbedding | None]:
+    def _texts(
+        self, prompt: str | Sequence[str] | None, rows: int, run: StageRun
+    ) -> tuple[TextEmbedding, TextEmbedding | None]:
         """What the decoder reads beside the embedding, and the empty caption where it is guided."""
         pipe = self.variation
-        text = pipe._repeated_text(pipe._captions(prompt, 1), rows, 1)
+        text = pipe._repeated_text(pipe._captions(prompt, rows), rows, 1)
         return text, pipe._repeated_text([""], rows, 1) if run.guided else None
 
     def _deterministic(self, eta: float) -> UnCLIPImageVariationPipeline:

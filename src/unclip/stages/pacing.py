@@ -11,16 +11,20 @@ interpolate`.
 
 from bisect import bisect
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from unclip.errors import InputError
+from unclip.errors import InputError, NonFiniteError
 from unclip.stages.arithmetic import equal_turns
 from unclip.stages.manipulation import BipartiteLatent, path_at
 
-NUM_ROUNDS = 2
+NUM_DRAWINGS = 2
+LEAST_LENGTH = 1e-3
+"""Of a leg on which frames are placed by pictures in [0, 1]: below, no picture of 8 bits changes, and what differs is
+rounding."""
 
 
 def even_places(
@@ -29,49 +33,54 @@ def even_places(
     draw: Callable[[BipartiteLatent], Tensor],
     *,
     one_noise: bool = False,
-    num_rounds: int = NUM_ROUNDS,
+    num_drawings: int = NUM_DRAWINGS,
     batch_size: int = 8,
 ) -> list[float]:
-    """Places for `path_at` at which neighbouring pictures differ by the same.
+    """Places for `path_at` at which neighbouring pictures differ by about the same.
 
     In equal turns of the latents a picture may stay as it is for a while and then change within one step. So the path
-    is drawn in equal turns first; then, each round, its frames are placed by all that has been drawn (`equal_jumps`),
-    and drawn there.
+    is drawn in equal turns, and its frames are placed by what was drawn (`equal_jumps`); drawn there too, they are
+    placed again by all that is known, and so on.
 
     Args:
         latent: two rows or more, the points of the path.
         num_between: frames from a row to the next one, 0 or more.
-        draw: latents to pictures [batch, ...], as the frames will be: `Manipulator.decode_small`, or with settings of
-            their own a `functools.partial` of it.
+        draw: latents without super-resolution's noise to pictures [batch, ...] in [0, 1], as the frames will be:
+            `Manipulator.decode_small`, or with settings of their own a `functools.partial` of it.
         one_noise: as of `path_at`.
-        num_rounds: 0 or more; 0 is equal turns, and draws nothing.
+        num_drawings: how often the path is drawn; more are nearer. 0 is equal turns.
         batch_size: frames drawn at once.
 
     Returns: (rows - 1) * (num_between + 1) + 1 places; every row is among them.
 
-    Raises: InputError for one row or a wrong number; what `draw` raises.
+    Raises: InputError for one row, a wrong number, or a `draw` that gives no picture for each latent; NonFiniteError
+        for pictures that are no numbers; what `draw` raises.
     """
-    for name, number, least in (("num_rounds", num_rounds, 0), ("batch_size", batch_size, 1)):
+    for name, number, least in (("num_drawings", num_drawings, 0), ("batch_size", batch_size, 1)):
         if isinstance(number, bool) or not isinstance(number, int) or number < least:
             raise InputError(f"{name} is {number!r}; it must be a whole number from {least}")
+    points = BipartiteLatent(latent.image_embedding, latent.decoder_latents)
 
     def drawn(places: Sequence[float]) -> list[Tensor]:
-        starts = range(0, len(places), batch_size)
-        batches = (path_at(latent, places[start : start + batch_size], one_noise=one_noise) for start in starts)
-        return [picture for batch in batches for picture in draw(batch)]
+        pictures: list[Tensor] = []
+        for start in range(0, len(places), batch_size):
+            batch = path_at(points, places[start : start + batch_size], one_noise=one_noise)
+            made = draw(batch)
+            if not isinstance(made, Tensor) or len(made) != len(batch):
+                raise InputError(f"draw gave no tensor of {len(batch)} pictures, one for each latent")
+            pictures += made
+        return pictures
 
     found = equal_turns(len(latent), num_between)
-    if not num_between or not num_rounds:
-        return found
-    places, pictures = found, drawn(found)
-    for done in range(num_rounds):
-        found = equal_jumps(places, torch.stack(pictures), num_between)
+    places: list[float] = []
+    pictures: list[Tensor] = []
+    for _ in range(num_drawings if num_between else 0):
         new = [place for place in found if place not in places]
-        if done == num_rounds - 1 or not new:
-            break
         for place, picture in zip(new, drawn(new), strict=True):
             at = bisect(places, place)
-            places, pictures = [*places[:at], place, *places[at:]], [*pictures[:at], picture, *pictures[at:]]
+            places.insert(at, place)
+            pictures.insert(at, picture)
+        found = equal_jumps(places, torch.stack(pictures), num_between)
     return found
 
 
@@ -79,24 +88,31 @@ def equal_jumps(places: Sequence[float], pictures: Tensor, num_between: int) -> 
     """Places of every point, and of `num_between` frames from each to the next that cut this leg in equal lengths.
 
     The length of a way is measured in pictures, by `jumps` from each known one to the next. Between two known pictures
-    it counts as even, so the more are known where the way is steep, the nearer this comes.
+    it counts as even, so the more are known where the way is steep, the nearer this comes. A leg on which nothing
+    changes (`LEAST_LENGTH`) is cut in equal turns.
 
     Args:
         places: of the known pictures, in rising order; every point is among them.
-        pictures: [len(places), ...], what stands there.
+        pictures: [len(places), ...] in [0, 1], what stands there.
         num_between: 0 or more.
 
-    Raises: as `equal_turns`.
+    Raises: as `equal_turns`; InputError for places in another order or without a point; NonFiniteError for pictures
+        that are no numbers.
     """
+    known = list(places)
+    num_points = round(known[-1]) + 1 if known else 0
+    ends = [known.index(point) for point in range(num_points) if point in known]
+    if not known or known != sorted(known) or len(ends) != num_points or len(pictures) != len(known):
+        raise InputError("places must be those of the pictures, in rising order, with every point from 0 to the last")
     way = np.concatenate([[0.0], np.cumsum(jumps(pictures).double().cpu().numpy())])
-    found = equal_turns(round(places[-1]) + 1, num_between)
-    for first in range(0, len(found) - 1, num_between + 1):
-        leg = found[first]
-        here = slice(places.index(leg), places.index(leg + 1) + 1)
-        length = way[here.stop - 1] - way[here.start]
-        if length > 0:  # nothing changes on a leg of no length, wherever its frames stand
-            parts = np.linspace(0.0, 1.0, num_between + 2)[1:-1] * length + way[here.start]
-            found[first + 1 : first + num_between + 1] = np.interp(parts, way[here], places[here]).tolist()
+    if not np.isfinite(way[-1]):
+        raise NonFiniteError("the pictures that were drawn of the path have NaN or infinity")
+    found = equal_turns(len(ends), num_between)
+    for leg, (start, end) in enumerate(pairwise(ends)):
+        if way[end] - way[start] > LEAST_LENGTH:
+            marks = np.linspace(way[start], way[end], num_between + 2)[1:-1]
+            first = leg * (num_between + 1) + 1
+            found[first : first + num_between] = np.interp(marks, way[start : end + 1], known[start : end + 1]).tolist()
     return found
 
 
