@@ -571,12 +571,20 @@ def test_the_built_in_model_brings_pictures_back(built_in, drawn):
 
 
 @pytest.mark.slow
-def test_the_built_in_model_goes_smoothly_from_picture_to_picture(built_in, drawn):
-    """Large pictures too, though the frames are placed by small ones."""
-    latent = built_in.invert(drawn)
-    frames = built_in.decode(path_at(latent, even_places(latent, 9, built_in.decode_small)), output_type="pt").images
-    steps = jumps(frames)
-    assert float(steps.max()) <= 2 * float(steps.median())
+@pytest.mark.parametrize("ends", ["pictures", "captions"])
+@pytest.mark.parametrize("one_noise", [False, True])
+def test_the_built_in_model_goes_smoothly(built_in, drawn, ends, one_noise):
+    """Finished pictures too, though the frames are placed by small ones; with the command's own guidance."""
+    if ends == "pictures":
+        latent, settings = built_in.invert(drawn), {}
+    else:
+        latent = built_in.fresh(built_in.embed_captions(["rocket", "automobile"]))
+        settings = {"decoder_guidance_scale": built_in.variation.recommended["decoder_guidance_scale"]}
+    draw = functools.partial(built_in.decode_small, **settings)
+    places = even_places(latent, 7, draw, one_noise=one_noise)
+    path = path_at(latent, places, one_noise=one_noise)
+    steps = jumps(built_in.decode(path, output_type="pt", **settings).images)
+    assert float(steps.max()) <= 3 * float(steps.median())
     assert float(steps.min()) > 0
 
 

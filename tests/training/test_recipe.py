@@ -30,6 +30,7 @@ def test_every_recipe_of_the_repository_is_valid(path):
     assert all(source.parent.parent.name == "runs" for source in sources)
     others = {"judge": "clip", "judge_more": "clip", "super_res_last": "super_res", "super_res_2": "super_res"}
     others |= {"decoder_more": "decoder", "decoder_composed": "decoder", "prior_more": "prior"}
+    others |= {"super_res_more": "super_res"}
     assert recipe.stage == others.get(path.stem, path.stem)
     start = recipe.start_from  # the package's, or that of another recipe's run
     assert (
