@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 UNIT = torch.finfo(torch.float32).eps
-TIMES = 8
+TIMES = 10
 """Of the distance that random changes of one unit make; two ways of computing differ by 0.4 to 2 times as much."""
 
 
