@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from unclip.checkpoints.files import TEMPORARY_PREFIX, atomic_file, hub_root, read_json, safe_join, sync, write_json
 from unclip.checkpoints.header import TensorInfo, check_tensor_name, read_header
 from unclip.errors import CheckpointError, InputError, MissingFileError, UnsafeFileError, WeightsError
+from unclip.numbers import plain
 
 if TYPE_CHECKING:
     import torch
@@ -381,8 +382,8 @@ def _plan(state_dict: Mapping[str, Tensor], limit_bytes: int) -> list[list[str]]
 def parse_size(size: int | str) -> int:
     """Bytes in `size`: a count, or text such as "10GB", "500MB" (decimal) or "2GiB" (binary)."""
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-    found = re.fullmatch(r"(\d{1,15})\s*([A-Z]*)", str(size).strip().upper())
-    if isinstance(size, bool) or not found or found[2] not in units or int(found[1]) == 0:
+    found = re.fullmatch(r"(\d{1,15})\s*([A-Z]*)", str(plain(size)).strip().upper())
+    if not found or found[2] not in units or int(found[1]) == 0:
         raise CheckpointError(f'max_shard_size is {size!r}; give bytes, or a text such as "500MB" or "10GB"')
     return int(found[1]) * units[found[2]]
 

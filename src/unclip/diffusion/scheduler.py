@@ -146,11 +146,10 @@ class DDIMScheduler(Scheduler):
             "variance_type": variance_type,
             "eta": eta,
         }
-        self._eta = eta
         super().__init__(entries, unused)
 
     def _new_sampler(self) -> DDIMSampler:
-        return DDIMSampler(self._process, self._eta)
+        return DDIMSampler(self._process, self._config["eta"])
 
     def step(
         self,
@@ -246,11 +245,10 @@ class DPMSolverMultistepScheduler(Scheduler):
             "clip_sample": clip_sample,
             "clip_sample_range": clip_sample_range,
         }
-        self._solver_order = solver_order
         super().__init__(entries, unused)
 
     def _new_sampler(self) -> DPMSolverPlusPlus2MSampler:
-        return DPMSolverPlusPlus2MSampler(self._process, self._solver_order)
+        return DPMSolverPlusPlus2MSampler(self._process, self._config["solver_order"])
 
     def step(
         self,

@@ -19,6 +19,7 @@ from unclip.diffusion.sampler import Memory, Sampler
 from unclip.diffusion.schedule import SPACINGS, spaced_timesteps
 from unclip.diffusion.settings import SchedulerConfig
 from unclip.errors import ConfigError, InputError
+from unclip.numbers import plain, whole
 
 CONFIG_NAME = "scheduler_config.json"
 
@@ -55,7 +56,7 @@ class Scheduler:
     _includes_zero: ClassVar[bool] = True
 
     def __init__(self, settings: Mapping[str, Any], unused: Mapping[str, object]) -> None:
-        name = type(self).__name__
+        name, settings = type(self).__name__, {key: plain(value) for key, value in settings.items()}
         _settings.check_neutral(name, self._neutral, unused)
         if not isinstance(settings["clip_sample"], bool):
             raise ConfigError(f"clip_sample is {settings['clip_sample']!r}; it must be true or false")
@@ -135,7 +136,7 @@ class Scheduler:
             InputError: `num_inference_steps` is no integer in 1..num_train_timesteps.
         """
         path = self.spaced_timesteps(num_inference_steps)
-        self.num_inference_steps = num_inference_steps
+        self.num_inference_steps = len(path)
         self._take_path(path, device)
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
@@ -166,8 +167,12 @@ class Scheduler:
         return_dict: bool,
         noise: Tensor | None = None,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        t = _integer(timestep)
-        t_next = self._next(t) if prev_timestep is None else max(_integer(prev_timestep), -1)
+        count = self._process.num_timesteps
+        t = whole(timestep, "the timestep", 0, count - 1)
+        if prev_timestep is None:
+            t_next = self._next(t)
+        else:  # the ecosystem's loops end at any number below 0
+            t_next = max(whole(prev_timestep, "prev_timestep", -count, count - 1), -1)
         prediction = self._process.predict(model_output, sample, t)
         if noise is not None:
             noise = _given_noise(noise, generator, sample)
@@ -285,10 +290,3 @@ def _given_noise(noise: object, generator: Generators, sample: Tensor) -> Tensor
     return noise.to(sample.device, torch.float32)
 
 
-def _integer(timestep: object) -> int:
-    """A timestep as hand-written loops pass it: an int, or a tensor with one integer."""
-    if isinstance(timestep, Tensor) and timestep.numel() == 1 and not timestep.is_floating_point():
-        return int(timestep)
-    if isinstance(timestep, bool) or not isinstance(timestep, int):
-        raise InputError(f"the timestep is {timestep!r}; it must be an integer, or a tensor with one")
-    return timestep

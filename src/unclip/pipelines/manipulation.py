@@ -27,6 +27,7 @@ from unclip.diffusion.scheduler import DDIMScheduler
 from unclip.errors import CheckpointError, ImageError
 from unclip.images import to_unit
 from unclip.models.pca import PrincipalComponents
+from unclip.numbers import several
 from unclip.pipelines.arguments import Callback, as_prompts, check_count, check_embeddings
 from unclip.pipelines.generation import Call, StageRun
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
@@ -196,7 +197,7 @@ class Manipulator(ModelFiles):
             ),
             decoder_guidance_scale=decoder_guidance_scale,
             prompt=prompt,
-            seed=[seed] * len(latent) if isinstance(seed, int) else seed,
+            seed=seed if seed is None else several(seed) or [seed] * len(latent),
             output_type=output_type,
             return_intermediates=return_intermediates,
             callback_on_step_end=callback_on_step_end,
@@ -286,8 +287,8 @@ class Manipulator(ModelFiles):
                 "model that makes pictures of captions"
             )
         captions = as_prompts(captions)
-        check_count(num_samples, len(captions))
-        first = list(seed) if isinstance(seed, Sequence) else [seed] * len(captions)
+        num_samples = check_count(num_samples, len(captions), "num_samples")
+        first = several(seed) or [seed] * len(captions)
         drawn = self.text.embed_captions(
             [*captions] * num_samples,
             num_inference_steps=self._setting("prior_num_inference_steps", prior_num_inference_steps, 25),
@@ -355,8 +356,8 @@ class Manipulator(ModelFiles):
         self, pipe: UnCLIPImageVariationPipeline, num_steps: int | None, guidance_scale: float
     ) -> StageRun:
         """How the decoder runs. Raises: InputError for a number of steps or a scale that cannot be."""
-        check_scale(guidance_scale, "decoder_guidance_scale")
-        run = StageRun(self._setting("decoder_num_inference_steps", num_steps, 25), guidance_scale)
+        scale = check_scale(guidance_scale, "decoder_guidance_scale")
+        run = StageRun(self._setting("decoder_num_inference_steps", num_steps, 25), scale)
         pipe._check_steps("decoder", run)
         return run
 

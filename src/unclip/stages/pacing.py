@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from unclip.errors import InputError, NonFiniteError
+from unclip.numbers import whole
 from unclip.stages.arithmetic import equal_turns
 from unclip.stages.manipulation import BipartiteLatent, path_at
 
@@ -56,9 +57,8 @@ def even_places(
     Raises: InputError for one row, a wrong number, or a `draw` that gives no picture for each latent; NonFiniteError
         for pictures that are no numbers; what `draw` raises.
     """
-    for name, number, least in (("num_drawings", num_drawings, 0), ("batch_size", batch_size, 1)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < least:
-            raise InputError(f"{name} is {number!r}; it must be a whole number from {least}")
+    num_between, num_drawings = whole(num_between, "num_between", 0), whole(num_drawings, "num_drawings", 0)
+    batch_size = whole(batch_size, "batch_size")
     points = BipartiteLatent(latent.image_embedding, latent.decoder_latents)
 
     def drawn(places: Sequence[float]) -> list[Tensor]:
