@@ -106,8 +106,8 @@ def _wanted(low: float, high: float, above: bool = False, below: bool = False) -
 
 
 def shown(value: object) -> str:
-    """A value in a message: its representation, at most 100 characters of it."""
+    """A value in a message: its representation in one line, at most 100 characters of it."""
     try:
-        return f"{value!r:.100}"
+        return " ".join(repr(value).split())[:100]
     except Exception:  # of an integer with thousands of digits, or by a class of a user
         return f"a value of type {type(value).__name__}"

@@ -283,7 +283,7 @@ def test_latents_of_another_size(make):
     [
         (10, "height is 10; this model's pictures need a multiple of 4, such as 8"),
         (1, "height is 1; this model's pictures need a multiple of 4, such as 4"),
-        (0, "height is 0; it must be a whole number of pixels from 4 to 8192"),
+        (0, "height is 0; it must be a whole number of pixels from 1 to 8192"),
         (-16, "height is -16"),
         (16.0, "height is 16.0"),
         (True, "height is True"),

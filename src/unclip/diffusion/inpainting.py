@@ -48,7 +48,9 @@ class InpaintingSampler:
     jump_length: int = 1
 
     def __post_init__(self) -> None:
-        for name, value in zip(("num_resamples", "jump_length"), check_resampling(self.num_resamples, self.jump_length), strict=True):
+        for name, value in zip(
+            ("num_resamples", "jump_length"), check_resampling(self.num_resamples, self.jump_length), strict=True
+        ):
             object.__setattr__(self, name, value)
         if self.kept.dtype != torch.bool:
             raise InputError(f"what is kept is told by bool, not {self.kept.dtype}")

@@ -288,5 +288,3 @@ def _given_noise(noise: object, generator: Generators, sample: Tensor) -> Tensor
     if generator is not None:
         raise InputError("generator and variance_noise are both given; pass one of them, as both say what the noise is")
     return noise.to(sample.device, torch.float32)
-
-

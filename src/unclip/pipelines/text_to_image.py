@@ -48,9 +48,7 @@ class PriorRun(StageRun):
 
     def __post_init__(self) -> None:
         temperature, top_p = check_drawing(self.temperature, self.top_p)
-        checked = {
-            "num_candidates": check_candidates(self.num_candidates), "temperature": temperature, "top_p": top_p
-        }
+        checked = {"num_candidates": check_candidates(self.num_candidates), "temperature": temperature, "top_p": top_p}
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 

@@ -201,7 +201,9 @@ def probe(latent: BipartiteLatent, components: PrincipalComponents, counts: int 
     if not kept:
         raise InputError("counts are []; give one number of components, or a list of one or more")
     embedding = _one_row(latent).image_embedding
-    coordinates = [components.project(embedding, whole(count, "counts", 0, components.num_components)) for count in kept]
+    coordinates = [
+        components.project(embedding, whole(count, "counts", 0, components.num_components)) for count in kept
+    ]
     return latent.showing(torch.cat([components.reconstruct(each) for each in coordinates]))
 
 
