@@ -72,14 +72,14 @@ def test_real_numbers_of_any_kind(value):
     number = real(value, "it")
     assert type(number) is float
     assert number == 3
-    with pytest.raises(InputError, match="it is .*; it must be a whole number of at least 1"):
+    with pytest.raises(InputError, match=r"it is .*; it must be a whole number of at least 1"):
         whole(value, "it")
 
 
 @pytest.mark.parametrize("value", NONE, ids=told)
 def test_what_is_not_a_number(value):
     for check in (whole, real):
-        with pytest.raises(InputError, match="it is .*; it must be a "):
+        with pytest.raises(InputError, match=r"it is .*; it must be a "):
             check(value, "it", 0)
     with pytest.raises(ConfigError, match="it is"):
         real(value, "it", error=ConfigError)
@@ -88,7 +88,7 @@ def test_what_is_not_a_number(value):
 @pytest.mark.parametrize("value", NOT_FINITE + HUGE, ids=told)
 def test_what_is_not_finite(value):
     for check in (whole, real):
-        with pytest.raises(InputError, match="it is .*; it must be a "):
+        with pytest.raises(InputError, match=r"it is .*; it must be a "):
             check(value, "it", 0, 5)
     with pytest.raises(InputError, match="a finite number"):
         real(value, "it")
@@ -119,7 +119,7 @@ def test_one_or_several():
     assert several([]) == several(np.zeros(0)) == []
     assert reals(np.float32(0.5), "they") == [0.5]
     for wrong in ([], None, "1", ["1"], [1, None], [True], np.zeros((2, 2)), [math.nan], torch.tensor([0.0, 3.0])):
-        with pytest.raises(InputError, match="they are .*; give one or more, each a number from 0 to 2"):
+        with pytest.raises(InputError, match=r"they are .*; give one or more, each a number from 0 to 2"):
             reals(wrong, "they", 0, 2)
 
 

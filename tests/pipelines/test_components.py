@@ -1,9 +1,12 @@
 """What pipelines do besides calls: share, load, save, move, offload and slice their components."""
 
+import inspect
 import json
 import os
+import re
 import shutil
 import threading
+from functools import partial
 
 import diffusers as reference
 import pytest
@@ -18,6 +21,7 @@ from unclip import (
     DDIMScheduler,
     ImagePipelineOutput,
     InputError,
+    Manipulator,
     MissingFileError,
     OutputExistsError,
     PriorTransformer,
@@ -31,6 +35,7 @@ from unclip import (
     UnsafeFileError,
     WeightsError,
 )
+from unclip.checkpoints.asked import IGNORED, REFUSED
 from unclip.checkpoints.layout import CLASSES, FURTHER
 
 
@@ -268,8 +273,89 @@ def test_parts_in_place_of_the_folders(saved, tiny_pipeline, copied):
 
 
 def test_a_component_that_there_is_none_of(saved):
-    with pytest.raises(InputError, match="UnCLIPPipeline has no component 'safety_checker'; it has text_encoder"):
-        UnCLIPPipeline.from_pretrained(saved / "text", safety_checker=None)
+    with pytest.raises(InputError, match=r"UnCLIPPipeline\.from_pretrained has no argument or component 'vae'; it has"):
+        UnCLIPPipeline.from_pretrained(saved / "text", vae=None)
+
+
+@pytest.mark.parametrize("typo", ["torch_dtyp", "torch_dtpe", "prio", "decoder_schedular", "low_cpu_mem_usag"])
+def test_a_typo(saved, typo):
+    for cls in (UnCLIPPipeline, Manipulator):
+        with pytest.raises(InputError, match=rf"no argument or component '{typo}'; did you mean '{typo[:4]}"):
+            cls.from_pretrained(saved / "text", **{typo: None})
+    with pytest.raises(
+        InputError, match=r"PriorTransformer\.from_pretrained has no argument 'torch_dtyp'; did you mean"
+    ):
+        PriorTransformer.from_pretrained(saved / "text", subfolder="prior", torch_dtyp=torch.float16)
+
+
+def arguments_of_the_reference():
+    source = inspect.getsource(reference.DiffusionPipeline.from_pretrained)
+    return {
+        *re.findall(r'kwargs\.pop\("(\w+)"', source),
+        "pretrained_model_name_or_path",
+        "output_loading_info",
+        "mirror",
+    }
+
+
+def test_every_argument_of_the_reference_is_known():
+    own = {*inspect.signature(UnCLIPPipeline.from_pretrained).parameters}
+    assert arguments_of_the_reference() <= own | {*IGNORED, *REFUSED}
+    assert not own & {*IGNORED, *REFUSED}
+    assert not {*IGNORED} & {*REFUSED}
+
+
+@pytest.mark.parametrize("name", sorted(IGNORED))
+def test_an_argument_that_is_ignored(saved, name):
+    for load in (
+        partial(UnCLIPPipeline.from_pretrained, saved / "text"),
+        partial(PriorTransformer.from_pretrained, saved / "text", subfolder="prior"),
+        partial(UnCLIPScheduler.from_pretrained, saved / "text", "prior_scheduler"),
+    ):
+        with pytest.warns(UserWarning, match=rf"from_pretrained ignores {name} \(") as told:
+            load(**{name: "a value"})
+        assert len(told) == 1
+        load(**{name: None})
+
+
+@pytest.mark.parametrize("name", sorted({*REFUSED} - {"subfolder"}))
+def test_an_argument_that_is_refused(saved, name):
+    for load in (
+        partial(UnCLIPPipeline.from_pretrained, saved / "text"),
+        partial(Manipulator.from_pretrained, saved / "text"),
+        partial(PriorTransformer.from_pretrained, saved / "text", subfolder="prior"),
+        partial(UnCLIPScheduler.from_pretrained, saved / "text", "prior_scheduler"),
+    ):
+        with pytest.raises(InputError, match=f"from_pretrained cannot take {name}: ") as told:
+            load(**{name: "a secret"})
+        assert "secret" not in str(told.value)
+
+
+def test_arguments_that_ask_for_nothing(saved):
+    arguments = {"low_cpu_mem_usage": True, "safety_checker": None, "use_safetensors": True, "token": False}
+    arguments |= {"force_download": False, "trust_remote_code": False, "local_files_only": True, "device_map": None}
+    assert UnCLIPPipeline.from_pretrained(saved / "text", **arguments).dtype == torch.float32
+
+
+def test_several_arguments_give_one_warning(tiny_inpaint, tmp_path):
+    tiny_inpaint.save_pretrained(tmp_path / "model")
+    arguments = {"low_cpu_mem_usage": False, "offload_folder": "x", "max_memory": {0: "1GB"}}
+    for cls in (UnCLIPInpaintPipeline, Manipulator):
+        with pytest.warns(UserWarning, match="low_cpu_mem_usage.*offload_folder.*max_memory") as told:
+            cls.from_pretrained(tmp_path / "model", **arguments)
+        assert len(told) == 1
+        assert told[0].filename == __file__
+
+
+@pytest.mark.parametrize("device_map", ["cpu", torch.device("cpu")], ids=repr)
+def test_a_device_map_of_one_device(saved, device_map):
+    assert UnCLIPPipeline.from_pretrained(saved / "text", device_map=device_map).device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("device_map", ["auto", "balanced", {"prior": "cpu"}, "tpu9", 1.5], ids=repr)
+def test_a_device_map_of_several_devices(saved, device_map):
+    with pytest.raises(InputError, match=r"device_map is .* one device, .* enable_model_cpu_offload"):
+        UnCLIPPipeline.from_pretrained(saved / "text", device_map=device_map)
 
 
 def test_variations_from_a_folder_without_an_image_encoder(saved, tiny_variation):
@@ -931,7 +1017,43 @@ def test_only_safetensors_are_read(saved):
             assert cls.from_pretrained(folder, use_safetensors=use).dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", ["float16", torch.int8, torch.complex64, 16, float], ids=str)
+@pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16", torch.bfloat16], ids=str)
+def test_a_type_by_its_name(saved, name):
+    for argument in ("torch_dtype", "dtype"):
+        pipe = UnCLIPPipeline.from_pretrained(saved / "text", **{argument: name})
+        assert {network.dtype for network in pipe.networks.values()} == {torch.bfloat16}
+        prior = PriorTransformer.from_pretrained(saved / "text" / "prior", **{argument: name})
+        assert prior.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("own_clip", [False, True])
+def test_the_types_of_the_files(own_pipeline, tmp_path, own_clip):
+    types = {"text_encoder": torch.bfloat16, "prior": torch.float16, "decoder": torch.float64}
+    for name, kind in types.items():
+        getattr(own_pipeline, name).to(kind)
+    own_pipeline.save_pretrained(tmp_path / "model")
+    loaded = UnCLIPPipeline.from_pretrained(tmp_path / "model", torch_dtype="auto", own_clip=own_clip)
+    for name, network in loaded.networks.items():
+        assert network.dtype == types.get(name, torch.float32)
+    assert PriorTransformer.from_pretrained(tmp_path / "model" / "prior", torch_dtype="auto").dtype == torch.float16
+    assert UnCLIPPipeline.from_pretrained(tmp_path / "model", own_clip=own_clip).decoder.dtype == torch.float32
+
+
+def test_a_type_for_each_component(saved):
+    types = {"prior": "float16", "text_encoder": torch.float64, "default": torch.bfloat16}
+    pipe = UnCLIPPipeline.from_pretrained(saved / "text", torch_dtype=types)
+    found = {name: network.dtype for name, network in pipe.networks.items()}
+    others = dict.fromkeys(found, torch.bfloat16)
+    assert found == others | {"prior": torch.float16, "text_encoder": torch.float64}
+    some = UnCLIPPipeline.from_pretrained(saved / "text", torch_dtype={"prior": torch.float16})
+    assert (some.prior.dtype, some.decoder.dtype) == (torch.float16, torch.float32)
+    with pytest.raises(InputError, match="'priorr', which no pipeline has"):
+        UnCLIPPipeline.from_pretrained(saved / "text", torch_dtype={"priorr": torch.float16})
+    with pytest.raises(InputError, match="torch_dtype is 5"):
+        UnCLIPPipeline.from_pretrained(saved / "text", torch_dtype={"prior": 5})
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8", "nn", "", torch.int8, torch.complex64, 16, float], ids=str)
 def test_a_type_that_weights_cannot_have(saved, dtype):
     for cls, folder in ((UnCLIPPipeline, saved / "text"), (PriorTransformer, saved / "text" / "prior")):
         with pytest.raises(InputError, match=r"torch_dtype is .*torch\.float16"):

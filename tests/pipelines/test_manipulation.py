@@ -348,7 +348,7 @@ def test_a_part_that_only_one_of_the_pipelines_has(tiny_inpaint, tmp_path):
     tool = Manipulator.from_pretrained(tmp_path / "model", decoder=decoder, torch_dtype=torch.bfloat16)
     assert tool.text.decoder is tool.variation.decoder is decoder
     assert tool.text.prior.dtype == tool.variation.image_encoder.dtype == torch.bfloat16
-    with pytest.raises(InputError, match="no component 'unet'"):
+    with pytest.raises(InputError, match="no argument or component 'unet'"):
         Manipulator.from_pretrained(tmp_path / "model", unet=decoder)
 
 

@@ -158,7 +158,7 @@ def test_probing_comes_nearer_with_every_dimension():
     with pytest.raises(InputError, match="0 to 16"):
         probe(one, components, [17])
     for counts in ([], None, 2.5):
-        with pytest.raises(InputError, match="counts (are|is)"):
+        with pytest.raises(InputError, match=r"counts (are|is)"):
             probe(one, components, counts)
     with pytest.raises(InputError, match="take one"):
         probe(latent(2), components, [4])

@@ -45,7 +45,7 @@ def write_recommended(folder: Path, recommended: Mapping[str, Recommended]) -> N
 
 
 def check_recommended(found: Mapping[str, Recommended], where: str) -> dict[str, Recommended]:
-    """The same settings, as Python's own numbers. Raises: ConfigError for an unknown key or a value that is no number."""
+    """The settings in Python's own numbers. Raises: ConfigError for an unknown key, or a value that is not a number."""
     checked: dict[str, Recommended] = {}
     for key, value in found.items():
         if key not in KEYS:

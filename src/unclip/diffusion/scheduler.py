@@ -149,7 +149,7 @@ class DDIMScheduler(Scheduler):
         super().__init__(entries, unused)
 
     def _new_sampler(self) -> DDIMSampler:
-        return DDIMSampler(self._process, self._config["eta"])
+        return DDIMSampler(self._process, self.config.eta)
 
     def step(
         self,
@@ -248,7 +248,7 @@ class DPMSolverMultistepScheduler(Scheduler):
         super().__init__(entries, unused)
 
     def _new_sampler(self) -> DPMSolverPlusPlus2MSampler:
-        return DPMSolverPlusPlus2MSampler(self._process, self._config["solver_order"])
+        return DPMSolverPlusPlus2MSampler(self._process, self.config.solver_order)
 
     def step(
         self,

@@ -244,15 +244,19 @@ class Scheduler:
             name_or_folder: a folder, or a repository's name.
             subfolder: the scheduler's folder inside it, "decoder_scheduler", say.
             revision, cache_dir, local_files_only, token: where and how to look on the hub.
-            overrides: settings that replace those of the file.
+            overrides: settings that replace those of the file; and the ecosystem's further arguments, which are ignored
+                with one warning, or refused.
 
         Raises:
+            InputError: an argument is refused.
             CheckpointError: the file is not there or cannot be read.
             ConfigError: as `from_config`.
         """
+        from unclip.checkpoints.asked import settled
         from unclip.checkpoints.files import read_json, safe_join
         from unclip.checkpoints.hub import resolve
 
+        overrides = settled(overrides, cls.from_pretrained, None)
         file = CONFIG_NAME if subfolder is None else f"{subfolder}/{CONFIG_NAME}"
         folder = resolve(
             name_or_folder,

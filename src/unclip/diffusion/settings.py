@@ -84,7 +84,7 @@ class SchedulerConfig(Mapping[str, object]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         # Copying and unpickling ask for attributes before there are entries.
         entries = self.__dict__.get("_entries", {})
         if name not in entries:

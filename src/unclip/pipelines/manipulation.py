@@ -12,6 +12,7 @@ users and by the commands.
 """
 
 import copy
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unclip.checkpoints.asked import settled
 from unclip.diffusion.guidance import check_scale
 from unclip.diffusion.noise import NoiseSource, following_seed, generators_from_seed
 from unclip.diffusion.scheduler import DDIMScheduler
@@ -67,6 +69,8 @@ class Manipulator(ModelFiles):
         Arguments and errors as of a pipeline; a component may be given that either of the two pipelines has.
         """
         of_text, of_variation = UnCLIPPipeline.component_names(), UnCLIPImageVariationPipeline.component_names()
+        own = [*inspect.signature(UnCLIPPipeline.from_pretrained).parameters][1:-1]
+        options = settled(options, cls.from_pretrained, [*own, *of_text, *of_variation])
         for_text = {name: each for name, each in options.items() if name in of_text or name not in of_variation}
         text = UnCLIPPipeline.from_pretrained(name_or_folder, **for_text)
         shared = {name: part for name, part in text.components.items() if name in of_variation}
@@ -197,7 +201,7 @@ class Manipulator(ModelFiles):
             ),
             decoder_guidance_scale=decoder_guidance_scale,
             prompt=prompt,
-            seed=seed if seed is None else several(seed) or [seed] * len(latent),
+            seed=None if seed is None else several(seed) or [seed] * len(latent),  # type: ignore[list-item]
             output_type=output_type,
             return_intermediates=return_intermediates,
             callback_on_step_end=callback_on_step_end,

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from unclip.checkpoints.asked import asked_type, settled
 from unclip.checkpoints.files import atomic_folder, read_json, safe_join, write_json
 from unclip.checkpoints.hub import resolve
 from unclip.checkpoints.layout import API_VERSION, CLASSES, FURTHER
 from unclip.checkpoints.offloaded import offload_hooks, state_of
 from unclip.checkpoints.probe_file import ProbeFile
 from unclip.checkpoints.recommended import Recommended, read_recommended, write_recommended
-from unclip.checkpoints.weights import check_asked
 from unclip.diffusion.loop import Progress
 from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError
 from unclip.pipelines.component import index_entry, parts_with_variant, read_component, write_component
@@ -155,13 +155,15 @@ class Pipeline:
         cls,
         name_or_folder: str | Path = "unclip-emoji",
         *,
-        torch_dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None = None,
+        dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None = None,
         variant: str | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
         use_safetensors: bool | None = None,
+        device_map: torch.device | str | None = None,
         own_clip: bool = False,
         **components: Any,
     ) -> Self:
@@ -169,26 +171,28 @@ class Pipeline:
 
         Args:
             name_or_folder: a folder, a hub repository (`owner/name`), or the built-in model's name.
-            torch_dtype: the type of all weights; float32 by default.
+            torch_dtype: the type of all weights, or its name; float32 by default. "auto" keeps the type that each
+                component has in its file. A mapping has a type by component, and "default" for the others.
+            dtype: another name of `torch_dtype`.
             variant: "fp16", say, reads `diffusion_pytorch_model.fp16.safetensors` of the components that have it, and
                 the plain weights of the others.
             revision, cache_dir, local_files_only, token: as the hub client has them.
             use_safetensors: nothing else is read, so None and True are the same and False is refused.
+            device_map: the device to load to; several are not supported.
             own_clip: read CLIP's parts by unclip's own classes (`models/clip.py`, `stages/tokenizer.py`,
                 `stages/preprocessing.py`) instead of transformers', whose import takes seconds. They give the same
                 numbers and only encode; a part that they do not implement is read by transformers' class after all.
-            components: parts to use in place of the folder's (`prior=my_prior`).
+            components: parts to use in place of the folder's (`prior=my_prior`). Further arguments of the ecosystem's
+                method are ignored with one warning, or refused.
 
         Raises:
-            InputError: `torch_dtype` is no floating type, or there is no component of a given name.
+            InputError: `torch_dtype` is not a floating type, or an argument is unknown or refused.
             CheckpointError: something is missing, broken or unsafe; the message names the component.
             ConfigError: a component is of an unknown kind, or does not fit the others.
         """
-        check_asked(torch_dtype, use_safetensors)
-        for name in components:
-            if name not in cls.component_names():
-                known = ", ".join(cls.component_names())
-                raise InputError(f"{cls.__name__} has no component {name!r}; it has {known}")
+        parts = settled(components, cls.from_pretrained, cls.component_names())
+        types = _types(torch_dtype if dtype is None else dtype, use_safetensors)
+        device = _one_device(device_map)
         folder = resolve(
             name_or_folder,
             revision=revision,
@@ -198,19 +202,22 @@ class Pipeline:
             variant=variant,
         )
         index = read_json(safe_join(folder, "model_index.json"))
-        parts = dict(components)
         to_read = [name for name in cls.component_names() if name not in parts and not cls._may_lack(name, index)]
         varied = set() if variant is None else parts_with_variant(folder, to_read, variant)
         for name in to_read:
             class_name = _class_name(index, name, cls.__name__, folder)
-            own = variant if name in varied else None
             parts[name] = read_component(
-                folder, name, class_name, torch_dtype=torch_dtype, variant=own, own_clip=own_clip
+                folder,
+                name,
+                class_name,
+                torch_dtype=types.get(name, types.get("default")),
+                variant=variant if name in varied else None,
+                own_clip=own_clip,
             )
         pipeline = cls(**parts)
         pipeline._recommended = read_recommended(folder)
         pipeline._probe = ProbeFile.read(folder)
-        return pipeline
+        return pipeline if device is None else pipeline.to(device)
 
     @classmethod
     def from_pipe(cls, pipeline: "Pipeline", **components: Any) -> Self:
@@ -398,6 +405,26 @@ def _class_name(index: Mapping[str, Any], name: str, pipeline: str, folder: Path
             f"{name!r}, which {pipeline} needs; give it by name: from_pretrained(…, {name}=…)"
         )
     return entry[1]
+
+
+def _types(asked: Any, use_safetensors: bool | None) -> dict[str, torch.dtype | str | None]:
+    """The types of weights by component, and "default" for those that are not named."""
+    given = asked if isinstance(asked, Mapping) else {"default": asked}
+    for name in given:
+        if name not in {"default", *CLASSES, *FURTHER}:
+            raise InputError(f"torch_dtype has a type for {name!r}, which no pipeline has; the others' is 'default'")
+    asked_type(None, use_safetensors)
+    return {name: asked_type(one) for name, one in given.items()}
+
+
+def _one_device(device_map: Any) -> torch.device | None:
+    try:
+        return None if device_map is None else torch.device(device_map)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            f"device_map is {device_map!r}; it must be one device, such as 'cuda'. For a model that does not fit it, "
+            "load without device_map and call enable_model_cpu_offload()"
+        ) from error
 
 
 def _accelerator(gpu_id: int | None, device: torch.device | str | None) -> torch.device:

@@ -19,7 +19,8 @@ def slerp(start: Tensor, end: Tensor, share: float | Sequence[float] | Tensor) -
     """Spherical interpolation: along the great circle from `start` to `end`, `share` of the angle.
 
     The direction turns evenly and the norm goes evenly from one to the other, so equal norms are kept. A tensor of one
-    dimension is one vector; in any other each row is one, whatever its shape. A share beyond 0..1 goes on along the circle, with the nearer end's norm.
+    dimension is one vector; in any other each row is one, whatever its shape. A share beyond 0..1 goes on along the
+    circle, with the nearer end's norm.
 
     Args:
         start, end: floating point [dim] or [batch, ...], of one shape.
@@ -62,8 +63,8 @@ def slerp_path(points: Tensor, places: Sequence[float]) -> Tensor:
 
     Args:
         points: [num_points, ...], two or more.
-        places: one number or more, from 0, the first point, to num_points - 1, the last; 1.25 is a quarter of the angle from
-            the second to the third.
+        places: one number or more, from 0, the first point, to num_points - 1, the last; 1.25 is a quarter of the
+            angle from the second to the third.
 
     Returns: float32 [len(places), ...]; where a place is whole, exactly the point itself.
 
