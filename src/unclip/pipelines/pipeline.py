@@ -24,6 +24,7 @@ from unclip.checkpoints.offloaded import offload_hooks, state_of
 from unclip.checkpoints.probe_file import ProbeFile
 from unclip.checkpoints.recommended import Recommended, read_recommended, write_recommended
 from unclip.diffusion.loop import Progress
+from unclip.diffusion.scheduler import Scheduler, converted, is_foreign
 from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError
 from unclip.pipelines.component import index_entry, parts_with_variant, read_component, write_component
 
@@ -68,10 +69,21 @@ class Pipeline:
     def __setattr__(self, name: str, value: Any) -> None:
         """Components can be exchanged (`pipe.decoder_scheduler = …`), for one of unclip's own kind.
 
-        Raises: ConfigError for a network or scheduler that is none of unclip's, such as diffusers' of that name, or for
-        a part of CLIP's that cannot be one. Whether it fits the others is checked when the pipeline is next called.
+        A scheduler of diffusers is converted (see `unclip.diffusion.scheduler.converted`).
+
+        Raises: ConfigError for a network that is not unclip's, such as diffusers' of that name, for a scheduler that
+        cannot be converted, or for a part of CLIP's that cannot be one. Whether it fits the others is checked when the
+        pipeline is next called.
         """
         kinds = self._kinds(name)
+        if Scheduler in kinds and is_foreign(value):
+            try:
+                value = converted(value, getattr(self, name, None))
+            except ConfigError as problem:
+                raise ConfigError(
+                    f"component {name!r}: {problem}; make one by from unclip import DDIMScheduler (or UnCLIPScheduler, "
+                    f"DPMSolverMultistepScheduler), then DDIMScheduler.from_config(pipe.{name}.config)"
+                ) from problem
         if value is None and kinds and name not in self.OPTIONAL:
             raise ConfigError(f"component {name!r} cannot be None: it must be a {_either(kinds)}")
         classes = tuple(kind for kind in kinds if isinstance(kind, type))
