@@ -95,9 +95,72 @@ def test_from_pipe_shares_what_both_have(tiny_pipeline, tiny_variation):
     assert UnCLIPPipeline.from_pipe(tiny_pipeline, decoder_scheduler=other).decoder_scheduler is other
 
 
+@pytest.fixture(scope="module")
+def whole(tiny_inpaint, tmp_path_factory):
+    """A folder that has every component, as the built-in model's."""
+    folder = tmp_path_factory.mktemp("whole") / "model"
+    tiny_inpaint.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("own_clip", [False, True])
+def test_from_pipe_reads_the_rest_from_the_same_folder(whole, tiny_variation, tiny_pipeline, few, own_clip):
+    text = quiet(UnCLIPPipeline.from_pretrained(whole, own_clip=own_clip))
+    vary = UnCLIPImageVariationPipeline.from_pipe(text)
+    assert all(part is getattr(text, name) for name, part in vary.components.items() if name in text.components)
+    assert type(vary.image_encoder).__name__.startswith("CLIPImage" if own_clip else "CLIPVision")
+    torch.testing.assert_close(variation(vary), variation(tiny_variation), rtol=0, atol=1e-5)
+    back = UnCLIPPipeline.from_pipe(UnCLIPImageVariationPipeline.from_pretrained(whole, own_clip=own_clip))
+    torch.testing.assert_close(picture(quiet(back), few), picture(tiny_pipeline, few), rtol=0, atol=1e-5)
+    assert back.prior_scheduler.config == tiny_pipeline.prior_scheduler.config
+    edit = UnCLIPInpaintPipeline.from_pipe(vary)  # a pipeline that was made so knows the folder too
+    assert edit.image_encoder is vary.image_encoder
+    assert edit.prior is not None
+    assert UnCLIPInpaintPipeline.from_pipe(text).image_encoder is not None
+
+
+def test_from_pipe_reads_in_the_pipelines_type(whole, tmp_path):
+    text = UnCLIPPipeline.from_pretrained(whole, torch_dtype=torch.float64).to(torch.bfloat16)
+    vary = UnCLIPImageVariationPipeline.from_pipe(text)
+    assert {network.dtype for network in vary.networks.values()} == {torch.bfloat16}
+    UnCLIPInpaintPipeline.from_pretrained(whole).save_pretrained(tmp_path / "model", variant="fp16")
+    shutil.copytree(whole / "image_encoder", tmp_path / "model" / "image_encoder", dirs_exist_ok=True)
+    (tmp_path / "model" / "image_encoder" / "model.fp16.safetensors").unlink()
+    text = UnCLIPPipeline.from_pretrained(tmp_path / "model", variant="fp16")
+    assert UnCLIPImageVariationPipeline.from_pipe(text).image_encoder is not None
+
+
+def test_from_pipe_prefers_what_is_given(whole, tiny_variation):
+    text, given = UnCLIPPipeline.from_pretrained(whole), tiny_variation.image_encoder
+    vary = UnCLIPImageVariationPipeline.from_pipe(text, image_encoder=given)
+    assert vary.image_encoder is given
+    assert vary.feature_extractor is not None
+
+
+def test_from_pipe_of_a_folder_that_lacks_the_rest(saved):
+    text = UnCLIPPipeline.from_pretrained(saved / "text")
+    with pytest.raises(CheckpointError, match=r"names no 'image_encoder', which .* needs; .*load a model that has it"):
+        UnCLIPImageVariationPipeline.from_pipe(text)
+    assert UnCLIPInpaintPipeline.from_pipe(text).image_encoder is None
+    with pytest.raises(CheckpointError, match="names no 'prior'"):
+        UnCLIPPipeline.from_pipe(UnCLIPImageVariationPipeline.from_pretrained(saved / "variation"))
+
+
+def test_from_pipe_does_not_bring_back_what_was_left_out(build_pipeline, tiny_components, tmp_path):
+    third = {f"super_res_2_{part}": tiny_components({"sample_size": 32})[f"super_res_{part}"] for part in ("first",)}
+    pipe = build_pipeline("text", tiny_components())
+    large = UnCLIPPipeline(**pipe.components, **third, super_res_2_scheduler=UnCLIPScheduler())
+    large.save_pretrained(tmp_path / "model")
+    loaded = UnCLIPPipeline.from_pretrained(tmp_path / "model")
+    loaded.super_res_2_first = loaded.super_res_2_scheduler = None
+    assert list(UnCLIPInpaintPipeline.from_pipe(loaded).cascade) == ["super_res"]
+
+
 def test_a_missing_component(tiny_pipeline):
-    with pytest.raises(InputError, match="UnCLIPImageVariationPipeline needs the component 'image_encoder'"):
+    with pytest.raises(InputError, match="needs image_encoder, feature_extractor, and .*not loaded from a folder"):
         UnCLIPImageVariationPipeline.from_pipe(tiny_pipeline)
+    with pytest.raises(InputError, match="UnCLIPImageVariationPipeline needs the component 'image_encoder'"):
+        UnCLIPImageVariationPipeline(**tiny_pipeline.components)
     with pytest.raises(InputError, match="needs the component 'text_encoder'"):
         UnCLIPPipeline()
 

@@ -6,7 +6,8 @@ Knows components by name and kind; knows not what a call does. Base of the two p
 import inspect
 import io
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from types import NoneType
@@ -64,6 +65,7 @@ class Pipeline:
         self._progress: dict[str, Any] = {}
         self._recommended: dict[str, Recommended] = {}
         self._probe: ProbeFile | None = None
+        self._source: Source | None = None
         self.check()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -213,38 +215,68 @@ class Pipeline:
             token=token,
             variant=variant,
         )
-        index = read_json(safe_join(folder, "model_index.json"))
-        to_read = [name for name in cls.component_names() if name not in parts and not cls._may_lack(name, index)]
-        varied = set() if variant is None else parts_with_variant(folder, to_read, variant)
-        for name in to_read:
-            class_name = _class_name(index, name, cls.__name__, folder)
-            parts[name] = read_component(
-                folder,
-                name,
-                class_name,
-                torch_dtype=types.get(name, types.get("default")),
-                variant=variant if name in varied else None,
-                own_clip=own_clip,
-            )
-        pipeline = cls(**parts)
+        source = Source(folder, variant, own_clip)
+        to_read = [name for name in cls.component_names() if name not in parts]
+        pipeline = cls(**parts, **cls._read(source, to_read, types))
+        pipeline._source = source
         pipeline._recommended = read_recommended(folder)
         pipeline._probe = ProbeFile.read(folder)
         return pipeline if device is None else pipeline.to(device)
 
     @classmethod
+    def _read(
+        cls, source: "Source", names: Iterable[str], types: Mapping[str, torch.dtype | str | None]
+    ) -> dict[str, Any]:
+        """Those components of a folder, but for optional ones that it lacks; `types` as of `_types`."""
+        index = read_json(safe_join(source.folder, "model_index.json"))
+        to_read = [name for name in names if not cls._may_lack(name, index)]
+        classes = {name: _class_name(index, name, cls.__name__, source.folder) for name in to_read}
+        every = cls.component_names()
+        varied = set() if source.variant is None else parts_with_variant(source.folder, every, source.variant)
+        return {
+            name: read_component(
+                source.folder,
+                name,
+                class_name,
+                torch_dtype=types.get(name, types.get("default")),
+                variant=source.variant if name in varied else None,
+                own_clip=source.own_clip,
+            )
+            for name, class_name in classes.items()
+        }
+
+    @classmethod
     def from_pipe(cls, pipeline: "Pipeline", **components: Any) -> Self:
-        """This kind of pipeline from another's loaded components, and those it lacks given by name.
+        """This kind of pipeline from another's loaded components.
+
+        What that kind does not have is given by name, or else read from the folder that `pipeline` was loaded from, in
+        its type and on its device.
 
         Bars, tiling, recommendations, principal components and offloading stay as they are there; offloading lies in
         the networks, so what one of the two changes in it holds for both, and a network that is new here takes part
         from the next enabling.
 
-        Raises: InputError when `pipeline` is none of unclip's.
+        Raises: InputError when `pipeline` is not one of unclip's, or lacks components and was not loaded from a folder;
+        CheckpointError when that folder lacks them too.
         """
         if not isinstance(pipeline, Pipeline):
             raise InputError(f"from_pipe takes a pipeline of unclip's, not a {type(pipeline).__name__}")
         shared = {name: part for name, part in pipeline.components.items() if name in cls.component_names()}
-        made = cls(**shared | components)
+        known = {*pipeline.component_names(), *components}
+        lacking = [name for name in cls.component_names() if name not in known]
+        read = {}
+        if pipeline._source is not None and lacking:
+            read = cls._read(pipeline._source, lacking, {"default": pipeline.dtype})
+            for part in read.values():
+                if isinstance(part, nn.Module):
+                    part.to(pipeline.device)
+        elif needed := [name for name in lacking if name not in cls.OPTIONAL]:
+            raise InputError(
+                f"{cls.__name__} needs {', '.join(needed)}, and the {type(pipeline).__name__} was not loaded from a "
+                f"folder that could have them: give them by name, as in from_pipe(pipe, {needed[0]}=…)"
+            )
+        made = cls(**shared | read | components)
+        made._source = pipeline._source
         made._recommended = dict(pipeline._recommended)
         made._probe = pipeline._probe
         made._progress = dict(pipeline._progress)
@@ -376,6 +408,15 @@ class Pipeline:
         return f"{type(self).__name__}({parts})"
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a pipeline was loaded from, and how: its folder, the variant of weights, and by whose CLIP classes."""
+
+    folder: Path
+    variant: str | None
+    own_clip: bool
+
+
 CLIP_PARTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "CLIPTextModelWithProjection": (nn.Module, ("config.vocab_size", "config.hidden_size", "text_projection")),
     "CLIPVisionModelWithProjection": (nn.Module, ("config.image_size", "visual_projection")),
@@ -414,7 +455,7 @@ def _class_name(index: Mapping[str, Any], name: str, pipeline: str, folder: Path
     if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
         raise CheckpointError(
             f"{folder / 'model_index.json'} is of a {index.get('_class_name', 'pipeline without a name')} and names no "
-            f"{name!r}, which {pipeline} needs; give it by name: from_pretrained(…, {name}=…)"
+            f"{name!r}, which {pipeline} needs; give it by name ({name}=…), or load a model that has it"
         )
     return entry[1]
 
