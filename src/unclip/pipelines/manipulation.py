@@ -3,8 +3,7 @@
 Knows the two pipelines' components and the stages; knows neither how a step is taken nor a file format. Called by
 users and by the commands.
 
-    from unclip import Manipulator
-    from unclip.stages.manipulation import edit
+    from unclip import Manipulator, edit
     tool = Manipulator.from_pretrained("unclip-emoji")
     latent = tool.invert(cat)
     lion = tool.caption_difference("a lion", "a cat")

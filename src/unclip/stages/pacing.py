@@ -3,8 +3,7 @@
 Knows places on a path and pictures of what stands there; knows not how they are drawn. Called by users and by `unclip
 interpolate`.
 
-    from unclip.stages.pacing import even_places
-    from unclip.stages.manipulation import path_at
+    from unclip import even_places, path_at
     latents = tool.invert([cat, dog])
     frames = tool.decode(path_at(latents, even_places(latents, 7, tool.decode_small))).images
 """
