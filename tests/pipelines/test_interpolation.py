@@ -1,6 +1,7 @@
 """The community's interpolation pipelines: their arguments, their ends, and what is refused."""
 
 import inspect
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def test_captions_begin_and_end_with_their_own_pictures(of_texts, make, few):
     assert len(made) == 5
     ends = make(["a cat", "a red apple"], seed=[3, 3])
     torch.testing.assert_close(made[[0, -1]], ends, rtol=0, atol=1e-5)
-    assert all(not torch.equal(one, other) for one, other in zip(made[:-1], made[1:], strict=True))
+    assert all(not torch.equal(one, other) for one, other in pairwise(made))
     one = of_texts("a cat", "a", 1, seed=3, output_type="pt", **few).images
     torch.testing.assert_close(one, made[:1], rtol=0, atol=1e-5)
 
@@ -91,7 +92,7 @@ def test_pictures_begin_and_end_with_their_own_variations(of_images, vary, two):
     made = of_images(image=two, steps=np.int64(4), seed=3, output_type="pt", **FEW_OF_VARIATIONS).images
     assert len(made) == 4
     torch.testing.assert_close(made[[0, -1]], vary(two, seed=[3, 3]), rtol=0, atol=1e-5)
-    assert all(not torch.equal(one, other) for one, other in zip(made[:-1], made[1:], strict=True))
+    assert all(not torch.equal(one, other) for one, other in pairwise(made))
 
 
 def test_embeddings_and_more_than_two_of_them(of_images, vary):

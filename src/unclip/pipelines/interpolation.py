@@ -133,8 +133,8 @@ class UnCLIPImageInterpolationPipeline(UnCLIPImageVariationPipeline):
             decoder_latents, super_res_latents: x_T of the stages, [steps, 3, height, width].
             seed: one gives every picture the same noise, so that they differ by their embeddings alone; a list has one
                 for each.
-            decoder_num_inference_steps, super_res_num_inference_steps, decoder_guidance_scale, output_type, return_dict,
-                callback_on_step_end: as of `UnCLIPImageVariationPipeline`.
+            decoder_num_inference_steps, super_res_num_inference_steps, decoder_guidance_scale, output_type,
+                return_dict, callback_on_step_end: as of `UnCLIPImageVariationPipeline`.
 
         Raises: as `UnCLIPImageVariationPipeline`; InputError for one picture alone.
         """
