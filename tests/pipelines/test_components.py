@@ -9,6 +9,7 @@ import threading
 from functools import partial
 
 import diffusers as reference
+import numpy as np
 import pytest
 import torch
 from transformers.utils import logging
@@ -1004,6 +1005,9 @@ def test_offloading_finds_the_accelerator(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     assert pipeline_module._accelerator(None, None) == torch.device("cuda", 0)
     assert pipeline_module._accelerator(1, None) == torch.device("cuda", 1)
+    assert pipeline_module._accelerator(np.int64(1), None) == torch.device("cuda", 1)
+    with pytest.raises(InputError, match="gpu_id"):
+        pipeline_module._accelerator(True, None)
     assert pipeline_module._accelerator(1, "cuda:3") == torch.device("cuda", 3)
 
 

@@ -27,6 +27,7 @@ from unclip.checkpoints.recommended import Recommended, read_recommended, write_
 from unclip.diffusion.loop import Progress
 from unclip.diffusion.scheduler import Scheduler, converted, is_foreign
 from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError
+from unclip.numbers import whole
 from unclip.pipelines.component import index_entry, parts_with_variant, read_component, write_component
 
 STAGE_WORDS = {"prior": "prior", "decoder": "decoder", "super_res": "super-resolution"}
@@ -486,4 +487,4 @@ def _accelerator(gpu_id: int | None, device: torch.device | str | None) -> torch
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if found is None:
         raise InputError("offloading needs an accelerator and this machine has none; device='cpu' tries it out")
-    return torch.device(found.type, gpu_id or 0)
+    return torch.device(found.type, 0 if gpu_id is None else whole(gpu_id, "gpu_id", 0))
