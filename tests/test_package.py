@@ -34,15 +34,22 @@ ALL = [
     "TrainingError",
     "UNet2DConditionModel",
     "UNet2DModel",
+    "UnCLIPImageInterpolationPipeline",
     "UnCLIPImageVariationPipeline",
     "UnCLIPInpaintPipeline",
     "UnCLIPPipeline",
     "UnCLIPScheduler",
+    "UnCLIPTextInterpolationPipeline",
     "UnCLIPTextProjModel",
     "UnclipError",
     "UnsafeFileError",
     "WeightsError",
     "__version__",
+    "edit",
+    "even_places",
+    "interpolate",
+    "path_at",
+    "recorded_settings",
 ]
 
 

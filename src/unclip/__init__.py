@@ -36,10 +36,13 @@ if TYPE_CHECKING:
     from unclip.models.unet import UNet2DConditionModel, UNet2DModel
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
     from unclip.pipelines.inpaint import UnCLIPInpaintPipeline
+    from unclip.pipelines.interpolation import UnCLIPImageInterpolationPipeline, UnCLIPTextInterpolationPipeline
     from unclip.pipelines.manipulation import Manipulator
+    from unclip.pipelines.model_files import recorded_settings
     from unclip.pipelines.output import ImagePipelineOutput
     from unclip.pipelines.text_to_image import UnCLIPPipeline
-    from unclip.stages.manipulation import BipartiteLatent
+    from unclip.stages.manipulation import BipartiteLatent, edit, interpolate, path_at
+    from unclip.stages.pacing import even_places
 
 __version__ = "0.1.0"
 
@@ -66,14 +69,21 @@ _HOMES = {
     "TrainingError": "errors",
     "UNet2DConditionModel": "models.unet",
     "UNet2DModel": "models.unet",
+    "UnCLIPImageInterpolationPipeline": "pipelines.interpolation",
     "UnCLIPImageVariationPipeline": "pipelines.image_variation",
     "UnCLIPInpaintPipeline": "pipelines.inpaint",
     "UnCLIPPipeline": "pipelines.text_to_image",
     "UnCLIPScheduler": "diffusion.scheduler",
+    "UnCLIPTextInterpolationPipeline": "pipelines.interpolation",
     "UnCLIPTextProjModel": "models.text_proj",
     "UnclipError": "errors",
     "UnsafeFileError": "errors",
     "WeightsError": "errors",
+    "edit": "stages.manipulation",
+    "even_places": "stages.pacing",
+    "interpolate": "stages.manipulation",
+    "path_at": "stages.manipulation",
+    "recorded_settings": "pipelines.model_files",
 }
 
 __all__ = [
@@ -99,15 +109,22 @@ __all__ = [
     "TrainingError",
     "UNet2DConditionModel",
     "UNet2DModel",
+    "UnCLIPImageInterpolationPipeline",
     "UnCLIPImageVariationPipeline",
     "UnCLIPInpaintPipeline",
     "UnCLIPPipeline",
     "UnCLIPScheduler",
+    "UnCLIPTextInterpolationPipeline",
     "UnCLIPTextProjModel",
     "UnclipError",
     "UnsafeFileError",
     "WeightsError",
     "__version__",
+    "edit",
+    "even_places",
+    "interpolate",
+    "path_at",
+    "recorded_settings",
 ]
 
 

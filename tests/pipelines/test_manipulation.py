@@ -323,12 +323,12 @@ def test_a_difference_is_of_one_candidate_for_both_captions(recommending, monkey
     ("arguments", "words"),
     [
         ({"seed": None}, "the seed is None"),
-        ({"seed": np.int64(3)}, r"the seed is (np.int64\()?3"),
+        ({"seed": np.float64(3)}, r"the seed is np.float64\(3"),
         ({"seed": [1, None, 2]}, "the seed is None"),
         ({"seed": [1, 2, 3]}, "3 seeds for 1"),
         ({"captions": None}, "prompt must be a string"),
         ({"captions": []}, "prompt must be a string"),
-        ({"num_samples": 0}, "asks for 0"),
+        ({"num_samples": 0}, "num_samples is 0"),
     ],
 )
 def test_wrong_arguments_of_captions(tool, arguments, words):
@@ -348,7 +348,7 @@ def test_a_part_that_only_one_of_the_pipelines_has(tiny_inpaint, tmp_path):
     tool = Manipulator.from_pretrained(tmp_path / "model", decoder=decoder, torch_dtype=torch.bfloat16)
     assert tool.text.decoder is tool.variation.decoder is decoder
     assert tool.text.prior.dtype == tool.variation.image_encoder.dtype == torch.bfloat16
-    with pytest.raises(InputError, match="no component 'unet'"):
+    with pytest.raises(InputError, match="no argument or component 'unet'"):
         Manipulator.from_pretrained(tmp_path / "model", unet=decoder)
 
 

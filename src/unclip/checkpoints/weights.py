@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from unclip.checkpoints.files import TEMPORARY_PREFIX, atomic_file, hub_root, read_json, safe_join, sync, write_json
 from unclip.checkpoints.header import TensorInfo, check_tensor_name, read_header
-from unclip.errors import CheckpointError, InputError, MissingFileError, UnsafeFileError, WeightsError
+from unclip.errors import CheckpointError, MissingFileError, UnsafeFileError, WeightsError
+from unclip.numbers import plain
 
 if TYPE_CHECKING:
     import torch
@@ -137,21 +138,14 @@ def _nothing_found(folder: Path, stem: str, variant: str | None) -> CheckpointEr
     return MissingFileError(f"{folder} has no {wanted}; there is {_some(names) or 'nothing'}{remedy}")
 
 
-def check_asked(torch_dtype: object, use_safetensors: object) -> None:
-    """Check how weights are asked for, before a file is opened.
-
-    Raises: InputError for a `torch_dtype` that is neither None nor a floating torch.dtype; UnsafeFileError for
-        `use_safetensors=False` (None, which leaves the choice, and True are the same).
-    """
+def stored_type(index: WeightsIndex) -> torch.dtype | None:
+    """The floating type that takes most of the weights' memory; None if there is none."""
     import torch
 
-    if torch_dtype is not None and not (isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point):
-        raise InputError(
-            f"torch_dtype is {torch_dtype!r}; it must be a floating type of torch's, such as torch.float16, "
-            "torch.bfloat16 or torch.float32"
-        )
-    if use_safetensors is not None and not use_safetensors:
-        raise UnsafeFileError("only safetensors are read; for pickles you trust: unclip convert pickle --help")
+    types = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+    sizes = {name: sum(info.nbytes for info in index.values() if info.dtype == name) for name in types}
+    largest = max(sizes, key=sizes.__getitem__)
+    return types[largest] if sizes[largest] else None
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
@@ -381,8 +375,8 @@ def _plan(state_dict: Mapping[str, Tensor], limit_bytes: int) -> list[list[str]]
 def parse_size(size: int | str) -> int:
     """Bytes in `size`: a count, or text such as "10GB", "500MB" (decimal) or "2GiB" (binary)."""
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-    found = re.fullmatch(r"(\d{1,15})\s*([A-Z]*)", str(size).strip().upper())
-    if isinstance(size, bool) or not found or found[2] not in units or int(found[1]) == 0:
+    found = re.fullmatch(r"(\d{1,15})\s*([A-Z]*)", str(plain(size)).strip().upper())
+    if not found or found[2] not in units or int(found[1]) == 0:
         raise CheckpointError(f'max_shard_size is {size!r}; give bytes, or a text such as "500MB" or "10GB"')
     return int(found[1]) * units[found[2]]
 

@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Self
 
 from unclip.errors import ConfigError
+from unclip.numbers import plain
 
 MAX_CHANNELS = 16_384
 MAX_LAYERS = 256
@@ -38,8 +39,8 @@ class ModelConfig(Mapping[str, Any]):
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
+            value = tuple(map(plain, value)) if isinstance(value, list | tuple) else plain(value)
+            object.__setattr__(self, field.name, value)
         self.check()
         count = self.approximate_parameters()
         if count > MAX_PARAMETERS:
@@ -117,7 +118,7 @@ class ModelConfig(Mapping[str, Any]):
         """Each of `keys` is a number with low <= number < high."""
         for key in keys:
             value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
+            if type(value) not in (int, float) or not low <= value < high:
                 raise self._refuse(key, f"a number from {low} to below {high}", value)
 
     def check_one_of(self, key: str, allowed: tuple[Any, ...]) -> None:

@@ -24,6 +24,7 @@ from unclip.checkpoints.weights import (
     index_name,
     open_weights,
     read_tensors,
+    stored_type,
 )
 from unclip.errors import CheckpointError, ConfigError, MissingFileError, UnclipError, WeightsError
 
@@ -91,11 +92,13 @@ def read_component(
     name: str,
     class_name: str,
     *,
-    torch_dtype: torch.dtype | None,
+    torch_dtype: torch.dtype | str | None,
     variant: str | None,
     own_clip: bool = False,
 ) -> Any:
     """Read one component from `folder/name`; with `own_clip` by a class of `OWN_CLIP`, where that implements it.
+
+    Weights have the type `torch_dtype`, float32 for None, or that in the file for a text, "auto".
 
     Raises: CheckpointError (or ConfigError) that says which component failed, and why.
     """
@@ -103,9 +106,10 @@ def read_component(
         place = safe_join(folder, name)
         if not place.is_dir():
             raise MissingFileError(f"{place} is not there")
-        if own_clip and (part := _read_own_clip(class_name, place, torch_dtype, variant)) is not None:
+        dtype = _stored_type(class_name, place, variant) if isinstance(torch_dtype, str) else torch_dtype
+        if own_clip and (part := _read_own_clip(class_name, place, dtype, variant)) is not None:
             return part
-        return _reader(class_name)(place, torch_dtype, variant)
+        return _reader(class_name)(place, dtype, variant)
     except UnclipError as error:
         raise type(error)(f"component {name!r} ({class_name}) cannot be loaded: {error}") from error
     except Exception as error:  # transformers meets a broken file with errors of any kind
@@ -146,6 +150,14 @@ def index_entry(component: Any) -> list[str]:
     name = {own: theirs for theirs, (_, own) in OWN_CLIP.items()}.get(name, name)
     aliases = {"CLIPImageProcessorPil": "CLIPImageProcessor", "CLIPTokenizerFast": "CLIPTokenizer"}
     return ["transformers", aliases.get(name, name)]
+
+
+def _stored_type(class_name: str, place: Path, variant: str | None) -> torch.dtype | None:
+    """The type of a component's weights in its file; None where it has none."""
+    if not (place / "config.json").exists():  # of a network, and of nothing else
+        return None
+    stem = TRANSFORMERS_STEM if class_name in TRANSFORMERS else DEFAULT_STEM
+    return stored_type(open_weights(place, stem=stem, variant=variant))
 
 
 def _is_foreign(component: Any) -> bool:

@@ -98,9 +98,9 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
         """
         self.check()
         check_output_type(output_type)
-        check_scale(decoder_guidance_scale, "decoder_guidance_scale")
         sizes = self._sizes(height, width)
-        decoder = StageRun(decoder_num_inference_steps, decoder_guidance_scale, decoder_latents, sizes["decoder"])
+        scale = check_scale(decoder_guidance_scale, "decoder_guidance_scale")
+        decoder = StageRun(decoder_num_inference_steps, scale, decoder_latents, sizes["decoder"])
         super_res = self._super_res_runs(super_res_num_inference_steps, super_res_latents, sizes)
         runs = {"decoder": decoder, **super_res}
         for name, run in runs.items():
@@ -108,7 +108,8 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
 
         embeddings = self._embed(image, image_embeddings)
         count = len(embeddings)
-        batch_size = check_count(num_images_per_prompt, count)
+        num_images_per_prompt = check_count(num_images_per_prompt, count)
+        batch_size = num_images_per_prompt * count
         self._check_latents(batch_size, **runs)
         call = Call(noise_source(generator, seed, batch_size), callback_on_step_end)
         captions, negative = self._captions(prompt, count), self._captions(negative_prompt, count)

@@ -3,8 +3,7 @@
 Knows the two pipelines' components and the stages; knows neither how a step is taken nor a file format. Called by
 users and by the commands.
 
-    from unclip import Manipulator
-    from unclip.stages.manipulation import edit
+    from unclip import Manipulator, edit
     tool = Manipulator.from_pretrained("unclip-emoji")
     latent = tool.invert(cat)
     lion = tool.caption_difference("a lion", "a cat")
@@ -12,6 +11,7 @@ users and by the commands.
 """
 
 import copy
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +21,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unclip.checkpoints.asked import settled
 from unclip.diffusion.guidance import check_scale
 from unclip.diffusion.noise import NoiseSource, following_seed, generators_from_seed
 from unclip.diffusion.scheduler import DDIMScheduler
 from unclip.errors import CheckpointError, ImageError
 from unclip.images import to_unit
 from unclip.models.pca import PrincipalComponents
+from unclip.numbers import several
 from unclip.pipelines.arguments import Callback, as_prompts, check_count, check_embeddings
 from unclip.pipelines.generation import Call, StageRun
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
@@ -66,6 +68,8 @@ class Manipulator(ModelFiles):
         Arguments and errors as of a pipeline; a component may be given that either of the two pipelines has.
         """
         of_text, of_variation = UnCLIPPipeline.component_names(), UnCLIPImageVariationPipeline.component_names()
+        own = [*inspect.signature(UnCLIPPipeline.from_pretrained).parameters][1:-1]
+        options = settled(options, cls.from_pretrained, [*own, *of_text, *of_variation])
         for_text = {name: each for name, each in options.items() if name in of_text or name not in of_variation}
         text = UnCLIPPipeline.from_pretrained(name_or_folder, **for_text)
         shared = {name: part for name, part in text.components.items() if name in of_variation}
@@ -196,7 +200,7 @@ class Manipulator(ModelFiles):
             ),
             decoder_guidance_scale=decoder_guidance_scale,
             prompt=prompt,
-            seed=[seed] * len(latent) if isinstance(seed, int) else seed,
+            seed=None if seed is None else several(seed) or [seed] * len(latent),  # type: ignore[list-item]
             output_type=output_type,
             return_intermediates=return_intermediates,
             callback_on_step_end=callback_on_step_end,
@@ -286,8 +290,8 @@ class Manipulator(ModelFiles):
                 "model that makes pictures of captions"
             )
         captions = as_prompts(captions)
-        check_count(num_samples, len(captions))
-        first = list(seed) if isinstance(seed, Sequence) else [seed] * len(captions)
+        num_samples = check_count(num_samples, len(captions), "num_samples")
+        first = several(seed) or [seed] * len(captions)
         drawn = self.text.embed_captions(
             [*captions] * num_samples,
             num_inference_steps=self._setting("prior_num_inference_steps", prior_num_inference_steps, 25),
@@ -355,8 +359,8 @@ class Manipulator(ModelFiles):
         self, pipe: UnCLIPImageVariationPipeline, num_steps: int | None, guidance_scale: float
     ) -> StageRun:
         """How the decoder runs. Raises: InputError for a number of steps or a scale that cannot be."""
-        check_scale(guidance_scale, "decoder_guidance_scale")
-        run = StageRun(self._setting("decoder_num_inference_steps", num_steps, 25), guidance_scale)
+        scale = check_scale(guidance_scale, "decoder_guidance_scale")
+        run = StageRun(self._setting("decoder_num_inference_steps", num_steps, 25), scale)
         pipe._check_steps("decoder", run)
         return run
 

@@ -3,7 +3,6 @@
 Knows `AutoregressivePrior`, its guidance and how a code is drawn; knows no training. Called by pipelines and training.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from unclip.diffusion.loop import OnStep, Progress, StepInfo
 from unclip.diffusion.noise import NoiseSource
 from unclip.errors import InputError
 from unclip.models.prior_autoregressive import AutoregressivePrior
+from unclip.numbers import real
 from unclip.stages.arithmetic import exact_type
 from unclip.stages.condition import PriorCondition
 
@@ -41,7 +41,8 @@ class AutoregressivePriorStage:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        check_drawing(self.temperature, self.top_p)
+        for name, value in zip(("temperature", "top_p"), check_drawing(self.temperature, self.top_p), strict=True):
+            object.__setattr__(self, name, value)
 
     def sample_shape(self, condition: PriorCondition) -> tuple[int, ...]:
         """[batch, 1 + num_components]: a number for the dot product, then one for each code."""
@@ -122,13 +123,12 @@ class AutoregressivePriorStage:
             raise InputError("the codes of an autoregressive prior cannot be replaced; on_step must return None")
 
 
-def check_drawing(temperature: object, top_p: object) -> None:
-    """Raises: InputError unless the temperature is a number from 0 to 100, and top_p one above 0 and up to 1."""
-    for name, value, low, high in (("temperature", temperature, 0.0, MAX_TEMPERATURE), ("top_p", top_p, 0.0, 1.0)):
-        whole = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not whole or not low <= value <= high or (name == "top_p" and value == 0):  # type: ignore[operator]
-            above = "above 0" if name == "top_p" else "from 0"
-            raise InputError(f"the prior's {name} is {value!r}; it must be a number {above} to {high:g}")
+def check_drawing(temperature: object, top_p: object) -> tuple[float, float]:
+    """Both as floats. Raises: InputError unless the temperature is a number from 0 to 100, and top_p above 0 to 1."""
+    return (
+        real(temperature, "the prior's temperature", 0, MAX_TEMPERATURE),
+        real(top_p, "the prior's top_p", 0, 1, above=True),
+    )
 
 
 def upper_half(places: Tensor, num_buckets: int) -> Tensor:
