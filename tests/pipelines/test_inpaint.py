@@ -370,10 +370,10 @@ def nothing_runs(tiny_inpaint, monkeypatch):
 OPAQUE = Image.new("RGBA", (16, 16), "white")
 HOLED = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
 WRONG = [
-    ({"image": None}, "image must be a PIL image or a non-empty list"),
-    ({"image": []}, "image must be a PIL image or a non-empty list"),
+    ({"image": None}, "image must be a PIL image, a numpy array, or a list of them, not a NoneType"),
+    ({"image": []}, "image is an empty list"),
     ({"image": torch.zeros(1, 3, 16, 16)}, "not Tensor"),
-    ({"image": [PICTURE, "cat.png"]}, "must hold PIL images alone, not a str"),
+    ({"image": [PICTURE, "cat.png"]}, "not a list with a str"),
     ({"mask_image": "mask.png"}, "mask_image must be a PIL image"),
     ({"mask_image": left_half(17, 16)}, "the mask is 17×16 pixels, its picture 16×16"),
     ({"mask_image": Image.new("L", (16, 16), 0)}, "the mask is white nowhere"),

@@ -231,7 +231,7 @@ def test_a_picture_that_is_not_decoded_yet(pictures, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "images", [None, 3, "a.png", [], [None], [picture(), "a.png"], np.zeros((4, 4, 3)), [[picture()]]]
+    "images", [None, 3, "a.png", [], [None], [picture(), "a.png"], np.zeros((4, 4, 5)), [[picture()]]]
 )
 def test_what_is_no_picture(pictures, images):
     with pytest.raises(InputError):
