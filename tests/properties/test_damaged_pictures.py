@@ -112,7 +112,10 @@ def whole() -> list[bytes]:
     files += [saved("GIF", "P", transparency=3), saved("GIF", **several())]
     files += [saved("BMP", mode) for mode in ("RGB", "P", "1")]
     files += [saved("TIFF", mode, **tags) for mode in ("RGB", "I;16", "F", "RGBA")]
-    files += [saved("TIFF", compression=kind, tiffinfo={ORIENTATION: 6, ExifTags.Base.XResolution: 72.0}) for kind in ("tiff_lzw", "tiff_adobe_deflate", "jpeg")]
+    files += [
+        saved("TIFF", compression=kind, tiffinfo={ORIENTATION: 6, ExifTags.Base.XResolution: 72.0})
+        for kind in ("tiff_lzw", "tiff_adobe_deflate", "jpeg")
+    ]
     files += [saved("TIFF", **several())]
     files += [saved("AVIF", mode, speed=10, **tags) for mode in ("RGB", "RGBA")]
     files += [saved("AVIF", speed=10, **several())]
@@ -179,7 +182,8 @@ def test_damaged_exif_never_costs_a_picture(form, count):
         elif form == "PNG":
             data = saved(form, exif=damaged_exif(block, rng))
             if rng.random() < 0.5:  # a checksum that is wrong too
-                place = data.index(b"eXIf") + 4 + rng.randrange(8, 40)
+                start = data.index(b"eXIf")
+                place = start + 4 + rng.randrange(int.from_bytes(data[start - 4 : start], "big"))
                 data = data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
         elif form == "AVIF":
             data = bytearray(content)
