@@ -27,7 +27,7 @@ from PIL import (
     UnidentifiedImageError,
 )
 
-from unclip.errors import ImageError, InputError
+from unclip.errors import ImageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,11 +150,11 @@ def as_pictures(given: Pictures, name: str = "image", *, are_masks: bool = False
         name: the argument's name in messages.
         are_masks: an array [batch, height, width] is a batch of masks, unless its last axis has 1 to 4 entries.
 
-    Raises: InputError for another type, ImageError for an array of another type, shape or range.
+    Raises: ImageError for anything else, or for an array of another type, shape or range.
     """
     parts = given if isinstance(given, Sequence) and not isinstance(given, str | bytes) else [given]
     if not parts:
-        raise InputError(f"{name} is an empty list; give at least one")
+        raise ImageError(f"{name} is an empty list; give a PIL image, a numpy array, or a list of them")
     pictures: list[Image.Image] = []
     for part in parts:
         if isinstance(part, Image.Image):
@@ -162,7 +162,7 @@ def as_pictures(given: Pictures, name: str = "image", *, are_masks: bool = False
         elif isinstance(part, np.ndarray):
             pictures += [Image.fromarray(levels) for levels in _levels(part, name, are_masks=are_masks)]
         else:
-            raise InputError(
+            raise ImageError(
                 f"{name} must be a PIL image, a numpy array, or a list of them, not "
                 f"{'a list with ' if parts is given else ''}a {type(part).__name__}"
             )

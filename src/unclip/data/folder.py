@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unclip.checkpoints.files import safe_join
 from unclip.errors import DataError, ImageError, UnsafeFileError
-from unclip.images import open_image
+from unclip.images import MAX_PIXELS, open_image
 
 MAX_SKIPPED_SHARE = 0.01
 """How much of a data set may be broken, unless said otherwise."""
@@ -205,13 +205,17 @@ def read_pixels(file: Path | IO[bytes], name: str, sizes_px: Iterable[int]) -> d
 def square_pixels(image: Image.Image, size_px: int) -> Tensor:
     """uint8 [3, size_px, size_px] of an RGB picture: as if padded to a square with white, then resized (antialiased).
 
-    The longer side is resized before the shorter one is padded, so a thin picture never becomes a large square.
+    The longer side is resized before the shorter one is padded, so a thin picture never becomes a large square. Pillow
+    resizes rows before columns, so this changes no pixel of a wide picture; a tall one is padded first while it can be.
     """
     side = max(image.size)
     filter_ = Image.Resampling.BOX if side % size_px == 0 else Image.Resampling.LANCZOS
-    is_wide = image.width == side
-    narrowed = image.resize((size_px, image.height) if is_wide else (image.width, size_px), filter_)
-    canvas = Image.new("RGB", (size_px, side) if is_wide else (side, size_px), "white")
-    canvas.paste(narrowed, (0, (side - image.height) // 2) if is_wide else ((side - image.width) // 2, 0))
+    width = height = side
+    if image.width == side:
+        width, image = size_px, image.resize((size_px, image.height), filter_)
+    elif side * side > MAX_PIXELS:
+        height, image = size_px, image.resize((image.width, size_px), filter_)
+    canvas = Image.new("RGB", (width, height), "white")
+    canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
     canvas = canvas.resize((size_px, size_px), filter_)
     return torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).view(size_px, size_px, 3).permute(2, 0, 1)

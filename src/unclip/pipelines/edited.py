@@ -79,8 +79,8 @@ def read_edited(image: Any, mask_image: Any, fit: Callable[[Size], Size]) -> Edi
         mask_image: the same for masks, of their pictures' sizes; or one for all; or None.
         fit: the result's height and width for a picture of a height and width.
 
-    Raises: ImageError for a picture or a mask that cannot be used, InputError for something else, or for pictures that
-        would get different sizes.
+    Raises: ImageError for a picture or a mask that cannot be used, InputError for pictures that would get different
+        sizes.
     """
     pictures = as_pictures(image)
     masks = [None] * len(pictures) if mask_image is None else as_pictures(mask_image, "mask_image", are_masks=True)
