@@ -75,6 +75,14 @@ def test_what_is_inverted_comes_back(tool, pictures):
     assert psnr(output.images, large) > psnr(from_noise.images, large) + 10
 
 
+def test_arrays_are_inverted(tool, pictures):
+    arrays = [np.asarray(picture.convert("RGB")) for picture in pictures]
+    wanted = tool.invert([picture.convert("RGB") for picture in pictures], **STEPS)
+    assert torch.equal(tool.invert(arrays, **STEPS).decoder_latents, wanted.decoder_latents)
+    with pytest.raises(InputError, match="images must be a PIL image, a numpy array, or a list"):
+        tool.invert("cat.png")
+
+
 def test_super_resolution_in_tiles_is_inverted_in_tiles(tool, pictures):
     """Else its noise is that of another network, and the picture does not come back."""
     wanted = torch.stack([to_square(picture, 16) for picture in pictures]) / 2 + 0.5

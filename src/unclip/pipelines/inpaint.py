@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from unclip.checkpoints.layout import FURTHER
 from unclip.diffusion.guidance import check_scale
 from unclip.diffusion.inpainting import check_resampling
 from unclip.errors import ConfigError, InputError
+from unclip.images import Pictures
 from unclip.numbers import real
 from unclip.pipelines import cascade
 from unclip.pipelines.arguments import Callback, as_prompts, check_count, check_embeddings, noise_source
@@ -65,8 +65,8 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
     def __call__(  # type: ignore[override]
         self,
         prompt: str | Sequence[str] | None = None,
-        image: Image.Image | Sequence[Image.Image] | None = None,
-        mask_image: Image.Image | Sequence[Image.Image] | None = None,
+        image: Pictures | None = None,
+        mask_image: Pictures | None = None,
         strength: float = 1.0,
         num_images_per_prompt: int = 1,
         prior_num_inference_steps: int = 25,
@@ -97,9 +97,11 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
         Args:
             prompt: what the result should show as a whole; one, or one a picture. Without it the picture's own
                 embedding alone says what is drawn.
-            image: a picture of any mode, or a list of them; one serves several prompts. Those of other sizes than the
-                result's are resized to it.
-            mask_image: what is drawn anew, of the picture's size: where it is fully transparent, or where it is white
+            image: a PIL image of any mode; a numpy array [height, width], [height, width, channels] or [batch, height,
+                width, channels], uint8 in [0, 255], floating point in [0, 1] or bool, of 1 to 4 channels; or a list of
+                these. One serves several prompts. Pictures of other sizes than the result's are resized to it.
+            mask_image: what is drawn anew, given as a picture is, an array [batch, height, width] too; of the picture's
+                size: where it is fully transparent, or where it is white
                 if it has no transparency (an alpha channel that is opaque everywhere is none). Without a mask it is
                 what in the picture itself is not opaque; a picture that has no transparency is drawn anew as a whole,
                 which needs a strength below 1.

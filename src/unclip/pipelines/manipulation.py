@@ -18,15 +18,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from unclip.checkpoints.asked import settled
 from unclip.diffusion.guidance import check_scale
 from unclip.diffusion.noise import NoiseSource, following_seed, generators_from_seed
 from unclip.diffusion.scheduler import DDIMScheduler
-from unclip.errors import CheckpointError, ImageError
-from unclip.images import to_unit
+from unclip.errors import CheckpointError
+from unclip.images import Pictures, as_pictures, to_unit
 from unclip.models.pca import PrincipalComponents
 from unclip.numbers import several
 from unclip.pipelines.arguments import Callback, as_prompts, check_count, check_embeddings
@@ -80,23 +79,21 @@ class Manipulator(ModelFiles):
     # ---- pictures ----
 
     @torch.no_grad()
-    def embed_images(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
+    def embed_images(self, images: Pictures) -> Tensor:
         """CLIP's image embeddings, float32 [batch, embedding_dim]. Raises: as `ImageEncoder.encode`."""
         pipe = self.variation
         embeddings = ImageEncoder(pipe.image_encoder, pipe.feature_extractor).encode(images, pipe.device).float()
         pipe.maybe_free_model_hooks()
         return embeddings
 
-    def fit_components(
-        self, batches: Iterable[Sequence[Image.Image]], num_components: int | None = None
-    ) -> PrincipalComponents:
+    def fit_components(self, batches: Iterable[Pictures], num_components: int | None = None) -> PrincipalComponents:
         """Principal components of pictures' embeddings, a batch at a time. Raises: as `PrincipalComponents.fit`."""
         return PrincipalComponents.fit((self.embed_images(batch) for batch in batches), num_components)
 
     @torch.no_grad()
     def invert(
         self,
-        images: Image.Image | Sequence[Image.Image],
+        images: Pictures,
         *,
         decoder_num_inference_steps: int | None = None,
         super_res_num_inference_steps: int | Sequence[int] | None = None,
@@ -109,7 +106,8 @@ class Manipulator(ModelFiles):
         """Find the latents that `decode` brings back to these pictures, given the same steps, guidance and prompt.
 
         Args:
-            images: pictures of any mode; those that are not square are squashed, as the image encoder sees them.
+            images: pictures of any mode, or arrays, as of `UnCLIPImageVariationPipeline`; those that are not square are
+                squashed, as the image encoder sees them.
             decoder_num_inference_steps, super_res_num_inference_steps: 2 to 1000; more are nearer (paper: 250). A list
                 has one for each super-resolution stage.
             decoder_guidance_scale: not above 1 is the nearest; above, both conditions are inverted together.
@@ -128,9 +126,7 @@ class Manipulator(ModelFiles):
         """
         pipe = self.variation
         pipe.check()
-        pictures = [images] if isinstance(images, Image.Image) else images
-        if not isinstance(pictures, Sequence) or not all(isinstance(picture, Image.Image) for picture in pictures):
-            raise ImageError(f"the pictures to invert are {type(images).__name__}; give PIL pictures")
+        pictures = as_pictures(images, "images")
         ddim = self._deterministic(0.0)
         decoder = self._decoder_run(ddim, decoder_num_inference_steps, decoder_guidance_scale)
         runs = {}
