@@ -87,7 +87,7 @@ def test_a_prior_prefix_serves_many_steps_and_equals_the_whole_sequence(monkeypa
         for block in model.transformer_blocks:
             tokens, _ = block(tokens, bias)
         expected = model.proj_to_clip_embeddings(model.norm_out(tokens))[:, -1]
-        torch.testing.assert_close(model.denoise(x, t, prefix), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(model(x, t, prefix=prefix)[0], expected, rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()
@@ -97,8 +97,8 @@ def test_a_prior_does_not_need_the_padding():
     num_tokens = text.shape[1]
     for kept in range(1, num_tokens + 1):
         mask = torch.arange(num_tokens).expand(2, -1) < torch.tensor([[kept], [max(1, kept - 1)]])
-        whole = model.denoise(x, 7, model.prepare(embedding, text, mask))
-        short = model.denoise(x, 7, model.prepare(embedding, text[:, :kept], mask[:, :kept]))
+        whole = model(x, 7, prefix=model.prepare(embedding, text, mask))[0]
+        short = model(x, 7, prefix=model.prepare(embedding, text[:, :kept], mask[:, :kept]))[0]
         torch.testing.assert_close(short, whole, rtol=1e-5, atol=1e-5)
     seen = torch.ones(2, num_tokens)
     for bad_text, bad_mask in ((text, seen[:, 1:]), (text[:, 1:], seen), (torch.cat([text, text], 1), seen)):
@@ -115,7 +115,7 @@ def test_a_unet_context_serves_many_steps():
     for t in (0, 400):
         x = torch.randn(2, 3, 4, 6)
         expected = model(x, t, context, labels, mask).sample
-        torch.testing.assert_close(model.denoise(x, t, prepared, labels), expected, rtol=0, atol=0)
+        torch.testing.assert_close(model(x, t, class_labels=labels, context=prepared)[0], expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -131,17 +131,17 @@ def test_every_parameter_gets_a_gradient(case):
 def test_text_proj_gives_the_learned_embedding_to_rows_without_an_image():
     model, inputs = text_proj_case()
     given = torch.tensor([True, False, True])
-    tokens, addition = model.combine(given=given, **inputs)
+    tokens, addition = model(given=given, **inputs)
     replaced = inputs["image_embeddings"].clone()
     replaced[1] = model.learned_classifier_free_guidance_embeddings
-    expected = model.combine(given=None, **(inputs | {"image_embeddings": replaced}))
+    expected = model(given=None, **(inputs | {"image_embeddings": replaced}))
     torch.testing.assert_close((tokens, addition), expected)
-    assert not torch.allclose(addition[1], model.combine(given=None, **inputs)[1][1])
+    assert not torch.allclose(addition[1], model(given=None, **inputs)[1][1])
 
 
 def test_the_learned_embedding_gets_its_gradient_from_rows_without_an_image():
     model, inputs = text_proj_case()
-    model.combine(given=torch.tensor([True, False, True]), **inputs)[1].sum().backward()
+    model(given=torch.tensor([True, False, True]), **inputs)[1].sum().backward()
     assert model.learned_classifier_free_guidance_embeddings.grad.abs().sum() > 0  # pyright: ignore
 
 
@@ -309,8 +309,8 @@ def test_hooks_act_on_every_entry_point_once():
     hook = Recorder()
     add_hook_to_module(model, hook)
     for call, num_entries, value in (
-        (lambda: model(x, t, embedding, text, mask)[0], 1, expected),  # though it calls prepare and denoise inside
-        (lambda: model.denoise(x, t, model.prepare(embedding, text, mask)), 2, expected),
+        (lambda: model(x, t, embedding, text, mask)[0], 1, expected),  # though it reads the text inside
+        (lambda: model(x, t, prefix=model.prepare(embedding, text, mask))[0], 2, expected),
         (lambda: model.post_process_latents(model.whiten(x)), 2, x),
     ):
         hook.calls.clear()
@@ -349,7 +349,7 @@ def test_diffusers_hooks_act_too():
     HookRegistry.check_if_exists_or_initialize(model.mid_block).register_hook(inner, "inner")
     prepared = model.prepare(context, mask)
     assert (outer.calls, inner.calls) == (1, 1)
-    torch.testing.assert_close(model.denoise(x, t, prepared, labels), expected)
+    torch.testing.assert_close(model(x, t, class_labels=labels, context=prepared)[0], expected)
     assert (outer.calls, inner.calls) == (2, 2)
 
 
@@ -368,11 +368,11 @@ def test_sequential_offload_leaves_no_parameter_behind(case):
     torch.testing.assert_close(model(*inputs)[0], expected)
     if isinstance(model, PriorTransformer):
         x, t, *text = inputs
-        torch.testing.assert_close(model.denoise(x, t, model.prepare(*text)), expected)
+        torch.testing.assert_close(model(x, t, prefix=model.prepare(*text))[0], expected)
         torch.testing.assert_close(model.post_process_latents(model.whiten(x)), x)
     elif isinstance(model, UNet2DConditionModel):
         x, t, context, labels, mask = inputs
-        torch.testing.assert_close(model.denoise(x, t, model.prepare(context, mask), labels), expected)
+        torch.testing.assert_close(model(x, t, class_labels=labels, context=model.prepare(context, mask))[0], expected)
 
 
 @torch.no_grad()
@@ -384,7 +384,7 @@ def test_threads_do_not_meet_in_a_hooked_module():
 
     @torch.no_grad()
     def work():
-        results.extend(model.denoise(x, t, model.prepare(*text)) for _ in range(10))
+        results.extend(model(x, t, prefix=model.prepare(*text))[0] for _ in range(10))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:

@@ -61,7 +61,7 @@ def parts(components: Mapping[str, Any]) -> dict[str, SuperResParts]:
             raise ConfigError(f"the components do not fit: {stage} has no {lacking}; give it, or leave the stage out")
         if ended_at:
             raise ConfigError(f"the components do not fit: there is a {stage}, but no {ended_at} before it")
-        found[stage] = SuperResParts(first, last or first, scheduler)
+        found[stage] = SuperResParts(first, first if last is None else last, scheduler)
     return found
 
 

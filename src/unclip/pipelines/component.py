@@ -15,7 +15,7 @@ from torch import nn
 
 from unclip.checkpoints.clip_settings import HALVES, OLD_HALVES, check_clip_settings, read_image_processor_settings
 from unclip.checkpoints.files import read_json, safe_join
-from unclip.checkpoints.offloaded import state_of
+from unclip.checkpoints.offloaded import original, state_of
 from unclip.checkpoints.weights import (
     DEFAULT_STEM,
     TRANSFORMERS_STEM,
@@ -131,12 +131,12 @@ def parts_with_variant(folder: Path, names: Iterable[str], variant: str) -> set[
 
 
 def write_component(component: Any, folder: Path, *, variant: str | None) -> None:
-    """Write one component into a folder of its own."""
+    """Write one component into a folder of its own, as it was before it was offloaded or compiled."""
+    component = original(component)
     with _no_bars() if _is_foreign(component) else nullcontext():
         if isinstance(component, nn.Module):
-            # Only of transformers' class: unclip's own look up by themselves what offloading keeps.
-            offloaded = _is_foreign(component) and any(weight.is_meta for weight in component.parameters())
-            given = {"state_dict": state_of(component)} if offloaded else {}
+            # Only of transformers' class: unclip's own classes look up what offloading keeps.
+            given = {"state_dict": state_of(component)} if _is_foreign(component) else {}
             component.save_pretrained(folder, variant=variant, **given)  # type: ignore[operator]
         else:
             component.save_pretrained(folder)
@@ -144,7 +144,7 @@ def write_component(component: Any, folder: Path, *, variant: str | None) -> Non
 
 def index_entry(component: Any) -> list[str]:
     """[library, class] as model_index.json names a component; the ecosystem's loaders know most of them."""
-    name = type(component).__name__
+    name = type(original(component)).__name__
     if name in OURS:
         return ["unclip" if name in OURS_ALONE else "diffusers", name]
     name = {own: theirs for theirs, (_, own) in OWN_CLIP.items()}.get(name, name)

@@ -21,7 +21,7 @@ from unclip.checkpoints.asked import asked_type, settled
 from unclip.checkpoints.files import atomic_folder, read_json, safe_join, write_json
 from unclip.checkpoints.hub import resolve
 from unclip.checkpoints.layout import API_VERSION, CLASSES, FURTHER
-from unclip.checkpoints.offloaded import offload_hooks, state_of
+from unclip.checkpoints.offloaded import offload_hooks, original, state_of
 from unclip.checkpoints.probe_file import ProbeFile
 from unclip.checkpoints.recommended import Recommended, read_recommended, write_recommended
 from unclip.diffusion.loop import Progress
@@ -72,7 +72,8 @@ class Pipeline:
     def __setattr__(self, name: str, value: Any) -> None:
         """Components can be exchanged (`pipe.decoder_scheduler = …`), for one of unclip's own kind.
 
-        A scheduler of diffusers is converted (see `unclip.diffusion.scheduler.converted`).
+        A scheduler of diffusers is converted (see `unclip.diffusion.scheduler.converted`). `torch.compile(network)` is
+        accepted where the network is, and is saved as that network.
 
         Raises: ConfigError for a network that is not unclip's, such as diffusers' of that name, for a scheduler that
         cannot be converted, or for a part of CLIP's that cannot be one. Whether it fits the others is checked when the
@@ -90,7 +91,7 @@ class Pipeline:
         if value is None and kinds and name not in self.OPTIONAL:
             raise ConfigError(f"component {name!r} cannot be None: it must be a {_either(kinds)}")
         classes = tuple(kind for kind in kinds if isinstance(kind, type))
-        if value is not None and classes and not isinstance(value, classes):
+        if value is not None and classes and not isinstance(original(value), classes):
             found = f"{type(value).__module__}.{type(value).__name__}"
             raise ConfigError(
                 f"component {name!r} is a {found}; it must be a {_either(kinds, in_full=True)} "
@@ -367,8 +368,8 @@ class Pipeline:
 
     @property
     def _distinct_networks(self) -> list[nn.Module]:
-        """Every network once, also where it is two components."""
-        return list(dict.fromkeys(self.networks.values()))
+        """Every network once, also where it is two components, and without the wrapper of `torch.compile`."""
+        return list(dict.fromkeys(map(original, self.networks.values())))
 
     @property
     def _is_offloaded(self) -> bool:

@@ -15,7 +15,7 @@ from unclip.diffusion.guidance import check_scale
 from unclip.diffusion.scheduler import Scheduler
 from unclip.errors import InputError
 from unclip.models.prior import PriorConfig, PriorTransformer
-from unclip.models.prior_autoregressive import AutoregressivePrior
+from unclip.models.prior_autoregressive import AutoregressivePrior, AutoregressivePriorConfig
 from unclip.numbers import whole
 from unclip.pipelines.arguments import (
     Callback,
@@ -81,7 +81,7 @@ class UnCLIPPipeline(GenerationPipeline):
 
     def check(self) -> None:
         super().check()
-        if self.prior_scheduler is None and isinstance(self.prior, PriorTransformer):
+        if self.prior_scheduler is None and isinstance(self.prior.config, PriorConfig):
             raise InputError("UnCLIPPipeline needs the component 'prior_scheduler': its prior is a diffusion prior")
         text, prior = self.text_encoder.config, self.prior.config
         fits: list[Fact] = [
@@ -266,8 +266,9 @@ class UnCLIPPipeline(GenerationPipeline):
 
         Raises: InputError for steps that its scheduler cannot take, or a way to draw codes that it cannot follow.
         """
-        if isinstance(self.prior, AutoregressivePrior):
-            return AutoregressivePriorStage(self.prior, run.temperature, run.top_p)
+        prior: Any = self.prior  # possibly compiled, then its class says nothing
+        if isinstance(prior.config, AutoregressivePriorConfig):
+            return AutoregressivePriorStage(prior, run.temperature, run.top_p)
         if (run.temperature, run.top_p) != (1, 1):
             raise InputError(
                 f"prior_temperature is {run.temperature} and prior_top_p {run.top_p}, but a diffusion prior draws no "
@@ -275,7 +276,7 @@ class UnCLIPPipeline(GenerationPipeline):
             )
         scheduler = self.prior_scheduler
         assert scheduler is not None  # check() has seen to it
-        stage = PriorStage(self.prior, scheduler.process)
+        stage = PriorStage(prior, scheduler.process)
         return DiffusionEmbeddingSampler(stage, scheduler.sampler(), scheduler.spaced_timesteps(run.num_steps))
 
     def _encode(self, prompt: Any, output: Any, mask: Tensor | None, image_embeddings: Tensor | None) -> TextEmbedding:

@@ -12,7 +12,7 @@ from unclip.diffusion.guidance import away, uses_guidance
 from unclip.diffusion.loop import OnStep, Progress, StepInfo
 from unclip.diffusion.noise import NoiseSource
 from unclip.errors import InputError
-from unclip.models.prior_autoregressive import AutoregressivePrior
+from unclip.models.prior_autoregressive import AutoregressivePrior, CodeMemory
 from unclip.numbers import real
 from unclip.stages.arithmetic import exact_type
 from unclip.stages.condition import PriorCondition
@@ -88,12 +88,15 @@ class AutoregressivePriorStage:
             assert null is not None
             assert len(null) == len(condition)
             condition, dots = null.join(condition), torch.cat([torch.full_like(dots, self.prior.no_dot_code), dots])
-        logits, memory = self._prepare(condition, dots)
         codes: list[Tensor] = []
+        memory = None
         steps = [(k, k + 1) for k in range(config.num_components)]
         for k, _ in steps if progress is None else progress(steps):
-            if k:
-                logits, memory = self.prior.step(codes[-1].repeat(2 if guided else 1), memory)
+            if memory is None:
+                logits, memory = self._read(condition, dots, dots.new_zeros(len(dots), 0))
+            else:
+                logits, memory = self.prior(codes[-1].repeat(2 if guided else 1)[:, None], memory=memory)
+            logits = logits[:, 0]
             if guided:
                 logits = away(*logits.chunk(2), guidance_scale)
             codes.append(draw_code(logits, places[:, k + 1], self.temperature, self.top_p))
@@ -109,13 +112,12 @@ class AutoregressivePriorStage:
             dot_codes: int64 [batch], from `AutoregressivePrior.dot_code`, or its `no_dot_code`.
             codes: int64 [batch, num_components], from `AutoregressivePrior.encode`.
         """
-        text, dtype = condition.text, self.prior.dtype
-        logits = self.prior(codes, dot_codes, text.embeds.to(dtype), text.hidden_states.to(dtype), text.mask)
+        logits, _ = self._read(condition, dot_codes, codes[:, :-1])
         return logits.log_softmax(dim=-1).gather(-1, codes[..., None])[..., 0]
 
-    def _prepare(self, condition: PriorCondition, dots: Tensor):
+    def _read(self, condition: PriorCondition, dots: Tensor, codes: Tensor) -> tuple[Tensor, CodeMemory]:
         text, dtype = condition.text, self.prior.dtype
-        return self.prior.prepare(text.embeds.to(dtype), text.hidden_states.to(dtype), text.mask, dots)
+        return self.prior(codes, dots, text.embeds.to(dtype), text.hidden_states.to(dtype), text.mask)
 
     def _tell(self, on_step: OnStep, k: int, codes: list[Tensor]) -> None:
         so_far, count = self.prior.decode(torch.stack(codes, dim=1)), self.prior.config.num_components
