@@ -5,6 +5,7 @@ Knows recipes and folders by name; the work is done in `unclip.training`.
 
 import functools
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,8 +19,6 @@ from unclip.cli.messages import note
 if TYPE_CHECKING:
     from unclip.training.recipe import Recipe
     from unclip.training.task import Task
-
-INTERRUPTED = 130
 
 TRAIN_EXAMPLES = options.examples(
     "unclip train recipes/emoji/clip.toml --out runs/clip",
@@ -58,8 +57,8 @@ def train(
     """Train one stage by a recipe: clip, prior, prior_autoregressive, decoder or
     super_res.
 
-    Ctrl-C saves and stops; the same command goes on from there. The run's folder gets metrics.jsonl, samples/ and
-    model/, whose path is printed on stdout.
+    Ctrl-C or SIGTERM saves and stops; the same command goes on from there. The run's folder gets metrics.jsonl,
+    samples/ and model/, whose path is printed on stdout.
     """
     from tqdm import tqdm
 
@@ -91,7 +90,7 @@ def train(
     if trainer.step < settings.steps:
         if first:
             note(f"stopped and saved at step {trainer.step} of {settings.steps}; the same command goes on from there")
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(128 + (trainer.stopped_by or signal.SIGINT))
     if first:
         print(out / "model", flush=True)
 

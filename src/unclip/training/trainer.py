@@ -99,7 +99,7 @@ class Trainer:
         self.skipped: dict[str, str] = {}  # of all processes, and of the run's earlier parts: at the last save
         self._sums: dict[str, float] = {}  # of the metrics since the last row of the log
         self._num_summed = 0
-        self._asked_to_stop = False  # this process, by a signal
+        self.stopped_by: int | None = None  # the signal that asked this process to stop
         self._told_to_stop = False  # all processes, by one that was asked
         self._save_is_due = False
         if snapshot is not None:
@@ -211,7 +211,7 @@ class Trainer:
     @property
     def _stop(self) -> bool:
         """Whether to take no further step. Of several processes none stops alone: the others would wait for it."""
-        return self._told_to_stop if self.accelerator.num_processes > 1 else self._asked_to_stop
+        return self._told_to_stop if self.accelerator.num_processes > 1 else self.stopped_by is not None
 
     def _loop(self, bar: Any) -> None:
         recipe = self.recipe
@@ -291,7 +291,7 @@ class Trainer:
         """Over all processes: so they log the whole batch, and what one of them met, or was asked, all do."""
         if self.accelerator.num_processes == 1:
             return metrics
-        asked = [float(self._asked_to_stop), float(self._save_is_due)]
+        asked = [float(self.stopped_by is not None), float(self._save_is_due)]
         told = torch.tensor([*metrics.values(), *asked], device=self.accelerator.device)
         found: Tensor = self.accelerator.reduce(told, "mean")  # pyright: ignore[reportAssignmentType]
         *means, asked_to_stop, asked_to_save = found.tolist()
@@ -338,8 +338,8 @@ class Trainer:
             if self.recipe.trackers:
                 self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=self.step)
 
-    def _ask_to_stop(self) -> None:
-        self._asked_to_stop = True
+    def _ask_to_stop(self, number: int) -> None:
+        self.stopped_by = number
 
     def _sample(self) -> None:
         ema = self._gathered(self.ema)
