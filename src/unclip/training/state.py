@@ -24,7 +24,7 @@ from torch import Tensor
 from unclip import __version__
 from unclip.checkpoints.files import TEMPORARY_PREFIX, atomic_file, atomic_folder, read_json, write_json
 from unclip.errors import CheckpointError, ConfigError, TrainingError
-from unclip.training.recipe import Recipe, as_dict
+from unclip.training.recipe import Recipe, as_dict, flat
 from unclip.training.sharding import shared_like
 
 UNDER_CLIP = ("prior", "prior_autoregressive", "decoder")
@@ -353,11 +353,3 @@ def _logged_step(line: str, *, default: int) -> int:
         return int(json.loads(line)["step"]) if line.endswith("\n") else default
     except (ValueError, KeyError, TypeError):
         return default
-
-
-def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one, its keys with dots."""
-    single: dict[str, Any] = {}
-    for key, value in table.items():
-        single |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return single
