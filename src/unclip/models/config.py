@@ -68,7 +68,9 @@ class ModelConfig(Mapping[str, Any]):
             elif value not in cls.NEUTRAL[key]:
                 allowed = cls.NEUTRAL[key]
                 assert isinstance(allowed, tuple)
-                raise ConfigError(f"{cls.__name__}: {key} = {value!r:.200} is not implemented; supported: {_list(allowed)}")
+                raise ConfigError(
+                    f"{cls.__name__}: {key} = {value!r:.200} is not implemented; supported: {_list(allowed)}"
+                )
         missing = [
             name
             for name, field in known.items()
@@ -127,7 +129,9 @@ class ModelConfig(Mapping[str, Any]):
         value = getattr(self, key)
         for element in self._elements(key, value):
             if not any(type(element) is type(choice) and element == choice for choice in allowed):
-                raise ConfigError(f"{self._name}: {key} = {element!r:.200} is not implemented; supported: {_list(allowed)}")
+                raise ConfigError(
+                    f"{self._name}: {key} = {element!r:.200} is not implemented; supported: {_list(allowed)}"
+                )
 
     def _elements(self, key: str, value: Any) -> tuple[Any, ...]:
         is_list = isinstance(value, tuple) and value and "tuple" in str(type(self).__dataclass_fields__[key].type)

@@ -292,7 +292,9 @@ def _config(kind: type, named: dict[str, Any], further: dict[str, Any], section:
     try:
         return kind(**settings)
     except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ConfigError(f"[clip.{section}] cannot be used: {further!r:.200}. Check the types of its values") from error
+        raise ConfigError(
+            f"[clip.{section}] cannot be used: {further!r:.200}. Check the types of its values"
+        ) from error
 
 
 def _learned_tokenizer(source: Source, settings: ClipSettings) -> CLIPTokenizer:
