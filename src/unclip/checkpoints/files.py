@@ -192,8 +192,8 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
     _check_folder_target(target, path, overwrite)
     output_folder(target.parent)
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
-    temporary.mkdir()
     try:
+        temporary.mkdir()
         yield temporary
         for root, _, names in os.walk(temporary):
             for name in names:

@@ -30,13 +30,15 @@ from transformers.image_processing_utils import BaseImageProcessor
 from unclip.checkpoints.files import read_json
 from unclip.data.rows import Source
 from unclip.errors import ConfigError, UnclipError
+from unclip.models.config import MAX_CHANNELS
 from unclip.pipelines.clip import PretrainedClip, read_clip
 from unclip.pipelines.component import read_component, write_component
 from unclip.training.pretrained import normalized
-from unclip.training.recipe import ClipSettings, Recipe
+from unclip.training.recipe import ClipSettings, Limits, Recipe
 from unclip.training.sharding import share_of
 from unclip.training.task import Batch, Sourced, of_rows, source_of
 from unclip.training.tokenizer import END, START, train_tokenizer
+from unclip.training.trial import check_parameters, try_step
 
 RECONSTRUCTION_SIZE = 16
 MAX_LOGIT_SCALE = math.log(100)
@@ -45,6 +47,15 @@ WIDTHS = {
     "image_config": "clip.image_width and clip.image_heads",
 }
 """What an encoder's width and heads are called in a recipe."""
+FURTHER = {
+    "hidden_size": Limits(1, MAX_CHANNELS),
+    "intermediate_size": Limits(1, 4 * MAX_CHANNELS),
+    "attention_dropout": Limits(0.0, 1.0, below=True),
+    "layer_norm_eps": Limits(1e-12, 1.0),
+    "initializer_range": Limits(0.0, 10.0),
+    "initializer_factor": Limits(0.0, 10.0),
+}
+"""Limits of the settings of an encoder that have no name of their own in a recipe."""
 SHOWN_ROWS = 1024
 """How many pictures retrieval is tried on for a sheet."""
 
@@ -122,6 +133,13 @@ class ClipTask(Sourced):
         settings = self.settings = recipe.clip
         start = None if recipe.start_from is None else _start(Path(recipe.start_from), settings)
         self.image_size = settings.image_size if start is None else start.image_size
+        self.context_length = settings.context_length if start is None else start.context_length
+        with torch.device("meta"):
+            text, image = blank_encoders(settings) if start is None else (start.text_encoder, start.image_encoder)
+            pair = ContrastivePair(text, image, settings.reconstruction_weight)
+        if start is None:
+            check_parameters(pair, recipe, "the encoders of [clip]")
+        try_step(pair, self._blank, recipe)
         self.source = source_of(
             recipe,
             (self.image_size,),
@@ -131,16 +149,19 @@ class ClipTask(Sourced):
         if start is None:
             known = None if run is None else _tokenizer_of(run, settings)
             self.tokenizer = known if known is not None else _learned_tokenizer(self.source, settings)
-            self.context_length = settings.context_length
             self.feature_extractor: BaseImageProcessor = image_processor(settings.image_size)
         else:
-            self.tokenizer, self.context_length = start.tokenizer, start.context_length
-            self.feature_extractor = start.feature_extractor
+            self.tokenizer, self.feature_extractor = start.tokenizer, start.feature_extractor
         torch.manual_seed(recipe.seed)
         text, image = fresh_encoders(settings, self.tokenizer) if start is None else _encoders(start)
         self.module = ContrastivePair(text, image, settings.reconstruction_weight)
         if start is not None and start.logit_scale is not None:
             nn.init.constant_(self.module.logit_scale, start.logit_scale)
+
+    def _blank(self, rows: int) -> Batch:
+        pixels = torch.empty(rows, 3, self.image_size, self.image_size, device="meta")
+        ids = torch.empty(rows, self.context_length, dtype=torch.long, device="meta")
+        return {"pixels": pixels, "input_ids": ids, "index": ids[:, 0]}
 
     @property
     def fingerprint(self) -> str:
@@ -203,16 +224,29 @@ def fresh_encoders(
 
     Raises: ConfigError when a width is no multiple of what it is cut into, or for a further setting that is none.
     """
-    vocabulary, width = tokenizer.get_vocab(), settings.projection_dim
+    vocabulary = tokenizer.get_vocab()
+    return _fresh(settings, size=len(tokenizer), start=vocabulary[START], end=vocabulary[END])
+
+
+def blank_encoders(settings: ClipSettings) -> tuple[CLIPTextModelWithProjection, CLIPVisionModelWithProjection]:
+    """As `fresh_encoders` with the largest vocabulary that the tokenizer may come to."""
+    size = settings.vocabulary_size
+    return _fresh(settings, size=size, start=size - 2, end=size - 1)
+
+
+def _fresh(
+    settings: ClipSettings, *, size: int, start: int, end: int
+) -> tuple[CLIPTextModelWithProjection, CLIPVisionModelWithProjection]:
+    width = settings.projection_dim
     named = {
-        "vocab_size": len(tokenizer),
+        "vocab_size": size,
         "projection_dim": width,
         "num_hidden_layers": settings.text_layers,
         "num_attention_heads": settings.text_heads,
         "max_position_embeddings": settings.context_length,
-        "bos_token_id": vocabulary[START],
-        "eos_token_id": vocabulary[END],
-        "pad_token_id": vocabulary[END],
+        "bos_token_id": start,
+        "eos_token_id": end,
+        "pad_token_id": end,
     }
     text = _config(CLIPTextConfig, named, settings.text_config, "text_config", width)
     named = {
@@ -244,9 +278,11 @@ def _config(kind: type, named: dict[str, Any], further: dict[str, Any], section:
             free = ", ".join(sorted(known - named.keys()))
             raise ConfigError(f"clip.{section}.{key} cannot be set; of {kind.__name__} these can: {free}")
     settings = {"hidden_size": width, "intermediate_size": 4 * width} | named | further
-    for name in ("hidden_size", "intermediate_size"):
-        if not isinstance(settings[name], int) or settings[name] < 1:
-            raise ConfigError(f"clip.{section}.{name} is {settings[name]!r}; it must be a number above 0")
+    for name, limits in FURTHER.items():
+        value = settings.get(name, limits.low)
+        kinds = int if isinstance(limits.high, int) else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not limits.allow(value):
+            raise ConfigError(f"clip.{section}.{name} is {value!r}; it must be a number {limits}")
     width, heads = settings["hidden_size"], settings["num_attention_heads"]
     if width % heads:
         raise ConfigError(f"{WIDTHS[section]} are {width} and {heads}; the first must be a multiple of the second")
@@ -256,7 +292,9 @@ def _config(kind: type, named: dict[str, Any], further: dict[str, Any], section:
     try:
         return kind(**settings)
     except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ConfigError(f"[clip.{section}] is refused by transformers: {error}") from error
+        raise ConfigError(
+            f"[clip.{section}] cannot be used: {further!r:.200}. Check the types of its values"
+        ) from error
 
 
 def _learned_tokenizer(source: Source, settings: ClipSettings) -> CLIPTokenizer:

@@ -186,6 +186,16 @@ def text_batch(text: TextEmbedding) -> Batch:
     }
 
 
+def blank_text(clip: FrozenClip, rows: int) -> Batch:
+    """What `text_batch` makes of `rows` captions of full length, on the meta device."""
+    one = {
+        "text_embeds": clip.empty.embeds,
+        "text_hidden_states": clip.empty.hidden_states,
+        "text_mask": clip.empty.mask,
+    }
+    return {name: torch.empty(rows, *t.shape[1:], dtype=t.dtype, device="meta") for name, t in one.items()}
+
+
 def batch_text(batch: Batch) -> TextEmbedding:
     """What `text_batch` was made of, less the padding."""
     return TextEmbedding(batch["text_embeds"], batch["text_hidden_states"], batch["text_mask"])
