@@ -22,6 +22,8 @@ from unclip.errors import ConfigError, MissingDependencyError
 TRACKERS = ("tensorboard", "wandb", "trackio")
 ADAPTABLE = ("prior", "prior_autoregressive", "decoder")
 """The stages that [lora] is for."""
+TEACHABLE = ("clip", "prior", "decoder")
+"""The stages that [teacher] is for."""
 
 
 def _check(
@@ -93,7 +95,9 @@ class ClipSettings:
 
     `weight_power` flattens how often pictures are drawn (0: all alike). `include_held_out` is for a judge, which must
     know the concepts that the generating model was never shown. `text_config` and `image_config` are for what has no
-    name of its own here, by the keys of transformers' `CLIPTextConfig` and `CLIPVisionConfig`.
+    name of its own here, by the keys of transformers' `CLIPTextConfig` and `CLIPVisionConfig`. `image_from` names a
+    CLIP whose image encoder is taken and stays as it is, so that the text encoder alone is trained (locked-image
+    tuning, arXiv 2111.07991); what was trained in its space stays usable.
     """
 
     projection_dim: int = 256
@@ -109,6 +113,7 @@ class ClipSettings:
     reconstruction_weight: float = 0.0
     weight_power: float = 0.5
     include_held_out: bool = False
+    image_from: Path | str | None = None
     text_config: dict[str, Any] = field(default_factory=dict)
     image_config: dict[str, Any] = field(default_factory=dict)
 
@@ -118,6 +123,10 @@ class ClipSettings:
         _check("clip", self, above_zero=sizes + depths, not_negative=("reconstruction_weight", "weight_power"))
         if self.context_length < 3:
             raise ConfigError(f"clip.context_length is {self.context_length}; start, end and a word need at least 3")
+        if self.image_from is not None and self.reconstruction_weight:
+            raise ConfigError(
+                "clip.reconstruction_weight trains the image encoder, which clip.image_from keeps as it is"
+            )
 
 
 @dataclass(frozen=True)
@@ -227,6 +236,34 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
+class TeacherSettings:
+    """A sentence encoder that says which pictures a phrase is close to, and phrases for it to read.
+
+    Attributes:
+        encoder: a folder that transformers' `AutoModel` and `AutoTokenizer` read.
+        phrases: a text file of one phrase a line, or of JSON objects with `text`, and maybe `means` (texts that the
+            teacher reads instead) and `concepts` (of the data set). Without it, the pictures' captions are the phrases.
+        share: of the rows of a prior's or a decoder's batch, how many are phrases with pictures drawn by the teacher.
+        temperature: by which similarities (cosines) are divided before they become a distribution over pictures.
+        named_bonus: what is added to the similarity of a picture whose concept the phrase names.
+        weight, similarity_weight: of CLIP's losses: the cross-entropy with the teacher's distribution over pictures,
+            and one minus the cosine to the teacher's own embedding, which a small head reads out of the text's.
+    """
+
+    encoder: Path = Path()
+    phrases: Path | None = None
+    share: float = 0.5
+    temperature: float = 0.04
+    named_bonus: float = 0.15
+    weight: float = 1.0
+    similarity_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check("teacher", self, above_zero=("temperature",), shares=("share",))
+        _check("teacher", self, not_negative=("named_bonus", "weight", "similarity_weight"))
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One training run.
 
@@ -243,6 +280,7 @@ class Recipe:
         reader_workers: threads of a process that decode the samples of shards, ahead of the step that needs them.
         trackers: what metrics go to beside metrics.jsonl: "tensorboard", "wandb", "trackio".
         lora: train adapters in the network of `start_from` (a prior or decoder) and leave its own weights.
+        teacher: for a CLIP (with clip.image_from), a prior or a decoder, trained on folders.
         ema_decay: of the weights that are kept; warmed up as (1 + step) / (10 + step).
     """
 
@@ -265,6 +303,7 @@ class Recipe:
     sample_every_steps: int = 1000
     optimizer: OptimizerRecipe = OptimizerRecipe()
     lora: LoraSettings | None = None
+    teacher: TeacherSettings | None = None
     clip: ClipSettings | None = None
     prior: PriorSettings | None = None
     prior_autoregressive: AutoregressivePriorSettings | None = None
@@ -278,6 +317,10 @@ class Recipe:
                 raise ConfigError(f"a recipe for stage {self.stage!r} {verb} a section [{stage}]")
         if self.lora and (self.stage not in ADAPTABLE or not self.start_from):
             raise ConfigError("[lora] is for prior and decoder, and needs start_from: a model to adapt")
+        if self.teacher and self.stage not in TEACHABLE:
+            raise ConfigError(f"[teacher] is for the stages {', '.join(TEACHABLE)}, not {self.stage!r}")
+        if self.teacher and self.clip and self.clip.image_from is None:
+            raise ConfigError("[teacher] needs clip.image_from: a CLIP whose pictures' embeddings stay as they are")
         if self.shard and self.optimizer.name == "muon":
             raise ConfigError("shard cuts the matrices that optimizer.name 'muon' needs whole; take 'adamw' with it")
         if self.shard and self.precision == "fp16":
@@ -326,7 +369,7 @@ def located(recipe: Recipe) -> Recipe:
     if isinstance(recipe.start_from, str):
         changes["start_from"] = resolve(recipe.start_from)
     settings = getattr(recipe, recipe.stage)
-    named = {key: getattr(settings, key, None) for key in ("clip", "features")}
+    named = {key: getattr(settings, key, None) for key in ("clip", "features", "image_from")}
     found = {key: resolve(name) for key, name in named.items() if isinstance(name, str)}
     if found:
         changes[recipe.stage] = dataclasses.replace(settings, **found)
@@ -378,7 +421,7 @@ def _value(hint: Any, value: Any, base: Path, where: str, default: Any = None) -
         if not isinstance(value, str) or "\0" in value:
             raise ConfigError(f"{where} is {value!r}; it must be a path in quotes")
         path = base / Path(value).expanduser()
-        is_model = where.rpartition(".")[2] in ("clip", "start_from", "features")
+        is_model = where.rpartition(".")[2] in ("clip", "start_from", "features", "image_from")
         return value if "://" in value or (is_model and is_name(value) and not path.exists()) else path
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
