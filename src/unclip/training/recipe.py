@@ -166,7 +166,8 @@ class DecoderSettings:
     """Decoder: its CLIP (a folder or a name), its networks, how often embedding and caption are dropped (paper §2.1).
 
     `embedding_noise` jitters the image embedding, in units of each dimension's spread, so that the decoder forgives a
-    prior that is a little off.
+    prior that is a little off. With `forget_text` a decoder that was trained with another text encoder (that of the
+    model `start_from`) begins as if every caption were empty, and learns the new one's captions from there.
     """
 
     clip: Path | str = Path()
@@ -176,6 +177,7 @@ class DecoderSettings:
     text_drop: float = 0.5
     image_drop: float = 0.1
     embedding_noise: float = 0.0
+    forget_text: bool = False
 
     def __post_init__(self) -> None:
         _check("decoder", self, shares=("text_drop", "image_drop"), not_negative=("embedding_noise",))
@@ -321,6 +323,8 @@ class Recipe:
             raise ConfigError(f"[teacher] is for the stages {', '.join(TEACHABLE)}, not {self.stage!r}")
         if self.teacher and self.clip and self.clip.image_from is None:
             raise ConfigError("[teacher] needs clip.image_from: a CLIP whose pictures' embeddings stay as they are")
+        if self.decoder and self.decoder.forget_text and self.start_from is None:
+            raise ConfigError("decoder.forget_text is for a decoder that was trained before: name it with start_from")
         if self.shard and self.optimizer.name == "muon":
             raise ConfigError("shard cuts the matrices that optimizer.name 'muon' needs whole; take 'adamw' with it")
         if self.shard and self.precision == "fp16":
