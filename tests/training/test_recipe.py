@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,8 @@ def test_every_recipe_of_the_repository_is_valid(path):
     recipe = read_recipe(path)
     sources = recipe.data if isinstance(recipe.data, tuple) else (recipe.data,)
     assert all(source.parent.parent.name == "runs" for source in sources)
-    others = {"judge": "clip", "judge_more": "clip", "super_res_last": "super_res", "super_res_2": "super_res"}
-    others |= {"decoder_more": "decoder", "decoder_composed": "decoder", "prior_more": "prior"}
-    others |= {"super_res_more": "super_res"}
-    assert recipe.stage == others.get(path.stem, path.stem)
+    stage = re.sub("_(more|composed|words|last|2)$", "", path.stem)
+    assert recipe.stage == {"judge": "clip"}.get(stage, stage)
     start = recipe.start_from  # the package's, or that of another recipe's run
     assert (
         start is None
