@@ -10,13 +10,13 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from unclip.data.source import FolderSource
 from unclip.errors import ConfigError, DataError
 from unclip.training import teacher as teaching
-from unclip.training.clip import ClipTask
+from unclip.training.clip import ClipTask, known_words
 from unclip.training.diffusion import DecoderTask, PriorTask
 from unclip.training.recipe import TeacherSettings, read_recipe
 from unclip.training.teacher import Lessons, Phrase, Teacher, read_phrases
 from unclip.training.trainer import step_generator
 
-WORDS = "a red green blue orange circle square bar picture of disc crimson".split()
+WORDS = ["a", "red", "green", "blue", "orange", "circle", "square", "bar", "picture", "of", "disc", "crimson"]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,13 @@ def encoder(tmp_path_factory):
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
-    sizes = {"initializer_range": 0.5, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "initializer_range": 0.5,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(0)
         BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
@@ -133,6 +139,17 @@ def test_a_text_encoder_learns_and_the_image_encoder_stays(tiny, encoder, corpus
     assert all(torch.equal(value, image[name]) for name, value in task.module.image.state_dict().items())
     task.save(tmp_path / "model")
     assert not (tmp_path / "model" / "taught").exists()
+
+
+def test_words_begin_as_the_teacher_has_them(tiny, encoder, corpus, clip_model):
+    task = ClipTask(taught_clip(tiny, encoder, corpus, clip_model))
+    known = known_words(task.tokenizer)
+    assert {"red", "circle", "disc"} <= set(known.values())
+    table = task.module.text.get_input_embeddings().weight.detach()[list(known)]
+    assert table.std() == pytest.approx(0.02, rel=0.05)
+    read = task.lessons.teacher.read(list(known.values())).float()
+    wanted = torch.nn.functional.cosine_similarity(*(read - read.mean(dim=0))[[0, 1]], dim=0)
+    assert torch.nn.functional.cosine_similarity(*table[:2], dim=0) == pytest.approx(wanted.item(), abs=0.05)
 
 
 def test_the_image_encoder_alone_can_be_kept(tiny, clip_model):

@@ -216,6 +216,10 @@ class ClipTask(Sourced):
             assert isinstance(self.source, FolderSource)
             self.lessons = Lessons(recipe.teacher, self.source, device=computing_device(), progress=progress)
             taught = Taught(recipe.teacher, self.table, self.lessons.embeddings.shape[1])
+            if start is None:
+                words = text.get_input_embeddings().weight
+                rows = known_words(self.tokenizer)
+                words.data[list(rows)] = self.lessons.teacher.words(list(rows.values()), words.shape[1])
         self.module = ContrastivePair(text, image, settings.reconstruction_weight, taught)
         if start is not None and start.logit_scale is not None:
             nn.init.constant_(self.module.logit_scale, start.logit_scale)
@@ -355,6 +359,12 @@ def _learned_tokenizer(source: Source, recipe: Recipe) -> CLIPTokenizer:
     if recipe.teacher is not None and recipe.teacher.phrases is not None:
         texts = itertools.chain(texts, (phrase.text for phrase in read_phrases(recipe.teacher.phrases)))
     return train_tokenizer(texts, vocabulary_size=settings.vocabulary_size, context_length=settings.context_length)
+
+
+def known_words(tokenizer: CLIPTokenizer) -> dict[int, str]:
+    """The rows of the tokens that are more than a byte, and the words, or parts of words, that they stand for."""
+    texts = {row: token.removesuffix("</w>") for token, row in tokenizer.get_vocab().items()}
+    return {row: text for row, text in texts.items() if len(text) > 1 and text not in (START, END)}
 
 
 def _tokenizer_of(run: Path, settings: ClipSettings) -> CLIPTokenizer | None:

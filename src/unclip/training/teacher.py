@@ -33,8 +33,10 @@ AT_ONCE = 256
 PART = 16_384
 """Texts of one file in the cache."""
 MAX_TOKENS = 64
-NUM_PICTURES = 24
-"""Of each phrase, how many of the closest pictures are kept."""
+TOKEN_SPREAD = 0.02
+"""Standard deviation of the numbers in a new CLIP's table of tokens."""
+NUM_COMPARED, NUM_PICTURES = 48, 24
+"""How many pictures of each phrase are kept by similarity alone, and of these by similarity and weight."""
 
 
 class Teacher:
@@ -54,10 +56,10 @@ class Teacher:
                 f"teacher.encoder is {folder}, which transformers cannot read as an encoder: {error}"
             ) from error
         self.device = torch.device(device)
-        dtype = torch.float32 if is_emulated(torch.bfloat16, self.device) else torch.bfloat16
-        self.encoder.to(self.device, dtype)
+        self.dtype = torch.float32 if is_emulated(torch.bfloat16, self.device) else torch.bfloat16
+        self.encoder.to(self.device, self.dtype)
         weights = sorted(Path(folder).glob("*.safetensors")) + sorted(Path(folder).glob("*.bin"))
-        digest = hashlib.sha256(f"{dtype} {MAX_TOKENS}".encode())
+        digest = hashlib.sha256(f"{self.dtype} {MAX_TOKENS}".encode())
         for path in weights:
             digest.update(path.read_bytes())
         self.fingerprint = digest.hexdigest()
@@ -83,31 +85,48 @@ class Teacher:
                 found[row] = embed
         return torch.stack([embed for embed in found if embed is not None])
 
+    def words(self, texts: Sequence[str], width: int) -> Tensor:
+        """First values for a text encoder's table of tokens, float32 [num_texts, width]: alike words are alike.
+
+        The teacher's embeddings, turned to their `width` principal axes, as spread out as CLIP's tables are at first.
+        """
+        embeds = self.read(texts).float()
+        axes = torch.linalg.svd(embeds - embeds.mean(dim=0), full_matrices=False)[2][:width]
+        found = (embeds - embeds.mean(dim=0)) @ axes.T
+        found = F.pad(found, (0, width - found.shape[1]))
+        return found * (TOKEN_SPREAD / found.square().mean().sqrt())
+
     def read_once(self, texts: Sequence[str], progress: Callable[..., Any] | None = None) -> Tensor:
         """As `read`, for many texts: what was read in an earlier run is taken from the cache."""
         parts = [texts[start : start + PART] for start in range(0, len(texts), PART)]
-        folder = cache_folder().parent / "teacher"
         found = []
         for part in progress(parts, desc="reading by the teacher", unit="part") if progress else parts:
             digest = hashlib.sha256(self.fingerprint.encode())
             digest.update("\n".join(part).encode(errors="backslashreplace"))
-            path = folder / f"{digest.hexdigest()}.safetensors"
-            found.append(_remembered(path, lambda part=part: self.read(part), len(part)))
+            path = teacher_folder() / f"{digest.hexdigest()}.safetensors"
+            known = _remembered(path, lambda part=part: {"embeddings": self.read(part)}, len(part))
+            found.append(known["embeddings"])
         return torch.cat(found)
 
 
-def _remembered(path: Path, compute: Callable[[], Tensor], count: int) -> Tensor:
+def teacher_folder() -> Path:
+    """Where it lies what a teacher has read: `teacher` beside the remembered embeddings of pictures."""
+    return cache_folder().parent / "teacher"
+
+
+def _remembered(path: Path, compute: Callable[[], dict[str, Tensor]], count: int) -> dict[str, Tensor]:
+    """What lies there if it is whole, else what `compute` gives, kept there if there is room."""
     try:
-        known = load_file(path)["embeddings"]
-        if len(known) == count and known.isfinite().all():
+        known = load_file(path)
+        if all(len(value) == count and value.isfinite().all() for value in known.values()):
             return known
-    except (OSError, SafetensorError, KeyError):
+    except (OSError, SafetensorError):
         pass
     found = compute()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as draft:
-            save_file({"embeddings": found.contiguous()}, draft)
+            save_file({name: value.contiguous() for name, value in found.items()}, draft)
     except (OSError, SafetensorError, UnclipError):
         pass  # a cache that cannot be written costs the next run its time
     return found
@@ -155,6 +174,7 @@ class Lessons:
     """Phrases, with the teacher's embedding of each and its distribution over pictures.
 
     Attributes:
+        teacher: who read them.
         texts: the phrases.
         lesson: int [num_phrases]; phrases of one meaning share a row of the following.
         pictures: int32 [num_lessons, k], rows of the source's pictures; shares: float32 [num_lessons, k], 1 in all.
@@ -169,7 +189,7 @@ class Lessons:
         device: torch.device | str = "cpu",
         progress: Callable[..., Any] | None = None,
     ):
-        teacher = Teacher(settings.encoder, device)
+        teacher = self.teacher = Teacher(settings.encoder, device)
         records = source.records
         bank = [row for row, record in enumerate(records) if record.concept and record.weight]
         bank = bank or [row for row, record in enumerate(records) if record.weight]
@@ -180,24 +200,13 @@ class Lessons:
             self.texts.append(phrase.text)
             numbers.append(known.setdefault((phrase.means, phrase.concepts), len(known)))
         self.lesson = torch.tensor(numbers)
-        captions = sorted({text for row in bank for text in records[row].captions})
-        texts = sorted({text for means, _ in known for text in means} | set(captions))
-        place = {text: row for row, text in enumerate(texts)}
-        read = teacher.read_once(texts, progress)
-        of_bank = _Bank([records[row] for row in bank], source.weights[bank], captions)
-        of_bank.embeddings = read[[place[text] for text in captions]]
         keys = list(known)
-        parts = [keys[start : start + 1024] for start in range(0, len(keys), 1024)]
-        pictures, shares, embeddings = [], [], []
-        for part in progress(parts, desc="comparing with the captions", unit="part") if progress else parts:
-            means = [read[[place[text] for text in each]].float().mean(dim=0) for each, _ in part]
-            mean = torch.stack(means)
-            found, share = of_bank.closest(mean, [concepts for _, concepts in part], settings)
-            pictures.append(torch.tensor(bank)[found].int())
-            shares.append(share)
-            embeddings.append(F.normalize(mean, dim=-1).half())
-        self.pictures, self.shares, self.embeddings = torch.cat(pictures), torch.cat(shares), torch.cat(embeddings)
-        self.fingerprint = teacher.fingerprint
+        compared = _Bank([records[row] for row in bank], settings.named_bonus)
+        similar, found, self.embeddings = compared.closest(keys, teacher, progress)
+        logits = similar / settings.temperature + source.weights[bank].log()[found.long()]
+        values, order = logits.topk(min(NUM_PICTURES, logits.shape[1]), dim=1)
+        self.shares = values.softmax(dim=1)
+        self.pictures = torch.tensor(bank, dtype=torch.int32)[found.gather(1, order).long()]
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -209,37 +218,65 @@ class Lessons:
 
 
 class _Bank:
-    """The pictures that phrases are compared with."""
+    """The pictures that phrases are compared with, by their captions."""
 
-    embeddings: Tensor
-    """Of the captions [num_captions, width], float16."""
-
-    def __init__(self, records: Sequence[Record], weights: Tensor, captions: Sequence[str]):
-        place = {text: row for row, text in enumerate(captions)}
+    def __init__(self, records: Sequence[Record], named_bonus: float):
+        self.named_bonus = named_bonus
+        self.texts = sorted({text for record in records for text in record.captions})
+        place = {text: row for row, text in enumerate(self.texts)}
         own = [[place[text] for text in record.captions] for record in records]
         longest = max(map(len, own))
         self.captions = torch.tensor([rows + rows[:1] * (longest - len(rows)) for rows in own])
-        self.log_weights = weights.float().log()
         self.rows: dict[str, list[int]] = {}
         for row, record in enumerate(records):
             if record.concept:
                 self.rows.setdefault(record.concept, []).append(row)
+        digest = hashlib.sha256(f"{named_bonus} {NUM_COMPARED} {json.dumps([self.texts, self.rows])}".encode())
+        digest.update(self.captions.numpy().tobytes())
+        self.fingerprint = digest.hexdigest()
 
     def closest(
-        self, embeds: Tensor, concepts: Sequence[Sequence[str]], settings: TeacherSettings
-    ) -> tuple[Tensor, Tensor]:
-        """The closest pictures of each phrase [batch, k] by the caption that is most similar, and their shares."""
-        dtype = torch.float32 if is_emulated(torch.bfloat16, torch.device("cpu")) else torch.bfloat16
-        similar = (embeds.to(dtype) @ self.embeddings.to(dtype).T).float()
-        best = torch.full((len(embeds), len(self.captions)), -1.0)
-        for column in self.captions.T:
-            torch.maximum(best, similar[:, column], out=best)
-        for row, named in enumerate(concepts):
-            for concept in named:
-                best[row, self.rows.get(concept, [])] += settings.named_bonus
-        logits = best / settings.temperature + self.log_weights
-        values, found = logits.topk(min(NUM_PICTURES, logits.shape[1]), dim=1)
-        return found, values.softmax(dim=1)
+        self,
+        lessons: Sequence[tuple[tuple[str, ...], tuple[str, ...]]],
+        teacher: Teacher,
+        progress: Callable[..., Any] | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The closest pictures of each lesson (what it means, and which concepts it names); remembered for later runs.
+
+        Returns: similarities float32 [num_lessons, k], that of a picture being its most similar caption's; their
+            pictures int32 [num_lessons, k]; and the teacher's embeddings float16 [num_lessons, width], normalised.
+        """
+        digest = hashlib.sha256(f"{self.fingerprint} {teacher.fingerprint} {json.dumps(lessons)}".encode())
+        path = teacher_folder() / f"{digest.hexdigest()}.safetensors"
+        known = _remembered(path, lambda: self._compare(lessons, teacher, progress), len(lessons))
+        return known["similar"], known["pictures"], known["embeddings"]
+
+    def _compare(
+        self,
+        lessons: Sequence[tuple[tuple[str, ...], tuple[str, ...]]],
+        teacher: Teacher,
+        progress: Callable[..., Any] | None,
+    ) -> dict[str, Tensor]:
+        texts = sorted({text for means, _ in lessons for text in means} | set(self.texts))
+        place = {text: row for row, text in enumerate(texts)}
+        read = teacher.read_once(texts, progress)
+        captions = read[[place[text] for text in self.texts]].to(teacher.dtype)
+        parts = [lessons[start : start + 1024] for start in range(0, len(lessons), 1024)]
+        found: dict[str, list[Tensor]] = {"similar": [], "pictures": [], "embeddings": []}
+        for part in progress(parts, desc="comparing with the captions", unit="part") if progress else parts:
+            mean = torch.stack([read[[place[text] for text in means]].float().mean(dim=0) for means, _ in part])
+            similar = (mean.to(teacher.dtype) @ captions.T).float()
+            best = torch.full((len(part), len(self.captions)), -torch.inf)
+            for column in self.captions.T:
+                torch.maximum(best, similar[:, column], out=best)
+            for row, (_, concepts) in enumerate(part):
+                for concept in concepts:
+                    best[row, self.rows.get(concept, [])] += self.named_bonus
+            values, order = best.topk(min(NUM_COMPARED, best.shape[1]), dim=1)
+            for name, value in (("similar", values), ("pictures", order.int())):
+                found[name].append(value)
+            found["embeddings"].append(F.normalize(mean, dim=-1).half())
+        return {name: torch.cat(values) for name, values in found.items()}
 
 
 def _all_phrases(settings: TeacherSettings, records: Sequence[Record]) -> Iterator[Phrase]:
