@@ -126,6 +126,7 @@ class Recorder:
 
     def __init__(self, prior):
         self.logits, self.rows, self.codes, self.dots = [], [], [], []
+
         def seen(module, arguments, output):
             logits = output[0][:, -1]
             self.logits.append(logits)

@@ -158,7 +158,7 @@ def make_task(recipe: "Recipe", progress: Callable[..., Any] | None = None, *, r
     if recipe.stage == "clip":
         from unclip.training.clip import ClipTask
 
-        return ClipTask(recipe, run)
+        return ClipTask(recipe, progress, run)
     if recipe.stage == "prior_autoregressive":
         from unclip.training.prior_autoregressive import AutoregressivePriorTask
 

@@ -21,7 +21,7 @@ from unclip.models.prior import PriorTransformer
 from unclip.models.text_proj import UnCLIPTextProjModel
 from unclip.models.unet import UNet2DConditionModel, UNet2DModel
 from unclip.pipelines.component import read_component, write_component
-from unclip.stages.condition import DecoderCondition, PriorCondition, SuperResCondition
+from unclip.stages.condition import DecoderCondition, PriorCondition, SuperResCondition, TextEmbedding
 from unclip.stages.decoder import DecoderStage
 from unclip.stages.prior import PriorStage
 from unclip.stages.stage import sample, size_px
@@ -165,6 +165,22 @@ class PriorTask(Sourced):
         tell_cosines(path, drawn, self.data.embeddings(rows))
 
 
+@torch.no_grad()
+def forget_text(text_proj: UnCLIPTextProjModel, empty: TextEmbedding) -> None:
+    """Have every caption give what the empty one gives, whatever its text encoder; its own part can be learned anew.
+
+    `empty` is the empty caption of the text encoder that `text_proj` was trained with.
+    """
+    tokens = empty.hidden_states[0][empty.mask[0]].to(text_proj.embedding_proj.weight.device)
+    for layer, read in (
+        (text_proj.embedding_proj, empty.embeds[0]),
+        (text_proj.encoder_hidden_states_proj, tokens),
+    ):
+        given = layer(read.to(layer.weight.device))
+        layer.bias.copy_(given.reshape(-1, given.shape[-1]).mean(dim=0))
+        layer.weight.zero_()
+
+
 class DecoderTask(Sourced):
     """Image embedding and caption → small picture (paper §2.1)."""
 
@@ -182,6 +198,9 @@ class DecoderTask(Sourced):
             "cross_attention_dim": decoder.config.cross_attention_dim,
         }
         text_proj = first_network(UnCLIPTextProjModel, "text_proj", sizes | self.settings.text_proj, recipe)
+        if self.settings.forget_text:
+            assert recipe.start_from is not None
+            forget_text(text_proj, FrozenClip(Path(recipe.start_from)).empty)
         process = process_of(self.settings.process)
         wanted = decoder.config.in_channels * (2 if process.learns_variance else 1)
         if decoder.config.out_channels != wanted:

@@ -26,6 +26,8 @@ from unclip.models.config import MAX_CHANNELS, MAX_LAYERS
 TRACKERS = ("tensorboard", "wandb", "trackio")
 ADAPTABLE = ("prior", "prior_autoregressive", "decoder")
 """The stages that [lora] is for."""
+TEACHABLE = ("clip", "prior", "decoder")
+"""The stages that [teacher] is for."""
 
 
 MAX_RECIPE_BYTES = 2**20
@@ -145,7 +147,9 @@ class ClipSettings(Section):
 
     `weight_power` flattens how often pictures are drawn (0: all alike). `include_held_out` is for a judge, which must
     know the concepts that the generating model was never shown. `text_config` and `image_config` are for what has no
-    name of its own here, by the keys of transformers' `CLIPTextConfig` and `CLIPVisionConfig`.
+    name of its own here, by the keys of transformers' `CLIPTextConfig` and `CLIPVisionConfig`. `image_from` names a
+    CLIP whose image encoder is taken and stays as it is, so that the text encoder alone is trained (locked-image
+    tuning, arXiv 2111.07991); what was trained in its space stays usable.
     """
 
     SECTION: ClassVar[str] = "clip"
@@ -163,8 +167,16 @@ class ClipSettings(Section):
     reconstruction_weight: FreeWeight = 0.0
     weight_power: Annotated[float, Limits(0, 10), FREE] = 0.5
     include_held_out: bool = False
+    image_from: Path | str | None = None
     text_config: dict[str, Any] = field(default_factory=dict)
     image_config: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image_from is not None and self.reconstruction_weight:
+            raise ConfigError(
+                "clip.reconstruction_weight trains the image encoder, which clip.image_from keeps as it is"
+            )
 
 
 @dataclass(frozen=True)
@@ -202,7 +214,8 @@ class DecoderSettings(Section):
     """Decoder: its CLIP (a folder or a name), its networks, how often embedding and caption are dropped (paper §2.1).
 
     `embedding_noise` jitters the image embedding, in units of each dimension's spread, so that the decoder forgives a
-    prior that is a little off.
+    prior that is a little off. With `forget_text` a decoder that was trained with another text encoder (that of the
+    model `start_from`) begins as if every caption were empty, and learns the new one's captions from there.
     """
 
     SECTION: ClassVar[str] = "decoder"
@@ -214,6 +227,7 @@ class DecoderSettings(Section):
     text_drop: FreeShare = 0.5
     image_drop: FreeShare = 0.1
     embedding_noise: FreeWeight = 0.0
+    forget_text: Annotated[bool, FREE] = False
 
 
 @dataclass(frozen=True)
@@ -278,6 +292,32 @@ class LoraSettings(Section):
 
 
 @dataclass(frozen=True)
+class TeacherSettings(Section):
+    """A sentence encoder that says which pictures a phrase is close to, and phrases for it to read.
+
+    Attributes:
+        encoder: a folder that transformers' `AutoModel` and `AutoTokenizer` read.
+        phrases: a text file of one phrase a line, or of JSON objects with `text`, and maybe `means` (texts that the
+            teacher reads instead) and `concepts` (of the data set). Without it, the pictures' captions are the phrases.
+        share: of the rows of a prior's or a decoder's batch, how many are phrases with pictures drawn by the teacher.
+        temperature: by which similarities (cosines) are divided before they become a distribution over pictures.
+        named_bonus: what is added to the similarity of a picture whose concept the phrase names.
+        weight, similarity_weight: of CLIP's losses: the cross-entropy with the teacher's distribution over pictures,
+            and one minus the cosine to the teacher's own embedding, which a small head reads out of the text's.
+    """
+
+    SECTION: ClassVar[str] = "teacher"
+
+    encoder: Path = Path()
+    phrases: Path | None = None
+    share: Share = 0.5
+    temperature: Positive = 0.04
+    named_bonus: Annotated[float, Limits(0, 1000)] = 0.15
+    weight: Annotated[float, Limits(0, 1_000_000)] = 1.0
+    similarity_weight: Annotated[float, Limits(0, 1_000_000)] = 1.0
+
+
+@dataclass(frozen=True)
 class Recipe(Section):
     """One training run.
 
@@ -294,6 +334,7 @@ class Recipe(Section):
         reader_workers: threads of a process that decode the samples of shards, ahead of the step that needs them.
         trackers: what metrics go to beside metrics.jsonl: "tensorboard", "wandb", "trackio".
         lora: train adapters in the network of `start_from` (a prior or decoder) and leave its own weights.
+        teacher: for a CLIP (with clip.image_from), a prior or a decoder, trained on folders.
         ema_decay: of the weights that are kept; warmed up as (1 + step) / (10 + step).
     """
 
@@ -316,6 +357,7 @@ class Recipe(Section):
     sample_every_steps: Count = 1000
     optimizer: OptimizerRecipe = OptimizerRecipe()
     lora: LoraSettings | None = None
+    teacher: TeacherSettings | None = None
     clip: ClipSettings | None = None
     prior: PriorSettings | None = None
     prior_autoregressive: AutoregressivePriorSettings | None = None
@@ -330,6 +372,12 @@ class Recipe(Section):
                 raise ConfigError(f"a recipe for stage {self.stage!r} {verb} a section [{stage}]")
         if self.lora and (self.stage not in ADAPTABLE or not self.start_from):
             raise ConfigError("[lora] is for prior and decoder, and needs start_from: a model to adapt")
+        if self.teacher and self.stage not in TEACHABLE:
+            raise ConfigError(f"[teacher] is for the stages {', '.join(TEACHABLE)}, not {self.stage!r}")
+        if self.teacher and self.clip and self.clip.image_from is None:
+            raise ConfigError("[teacher] needs clip.image_from: a CLIP whose pictures' embeddings stay as they are")
+        if self.decoder and self.decoder.forget_text and self.start_from is None:
+            raise ConfigError("decoder.forget_text is for a decoder that was trained before: name it with start_from")
         if self.shard and self.optimizer.name == "muon":
             raise ConfigError("shard cuts the matrices that optimizer.name 'muon' needs whole; take 'adamw' with it")
         if self.shard and self.precision == "fp16":
@@ -400,7 +448,7 @@ def located(recipe: Recipe) -> Recipe:
     if isinstance(recipe.start_from, str):
         changes["start_from"] = resolve(recipe.start_from)
     settings = getattr(recipe, recipe.stage)
-    named = {key: getattr(settings, key, None) for key in ("clip", "features")}
+    named = {key: getattr(settings, key, None) for key in ("clip", "features", "image_from")}
     found = {key: resolve(name) for key, name in named.items() if isinstance(name, str)}
     if found:
         changes[recipe.stage] = dataclasses.replace(settings, **found)
@@ -460,7 +508,7 @@ def _value(hint: Any, value: Any, base: Path, where: str, default: Any = None) -
             raise ConfigError(f"{where} is {value!r:.80}; that home folder does not exist") from error
         except DataError as error:
             raise ConfigError(f"{where}: {error}") from error
-        is_model = where.rpartition(".")[2] in ("clip", "start_from", "features")
+        is_model = where.rpartition(".")[2] in ("clip", "start_from", "features", "image_from")
         return value if "://" in value or (is_model and is_name(value) and not path.exists()) else path
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
