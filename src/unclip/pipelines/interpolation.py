@@ -76,7 +76,8 @@ class UnCLIPTextInterpolationPipeline(UnCLIPPipeline):
             self.enable_sequential_cpu_offload(gpu_id)
         text = self._text().encode(prompts, self.device)
         kind = text.embeds.dtype
-        states = [slerp(*text.hidden_states, place).to(kind) for place in places]  # each row is one token's
+        first, last = text.hidden_states  # each row of them is one token's
+        states = [slerp(first, last, place).to(kind) for place in places]
         # In between, the tokens of both captions count; at the ends the picture is exactly the caption's.
         masks = [text.mask[round(place)] if place in (0, 1) else text.mask.any(dim=0) for place in places]
         return super().__call__(
