@@ -70,7 +70,10 @@ def test_a_gradient_that_is_a_slice_or_expanded_is_taken():
     for reduce in (torch.sum, lambda y: (torch.cat([y, y], 1) ** 2).sum()):
         (got,) = torch.autograd.grad(reduce(winograd.convolution(x, weight, None)), x)
         assert_equal_but_rounding(
-            got, lambda reduce=reduce: torch.autograd.grad(reduce(plain(x, weight)), x), [x, weight], times=TIMES * loss()
+            got,
+            lambda reduce=reduce: torch.autograd.grad(reduce(plain(x, weight)), x),
+            [x, weight],
+            times=TIMES * loss(),
         )
 
 
