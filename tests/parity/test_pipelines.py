@@ -233,7 +233,7 @@ ROUNDED_CASES = {
 
 @pytest.mark.parametrize("case", ROUNDED_CASES)
 def test_with_the_references_own_tables(tiny_components, tiny_configs, build_pipeline, case):
-    """Ours differs from the reference's pictures by what its tables lose: by what they change if computed in float64."""
+    """Ours differs from the reference's pictures as those do from what they are with its tables in float64."""
     kind, arguments = ROUNDED_CASES[case]
     components = tiny_components()
     parts = reference_parts(components, tiny_configs, precise=False)

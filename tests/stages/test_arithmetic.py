@@ -13,6 +13,8 @@ from unclip import InputError
 from unclip.stages import arithmetic
 from unclip.stages.arithmetic import blend, difference, equal_turns, slerp, slerp_path, turn
 
+from ..rounding import TIMES, UNIT
+
 quick = settings(deadline=None, max_examples=60)
 
 
@@ -139,7 +141,7 @@ def test_a_path_is_walked_one_step_at_a_time(monkeypatch):
     assert rows == [1] * 21
     start, end = (part.repeat_interleave(10, dim=0) for part in (points[:-1], points[1:]))
     at_once = slerp(start, end, (torch.arange(10) / 10).double().repeat(2))
-    torch.testing.assert_close(path[:-1], at_once, rtol=0, atol=1e-6)
+    torch.testing.assert_close(path[:-1], at_once, rtol=0, atol=TIMES * UNIT * float(at_once.abs().max()))
 
 
 def test_equal_turns():
