@@ -28,6 +28,7 @@ ALL = [
     "MissingDependencyError",
     "MissingFileError",
     "NonFiniteError",
+    "OutputError",
     "OutputExistsError",
     "PrincipalComponents",
     "PriorTransformer",

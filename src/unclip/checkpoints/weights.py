@@ -14,7 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unclip.checkpoints.files import TEMPORARY_PREFIX, atomic_file, hub_root, read_json, safe_join, sync, write_json
+from unclip.checkpoints.files import (
+    TEMPORARY_PREFIX,
+    atomic_file,
+    hub_root,
+    json_bytes,
+    read_json,
+    safe_join,
+    sync,
+    writing,
+)
 from unclip.checkpoints.header import TensorInfo, check_tensor_name, read_header
 from unclip.errors import CheckpointError, MissingFileError, UnsafeFileError, WeightsError
 from unclip.numbers import plain
@@ -75,17 +84,22 @@ def open_weights(
 ) -> WeightsIndex:
     """Find the weights `stem` in `folder` and judge every header, without reading weights.
 
-    A single file comes before an index. Raises MissingFileError (the message names what is there), UnsafeFileError when
-    there are only pickles or an index points out of the folder, WeightsError for damaged files or an index that
-    disagrees with its shards.
+    Raises MissingFileError (the message names what is there), UnsafeFileError when
+    there are only pickles or an index points out of the folder, WeightsError for damaged files, an index that disagrees
+    with its shards, or a folder with both a whole file and an index.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise MissingFileError(f"{folder} is not a folder")
     single = safe_join(folder, file_name(stem, variant))
+    index = safe_join(folder, index_name(stem, variant))
+    if single.exists() and index.exists():
+        raise WeightsError(
+            f"{folder} has its weights twice: whole in {single.name}, and in the shards that {index.name} lists; "
+            "remove one of the two"
+        )
     if single.exists():
         return WeightsIndex(read_header(single), (single,))
-    index = safe_join(folder, index_name(stem, variant))
     if index.exists():
         return _open_shards(folder, index)
     raise _nothing_found(folder, stem, variant)
@@ -229,7 +243,7 @@ def fill(
 ) -> None:
     """`load_into` for weights that are already open; `folder` is how messages call their place."""
     wanted = module.state_dict(keep_vars=True)
-    _compare({name: tuple(value.shape) for name, value in wanted.items()}, index, folder)
+    check_fit({name: tuple(value.shape) for name, value in wanted.items()}, index, folder)
     relaid = any(_is_channels_last(value) for value in wanted.values())
     loaded: dict[str, Any] = {}
     for name, tensor in read_tensors(index):
@@ -263,7 +277,8 @@ def _copied(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.channels_last if _is_channels_last(like) else torch.contiguous_format)
 
 
-def _compare(wanted: Mapping[str, tuple[int, ...]], index: WeightsIndex, folder: str | os.PathLike[str]) -> None:
+def check_fit(wanted: Mapping[str, tuple[int, ...]], index: WeightsIndex, folder: str | os.PathLike[str]) -> None:
+    """Raise WeightsError unless `index` has the `wanted` names with these shapes, and no others."""
     problems = []
     missing = [name for name in wanted if name not in index]
     extra = [name for name in index if name not in wanted]
@@ -305,7 +320,8 @@ def save_weights(
         check_tensor_name(name, "the state dict")
         check_finite(tensor, name, "the state dict")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     stale = [path for path in folder.iterdir() if _is_ours(path.name, stem, variant)]
     shards = _plan(state_dict, parse_size(max_shard_size))
     if len(shards) == 1:
@@ -333,7 +349,11 @@ def _save_shards(
     base, total = f"{stem}{_dotted(variant)}", len(shards)
     paths = [folder / f"{base}-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
     index = folder / index_name(stem, variant)
-    with contextlib.ExitStack() as renames:  # every shard is written and on the disk before the first gets its name
+    weight_map = {name: path.name for names, path in zip(shards, paths, strict=True) for name in names}
+    total_bytes = sum(state_dict[name].nbytes for name in state_dict)
+    with contextlib.ExitStack() as renames:  # all is written and on the disk before the first file gets its name
+        draft = renames.enter_context(atomic_file(index))  # the first to be written is the last to be renamed
+        draft.write_bytes(json_bytes({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, index))
         for names, path in zip(shards, paths, strict=True):
             draft = renames.enter_context(atomic_file(path))
             _save(state_dict, names, draft)
@@ -341,9 +361,6 @@ def _save_shards(
         before_replacing()
         if any(path.exists() for path in paths):
             index.unlink(missing_ok=True)  # its shards are about to change under it
-    weight_map = {name: path.name for names, path in zip(shards, paths, strict=True) for name in names}
-    total_bytes = sum(state_dict[name].nbytes for name in state_dict)
-    write_json(index, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
     return [*paths, index]
 
 

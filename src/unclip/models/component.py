@@ -104,9 +104,10 @@ class Component(nn.Module, Generic[C]):
         Raises:
             UnsafeFileError: `safe_serialization` is False: pickles can run code when read and are not written.
             InputError, OutputExistsError: `folder` is no possible name, or a file.
+            OutputError: the disk is full, or the folder cannot be written; what was there stays as it was.
             InputError: the weights have no values (they lie on the meta device, and no offloading keeps them).
         """
-        from unclip.checkpoints.files import output_folder, sync, write_json
+        from unclip.checkpoints.files import atomic_file, json_bytes, output_folder, sync
         from unclip.checkpoints.offloaded import state_of
         from unclip.checkpoints.weights import save_weights
 
@@ -124,15 +125,17 @@ class Component(nn.Module, Generic[C]):
                 path.unlink()
                 sync(folder)
 
-        save_weights(
-            folder,
-            state,
-            stem=self.weights_stem,
-            variant=variant,
-            max_shard_size=max_shard_size,
-            before_replacing=forget,
-        )
-        write_json(path, config)
+        with atomic_file(path) as draft:  # on the disk before any weight is replaced, and renamed after them
+            draft.write_bytes(json_bytes(config, path))
+            sync(draft)
+            save_weights(
+                folder,
+                state,
+                stem=self.weights_stem,
+                variant=variant,
+                max_shard_size=max_shard_size,
+                before_replacing=forget,
+            )
 
     def _header(self) -> dict[str, Any]:
         """What config.json says besides the configuration."""
@@ -196,7 +199,8 @@ class Component(nn.Module, Generic[C]):
             model = cls.from_config(settings)
         if isinstance(asked, str):
             asked = stored_type(open_weights(folder, stem=cls.weights_stem, variant=variant))
-        load_into(model, folder, stem=cls.weights_stem, variant=variant, dtype=asked, passed_over=cls.tables)
+        dtype = asked or torch.float32  # whatever torch's default type is
+        load_into(model, folder, stem=cls.weights_stem, variant=variant, dtype=dtype, passed_over=cls.tables)
         return model.eval()
 
 

@@ -297,8 +297,9 @@ class Pipeline:
         It appears only when whole. What the folder that was loaded recommends goes along, and its principal components
         too, if the image encoder is still the one that they are of.
 
-        Raises: OutputExistsError when it is there already and `overwrite` is false; UnsafeFileError for
-        `safe_serialization=False`.
+        Raises: OutputExistsError when it exists and `overwrite` is false, or when it is the current or home folder;
+        OutputError when the disk is full or the folder cannot be written, and what was there stays as it was;
+        UnsafeFileError for `safe_serialization=False`.
         """
         if not safe_serialization:
             raise UnsafeFileError("unclip writes no pickles: leave safe_serialization at True")
