@@ -239,10 +239,11 @@ class Pictures:
     def of(cls, data: str, most: int | None = None) -> "Pictures":
         """Raises: DataError when there are none."""
         from unclip.cli.workbench import PICTURE_SUFFIXES
+        from unclip.data.folder import METADATA
         from unclip.data.shards import is_shards
 
         folder = Path(data)
-        if is_shards(data) or (folder / "metadata.jsonl").exists():
+        if is_shards(data) or any((folder / name).exists() for name in METADATA):
             return cls(data, [], most)
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
         if not files:
