@@ -160,10 +160,10 @@ def _check_value(key: str, value: Any, where: str) -> None:
     whole, real = type(value) is int, type(value) in (int, float)
     if key in SIZE_LIMITS and not (whole and 1 <= value <= SIZE_LIMITS[key]):
         raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be a whole number from 1 to {SIZE_LIMITS[key]}")
-    if key in TOKENS and not (whole and 0 <= value <= SIZE_LIMITS["vocab_size"]):
-        if value is not None or key == "eos_token_id":
-            limit = SIZE_LIMITS["vocab_size"]
-            raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be a whole number from 0 to {limit}")
+    is_absent = value is None and key != "eos_token_id"
+    if key in TOKENS and not is_absent and not (whole and 0 <= value <= SIZE_LIMITS["vocab_size"]):
+        limit = SIZE_LIMITS["vocab_size"]
+        raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be a whole number from 0 to {limit}")
     if key in SHARES and not (real and 0 <= value < 1) and (key, value) != ("attention_dropout", None):
         raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be a number from 0 to below 1")
     if key in FACTORS and not (real and -MAX_FACTOR <= value <= MAX_FACTOR):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from unclip.evaluation.distances import FeatureSpace
     from unclip.evaluation.judge import Judge
 
-HASHED = (".json", ".jsonl", ".safetensors", ".txt")
+HASHED = (".csv", ".json", ".jsonl", ".safetensors", ".txt")
 """The files that say which model or data set it is."""
 
 Data = Annotated[Path, typer.Option(metavar="DIR", help="A data set: of unclip data emoji, or of unclip data compose.")]

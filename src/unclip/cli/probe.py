@@ -238,11 +238,12 @@ class Pictures:
     @classmethod
     def of(cls, data: str, most: int | None = None) -> "Pictures":
         """Raises: DataError when there are none."""
+        from unclip.data.folder import METADATA
         from unclip.data.shards import is_shards
         from unclip.images import PICTURE_SUFFIXES
 
         folder = Path(data)
-        if is_shards(data) or (folder / "metadata.jsonl").exists():
+        if is_shards(data) or any((folder / name).exists() for name in METADATA):
             return cls(data, [], most)
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
         if not files:

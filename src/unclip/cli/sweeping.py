@@ -125,6 +125,8 @@ def _chart_path(out: Path, name: str) -> Path:
 
 def _about(subject: Subject, asked: Asked, machine: Machine, space: Any) -> dict[str, Any]:
     """What the report says, and what an earlier one must have said the same to be gone on with."""
+    from unclip.data.folder import metadata_file
+
     assert asked.judge is not None
     about = {key: value for key, value in subject.about.items() if key != "settings"}
     about |= {
@@ -134,7 +136,7 @@ def _about(subject: Subject, asked: Asked, machine: Machine, space: Any) -> dict
         "device": subject.pipe.device.type,
         "model_sha256": measures.fingerprint(subject.folder),
         "judge_sha256": measures.fingerprint(measures.find_judge(asked.judge)),
-        "data_sha256": measures.fingerprint(asked.data, "metadata.jsonl"),
+        "data_sha256": measures.fingerprint(asked.data, metadata_file(asked.data).name),
     }
     return about
 

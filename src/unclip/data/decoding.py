@@ -1,25 +1,21 @@
-"""What one sample of a shard holds: captions, a picture, an image embedding.
-
-Knows a sample's parts and their formats; knows no order and no batch. Called where shards are read and written.
-"""
+"""Decode one sample of a shard: its captions, its picture and its image embedding."""
 
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from unclip.data.folder import read_pixels
-from unclip.data.shards import RawSample, about
+from unclip.data.folder import read_pixels, texts_of, weight_in
+from unclip.data.shards import EMBEDDING, RawSample, about
 from unclip.errors import DataError, ImageError
 from unclip.images import PICTURE_SUFFIXES, open_image
 
 IMAGE_EXTENSIONS = tuple(suffix.removeprefix(".") for suffix in PICTURE_SUFFIXES)
-EMBEDDING = "img_emb.npy"
 CLIP = "clip"
 """What a sample's .json calls the fingerprint of the CLIP that its embedding is of."""
 
@@ -41,13 +37,15 @@ class Sample:
 def decode(raw: RawSample, sizes: Sequence[int]) -> Sample:
     """Captions, pixels at each size (uint8) and the embedding of a sample, as far as it has them.
 
-    Raises: DataError for a sample without caption, with neither picture nor embedding, or with a broken one.
+    Raises: DataError for a sample without caption, with neither picture nor embedding, or with a broken one; and for a
+        weight that cannot be used.
     """
     captions = read_captions(raw)
+    weight_in(about(raw))
     image = _image(raw)
     embedding = _embedding(raw.parts[EMBEDDING]) if EMBEDDING in raw.parts else None
     if image is None and embedding is None:
-        raise DataError(f"it has no picture (.{', .'.join(IMAGE_EXTENSIONS)}) and no .{EMBEDDING}")
+        raise DataError(f"it has no picture (.{', .'.join(IMAGE_EXTENSIONS)}) and no .{EMBEDDING}{_found(raw)}")
     pixels = {}
     if image is not None and sizes:
         try:
@@ -65,7 +63,7 @@ def read_picture(raw: RawSample) -> Image.Image:
     """
     image = _image(raw)
     if image is None:
-        raise DataError(f"it has no picture (.{', .'.join(IMAGE_EXTENSIONS)})")
+        raise DataError(f"it has no picture (.{', .'.join(IMAGE_EXTENSIONS)}){_found(raw)}")
     try:
         return open_image(io.BytesIO(image), raw.key)
     except ImageError as error:
@@ -77,24 +75,45 @@ def _image(raw: RawSample) -> bytes | None:
 
 
 def read_captions(raw: RawSample) -> tuple[str, ...]:
-    """Of .txt, or of .json with "captions" or "caption"; the plain one first.
+    """Of "captions" or "caption" in .json, else of .txt, else of "text" or "prompt" in .json; the plain one first.
 
-    Raises: DataError when there is none, or one that is no Unicode text.
+    Raises: DataError when there is none, or one that is not Unicode text.
     """
     try:
-        if "json" in raw.parts:
-            told = json.loads(raw.parts["json"])
-            texts = told.get("captions") or [told.get("caption")] if isinstance(told, dict) else []
-            good = tuple(text for text in texts if isinstance(text, str) and text.strip())
-            if good:
-                "".join(good).encode()  # JSON can say half a character, which no text may hold
-                return good
-        text = raw.parts.get("txt", b"").decode("utf-8").strip()
-    except (ValueError, RecursionError, TypeError) as error:
+        told = json.loads(raw.parts.get("json", b"{}"))
+        entry = told if isinstance(told, dict) else {}
+        text = raw.parts.get("txt", b"").decode("utf-8-sig").strip()
+        captions = texts_of(entry, ("captions", "caption")) or texts_of({"txt": text}, ("txt",))
+        captions = captions or texts_of(entry, ("text", "prompt"))
+    except (ValueError, RecursionError) as error:
         raise DataError(f"its caption cannot be read: {error}") from error
-    if not text:
-        raise DataError("it has no caption (.txt, or .json with caption or captions)")
-    return (text,)
+    if not captions:
+        raise DataError(f"it has no caption (.txt, or .json with captions, caption, text or prompt){_found(raw)}")
+    return captions
+
+
+def recaptioned(raw: RawSample, key: str | None) -> RawSample:
+    """The sample with what stands under `key` in its .json as its captions; unchanged where `key` is None.
+
+    Raises: DataError where there is no caption under it.
+    """
+    if key is None:
+        return raw
+    told = about(raw)
+    if not (captions := texts_of(told, (key,))):
+        raise DataError(f"it has no caption under {key!r} in its .json{_found(raw)}")
+    return replace(raw, parts={**raw.parts, "json": json.dumps(told | {"captions": captions}).encode()})
+
+
+def _found(raw: RawSample) -> str:
+    """What a sample has, for a message that says what it lacks; with the rule where a name has several dots."""
+    listed = ", ".join(f".{extension}" for extension in list(raw.parts)[:6])
+    if all(extension.endswith(EMBEDDING) or "." not in extension for extension in raw.parts):
+        return f"; it has {listed}"
+    return (
+        f"; it has {listed}: the name of a sample ends at the first dot of its files' names, and the kind of file "
+        "follows, so name files with one dot"
+    )
 
 
 def _embedding(content: bytes) -> Tensor:

@@ -1,7 +1,4 @@
-"""Every sample of a data set once, whichever kind it is; and a sheet to look at.
-
-Knows folders and shards; knows no training. Called by the commands that inspect, pack and embed data.
-"""
+"""Read every sample of a data set once, of a folder or of shards: to count, show or pack them."""
 
 import io
 import json
@@ -13,8 +10,8 @@ from typing import Any
 from PIL import Image
 
 from unclip.checkpoints.files import atomic_folder, output_path, safe_join, write_json
-from unclip.data.decoding import decode
-from unclip.data.folder import read_records
+from unclip.data.decoding import decode, recaptioned
+from unclip.data.folder import USUAL_KEYS, Keys, metadata_file, read_metadata
 from unclip.data.shards import Damage, RawSample, expand, is_shards, read_shard, write_shards
 from unclip.errors import DataError, ImageError, UnsafeFileError
 from unclip.images import grid, labelled, open_image, to_pil
@@ -26,13 +23,16 @@ CHECK_PX = 8
 """Side to which a picture is made when only its being whole matters."""
 
 
-def raw_samples(data: str | Path, damage: Damage, *, include_held_out: bool = False) -> Iterator[RawSample]:
+def raw_samples(
+    data: str | Path, damage: Damage, *, keys: Keys = USUAL_KEYS, include_held_out: bool = False
+) -> Iterator[RawSample]:
     """The samples of a folder or of shards, in their order, not decoded.
 
     Held-out pictures of a folder are left out unless they are asked for; of shards there are none.
 
     A folder's picture of a kind that other readers of shards do not know (GIF, TIFF, AVIF …) becomes a PNG. What cannot
-    be read goes into `damage`.
+    be read goes into `damage`. `keys` name pictures and captions in the metadata of a folder, and captions in the .json
+    of a shard's samples, to which "captions" is added then.
 
     Raises: DataError when the data set is not there.
     """
@@ -41,10 +41,16 @@ def raw_samples(data: str | Path, damage: Damage, *, include_held_out: bool = Fa
             damage.num_shards += 1
             for sample in read_shard(shard, damage):
                 damage.num_read += 1
-                yield sample
+                try:
+                    yield recaptioned(sample, keys.caption)
+                except DataError as error:
+                    damage.broken[sample.name] = str(error)
         return
     folder = Path(data)
-    for number, record in enumerate(read_records(folder)):
+    records, broken = read_metadata(metadata_file(folder), folder, keys)
+    damage.num_read += len(broken)
+    damage.broken.update(broken)
+    for number, record in enumerate(records):
         if record.held_out and not include_held_out:
             continue
         damage.num_read += 1
@@ -87,6 +93,7 @@ def pack(
     *,
     per_shard: int = 10_000,
     max_skipped_share: float = 0.01,
+    keys: Keys = USUAL_KEYS,
     progress: Callable[..., Any] | None = None,
 ) -> Damage:
     """Write a data set as tar shards; the folder appears whole or not at all.
@@ -99,6 +106,7 @@ def pack(
         per_shard: samples in a shard.
         max_skipped_share: of the samples, and of the shards, that may be broken. They are left out, and listed with the
             reason in `skipped_file(out)`, also when there are more and nothing is written.
+        keys: as for `raw_samples`.
         progress: wraps an iterable, as `tqdm` does.
 
     Returns: how many samples there were, and what could not be read.
@@ -108,7 +116,7 @@ def pack(
         OutputExistsError: `out` is there already.
     """
     damage = Damage()
-    samples = raw_samples(data, damage)
+    samples = raw_samples(data, damage, keys=keys)
     told = progress(samples, desc="packing", unit="sample") if progress else samples
     with atomic_folder(out) as draft:
         good = ((sample.key, sample.parts) for sample in readable(told, damage))
@@ -164,13 +172,15 @@ class Inspection:
     sheet: Image.Image | None = None
 
 
-def inspect(data: str | Path, *, num_shown: int = 48, progress: Callable[..., Any] | None = None) -> Inspection:
+def inspect(
+    data: str | Path, *, num_shown: int = 48, keys: Keys = USUAL_KEYS, progress: Callable[..., Any] | None = None
+) -> Inspection:
     """Decode every sample of a data set, held-out ones too, count, and draw a sheet of some, spread over the whole.
 
     Raises: DataError when the data set is not there.
     """
     damage, found = Damage(), Inspection()
-    samples = raw_samples(data, damage, include_held_out=True)
+    samples = raw_samples(data, damage, keys=keys, include_held_out=True)
     shown: list[tuple[Image.Image, str]] = []
     every = 1
     for raw in progress(samples, desc="reading", unit="sample") if progress else samples:

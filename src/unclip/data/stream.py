@@ -1,7 +1,4 @@
-"""Batches from shards that are streamed: decoded ahead, broken samples replaced, the order of a seed.
-
-Knows shards and samples; knows neither networks nor noise. Called by `source.open_source`.
-"""
+"""Batches from shards that are streamed: decoded ahead, broken samples replaced, in an order given by a seed."""
 
 import contextlib
 import hashlib
@@ -15,7 +12,7 @@ from pathlib import Path
 import torch
 
 from unclip.data.ahead import Ahead
-from unclip.data.decoding import Sample, decode, read_captions
+from unclip.data.decoding import Sample, decode, read_captions, recaptioned
 from unclip.data.folder import MAX_SKIPPED_SHARE, in_percent
 from unclip.data.rows import Rows, choose_captions
 from unclip.data.shards import RawSample, ShardStream, expand
@@ -43,6 +40,7 @@ class ShardSource:
         max_skipped_share: of the samples that may be broken; of the shards at least half may be.
         weight_power: of a sample's weight, in how often it is drawn.
         num_workers: threads that decode.
+        caption_key: of the caption in a sample's .json; None for the usual ones.
 
     Raises: DataError when the shards are not there or hold nothing.
     """
@@ -61,7 +59,9 @@ class ShardSource:
         max_skipped_share: float = MAX_SKIPPED_SHARE,
         weight_power: float = 1.0,
         num_workers: int = NUM_WORKERS,
+        caption_key: str | None = None,
     ) -> None:
+        self.caption_key = caption_key
         self.sizes, self.max_skipped_share = tuple(sizes), max_skipped_share
         self.stream = ShardStream(
             expand(shards), seed=seed, block=block, rank=rank, world=world, weight_power=weight_power
@@ -116,7 +116,7 @@ class ShardSource:
     def all_captions(self, limit: int = 200_000) -> Iterator[str]:
         for raw in itertools.islice(self._examples.one_epoch(), limit):
             try:
-                yield from read_captions(raw)
+                yield from read_captions(recaptioned(raw, self.caption_key))
             except DataError:
                 continue  # named when it is drawn
 
@@ -191,7 +191,7 @@ class ShardSource:
 
     def _decode(self, raw: RawSample) -> Sample | DataError:
         try:
-            return decode(raw, self.sizes)
+            return decode(recaptioned(raw, self.caption_key), self.sizes)
         except DataError as error:
             return error
 

@@ -330,6 +330,8 @@ class Recipe(Section):
         precision: "no" is float32.
         compile: compile the networks first (torch.compile): minutes at the start, then faster steps where it helps.
         shard: cut weights, gradients, optimizer state and average over the processes (FSDP), if there are several.
+        image_key: under which the data's metadata name a picture; the usual ones are known.
+        caption_key: under which they, or the .json of a shard's samples, give the caption; the usual ones are known.
         max_skipped_share: of the pictures or samples that may be broken.
         reader_workers: threads of a process that decode the samples of shards, ahead of the step that needs them.
         trackers: what metrics go to beside metrics.jsonl: "tensorboard", "wandb", "trackio".
@@ -348,6 +350,8 @@ class Recipe(Section):
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     compile: bool = False
     shard: bool = False
+    image_key: str | None = None
+    caption_key: str | None = None
     max_skipped_share: Share = MAX_SKIPPED_SHARE
     reader_workers: Annotated[int, Limits(1, 1024)] = NUM_WORKERS
     trackers: tuple[str, ...] = ()

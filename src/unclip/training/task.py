@@ -14,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 
+from unclip.data.folder import Keys
 from unclip.data.rows import Source
 from unclip.data.source import open_source
 from unclip.errors import ConfigError
@@ -162,6 +163,7 @@ def source_of(recipe: Recipe, sizes_px: tuple[int, ...], **how: Any) -> Source:
         seed=recipe.seed,
         max_skipped_share=recipe.max_skipped_share,
         num_workers=recipe.reader_workers,
+        keys=Keys(recipe.image_key, recipe.caption_key),
         rank=place.process_index,
         world=place.num_processes,
         **how,
