@@ -363,7 +363,7 @@ def draw_stage(
         stage,
         condition.to(device),
         sampler=DDIMSampler(stage.process),
-        timesteps=stage.process.spaced_timesteps(num_steps),
+        timesteps=stage.process.spaced_timesteps(min(num_steps, stage.process.num_timesteps)),
         noise=NoiseSource(torch.Generator().manual_seed(0), len(condition)),
         null=null.select([0] * len(condition)).to(device) if null is not None else None,
         guidance_scale=scale,

@@ -30,7 +30,8 @@ TEACHABLE = ("clip", "prior", "decoder")
 """The stages that [teacher] is for."""
 
 
-MAX_RECIPE_BYTES = 2**20
+MAX_RECIPE_BYTES, MAX_LINE = 2**16, 2**14
+"""Of a recipe's file, and of its lines, in characters: Python's parser takes time in the square of a dotted name."""
 MAX_DEPTH = 16
 MAX_SIDE_PX = 8192
 LEAST_VOCABULARY = 514
@@ -125,11 +126,13 @@ class OptimizerRecipe(Section):
 
 
 @dataclass(frozen=True)
-class ProcessRecipe:
+class ProcessRecipe(Section):
     """What a stage learns to undo: see `unclip.diffusion.DiffusionProcess`, which has the same names.
 
     None is what the recipe does not state; `unclip.training.process.settled` says what that comes to.
     """
+
+    SECTION: ClassVar[str] = "process"
 
     num_timesteps: int | None = None
     beta_schedule: str | None = None
@@ -137,7 +140,7 @@ class ProcessRecipe:
     beta_end: float | None = None
     prediction_type: str | None = None
     variance_type: str | None = None
-    clip_range: float | None = None
+    clip_range: Annotated[float | None, Limits(0, 1_000_000, above=True)] = None
     weighting: Literal["simple", "min_snr"] = "simple"
 
 
@@ -408,7 +411,10 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
     try:
         if (size_bytes := file_size(path)) > MAX_RECIPE_BYTES:
             raise ConfigError(f"the recipe {path} has {size_bytes:,} bytes; at most {MAX_RECIPE_BYTES:,} are read")
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        if max(map(len, text.split("\n"))) > MAX_LINE:
+            raise ConfigError(f"the recipe {path} has a line of more than {MAX_LINE:,} characters")
+        table = tomllib.loads(text)
     except (OSError, CheckpointError) as error:
         raise ConfigError(f"the recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except UnicodeDecodeError as error:
