@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from unclip.data.decoding import decode
 from unclip.data.folder import load_pictures, load_sizes, read_records, square_pixels
+from unclip.data.samples import decode
 from unclip.data.shards import RawSample
 from unclip.errors import DataError
 

@@ -12,11 +12,10 @@ import torch
 from PIL import Image
 
 from unclip.data import shards as shards_module
-from unclip.data.decoding import decode
-from unclip.data.rows import choose_captions
+from unclip.data.batches import ShardSource, choose_captions
+from unclip.data.samples import decode
 from unclip.data.shards import RawSample, read_shard, write_shard
 from unclip.data.source import FolderSource, open_source
-from unclip.data.stream import ShardSource
 from unclip.errors import DataError
 from unclip.training.recipe import read_recipe
 from unclip.training.task import source_of
@@ -177,7 +176,7 @@ def test_shards_give_pictures_and_captions(shards, source):
 
 def test_a_recipe_says_how_shards_are_read(shards, tmp_path, monkeypatch):
     pools = []
-    monkeypatch.setattr("unclip.data.stream.ThreadPoolExecutor", lambda *args, **how: pools.append(args))
+    monkeypatch.setattr("unclip.data.batches.ThreadPoolExecutor", lambda *args, **how: pools.append(args))
     text = f'stage = "super_res"\ndata = "{shards(20, per_shard=4)}"\nreader_workers = 5\n[super_res]\n'
     (tmp_path / "recipe.toml").write_text(text)
     opened = source_of(read_recipe(tmp_path / "recipe.toml"), (8,), weight_power=0.25)

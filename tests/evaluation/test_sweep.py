@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from unclip.errors import InputError
-from unclip.evaluation.curves import curves
-from unclip.evaluation.sweep import grid_of, point_at, sweep, varied
+from unclip.evaluation.charts import curves, varied
+from unclip.evaluation.sweep import grid_of, point_at, sweep
 
 from .test_retrieval import COLOURS, FakeJudge
 from .test_variations import data  # noqa: F401  (a fixture)

@@ -12,8 +12,8 @@ import pytest
 
 from unclip.errors import ConfigError, MissingDependencyError
 from unclip.training import recipe as recipe_module
-from unclip.training.process import settled
 from unclip.training.recipe import Limits, ProcessRecipe, Section, as_dict, read_recipe
+from unclip.training.task import settled
 
 ROOT = Path(__file__).parents[2] / "recipes"
 PRIOR = 'stage = "prior"\ndata = "set"\n'

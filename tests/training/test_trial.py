@@ -11,8 +11,8 @@ from unclip.errors import ConfigError
 from unclip.training import task as task_module
 from unclip.training.clip import ClipTask
 from unclip.training.diffusion import DecoderTask, PriorTask, SuperResTask
+from unclip.training.dry_run import kept_bytes
 from unclip.training.prior_autoregressive import AutoregressivePriorTask
-from unclip.training.trial import kept_bytes
 
 TASKS = {
     "clip": ClipTask,

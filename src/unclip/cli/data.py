@@ -109,7 +109,7 @@ def emoji(
     """
     from tqdm import tqdm
 
-    from unclip.data.emoji import build_emoji
+    from unclip.data.emoji.build import build_emoji
 
     counts = build_emoji(out, packages=packages, progress=None if quiet else functools.partial(tqdm, disable=None))
     if not quiet:
@@ -136,7 +136,7 @@ def language(
     decoder whose recipe has a section [teacher]. The wordings of unclip evaluate wordings are left out.
     """
     from unclip.checkpoints.hub import BUILT_IN_JUDGE, resolve
-    from unclip.data.language import build_language
+    from unclip.data.emoji.language import build_language
 
     if out.exists() and not overwrite:
         raise OutputExistsError(f"{out} exists already; give --overwrite, or name another file")
@@ -249,7 +249,7 @@ def compose(
     Objects in other colours, on backgrounds, and two to a scene, with captions that say so. One combination in twenty
     is held out.
     """
-    from unclip.data.compose import compose as make
+    from unclip.data.emoji.compose import compose as make
 
     counts = make(source, out, count=count, seed=seed, weight=weight, progress=_bar(quiet))
     if not quiet:
@@ -308,8 +308,8 @@ def embed(
     Broken samples are left out; DIR.skipped.json lists them. Until all is done the shards lie in DIR.unfinished; after
     Ctrl-C the same command goes on from there.
     """
-    from unclip.cli.loading import pick_device, silence
-    from unclip.data.unfinished import STATE, unfinished_folder
+    from unclip.data.shard_writer import STATE, unfinished_folder
+    from unclip.pipelines.session import pick_device, silence
     from unclip.training.embedding import embed as write
 
     silence(downloads=True)

@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from unclip.data.batches import NUM_WORKERS, Rows, ShardSource, Source, choose_captions
 from unclip.data.folder import MAX_SKIPPED_SHARE, USUAL_KEYS, CaptionedPictures, Keys, join, load_sizes
-from unclip.data.rows import Rows, Source, choose_captions
 from unclip.data.shards import is_shards
-from unclip.data.stream import NUM_WORKERS, ShardSource
 from unclip.errors import DataError
 
 

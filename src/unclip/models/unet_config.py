@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from unclip.errors import ConfigError
-from unclip.models.config import ANYTHING, MAX_LAYERS, Anything, ModelConfig
-from unclip.models.embeddings import ACTIVATIONS
+from unclip.models.component import ANYTHING, MAX_LAYERS, Anything, ModelConfig
+from unclip.models.layers import ACTIVATIONS
 
 PLAIN_DOWN, PLAIN_UP = "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"
 CROSS_DOWN, CROSS_UP = "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D"

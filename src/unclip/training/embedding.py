@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from unclip.data.decoding import CLIP, EMBEDDING, IMAGE_EXTENSIONS, decode
 from unclip.data.folder import USUAL_KEYS, Keys
-from unclip.data.samples import escaped, raw_samples, settle
+from unclip.data.samples import CLIP, EMBEDDING, IMAGE_EXTENSIONS, decode, escaped, raw_samples, settle
+from unclip.data.shard_writer import Portion, Unfinished
 from unclip.data.shards import Damage, RawSample, about
-from unclip.data.unfinished import Portion, Unfinished
 from unclip.errors import DataError
 from unclip.training.conditions import FrozenClip
 

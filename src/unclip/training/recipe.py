@@ -17,11 +17,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from unclip.checkpoints.files import file_size
 from unclip.checkpoints.hub import is_name, resolve
+from unclip.data.batches import NUM_WORKERS
 from unclip.data.folder import MAX_SKIPPED_SHARE
 from unclip.data.shards import check_ranges
-from unclip.data.stream import NUM_WORKERS
 from unclip.errors import CheckpointError, ConfigError, DataError, MissingDependencyError
-from unclip.models.config import MAX_CHANNELS, MAX_LAYERS
+from unclip.models.component import MAX_CHANNELS, MAX_LAYERS
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 ADAPTABLE = ("prior", "prior_autoregressive", "decoder")
@@ -129,7 +129,7 @@ class OptimizerRecipe(Section):
 class ProcessRecipe(Section):
     """What a stage learns to undo: see `unclip.diffusion.DiffusionProcess`, which has the same names.
 
-    None is what the recipe does not state; `unclip.training.process.settled` says what that comes to.
+    None is what the recipe does not state; `unclip.training.task.settled` says what that comes to.
     """
 
     SECTION: ClassVar[str] = "process"
