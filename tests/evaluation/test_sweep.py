@@ -127,7 +127,7 @@ def test_another_feature_space(data):  # noqa: F811
     distance = found["points"][0]["seen"]["feature_distance"]
     assert (distance["space"], distance["num"]) == ("a space", [3, 3])
     assert distance["fid"] == found["points"][0]["seen"]["distance"]["frechet"]
-    assert "FID (less is better)" in curves(found)["seconds"]
+    assert "FID (lower is better)" in curves(found)["seconds"]
 
 
 # -- charts --------------------------------------------------------------------------------------------------------
