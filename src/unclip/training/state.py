@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from unclip import __version__
 from unclip.checkpoints.files import TEMPORARY_PREFIX, atomic_file, atomic_folder, file_size, read_json, write_json
 from unclip.errors import CheckpointError, ConfigError, TrainingError
-from unclip.training.recipe import Recipe, as_dict, flat, settled_settings
+from unclip.training.recipe import MAX_TEXT, Recipe, as_dict, flat, settled_settings
 from unclip.training.sharding import shared_like
 
 UNDER_CLIP = ("prior", "prior_autoregressive", "decoder")
@@ -51,7 +51,7 @@ def _is_scaler(value: object) -> bool:
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str)
+    return isinstance(value, str) and len(value) <= MAX_TEXT
 
 
 STATE_OF_ADAMW = {"step", "exp_avg", "exp_avg_sq"}
@@ -275,8 +275,8 @@ class RunFolder:
         step, seed, stage = about["step"], about["seed"], about["stage"]
         if stage != recipe.stage or seed != recipe.seed:
             raise ConfigError(
-                f"{self.state} is of a run with stage {stage!r} and seed {seed}, the recipe has {recipe.stage!r} and "
-                f"{recipe.seed}: name another run folder"
+                f"{self.state} is of a run with stage {stage!r:.80} and seed {seed}, the recipe has "
+                f"{recipe.stage!r} and {recipe.seed}: name another run folder"
             )
         changed = self._changed_settings(recipe, about.get("settings"))
         tensors = {name: self._read(name) for name in ("module", "ema", "optimizer")}
@@ -288,7 +288,7 @@ class RunFolder:
             raise self._other_run(changed)
         optimizer = about.get("optimizer", "adamw")
         if optimizer != recipe.optimizer.name:
-            raise self._other_run([f"optimizer.name was {optimizer!r} and is {recipe.optimizer.name!r}"])
+            raise self._other_run([f"optimizer.name was {optimizer!r:.80} and is {recipe.optimizer.name!r}"])
         if stage == "clip" and "fingerprint" not in about:
             raise self._other_run(["it does not say which tokenizer it was trained with"])
         if about.get("fingerprint", fingerprint) != fingerprint:
@@ -349,7 +349,7 @@ class RunFolder:
         def is_stated(key: str) -> bool:
             """Whether it stands on both sides; in a table of a network's settings what is not stated counts too."""
             section, _, rest = key.partition(".")
-            is_of_table = isinstance(getattr(getattr(recipe, section), rest.partition(".")[0], None), dict)
+            is_of_table = isinstance(getattr(getattr(recipe, section, None), rest.partition(".")[0], None), dict)
             return (key in before and key in now) or is_of_table
 
         return [
