@@ -1,4 +1,4 @@
-"""Measures the structure of the source: modules, code lines, guards, import circles, and the files that a change touches.
+"""Measures the structure of the source: modules, code lines, raises, import circles, and the files of a concern.
 
 python benchmarks/structure.py            # this checkout
 python benchmarks/structure.py OTHER      # another checkout

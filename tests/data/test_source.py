@@ -463,8 +463,8 @@ def test_a_key_for_captions_that_is_chosen(shards):
         told = {"caption": "no", "title": f"title {number}"} if number else {"caption": "no"}
         return parts | {"json": json.dumps(told).encode()}
 
+    stream = open_source(shards(8, per_shard=4, change=change), [8], seed=0, keys=Keys(caption="title"))
     with pytest.warns(UserWarning, match="no caption under 'title'"):
-        stream = open_source(shards(8, per_shard=4, change=change), [8], seed=0, keys=Keys(caption="title"))
         rows = stream.draw(0, 8, generator())
     assert all(text == f"title {n}" for text, n in zip(rows.captions, shown(rows), strict=True))
     assert sorted(stream.all_captions()) == [f"title {n}" for n in range(1, 8)]

@@ -103,6 +103,8 @@ FURTHER = {
     "initializer_factor": Limits(0.0, 10.0),
 }
 """Limits of the settings of an encoder that have no name of their own in a recipe."""
+LENGTH_GROUPS = 4
+"""Into how many parts, by length, a batch's texts are cut for the text encoder."""
 SHOWN_ROWS = 1024
 """How many pictures retrieval is tried on for a sheet."""
 
@@ -151,7 +153,7 @@ class ContrastivePair(nn.Module):
         own_texts = batch["input_ids"]
         if self.taught is not None:
             own_texts = torch.cat([own_texts, batch["phrase_ids"]])
-        own_texts = self.text(input_ids=own_texts).text_embeds.float()
+        own_texts = self._read(own_texts)
         text_embeds = of_all_processes(own_texts[: len(batch["index"])])
         logits = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp() * (
             F.normalize(text_embeds, dim=-1) @ F.normalize(embeds, dim=-1).T
@@ -172,6 +174,19 @@ class ContrastivePair(nn.Module):
             found = self.taught(own_texts[len(batch["index"]) :], scale, batch)
             metrics |= found | {"loss": metrics["loss"] + found["loss"]}
         return metrics
+
+    def _read(self, input_ids: Tensor) -> Tensor:
+        """Text embeddings [batch, width], those of about one length computed together: less padding is read."""
+        if len(input_ids) < LENGTH_GROUPS:
+            return self.text(input_ids=input_ids).text_embeds.float()
+        end = self.text.config.eos_token_id
+        lengths = (input_ids == end).int().argmax(dim=1) + 1
+        order = lengths.argsort()
+        groups = [
+            self.text(input_ids=input_ids[rows, : int(lengths[rows[-1]])]).text_embeds.float()
+            for rows in order.chunk(LENGTH_GROUPS)
+        ]
+        return torch.cat(groups)[order.argsort()]
 
     @torch.no_grad()
     def keep_limits(self) -> None:
