@@ -16,7 +16,7 @@ CONCERNS = {
     "a training task": r"AutoregressivePriorTask|AutoregressivePriorSettings|\"prior_autoregressive\"",
     "a sampling setting": r"prior_temperature",
 }
-"""What an existing sampler, task and setting is called: the files that contain it are those that another one touches."""
+"""What an existing sampler, task and setting is called: another one touches the files that contain it."""
 
 
 def code_lines(text: str) -> int:

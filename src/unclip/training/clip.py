@@ -177,7 +177,7 @@ class ContrastivePair(nn.Module):
 
     def _read(self, input_ids: Tensor) -> Tensor:
         """Text embeddings [batch, width], those of about one length computed together: less padding is read."""
-        if len(input_ids) < LENGTH_GROUPS:
+        if len(input_ids) < LENGTH_GROUPS or input_ids.is_meta:
             return self.text(input_ids=input_ids).text_embeds.float()
         end = self.text.config.eos_token_id
         lengths = (input_ids == end).int().argmax(dim=1) + 1
@@ -292,7 +292,7 @@ class ClipTask(Sourced):
             self.lessons = Lessons(recipe.teacher, self.source, device=computing_device(), progress=progress)
             taught = Taught(recipe.teacher, self.table, self.lessons.embeddings.shape[1])
             if start is None:
-                words = text.get_input_embeddings().weight
+                words: Tensor = text.get_input_embeddings().weight  # type: ignore[assignment]
                 rows = known_words(self.tokenizer)
                 words.data[list(rows)] = self.lessons.teacher.words(list(rows.values()), words.shape[1])
         self.module = ContrastivePair(text, image, settings.reconstruction_weight, taught)
