@@ -46,7 +46,7 @@ def told(root) -> dict[str, tuple[str, ...]]:
         (["cat_1.png", "cat_2.png", "sub/dog 7.png"], ["cat", "cat", "dog 7"]),
         (["boeing_747.jpg"], ["boeing 747"]),
         (
-            ["3_apples.png", "\u044f\u0431\u043b\u043e\u043a\u043e.png"],
+            (["3_apples.png", "два_кота.png"], ["3 apples", "два кота"]),
             ["3 apples", "\u044f\u0431\u043b\u043e\u043a\u043e"],
         ),
         (["IMG_2041.jpg", "DSC00012.JPG", "00017.png", "3f9a04b1c2d4.png", "image (2).png", "__.png"], [None] * 6),

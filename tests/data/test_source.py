@@ -486,11 +486,9 @@ def test_a_weight_that_cannot_be_used_is_a_broken_sample_in_both(folder, tmp_pat
     with pytest.warns(UserWarning, match="weight is"):
         drawn = FolderSource([folder], [8], max_skipped_share=0.2).draw(0, 50, generator())
     assert 0 not in shown(drawn)
-    packed = [
-        RawSample(f"{n}", "s", {"png": png(n), "json": line.encode()}) for n, line in enumerate(lines.split("\n"))
-    ]
+    packed = ((f"{n}", {"png": png(n), "json": line.encode()}) for n, line in enumerate(lines.split("\n")))
     path = tmp_path_factory.mktemp("shards") / "0.tar"
-    write_shard(((raw.key, raw.parts) for raw in packed), path)
+    write_shard(packed, path)
     stream = ShardSource(path, [8], max_skipped_share=0.2)
     with pytest.warns(UserWarning, match="weight is"):
         seen = {n for step in range(9) for n in shown(stream.draw(step, 5, generator()))}
