@@ -138,12 +138,12 @@ def test_grid_comes_last_and_beside_the_pictures(generate):
     done = generate("a cat", "a red apple", "-n", 3, "--seed", 5, "--grid")
     assert len(done.lines) == 7
     assert Path(done.lines[-1]).name == "pictures-5-grid.png"
-    assert pixels(done.lines[-1]).shape == (2 * 32 + 4, 3 * 32 + 8, 3)  # a row for each prompt
+    assert pixels(done.lines[-1]).shape == (2 * 50 + 4, 3 * 32 + 8, 3)  # a row for each prompt, captions below
     single = generate("a cat", "-n", 4, "--seed", 5, "--grid", "--json")
     rows = [json.loads(line) for line in single.lines]
     assert rows[-1]["path"].endswith("a-cat-5-grid.png")
     assert rows[-1]["grid"] == 4
-    assert pixels(rows[-1]["path"]).shape == (68, 68, 3)
+    assert pixels(rows[-1]["path"]).shape == (104, 68, 3)
 
 
 def test_json_tells_path_and_facts(generate):

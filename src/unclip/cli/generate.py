@@ -13,6 +13,7 @@ import typer
 from unclip.cli import options
 from unclip.cli.messages import error
 from unclip.cli.output import Album, Wish, chosen_seed, cut, finish, make_all, picture_seed, slug
+from unclip.cli.provenance import MADE_WITH, made_with
 from unclip.errors import CheckpointError, InputError
 from unclip.pipelines.session import (
     Machine,
@@ -43,7 +44,10 @@ EXAMPLES = options.examples(
 
 def generate(
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT", help="What the picture should show; one or several.")
+        list[str] | None,
+        typer.Argument(
+            metavar="PROMPT", help="What the picture should show; one or several. - reads them from stdin, one a line."
+        ),
     ] = None,
     model: options.Model = "unclip-emoji",
     num_images: Annotated[
@@ -64,6 +68,7 @@ def generate(
     prior_temperature: options.PriorTemperature = None,
     prior_top_p: options.PriorTopP = None,
     sampler: options.Sampler = None,
+    size: options.Size = None,
     height: options.Height = None,
     width: options.Width = None,
     out: options.OutFolder = Path("."),
@@ -82,7 +87,9 @@ def generate(
     Each picture becomes a PNG file named after its prompt and seed. The file also says how it was made, so that it can
     be made again. The paths are printed on stdout, one a line.
     """
-    texts = [plain(text) for text in prompts or []]
+    texts = []
+    for text in prompts or []:
+        texts += read_prompts(Path("-")) if text == "-" else [plain(text)]
     if prompts_file is not None:
         texts += read_prompts(prompts_file)
     if not texts:
@@ -100,21 +107,22 @@ def generate(
     given = stage_settings(prior_steps, decoder_steps, super_res_steps, prior_guidance, decoder_guidance)
     drawing = drawing_settings(candidates, prior_temperature, prior_top_p)
     settings = call_settings(UnCLIPPipeline, folder, given, drawing)
-    size = {name: side for name, side in (("height", height), ("width", width)) if side is not None}
-    album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid)
-    seed = chosen_seed(seed, quiet=quiet)
+    sides = options.sides(size, height, width)
+    album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid, num_files=len(good) * num_images + grid)
+    seed = chosen_seed(seed, album, quiet=quiet)
     machine = Machine(dtype, device, cpu_offload, quiet, tile)
     pipe = load(UnCLIPPipeline, folder, machine, sampler)
     negative = None if negative is None else plain(negative)
 
     def draw(batch: list[Wish]) -> "list[Image]":
         captions, seeds = [wish.given for wish in batch], [wish.seed for wish in batch]
-        return pipe(captions, negative_prompt=negative, seed=seeds, **size, **settings).images  # type: ignore[arg-type, union-attr, return-value]
+        return pipe(captions, negative_prompt=negative, seed=seeds, **sides, **settings).images  # type: ignore[arg-type, union-attr, return-value]
 
     about = {
         "negative": negative,
         "model": model_name(model),
-        "settings": {**settings, **size, "sampler": sampler_name(pipe), **machine.facts},
+        "settings": {**settings, **sides, "sampler": sampler_name(pipe), **machine.facts},
+        MADE_WITH: made_with(pipe),
     }
     wishes = (
         Wish(text, picture_seed(seed, place * num_images + copy), slug(text), {"prompt": text})
@@ -125,7 +133,9 @@ def generate(
     if grid:
         facts = {"prompt": "\n".join(good.values()), **about, "seed": seed}
         columns = num_images if len(good) > 1 and num_images > 1 else None
-        album.save_sheet(f"{slug(texts[0]) if len(texts) == 1 else 'pictures'}-{seed}", facts, columns=columns)
+        name = slug(texts[0]) if len(texts) == 1 else "pictures"
+        labels = [text for text in good.values() for _ in range(num_images)]
+        album.save_sheet(f"{name}-{seed}", facts, columns=columns, labels=labels)
     finish(album, len(texts) - len(good))
 
 

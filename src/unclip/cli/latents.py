@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Any
 from unclip.checkpoints.recommended import Recommended
 from unclip.checkpoints.tensor_file import PROMPT, SUFFIX, TILE, read_record
 from unclip.cli.messages import error
-from unclip.cli.output import Album, FilmKind, Wish, cut, film_writer, make_all, slug
+from unclip.cli.output import (
+    Album,
+    FilmKind,
+    Wish,
+    cut,
+    film_writer,
+    make_all,
+    no_file,
+    open_picture,
+    slug,
+)
+from unclip.cli.provenance import MADE_WITH, made_with
 from unclip.errors import CheckpointError, InputError
 from unclip.pipelines.session import Machine, call_settings, find_model, load, model_name, refuse_drawing
 
@@ -25,9 +36,7 @@ if TYPE_CHECKING:
     from unclip.stages.manipulation import BipartiteLatent
 
 UNREAD_SUFFIXES = (".heic", ".heif", ".svg", ".ico", ".psd")
-"""Of pictures that are not read; no caption ends with one either."""
-PATH = re.compile(r".*[/\\].*\.[a-z][a-z0-9]{1,11}", re.DOTALL | re.IGNORECASE)
-"""A text with a separator and a suffix."""
+"""Of pictures that are not read, but with which no caption ends either."""
 OPTIONS = {
     "decoder_num_inference_steps": "--decoder-steps",
     "super_res_num_inference_steps": "--super-res-steps",
@@ -62,18 +71,18 @@ class Part:
         return slug(self.text if self.kind == "caption" else Path(self.text).name.split(".")[0])
 
 
-def read_part(text: str, *, weighted: bool = False) -> Part:
+def read_part(text: str, *, weighted: bool = False, caption: bool = False) -> Part:
     """Take an argument for a file that exists, or else for a caption.
 
     Args:
         text: a path, or a caption.
         weighted: a number after the last colon is its weight, as in `cat.png:0.5`, unless a file has that whole name.
+        caption: take what is not a file for a caption, even if it looks like a path.
 
     Raises: InputError for what looks like the path of a file that does not exist, for a folder, or for a weight that is
         not finite.
     """
     from unclip.cli.generate import plain
-    from unclip.images import PICTURE_SUFFIXES
 
     weight = 1.0
     if weighted and not _is(Path.is_file, text):
@@ -82,16 +91,47 @@ def read_part(text: str, *, weighted: bool = False) -> Part:
             text, weight = head, float(tail)
             if not abs(weight) < float("inf"):
                 raise InputError(f"the weight {tail!r} of {text!r:.80} is not a finite number")
-    suffix = Path(text).suffix.lower() if len(text) < 1000 else ""
     if _is(Path.is_file, text):
-        return Part(text, "latent" if suffix == SUFFIX else "picture", weight)
-    if text and _is(Path.is_dir, text):
-        raise InputError(f"{text!r} is a folder; name a file, or word the caption otherwise")
-    if suffix in (*PICTURE_SUFFIXES, *UNREAD_SUFFIXES, SUFFIX):
-        raise InputError(f"there is no file {text!r}; a caption must not end in {suffix}")
-    if suffix and PATH.fullmatch(text):
-        raise InputError(f"there is no file {text!r}; a caption must not have both a separator and a suffix {suffix}")
+        return Part(text, "latent" if is_latent(text) else "picture", weight)
+    if not caption:
+        if text and _is(Path.is_dir, text):
+            raise InputError(f"{text!r} is a folder; name a file, or use --caption if it is a caption")
+        if looks_like_path(text):
+            raise InputError(f"{no_file(text)}; use --caption if it is a caption")
     return Part(plain(text), "caption", weight)
+
+
+def looks_like_path(text: str) -> bool:
+    """Whether a text is more likely a file's name than a caption.
+
+    That is: it has the suffix of a picture or of latents, or one that is one typing error away; it begins as
+    a path does; or it has a separator, and a suffix or an existing folder's name before the separator.
+    """
+    from unclip.images import PICTURE_SUFFIXES
+
+    folder, _, name = text.replace("\\", "/").rpartition("/")
+    stem, dot, suffix = name.rpartition(".")
+    suffix = suffix.lower() if dot and suffix.isascii() and suffix.isalnum() else ""
+    known = [other[1:] for other in (*PICTURE_SUFFIXES, *UNREAD_SUFFIXES, SUFFIX)]
+    if suffix and stem and any(_is_slip(suffix, other) for other in known):
+        return True
+    if re.match(r"[/\\~]|\.{1,2}[/\\]|[a-z]:[/\\]", text, re.IGNORECASE):
+        return True
+    return bool(folder) and (bool(re.fullmatch(r"[a-z][a-z0-9]{1,11}", suffix)) or _is(Path.is_dir, folder))
+
+
+def _is_slip(word: str, other: str) -> bool:
+    """Whether two words are equal, or differ by one letter or two swapped letters."""
+    if word == other:
+        return True
+    if len(word) < 2 or len(other) < 3 or abs(len(word) - len(other)) > 1:
+        return False
+    if len(word) == len(other):
+        differ = [place for place in range(len(word)) if word[place] != other[place]]
+        swapped = len(differ) == 2 and word[differ[0]] == other[differ[1]] and word[differ[1]] == other[differ[0]]
+        return swapped or len(differ) == 1
+    short, long = sorted((word, other), key=len)
+    return any(short == long[:place] + long[place + 1 :] for place in range(len(long)))
 
 
 def is_latent(path: str | Path) -> bool:
@@ -269,7 +309,7 @@ class Workbench:
                 text.prior.to(variation.device)
             text.set_progress_bar_config(**variation._progress)
         how = {**settings, **draws, **(ways or {}), **machine.facts}
-        about = {"model": model_name(model), "settings": how}
+        about = {"model": model_name(model), "settings": how, MADE_WITH: made_with(variation)}
         return cls(Manipulator(variation, text), settings, draws, about)
 
     def latent(self, part: Part, *, seed: int, super_res: bool = False) -> "BipartiteLatent":
@@ -278,7 +318,7 @@ class Workbench:
             return self.tool.load(part.text)[0]
         if part.kind == "caption":
             return self.tool.fresh(self.embedding(part, seed=seed), seed)
-        return self.tool.invert(_opened(part), super_res=super_res, **self.settings)  # type: ignore[arg-type]
+        return self.tool.invert(open_picture(part.text), super_res=super_res, **self.settings)  # type: ignore[arg-type]
 
     def embedding(self, part: Part, *, seed: int) -> "Tensor":
         """One row [1, embedding_dim], without any inversion. Raises: InputError for a latent's file of several."""
@@ -286,7 +326,7 @@ class Workbench:
             return one_row(self.tool.load(part.text)[0], part).image_embedding
         if part.kind == "caption":
             return self.caption(part, [seed])
-        return self.tool.embed_images(_opened(part)).cpu()
+        return self.tool.embed_images(open_picture(part.text)).cpu()
 
     def caption(self, part: Part, seeds: Sequence[int]) -> "Tensor":
         """A caption's embedding by each of the seeds [len(seeds), embedding_dim]."""
@@ -325,7 +365,9 @@ class Workbench:
             labels: what the sheet says below each picture.
         """
         several = len(latent) > 1
-        wishes = (Wish(row, seed, f"{stem}-{row:03d}" if several else stem, facts[row]) for row in range(len(latent)))
+        wishes = (
+            Wish(row, seed, f"{stem}-{row:03d}" if several else stem, facts[row], row) for row in range(len(latent))
+        )
 
         def decode(batch: list[Wish]) -> Any:
             rows = latent.select([wish.given for wish in batch])
@@ -392,12 +434,6 @@ def one_row(latent: "BipartiteLatent", part: Part) -> "BipartiteLatent":
     if len(latent) > 1:
         raise InputError(f"{part.text} holds {len(latent)} latents, and one is needed here: save it alone")
     return latent
-
-
-def _opened(part: Part) -> Any:
-    from unclip.images import open_image
-
-    return open_image(part.text)
 
 
 def _is(kind: Callable[[Path], bool], text: str) -> bool:

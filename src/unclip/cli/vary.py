@@ -15,7 +15,8 @@ from unclip.checkpoints.tensor_file import PROMPT
 from unclip.cli import options
 from unclip.cli.generate import plain
 from unclip.cli.messages import error
-from unclip.cli.output import Album, Wish, chosen_seed, cut, finish, make_all, picture_seed, slug
+from unclip.cli.output import Album, Wish, chosen_seed, cut, finish, make_all, open_picture, picture_seed, slug
+from unclip.cli.provenance import MADE_WITH, made_with
 from unclip.errors import CheckpointError, ImageError
 from unclip.pipelines.session import (
     Machine,
@@ -72,6 +73,7 @@ def vary(
     super_res_steps: options.SuperResSteps = None,
     decoder_guidance: options.DecoderGuidance = None,
     sampler: options.Sampler = None,
+    size: options.Size = None,
     height: options.Height = None,
     width: options.Width = None,
     out: options.OutFolder = Path("."),
@@ -95,8 +97,9 @@ def vary(
         raise typer.BadParameter("--eta goes with --keep-structure")
     if keep_structure and (negative is not None or sampler is not None):
         raise typer.BadParameter("--keep-structure samples by DDIM, and has no --negative and no other --sampler")
-    if keep_structure and (height is not None or width is not None):
-        raise typer.BadParameter("--keep-structure draws in the model's own size, and has no --height and no --width")
+    sides = options.sides(size, height, width)
+    if keep_structure and sides:
+        raise typer.BadParameter("--keep-structure makes pictures of the model's own size: leave out the size")
     from unclip.cli.latents import NO_GUIDANCE, Keeper, is_latent, recorded, recorded_tile, records
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
     from unclip.pipelines.manipulation import Manipulator
@@ -113,9 +116,8 @@ def vary(
         prompt = known.get(PROMPT) if prompt is None else prompt
         given = {name: known.get(name) if value is None else value for name, value in given.items()}
     settings = call_settings(UnCLIPImageVariationPipeline, folder, given)
-    size = {name: side for name, side in (("height", height), ("width", width)) if side is not None}
-    album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid)
-    seed = chosen_seed(seed, quiet=quiet)
+    album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid, num_files=len(images) * num_images + grid)
+    seed = chosen_seed(seed, album, quiet=quiet)
 
     machine = Machine(dtype, device, cpu_offload, quiet, tile)
 
@@ -131,7 +133,7 @@ def vary(
             facts = {"image": plain(one.path.name)} | ({} if one.row is None else {"row": one.row})
             for copy in range(num_images):
                 name = f"{slug(plain(one.path.stem))}-variation"
-                yield Wish(one.given, picture_seed(seed, one.place * num_images + copy), name, facts)
+                yield Wish(one.given, picture_seed(seed, one.place * num_images + copy), name, facts, one.row or 0)
 
     batches = cut(wishes(), batch_size)
     first = next(batches, None)  # broken files are found before the weights are read
@@ -141,7 +143,8 @@ def vary(
             "prompt": prompt,
             "negative": negative,
             "model": model_name(model),
-            "settings": {**settings, **size, "sampler": sampler_name(pipe), **machine.facts},
+            "settings": {**settings, **sides, "sampler": sampler_name(pipe), **machine.facts},
+            MADE_WITH: made_with(pipe),
         }
 
         if keep_structure:
@@ -153,7 +156,7 @@ def vary(
             pictures, seeds = [wish.given for wish in batch], [wish.seed for wish in batch]
             if keep_structure:
                 return keeper.vary(pictures, seeds, about["eta"])
-            return pipe(pictures, prompt=prompt, negative_prompt=negative, seed=seeds, **size, **settings).images  # type: ignore[arg-type, union-attr, return-value]
+            return pipe(pictures, prompt=prompt, negative_prompt=negative, seed=seeds, **sides, **settings).images  # type: ignore[arg-type, union-attr, return-value]
 
         make_all(_chain(first, batches), draw, album, about)
         if grid:
@@ -199,13 +202,12 @@ def opened(
     With `latent`, which reads files of `unclip invert`, these may stand for pictures.
     """
     from unclip.cli.latents import is_latent
-    from unclip.images import open_image
 
     place = 0
     for path in paths:
         if latent is None or not is_latent(path):
             try:
-                yield Opened(place, path, open_image(path))
+                yield Opened(place, path, open_picture(path))
             except ImageError as problem:
                 error(problem)
                 failed.append(path)
