@@ -14,7 +14,7 @@ from torch import Tensor
 from unclip.diffusion import schedule
 from unclip.diffusion.schedule import Tables
 from unclip.errors import ConfigError, InputError
-from unclip.numbers import plain, whole
+from unclip.numbers import plain, real, whole
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 VARIANCE_TYPES = ("fixed_small_log", "fixed_small", "fixed_large", "learned_range")
