@@ -3,7 +3,6 @@
 It imports no heavy library, so that help is instant.
 """
 
-import contextlib
 import platform
 import signal
 import sys
@@ -165,7 +164,8 @@ def show_help(
 ) -> None:
     """Show the help of a command, as --help after it does."""
     root = ctx.find_root()
-    root.command.main([*(command or []), "--help"], prog_name=root.info_name, standalone_mode=False)
+    code = root.command.main([*(command or []), "--help"], prog_name=root.info_name, standalone_mode=False)
+    raise typer.Exit(code or 0)
 
 
 app.command("generate", cls=Recorded, epilog=generate.EXAMPLES)(generate.generate)
@@ -190,10 +190,6 @@ app.command("help", epilog=HELP_EXAMPLES)(show_help)
 def main() -> None:
     """Run the command that `sys.argv` names, and exit."""
     open_standard_streams()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):  # a stream of another kind
-            utf8 = stream.encoding.lower().replace("-", "") == "utf8"
-            stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")  # type: ignore[union-attr]
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:

@@ -1,6 +1,7 @@
 """Messages of the commands to people, on stderr: stdout holds the results alone."""
 
 import contextlib
+import io
 import os
 import sys
 import traceback
@@ -72,9 +73,10 @@ def shown_warnings() -> Iterator[None]:
 
 
 def open_standard_streams() -> None:
-    """Open stdin, stdout and stderr to the null device where the caller has closed them.
+    """Make stdin, stdout and stderr ready for anything: closed by the caller, in an encoding that lacks characters.
 
-    Otherwise the next file that is opened takes the number of the closed stream, and messages land in it.
+    A closed one becomes the null device. Otherwise the next file that is opened takes the number of the closed stream,
+    and messages land in it.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
@@ -87,6 +89,38 @@ def open_standard_streams() -> None:
             os.set_inheritable(number, True)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            utf8 = stream.encoding.lower().replace("-", "") == "utf8"
+            stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        out = sys.stdout
+        buffering = {"line_buffering": out.line_buffering, "write_through": out.write_through}
+        sys.stdout = sys.__stdout__ = Output(out.detach(), out.encoding, out.errors, **buffering)  # type: ignore[misc]
+
+
+class Output(io.TextIOWrapper):
+    """stdout, which remembers that it could not be written: what it held is lost then, and no later flush tells."""
+
+    problem: OSError | None = None
+
+    def write(self, text: str) -> int:
+        """Write a text, or remember why not."""
+        with self._remembered():
+            return super().write(text)
+
+    def flush(self) -> None:
+        """Write what it holds, or remember why not."""
+        with self._remembered():
+            super().flush()
+
+    @contextlib.contextmanager
+    def _remembered(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as problem:
+            self.problem = problem
+            raise
 
 
 def flush(stream: TextIO) -> OSError | None:
@@ -96,7 +130,7 @@ def flush(stream: TextIO) -> OSError | None:
     except OSError as problem:
         drop(stream)
         return problem
-    return None
+    return stream.problem if isinstance(stream, Output) else None
 
 
 def drop(stream: TextIO) -> None:
