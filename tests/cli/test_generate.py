@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from unclip import __version__
-from unclip.cli.generate import plain
+from unclip.cli.inputs import plain
 from unclip.cli.output import slug
 
 from .conftest import FEW_STEPS

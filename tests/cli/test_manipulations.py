@@ -14,7 +14,8 @@ from transformers import CLIPVisionModelWithProjection
 
 from unclip import UnCLIPImageVariationPipeline, UnCLIPPipeline, UnCLIPScheduler, UNet2DModel, images
 from unclip.checkpoints.weights import offload_hooks
-from unclip.cli.latents import Workbench, read_part
+from unclip.cli.inputs import read_part
+from unclip.cli.latents import Workbench
 from unclip.cli.probe import drawn
 from unclip.errors import InputError
 from unclip.images import open_image

@@ -3,18 +3,16 @@
 Knows prompts and options; the batches, the files and the model are other modules' affair.
 """
 
-import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from unclip.cli import options
-from unclip.cli.messages import error
+from unclip.cli.inputs import plain, read_prompts, usable
 from unclip.cli.output import Album, Wish, chosen_seed, cut, finish, make_all, picture_seed, slug
 from unclip.cli.provenance import MADE_WITH, made_with
-from unclip.errors import CheckpointError, InputError
+from unclip.errors import CheckpointError
 from unclip.pipelines.session import (
     Machine,
     call_settings,
@@ -28,9 +26,6 @@ from unclip.pipelines.session import (
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-PROMPTS_LIMIT_BYTES = 16 * 2**20
-"""The most that is read of a file of prompts: some 300,000 captions."""
 
 EXAMPLES = options.examples(
     'unclip generate "a red apple"',
@@ -137,52 +132,3 @@ def generate(
         labels = [text for text in good.values() for _ in range(num_images)]
         album.save_sheet(f"{name}-{seed}", facts, columns=columns, labels=labels)
     finish(album, len(texts) - len(good))
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a file (or of stdin, for "-") that are not blank.
-
-    Raises: InputError when it cannot be read, is no UTF-8 text, or is larger than 16 MiB; no more than that is read.
-    """
-    shown = "stdin" if str(path) == "-" else str(path)
-    try:
-        with nullcontext(sys.stdin.buffer) if str(path) == "-" else path.open("rb") as file:
-            data = file.read(PROMPTS_LIMIT_BYTES + 1)
-    except (OSError, ValueError) as problem:
-        raise InputError(f"{shown} cannot be read: {getattr(problem, 'strerror', None) or problem}") from problem
-    if len(data) > PROMPTS_LIMIT_BYTES:
-        raise InputError(
-            f"{shown} has more than {PROMPTS_LIMIT_BYTES:,} bytes, the limit of a file of prompts; "
-            "if it is the right file, split it"
-        )
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as problem:
-        raise InputError(f"{shown} is no UTF-8 text (at byte {problem.start}); save it as UTF-8") from problem
-    if "\0" in text:
-        raise InputError(f"{shown} is no text: it has NUL characters in it; give one prompt a line, as UTF-8")
-    return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
-
-
-def plain(text: str) -> str:
-    """`text` as valid Unicode: bytes from the command line that were none become replacement characters."""
-    return text.encode("utf-8", "surrogateescape" if _escaped(text) else "replace").decode("utf-8", "replace")
-
-
-def usable(texts: list[str]) -> dict[int, str]:
-    """The prompts that can be used, by their place; each of the others is told of."""
-    from unclip.clip.encoders import check_prompt
-
-    good = {}
-    for place, text in enumerate(texts):
-        try:
-            check_prompt(text)
-            good[place] = text
-        except InputError as problem:
-            error(f"prompt {place + 1} of {len(texts)}: {problem}")
-    return good
-
-
-def _escaped(text: str) -> bool:
-    """Whether every lone surrogate of `text` stands for a byte, as Python has it on the command line."""
-    return all(not "\ud800" <= c <= "\udfff" or "\udc80" <= c <= "\udcff" for c in text)

@@ -14,8 +14,8 @@ import typer
 
 from unclip.checkpoints.recommended import Recommended
 from unclip.cli import options
-from unclip.cli.generate import plain
-from unclip.cli.output import Album, Wish, chosen_seed, cut, finish, make_all, open_picture, picture_seed, slug
+from unclip.cli.inputs import open_picture, plain
+from unclip.cli.output import Album, Wish, chosen_seed, cut, finish, make_all, picture_seed, slug
 from unclip.cli.provenance import MADE_WITH, made_with
 from unclip.errors import CheckpointError, InputError
 from unclip.pipelines.session import (

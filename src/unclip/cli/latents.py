@@ -4,26 +4,16 @@ Knows picture files, captions and a `Manipulator`; knows no command. Called by `
 `blend` and `probe`.
 """
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unclip.checkpoints.recommended import Recommended
-from unclip.checkpoints.tensor_file import PROMPT, SUFFIX, TILE, read_record
+from unclip.checkpoints.tensor_file import PROMPT, TILE, read_record
+from unclip.cli.inputs import Part, open_picture
 from unclip.cli.messages import error
-from unclip.cli.output import (
-    Album,
-    FilmKind,
-    Wish,
-    cut,
-    film_writer,
-    make_all,
-    no_file,
-    open_picture,
-    slug,
-)
+from unclip.cli.output import Album, FilmKind, Wish, cut, film_writer, make_all
 from unclip.cli.provenance import MADE_WITH, made_with
 from unclip.errors import CheckpointError, InputError
 from unclip.pipelines.session import Machine, call_settings, find_model, load, model_name, refuse_drawing
@@ -35,8 +25,6 @@ if TYPE_CHECKING:
     from unclip.pipelines.manipulation import Manipulator
     from unclip.stages.manipulation import BipartiteLatent
 
-UNREAD_SUFFIXES = (".heic", ".heif", ".svg", ".ico", ".psd")
-"""Of pictures that are not read, but with which no caption ends either."""
 OPTIONS = {
     "decoder_num_inference_steps": "--decoder-steps",
     "super_res_num_inference_steps": "--super-res-steps",
@@ -45,98 +33,6 @@ OPTIONS = {
 """The options that say what a latent's file says otherwise."""
 NO_GUIDANCE = 1.0
 """Of inverting and decoding: a picture comes back most exactly without."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of the things that a person named: a picture's file, a latent's file, or a caption.
-
-    Attributes:
-        text: the path or the caption.
-        kind: "picture", "latent" or "caption".
-        weight: in a blend.
-    """
-
-    text: str
-    kind: str
-    weight: float = 1.0
-
-    @property
-    def name(self) -> str:
-        """For file names and facts: of a path its last part alone."""
-        return Path(self.text).name if self.kind != "caption" else self.text
-
-    @property
-    def stem(self) -> str:
-        return slug(self.text if self.kind == "caption" else Path(self.text).name.split(".")[0])
-
-
-def read_part(text: str, *, weighted: bool = False, caption: bool = False) -> Part:
-    """Take an argument for a file that exists, or else for a caption.
-
-    Args:
-        text: a path, or a caption.
-        weighted: a number after the last colon is its weight, as in `cat.png:0.5`, unless a file has that whole name.
-        caption: take what is not a file for a caption, even if it looks like a path.
-
-    Raises: InputError for what looks like the path of a file that does not exist, for a folder, or for a weight that is
-        not finite.
-    """
-    from unclip.cli.generate import plain
-
-    weight = 1.0
-    if weighted and not _is(Path.is_file, text):
-        head, colon, tail = text.rpartition(":")
-        if colon and head and _number(tail) is not None:
-            text, weight = head, float(tail)
-            if not abs(weight) < float("inf"):
-                raise InputError(f"the weight {tail!r} of {text!r:.80} is not a finite number")
-    if _is(Path.is_file, text):
-        return Part(text, "latent" if is_latent(text) else "picture", weight)
-    if not caption:
-        if text and _is(Path.is_dir, text):
-            raise InputError(f"{text!r} is a folder; name a file, or use --caption if it is a caption")
-        if looks_like_path(text):
-            raise InputError(f"{no_file(text)}; use --caption if it is a caption")
-    return Part(plain(text), "caption", weight)
-
-
-def looks_like_path(text: str) -> bool:
-    """Whether a text is more likely a file's name than a caption.
-
-    That is: it has the suffix of a picture or of latents, or one that is one typing error away; it begins as
-    a path does; or it has a separator, and a suffix or an existing folder's name before the separator.
-    """
-    from unclip.images import PICTURE_SUFFIXES
-
-    folder, _, name = text.replace("\\", "/").rpartition("/")
-    stem, dot, suffix = name.rpartition(".")
-    suffix = suffix.lower() if dot and suffix.isascii() and suffix.isalnum() else ""
-    known = [other[1:] for other in (*PICTURE_SUFFIXES, *UNREAD_SUFFIXES, SUFFIX)]
-    if suffix and stem and any(_is_slip(suffix, other) for other in known):
-        return True
-    if re.match(r"[/\\~]|\.{1,2}[/\\]|[a-z]:[/\\]", text, re.IGNORECASE):
-        return True
-    return bool(folder) and (bool(re.fullmatch(r"[a-z][a-z0-9]{1,11}", suffix)) or _is(Path.is_dir, folder))
-
-
-def _is_slip(word: str, other: str) -> bool:
-    """Whether two words are equal, or differ by one letter or two swapped letters."""
-    if word == other:
-        return True
-    if len(word) < 2 or len(other) < 3 or abs(len(word) - len(other)) > 1:
-        return False
-    if len(word) == len(other):
-        differ = [place for place in range(len(word)) if word[place] != other[place]]
-        swapped = len(differ) == 2 and word[differ[0]] == other[differ[1]] and word[differ[1]] == other[differ[0]]
-        return swapped or len(differ) == 1
-    short, long = sorted((word, other), key=len)
-    return any(short == long[:place] + long[place + 1 :] for place in range(len(long)))
-
-
-def is_latent(path: str | Path) -> bool:
-    """Whether a file's name says that it holds latents."""
-    return Path(path).suffix.lower() == SUFFIX
 
 
 @dataclass(frozen=True)
@@ -278,7 +174,7 @@ class Workbench:
         Raises: CheckpointError for a model without an image encoder, or a prior that is needed; InputError for ways to
             draw where no prior is, and as `recorded` and `recorded_tile`.
         """
-        from unclip.cli.vary import check_can_vary
+        from unclip.cli.inputs import check_can_vary
         from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
         from unclip.pipelines.manipulation import Manipulator
         from unclip.pipelines.text_to_image import UnCLIPPipeline
@@ -434,17 +330,3 @@ def one_row(latent: "BipartiteLatent", part: Part) -> "BipartiteLatent":
     if len(latent) > 1:
         raise InputError(f"{part.text} holds {len(latent)} latents, and one is needed here: save it alone")
     return latent
-
-
-def _is(kind: Callable[[Path], bool], text: str) -> bool:
-    try:
-        return kind(Path(text))
-    except (OSError, ValueError):  # no path at all: too long, or with a NUL
-        return False
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None

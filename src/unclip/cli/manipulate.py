@@ -15,8 +15,8 @@ import typer
 from unclip.checkpoints.files import safe_join
 from unclip.checkpoints.tensor_file import SUFFIX
 from unclip.cli import options
-from unclip.cli.generate import plain
-from unclip.cli.latents import NO_GUIDANCE, Part, Workbench, one_row, read_part
+from unclip.cli.inputs import Part, no_file, plain, read_part
+from unclip.cli.latents import NO_GUIDANCE, Workbench, one_row
 from unclip.cli.messages import note
 from unclip.cli.output import (
     FPS,
@@ -28,7 +28,6 @@ from unclip.cli.output import (
     cut,
     finish,
     make_all,
-    no_file,
     picture_seed,
     slug,
     within_memory,
@@ -400,7 +399,7 @@ def invert(
     take such a file in place of a picture. Of pictures with one name the later ones' files have a number. The paths are
     printed on stdout, one a line.
     """
-    from unclip.cli.vary import opened
+    from unclip.cli.inputs import opened
 
     failed: list[Path] = []
     album = Album(out, overwrite=overwrite, as_json=as_json, keep=False, num_files=len(images), suffix=SUFFIX)

@@ -1,6 +1,5 @@
 """Picture files: safe names, the texts in each file, sheets. No file is replaced unless asked."""
 
-import difflib
 import json
 import os
 import secrets
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,11 +18,10 @@ import typer
 
 from unclip import __version__
 from unclip.checkpoints.files import atomic_file
-from unclip.checkpoints.tensor_file import SUFFIX
 from unclip.cli.messages import detail, error, note
 from unclip.cli.options import MAX_SEED
 from unclip.cli.provenance import MADE_WITH, again
-from unclip.errors import ImageError, InputError, MissingDependencyError, OutputExistsError, UnclipError
+from unclip.errors import InputError, MissingDependencyError, OutputExistsError, UnclipError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,8 +29,6 @@ if TYPE_CHECKING:
 
 MAX_SLUG_CHARACTERS = 60
 MAX_SLUG_BYTES = 120
-MAX_LISTED = 10_000
-"""Files of a folder that are looked through for a name that is near."""
 
 
 def slug(text: str, *, empty: str = "picture") -> str:
@@ -69,38 +65,6 @@ def png_texts(facts: Mapping[str, Any]) -> "PngInfo":
             texts.add_itxt(name, text)
     texts.add_text("Software", f"unclip {__version__}")
     return texts
-
-
-def open_picture(path: str | Path, *, keep_alpha: bool = False) -> "Image":
-    """As `unclip.images.open_image`; of a file that does not exist the message names the nearest one."""
-    from unclip.images import open_image
-
-    if not os.path.lexists(path):
-        raise ImageError(no_file(str(path)))
-    return open_image(path, keep_alpha=keep_alpha)
-
-
-def no_file(text: str) -> str:
-    """Says that there is no such file, and which file of a similar name there is."""
-    near = nearest_file(text)
-    return f"there is no file {text!r:.200}" + (f"; did you mean {near!r}?" if near else "")
-
-
-def nearest_file(text: str) -> str | None:
-    """The picture or latent whose name is nearest to that of a path, in its folder; None where none is near."""
-    from unclip.images import PICTURE_SUFFIXES
-
-    try:
-        path = Path(text).expanduser()
-        if path.is_file():
-            return str(path)
-        kinds = (*PICTURE_SUFFIXES, SUFFIX)
-        files = islice(path.parent.iterdir(), MAX_LISTED)
-        names = [file.name for file in files if file.suffix.lower() in kinds]
-    except (OSError, ValueError, RuntimeError):  # no such folder, no such home, no path at all
-        return None
-    found = difflib.get_close_matches(path.name, names, n=1)
-    return str(path.parent / found[0]) if found else None
 
 
 class Album:

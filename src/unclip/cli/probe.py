@@ -15,9 +15,10 @@ import typer
 
 from unclip.checkpoints.layout import PROBE_FILE
 from unclip.cli import options
-from unclip.cli.latents import NO_GUIDANCE, Workbench, one_row, read_part
+from unclip.cli.inputs import no_file, read_part
+from unclip.cli.latents import NO_GUIDANCE, Workbench, one_row
 from unclip.cli.messages import error, note
-from unclip.cli.output import SOME_FAILED, Album, no_file
+from unclip.cli.output import SOME_FAILED, Album
 from unclip.cli.provenance import Recorded
 from unclip.errors import DataError, ImageError, InputError
 from unclip.pipelines.session import Machine, decoder_settings, find_model

@@ -125,7 +125,7 @@ def read_texts(path: Path) -> dict[str, Any]:
     """
     from PIL import Image
 
-    from unclip.cli.output import open_picture
+    from unclip.cli.inputs import open_picture
 
     open_picture(path)
     with Image.open(path) as image:

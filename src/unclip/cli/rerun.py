@@ -206,7 +206,7 @@ def _input(name: str, folders: list[Path]) -> str:
 
 def _part(text: str, folders: list[Path]) -> str:
     """A file's path or a caption, with its weight if it has one."""
-    from unclip.cli.latents import looks_like_path
+    from unclip.cli.inputs import looks_like_path
 
     head, colon, weight = text.rpartition(":")
     for name, rest in ((text, ""), (head, colon + weight)):

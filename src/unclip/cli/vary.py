@@ -3,21 +3,18 @@
 Knows picture files and options; the batches, the files and the model are other modules' affair.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from unclip.checkpoints.tensor_file import PROMPT
 from unclip.cli import options
-from unclip.cli.generate import plain
-from unclip.cli.messages import error
-from unclip.cli.output import Album, Wish, chosen_seed, cut, finish, make_all, open_picture, picture_seed, slug
+from unclip.cli.inputs import check_can_vary, opened, plain
+from unclip.cli.output import Album, Wish, chosen_seed, cut, finish, make_all, picture_seed, slug
 from unclip.cli.provenance import MADE_WITH, made_with
-from unclip.errors import CheckpointError, ImageError
 from unclip.pipelines.session import (
     Machine,
     call_settings,
@@ -100,7 +97,8 @@ def vary(
     sides = options.sides(size, height, width)
     if keep_structure and sides:
         raise typer.BadParameter("--keep-structure makes pictures of the model's own size: leave out the size")
-    from unclip.cli.latents import NO_GUIDANCE, Keeper, is_latent, recorded, recorded_tile, records
+    from unclip.cli.inputs import is_latent
+    from unclip.cli.latents import NO_GUIDANCE, Keeper, recorded, recorded_tile, records
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
     from unclip.pipelines.manipulation import Manipulator
 
@@ -165,63 +163,6 @@ def vary(
             used = ", ".join(plain(path.name) for path in images if path not in failed)
             album.save_sheet(f"{name}-variation-{seed}", {"image": used, **about, "seed": seed}, columns=columns)
     finish(album, len(failed))
-
-
-def check_can_vary(model: str, index: dict[str, Any]) -> None:
-    """Raises: CheckpointError when the model's folder has no image encoder."""
-    lacking = [name for name in ("image_encoder", "feature_extractor") if name not in index]
-    if lacking:
-        raise CheckpointError(
-            f"{model} has no {' and no '.join(lacking)}, so it cannot look at pictures. Make a folder that can: "
-            f"unclip convert variation {model} --clip CLIP --out DIR (CLIP is the CLIP model that it was trained with)"
-        )
-
-
-@dataclass(frozen=True)
-class Opened:
-    """One thing that was named and could be read.
-
-    Attributes:
-        place: among all things that were named; each row of a latent's file counts.
-        path: its file.
-        given: a picture, or a latent of one row.
-        row: of the latent, where its file has several.
-    """
-
-    place: int
-    path: Path
-    given: Any
-    row: int | None = None
-
-
-def opened(
-    paths: list[Path], failed: list[Path], latent: "Callable[[Path], BipartiteLatent] | None" = None
-) -> Iterator[Opened]:
-    """What can be read; the others are told of and put into `failed`, unless they are there already.
-
-    With `latent`, which reads files of `unclip invert`, these may stand for pictures.
-    """
-    from unclip.cli.latents import is_latent
-
-    place = 0
-    for path in paths:
-        if latent is None or not is_latent(path):
-            try:
-                yield Opened(place, path, open_picture(path))
-            except ImageError as problem:
-                error(problem)
-                failed.append(path)
-        elif path not in failed:
-            try:
-                rows = latent(path)
-            except CheckpointError as problem:
-                error(problem)
-                failed.append(path)
-            else:
-                for row in range(len(rows)):
-                    yield Opened(place + row, path, rows.select([row]), row if len(rows) > 1 else None)
-                place += len(rows) - 1
-        place += 1
 
 
 def _chain(first: list[Wish], rest: Iterator[list[Wish]]) -> Iterator[list[Wish]]:
