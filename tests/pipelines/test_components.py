@@ -272,8 +272,8 @@ def test_an_image_encoder_that_does_not_fit(tiny_variation):
     [
         ({"size": {"height": 32, "width": 32}}, "makes pictures of 32×32 pixels, image_encoder takes 16×16"),
         ({"do_center_crop": True, "crop_size": {"height": 8, "width": 16}}, "makes pictures of 8×16 pixels"),
-        ({"size": {"height": 10**6, "width": 10**6}}, r"size has height 1000000; it must be from 1 to 4096"),
-        ({"size": {"shortest_edge": 10**6}}, "size has shortest_edge 1000000"),
+        ({"size": {"height": 10**6, "width": 10**6}}, r"size in .* is .'height': 1000000.*; it must be from 1 to 4096"),
+        ({"size": {"shortest_edge": 10**6}}, "size in .* is .'shortest_edge': 1000000"),
     ],
     ids=str,
 )
@@ -619,7 +619,9 @@ def rewrite_config(folder, **settings):
 )
 def test_absurd_sizes_of_a_text_encoder_are_refused_by_name(copied, setting, value):
     rewrite_config(copied / "text_encoder", **{setting: value})
-    with pytest.raises(ConfigError, match=rf"component 'text_encoder'.*{setting} in .* it must be from 1 to"):
+    with pytest.raises(
+        ConfigError, match=rf"component 'text_encoder'.*{setting} in .* it must be a whole number from 1 to"
+    ):
         UnCLIPPipeline.from_pretrained(copied)
 
 
@@ -644,9 +646,7 @@ def test_what_transformers_cannot_build(copied, settings):
 def test_a_text_encoder_with_more_weights_than_layers(copied):
     """Left unsaid, half of the encoder would be used, and every picture would be of something else."""
     rewrite_config(copied / "text_encoder", num_hidden_layers=1)
-    with pytest.raises(
-        WeightsError, match=r"component 'text_encoder'.*16 weights that its config\.json has no place for"
-    ):
+    with pytest.raises(WeightsError, match=r"component 'text_encoder'.*16 that the model does not have"):
         UnCLIPPipeline.from_pretrained(copied)
 
 
