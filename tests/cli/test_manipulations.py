@@ -820,7 +820,10 @@ def test_parts_of_a_command(files, monkeypatch):
         read_part("a cat:inf", weighted=True)
 
 
-def test_one_picture_of_every_command_goes_into_a_file(run, files):
+def test_one_picture_of_every_command_goes_into_a_file(unclip, model, files, monkeypatch):
+    monkeypatch.chdir(files)
+    common = ["--model", model, *FEW, "--out"]
+
     for command, name in (
         (["vary", "cat.png"], "one.png"),
         (["edit", "cat.png", "--from", "a cat", "--to", "a dog"], "one.png"),
@@ -829,7 +832,7 @@ def test_one_picture_of_every_command_goes_into_a_file(run, files):
         (["invert", "cat.png"], "one.safetensors"),
     ):
         path = files / command[0] / name
-        done = run(*command, "--out", path)
+        done = unclip(*command, *common, path)
         assert done.code == 0, done.err
         assert done.lines == [str(path)]
         assert [each.name for each in path.parent.iterdir()] == [name]
@@ -838,4 +841,4 @@ def test_one_picture_of_every_command_goes_into_a_file(run, files):
         ["interpolate", "cat.png", "dog.png"],
         ["blend", "cat.png", "-n", 2],
     ):
-        assert "name a folder" in run(*command, "--out", files / "several.png").err
+        assert "name a folder" in unclip(*command, *common, files / "several.png").err
