@@ -403,7 +403,6 @@ def nothing_runs(tiny_inpaint, monkeypatch):
 
     for network in (tiny_inpaint.prior, tiny_inpaint.decoder, tiny_inpaint.super_res_first):
         monkeypatch.setattr(network, "forward", run)
-        monkeypatch.setattr(network, "denoise", run)
 
 
 OPAQUE = Image.new("RGBA", (16, 16), "white")
