@@ -4,6 +4,7 @@
 changed; `own_pipeline` and `own_variation` belong to one test, which may do with them what it likes.
 """
 
+import os
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("UNCLIP_TEST_THREADS", "1")))
 # A shell's background job is started with Ctrl-C ignored; the tests of Ctrl-C are of processes that are not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from unclip import ImageError, images
-from unclip.images import alpha, check_size, grid, open_image, rgb, to_numpy, to_pil, to_tensor, to_unit
+from unclip import ImageError, InputError, images
+from unclip.images import alpha, as_pictures, check_size, grid, open_image, rgb, to_numpy, to_pil, to_tensor, to_unit
 
 WHITE, RED, BLACK = (255, 255, 255), (255, 0, 0), (0, 0, 0)
 
@@ -49,13 +49,13 @@ def write(tmp_path):
 # ---- opening files ----
 
 
-@pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "GIF", "WEBP", "JPEG"])
+@pytest.mark.parametrize("form", ["PNG", "BMP", "TIFF", "GIF", "WEBP", "JPEG", "AVIF", "JPEG2000"])
 def test_formats_whatever_the_name_says(write, form):
     options = {"lossless": True} if form == "WEBP" else {}
     opened = open_image(write(pattern(), "picture.png", format=form, **options))
     assert opened.mode == "RGB"
     assert opened.size == (6, 4)
-    if form not in ("GIF", "JPEG"):
+    if form not in ("GIF", "JPEG", "AVIF"):
         assert np.array_equal(np.asarray(opened), np.asarray(pattern()))
     assert open_image(str(write(pattern()))).size == (6, 4)
 
@@ -74,6 +74,44 @@ def test_the_limit_itself(monkeypatch):
     check_size(Image.new("L", (10, 10)))
     with pytest.raises(ImageError, match=r"110 pixels \(11×10\); at most 100 are read: make it smaller"):
         check_size(Image.new("L", (11, 10)))
+
+
+@pytest.mark.parametrize("form", [form for form in images.FORMATS if form != "GIF"])
+def test_limits_are_the_same_for_every_format(write, monkeypatch, form):
+    path = write(pattern((30, 20)), format=form)
+    long = write(Image.new("RGB", (404, 4)), "long.png", format=form)
+    monkeypatch.setattr(images, "MAX_PIXELS", 599)
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(ImageError, match=r"600 pixels \(30×20\); at most 599"):
+        open_image(path)
+    monkeypatch.setattr(images, "MAX_PIXELS", 10_000)
+    with pytest.raises(ImageError, match="one side may be at most 100 times the other"):
+        open_image(long)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "I;16"])
+def test_modes_of_jpeg_2000(write, mode):
+    picture = Image.new("I;16", (8, 8), 32768) if mode == "I;16" else Image.new("RGBA", (8, 8), (9, 9, 9, 0))
+    path = write(picture if mode == "I;16" else picture.convert(mode), "picture.jp2")
+    wanted = {"L": (9, 9, 9), "I;16": (128, 128, 128)}.get(mode, WHITE)
+    assert open_image(path).getpixel((4, 4)) == wanted
+
+
+def test_transparency_of_avif(write):
+    picture = Image.new("RGBA", (16, 16), (200, 0, 0, 255))
+    picture.paste((0, 0, 0, 0), (0, 0, 8, 16))
+    path = write(picture, "picture.avif", quality=100)
+    assert np.asarray(open_image(path, keep_alpha=True))[0, [0, 15], 3].tolist() == [0, 255]
+    assert open_image(path).getpixel((0, 0)) == WHITE
+
+
+def test_without_support_for_a_format(write, monkeypatch):
+    from PIL import AvifImagePlugin
+
+    path = write(pattern(), format="AVIF")
+    monkeypatch.setattr(AvifImagePlugin, "SUPPORTED", False)
+    with pytest.raises(ImageError, match=r"not a picture of a known kind \(JPEG, PNG,"):
+        open_image(path)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 100), (100, 1)])
@@ -95,7 +133,7 @@ def test_empty_pictures(write, size):
         rgb(Image.new("RGB", size))
 
 
-@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000"])
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
 def test_truncated_files(write, form, part):
     buffer = io.BytesIO()
@@ -325,6 +363,200 @@ def test_orientation(write, orientation):
     assert opened.getpixel((0, 0)) == RED
 
 
+def upside_down_top():
+    """A picture whose stored left column is red: the top row, once it is turned as orientation 6 says."""
+    stored = Image.new("RGB", (16, 8), "white")
+    stored.paste(RED, (0, 0, 8, 8))
+    return stored
+
+
+def exif_with(*entries):
+    """A block of orientation 6 and raw entries (tag, type, count, four bytes) of a directory."""
+    rows = [struct.pack(">HHI4s", 0x0112, 3, 1, b"\0\6\0\0"), *(struct.pack(">HHI4s", *entry) for entry in entries)]
+    body = struct.pack(">H", len(rows)) + b"".join(rows) + bytes(4)
+    return b"Exif\0\0MM\0*\0\0\0\x08" + body + struct.pack(">ii", -1, 0)
+
+
+DAMAGED = {
+    "a rational of -1/0": exif_with((0x011A, 10, 1, struct.pack(">I", 8 + 2 + 24 + 4))),
+    "bytes for a text": exif_with((0x010F, 3, 2, b"\0\1\0\2")),
+    "a number for a comment": exif_with((0x9286, 5, 1, struct.pack(">I", 8 + 2 + 24 + 4))),
+    "an offset beyond the end": exif_with((0x010F, 2, 2**31, b"\xff\xff\xff\xff")),
+    "a directory beyond the end": exif_with((0x8769, 4, 1, b"\xff\xff\xff\0")),
+    "a directory that is a text": exif_with((0x8769, 2, 4, b"abc\0")),
+    "an unknown type": exif_with((0x010F, 77, 1, b"abcd")),
+    "half a directory": exif_with((0x010F, 2, 4, b"abc\0"))[: 6 + 8 + 2 + 12 + 3],
+}
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_orientation_beside_damaged_exif(write, form, damage):
+    path = write(upside_down_top(), format=form, exif=DAMAGED[damage])
+    opened = open_image(path)
+    assert opened.size == (8, 16)
+    assert opened.getpixel((4, 2))[1] < 60
+    assert opened.getpixel((4, 13))[1] > 200
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's own
+        lazy = Image.open(path)
+    with lazy:
+        assert np.array_equal(np.asarray(rgb(lazy)), np.asarray(opened))
+
+
+@pytest.mark.parametrize("block", [b"", b"Exif\0\0", b"Exif\0\0MM\0*", b"Exif\0\0nonsense", b"\xff" * 40])
+def test_exif_that_cannot_be_read_at_all(write, block):
+    assert open_image(write(pattern(), exif=block)).size == (6, 4)
+
+
+@pytest.mark.parametrize("value", [b"\0\0\0\0", b"\0\x09\0\0", b"\xff\xff\0\0"])
+def test_orientations_that_do_not_exist(write, value):
+    path = write(pattern(), exif=exif_with().replace(b"\0\6\0\0", value))
+    assert np.array_equal(np.asarray(open_image(path)), np.asarray(pattern()))
+
+
+def test_a_picture_is_turned_once(write):
+    opened = open_image(write(upside_down_top(), exif=exif_with()))
+    assert rgb(opened).size == opened.size == (8, 16)
+    assert np.array_equal(np.asarray(rgb(rgb(opened))), np.asarray(opened))
+
+
+def test_a_tiff_with_damaged_tags(write):
+    path = write(upside_down_top(), "picture.tif", tiffinfo={0x0112: 6, 0x8769: 99_999_999, 0x011A: 72.0})
+    assert open_image(path).size == (8, 16)
+
+
+def test_metadata_that_keeps_a_picture_from_being_opened(write):
+    """A checksum of EXIF or of a text, a multi-picture index, and EXIF in AVIF."""
+    png_file = bytearray(write(upside_down_top(), exif=exif_with()).read_bytes())
+    png_file[png_file.index(b"eXIf") + 3 + len(exif_with()[6:])] ^= 1
+    assert open_image(write(bytes(png_file))).size == (8, 16)
+
+    frames = {"save_all": True, "append_images": [pattern()], "format": "MPO", "exif": exif_with()}
+    mpo = write(upside_down_top(), "two.jpg", **frames).read_bytes()
+    assert open_image(write(mpo.replace(b"MPF\0", b"MPF\0\1\2\3\4", 1), "two.jpg")).size == (8, 16)
+
+    tags = Image.Exif()
+    tags[0x0112], tags[0x010F] = 6, "maker"
+    avif = write(upside_down_top(), format="AVIF", exif=tags).read_bytes()
+    assert open_image(write(avif.replace(b"MM\0*", b"nope"))).size == (8, 16)
+
+
+def test_any_failure_of_pillow_is_an_image_error(write, monkeypatch):
+    path = write(pattern())
+    for error in (MemoryError(), RecursionError(), struct.error("x"), KeyError("x"), Image.DecompressionBombError("x")):
+
+        def fail(self, error=error):
+            raise error
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Image.Image, "load", fail)
+            with pytest.raises(ImageError, match=r"picture\.png cannot be read as a picture: \S"):
+                open_image(path)
+            with pytest.raises(ImageError, match="cannot be decoded"):
+                rgb(Image.new("L", (2, 2)))
+
+
+# ---- transparency by a colour ----
+
+
+def packed(values, bits):
+    """Rows of a PNG: each value in so many bits, and the filter's number before each row."""
+    rows = []
+    for row in values:
+        digits = "".join(f"{value:0{bits}b}" for value in row)
+        digits += "0" * (-len(digits) % 8)
+        rows.append(b"\0" + int(digits, 2).to_bytes(len(digits) // 8, "big"))
+    return b"".join(rows)
+
+
+def keyed(values, bits, kind, key):
+    """A PNG of one row a list of values, with a colour or a palette's index that is transparent."""
+    num_channels = 3 if kind == 2 else 1
+    whole = png(len(values[0]) // num_channels, len(values), packed(values, bits), bits=bits, kind=kind)
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    place = whole.index(b"IDAT") - 4
+    palette = chunk(b"PLTE", bytes(n % 256 for n in range(3 * 2**bits))) if kind == 3 else b""
+    return whole[:place] + palette + chunk(b"tRNS", key) + whole[place:]
+
+
+@pytest.mark.parametrize("how", ["file", "lazy", "loaded", "copied"])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("which", [0, 1, -1])
+def test_a_transparent_grey_at_every_depth(write, bits, which, how):
+    top = 2**bits - 1
+    values = [0, 1, top // 2, top, 1, top] if bits > 1 else [0, 1, 1, 0, 1, 0]
+    key = top if which < 0 else which
+    path = write(keyed([values, values[::-1]], bits, 0, struct.pack(">H", key)))
+    found = shown(path, how)
+    assert np.asarray(found)[0, :, 3].tolist() == [0 if value == key else 255 for value in values]
+    assert np.asarray(found)[1, :, 3].tolist() == [0 if value == key else 255 for value in values[::-1]]
+    levels = [255 * value / top for value in values]
+    assert np.abs(np.asarray(found)[0, :, 0] - levels).max() <= 1
+    on_white = np.asarray(open_image(path))[0, :, 0]
+    assert np.abs(on_white - [255 if value == key else 255 * value / top for value in values]).max() <= 1
+
+
+def shown(path, how):
+    """The picture in RGBA: read by us, or opened by Pillow and decoded late, early or copied."""
+    if how == "file":
+        return open_image(path, keep_alpha=True)
+    with Image.open(path) as opened:
+        if how != "lazy":
+            opened.load()
+        return images.rgba(opened.copy() if how == "copied" else opened)
+
+
+@pytest.mark.parametrize("how", ["file", "lazy", "loaded"])
+@pytest.mark.parametrize("key", [(0, 0, 0), (40_000, 257, 3), (65_535, 65_535, 65_535), (0x1234, 0x5678, 0x9ABC)])
+def test_a_transparent_colour_of_sixteen_bits(write, key, how):
+    others = [(1, 2, 300), (50_000, 60_000, 100)]
+    row = [*key, *others[0], *key, *others[1]]
+    found = np.asarray(shown(write(keyed([row], 16, 2, struct.pack(">3H", *key))), how))
+    assert found[0, :, 3].tolist() == [0, 255, 0, 255]
+    assert found[0, 0, :3].tolist() == [value >> 8 for value in key]
+    assert found[0, 3, :3].tolist() == [195, 234, 0]
+
+
+def test_a_colour_of_sixteen_bits_is_compared_in_all_of_them(write):
+    key, near = (0x1234, 0x5678, 0x9ABC), (0x1234, 0x5678, 0x9ABD)
+    path = write(keyed([[*key, *near]], 16, 2, struct.pack(">3H", *key)))
+    assert np.asarray(open_image(path, keep_alpha=True))[0, :, 3].tolist() == [0, 255]
+    assert open_image(path).mode == "RGB"
+    with path.open("rb") as file:
+        assert open_image(file, keep_alpha=True).mode == "RGBA"
+
+
+def test_a_transparent_colour_of_eight_bits(write):
+    path = write(keyed([[1, 2, 3, 4, 5, 6]], 8, 2, struct.pack(">3H", 4, 5, 0x0106)))
+    assert np.asarray(open_image(path, keep_alpha=True))[0, :, 3].tolist() == [255, 0]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("key", [b"\xff\0", b"\xff\x07"])
+def test_transparent_entries_of_a_palette(write, bits, key):
+    found = open_image(write(keyed([[0, 1, 0, 1]], bits, 3, key)), keep_alpha=True)
+    assert np.asarray(found)[0, :, 3].tolist() == [255, key[1], 255, key[1]]
+    assert np.asarray(found)[0, 1, :3].tolist() == [3, 4, 5]
+
+
+def test_a_grey_of_eight_bits_that_could_be_of_four(write):
+    path = write(keyed([[0, 17, 34, 255]], 8, 0, struct.pack(">H", 1)))
+    assert np.asarray(open_image(path, keep_alpha=True))[0, :, 3].tolist() == [255] * 4
+
+
+def test_transparency_by_a_colour_in_a_turned_file(write):
+    data = keyed([[0, 40_000]], 16, 0, struct.pack(">H", 0))
+    place = data.index(b"IDAT") - 4
+    block = exif_with()[6:]
+    chunk = struct.pack(">I", len(block)) + b"eXIf" + block + struct.pack(">I", zlib.crc32(b"eXIf" + block))
+    found = open_image(write(data[:place] + chunk + data[place:]), keep_alpha=True)
+    assert np.asarray(found)[:, 0, 3].tolist() == [0, 255]
+
+
 @pytest.mark.parametrize("profile", ["sRGB", b"no profile at all"])
 def test_a_colour_profile_is_not_applied(write, profile):
     from PIL import ImageCms
@@ -340,6 +572,94 @@ def test_the_given_picture_stays_as_it_is():
     rgb(picture)
     assert picture.mode == "RGBA"
     assert picture.getpixel((0, 0)) == (1, 2, 3, 0)
+
+
+# ---- arrays ----
+
+
+COLOURS = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+
+
+def arrays_of(given, **options):
+    return [np.asarray(picture) for picture in as_pictures(given, **options)]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float16, np.float32, np.float64, ">f4"])
+def test_arrays_are_pictures(dtype):
+    given = COLOURS if dtype is np.uint8 else (COLOURS / 255).astype(dtype)
+    (found,) = arrays_of(given)
+    assert np.array_equal(found, COLOURS)
+    assert all(np.array_equal(one, COLOURS) for one in arrays_of([given, given[::1], Image.fromarray(COLOURS)]))
+    assert [one.shape for one in arrays_of(np.stack([given, given]))] == [(4, 6, 3)] * 2
+    assert [one.shape for one in arrays_of([np.stack([given, given]), given])] == [(4, 6, 3)] * 3
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(None, "L"), (1, "L"), (2, "LA"), (3, "RGB"), (4, "RGBA")])
+def test_channels_of_arrays(channels, mode):
+    (found,) = as_pictures(np.zeros((4, 6) if channels is None else (4, 6, channels), np.uint8))
+    assert (found.mode, found.size) == (mode, (6, 4))
+    assert (found.getpixel((0, 0)) if mode == "L" else sum(found.getpixel((0, 0)))) == 0
+
+
+def test_batches_of_masks():
+    masks = np.random.default_rng(0).random((3, 16, 16)) > 0.5
+    found = arrays_of(masks, are_masks=True)
+    assert [np.array_equal(one, 255 * mask) for one, mask in zip(found, masks, strict=True)] == [True] * 3
+    assert arrays_of(masks[0], are_masks=True)[0].shape == (16, 16)
+    assert len(arrays_of(masks[..., None], are_masks=True)) == 3
+
+
+def test_arrays_out_of_order_in_memory():
+    turned = COLOURS.transpose(1, 0, 2)[::-1]
+    assert np.array_equal(arrays_of(turned)[0], turned)
+
+
+def test_half_is_white_in_masks_as_in_the_reference():
+    (found,) = arrays_of(np.array([[0.0, 0.499, 0.5, 1.0]]), are_masks=True)
+    assert (found >= 128).tolist() == [[False, False, True, True]]
+
+
+def test_what_a_pipeline_gives_as_arrays_is_taken():
+    pictures = torch.rand(2, 3, 4, 5) * 2 - 1
+    assert all(
+        np.array_equal(np.asarray(one), np.asarray(other))
+        for one, other in zip(as_pictures(to_numpy(pictures)), to_pil(pictures), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (np.full((4, 4, 3), 1.5), r"float64 with values from 1\.5 to 1\.5; floating point must be from 0 to 1"),
+        (COLOURS.astype(np.float32), r"values from 1 to 248; .*given as uint8"),
+        (COLOURS / 127.5 - 1, "values from -0.9922 to 0.9451"),
+        (np.full((4, 4), np.nan), "NaN or infinity"),
+        (np.full((4, 4), np.inf, np.float32), "NaN or infinity"),
+        (COLOURS.astype(np.int64), r"array of int64; it must be uint8 \(0 to 255\), floating point \(0 to 1\) or bool"),
+        (COLOURS.astype(np.uint16), "array of uint16"),
+        (COLOURS.astype(complex), "array of complex128"),
+        (COLOURS.astype(object), "array of object"),
+        (np.array("cat.png"), "of the shape"),
+        (COLOURS.transpose(2, 0, 1), r"shape \(3, 4, 6\); it must be \[height, width\]"),
+        (np.zeros((2, 16, 16), np.uint8), r"shape \(2, 16, 16\)"),
+        (np.zeros(5, np.uint8), r"shape \(5,\)"),
+        (np.zeros((1, 1, 4, 4, 3), np.uint8), "of the shape"),
+        (np.zeros((0, 4, 4, 3), np.uint8), "there is nothing in it"),
+        (np.zeros((0, 4), np.uint8), "there is nothing in it"),
+        (np.zeros((1, 101), np.uint8), "one side may be at most 100 times"),
+        (np.broadcast_to(np.uint8(0), (20_000, 20_000, 3)), "at most 64,000,000 are read"),
+        ([COLOURS, "cat.png"], "not a list with a str"),
+        ([[COLOURS]], "not a list with a list"),
+        ("cat.png", "not a str"),
+        (b"cat", "not a bytes"),
+        (None, "not a NoneType"),
+        ([], "empty list"),
+        (torch.zeros(3, 4, 4), "not a Tensor"),
+    ],
+)
+def test_arrays_that_are_refused(given, words):
+    with pytest.raises(InputError, match=f"^image .*{words}"):
+        as_pictures(given)
 
 
 # ---- tensors ----

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         MissingDependencyError,
         MissingFileError,
         NonFiniteError,
+        OutputError,
         OutputExistsError,
         TrainingError,
         UnclipError,
@@ -36,10 +37,13 @@ if TYPE_CHECKING:
     from unclip.models.unet import UNet2DConditionModel, UNet2DModel
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
     from unclip.pipelines.inpaint import UnCLIPInpaintPipeline
+    from unclip.pipelines.interpolation import UnCLIPImageInterpolationPipeline, UnCLIPTextInterpolationPipeline
     from unclip.pipelines.manipulation import Manipulator
+    from unclip.pipelines.model_files import recorded_settings
     from unclip.pipelines.output import ImagePipelineOutput
     from unclip.pipelines.text_to_image import UnCLIPPipeline
-    from unclip.stages.manipulation import BipartiteLatent
+    from unclip.stages.manipulation import BipartiteLatent, edit, interpolate, path_at
+    from unclip.stages.pacing import even_places
 
 __version__ = "0.1.0"
 
@@ -60,20 +64,28 @@ _HOMES = {
     "MissingDependencyError": "errors",
     "MissingFileError": "errors",
     "NonFiniteError": "errors",
+    "OutputError": "errors",
     "OutputExistsError": "errors",
     "PrincipalComponents": "models.pca",
     "PriorTransformer": "models.prior",
     "TrainingError": "errors",
     "UNet2DConditionModel": "models.unet",
     "UNet2DModel": "models.unet",
+    "UnCLIPImageInterpolationPipeline": "pipelines.interpolation",
     "UnCLIPImageVariationPipeline": "pipelines.image_variation",
     "UnCLIPInpaintPipeline": "pipelines.inpaint",
     "UnCLIPPipeline": "pipelines.text_to_image",
     "UnCLIPScheduler": "diffusion.scheduler",
+    "UnCLIPTextInterpolationPipeline": "pipelines.interpolation",
     "UnCLIPTextProjModel": "models.text_proj",
     "UnclipError": "errors",
     "UnsafeFileError": "errors",
     "WeightsError": "errors",
+    "edit": "stages.manipulation",
+    "even_places": "stages.pacing",
+    "interpolate": "stages.manipulation",
+    "path_at": "stages.manipulation",
+    "recorded_settings": "pipelines.model_files",
 }
 
 __all__ = [
@@ -93,21 +105,29 @@ __all__ = [
     "MissingDependencyError",
     "MissingFileError",
     "NonFiniteError",
+    "OutputError",
     "OutputExistsError",
     "PrincipalComponents",
     "PriorTransformer",
     "TrainingError",
     "UNet2DConditionModel",
     "UNet2DModel",
+    "UnCLIPImageInterpolationPipeline",
     "UnCLIPImageVariationPipeline",
     "UnCLIPInpaintPipeline",
     "UnCLIPPipeline",
     "UnCLIPScheduler",
+    "UnCLIPTextInterpolationPipeline",
     "UnCLIPTextProjModel",
     "UnclipError",
     "UnsafeFileError",
     "WeightsError",
     "__version__",
+    "edit",
+    "even_places",
+    "interpolate",
+    "path_at",
+    "recorded_settings",
 ]
 
 

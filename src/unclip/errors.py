@@ -14,6 +14,7 @@ Each message names the value, the limit and the remedy.
     ├── DataError (ValueError)             a data set or one of its samples cannot be used
     ├── TrainingError (RuntimeError)       a training run cannot go on (a loss that is not a number, say)
     ├── NonFiniteError (ArithmeticError)   what was computed is NaN or infinite, and no picture
+    ├── OutputError (OSError)               a file cannot be written: a full disk, no permission
     ├── OutputExistsError (FileExistsError)        a file would be overwritten and nobody asked for it
     ├── MissingDependencyError (ImportError)       an optional package is needed for what was asked
     └── Cancelled                          a callback stopped the run
@@ -62,6 +63,10 @@ class TrainingError(UnclipError, RuntimeError):
 
 class NonFiniteError(UnclipError, ArithmeticError):
     """What was computed is NaN or infinite: numbers exceeded their type, or what went in was too large."""
+
+
+class OutputError(UnclipError, OSError):
+    """A file or folder cannot be written: the disk is full, or there is no permission."""
 
 
 class OutputExistsError(UnclipError, FileExistsError):

@@ -1,67 +1,133 @@
-"""From pictures as people have them to pixels as networks want them, and back.
+"""Reading and checking pictures, and their conversion to and from tensors and arrays.
 
-Knows Pillow's modes and the traps in them; knows no network. Called by encoders, pipelines and the command line.
+Files are decoded by Pillow, within limits that are checked first.
 """
 
+import contextlib
+import io
 import math
+import re
+import struct
 import threading
 import warnings
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
-from torch import Tensor
+from PIL import (
+    ExifTags,
+    Image,
+    ImageChops,
+    ImageDraw,
+    ImageFont,
+    PngImagePlugin,
+    TiffImagePlugin,
+    UnidentifiedImageError,
+)
 
 from unclip.errors import ImageError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Pictures = Image.Image | np.ndarray | Sequence[Image.Image | np.ndarray]
+"""What stands for one picture or several: see `as_pictures`."""
 MAX_PIXELS = 64_000_000
 MAX_ASPECT = 100
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp", ".dib"),
+    "TIFF": (".tif", ".tiff"),
+    "AVIF": (".avif", ".avifs"),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+}
+"""The formats that are read, by Pillow's names, with the suffixes of their files."""
+PICTURE_SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+MAX_REPAIRED_BYTES = 256 * 2**20
+"""Size of the files in which metadata is searched for damage."""
 
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture upright, by its EXIF orientation."""
+_ORIENTED = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+"""Where Pillow keeps metadata that may hold an orientation."""
+_CHUNK_ROWS = 256
 _filters = threading.Lock()
 
 
 def open_image(file: str | Path | IO[bytes], name: str | None = None, *, keep_alpha: bool = False) -> Image.Image:
-    """Open a picture file as RGB; nothing is decoded before its declared size is checked.
+    """Open a picture file as RGB; its declared size is checked before anything is decoded.
 
-    Of several frames the first is taken.
+    Of several frames the first is taken. Damaged metadata is ignored.
 
     Args:
         file: a path, or an open file.
-        name: how messages call it; the path when left out.
-        keep_alpha: a picture with transparency comes as RGBA, upright too, its colours as they are in the file instead
-            of on white.
+        name: the picture's name in messages; the path by default.
+        keep_alpha: return a picture with transparency as RGBA, upright too, with its colours as they are in the file
+            instead of on white.
 
-    Raises: ImageError for a missing, broken or truncated file, no picture at all, or one of too many pixels.
+    Raises: ImageError for a missing, broken or truncated file, a file that is not a picture, or too many pixels.
     """
     name = name or str(file)
     try:
-        with _opened(file) as image:
-            check_size(image, name)
-            image.seek(0)
-            image.load()
-            seen_through = rgba(image) if keep_alpha else None
-            return rgb(image) if seen_through is None else seen_through
+        try:
+            return _read(file, name, keep_alpha=keep_alpha)
+        except (ImageError, MemoryError):
+            raise
+        except Exception:
+            repaired = _without_metadata(file)
+            if repaired is None:
+                raise
+            return _read(io.BytesIO(repaired), name, keep_alpha=keep_alpha)
     except UnidentifiedImageError as error:
         raise ImageError(f"{name} is not a picture of a known kind ({', '.join(FORMATS)})") from error
     except ImageError:
         raise
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{name} cannot be read as a picture: {error}") from error
+    except Exception as error:  # Pillow fails in many ways on damaged files
+        raise ImageError(f"{name} cannot be read as a picture: {_reason(error)}") from error
 
 
-def _opened(file: str | Path | IO[bytes]) -> Image.Image:
-    # Pillow warns of large pictures, which are refused here anyway; filters of warnings belong to all threads at once.
+def _read(file: str | Path | IO[bytes], name: str, *, keep_alpha: bool) -> Image.Image:
+    with _quiet():
+        opened = Image.open(file, formats=tuple(FORMATS))
+    with opened as image:
+        check_size(image, name)
+        image.seek(0)
+        upright = _upright(image)
+        seen_through = _rgba(upright) if keep_alpha else None
+        return _rgb(upright) if seen_through is None else seen_through
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Ignore Pillow's warnings. Filters of warnings belong to all threads at once."""
     with _filters, warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(file, formats=FORMATS)
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def check_size(image: Image.Image, name: str = "the image") -> None:
     """Raises: ImageError when a side is 0, the pixels are too many or the shape is too long."""
-    width, height = image.size
+    _check_sides(*image.size, name)
+
+
+def _check_sides(width: int, height: int, name: str) -> None:
     if width < 1 or height < 1:
         raise ImageError(f"{name} is {width}×{height} pixels: there is nothing in it")
     if width * height > MAX_PIXELS:
@@ -74,28 +140,82 @@ def check_size(image: Image.Image, name: str = "the image") -> None:
         )
 
 
+def as_pictures(given: Pictures, name: str = "image", *, are_masks: bool = False) -> list[Image.Image]:
+    """Pictures or masks as people give them, as a list of PIL images.
+
+    Args:
+        given: a PIL image, a numpy array, or a list of them. An array is [height, width], [height, width, channels]
+            or a batch [batch, height, width, channels], with 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGBA) channels;
+            uint8 from 0 to 255, floating point from 0 to 1 (rounded to 8 bits), or bool.
+        name: the argument's name in messages.
+        are_masks: an array [batch, height, width] is a batch of masks, unless its last axis has 1 to 4 entries.
+
+    Raises: ImageError for anything else, or for an array of another type, shape or range.
+    """
+    parts = given if isinstance(given, Sequence) and not isinstance(given, str | bytes) else [given]
+    if not parts:
+        raise ImageError(f"{name} is an empty list; give a PIL image, a numpy array, or a list of them")
+    pictures: list[Image.Image] = []
+    for part in parts:
+        if isinstance(part, Image.Image):
+            pictures.append(part)
+        elif isinstance(part, np.ndarray):
+            pictures += [Image.fromarray(levels) for levels in _levels(part, name, are_masks=are_masks)]
+        else:
+            raise ImageError(
+                f"{name} must be a PIL image, a numpy array, or a list of them, not "
+                f"{'a list with ' if parts is given else ''}a {type(part).__name__}"
+            )
+    return pictures
+
+
+def _levels(array: np.ndarray, name: str, *, are_masks: bool) -> list[np.ndarray]:
+    """An array of one or several pictures as arrays that PIL takes: uint8 [height, width] or [..., 2 to 4]."""
+    is_flat = array.ndim == 2 or (are_masks and array.ndim == 3 and array.shape[-1] not in (1, 2, 3, 4))
+    batch = array[..., None] if is_flat else array
+    batch = batch[None] if batch.ndim == 3 else batch
+    if batch.ndim != 4 or batch.shape[-1] not in (1, 2, 3, 4):
+        raise ImageError(
+            f"{name} is an array of the shape {array.shape}; it must be [height, width], [height, width, channels] or "
+            "[batch, height, width, channels], with 1 to 4 channels in the last axis"
+        )
+    if not len(batch):
+        raise ImageError(f"{name} is an array of the shape {array.shape}: there is nothing in it")
+    _check_sides(batch.shape[2], batch.shape[1], name)
+    if array.dtype != np.uint8:
+        batch = _rounded(batch, name)
+    return [np.ascontiguousarray(one[..., 0] if one.shape[-1] == 1 else one) for one in batch]
+
+
+def _rounded(array: np.ndarray, name: str) -> np.ndarray:
+    """An array of bool, or of floating point in [0, 1], as uint8."""
+    if array.dtype == np.bool_:
+        return array * np.uint8(255)
+    if array.dtype.kind != "f":
+        raise ImageError(
+            f"{name} is an array of {array.dtype}; it must be uint8 (0 to 255), floating point (0 to 1) or bool"
+        )
+    if not np.isfinite(array).all():
+        raise ImageError(f"{name} is an array with NaN or infinity")
+    levels = np.rint(array * np.float32(255))  # of float16 and float32 in float32
+    if levels.min() < 0 or levels.max() > 255:
+        raise ImageError(
+            f"{name} is an array of {array.dtype} with values from {array.min():.4g} to {array.max():.4g}; floating "
+            "point must be from 0 to 1 (values from 0 to 255 are given as uint8)"
+        )
+    return levels.astype(np.uint8)
+
+
 def rgb(image: Image.Image) -> Image.Image:
     """The picture upright and in RGB: EXIF orientation applied, transparency on white, 16 bits scaled, not clipped.
 
-    A colour profile (ICC) is not applied: the numbers are taken for sRGB.
+    A colour profile (ICC) is not applied: the numbers are taken as sRGB.
 
     Raises: ImageError when it cannot be decoded, or its size is out of limits.
     """
     check_size(image)
-    try:
-        image = ImageOps.exif_transpose(image)
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            image = _eight_bits(image)
-        if image.mode == "La":
-            image = image.convert("LA")
-        if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            canvas = Image.new("RGBA", image.size, "white")
-            canvas.alpha_composite(image)
-            image = canvas
-        return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
-        raise ImageError(f"the image cannot be decoded: {error}") from error
+    with _decoding():
+        return _rgb(_upright(image))
 
 
 def alpha(image: Image.Image) -> Image.Image | None:
@@ -113,36 +233,250 @@ def rgba(image: Image.Image) -> Image.Image | None:
     Raises: ImageError when it cannot be decoded, or its size is out of limits.
     """
     check_size(image)
+    with _decoding():
+        return _rgba(_upright(image))
+
+
+@contextlib.contextmanager
+def _decoding() -> Iterator[None]:
     try:
-        if not image.has_transparency_data or image.mode[0] in "IF":
-            return None
-        image = ImageOps.exif_transpose(image)
+        yield
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow fails in many ways on damaged files
+        raise ImageError(f"the image cannot be decoded: {_reason(error)}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """An upright picture in RGB."""
+    seen_through = _rgba(image)
+    if seen_through is not None:
+        image = Image.new("RGBA", image.size, "white")
+        image.alpha_composite(seen_through)
+    elif _is_deep(image):
+        image = _eight_bits(image)
+    return image.convert("RGB")
+
+
+def _rgba(image: Image.Image) -> Image.Image | None:
+    """An upright picture in RGBA; None when it has no transparency."""
+    if not image.has_transparency_data:
+        return None
+    if not _is_deep(image):
         return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
-        raise ImageError(f"the image cannot be decoded: {error}") from error
+    opaque = np.asarray(image) != image.info["transparency"]
+    grey = _eight_bits(image)
+    return Image.merge("RGBA", (grey, grey, grey, Image.fromarray(opaque * np.uint8(255))))
 
 
-def to_pil(images: Tensor) -> list[Image.Image]:
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    if image.mode == "F":
+        if not np.isfinite(values).all():
+            raise ImageError("the image has pixels that are not numbers")
+        top = 1.0 if values.max(initial=0) <= 1.0 else 255.0
+    else:
+        top = 65535.0 if values.max(initial=0) > 255 or image.mode.startswith("I;16") else 255.0
+    levels = np.empty(values.shape, np.uint8)
+    for row in range(0, len(values), _CHUNK_ROWS):  # float64 of the whole picture would be eight times its levels
+        part = values[row : row + _CHUNK_ROWS].astype(np.float64)
+        levels[row : row + _CHUNK_ROWS] = (part / top * 255).clip(0, 255).round()
+    return Image.fromarray(levels)
+
+
+# ---- what Pillow does not do with a file ----
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture decoded and turned as its EXIF orientation says, with a colour key that suits its pixels."""
+    image = _keyed(image)
+    turn = _turn(image)
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    for key in _ORIENTED:  # so that it is not turned again
+        turned.info.pop(key, None)
+    return turned
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes the picture upright. Only the orientation is read, so other tags may be damaged."""
+    try:
+        with _quiet():
+            return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF fails in many ways
+        return None
+
+
+def _keyed(image: Image.Image) -> Image.Image:
+    """The picture decoded; a colour that stands for transparency (tRNS of PNG) is one of its own levels.
+
+    Pillow leaves the colour as it is in the file, in 2, 4 or 16 bits, while it brings the pixels to 8.
+    """
+    key = image.info.get("transparency")
+    depth = None
+    if isinstance(image, PngImagePlugin.PngImageFile) and image.tile:
+        depth = str(image.tile[0].args)
+    if depth == "RGB;16B" and isinstance(key, tuple):
+        low = _low_bytes(image)
+        image.load()
+        opaque = ImageChops.invert(ImageChops.darker(_equal(image, [k >> 8 for k in key]), _equal(low, key)))
+        image = image.copy()
+        del image.info["transparency"]
+        image.putalpha(opaque)
+        return image
+    _load(image)
+    if image.mode == "L" and isinstance(key, int):
+        scaled = _grey_level(image, key, depth)
+    elif image.mode == "RGB" and isinstance(key, tuple):
+        # Without its file the depth is not known; a larger number than 255 is of 16 bits.
+        scaled = tuple(k & 255 if depth or max(key) < 256 else k >> 8 for k in key)
+    else:
+        return image
+    if scaled == key:
+        return image
+    image = image.copy()
+    image.info["transparency"] = scaled
+    return image
+
+
+def _load(image: Image.Image) -> None:
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        image.load()
+        return
+    finish = image.load_end
+
+    def load_end() -> None:
+        """All tags are read when the pixels are there already."""
+        with contextlib.suppress(Exception), _quiet():
+            finish()
+
+    image.load_end = load_end
+    try:
+        image.load()
+    finally:
+        del image.load_end
+
+
+def _low_bytes(image: Image.Image) -> Image.Image:
+    """The lower 8 of each colour's 16 bits, of a PNG that is not decoded yet."""
+    assert image.fp is not None  # type: ignore[attr-defined]
+    file = image.fp  # type: ignore[attr-defined]
+    place = file.tell()
+    with _quiet():
+        twin = Image.open(file, formats=("PNG",))
+    assert isinstance(twin, PngImagePlugin.PngImageFile)
+    twin.tile = [tile._replace(args="RGB;16L") for tile in twin.tile]  # takes each second byte for the upper one
+    twin.load()
+    file.seek(place)
+    return twin
+
+
+def _equal(image: Image.Image, colour: Sequence[int]) -> Image.Image:
+    """255 where an RGB picture has the lower 8 bits of a colour, else 0; mode L."""
+    bands = [
+        band.point([255 * (level == value & 255) for level in range(256)])
+        for band, value in zip(image.split(), colour, strict=True)
+    ]
+    return ImageChops.darker(ImageChops.darker(bands[0], bands[1]), bands[2])
+
+
+def _grey_level(image: Image.Image, key: int, depth: str | None) -> int:
+    """A transparent grey value of a PNG as a level of the decoded picture."""
+    if depth is not None:
+        bits = {"L;2": 2, "L;4": 4}.get(depth, 8)
+    else:
+        # Decoded before, so that the depth is not known: the least one that allows the picture's levels and the key.
+        levels = [level for level, count in enumerate(image.histogram()) if count]
+        steps = {2: 85, 4: 17, 8: 1}
+        fitting = (bits for bits, step in steps.items() if key < 2**bits and not any(n % step for n in levels))
+        bits = next(fitting, 8)
+    return key % 2**bits * 255 // (2**bits - 1)
+
+
+def _without_metadata(file: str | Path | IO[bytes]) -> bytes | None:
+    """The file's content without metadata that may keep it from being opened; None where there is none.
+
+    The orientation stays, unless it is in what is damaged.
+    """
+    if isinstance(file, str | Path):
+        with open(file, "rb") as stream:
+            return _without_metadata(stream)
+    file.seek(0)
+    head = file.read(16)
+    cut = next((cut for magic, cut in _CUTS.items() if re.match(magic, head, re.DOTALL)), None)
+    content = b"" if cut is None else head + file.read(MAX_REPAIRED_BYTES)
+    if cut is None or len(content) > MAX_REPAIRED_BYTES:
+        return None
+    repaired = cut(content)
+    return None if repaired == content else repaired
+
+
+def _cut_png(content: bytes) -> bytes:
+    """Critical chunks and transparency as they are, and EXIF with a right checksum."""
+    kept, place = [content[:8]], 8
+    while place + 8 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, place)
+        chunk = content[place : place + 12 + length]
+        if kind == b"eXIf" and len(chunk) == 12 + length:
+            chunk = chunk[:-4] + struct.pack(">I", zlib.crc32(chunk[4:-4]))
+        if kind[:1].isupper() or kind in (b"tRNS", b"eXIf"):
+            kept.append(chunk)
+        place += 12 + length
+    return b"".join(kept)
+
+
+def _cut_jpeg(content: bytes) -> bytes:
+    """Without application segments but JFIF, EXIF and Adobe's, and without comments."""
+    kept, place = [content[:2]], 2
+    while place + 4 <= len(content):
+        prefix, marker, length = struct.unpack_from(">BBH", content, place)
+        if prefix != 0xFF or not 0xC0 <= marker <= 0xFE or marker == 0xDA:
+            break
+        if not (0xE2 <= marker <= 0xEF or marker == 0xFE) or marker == 0xEE:
+            kept.append(content[place : place + 2 + length])
+        place += 2 + length
+    return b"".join(kept) + content[place:]
+
+
+def _cut_avif(content: bytes) -> bytes:
+    """With its EXIF marked as something unknown; AVIF has its orientation elsewhere."""
+    return re.sub(rb"(infe.{8})Exif", rb"\1skip", content, flags=re.DOTALL)
+
+
+_CUTS = {rb"\x89PNG\r\n\x1a\n": _cut_png, rb"\xff\xd8\xff": _cut_jpeg, rb".{4}ftyp": _cut_avif}
+
+
+# ---- pictures and tensors ----
+
+
+def to_pil(images: "Tensor") -> list[Image.Image]:
     """float [batch, 3, height, width] in [-1, 1] → 8-bit pictures."""
     return [Image.fromarray(array) for array in (to_numpy(images) * 255).round().astype(np.uint8)]
 
 
-def to_numpy(images: Tensor) -> np.ndarray:
+def to_numpy(images: "Tensor") -> np.ndarray:
     """float [batch, 3, height, width] in [-1, 1] → float32 [batch, height, width, 3] in [0, 1]."""
     return to_unit(images).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def to_unit(images: Tensor) -> Tensor:
+def to_unit(images: "Tensor") -> "Tensor":
     """float in [-1, 1] → float32 in [0, 1], clamped."""
     return (images.float() * 0.5 + 0.5).clamp(0, 1)
 
 
-def to_tensor(image: Image.Image) -> Tensor:
+def to_tensor(image: Image.Image) -> "Tensor":
     """A picture → float32 [3, height, width] in [-1, 1]."""
+    import torch
+
     return torch.from_numpy(np.asarray(rgb(image), dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 
-def to_square(image: Image.Image, size_px: int) -> Tensor:
+def to_square(image: Image.Image, size_px: int) -> "Tensor":
     """A picture → float32 [3, size_px, size_px] in [-1, 1], antialiased; squashed to a square as encoders do."""
     image = rgb(image)
     even = image.width % size_px == 0 and image.height % size_px == 0
@@ -176,17 +510,3 @@ def labelled(image: Image.Image, text: str) -> Image.Image:
     shown += "" if shown == text else "…"
     pen.text((image.width / 2, image.height + 2), shown, fill="#444444", font=font, anchor="ma")
     return card
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    values = np.asarray(image, dtype=np.float64)
-    if not np.isfinite(values).all():
-        raise ImageError("the image has pixels that are not numbers")
-    if image.mode == "F":
-        top = 1.0 if values.max(initial=0) <= 1.0 else 255.0
-    else:
-        top = 65535.0 if values.max(initial=0) > 255 or image.mode.startswith("I;16") else 255.0
-    transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        values = np.where(values == transparent, top, values)
-    return Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8))

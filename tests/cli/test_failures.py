@@ -149,3 +149,39 @@ def test_reader_that_goes_away(text_to_image, tmp_path):
     assert process.returncode == 141
     assert err == ""
     assert len(list(tmp_path.glob("*.png"))) % 2 == 0  # of the batch that could not be told of, nothing is lost
+
+
+WAITING = """
+import sys, time
+from unclip.checkpoints.files import atomic_file, atomic_folder
+from unclip.cli import main
+
+@main.app.command("wait")
+def wait() -> None:
+    with atomic_file(place) as draft, atomic_folder(place + ".d") as folder:
+        draft.touch()
+        (folder / "part").touch()
+        print("ready", flush=True)
+        time.sleep(60)
+
+place, sys.argv = sys.argv[1], ["unclip", "wait"]
+main.main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_signals_leave_no_temporary_file(tmp_path, name, code):
+    command = [sys.executable, "-c", WAITING, str(tmp_path / "file.png")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        assert len(list(tmp_path.iterdir())) == 2
+        process.send_signal(getattr(signal, name))
+        if name != "SIGINT":  # a second Ctrl-C is a person's word
+            process.send_signal(getattr(signal, name))
+        err = process.stderr.read()
+    assert process.returncode == code
+    assert err == "stopped; what was finished stays\n"
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,8 @@
 """`unclip data`, `unclip train` and `unclip assemble`: what is passed on, and one real run."""
 
 import json
+import os
+import signal
 import sys
 import types
 from pathlib import Path
@@ -96,13 +98,23 @@ def test_of_several_processes_one_tells_the_cost(unclip, recipe, monkeypatch):
     assert "weights, gradients, optimizer, average, of all shards  1 MiB" in unclip("train", recipe, "--dry-run").lines
 
 
-def test_stopped_training_is_130(unclip, recipe, tmp_path, monkeypatch):
-    from unclip.training import trainer
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_training(unclip, recipe, tmp_path, monkeypatch, number, code):
+    from unclip.training.clip import ClipTask
 
-    monkeypatch.setattr(trainer.Trainer, "run", lambda self, progress: None)
+    batch = ClipTask.batch
+
+    def stopped(self, *arguments):
+        os.kill(os.getpid(), number)
+        return batch(self, *arguments)
+
+    monkeypatch.setattr(ClipTask, "batch", stopped)
     done = unclip("train", recipe, "--out", tmp_path / "run")
-    assert (done.code, done.out) == (130, "")
-    assert "the same command goes on" in done.err
+    assert (done.code, done.out) == (code, "")
+    assert "stopped and saved at step 1 of 3; the same command goes on" in done.err
+    assert json.loads((tmp_path / "run" / "state" / "state.json").read_text())["step"] == 1
+    assert not list(tmp_path.rglob(".unclip-tmp*"))
 
 
 @pytest.mark.parametrize(

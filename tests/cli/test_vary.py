@@ -1,6 +1,7 @@
 """`unclip vary`: variations of picture files, good and bad."""
 
 import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,23 @@ def test_bad_files_fail_alone(vary, photo, tmp_path):
     assert len(errors) == 3
     assert all(line.startswith("error: ") for line in errors)
     assert "broken.png" in errors[0]
+
+
+def test_damaged_exif_costs_no_picture(vary, photo, tmp_path):
+    """XResolution is -1/0, which cannot be written again."""
+    block = b"Exif\0\0MM\0*\0\0\0\x08\0\2"
+    block += struct.pack(">HHI4s", 0x0112, 3, 1, b"\0\6\0\0") + struct.pack(">HHII", 0x011A, 10, 1, 38)
+    bad = tmp_path / "bad.jpg"
+    Image.new("RGB", (40, 30), "blue").save(bad, exif=block + bytes(4) + struct.pack(">ii", -1, 0))
+    done = vary(bad, photo, "--seed", 8)
+    assert (done.code, done.err) == (0, "")
+    assert [Path(path).name for path in done.lines] == ["bad-variation-8.png", "my-photo-variation-9.png"]
+
+
+@pytest.mark.parametrize("suffix", [".avif", ".jp2", ".tif"])
+def test_other_formats(vary, tmp_path, suffix):
+    Image.new("RGB", (40, 30), "blue").save(tmp_path / f"sea{suffix}")
+    assert vary(tmp_path / f"sea{suffix}").code == 0
 
 
 def test_only_bad_files(vary, tmp_path, monkeypatch):

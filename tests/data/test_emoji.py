@@ -169,7 +169,7 @@ def test_without_resvg(packages, tmp_path, monkeypatch):
 def test_without_npm(tmp_path, monkeypatch):
     pytest.importorskip("resvg_py")
     monkeypatch.setattr(emoji.shutil, "which", lambda name: None)
-    with pytest.raises(MissingDependencyError, match="npm; or download the four tarballs"):
+    with pytest.raises(MissingDependencyError, match="npm; or download the tarballs"):
         emoji.build_emoji(tmp_path / "set")
 
 

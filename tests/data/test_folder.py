@@ -1,13 +1,16 @@
 """A folder of captioned pictures: what is read and how, what is skipped, what is refused."""
 
 import json
+import struct
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from unclip.data.folder import load_pictures, load_sizes, read_records
+from unclip.data.decoding import decode
+from unclip.data.folder import load_pictures, load_sizes, read_records, square_pixels
+from unclip.data.shards import RawSample
 from unclip.errors import DataError
 
 
@@ -206,6 +209,81 @@ def test_a_huge_picture_is_not_decoded(folder, monkeypatch):
     monkeypatch.setattr("unclip.images.MAX_PIXELS", 9_999)
     with pytest.raises(DataError, match=r"10,000 pixels \(100×100\); at most 9,999"):
         load_pictures(root, 8)
+
+
+@pytest.mark.parametrize("size", [(3000, 40), (40, 3000), (333, 100), (100, 333), (5, 3), (64, 10), (10, 64)])
+@pytest.mark.parametrize("size_px", [7, 64])
+def test_as_if_padded_first(size, size_px, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image, side = Image.fromarray(pixels), max(size)
+    canvas = Image.new("RGB", (side, side), "white")
+    canvas.paste(image, ((side - size[0]) // 2, (side - size[1]) // 2))
+    filter_ = Image.Resampling.BOX if side % size_px == 0 else Image.Resampling.LANCZOS
+    wanted = np.asarray(canvas.resize((size_px, size_px), filter_), dtype=int).transpose(2, 0, 1)
+    assert np.array_equal(square_pixels(image, size_px).numpy(), wanted)
+    monkeypatch.setattr("unclip.data.folder.MAX_PIXELS", 1)
+    difference = np.abs(square_pixels(image, size_px).numpy() - wanted).max()
+    assert difference == 0 if size[0] > size[1] else difference <= 1  # rows are resized before columns
+
+
+@pytest.mark.parametrize("size", [(30_000, 300), (300, 30_000), (80_000, 800), (800, 80_000)])
+def test_a_thin_picture_needs_no_large_square(size, monkeypatch):
+    areas = []
+
+    def new(mode, size, *args, made=Image.new):
+        areas.append(size[0] * size[1])
+        return made(mode, size, *args)
+
+    image = Image.new("RGB", size, "black")
+    monkeypatch.setattr(Image, "new", new)
+    pixels = square_pixels(image, 64)
+    assert max(areas) <= 64 * 80_000
+    middle = pixels[:, 31] if size[0] > size[1] else pixels[:, :, 31]
+    assert middle.float().mean() < 220
+    assert (pixels == 255).float().mean() > 0.9
+
+
+def test_a_picture_that_does_not_fit_into_memory_is_a_broken_one(folder, monkeypatch):
+    root = folder(entry("a.png"), entry("b.png"))
+    tile(root, "a.png")
+    tile(root, "b.png", size=(9, 9))
+
+    def scarce(image, size_px):
+        if image.width == 9:
+            raise MemoryError
+        return square_pixels(image, size_px)
+
+    monkeypatch.setattr("unclip.data.folder.square_pixels", scarce)
+    with pytest.warns(UserWarning, match=r"b\.png is 9×9 pixels: there is not enough memory"):
+        pictures = load_pictures(root, 8, max_skipped_share=0.5)
+    assert [record.file_name for record in pictures.records] == ["a.png"]
+    sample = RawSample("key", "0.tar", {"png": (root / "b.png").read_bytes(), "txt": b"a tile"})
+    with pytest.raises(DataError, match="key is 9×9 pixels: there is not enough memory"):
+        decode(sample, [8])
+
+
+def test_damaged_exif_breaks_nothing(folder):
+    """XResolution is -1/0, which cannot be written again."""
+    root = folder(entry("a.jpg"), entry("b.jpg"))
+    tile(root, "b.jpg", size=(16, 16))
+    stored = Image.new("RGB", (16, 8), "black")
+    block = b"Exif\0\0MM\0*\0\0\0\x08\0\2"
+    block += struct.pack(">HHI4s", 0x0112, 3, 1, b"\0\6\0\0") + struct.pack(">HHII", 0x011A, 10, 1, 38)
+    stored.save(root / "a.jpg", exif=block + bytes(4) + struct.pack(">ii", -1, 0))
+    pictures = load_pictures(root, 16, max_skipped_share=0)
+    assert pictures.skipped == {}
+    assert pictures.pixels[0, 0, 8, 2] == 255  # upright it is narrow
+    assert pictures.pixels[0, 0, 2, 8] < 20
+
+
+@pytest.mark.parametrize(("suffix", "form"), [("avif", "AVIF"), ("jp2", "JPEG2000"), ("gif", "GIF"), ("tiff", "TIFF")])
+def test_formats_in_folders_and_shards(folder, suffix, form):
+    root = folder(entry(f"a.{suffix}"))
+    Image.new("RGB", (8, 8), (200, 10, 10)).save(root / f"a.{suffix}", form)
+    found = load_pictures(root, 8).pixels[0]
+    assert found[0].float().mean() > 190
+    sample = RawSample("a", "0.tar", {suffix: (root / f"a.{suffix}").read_bytes(), "txt": b"a tile"})
+    assert torch.equal(decode(sample, [8]).pixels[8], found)
 
 
 # -- subsets -------------------------------------------------------------------------------------------------------

@@ -207,7 +207,7 @@ def test_ranks():
 
 
 def test_a_judge_that_sees_no_difference_finds_nothing():
-    assert ranks(torch.ones(2, 3), [0, 2], torch.ones(4, 3)).tolist() == [3, 3]
+    assert ranks(torch.ones(2, 4), [0, 2], torch.ones(4, 4)).tolist() == [3, 3]
 
 
 def test_embeddings_that_are_no_numbers_find_nothing():

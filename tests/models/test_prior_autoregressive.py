@@ -1,5 +1,7 @@
 """The autoregressive prior's network: codes and back, cached and whole sequences, bad settings and shapes, folders."""
 
+import copy
+
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
@@ -8,6 +10,8 @@ from unclip import AutoregressivePrior
 from unclip.errors import ConfigError, InputError, WeightsError
 from unclip.models.pca import PrincipalComponents
 from unclip.models.prior_autoregressive import AutoregressivePriorConfig, dot_product
+
+from ..rounding import assert_equal_but_rounding
 
 SETTINGS = {
     "num_attention_heads": 2,
@@ -128,18 +132,19 @@ def test_data_of_too_few_dimensions(prior):
 def test_cached_steps_equal_the_whole_sequence(prior, text):
     codes = torch.randint(9, (3, 7), generator=torch.Generator().manual_seed(3))
     embedding, states, mask, dots = text
-    whole = prior(codes, dots, embedding, states, mask)
+    whole, _ = prior(codes[:, :6], dots, embedding, states, mask)
     assert whole.shape == (3, 7, 9)
-    logits, memory = prior.prepare(embedding, states, mask, dots)
-    torch.testing.assert_close(logits, whole[:, 0], rtol=1e-4, atol=1e-5)
-    for k in range(6):
-        before = memory
-        logits, memory = prior.step(codes[:, k], memory)
-        torch.testing.assert_close(logits, whole[:, k + 1], rtol=1e-4, atol=1e-5)
-        again, _ = prior.step(codes[:, k], before)  # a memory can be gone on from twice
-        assert torch.equal(again, logits)
-    with pytest.raises(InputError, match="all 7 codes are predicted"):
-        prior.step(codes[:, 6], memory)
+    for first in range(4):  # from a memory that holds that many codes
+        logits, memory = prior(codes[:, :first], dots, embedding, states, mask)
+        torch.testing.assert_close(logits, whole[:, : first + 1], rtol=1e-4, atol=1e-5)
+        for k in range(first, 6):
+            before = memory
+            logits, memory = prior(codes[:, k : k + 1], memory=memory)
+            torch.testing.assert_close(logits[:, 0], whole[:, k + 1], rtol=1e-4, atol=1e-5)
+            again, _ = prior(codes[:, k : k + 1], memory=before)  # a memory can be gone on from twice
+            assert torch.equal(again, logits)
+        with pytest.raises(InputError, match="all 7 codes are predicted"):
+            prior(codes[:, 6:], memory=memory)
 
 
 @torch.no_grad()
@@ -147,40 +152,44 @@ def test_a_code_sees_the_text_and_the_codes_before_it_alone(prior, text):
     generator = torch.Generator().manual_seed(3)
     codes = torch.randint(9, (3, 7), generator=generator)
     embedding, states, mask, dots = text
-    before = prior(codes, dots, embedding, states, mask)
+
+    def logits(codes, dots, embedding, states):
+        return prior(codes[:, :-1], dots, embedding, states, mask)[0]
+
+    before = logits(codes, dots, embedding, states)
 
     def changed(after):
         return [bool((after[:, k] - before[:, k]).abs().max() > 1e-4) for k in range(7)]
 
     other = codes.clone()
     other[:, 3] = (other[:, 3] + 4) % 9
-    assert changed(prior(other, dots, embedding, states, mask)) == [False] * 4 + [True] * 3
-    assert all(changed(prior(codes, (dots + 1) % 5, embedding, states, mask)))
-    assert all(changed(prior(codes, dots, embedding.roll(1, 0), states, mask)))
-    assert all(changed(prior(codes, dots, embedding, states.roll(1, 0), mask)))
+    assert changed(logits(other, dots, embedding, states)) == [False] * 4 + [True] * 3
+    assert all(changed(logits(codes, (dots + 1) % 5, embedding, states)))
+    assert all(changed(logits(codes, dots, embedding.roll(1, 0), states)))
+    assert all(changed(logits(codes, dots, embedding, states.roll(1, 0))))
     noisy = states.where(mask[..., None], torch.randn(states.shape, generator=generator))
-    assert not any(changed(prior(codes, dots, embedding, noisy, mask)))
+    assert not any(changed(logits(codes, dots, embedding, noisy)))
 
 
 @torch.no_grad()
 def test_padding_can_be_left_out(prior, text):
     codes = torch.randint(9, (3, 7), generator=torch.Generator().manual_seed(3))
     embedding, states, mask, dots = text
-    whole = prior(codes, dots, embedding, states, mask)
-    short = prior(codes, dots, embedding, states[:, :4], mask[:, :4])
+    whole, _ = prior(codes[:, :6], dots, embedding, states, mask)
+    short, _ = prior(codes[:, :6], dots, embedding, states[:, :4], mask[:, :4])
     torch.testing.assert_close(short, whole, rtol=1e-4, atol=1e-5)
-    first, memory = prior.prepare(embedding, states[:, :4], mask[:, :4], dots)
-    torch.testing.assert_close(first, whole[:, 0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(prior.step(codes[:, 0], memory)[0], whole[:, 1], rtol=1e-4, atol=1e-5)
+    first, memory = prior(codes[:, :0], dots, embedding, states[:, :4], mask[:, :4])
+    torch.testing.assert_close(first, whole[:, :1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(prior(codes[:, :1], memory=memory)[0], whole[:, 1:2], rtol=1e-4, atol=1e-5)
 
 
 def test_a_fresh_prior_takes_all_codes_for_about_alike():
     prior = AutoregressivePrior(SETTINGS).initialize_for_training(torch.Generator().manual_seed(0))
     again = AutoregressivePrior(SETTINGS).initialize_for_training(torch.Generator().manual_seed(0))
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in prior.state_dict().items())
-    codes, dots = torch.zeros(2, 7, dtype=torch.long), torch.zeros(2, dtype=torch.long)
+    codes, dots = torch.zeros(2, 6, dtype=torch.long), torch.zeros(2, dtype=torch.long)
     states = torch.randn(2, 5, 10, generator=torch.Generator().manual_seed(1))
-    logits = prior(codes, dots, torch.ones(2, 12), states, torch.ones(2, 5))
+    logits, _ = prior(codes, dots, torch.ones(2, 12), states, torch.ones(2, 5))
     assert (logits.log_softmax(-1) + torch.tensor(9.0).log()).abs().mean() < 1
     logits.square().mean().backward()
     untouched = {name for name, p in prior.named_parameters() if p.grad is None}
@@ -202,13 +211,12 @@ def test_every_entry_passes_through_a_wrapped_forward(prior, text):
     embedding, states, mask, dots = text
     hook = Counter()
     add_hook_to_module(prior, hook)
-    logits, memory = prior.prepare(embedding, states, mask, dots)
-    prior.step(logits.argmax(-1), memory)
     codes = prior.encode(embedding)
     prior.decode(codes)
     prior.dot_code(embedding, embedding)
-    prior(codes, dots, embedding, states, mask)
-    assert hook.calls == 6
+    _, memory = prior(codes[:, :0], dots, embedding, states, mask)
+    prior(codes[:, :1], memory=memory)
+    assert hook.calls == 5
     remove_hook_from_module(prior)
 
 
@@ -254,7 +262,7 @@ def test_the_papers_counts_are_the_default():
 
 def test_wrong_shapes(prior, text):
     embedding, states, mask, dots = text
-    codes = torch.zeros(3, 7, dtype=torch.long)
+    codes = torch.zeros(3, 6, dtype=torch.long)
     good = {"proj_embedding": embedding, "encoder_hidden_states": states, "attention_mask": mask, "dot_codes": dots}
     for name, bad, words in (
         ("proj_embedding", embedding[:, :5], r"proj_embedding is \(3, 5\)"),
@@ -265,15 +273,18 @@ def test_wrong_shapes(prior, text):
         ("dot_codes", dots[:2], "batch sizes differ"),
         ("proj_embedding", embedding[:2], "batch sizes differ"),
     ):
-        for call in (lambda given: prior.prepare(**given), lambda given: prior(codes, **given)):
-            with pytest.raises(InputError, match=words):
-                call(good | {name: bad})
-    for bad, words in ((codes[:, :6], r"codes are \(3, 6\)"), (codes[:2], "batch sizes differ")):
+        with pytest.raises(InputError, match=words):
+            prior(codes, **(good | {name: bad}))
+    for bad, words in ((codes.repeat(1, 2), r"codes are \(3, 12\)"), (codes[:2], "batch sizes differ")):
         with pytest.raises(InputError, match=words):
             prior(bad, **good)
-    with pytest.raises(InputError, match="batch sizes differ"):
-        prior.step(codes[:2, 0], prior.prepare(**good)[1])
-    with pytest.raises(InputError, match=r"codes are \(3, 14\)"):
+    _, memory = prior(codes[:, :0], **good)
+    for bad, words in ((codes[:, :2], r"codes are \(3, 2\)"), (codes[:2, :1], "batch sizes differ")):
+        with pytest.raises(InputError, match=words):
+            prior(bad, memory=memory)
+    with pytest.raises(InputError, match="or a memory"):
+        prior(codes)
+    with pytest.raises(InputError, match=r"codes are \(3, 12\)"):
         prior.decode(codes.repeat(1, 2))
     with pytest.raises(InputError, match=r"image_embedding is \(3, 5\)"):
         prior.encode(embedding[:, :5])
@@ -289,7 +300,7 @@ def test_a_folder_round_trip(prior, text, tmp_path):
     embedding, states, mask, dots = text
     codes = prior.encode(embeddings(3))
     assert torch.equal(read.encode(embeddings(3)), codes)
-    assert torch.equal(read(codes, dots, embedding, states, mask), prior(codes, dots, embedding, states, mask))
+    assert torch.equal(*(net(codes[:, :6], dots, embedding, states, mask)[0] for net in (read, prior)))
     (tmp_path / "config.json").write_text(
         (tmp_path / "config.json").read_text().replace('_buckets": 9', '_buckets": 8')
     )
@@ -301,10 +312,11 @@ def test_a_folder_round_trip(prior, text, tmp_path):
 def test_half_types(prior, text):
     embedding, states, mask, dots = text
     codes = prior.encode(embeddings(3))
-    exact = prior(codes, dots, embedding, states, mask).log_softmax(-1)
     for dtype in (torch.bfloat16, torch.float16):
-        prior.to(dtype)
-        logits = prior(codes, dots, embedding.to(dtype), states.to(dtype), mask)
+        narrow = copy.deepcopy(prior).to(dtype)
+        logits, _ = narrow(codes[:, :-1], dots, embedding.to(dtype), states.to(dtype), mask)
         assert logits.dtype == torch.float32
-        torch.testing.assert_close(logits.log_softmax(-1), exact, rtol=0, atol=0.3)
-        assert prior.decode(codes).dtype == torch.float32
+        assert_equal_but_rounding(
+            logits, lambda: prior(codes[:, :-1], dots, embedding, states, mask)[0], [prior], dtype=dtype
+        )
+        assert narrow.decode(codes).dtype == torch.float32

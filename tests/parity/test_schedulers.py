@@ -50,7 +50,7 @@ def test_ancestral_step(variance_type: str, prediction_type: str, clip_range: fl
     }
     ours = UnCLIPScheduler(**settings)
     theirs = diffusers.UnCLIPScheduler(**settings)
-    precise = in_float64(diffusers.UnCLIPScheduler(**settings), ours.process)
+    precise = in_float64(diffusers.UnCLIPScheduler(**settings), ours.process.tables.betas)
     for t, t_next in pairs(ours.spaced_timesteps(25)):
         x, output = outputs(variance_type, t)
         got = ours.step(output, t, x, t_next, torch.Generator().manual_seed(t))
@@ -63,7 +63,7 @@ def test_ancestral_step(variance_type: str, prediction_type: str, clip_range: fl
 
 def test_unclipped_ancestral_step() -> None:
     ours = UnCLIPScheduler(clip_sample=False)
-    precise = in_float64(diffusers.UnCLIPScheduler(clip_sample=False), ours.process)
+    precise = in_float64(diffusers.UnCLIPScheduler(clip_sample=False), ours.process.tables.betas)
     for t in range(1000):
         x, output = outputs("fixed_small_log", t)
         got = ours.step(output, t, x, None, torch.Generator().manual_seed(t)).prev_sample
@@ -146,7 +146,7 @@ def test_ddim_step(prediction_type: str, beta_schedule: str, eta: float) -> None
     settings = {"prediction_type": prediction_type, "beta_schedule": beta_schedule}
     ours = DDIMScheduler(**settings)
     theirs = diffusers.DDIMScheduler(**settings)
-    precise = in_float64(diffusers.DDIMScheduler(**settings), ours.process)
+    precise = in_float64(diffusers.DDIMScheduler(**settings), ours.process.tables.betas)
     for scheduler in (ours, theirs, precise):
         scheduler.set_timesteps(25)
     assert torch.equal(ours.timesteps, theirs.timesteps)
@@ -183,7 +183,7 @@ def test_dpm_solver_run(prediction_type: str, beta_schedule: str, solver_order: 
 def test_ddim_s_arguments_mean_the_same_by_place(use_clipped_model_output: bool) -> None:
     settings = {"clip_sample": use_clipped_model_output, "beta_schedule": "linear"}
     ours, theirs = DDIMScheduler(**settings), diffusers.DDIMScheduler(**settings)
-    precise = in_float64(diffusers.DDIMScheduler(**settings), ours.process)
+    precise = in_float64(diffusers.DDIMScheduler(**settings), ours.process.tables.betas)
     for scheduler in (ours, theirs, precise):
         scheduler.set_timesteps(25)
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(2))

@@ -154,7 +154,7 @@ VARIATION_IMAGES = [
             3,
             [3],
             [Image.new("RGB", (8, 8)), None],
-            np.zeros((8, 8, 3)),
+            np.zeros((8, 8, 5)),
             torch.zeros(16, 16),
             torch.zeros(1, 1, 16, 16),
             torch.zeros(1, 3, 8, 8),

@@ -1,11 +1,15 @@
 """What pipelines do besides calls: share, load, save, move, offload and slice their components."""
 
+import inspect
 import json
 import os
+import re
 import shutil
 import threading
+from functools import partial
 
 import diffusers as reference
+import numpy as np
 import pytest
 import torch
 from transformers.utils import logging
@@ -18,6 +22,7 @@ from unclip import (
     DDIMScheduler,
     ImagePipelineOutput,
     InputError,
+    Manipulator,
     MissingFileError,
     OutputExistsError,
     PriorTransformer,
@@ -31,6 +36,7 @@ from unclip import (
     UnsafeFileError,
     WeightsError,
 )
+from unclip.checkpoints.asked import IGNORED, REFUSED
 from unclip.checkpoints.layout import CLASSES, FURTHER
 
 
@@ -90,9 +96,72 @@ def test_from_pipe_shares_what_both_have(tiny_pipeline, tiny_variation):
     assert UnCLIPPipeline.from_pipe(tiny_pipeline, decoder_scheduler=other).decoder_scheduler is other
 
 
+@pytest.fixture(scope="module")
+def whole(tiny_inpaint, tmp_path_factory):
+    """A folder that has every component, as the built-in model's."""
+    folder = tmp_path_factory.mktemp("whole") / "model"
+    tiny_inpaint.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("own_clip", [False, True])
+def test_from_pipe_reads_the_rest_from_the_same_folder(whole, tiny_variation, tiny_pipeline, few, own_clip):
+    text = quiet(UnCLIPPipeline.from_pretrained(whole, own_clip=own_clip))
+    vary = UnCLIPImageVariationPipeline.from_pipe(text)
+    assert all(part is getattr(text, name) for name, part in vary.components.items() if name in text.components)
+    assert type(vary.image_encoder).__name__.startswith("CLIPImage" if own_clip else "CLIPVision")
+    torch.testing.assert_close(variation(vary), variation(tiny_variation), rtol=0, atol=1e-5)
+    back = UnCLIPPipeline.from_pipe(UnCLIPImageVariationPipeline.from_pretrained(whole, own_clip=own_clip))
+    torch.testing.assert_close(picture(quiet(back), few), picture(tiny_pipeline, few), rtol=0, atol=1e-5)
+    assert back.prior_scheduler.config == tiny_pipeline.prior_scheduler.config
+    edit = UnCLIPInpaintPipeline.from_pipe(vary)  # a pipeline that was made so knows the folder too
+    assert edit.image_encoder is vary.image_encoder
+    assert edit.prior is not None
+    assert UnCLIPInpaintPipeline.from_pipe(text).image_encoder is not None
+
+
+def test_from_pipe_reads_in_the_pipelines_type(whole, tmp_path):
+    text = UnCLIPPipeline.from_pretrained(whole, torch_dtype=torch.float64).to(torch.bfloat16)
+    vary = UnCLIPImageVariationPipeline.from_pipe(text)
+    assert {network.dtype for network in vary.networks.values()} == {torch.bfloat16}
+    UnCLIPInpaintPipeline.from_pretrained(whole).save_pretrained(tmp_path / "model", variant="fp16")
+    shutil.copytree(whole / "image_encoder", tmp_path / "model" / "image_encoder", dirs_exist_ok=True)
+    (tmp_path / "model" / "image_encoder" / "model.fp16.safetensors").unlink()
+    text = UnCLIPPipeline.from_pretrained(tmp_path / "model", variant="fp16")
+    assert UnCLIPImageVariationPipeline.from_pipe(text).image_encoder is not None
+
+
+def test_from_pipe_prefers_what_is_given(whole, tiny_variation):
+    text, given = UnCLIPPipeline.from_pretrained(whole), tiny_variation.image_encoder
+    vary = UnCLIPImageVariationPipeline.from_pipe(text, image_encoder=given)
+    assert vary.image_encoder is given
+    assert vary.feature_extractor is not None
+
+
+def test_from_pipe_of_a_folder_that_lacks_the_rest(saved):
+    text = UnCLIPPipeline.from_pretrained(saved / "text")
+    with pytest.raises(CheckpointError, match=r"names no 'image_encoder', which .* needs; .*load a model that has it"):
+        UnCLIPImageVariationPipeline.from_pipe(text)
+    assert UnCLIPInpaintPipeline.from_pipe(text).image_encoder is None
+    with pytest.raises(CheckpointError, match="names no 'prior'"):
+        UnCLIPPipeline.from_pipe(UnCLIPImageVariationPipeline.from_pretrained(saved / "variation"))
+
+
+def test_from_pipe_does_not_bring_back_what_was_left_out(build_pipeline, tiny_components, tmp_path):
+    third = {f"super_res_2_{part}": tiny_components({"sample_size": 32})[f"super_res_{part}"] for part in ("first",)}
+    pipe = build_pipeline("text", tiny_components())
+    large = UnCLIPPipeline(**pipe.components, **third, super_res_2_scheduler=UnCLIPScheduler())
+    large.save_pretrained(tmp_path / "model")
+    loaded = UnCLIPPipeline.from_pretrained(tmp_path / "model")
+    loaded.super_res_2_first = loaded.super_res_2_scheduler = None
+    assert list(UnCLIPInpaintPipeline.from_pipe(loaded).cascade) == ["super_res"]
+
+
 def test_a_missing_component(tiny_pipeline):
-    with pytest.raises(InputError, match="UnCLIPImageVariationPipeline needs the component 'image_encoder'"):
+    with pytest.raises(InputError, match=r"needs image_encoder, feature_extractor, and .*not loaded from a folder"):
         UnCLIPImageVariationPipeline.from_pipe(tiny_pipeline)
+    with pytest.raises(InputError, match="UnCLIPImageVariationPipeline needs the component 'image_encoder'"):
+        UnCLIPImageVariationPipeline(**tiny_pipeline.components)
     with pytest.raises(InputError, match="needs the component 'text_encoder'"):
         UnCLIPPipeline()
 
@@ -268,8 +337,89 @@ def test_parts_in_place_of_the_folders(saved, tiny_pipeline, copied):
 
 
 def test_a_component_that_there_is_none_of(saved):
-    with pytest.raises(InputError, match="UnCLIPPipeline has no component 'safety_checker'; it has text_encoder"):
-        UnCLIPPipeline.from_pretrained(saved / "text", safety_checker=None)
+    with pytest.raises(InputError, match=r"UnCLIPPipeline\.from_pretrained has no argument or component 'vae'; it has"):
+        UnCLIPPipeline.from_pretrained(saved / "text", vae=None)
+
+
+@pytest.mark.parametrize("typo", ["torch_dtyp", "torch_dtpe", "prio", "decoder_schedular", "low_cpu_mem_usag"])
+def test_a_typo(saved, typo):
+    for cls in (UnCLIPPipeline, Manipulator):
+        with pytest.raises(InputError, match=rf"no argument or component '{typo}'; did you mean '{typo[:4]}"):
+            cls.from_pretrained(saved / "text", **{typo: None})
+    with pytest.raises(
+        InputError, match=r"PriorTransformer\.from_pretrained has no argument 'torch_dtyp'; did you mean"
+    ):
+        PriorTransformer.from_pretrained(saved / "text", subfolder="prior", torch_dtyp=torch.float16)
+
+
+def arguments_of_the_reference():
+    source = inspect.getsource(reference.DiffusionPipeline.from_pretrained)
+    return {
+        *re.findall(r'kwargs\.pop\("(\w+)"', source),
+        "pretrained_model_name_or_path",
+        "output_loading_info",
+        "mirror",
+    }
+
+
+def test_every_argument_of_the_reference_is_known():
+    own = {*inspect.signature(UnCLIPPipeline.from_pretrained).parameters}
+    assert arguments_of_the_reference() <= own | {*IGNORED, *REFUSED}
+    assert not own & {*IGNORED, *REFUSED}
+    assert not {*IGNORED} & {*REFUSED}
+
+
+@pytest.mark.parametrize("name", sorted(IGNORED))
+def test_an_argument_that_is_ignored(saved, name):
+    for load in (
+        partial(UnCLIPPipeline.from_pretrained, saved / "text"),
+        partial(PriorTransformer.from_pretrained, saved / "text", subfolder="prior"),
+        partial(UnCLIPScheduler.from_pretrained, saved / "text", "prior_scheduler"),
+    ):
+        with pytest.warns(UserWarning, match=rf"from_pretrained ignores {name} \(") as told:
+            load(**{name: "a value"})
+        assert len(told) == 1
+        load(**{name: None})
+
+
+@pytest.mark.parametrize("name", sorted({*REFUSED} - {"subfolder"}))
+def test_an_argument_that_is_refused(saved, name):
+    for load in (
+        partial(UnCLIPPipeline.from_pretrained, saved / "text"),
+        partial(Manipulator.from_pretrained, saved / "text"),
+        partial(PriorTransformer.from_pretrained, saved / "text", subfolder="prior"),
+        partial(UnCLIPScheduler.from_pretrained, saved / "text", "prior_scheduler"),
+    ):
+        with pytest.raises(InputError, match=f"from_pretrained cannot take {name}: ") as told:
+            load(**{name: "a secret"})
+        assert "secret" not in str(told.value)
+
+
+def test_arguments_that_ask_for_nothing(saved):
+    arguments = {"low_cpu_mem_usage": True, "safety_checker": None, "use_safetensors": True, "token": False}
+    arguments |= {"force_download": False, "trust_remote_code": False, "local_files_only": True, "device_map": None}
+    assert UnCLIPPipeline.from_pretrained(saved / "text", **arguments).dtype == torch.float32
+
+
+def test_several_arguments_give_one_warning(tiny_inpaint, tmp_path):
+    tiny_inpaint.save_pretrained(tmp_path / "model")
+    arguments = {"low_cpu_mem_usage": False, "offload_folder": "x", "max_memory": {0: "1GB"}}
+    for cls in (UnCLIPInpaintPipeline, Manipulator):
+        with pytest.warns(UserWarning, match="low_cpu_mem_usage.*offload_folder.*max_memory") as told:
+            cls.from_pretrained(tmp_path / "model", **arguments)
+        assert len(told) == 1
+        assert told[0].filename == __file__
+
+
+@pytest.mark.parametrize("device_map", ["cpu", torch.device("cpu")], ids=repr)
+def test_a_device_map_of_one_device(saved, device_map):
+    assert UnCLIPPipeline.from_pretrained(saved / "text", device_map=device_map).device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("device_map", ["auto", "balanced", {"prior": "cpu"}, "tpu9", 1.5], ids=repr)
+def test_a_device_map_of_several_devices(saved, device_map):
+    with pytest.raises(InputError, match=r"device_map is .* one device, .* enable_model_cpu_offload"):
+        UnCLIPPipeline.from_pretrained(saved / "text", device_map=device_map)
 
 
 def test_variations_from_a_folder_without_an_image_encoder(saved, tiny_variation):
@@ -855,6 +1005,9 @@ def test_offloading_finds_the_accelerator(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     assert pipeline_module._accelerator(None, None) == torch.device("cuda", 0)
     assert pipeline_module._accelerator(1, None) == torch.device("cuda", 1)
+    assert pipeline_module._accelerator(np.int64(1), None) == torch.device("cuda", 1)
+    with pytest.raises(InputError, match="gpu_id"):
+        pipeline_module._accelerator(True, None)
     assert pipeline_module._accelerator(1, "cuda:3") == torch.device("cuda", 3)
 
 
@@ -909,8 +1062,6 @@ def test_lists_are_for_the_stages_of_super_resolution(tiny_pipeline, tmp_path, w
 
 
 def test_an_exchanged_component_is_checked(own_pipeline, few):
-    with pytest.raises(ConfigError, match="decoder_scheduler"):
-        own_pipeline.decoder_scheduler = reference.UnCLIPScheduler()
     with pytest.raises(ConfigError, match="cannot be None"):
         own_pipeline.prior = None
     own_pipeline.decoder_scheduler = UnCLIPScheduler(variance_type="fixed_small_log")
@@ -931,7 +1082,43 @@ def test_only_safetensors_are_read(saved):
             assert cls.from_pretrained(folder, use_safetensors=use).dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", ["float16", torch.int8, torch.complex64, 16, float], ids=str)
+@pytest.mark.parametrize("name", ["bfloat16", "torch.bfloat16", torch.bfloat16], ids=str)
+def test_a_type_by_its_name(saved, name):
+    for argument in ("torch_dtype", "dtype"):
+        pipe = UnCLIPPipeline.from_pretrained(saved / "text", **{argument: name})
+        assert {network.dtype for network in pipe.networks.values()} == {torch.bfloat16}
+        prior = PriorTransformer.from_pretrained(saved / "text" / "prior", **{argument: name})
+        assert prior.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("own_clip", [False, True])
+def test_the_types_of_the_files(own_pipeline, tmp_path, own_clip):
+    types = {"text_encoder": torch.bfloat16, "prior": torch.float16, "decoder": torch.float64}
+    for name, kind in types.items():
+        getattr(own_pipeline, name).to(kind)
+    own_pipeline.save_pretrained(tmp_path / "model")
+    loaded = UnCLIPPipeline.from_pretrained(tmp_path / "model", torch_dtype="auto", own_clip=own_clip)
+    for name, network in loaded.networks.items():
+        assert network.dtype == types.get(name, torch.float32)
+    assert PriorTransformer.from_pretrained(tmp_path / "model" / "prior", torch_dtype="auto").dtype == torch.float16
+    assert UnCLIPPipeline.from_pretrained(tmp_path / "model", own_clip=own_clip).decoder.dtype == torch.float32
+
+
+def test_a_type_for_each_component(saved):
+    types = {"prior": "float16", "text_encoder": torch.float64, "default": torch.bfloat16}
+    pipe = UnCLIPPipeline.from_pretrained(saved / "text", torch_dtype=types)
+    found = {name: network.dtype for name, network in pipe.networks.items()}
+    others = dict.fromkeys(found, torch.bfloat16)
+    assert found == others | {"prior": torch.float16, "text_encoder": torch.float64}
+    some = UnCLIPPipeline.from_pretrained(saved / "text", torch_dtype={"prior": torch.float16})
+    assert (some.prior.dtype, some.decoder.dtype) == (torch.float16, torch.float32)
+    with pytest.raises(InputError, match="'priorr', which no pipeline has"):
+        UnCLIPPipeline.from_pretrained(saved / "text", torch_dtype={"priorr": torch.float16})
+    with pytest.raises(InputError, match="torch_dtype is 5"):
+        UnCLIPPipeline.from_pretrained(saved / "text", torch_dtype={"prior": 5})
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8", "nn", "", torch.int8, torch.complex64, 16, float], ids=str)
 def test_a_type_that_weights_cannot_have(saved, dtype):
     for cls, folder in ((UnCLIPPipeline, saved / "text"), (PriorTransformer, saved / "text" / "prior")):
         with pytest.raises(InputError, match=r"torch_dtype is .*torch\.float16"):

@@ -138,6 +138,45 @@ def test_steps_of_a_resampled_path(tiny_inpaint):
     assert [told.count(stage) for stage in ("prior", "decoder", "super_res")] == [2, 2 * 2 + 1, 2 * 2 + 1]
 
 
+@pytest.mark.parametrize("kind", ["uint8", "float", "bool", "lists", "batches"])
+def test_arrays_are_pictures_and_masks(edit, kind):
+    levels, white = np.asarray(PICTURE), np.asarray(MASK)
+    picture, mask = {
+        "uint8": (levels, white),
+        "float": ((levels / 255).astype(np.float32), white / 255),
+        "bool": (levels, white > 0),
+        "lists": ([levels], [white[..., None]]),
+        "batches": (levels[None], white[None]),
+    }[kind]
+    assert np.array_equal(edit("a cat", picture, mask), edit("a cat", PICTURE, MASK))
+
+
+def test_a_batch_of_masks(edit):
+    masks = np.stack([np.asarray(MASK), np.asarray(MASK)[:, ::-1]])
+    first, second = edit("a cat", np.asarray(PICTURE)[None].repeat(2, 0), masks)
+    assert changed(first, PICTURE)[:, :8].any()
+    assert not changed(first, PICTURE)[:, 8:].any()
+    assert not changed(second, PICTURE)[:, :8].any()
+
+
+def test_an_array_with_transparency(edit):
+    holed = np.dstack([np.asarray(PICTURE), 255 - np.asarray(MASK)])
+    (result,) = edit("a cat", holed)
+    assert not changed(result, PICTURE)[:, 8:].any()
+    assert changed(result, PICTURE)[:, :8].mean() > 0.9
+
+
+@pytest.mark.parametrize("mode", ["I;16", "L"])
+def test_a_mask_with_a_transparent_colour(edit, mode):
+    levels = np.full((16, 16), 40_000 if mode == "I;16" else 200, np.uint16 if mode == "I;16" else np.uint8)
+    levels[:, :4] = 7
+    mask = Image.fromarray(levels)
+    mask.info["transparency"] = 7
+    there = changed(edit("a cat", PICTURE, mask)[0], PICTURE)
+    assert there[:, :4].mean() > 0.9
+    assert not there[:, 4:].any()
+
+
 # ---- strength ----
 
 
@@ -370,10 +409,13 @@ def nothing_runs(tiny_inpaint, monkeypatch):
 OPAQUE = Image.new("RGBA", (16, 16), "white")
 HOLED = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
 WRONG = [
-    ({"image": None}, "image must be a PIL image or a non-empty list"),
-    ({"image": []}, "image must be a PIL image or a non-empty list"),
-    ({"image": torch.zeros(1, 3, 16, 16)}, "not Tensor"),
-    ({"image": [PICTURE, "cat.png"]}, "must hold PIL images alone, not a str"),
+    ({"image": None}, "image must be a PIL image, a numpy array, or a list of them, not a NoneType"),
+    ({"image": []}, "image is an empty list"),
+    ({"image": torch.zeros(1, 3, 16, 16)}, "not a Tensor"),
+    ({"image": np.full((16, 16, 3), 2.0)}, "image is an array of float64 with values from 2 to 2"),
+    ({"image": np.zeros((3, 16, 16), np.uint8)}, r"image is an array of the shape \(3, 16, 16\)"),
+    ({"mask_image": np.full((16, 16), np.nan)}, "mask_image is an array with NaN"),
+    ({"image": [PICTURE, "cat.png"]}, "not a list with a str"),
     ({"mask_image": "mask.png"}, "mask_image must be a PIL image"),
     ({"mask_image": left_half(17, 16)}, "the mask is 17×16 pixels, its picture 16×16"),
     ({"mask_image": Image.new("L", (16, 16), 0)}, "the mask is white nowhere"),
@@ -385,14 +427,14 @@ WRONG = [
     ({"image": [HOLED, PICTURE], "mask_image": None}, "some of these pictures have transparency"),
     ({"image": [noisy(20, 10), noisy(10, 20)], "mask_image": None, "strength": 0.5}, "different shapes"),
     ({"mask_image": None}, "nothing of the picture would stay"),
-    ({"strength": 0}, "strength is 0; it must be above 0"),
-    ({"strength": 1.01}, "strength is 1.01; it must be above 0"),
+    ({"strength": 0}, "strength is 0; it must be a number above 0 to 1"),
+    ({"strength": 1.01}, "strength is 1.01; it must be a number above 0 to 1"),
     ({"strength": float("nan")}, "strength is nan"),
     ({"strength": True}, "strength is True"),
     ({"strength": "half"}, "strength is 'half'"),
-    ({"num_resamples": 0}, "num_resamples is 0; it must be a whole number, from 1 to 100"),
+    ({"num_resamples": 0}, "num_resamples is 0; it must be a whole number from 1 to 100"),
     ({"num_resamples": 101}, "num_resamples is 101"),
-    ({"jump_length": 0}, "jump_length is 0; it must be a whole number, 1 or more"),
+    ({"jump_length": 0}, "jump_length is 0; it must be a whole number of at least 1"),
     ({"embedding_from": "picture"}, "embedding_from is 'picture'; it must be one of 'prompt', 'image'"),
     ({"prompt": None, "embedding_from": "prompt"}, "there is no prompt"),
     ({"embedding_from": "image", "image_embeddings": torch.zeros(1, 16)}, "image_embeddings or embedding_from"),
@@ -408,7 +450,7 @@ WRONG = [
     ({"decoder_guidance_scale": float("inf")}, "decoder_guidance_scale is inf"),
     ({"prior_guidance_scale": -1}, "prior_guidance_scale is -1"),
     ({"output_type": "jpeg"}, "output_type is 'jpeg'"),
-    ({"num_images_per_prompt": 0}, "asks for 0 pictures"),
+    ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
     ({"generator": torch.Generator()}, "give seed or generator"),
 ]
 

@@ -1,7 +1,9 @@
 """Arithmetic of embeddings and noise: what must hold for any vectors, and what is refused."""
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -10,6 +12,8 @@ from hypothesis import strategies as st
 from unclip import InputError
 from unclip.stages import arithmetic
 from unclip.stages.arithmetic import blend, difference, equal_turns, slerp, slerp_path, turn
+
+from ..rounding import TIMES, UNIT
 
 quick = settings(deadline=None, max_examples=60)
 
@@ -83,7 +87,9 @@ def test_a_share_a_row():
         (torch.ones(2, 3), torch.zeros(2, 3), 0.5, "zero"),
         (torch.ones(2, 3), torch.full((2, 3), math.nan), 0.5, "finite"),
         (torch.ones(2, 3), torch.ones(2, 4), 0.5, "one shape"),
-        (torch.ones(3), torch.ones(3), 0.5, "one shape"),
+        (torch.tensor(1.0), torch.tensor(1.0), 0.5, "one shape"),
+        (torch.ones(3), torch.ones(3), [0.5, 0.7], "2 shares"),
+        (torch.ones(2, 3), torch.ones(2, 3), True, "finite number"),
         (torch.ones(2, 3), torch.ones(2, 3), math.nan, "finite number"),
         (torch.ones(2, 3), torch.ones(2, 3), torch.zeros(3), "each of 2 rows"),
     ],
@@ -91,6 +97,25 @@ def test_a_share_a_row():
 def test_what_slerp_refuses(a, b, share, words):
     with pytest.raises(InputError, match=words):
         slerp(a, b, share)
+
+
+@pytest.mark.parametrize("shape", [(16,), (2, 16), (2, 4, 4), (2, 3, 4, 4)])
+def test_slerp_of_any_number_of_dimensions(shape):
+    start, end = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    rows = (1, -1) if len(shape) == 1 else (len(start), -1)
+    flat = slerp(start.reshape(rows), end.reshape(rows), 0.3)
+    assert torch.equal(slerp(start, end, 0.3), flat.reshape(shape))
+    assert torch.equal(slerp(start, end, 1), end)
+
+
+@pytest.mark.parametrize(
+    "share",
+    [np.float64(0.25), np.array(0.25), torch.tensor(0.25), [0.25], Fraction(1, 4), np.array([0.25, 0.25])],
+    ids=repr,
+)
+def test_shares_of_any_kind(share):
+    start, end = vectors(0), vectors(1)
+    assert torch.equal(slerp(start, end, share), slerp(start, end, 0.25))
 
 
 def test_a_path_through_points():
@@ -116,7 +141,7 @@ def test_a_path_is_walked_one_step_at_a_time(monkeypatch):
     assert rows == [1] * 21
     start, end = (part.repeat_interleave(10, dim=0) for part in (points[:-1], points[1:]))
     at_once = slerp(start, end, (torch.arange(10) / 10).double().repeat(2))
-    torch.testing.assert_close(path[:-1], at_once, rtol=0, atol=1e-6)
+    torch.testing.assert_close(path[:-1], at_once, rtol=0, atol=TIMES * UNIT * float(at_once.abs().max()))
 
 
 def test_equal_turns():
@@ -145,7 +170,7 @@ def test_places_may_lie_anywhere():
     ("rows", "places", "words"),
     [
         (1, [0.0], "two or more"),
-        (2, [], "needs one"),
+        (2, [], "give one or more"),
         (2, [0, 1.01], "from 0 to 1"),
         (3, [-0.1], "from 0 to 2"),
         (2, [math.nan], "nan"),

@@ -230,8 +230,18 @@ def test_a_picture_that_is_not_decoded_yet(pictures, tmp_path):
         pictures.encode(lazy)
 
 
+def test_arrays(pictures):
+    wanted = pictures.encode([picture()])
+    levels = np.asarray(picture())
+    for given in (levels, [levels], levels[None], (levels / 255).astype(np.float32), levels / 255):
+        assert torch.equal(pictures.encode(given), wanted)
+    assert pictures.encode([levels, picture()]).shape == (2, 16)
+    with pytest.raises(ImageError, match="floating point must be from 0 to 1"):
+        pictures.encode(levels.astype(np.float32))
+
+
 @pytest.mark.parametrize(
-    "images", [None, 3, "a.png", [], [None], [picture(), "a.png"], np.zeros((4, 4, 3)), [[picture()]]]
+    "images", [None, 3, "a.png", [], [None], [picture(), "a.png"], np.zeros((4, 4, 5)), [[picture()]]]
 )
 def test_what_is_no_picture(pictures, images):
     with pytest.raises(InputError):

@@ -91,7 +91,7 @@ def test_what_is_drawn_for_it():
     draw = Drawing()
     places = even_places(points(2), 7, draw, batch_size=4)
     assert draw.batches == [4, 4, 1, 4, 3]  # the path, then the frames between the ends once more
-    assert even_places(points(2), 7, draw, batch_size=100) == places
+    assert even_places(points(2), 7, draw, batch_size=100) == pytest.approx(places, abs=1e-6)
     draw.batches.clear()
     assert even_places(points(3), 0, draw) == [0, 1, 2]
     even_places(points(2), 7, draw, num_drawings=0)

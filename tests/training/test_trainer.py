@@ -117,12 +117,12 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     assert (one / "state" / "state.json").read_text() == (other / "state" / "state.json").read_text()
 
 
-def stopped_at(step: int):
+def stopped_at(step: int, number: int = signal.SIGINT):
     """A spoiler that asks this process to stop, as Ctrl-C does, while a step is computed."""
 
     def spoil(batch, drawn):
         if drawn == step:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return batch
 
     return spoil
@@ -460,9 +460,12 @@ def test_a_signal_between_two_steps_waits_until_all_processes_are_told(tmp_path,
     assert trainer.step == 4
 
 
-def test_signals_are_put_back(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_put_back(tmp_path, number):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    Trainer(LineTask(stopped_at(2)), line_recipe(), tmp_path / "run").run()
+    trainer = Trainer(LineTask(stopped_at(2, number)), line_recipe(), tmp_path / "run")
+    trainer.run()
+    assert (trainer.step, trainer.stopped_by) == (2, number)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 

@@ -52,6 +52,26 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Settings that would change results and are not implemented, each with the values that ask for nothing."""
 
+SIZE_LIMITS = {
+    "hidden_size": 16_384,
+    "intermediate_size": 65_536,
+    "projection_dim": 16_384,
+    "num_hidden_layers": 256,
+    "num_attention_heads": 1024,
+    "vocab_size": 1_000_000,
+    "max_position_embeddings": 65_536,
+    "image_size": 4096,
+    "patch_size": 4096,
+    "num_channels": 16,
+}
+"""The largest value of each size; the smallest is 1."""
+
+TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+SHARES = ("layer_norm_eps", "attention_dropout")
+"""Numbers from 0 to below 1."""
+FACTORS = ("initializer_range", "initializer_factor", "logit_scale_init_value")
+MAX_FACTOR = 1e6
+
 HALVES = ("text_config", "vision_config")
 OLD_HALVES = {"text_config_dict": "text_config", "vision_config_dict": "vision_config"}
 """Where the first files of a whole CLIP said its sizes again; transformers lets these overrule the others."""
@@ -121,6 +141,8 @@ def read_image_processor_settings(folder: Path) -> dict[str, Any]:
 
 def _check(settings: Mapping[str, Any], known: set[str], neutral: Mapping[str, tuple[Any, ...]], where: str) -> None:
     for key, value in settings.items():
+        if key in HONOURED:
+            _check_value(key, value, where)
         if key.startswith("_") or key in known:
             continue
         if key not in neutral:
@@ -131,3 +153,20 @@ def _check(settings: Mapping[str, Any], known: set[str], neutral: Mapping[str, t
         if value not in neutral[key]:
             allowed = ", ".join(repr(choice) for choice in neutral[key])
             raise ConfigError(f"{key} = {value!r:.100} in {where} is not implemented; supported: {allowed}")
+
+
+def _check_value(key: str, value: Any, where: str) -> None:
+    """Raises: ConfigError for a value that CLIP's encoders cannot have."""
+    whole, real = type(value) is int, type(value) in (int, float)
+    if key in SIZE_LIMITS and not (whole and 1 <= value <= SIZE_LIMITS[key]):
+        raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be a whole number from 1 to {SIZE_LIMITS[key]}")
+    if key in TOKENS and not (whole and 0 <= value <= SIZE_LIMITS["vocab_size"]):
+        if value is not None or key == "eos_token_id":
+            limit = SIZE_LIMITS["vocab_size"]
+            raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be a whole number from 0 to {limit}")
+    if key in SHARES and not (real and 0 <= value < 1) and (key, value) != ("attention_dropout", None):
+        raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be a number from 0 to below 1")
+    if key in FACTORS and not (real and -MAX_FACTOR <= value <= MAX_FACTOR):
+        raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be a number up to {MAX_FACTOR:g}")
+    if key == "hidden_act" and not isinstance(value, str):
+        raise ConfigError(f"hidden_act in {where} is {value!r:.80}; it must be the name of an activation")

@@ -23,7 +23,9 @@ from unclip.errors import (
     ConfigError,
     InputError,
     MissingFileError,
+    OutputError,
     OutputExistsError,
+    UnclipError,
     UnsafeFileError,
 )
 
@@ -114,15 +116,23 @@ def file_size(path: str | os.PathLike[str]) -> int:
 def write_json(path: str | os.PathLike[str], obj: dict[str, Any]) -> None:
     """Write `obj` to `path` as indented JSON, keys sorted, whole or not at all; an older file is replaced.
 
+    Raises ConfigError as `json_bytes`, and what `atomic_file` raises.
+    """
+    data = json_bytes(obj, path)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def json_bytes(obj: dict[str, Any], path: str | os.PathLike[str]) -> bytes:
+    """`obj` as `write_json` writes it to `path`.
+
     Raises ConfigError for values that JSON cannot hold, NaN and infinities among them.
     """
     try:
         text = json.dumps(obj, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
-        data = text.encode("utf-8")
+        return text.encode("utf-8")
     except (TypeError, ValueError) as problem:
         raise ConfigError(f"{path} cannot be written as JSON: {problem}") from problem
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(data)
 
 
 # -- whole or not at all -------------------------------------------------------------------------------------------
@@ -142,15 +152,32 @@ def output_path(path: str | os.PathLike[str]) -> Path:
 
 
 def output_folder(path: str | os.PathLike[str]) -> Path:
-    """`path` as a folder to write into, made if need be. Raises as `output_path`, and OutputExistsError for a file."""
+    """`path` as a folder to write into, made if need be. Raises as `output_path`, OutputExistsError for a file, and
+    OutputError when it cannot be made."""
     target = output_path(path)
     for place in (target, *target.parents):
         if place.exists():
             if not place.is_dir():
                 raise OutputExistsError(f"{place} is a file; name a folder")
             break
-    target.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        target.mkdir(parents=True, exist_ok=True)
     return Path(path)
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Within it, a full disk or a missing permission raises OutputError, which names `path` and the reason."""
+    try:
+        yield
+    except (UnclipError, BrokenPipeError):
+        raise
+    except Exception as problem:
+        from safetensors import SafetensorError
+
+        if isinstance(problem, OSError | SafetensorError):
+            raise OutputError(f"{path} cannot be written: {problem}") from problem
+        raise
 
 
 @contextlib.contextmanager
@@ -158,25 +185,27 @@ def atomic_file(path: str | os.PathLike[str], overwrite: bool = True) -> Iterato
     """Yield a temporary path beside `path`, with its suffix; at the end it is synced and takes the name `path`.
 
     On an error the temporary file is removed and `path` is as it was. Missing parent folders are made. Raises
-    OutputExistsError when `path` is a folder, or exists and `overwrite` is False; InputError as `output_path`.
+    OutputExistsError when `path` is a folder, or exists and `overwrite` is False; OutputError when the disk is full or a
+    folder cannot be written; InputError as `output_path`.
     """
     target = output_path(path)
     if target.is_dir():
         raise OutputExistsError(f"{path} is a folder; name a file")
     if not overwrite and target.exists():
         raise OutputExistsError(_exists(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{target.suffix[:16]}")
-    try:
-        yield temporary
-        sync(temporary)
-        if overwrite:
-            os.replace(temporary, target)
-        else:
-            _rename_new(temporary, target, path)
-        sync(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            sync(temporary)
+            if overwrite:
+                os.replace(temporary, target)
+            else:
+                _rename_new(temporary, target, path)
+            sync(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -186,24 +215,26 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
     On an error the temporary folder is removed and `path` is as it was; a killed process leaves at most a folder whose
     name starts with `.unclip-tmp-`. With `overwrite` an existing folder is replaced as a whole, never merged, and only
     once the new one is complete. Raises OutputExistsError when `path` is a file, a folder with something in it (unless
-    `overwrite`), or the home or current folder or one above it, which is never replaced; InputError as `output_path`.
+    `overwrite`), or the home or current folder or one above it, which is never replaced; OutputError when the disk is
+    full or a folder cannot be written; InputError as `output_path`.
     """
     target = output_path(path)
     _check_folder_target(target, path, overwrite)
     output_folder(target.parent)
     temporary = target.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        for root, _, names in os.walk(temporary):
-            for name in names:
-                sync(Path(root, name))
-            sync(Path(root))
-        _check_folder_target(target, path, overwrite)  # it may have come into being meanwhile
-        _put_folder(temporary, target)
-        sync(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with writing(path):
+        try:
+            temporary.mkdir()
+            yield temporary
+            for root, _, names in os.walk(temporary):
+                for name in names:
+                    sync(Path(root, name))
+                sync(Path(root))
+            _check_folder_target(target, path, overwrite)  # it may have come into being meanwhile
+            _put_folder(temporary, target)
+            sync(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _check_folder_target(target: Path, path: str | os.PathLike[str], overwrite: bool) -> None:
@@ -211,14 +242,13 @@ def _check_folder_target(target: Path, path: str | os.PathLike[str], overwrite: 
         return
     if not target.is_dir():
         raise OutputExistsError(f"{path} is a file; name a folder")
-    if any(target.iterdir()):
-        if not overwrite:
-            raise OutputExistsError(_exists(path))
-        for kept in (Path.cwd(), Path.home()):
-            if target == kept or target in kept.parents:
-                raise OutputExistsError(
-                    f"{path} would be replaced as a whole, and {kept} lies in it; name a new folder"
-                )
+    if any(target.iterdir()) and not overwrite:
+        raise OutputExistsError(_exists(path))
+    for kept in (Path.cwd(), Path.home()):  # an empty one would be replaced, too, and the shell would stand in none
+        if target == kept or target in kept.parents:
+            what = "is" if target == kept else "contains"
+            whose = "current" if kept == Path.cwd() else "home"
+            raise OutputExistsError(f"{path} {what} the {whose} folder, and would be replaced as a whole; name a new one")
 
 
 def _put_folder(temporary: Path, target: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from unclip.checkpoints.files import read_json, safe_join, write_json
 from unclip.errors import ConfigError
+from unclip.numbers import plain, several
 
 FILE = "generation_defaults.json"
 COUNTS = (
@@ -44,12 +45,14 @@ def write_recommended(folder: Path, recommended: Mapping[str, Recommended]) -> N
 
 
 def check_recommended(found: Mapping[str, Recommended], where: str) -> dict[str, Recommended]:
-    """The same settings. Raises: ConfigError for an unknown key or a value that is no number."""
+    """The settings in Python's own numbers. Raises: ConfigError for an unknown key, or a value that is not a number."""
+    checked: dict[str, Recommended] = {}
     for key, value in found.items():
         if key not in KEYS:
             raise ConfigError(f"{where} has the unknown key {key!r}; it may have {', '.join(KEYS)}")
-        if isinstance(value, list) and key == PER_STAGE and all(type(count) is int for count in value) and value:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int if key in COUNTS else int | float):
+        each = several(value) if key == PER_STAGE else None
+        numbers = [plain(number) for number in ([value] if each is None else each)]
+        if not numbers or not all(type(number) in ((int,) if key in COUNTS else (int, float)) for number in numbers):
             raise ConfigError(f"{where}: {key} is {value!r}; it must be a {'whole ' if key in COUNTS else ''}number")
-    return dict(found)
+        checked[key] = numbers[0] if each is None else numbers
+    return checked

@@ -9,6 +9,7 @@ from typing import Any
 
 from unclip.checkpoints.recommended import check_recommended
 from unclip.errors import CheckpointError, ConfigError, InputError
+from unclip.numbers import whole
 
 RECORDED = ("decoder_num_inference_steps", "super_res_num_inference_steps", "decoder_guidance_scale")
 """Numbers, by the names of a call's arguments, as JSON."""
@@ -31,9 +32,8 @@ def record_texts(settings: Mapping[str, Any]) -> dict[str, str]:
     prompt = given.pop(PROMPT, None)
     if prompt is not None and not isinstance(prompt, str):
         raise InputError(f"the prompt is {prompt!r:.100}; it must be a text")
-    lists = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
     try:
-        numbers = _checked(lists, "settings")
+        numbers = _checked(given, "settings")
     except ConfigError as problem:
         raise InputError(str(problem)) from problem
     return {name: json.dumps(value) for name, value in numbers.items()} | ({PROMPT: prompt} if prompt else {})
@@ -57,9 +57,6 @@ def read_record(about: Mapping[str, str], where: str) -> dict[str, Any]:
 
 
 def _checked(numbers: dict[str, Any], where: str) -> dict[str, Any]:
-    """Raises: ConfigError for a value of a wrong type."""
-    tile = numbers.get(TILE)
-    if tile is not None and (type(tile) is not int or tile < 1):
-        raise ConfigError(f"{where}: {TILE} is {tile!r}; it must be a whole number above 0")
-    check_recommended({name: value for name, value in numbers.items() if name != TILE}, where)
-    return numbers
+    """The same, as Python's own numbers. Raises: ConfigError for a value of a wrong type."""
+    tile = {TILE: whole(numbers[TILE], f"{where}: {TILE}", error=ConfigError)} if TILE in numbers else {}
+    return check_recommended({name: value for name, value in numbers.items() if name != TILE}, where) | tile

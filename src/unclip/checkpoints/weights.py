@@ -14,9 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unclip.checkpoints.files import TEMPORARY_PREFIX, atomic_file, hub_root, read_json, safe_join, sync, write_json
+from unclip.checkpoints.files import (
+    TEMPORARY_PREFIX,
+    atomic_file,
+    hub_root,
+    json_bytes,
+    read_json,
+    safe_join,
+    sync,
+    writing,
+)
 from unclip.checkpoints.header import TensorInfo, check_tensor_name, read_header
-from unclip.errors import CheckpointError, InputError, MissingFileError, UnsafeFileError, WeightsError
+from unclip.errors import CheckpointError, MissingFileError, UnsafeFileError, WeightsError
+from unclip.numbers import plain
 
 if TYPE_CHECKING:
     import torch
@@ -74,17 +84,22 @@ def open_weights(
 ) -> WeightsIndex:
     """Find the weights `stem` in `folder` and judge every header, without reading weights.
 
-    A single file comes before an index. Raises MissingFileError (the message names what is there), UnsafeFileError when
-    there are only pickles or an index points out of the folder, WeightsError for damaged files or an index that
-    disagrees with its shards.
+    Raises MissingFileError (the message names what is there), UnsafeFileError when
+    there are only pickles or an index points out of the folder, WeightsError for damaged files, an index that disagrees
+    with its shards, or a folder with both a whole file and an index.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise MissingFileError(f"{folder} is not a folder")
     single = safe_join(folder, file_name(stem, variant))
+    index = safe_join(folder, index_name(stem, variant))
+    if single.exists() and index.exists():
+        raise WeightsError(
+            f"{folder} has its weights twice: whole in {single.name}, and in the shards that {index.name} lists; "
+            "remove one of the two"
+        )
     if single.exists():
         return WeightsIndex(read_header(single), (single,))
-    index = safe_join(folder, index_name(stem, variant))
     if index.exists():
         return _open_shards(folder, index)
     raise _nothing_found(folder, stem, variant)
@@ -137,21 +152,14 @@ def _nothing_found(folder: Path, stem: str, variant: str | None) -> CheckpointEr
     return MissingFileError(f"{folder} has no {wanted}; there is {_some(names) or 'nothing'}{remedy}")
 
 
-def check_asked(torch_dtype: object, use_safetensors: object) -> None:
-    """Check how weights are asked for, before a file is opened.
-
-    Raises: InputError for a `torch_dtype` that is neither None nor a floating torch.dtype; UnsafeFileError for
-        `use_safetensors=False` (None, which leaves the choice, and True are the same).
-    """
+def stored_type(index: WeightsIndex) -> torch.dtype | None:
+    """The floating type that takes most of the weights' memory; None if there is none."""
     import torch
 
-    if torch_dtype is not None and not (isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point):
-        raise InputError(
-            f"torch_dtype is {torch_dtype!r}; it must be a floating type of torch's, such as torch.float16, "
-            "torch.bfloat16 or torch.float32"
-        )
-    if use_safetensors is not None and not use_safetensors:
-        raise UnsafeFileError("only safetensors are read; for pickles you trust: unclip convert pickle --help")
+    types = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+    sizes = {name: sum(info.nbytes for info in index.values() if info.dtype == name) for name in types}
+    largest = max(sizes, key=sizes.__getitem__)
+    return types[largest] if sizes[largest] else None
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
@@ -235,7 +243,7 @@ def fill(
 ) -> None:
     """`load_into` for weights that are already open; `folder` is how messages call their place."""
     wanted = module.state_dict(keep_vars=True)
-    _compare({name: tuple(value.shape) for name, value in wanted.items()}, index, folder)
+    check_fit({name: tuple(value.shape) for name, value in wanted.items()}, index, folder)
     relaid = any(_is_channels_last(value) for value in wanted.values())
     loaded: dict[str, Any] = {}
     for name, tensor in read_tensors(index):
@@ -269,7 +277,8 @@ def _copied(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.channels_last if _is_channels_last(like) else torch.contiguous_format)
 
 
-def _compare(wanted: Mapping[str, tuple[int, ...]], index: WeightsIndex, folder: str | os.PathLike[str]) -> None:
+def check_fit(wanted: Mapping[str, tuple[int, ...]], index: WeightsIndex, folder: str | os.PathLike[str]) -> None:
+    """Raise WeightsError unless `index` has the `wanted` names with these shapes, and no others."""
     problems = []
     missing = [name for name in wanted if name not in index]
     extra = [name for name in index if name not in wanted]
@@ -311,7 +320,8 @@ def save_weights(
         check_tensor_name(name, "the state dict")
         check_finite(tensor, name, "the state dict")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     stale = [path for path in folder.iterdir() if _is_ours(path.name, stem, variant)]
     shards = _plan(state_dict, parse_size(max_shard_size))
     if len(shards) == 1:
@@ -339,7 +349,11 @@ def _save_shards(
     base, total = f"{stem}{_dotted(variant)}", len(shards)
     paths = [folder / f"{base}-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
     index = folder / index_name(stem, variant)
-    with contextlib.ExitStack() as renames:  # every shard is written and on the disk before the first gets its name
+    weight_map = {name: path.name for names, path in zip(shards, paths, strict=True) for name in names}
+    total_bytes = sum(state_dict[name].nbytes for name in state_dict)
+    with contextlib.ExitStack() as renames:  # all is written and on the disk before the first file gets its name
+        draft = renames.enter_context(atomic_file(index))  # the first to be written is the last to be renamed
+        draft.write_bytes(json_bytes({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, index))
         for names, path in zip(shards, paths, strict=True):
             draft = renames.enter_context(atomic_file(path))
             _save(state_dict, names, draft)
@@ -347,9 +361,6 @@ def _save_shards(
         before_replacing()
         if any(path.exists() for path in paths):
             index.unlink(missing_ok=True)  # its shards are about to change under it
-    weight_map = {name: path.name for names, path in zip(shards, paths, strict=True) for name in names}
-    total_bytes = sum(state_dict[name].nbytes for name in state_dict)
-    write_json(index, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
     return [*paths, index]
 
 
@@ -381,8 +392,8 @@ def _plan(state_dict: Mapping[str, Tensor], limit_bytes: int) -> list[list[str]]
 def parse_size(size: int | str) -> int:
     """Bytes in `size`: a count, or text such as "10GB", "500MB" (decimal) or "2GiB" (binary)."""
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
-    found = re.fullmatch(r"(\d{1,15})\s*([A-Z]*)", str(size).strip().upper())
-    if isinstance(size, bool) or not found or found[2] not in units or int(found[1]) == 0:
+    found = re.fullmatch(r"(\d{1,15})\s*([A-Z]*)", str(plain(size)).strip().upper())
+    if not found or found[2] not in units or int(found[1]) == 0:
         raise CheckpointError(f'max_shard_size is {size!r}; give bytes, or a text such as "500MB" or "10GB"')
     return int(found[1]) * units[found[2]]
 

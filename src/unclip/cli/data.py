@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from unclip.checkpoints.files import read_json
 from unclip.cli import options
 from unclip.cli.messages import note, warn
 from unclip.errors import OutputExistsError
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 EMOJI_EXAMPLES = options.examples(
     "unclip data emoji --out data/emoji", "unclip data emoji --out data/emoji --packages downloads"
+)
+LANGUAGE_EXAMPLES = options.examples(
+    "unclip data language data/emoji --out data/language.jsonl",
+    "unclip data language data/emoji --out small.jsonl --count 20000",
 )
 INSPECT_EXAMPLES = options.examples(
     "unclip data inspect data/emoji",
@@ -71,6 +76,37 @@ def emoji(
     counts = build_emoji(out, packages=packages, progress=None if quiet else functools.partial(tqdm, disable=None))
     if not quiet:
         note(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
+    print(out, flush=True)
+
+
+@data.command("language", epilog=LANGUAGE_EXAMPLES)
+def language(
+    source: Annotated[Path, typer.Argument(metavar="DATA", help="The folder of unclip data emoji.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to write, one phrase a line.")],
+    count: Annotated[int, typer.Option(min=1, metavar="N", help="Phrases to write.")] = 1_200_000,
+    seed: Annotated[int, typer.Option(min=0, max=2**32, metavar="N", help="Random seed.")] = 0,
+    packages: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder with the four source tarballs.", show_default="fetched with npm"),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing FILE.")] = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write many wordings of what the emoji show, for a teacher to read.
+
+    The phrases are made of labels, keywords and the nouns of WordNet. They train a CLIP's text encoder, a prior and a
+    decoder whose recipe has a section [teacher]. The wordings of unclip evaluate wordings are left out.
+    """
+    from unclip.checkpoints.hub import BUILT_IN_JUDGE, resolve
+    from unclip.data.language import build_language
+
+    if out.exists() and not overwrite:
+        raise OutputExistsError(f"{out} exists already; give --overwrite, or name another file")
+    listed = read_json(resolve(BUILT_IN_JUDGE) / "wordings.json")
+    left_out = [wording for wordings in listed.values() for wording in wordings]
+    written = build_language(source, out, count=count, seed=seed, left_out=left_out, packages=packages)
+    if not quiet:
+        note(f"{written:,} phrases")
     print(out, flush=True)
 
 

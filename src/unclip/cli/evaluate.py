@@ -22,6 +22,11 @@ RETRIEVAL_EXAMPLES = options.examples(
     "  --sheet sheets/composed --out composed.json",
     "unclip evaluate retrieval --data data/emoji --candidates 4 --out four.json",
 )
+WORDINGS_EXAMPLES = options.examples(
+    "unclip evaluate wordings --data data/emoji --out wordings.json",
+    "unclip evaluate wordings --model models/mine --data data/mine \\",
+    "  --wordings mine.json --sheet sheet.png --out wordings.json",
+)
 VARIATIONS_EXAMPLES = options.examples(
     "unclip evaluate variations --data data/emoji --out variations.json",
     "unclip evaluate variations --model models/mine --data data/emoji \\",
@@ -111,6 +116,70 @@ def retrieval(
     )
     about = subject.about | ({"features": space.name} if space is not None else {})
     finish(asked, about, "retrieval", found)
+
+
+@evaluate.command("wordings", epilog=WORDINGS_EXAMPLES)
+def wordings(
+    data: measures.Data,
+    out: measures.Out,
+    model: options.Model = "unclip-emoji",
+    judge: measures.JudgeName = BUILT_IN_JUDGE,
+    listed: Annotated[
+        Path | None,
+        typer.Option(
+            "--wordings",
+            metavar="FILE",
+            help="JSON: {kind: {wording: [labels that are right]}}.",
+            show_default="the built-in list, for emoji",
+        ),
+    ] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the pictures on FILE.", show_default="no")
+    ] = None,
+    seed: measures.Seed = 0,
+    prior_steps: measures.PriorSteps = None,
+    decoder_steps: options.DecoderSteps = None,
+    super_res_steps: options.SuperResSteps = None,
+    prior_guidance: measures.PriorGuidance = None,
+    decoder_guidance: options.DecoderGuidance = None,
+    candidates: options.Candidates = None,
+    prior_temperature: options.PriorTemperature = None,
+    prior_top_p: options.PriorTopP = None,
+    sampler: options.Sampler = None,
+    batch_size: options.BatchSize = 16,
+    dtype: options.DtypeOption = options.Dtype.float32,
+    device: options.Device = "auto",
+    overwrite: measures.Overwrite = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Ask in free words ("a mug of hot coffee"); see what a judge finds.
+
+    The judge ranks the captions of all concepts for each picture. How often the first one, and one of the first five,
+    is right for the wording is reported, for all wordings and for each kind. Several concepts may be right for one.
+    """
+    from unclip.evaluation.wordings import read_wordings
+    from unclip.evaluation.wordings import wordings as measure
+    from unclip.pipelines.text_to_image import UnCLIPPipeline
+
+    asked_for = read_wordings(listed or measures.find_judge(BUILT_IN_JUDGE) / "wordings.json")
+    given = stage_settings(prior_steps, decoder_steps, super_res_steps, prior_guidance, decoder_guidance)
+    machine = Machine(dtype, device, cpu_offload=False, quiet=quiet)
+    asked = Asked(data, out, model, len(asked_for), 0, seed, batch_size, overwrite, judge)
+    measures.refuse_to_overwrite([out] if sheet is None else [out, sheet], overwrite=overwrite)
+    drawing = drawing_settings(candidates, prior_temperature, prior_top_p)
+    subject = measures.prepare("wordings", UnCLIPPipeline, ["prior"], asked, machine, given, sampler, drawing)
+    found = measure(
+        subject.pipe,
+        subject.judge,  # pyright: ignore
+        data,
+        asked_for,
+        batch_size=batch_size,
+        seed=seed,
+        sheet=sheet,
+        progress=measures.bar(machine, desc="drawing", unit="batch"),
+        **subject.settings,
+    )
+    finish(asked, subject.about, "wordings", found)
 
 
 @evaluate.command("variations", epilog=VARIATIONS_EXAMPLES)

@@ -6,9 +6,10 @@ Knows the commands and the exit codes; knows nothing of models. Imports no heavy
 import contextlib
 import os
 import platform
+import signal
 import sys
 import traceback
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -22,7 +23,6 @@ from unclip.cli.messages import error, note, shown_warnings
 from unclip.cli.probe import probe
 from unclip.errors import UnclipError
 
-INTERRUPTED = 130
 READER_GONE = 141
 """What a shell reports of a program whose output nobody reads any more."""
 
@@ -33,6 +33,14 @@ EXAMPLES = options.examples(
     "unclip info unclip-emoji              look into a model",
     "unclip generate --help                all options of a command",
 )
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end by signal `number`; unwinds as Ctrl-C does, so that temporary files are removed."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
 
 
 class Commands(TyperGroup):
@@ -46,7 +54,8 @@ class Commands(TyperGroup):
                 raise  # typer's own ways to leave, wrong usage among them
             except KeyboardInterrupt as problem:
                 note("stopped; what was finished stays")
-                raise typer.Exit(INTERRUPTED) from problem
+                number = problem.number if isinstance(problem, Terminated) else signal.SIGINT
+                raise typer.Exit(128 + number) from problem
             except BrokenPipeError as problem:
                 _drop_stdout()
                 raise typer.Exit(READER_GONE) from problem
@@ -120,7 +129,16 @@ def main() -> None:
         with contextlib.suppress(AttributeError, ValueError):  # a stream of another kind, or none
             utf8 = stream.encoding.lower().replace("-", "") == "utf8"
             stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")  # type: ignore[union-attr]
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, _terminate)
     app(prog_name="unclip")
+
+
+def _terminate(number: int, frame: Any) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the removal of temporary files
+    raise Terminated(number)
 
 
 def _drop_stdout() -> None:

@@ -238,8 +238,8 @@ class Pictures:
     @classmethod
     def of(cls, data: str, most: int | None = None) -> "Pictures":
         """Raises: DataError when there are none."""
-        from unclip.cli.workbench import PICTURE_SUFFIXES
         from unclip.data.shards import is_shards
+        from unclip.images import PICTURE_SUFFIXES
 
         folder = Path(data)
         if is_shards(data) or (folder / "metadata.jsonl").exists():

@@ -5,7 +5,9 @@ Knows recipes and folders by name; the work is done in `unclip.training`.
 
 import functools
 import os
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,8 +20,6 @@ from unclip.cli.messages import note
 if TYPE_CHECKING:
     from unclip.training.recipe import Recipe
     from unclip.training.task import Task
-
-INTERRUPTED = 130
 
 TRAIN_EXAMPLES = options.examples(
     "unclip train recipes/emoji/clip.toml --out runs/clip",
@@ -58,8 +58,8 @@ def train(
     """Train one stage by a recipe: clip, prior, prior_autoregressive, decoder or
     super_res.
 
-    Ctrl-C saves and stops; the same command goes on from there. The run's folder gets metrics.jsonl, samples/ and
-    model/, whose path is printed on stdout.
+    Ctrl-C or SIGTERM saves and stops; the same command goes on from there. The run's folder gets metrics.jsonl,
+    samples/ and model/, whose path is printed on stdout.
     """
     from tqdm import tqdm
 
@@ -84,16 +84,25 @@ def train(
         note("this CPU has no instructions for bfloat16: training in float32, which is faster here")
     if trainer.step and first and not quiet:
         note(f"going on from step {trainer.step} of {settings.steps}")
-    trainer.run(progress=progress)
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    told = first and not quiet and not is_terminal  # where a terminal has a bar
+    trainer.run(progress=progress, on_log=functools.partial(tell_step, settings) if told else None)
     if first and trainer.skipped:
         some = "; ".join(f"{name}: {why}" for name, why in list(trainer.skipped.items())[:3])
         note(f"{len(trainer.skipped)} samples or shards could not be read ({out / 'skipped.json'}): {some}")
     if trainer.step < settings.steps:
         if first:
             note(f"stopped and saved at step {trainer.step} of {settings.steps}; the same command goes on from there")
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(128 + (trainer.stopped_by or signal.SIGINT))
     if first:
         print(out / "model", flush=True)
+
+
+def tell_step(recipe: "Recipe", step: int, row: Mapping[str, float]) -> None:
+    """One line on a run's progress: step, loss, pictures a second, and the time that is left."""
+    rate = row["pictures_per_s"]
+    left = duration((recipe.steps - step) * recipe.batch_size / rate)
+    note(f"step {step:,} of {recipe.steps:,}: loss {row['loss']:.4f}, {rate:.1f} pictures/s, {left} left")
 
 
 def is_first() -> bool:
@@ -149,7 +158,7 @@ def make_task(recipe: "Recipe", progress: Callable[..., Any] | None = None, *, r
     if recipe.stage == "clip":
         from unclip.training.clip import ClipTask
 
-        return ClipTask(recipe, run)
+        return ClipTask(recipe, progress, run)
     if recipe.stage == "prior_autoregressive":
         from unclip.training.prior_autoregressive import AutoregressivePriorTask
 

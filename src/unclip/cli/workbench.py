@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from unclip.pipelines.manipulation import Manipulator
     from unclip.stages.manipulation import BipartiteLatent
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-OTHER_PICTURE_SUFFIXES = (".jfif", ".jpe", ".apng", ".avif", ".heic", ".heif", ".svg", ".ico", ".psd")
-"""With which no caption ends either."""
+UNREAD_SUFFIXES = (".heic", ".heif", ".svg", ".ico", ".psd")
+"""Of pictures that are not read; no caption ends with one either."""
 PATH = re.compile(r".*[/\\].*\.[a-z][a-z0-9]{1,11}", re.DOTALL | re.IGNORECASE)
 """A text with a separator and a suffix."""
 OPTIONS = {
@@ -77,6 +76,7 @@ def read_part(text: str, *, weighted: bool = False) -> Part:
         not finite.
     """
     from unclip.cli.generate import plain
+    from unclip.images import PICTURE_SUFFIXES
 
     weight = 1.0
     if weighted and not _is(Path.is_file, text):
@@ -90,7 +90,7 @@ def read_part(text: str, *, weighted: bool = False) -> Part:
         return Part(text, "latent" if suffix == SUFFIX else "picture", weight)
     if text and _is(Path.is_dir, text):
         raise InputError(f"{text!r} is a folder; name a file, or word the caption otherwise")
-    if suffix in (*PICTURE_SUFFIXES, *OTHER_PICTURE_SUFFIXES, SUFFIX):
+    if suffix in (*PICTURE_SUFFIXES, *UNREAD_SUFFIXES, SUFFIX):
         raise InputError(f"there is no file {text!r}; a caption must not end in {suffix}")
     if suffix and PATH.fullmatch(text):
         raise InputError(f"there is no file {text!r}; a caption must not have both a separator and a suffix {suffix}")

@@ -19,6 +19,7 @@ from PIL import Image
 from unclip.checkpoints.files import atomic_folder, safe_join
 from unclip.data.folder import Record, read_records
 from unclip.errors import DataError
+from unclip.images import open_image
 
 HUES = {"red": 0, "orange": 28, "yellow": 52, "green": 125, "blue": 215, "purple": 275, "pink": 325}
 """Degrees on the colour circle."""
@@ -118,8 +119,7 @@ def read_things(data: Path) -> Iterator[Thing]:
         if record.held_out or not record.weight or noun is None or (record.concept or record.file_name) in seen:
             continue
         seen.add(record.concept or record.file_name)
-        with Image.open(safe_join(Path(data), record.file_name)) as image:
-            rgba = image.convert("RGBA")
+        rgba = open_image(safe_join(Path(data), record.file_name), keep_alpha=True).convert("RGBA")
         if np.asarray(rgba)[..., 3].min() > 0:  # nothing to lay over anything
             continue
         yield Thing(record, rgba, noun, own_hue(rgba))

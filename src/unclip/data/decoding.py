@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unclip.data.folder import square_pixels
+from unclip.data.folder import read_pixels
 from unclip.data.shards import RawSample, about
 from unclip.errors import DataError, ImageError
-from unclip.images import open_image
+from unclip.images import PICTURE_SUFFIXES, open_image
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = tuple(suffix.removeprefix(".") for suffix in PICTURE_SUFFIXES)
 EMBEDDING = "img_emb.npy"
 CLIP = "clip"
 """What a sample's .json calls the fingerprint of the CLIP that its embedding is of."""
@@ -50,8 +50,10 @@ def decode(raw: RawSample, sizes: Sequence[int]) -> Sample:
         raise DataError(f"it has no picture (.{', .'.join(IMAGE_EXTENSIONS)}) and no .{EMBEDDING}")
     pixels = {}
     if image is not None and sizes:
-        picture = _opened(image, raw)
-        pixels = {size: square_pixels(picture, size) for size in sizes}
+        try:
+            pixels = read_pixels(io.BytesIO(image), raw.key, sizes)
+        except ImageError as error:
+            raise DataError(str(error)) from error
     clip = about(raw).get(CLIP) if embedding is not None else None
     return Sample(raw.name, captions, pixels, embedding, clip if isinstance(clip, str) else None)
 
@@ -64,18 +66,14 @@ def read_picture(raw: RawSample) -> Image.Image:
     image = _image(raw)
     if image is None:
         raise DataError(f"it has no picture (.{', .'.join(IMAGE_EXTENSIONS)})")
-    return _opened(image, raw)
-
-
-def _image(raw: RawSample) -> bytes | None:
-    return next((raw.parts[extension] for extension in IMAGE_EXTENSIONS if extension in raw.parts), None)
-
-
-def _opened(image: bytes, raw: RawSample) -> Image.Image:
     try:
         return open_image(io.BytesIO(image), raw.key)
     except ImageError as error:
         raise DataError(str(error)) from error
+
+
+def _image(raw: RawSample) -> bytes | None:
+    return next((raw.parts[extension] for extension in IMAGE_EXTENSIONS if extension in raw.parts), None)
 
 
 def read_captions(raw: RawSample) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,8 +120,8 @@ def build_emoji(
             "rendering emoji needs resvg-py: pip install resvg-py, or in a checkout pip install '.[train]'"
         ) from error
     with tempfile.TemporaryDirectory() as scratch:
-        folder = packages or _fetch(Path(scratch))
-        labels = json.loads(_member(folder, LABELS, "en/data.json"))
+        folder = packages or fetch(Path(scratch), (LABELS, *STYLES.values()))
+        labels = json.loads(member(folder, LABELS, "en/data.json"))
         icons = {style: _icons(folder, package) for style, package in STYLES.items()}
     concepts = [entry for entry in labels if entry.get("group") in GROUP_WEIGHTS]
     counts = {"pictures": 0, "concepts": 0, "held_out_concepts": 0}
@@ -227,13 +227,19 @@ def colour_of(image: Image.Image) -> str | None:
     return next(name for name, below in HUE_NAMES if hue < below)
 
 
-def _fetch(folder: Path) -> Path:
+def fetch(folder: Path, packages: Iterable[Package]) -> Path:
+    """Download the tarballs of pinned packages into a folder, with `npm pack`. Returns: the folder.
+
+    Raises:
+        MissingDependencyError: npm is not installed.
+        DataError: npm could not fetch a package.
+    """
     npm = shutil.which("npm")
     if npm is None:
         raise MissingDependencyError(
-            "fetching the emoji packages needs npm; or download the four tarballs and name their folder with --packages"
+            "fetching the packages needs npm; or download the tarballs and name their folder with --packages"
         )
-    for package in (LABELS, *STYLES.values()):
+    for package in packages:
         done = subprocess.run(
             [npm, "pack", "--silent", f"{package.name}@{package.version}"], cwd=folder, capture_output=True, text=True
         )
@@ -242,7 +248,11 @@ def _fetch(folder: Path) -> Path:
     return folder
 
 
-def _member(folder: Path, package: Package, name: str) -> bytes:
+def member(folder: Path, package: Package, name: str) -> bytes:
+    """The content of one file of a pinned package, whose tarball lies in a folder.
+
+    Raises: DataError when the tarball is missing, is not the pinned one, or lacks the file.
+    """
     path = folder / package.tarball
     if not path.is_file():
         raise DataError(f"{package.tarball} is not in {folder}; get it with: npm pack {package.name}@{package.version}")
@@ -261,8 +271,8 @@ def _member(folder: Path, package: Package, name: str) -> bytes:
 
 def _icons(folder: Path, package: Package) -> dict[str, str]:
     """Emoji code → a whole SVG document, for one Iconify set."""
-    icon_set = json.loads(_member(folder, package, "icons.json"))
-    names: dict[str, str] = json.loads(_member(folder, package, "chars.json"))
+    icon_set = json.loads(member(folder, package, "icons.json"))
+    names: dict[str, str] = json.loads(member(folder, package, "chars.json"))
     return {hexcode(code): svg for code, name in names.items() if (svg := _svg(icon_set, name)) is not None}
 
 

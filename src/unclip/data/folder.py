@@ -6,10 +6,10 @@ Knows files and pixels; knows no network. Called by `unclip.training` and `uncli
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from PIL import Image
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unclip.checkpoints.files import safe_join
 from unclip.errors import DataError, ImageError, UnsafeFileError
-from unclip.images import open_image
+from unclip.images import MAX_PIXELS, open_image
 
 MAX_SKIPPED_SHARE = 0.01
 """How much of a data set may be broken, unless said otherwise."""
@@ -163,13 +163,13 @@ def load_sizes(
         except UnsafeFileError as error:
             raise DataError(f"{folder / 'metadata.jsonl'} names a file outside the data set: {error}") from error
         try:
-            image = open_image(path)
+            found = read_pixels(path, str(path), sizes_px)
         except ImageError as error:
             broken[record.file_name] = str(error)
             continue
         kept.append(record)
         for size in pixels:
-            pixels[size].append(square_pixels(image, size))
+            pixels[size].append(found[size])
     if not kept or len(broken) > max_skipped_share * (len(kept) + len(broken)):
         first = next(iter(broken.items()))
         raise DataError(
@@ -189,12 +189,33 @@ def in_percent(share: float) -> str:
     return f"{100 * share:.4g}%"
 
 
+def read_pixels(file: Path | IO[bytes], name: str, sizes_px: Iterable[int]) -> dict[int, Tensor]:
+    """`square_pixels` of a picture file at several sizes.
+
+    Raises: ImageError when it cannot be read, or does not fit into memory.
+    """
+    image = open_image(file, name)
+    try:
+        return {size: square_pixels(image, size) for size in sizes_px}
+    except MemoryError as error:
+        width, height = image.size
+        raise ImageError(f"{name} is {width}×{height} pixels: there is not enough memory to resize it") from error
+
+
 def square_pixels(image: Image.Image, size_px: int) -> Tensor:
-    """uint8 [3, size_px, size_px] of an RGB picture: padded to a square with white, then resized (antialiased)."""
+    """uint8 [3, size_px, size_px] of an RGB picture: as if padded to a square with white, then resized (antialiased).
+
+    The longer side is resized before the shorter one is padded, so a thin picture never becomes a large square. Pillow
+    resizes rows before columns, so this changes no pixel of a wide picture; a tall one is padded first while it can be.
+    """
     side = max(image.size)
-    canvas = Image.new("RGB", (side, side), "white")
-    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    if side != size_px:
-        filter_ = Image.Resampling.BOX if side % size_px == 0 else Image.Resampling.LANCZOS
-        canvas = canvas.resize((size_px, size_px), filter_)
+    filter_ = Image.Resampling.BOX if side % size_px == 0 else Image.Resampling.LANCZOS
+    width = height = side
+    if image.width == side:
+        width, image = size_px, image.resize((size_px, image.height), filter_)
+    elif side * side > MAX_PIXELS:
+        height, image = size_px, image.resize((image.width, size_px), filter_)
+    canvas = Image.new("RGB", (width, height), "white")
+    canvas.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+    canvas = canvas.resize((size_px, size_px), filter_)
     return torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).view(size_px, size_px, 3).permute(2, 0, 1)

@@ -13,13 +13,15 @@ from typing import Any
 from PIL import Image
 
 from unclip.checkpoints.files import atomic_folder, output_path, safe_join, write_json
-from unclip.data.decoding import IMAGE_EXTENSIONS, decode
+from unclip.data.decoding import decode
 from unclip.data.folder import read_records
 from unclip.data.shards import Damage, RawSample, expand, is_shards, read_shard, write_shards
 from unclip.errors import DataError, ImageError, UnsafeFileError
 from unclip.images import grid, labelled, open_image, to_pil
 
 CELL_PX = 128
+PACKED_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+"""Of the pictures that are packed into shards as they are."""
 CHECK_PX = 8
 """Side to which a picture is made when only its being whole matters."""
 
@@ -29,8 +31,8 @@ def raw_samples(data: str | Path, damage: Damage, *, include_held_out: bool = Fa
 
     Held-out pictures of a folder are left out unless they are asked for; of shards there are none.
 
-    A folder's picture of a kind that shards do not have (GIF, BMP, TIFF) becomes a PNG. What cannot be read goes into
-    `damage`.
+    A folder's picture of a kind that other readers of shards do not know (GIF, TIFF, AVIF …) becomes a PNG. What cannot
+    be read goes into `damage`.
 
     Raises: DataError when the data set is not there.
     """
@@ -52,7 +54,7 @@ def raw_samples(data: str | Path, damage: Damage, *, include_held_out: bool = Fa
         try:
             content = safe_join(folder, record.file_name).read_bytes()
             extension = Path(record.file_name).suffix.lstrip(".").lower()
-            if extension not in IMAGE_EXTENSIONS:
+            if extension not in PACKED_EXTENSIONS:
                 extension, content = "png", _as_png(content, record.file_name)
         except (OSError, UnsafeFileError, ImageError) as error:
             damage.broken[f"{record.file_name}: {number:09}"] = str(error)

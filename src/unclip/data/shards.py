@@ -27,12 +27,13 @@ from unclip.data.ahead import Ahead
 from unclip.errors import DataError
 
 MAX_PART_BYTES = 256 * 2**20
+MAX_SHARDS = 1_000_000
 WAITS_S = (2.0, 8.0, 20.0)
 """Before a URL is asked again, the first time, the second, the last: networks fail for a while."""
 FIRST_WAITS_S = (0.4, 0.8, 1.6)
 """The same while nothing at all was read yet: then it is rather the address that is wrong."""
 TIMEOUT_S = 60.0
-_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_BRACES = re.compile(r"\{(\d{1,20})\.\.(\d{1,20})\}")
 _FAILURES = (OSError, EOFError, tarfile.TarError, zlib.error, http.client.HTTPException)
 
 
@@ -113,6 +114,7 @@ def expand(source: str | Path) -> list[str]:
 
     Raises: DataError when there is none.
     """
+    check_ranges(source)
     text = str(source)
     ranges = [range(int(low), int(high) + 1) for low, high in _BRACES.findall(text)]
     widths = [len(low) for low, _ in _BRACES.findall(text)]
@@ -121,12 +123,22 @@ def expand(source: str | Path) -> list[str]:
     for numbers in itertools.product(*ranges):
         filled = [f"{number:0{width}}" for number, width in zip(numbers, widths, strict=True)]
         names.append("".join(itertools.chain(*itertools.zip_longest(pieces, filled, fillvalue=""))))
-    found = [(name, _found(name)) for name in names]
+    try:
+        found = [(name, _found(name)) for name in names]
+    except RuntimeError as error:
+        raise DataError(f"{source!s:.80} is in a home folder that does not exist") from error
     if not any(there for _, there in found):
         raise DataError(
             f"{source} names no shards; give a folder with .tar files, a glob, or a URL with {{00000..00009}}"
         )
     return [shard for name, there in found for shard in there or [str(Path(name).expanduser())]]
+
+
+def check_ranges(source: str | Path) -> None:
+    """Raises: DataError where the ranges in braces of `source` name more than `MAX_SHARDS` shards."""
+    bounds = [(int(low), int(high)) for low, high in _BRACES.findall(str(source))]
+    if math.prod(max(0, high - low + 1) for low, high in bounds) > MAX_SHARDS:
+        raise DataError(f"{source!s:.80} names more than {MAX_SHARDS:,} shards; that many are the limit")
 
 
 def is_shards(source: str | Path) -> bool:

@@ -4,13 +4,12 @@ Does not know what the condition is, nor the sampler or the schedule.
 Stages wrap a denoiser in `guided` when `uses_guidance` says so; what predicts no noise mixes by `away`.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from unclip.diffusion.loop import Denoiser
 from unclip.errors import InputError
+from unclip.numbers import real
 
 MAX_SCALE = 1000.0
 """Far above any useful scale; what lies beyond is a mistake."""
@@ -20,13 +19,9 @@ def check_scale(scale: object, name: str = "guidance scale") -> float:
     """`scale` as a float.
 
     Raises:
-        InputError: it is no finite number from 0 to `MAX_SCALE`; the message calls it `name`.
+        InputError: it is not a number from 0 to `MAX_SCALE`; the message calls it `name`.
     """
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise InputError(f"{name} is {scale!r}; it must be a number from 0 to {MAX_SCALE:g}")
-    if not math.isfinite(scale) or not 0 <= scale <= MAX_SCALE:
-        raise InputError(f"{name} is {scale}; it must be from 0 to {MAX_SCALE:g} (1 or less: no guidance)")
-    return float(scale)
+    return real(scale, name, 0, MAX_SCALE)
 
 
 def uses_guidance(scale: float) -> bool:

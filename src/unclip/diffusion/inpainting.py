@@ -13,6 +13,7 @@ from torch import Tensor
 from unclip.diffusion.process import DiffusionProcess, Prediction
 from unclip.diffusion.sampler import Memory, Sampler
 from unclip.errors import InputError
+from unclip.numbers import whole
 
 MAX_RESAMPLES = 100
 
@@ -47,7 +48,10 @@ class InpaintingSampler:
     jump_length: int = 1
 
     def __post_init__(self) -> None:
-        check_resampling(self.num_resamples, self.jump_length)
+        for name, value in zip(
+            ("num_resamples", "jump_length"), check_resampling(self.num_resamples, self.jump_length), strict=True
+        ):
+            object.__setattr__(self, name, value)
         if self.kept.dtype != torch.bool:
             raise InputError(f"what is kept is told by bool, not {self.kept.dtype}")
         try:
@@ -94,9 +98,6 @@ class InpaintingSampler:
         return torch.where(self.kept, known, x), memory
 
 
-def check_resampling(num_resamples: object, jump_length: object) -> None:
-    """Raises: InputError unless both are whole numbers, from 1 to 100 and from 1."""
-    for name, value, top in (("num_resamples", num_resamples, MAX_RESAMPLES), ("jump_length", jump_length, None)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (top is not None and value > top):
-            limits = "1 or more" if top is None else f"from 1 to {top}"
-            raise InputError(f"{name} is {value!r}; it must be a whole number, {limits}")
+def check_resampling(num_resamples: object, jump_length: object) -> tuple[int, int]:
+    """Both as ints. Raises: InputError unless they are whole numbers, from 1 to 100 and from 1."""
+    return whole(num_resamples, "num_resamples", 1, MAX_RESAMPLES), whole(jump_length, "jump_length")

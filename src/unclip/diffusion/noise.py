@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unclip.errors import InputError
+from unclip.numbers import several, whole
 
 _SEED_END = 2**64
 
@@ -92,29 +93,27 @@ def generators_from_seed(seed: int | Sequence[int], batch_size: int) -> list[tor
     """One CPU generator an image.
 
     Args:
-        seed: an integer in 0..2^64 - 1: image i takes seed + i (modulo 2^64), so it is the first image of that seed.
-            Or one such integer an image.
+        seed: a whole number from 0 to 2^64 - 1: image i takes seed + i (modulo 2^64), so it is the first image of that
+            seed. Or a sequence or array of one such number an image.
         batch_size: number of images, 1 or more.
 
     Raises:
         InputError: a seed is no integer or outside its limits, or there are more or fewer of them than images.
     """
-    if isinstance(seed, Sequence) and not isinstance(seed, (str, bytes)):
-        seeds = [_check_seed(one) for one in seed]
+    given = several(seed)
+    if given is not None:
+        seeds = [_check_seed(one) for one in given]
         if len(seeds) != batch_size:
             raise InputError(f"there are {len(seeds)} seeds for {batch_size} images; give one seed, or one an image")
     else:
-        first = _check_seed(seed)
-        seeds = [following_seed(first, index) for index in range(batch_size)]
+        seeds = [following_seed(seed, index) for index in range(batch_size)]
     return [torch.Generator().manual_seed(one) for one in seeds]
 
 
-def following_seed(seed: int, index: int) -> int:
+def following_seed(seed: object, index: int) -> int:
     """The seed `index` places after this one, and round from the largest to 0. Raises: InputError as above."""
     return (_check_seed(seed) + index) % _SEED_END
 
 
 def _check_seed(seed: object) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _SEED_END:
-        raise InputError(f"the seed is {seed!r}; it must be an integer from 0 to 2^64 - 1")
-    return seed
+    return whole(seed, "the seed", 0, _SEED_END - 1)

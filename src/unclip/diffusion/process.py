@@ -14,6 +14,7 @@ from torch import Tensor
 from unclip.diffusion import schedule
 from unclip.diffusion.schedule import Tables
 from unclip.errors import ConfigError, InputError
+from unclip.numbers import plain, real, whole
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 VARIANCE_TYPES = ("fixed_small_log", "fixed_small", "fixed_large", "learned_range")
@@ -83,6 +84,8 @@ class DiffusionProcess:
     clip_range: float | None = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("num_timesteps", "beta_start", "beta_end", "clip_range"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
         schedule.check_schedule(self.num_timesteps, self.beta_schedule, self.beta_start, self.beta_end)
         if self.prediction_type not in PREDICTION_TYPES:
             raise ConfigError(
@@ -90,11 +93,8 @@ class DiffusionProcess:
             )
         if self.variance_type not in VARIANCE_TYPES:
             raise ConfigError(f"variance_type is {self.variance_type!r}; it must be one of {', '.join(VARIANCE_TYPES)}")
-        limit = self.clip_range
-        if limit is not None and (
-            isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit < math.inf
-        ):
-            raise ConfigError(f"the clipping range is {limit!r}; it must be a finite number above 0, or None")
+        if self.clip_range is not None:
+            real(self.clip_range, "the clipping range", 0, above=True, error=ConfigError)
         _ = self.tables  # an unusable schedule is refused here, not at the first step
 
     @property
@@ -190,7 +190,7 @@ class DiffusionProcess:
         Raises:
             InputError: not -1 <= t_next < t < num_timesteps.
         """
-        self._check_timestep(t)
+        t = self._checked_timestep(t)
         if not -1 <= t_next < t:
             raise InputError(f"the next timestep is {t_next}; it must be from -1 (clean) to {t - 1}, below {t}")
         left = self.tables.alphas_cumprod[t]
@@ -228,11 +228,10 @@ class DiffusionProcess:
     def snr(self, t: Tensor) -> Tensor: ...
     def snr(self, t: int | Tensor) -> float | Tensor:
         """Signal-to-noise ratio alpha^2 / sigma^2: a number for an int, float32 [batch] for a LongTensor."""
-        if isinstance(t, Tensor):
+        if isinstance(t, Tensor) and t.ndim:
             self._check_timesteps(t)
             return self.tables.on("snr", t.device)[t]
-        self._check_timestep(t)
-        return self.tables.snr[t]
+        return self.tables.snr[self._checked_timestep(t)]
 
     # ---- training ----
 
@@ -267,9 +266,8 @@ class DiffusionProcess:
         """
         if weighting not in WEIGHTINGS:
             raise InputError(f"the weighting is {weighting!r}; it must be one of {', '.join(WEIGHTINGS)}")
-        if isinstance(t, int):
-            self._check_timestep(t)
-            t = torch.full((x_t.shape[0],), t, dtype=torch.long, device=x_t.device)
+        if not isinstance(t, Tensor):
+            t = torch.full((x_t.shape[0],), self._checked_timestep(t), dtype=torch.long, device=x_t.device)
         output, fraction = self._split(output, x_t)
         x0, x_t = x0.float(), x_t.float()
         error = _mean((output - self.target(x0, noise, t)) ** 2)
@@ -336,17 +334,15 @@ class DiffusionProcess:
 
     def _at(self, name: str, t: int | Tensor, x: Tensor) -> float | Tensor:
         """Entry t of a table: a Python float, or a float32 tensor that broadcasts against `x`."""
-        if not isinstance(t, Tensor):
-            self._check_timestep(t)
-            return getattr(self.tables, name)[t]
+        if not isinstance(t, Tensor) or t.ndim == 0:
+            return getattr(self.tables, name)[self._checked_timestep(t)]
         self._check_timesteps(t)
         if t.shape[0] not in (1, x.shape[0]):
             raise InputError(f"there are {t.shape[0]} timesteps for {x.shape[0]} samples; give one, or one a sample")
         return self.tables.on(name, x.device)[t.to(x.device)].view(-1, *[1] * (x.ndim - 1))
 
-    def _check_timestep(self, t: int) -> None:
-        if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < self.num_timesteps:
-            raise InputError(f"the timestep is {t!r}; it must be an integer from 0 to {self.num_timesteps - 1}")
+    def _checked_timestep(self, t: object) -> int:
+        return whole(t, "the timestep", 0, self.num_timesteps - 1)
 
     def _check_timesteps(self, t: Tensor) -> None:
         if t.ndim != 1 or t.dtype not in (torch.int64, torch.int32):

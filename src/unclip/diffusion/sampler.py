@@ -15,6 +15,7 @@ from torch import Tensor
 
 from unclip.diffusion.process import DiffusionProcess, Prediction
 from unclip.errors import ConfigError, InputError
+from unclip.numbers import real, whole
 
 MAX_ROUNDS = 20
 """Forwards a step that a fixed point may take: what has not settled by then will not."""
@@ -120,8 +121,7 @@ class DDIMSampler:
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.eta, bool) or not isinstance(self.eta, (int, float)) or not 0 <= self.eta <= 1:
-            raise ConfigError(f"eta is {self.eta!r}; it must be a number from 0 (no noise) to 1")
+        object.__setattr__(self, "eta", real(self.eta, "eta", 0, 1, error=ConfigError))
 
     def steps(self, timesteps: Sequence[int]) -> tuple[tuple[int, int], ...]:
         """See `Sampler.steps`: descending, then to the clean sample."""
@@ -227,9 +227,8 @@ class FixedPointInversionSampler:
     num_rounds: int = 2
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.num_rounds, int) and not isinstance(self.num_rounds, bool)
-        if not whole or not 1 <= self.num_rounds <= MAX_ROUNDS:
-            raise ConfigError(f"num_rounds is {self.num_rounds!r}; it must be a whole number from 1 to {MAX_ROUNDS}")
+        num_rounds = whole(self.num_rounds, "num_rounds", 1, MAX_ROUNDS, error=ConfigError)
+        object.__setattr__(self, "num_rounds", num_rounds)
 
     def steps(self, timesteps: Sequence[int]) -> tuple[tuple[int, int], ...]:
         """See `Sampler.steps`: `timesteps` ascend; each (t, t_next) is one of the walk down, `num_rounds` times."""
@@ -298,8 +297,7 @@ class DPMSolverPlusPlus2MSampler:
     order: int = 2
 
     def __post_init__(self) -> None:
-        if isinstance(self.order, bool) or self.order not in (1, 2):
-            raise ConfigError(f"the solver's order is {self.order!r}; it must be 1 or 2")
+        object.__setattr__(self, "order", whole(self.order, "the solver's order", 1, 2, error=ConfigError))
 
     def steps(self, timesteps: Sequence[int]) -> tuple[tuple[int, int], ...]:
         """See `Sampler.steps`: descending, then to the clean sample."""
@@ -347,8 +345,7 @@ def _check_path(process: DiffusionProcess, timesteps: Sequence[int]) -> None:
     if not timesteps:
         raise InputError("there are no timesteps; give one or more")
     for t in timesteps:
-        if isinstance(t, bool) or not isinstance(t, int) or not 0 <= t < process.num_timesteps:
-            raise InputError(f"a timestep is {t!r}; it must be an integer from 0 to {process.num_timesteps - 1}")
+        whole(t, "a timestep", 0, process.num_timesteps - 1)
 
 
 def _shown(timesteps: Sequence[int]) -> str:

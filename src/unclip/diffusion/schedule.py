@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unclip.errors import ConfigError, InputError
+from unclip.errors import ConfigError
+from unclip.numbers import real, whole
 
 BETA_SCHEDULES = ("squaredcos_cap_v2", "linear", "scaled_linear")
 SPACINGS = ("linspace", "leading", "trailing")
@@ -82,15 +83,11 @@ def _betas(num_timesteps: int, beta_schedule: str, beta_start: float, beta_end: 
 
 def check_schedule(num_timesteps: object, beta_schedule: object, beta_start: object, beta_end: object) -> None:
     """Raise ConfigError unless the arguments describe a schedule that `tables` can compute."""
-    if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, int):
-        raise ConfigError(f"the number of training timesteps is {num_timesteps!r}; it must be an integer")
-    if not 1 <= num_timesteps <= _MOST_TIMESTEPS:
-        raise ConfigError(f"the number of training timesteps is {num_timesteps}; it must be in 1..{_MOST_TIMESTEPS}")
+    whole(num_timesteps, "the number of training timesteps", 1, _MOST_TIMESTEPS, error=ConfigError)
     if beta_schedule not in BETA_SCHEDULES:
         raise ConfigError(f"beta_schedule is {beta_schedule!r}; it must be one of {', '.join(BETA_SCHEDULES)}")
     for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
-        if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 < beta < 1:
-            raise ConfigError(f"{name} is {beta!r}; it must be a number above 0 and below 1")
+        real(beta, name, 0, 1, above=True, below=True, error=ConfigError)
 
 
 @functools.lru_cache(maxsize=32)
@@ -139,14 +136,8 @@ def tables(num_timesteps: int, beta_schedule: str, beta_start: float, beta_end: 
 
 
 def check_num_steps(num_steps: object, num_timesteps: int) -> int:
-    """`num_steps` if it is an integer in 1..`num_timesteps`; InputError otherwise (a bool is no integer here)."""
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int):
-        raise InputError(f"the number of steps is {num_steps!r}; it must be an integer from 1 to {num_timesteps}")
-    if not 1 <= num_steps <= num_timesteps:
-        raise InputError(
-            f"the number of steps is {num_steps}; it must be from 1 to {num_timesteps}, the timesteps of the training"
-        )
-    return num_steps
+    """`num_steps` as an int; InputError unless it is a whole number from 1 to `num_timesteps`, the training's."""
+    return whole(num_steps, "the number of steps", 1, num_timesteps)
 
 
 def spaced_timesteps(

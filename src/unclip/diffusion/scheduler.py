@@ -4,7 +4,8 @@ Know no network and no loop; the arithmetic is the samplers', the bookkeeping `s
 Pipelines hold one a stage; users exchange them with `from_config`.
 """
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -13,7 +14,15 @@ from unclip.diffusion.sampler import AncestralSampler, DDIMSampler, DPMSolverPlu
 from unclip.diffusion.scheduler_base import Generators, Scheduler, SchedulerOutput
 from unclip.errors import ConfigError
 
-__all__ = ["DDIMScheduler", "DPMSolverMultistepScheduler", "Scheduler", "SchedulerOutput", "UnCLIPScheduler"]
+__all__ = [
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "Scheduler",
+    "SchedulerOutput",
+    "UnCLIPScheduler",
+    "converted",
+    "is_foreign",
+]
 
 
 class UnCLIPScheduler(Scheduler):
@@ -146,11 +155,10 @@ class DDIMScheduler(Scheduler):
             "variance_type": variance_type,
             "eta": eta,
         }
-        self._eta = eta
         super().__init__(entries, unused)
 
     def _new_sampler(self) -> DDIMSampler:
-        return DDIMSampler(self._process, self._eta)
+        return DDIMSampler(self._process, self.config.eta)
 
     def step(
         self,
@@ -246,11 +254,10 @@ class DPMSolverMultistepScheduler(Scheduler):
             "clip_sample": clip_sample,
             "clip_sample_range": clip_sample_range,
         }
-        self._solver_order = solver_order
         super().__init__(entries, unused)
 
     def _new_sampler(self) -> DPMSolverPlusPlus2MSampler:
-        return DPMSolverPlusPlus2MSampler(self._process, self._solver_order)
+        return DPMSolverPlusPlus2MSampler(self._process, self.config.solver_order)
 
     def step(
         self,
@@ -265,3 +272,49 @@ class DPMSolverMultistepScheduler(Scheduler):
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
         """As `DDIMScheduler.step`; `generator` and `variance_noise` play no part, as the solver is deterministic."""
         return self._step(self._sampler, model_output, timestep, sample, prev_timestep, None, return_dict)
+
+
+FOREIGN: dict[str, type[Scheduler]] = {
+    "DDIMParallelScheduler": DDIMScheduler,
+    "DDIMScheduler": DDIMScheduler,
+    "DDPMParallelScheduler": UnCLIPScheduler,
+    "DDPMScheduler": UnCLIPScheduler,
+    "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler,
+    "UnCLIPScheduler": UnCLIPScheduler,
+}
+"""The ecosystem's classes by name, and what samples as they do."""
+
+
+def is_foreign(value: object) -> bool:
+    """Whether it is a scheduler of the ecosystem's."""
+    ours = type(value).__module__.partition(".")[0] != "diffusers"
+    return not ours and hasattr(value, "set_timesteps") and isinstance(getattr(value, "config", None), Mapping)
+
+
+def converted(scheduler: Any, replaced: Scheduler | None = None) -> Scheduler:
+    """A scheduler that samples as one of the ecosystem's does.
+
+    One that was built by `from_config` from a scheduler of unclip keeps its even spacing of timesteps and its kind of
+    variance, as unclip's own `from_config` does. Where x0 is clipped the noise is recomputed from it.
+
+    Args:
+        scheduler: see `is_foreign`.
+        replaced: the scheduler in whose place it comes; says the kind of variance where the ecosystem's class does not.
+
+    Raises: ConfigError for a class that unclip has no sampler for, or a setting that it does not implement.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    settings = {**config, "_class_name": name}
+    defaults = config.get("_use_default_values", ())
+    if settings.get("variance_type") is None:
+        settings["variance_type"] = None if replaced is None else replaced.config["variance_type"]
+    elif "_class_name" in config and "timestep_spacing" in defaults and "variance_type" not in defaults:
+        settings["timestep_spacing"] = "linspace"
+    cls, spacing = FOREIGN.get(name), settings.get("timestep_spacing", "linspace")
+    if cls is None:
+        raise ConfigError(f"unclip does not have the sampler of diffusers' {name}")
+    if name.startswith("DDPM") and spacing != "linspace":
+        if not str(settings["variance_type"]).startswith("fixed_small"):
+            raise ConfigError(f"unclip does not implement timestep_spacing={spacing!r} of diffusers' {name}")
+        cls, settings["eta"] = DDIMScheduler, 1.0  # the same step (2010.02502, section 4.1), for any timesteps
+    return cls.from_config(settings)

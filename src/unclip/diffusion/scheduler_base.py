@@ -19,6 +19,7 @@ from unclip.diffusion.sampler import Memory, Sampler
 from unclip.diffusion.schedule import SPACINGS, spaced_timesteps
 from unclip.diffusion.settings import SchedulerConfig
 from unclip.errors import ConfigError, InputError
+from unclip.numbers import plain, whole
 
 CONFIG_NAME = "scheduler_config.json"
 
@@ -55,7 +56,7 @@ class Scheduler:
     _includes_zero: ClassVar[bool] = True
 
     def __init__(self, settings: Mapping[str, Any], unused: Mapping[str, object]) -> None:
-        name = type(self).__name__
+        name, settings = type(self).__name__, {key: plain(value) for key, value in settings.items()}
         _settings.check_neutral(name, self._neutral, unused)
         if not isinstance(settings["clip_sample"], bool):
             raise ConfigError(f"clip_sample is {settings['clip_sample']!r}; it must be true or false")
@@ -135,7 +136,7 @@ class Scheduler:
             InputError: `num_inference_steps` is no integer in 1..num_train_timesteps.
         """
         path = self.spaced_timesteps(num_inference_steps)
-        self.num_inference_steps = num_inference_steps
+        self.num_inference_steps = len(path)
         self._take_path(path, device)
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
@@ -166,8 +167,12 @@ class Scheduler:
         return_dict: bool,
         noise: Tensor | None = None,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        t = _integer(timestep)
-        t_next = self._next(t) if prev_timestep is None else max(_integer(prev_timestep), -1)
+        count = self._process.num_timesteps
+        t = whole(timestep, "the timestep", 0, count - 1)
+        if prev_timestep is None:
+            t_next = self._next(t)
+        else:  # the ecosystem's loops end at any number below 0
+            t_next = max(whole(prev_timestep, "prev_timestep", -count, count - 1), -1)
         prediction = self._process.predict(model_output, sample, t)
         if noise is not None:
             noise = _given_noise(noise, generator, sample)
@@ -239,15 +244,19 @@ class Scheduler:
             name_or_folder: a folder, or a repository's name.
             subfolder: the scheduler's folder inside it, "decoder_scheduler", say.
             revision, cache_dir, local_files_only, token: where and how to look on the hub.
-            overrides: settings that replace those of the file.
+            overrides: settings that replace those of the file; and the ecosystem's further arguments, which are ignored
+                with one warning, or refused.
 
         Raises:
+            InputError: an argument is refused.
             CheckpointError: the file is not there or cannot be read.
             ConfigError: as `from_config`.
         """
+        from unclip.checkpoints.asked import settled
         from unclip.checkpoints.files import read_json, safe_join
         from unclip.checkpoints.hub import resolve
 
+        overrides = settled(overrides, cls.from_pretrained, None)
         file = CONFIG_NAME if subfolder is None else f"{subfolder}/{CONFIG_NAME}"
         folder = resolve(
             name_or_folder,
@@ -283,12 +292,3 @@ def _given_noise(noise: object, generator: Generators, sample: Tensor) -> Tensor
     if generator is not None:
         raise InputError("generator and variance_noise are both given; pass one of them, as both say what the noise is")
     return noise.to(sample.device, torch.float32)
-
-
-def _integer(timestep: object) -> int:
-    """A timestep as hand-written loops pass it: an int, or a tensor with one integer."""
-    if isinstance(timestep, Tensor) and timestep.numel() == 1 and not timestep.is_floating_point():
-        return int(timestep)
-    if isinstance(timestep, bool) or not isinstance(timestep, int):
-        raise InputError(f"the timestep is {timestep!r}; it must be an integer, or a tensor with one")
-    return timestep

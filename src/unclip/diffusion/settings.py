@@ -5,8 +5,8 @@ Does not know what the settings do: names, values and verdicts only.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 from unclip.errors import ConfigError
 
@@ -67,35 +67,31 @@ FOREIGN_NEUTRAL: Neutral = {
 """Settings of the siblings, at the values that ask for nothing of a class that does not have them."""
 
 
-class SchedulerConfig(Mapping[str, object]):
-    """A scheduler's settings, and its class as "_class_name". Cannot be changed; entries are attributes too."""
+class SchedulerConfig(dict[str, Any]):
+    """A scheduler's settings, and its class as "_class_name". Cannot be changed; entries are attributes too.
 
-    _entries: dict[str, object]
+    A dict, because the ecosystem's `from_config` takes no other mapping.
+    """
 
-    def __init__(self, entries: Mapping[str, object]) -> None:
-        object.__setattr__(self, "_entries", dict(entries))
-
-    def __getitem__(self, name: str) -> object:
-        return self._entries[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def __getattr__(self, name: str) -> object:
-        # Copying and unpickling ask for attributes before there are entries.
-        entries = self.__dict__.get("_entries", {})
-        if name not in entries:
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
             raise AttributeError(f"the scheduler has no setting {name!r}")
-        return entries[name]
+        return self[name]
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"{name} cannot be set: make another scheduler with from_config(config, {name}=...)")
 
+    def _refuse(self, *given: object, **named: object) -> NoReturn:
+        raise TypeError("a scheduler's config cannot be changed: make another scheduler with from_config(config, ...)")
+
+    __setitem__ = __delitem__ = clear = pop = popitem = _refuse
+    __ior__ = setdefault = update = _refuse  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SchedulerConfig, (dict(self),)
+
     def __repr__(self) -> str:
-        return f"SchedulerConfig({self._entries})"
+        return f"SchedulerConfig({dict(self)})"
 
 
 def check_neutral(class_name: str, neutral: Neutral, settings: Mapping[str, object]) -> None:

@@ -3,6 +3,7 @@
 Knows records and pictures; knows no network. Called by every measure.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from unclip.checkpoints.files import safe_join
 from unclip.data.compose import STYLE as COMPOSED_STYLE
 from unclip.data.folder import MAX_SKIPPED_SHARE, Record, in_percent, read_records, square_pixels
 from unclip.errors import DataError, ImageError, InputError
-from unclip.images import open_image
+from unclip.images import MAX_PIXELS, open_image
 
 PLAIN_STYLE = "flat"
 """The unmarked style of the emoji set: its plain captions are bare labels."""
@@ -119,10 +120,11 @@ class Exam:
 
 
 def squared(image: Image.Image) -> Image.Image:
-    """An RGB picture made square with white, at the size of its longer side."""
+    """An RGB picture made square with white, at the size of its longer side, or of the largest square that is read."""
     if image.width == image.height:
         return image
-    return Image.fromarray(square_pixels(image, max(image.size)).permute(1, 2, 0).numpy())
+    side = min(max(image.size), math.isqrt(MAX_PIXELS))
+    return Image.fromarray(square_pixels(image, side).permute(1, 2, 0).numpy())
 
 
 def _readable(data: Path, groups: dict[str, list[Record]]) -> tuple[dict[str, list[Record]], dict[str, str]]:

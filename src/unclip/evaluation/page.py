@@ -40,6 +40,8 @@ HEAD = """\
 MEANING = {
     "retrieval": "Pictures were generated from captions, and a CLIP that had no part in the model ranked all captions "
     "for each. The rows of real pictures are what this judge can find at best.",
+    "wordings": "Pictures were generated from free wordings. The judge's first caption, or one of its first five, is "
+    "right when the list accepts it.",
     "variations": "Real pictures were varied. The judge ranked all captions for each variation.",
     "prior": "The prior's embedding for a caption beside the true one of the picture with this caption, and what it "
     "must beat: the caption's own embedding, another picture's, and the mean of all others.",

@@ -43,6 +43,12 @@ def draw_cards(
     _save(grid(cards, columns=columns, gap=12), path)
 
 
+def draw_told(made: Sequence[Image.Image], captions: Sequence[str], path: Path, *, columns: int = 8) -> None:
+    """Pictures with a caption below each, all of them."""
+    cards = [labelled(image, caption) for image, caption in zip(made, captions, strict=True)]
+    _save(grid(cards, columns=columns, gap=8), path)
+
+
 def _save(sheet: Image.Image, path: Path) -> None:
     with atomic_file(path) as draft:
         sheet.save(draft, "PNG")

@@ -139,6 +139,15 @@ def _sweep(found: Mapping[str, Any]) -> list[Table]:
     return made
 
 
+def _wordings(found: Mapping[str, Any]) -> list[Table]:
+    groups = {"all": found, **found["kinds"], "chance": {f"at_{k}": found[f"chance_at_{k}"] for k in (1, 5)}}
+    rows = [
+        [name, str(rates.get("num", "")), *(f"{rates[f'at_{k}']:.1%}" for k in (1, 5))]
+        for name, rates in groups.items()
+    ]
+    return [Table("Free wordings", ("", "number", "first", "in five"), rows)]
+
+
 def _settings(settings: Mapping[str, Any]) -> str:
     scales = "-".join(f"{settings[f'{stage}_guidance_scale']:g}" for stage in ("prior", "decoder"))
     steps = "-".join(str(settings[f"{stage}_num_inference_steps"]) for stage in ("prior", "decoder", "super_res"))
@@ -168,6 +177,7 @@ def _groups(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 
 KINDS: dict[str, Callable[[Mapping[str, Any]], list[Table]]] = {
     "retrieval": _rates,
+    "wordings": _wordings,
     "variations": _rates,
     "prior": _prior,
     "decoder": _decoder,

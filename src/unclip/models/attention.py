@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from unclip.errors import InputError
 from unclip.models.entry import entry_point, routes_entry_points
 from unclip.models.kernels import GroupNorm, Linear, attention
+from unclip.numbers import whole
 
 MASKED = -10_000.0
 """What the ecosystem adds to the score of a token that must not be seen (and not minus infinity)."""
@@ -175,8 +176,8 @@ def initialize_blocks(blocks: nn.ModuleList) -> None:
 
 def set_slicing(module: nn.Module, slice_size: Any) -> None:
     """Set how many attention maps every attention inside `module` computes at a time; see `HeadedAttention`."""
-    if slice_size not in (None, "auto", "max") and (type(slice_size) is not int or slice_size < 1):
-        raise InputError(f'slice_size is {slice_size!r}; give "auto", "max" or a whole number from 1')
+    if slice_size is not None and slice_size not in ("auto", "max"):
+        slice_size = whole(slice_size, 'slice_size, if neither "auto" nor "max",')
     for part in module.modules():
         if isinstance(part, HeadedAttention):
             part.slice_size = slice_size

@@ -104,9 +104,10 @@ class Component(nn.Module, Generic[C]):
         Raises:
             UnsafeFileError: `safe_serialization` is False: pickles can run code when read and are not written.
             InputError, OutputExistsError: `folder` is no possible name, or a file.
+            OutputError: the disk is full, or the folder cannot be written; what was there stays as it was.
             InputError: the weights have no values (they lie on the meta device, and no offloading keeps them).
         """
-        from unclip.checkpoints.files import output_folder, sync, write_json
+        from unclip.checkpoints.files import atomic_file, json_bytes, output_folder, sync
         from unclip.checkpoints.offloaded import state_of
         from unclip.checkpoints.weights import save_weights
 
@@ -124,15 +125,17 @@ class Component(nn.Module, Generic[C]):
                 path.unlink()
                 sync(folder)
 
-        save_weights(
-            folder,
-            state,
-            stem=self.weights_stem,
-            variant=variant,
-            max_shard_size=max_shard_size,
-            before_replacing=forget,
-        )
-        write_json(path, config)
+        with atomic_file(path) as draft:  # on the disk before any weight is replaced, and renamed after them
+            draft.write_bytes(json_bytes(config, path))
+            sync(draft)
+            save_weights(
+                folder,
+                state,
+                stem=self.weights_stem,
+                variant=variant,
+                max_shard_size=max_shard_size,
+                before_replacing=forget,
+            )
 
     def _header(self) -> dict[str, Any]:
         """What config.json says besides the configuration."""
@@ -146,31 +149,37 @@ class Component(nn.Module, Generic[C]):
         name_or_folder: str | Path,
         *,
         subfolder: str | None = None,
-        torch_dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
         variant: str | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
         use_safetensors: bool | None = None,
+        **others: Any,
     ) -> Self:
         """A network read from a folder or a hub repository, in evaluation mode; float32 unless `torch_dtype` is given.
 
         The layers are built without memory and get the file's weights assigned: nothing is drawn and thrown away.
 
-        Nothing but safetensors is read, whether `use_safetensors` is None or True.
+        Nothing but safetensors is read, whether `use_safetensors` is None or True. `torch_dtype` may be a type's name,
+        or "auto" for the type in the file; `dtype` is another name of it. `others` are arguments of the ecosystem's
+        method: they are ignored with one warning, or refused.
 
         Raises:
-            InputError: `torch_dtype` is no floating type.
+            InputError: `torch_dtype` is not a floating type, or an argument is unknown or refused.
             UnsafeFileError: `use_safetensors` is False.
             ConfigError: config.json describes another class, or something that is not implemented.
             CheckpointError: a file is missing, unsafe or broken, or its weights do not fit the configuration.
         """
+        from unclip.checkpoints.asked import asked_type, settled
         from unclip.checkpoints.files import read_json, safe_join
         from unclip.checkpoints.hub import resolve
-        from unclip.checkpoints.weights import check_asked, load_into
+        from unclip.checkpoints.weights import load_into, open_weights, stored_type
 
-        check_asked(torch_dtype, use_safetensors)
+        settled(others, cls.from_pretrained)
+        asked = asked_type(torch_dtype if dtype is None else dtype, use_safetensors)
         folder = resolve(
             name_or_folder,
             revision=revision,
@@ -188,7 +197,10 @@ class Component(nn.Module, Generic[C]):
             raise ConfigError(f"{folder} holds a {name}, not a {cls.__name__}, as its config.json says; use that class")
         with torch.device("meta"):
             model = cls.from_config(settings)
-        load_into(model, folder, stem=cls.weights_stem, variant=variant, dtype=torch_dtype, passed_over=cls.tables)
+        if isinstance(asked, str):
+            asked = stored_type(open_weights(folder, stem=cls.weights_stem, variant=variant))
+        dtype = asked or torch.float32  # whatever torch's default type is
+        load_into(model, folder, stem=cls.weights_stem, variant=variant, dtype=dtype, passed_over=cls.tables)
         return model.eval()
 
 

@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, Self
 
 from unclip.errors import ConfigError
+from unclip.numbers import plain
 
 MAX_CHANNELS = 16_384
 MAX_LAYERS = 256
@@ -38,8 +39,8 @@ class ModelConfig(Mapping[str, Any]):
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
+            value = tuple(map(plain, value)) if isinstance(value, list | tuple) else plain(value)
+            object.__setattr__(self, field.name, value)
         self.check()
         count = self.approximate_parameters()
         if count > MAX_PARAMETERS:
@@ -64,11 +65,13 @@ class ModelConfig(Mapping[str, Any]):
             if key in known:
                 kept[key] = value
             elif key not in cls.NEUTRAL:
-                raise ConfigError(f"{cls.__name__} has no setting {key!r} (its value is {value!r}); remove it")
+                raise ConfigError(f"{cls.__name__} has no setting {key!r:.80} (its value is {value!r:.200}); remove it")
             elif value not in cls.NEUTRAL[key]:
                 allowed = cls.NEUTRAL[key]
                 assert isinstance(allowed, tuple)
-                raise ConfigError(f"{cls.__name__}: {key} = {value!r} is not implemented; supported: {_list(allowed)}")
+                raise ConfigError(
+                    f"{cls.__name__}: {key} = {value!r:.200} is not implemented; supported: {_list(allowed)}"
+                )
         missing = [
             name
             for name, field in known.items()
@@ -101,15 +104,17 @@ class ModelConfig(Mapping[str, Any]):
         return type(self).__name__
 
     def _refuse(self, key: str, wanted: str, value: Any) -> ConfigError:
-        return ConfigError(f"{self._name}: {key} is {value!r}; it must be {wanted}")
+        return ConfigError(f"{self._name}: {key} is {value!r:.200}; it must be {wanted}")
 
     def check_whole(self, *keys: str, low: int = 1, high: int = MAX_CHANNELS, optional: bool = False) -> None:
-        """Each of `keys` is a whole number from `low` to `high`, or a tuple of them; or None if `optional`."""
+        """Each of `keys` is a whole number from `low` to `high`, or None if `optional`; where its type allows a tuple,
+        also a tuple of such numbers, not empty.
+        """
         for key in keys:
             value = getattr(self, key)
             if value is None and optional:
                 continue
-            for number in value if isinstance(value, tuple) else (value,):
+            for number in self._elements(key, value):
                 if type(number) is not int or not low <= number <= high:
                     raise self._refuse(key, f"a whole number from {low} to {high}", value)
 
@@ -117,15 +122,21 @@ class ModelConfig(Mapping[str, Any]):
         """Each of `keys` is a number with low <= number < high."""
         for key in keys:
             value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value < high:
+            if type(value) not in (int, float) or not low <= value < high:
                 raise self._refuse(key, f"a number from {low} to below {high}", value)
 
     def check_one_of(self, key: str, allowed: tuple[Any, ...]) -> None:
-        """`key` (every element of it, if it is a tuple) is one of `allowed`, in value and in type."""
+        """`key` (every element of it, if its type allows a tuple) is one of `allowed`, in value and in type."""
         value = getattr(self, key)
-        for element in value if isinstance(value, tuple) else (value,):
+        for element in self._elements(key, value):
             if not any(type(element) is type(choice) and element == choice for choice in allowed):
-                raise ConfigError(f"{self._name}: {key} = {element!r} is not implemented; supported: {_list(allowed)}")
+                raise ConfigError(
+                    f"{self._name}: {key} = {element!r:.200} is not implemented; supported: {_list(allowed)}"
+                )
+
+    def _elements(self, key: str, value: Any) -> tuple[Any, ...]:
+        is_list = isinstance(value, tuple) and value and "tuple" in str(type(self).__dataclass_fields__[key].type)
+        return value if is_list else (value,)
 
     def check_divides(self, divisor: int, number: int, why: str) -> None:
         """`number` is a multiple of `divisor`."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from unclip.checkpoints.tensor_file import read_tensor_file, write_tensor_file
 from unclip.errors import ConfigError, DataError, InputError, WeightsError
+from unclip.numbers import whole
 
 KIND = "unclip principal components"
 VERSION = 1
@@ -107,16 +108,13 @@ class PrincipalComponents:
                 f"there are {count} embeddings; principal components need 2 or more, and of use are hundreds"
             )
         dim = len(mean)
-        if num_components is not None and (
-            isinstance(num_components, bool) or not isinstance(num_components, int) or not 1 <= num_components <= dim
-        ):
-            raise InputError(f"num_components is {num_components!r}; it must be a whole number from 1 to {dim}")
+        wanted = dim if num_components is None else whole(num_components, "num_components", 1, dim)
         covariance = scatter / (count - 1)
         values, vectors = torch.linalg.eigh(covariance)
         values, rows = values.flip(0).clamp(min=0), vectors.flip(1).T
         if values[0] <= 0:
             raise DataError(f"the {count} embeddings are all equal; there is no direction in which they vary")
-        kept = min(num_components or dim, dim, count - 1)
+        kept = min(wanted, count - 1)
         rows = rows[:kept]
         largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
         rows = rows * largest.sign()
@@ -199,12 +197,7 @@ class PrincipalComponents:
     def _count(self, num_components: int | None) -> int:
         if num_components is None:
             return self.num_components
-        whole = isinstance(num_components, int) and not isinstance(num_components, bool)
-        if not whole or not 0 <= num_components <= self.num_components:
-            raise InputError(
-                f"num_components is {num_components!r}; it must be a whole number from 0 to {self.num_components}"
-            )
-        return num_components
+        return whole(num_components, "num_components", 0, self.num_components)
 
 
 def _merged(count: int, mean: Tensor, scatter: Tensor, batch: Tensor) -> tuple[int, Tensor, Tensor]:

@@ -200,8 +200,7 @@ class PriorTransformer(Component[PriorConfig]):
 
     # Prepare once, step many
 
-    @entry_point
-    def prepare(
+    def _read_text(
         self, proj_embedding: Tensor, encoder_hidden_states: Tensor | None, attention_mask: Tensor
     ) -> PriorPrefix:
         """All that the text contributes to every step: causality makes it independent of what follows.
@@ -245,18 +244,9 @@ class PriorTransformer(Component[PriorConfig]):
         layers.append(self.transformer_blocks[-1].prepare(tokens))  # pyright: ignore[reportCallIssue]
         return PriorPrefix(tuple(layers), bias[:, :, length:])
 
-    @entry_point
-    def denoise(self, hidden_states: Tensor, timestep: Tensor | float, prefix: PriorPrefix) -> Tensor:
-        """The predicted embedding [batch, clip_embed_dim]; [batch, n, clip_embed_dim] without a "prd" query.
+    prepare = entry_point(_read_text)
 
-        Args:
-            hidden_states: the noised image embedding [batch, embedding_dim], or n of them [batch, n, embedding_dim].
-            timestep: a number, or a tensor [] or [batch].
-            prefix: from `prepare`, for the same batch.
-
-        Raises:
-            InputError: a shape is wrong.
-        """
+    def _denoise(self, hidden_states: Tensor, timestep: Tensor | float, prefix: PriorPrefix) -> Tensor:
         step = self._step_tokens(hidden_states, timestep)
         expected = prefix.bias.shape[2]
         if step.shape[1] != expected:
@@ -277,17 +267,37 @@ class PriorTransformer(Component[PriorConfig]):
         self,
         hidden_states: Tensor,
         timestep: Tensor | float,
-        proj_embedding: Tensor,
+        proj_embedding: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         return_dict: bool = True,
+        *,
+        prefix: PriorPrefix | None = None,
     ) -> PriorTransformerOutput | tuple[Tensor]:
-        """`prepare` and `denoise` in one. Without a mask every token sees every other, as in the ecosystem's class."""
-        if attention_mask is None:
+        """The predicted embedding [batch, clip_embed_dim]; [batch, n, clip_embed_dim] without a "prd" query.
+
+        Args:
+            hidden_states: the noised image embedding [batch, embedding_dim], or n of them [batch, n, embedding_dim].
+            timestep: a number, or a tensor [] or [batch].
+            proj_embedding, encoder_hidden_states, attention_mask: the text, as for `prepare`. Without a mask every
+                token sees every other, as in the ecosystem's class.
+            return_dict: whether the result is a `PriorTransformerOutput` or a plain tuple.
+            prefix: from `prepare`, for the same batch, instead of the text.
+
+        Raises:
+            InputError: a shape is wrong, or not one of text and prefix is given.
+        """
+        if (prefix is None) == (proj_embedding is None):
+            raise InputError("give either proj_embedding or the prefix that prepare() made of the text")
+        if prefix is not None:
+            output = self._denoise(hidden_states, timestep, prefix)
+        elif attention_mask is None:
+            assert proj_embedding is not None
             output = self._bidirectional(hidden_states, timestep, proj_embedding, encoder_hidden_states)
         else:
-            prefix = self.prepare(proj_embedding, encoder_hidden_states, attention_mask)
-            output = self.denoise(hidden_states, timestep, prefix)
+            assert proj_embedding is not None
+            prefix = self._read_text(proj_embedding, encoder_hidden_states, attention_mask)
+            output = self._denoise(hidden_states, timestep, prefix)
         return PriorTransformerOutput(output) if return_dict else (output,)
 
     def _bidirectional(

@@ -277,72 +277,64 @@ class AutoregressivePrior(Component[AutoregressivePriorConfig]):
             layers.append(own)
         return self.proj_to_codes(self.norm_out(tokens)).float(), tuple(layers)
 
-    @entry_point
-    def prepare(
-        self, proj_embedding: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor, dot_codes: Tensor
-    ) -> tuple[Tensor, CodeMemory]:
-        """Read the text; the first code's logits, float32 [batch, num_buckets], and the memory to go on from.
-
-        Args:
-            proj_embedding: the text's embedding [batch, embedding_dim].
-            encoder_hidden_states: the text's tokens [batch, tokens, text_dim], at most num_embeddings of them: padding
-                that no text of the batch reaches can be left out.
-            attention_mask: [batch, tokens], true or 1 for the text's own tokens.
-            dot_codes: int64 [batch], from `dot_code`, or `no_dot_code`.
-
-        Raises: InputError for a wrong shape.
-        """
-        tokens, bias = self._prefix(proj_embedding, encoder_hidden_states, attention_mask, dot_codes)
-        logits, layers = self._run(tokens, self._causal(tokens, bias), tokens.shape[1] - 1)
-        return logits[:, 0], CodeMemory(layers, bias, 0)
-
-    @entry_point
-    def step(self, codes: Tensor, memory: CodeMemory) -> tuple[Tensor, CodeMemory]:
-        """Read one more code of each row; the next one's logits, float32 [batch, num_buckets], and the longer memory.
-
-        Args:
-            codes: int64 [batch].
-            memory: from `prepare` or the step before; it stays as it is.
-
-        Raises: InputError when the sequence is at its end, or the batch is another.
-        """
+    def _read_on(self, codes: Tensor, memory: CodeMemory) -> tuple[Tensor, CodeMemory]:
+        """`forward` for one more code [batch, 1] of each row."""
         if memory.num_codes + 1 >= self.config.num_components:
             raise InputError(f"all {self.config.num_components} codes are predicted; there is no step after the last")
         check_rows(codes=codes, memory=memory.bias)
-        tokens = self.code_embedding(codes)[:, None].to(memory.layers[0].key.dtype)
+        if codes.shape != (len(codes), 1):
+            raise InputError(f"codes are {tuple(codes.shape)}; with a memory they must be [batch, 1]")
+        tokens = self.code_embedding(codes).to(memory.layers[0].key.dtype)
         tokens = self._placed(tokens, self.config.prefix_length + memory.num_codes)
         bias = F.pad(memory.bias, (0, 1))
         layers = []
         for block, before in zip(self.transformer_blocks, memory.layers, strict=True):
             tokens, own = block(tokens, bias, before=before)
             layers.append(before.then(*own))
-        logits = self.proj_to_codes(self.norm_out(tokens))[:, 0].float()
+        logits = self.proj_to_codes(self.norm_out(tokens)).float()
         return logits, CodeMemory(tuple(layers), bias, memory.num_codes + 1)
 
     @routes_entry_points
     def forward(
         self,
         codes: Tensor,
-        dot_codes: Tensor,
-        proj_embedding: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor,
-    ) -> Tensor:
-        """Logits of every code given the text and the codes before it, float32 [batch, num_components, num_buckets].
+        dot_codes: Tensor | None = None,
+        proj_embedding: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        memory: CodeMemory | None = None,
+    ) -> tuple[Tensor, CodeMemory]:
+        """Logits of the code that follows the text, and of the code that follows each of `codes`.
 
         Args:
-            codes: int64 [batch, num_components], from `encode`.
-            dot_codes, proj_embedding, encoder_hidden_states, attention_mask: as for `prepare`.
+            codes: int64 [batch, count], the first codes of each row, from `encode`; count is from 0 to
+                num_components - 1. With `memory`: [batch, 1], the code that follows those of the memory.
+            dot_codes: int64 [batch], from `dot_code`, or `no_dot_code`.
+            proj_embedding: the text's embedding [batch, embedding_dim].
+            encoder_hidden_states: the text's tokens [batch, tokens, text_dim], at most num_embeddings of them: padding
+                that no text of the batch reaches can be left out.
+            attention_mask: [batch, tokens], true or 1 for the text's own tokens.
+            memory: what an earlier call returned, instead of the text; it stays as it is.
 
-        Raises: InputError for a wrong shape.
+        Returns: float32 [batch, 1 + count, num_buckets], or with `memory` [batch, 1, num_buckets]; and the memory of
+            the text and the codes so far.
+
+        Raises: InputError for a wrong shape, when all codes are predicted, or when not one of text and memory is given.
         """
-        if codes.dim() != 2 or codes.shape[1] != self.config.num_components:
-            raise InputError(f"codes are {tuple(codes.shape)}; they must be [batch, {self.config.num_components}]")
+        if memory is not None:
+            return self._read_on(codes, memory)
+        if dot_codes is None or proj_embedding is None or encoder_hidden_states is None or attention_mask is None:
+            raise InputError("give dot_codes, proj_embedding, encoder_hidden_states and attention_mask, or a memory")
+        if codes.dim() != 2 or codes.shape[1] >= self.config.num_components:
+            most = self.config.num_components - 1
+            raise InputError(f"codes are {tuple(codes.shape)}; they must be [batch, count] with at most {most} codes")
         prefix, bias = self._prefix(proj_embedding, encoder_hidden_states, attention_mask, dot_codes)
         check_rows(codes=codes, proj_embedding=prefix)
-        told = self._placed(self.code_embedding(codes[:, :-1]), self.config.prefix_length).to(prefix.dtype)
+        told = self._placed(self.code_embedding(codes), self.config.prefix_length).to(prefix.dtype)
         tokens = torch.cat([prefix, told], dim=1)
-        return self._run(tokens, self._causal(tokens, bias), prefix.shape[1] - 1)[0]
+        logits, layers = self._run(tokens, self._causal(tokens, bias), prefix.shape[1] - 1)
+        return logits, CodeMemory(layers, F.pad(bias, (0, codes.shape[1])), codes.shape[1])
 
 
 def dot_product(text_embedding: Tensor, image_embedding: Tensor) -> Tensor:

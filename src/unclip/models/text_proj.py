@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from unclip.errors import InputError
 from unclip.models.component import Component, check_rows
 from unclip.models.config import ModelConfig
-from unclip.models.entry import entry_point, routes_entry_points
 from unclip.models.kernels import Linear
 
 
@@ -59,23 +58,25 @@ class UnCLIPTextProjModel(Component[UnCLIPTextProjConfig]):
         nn.init.zeros_(self.learned_classifier_free_guidance_embeddings)
         return self
 
-    @entry_point
-    def combine(
+    def forward(
         self,
         *,
         image_embeddings: Tensor,
-        given: Tensor | None,
         prompt_embeds: Tensor,
         text_encoder_hidden_states: Tensor,
+        do_classifier_free_guidance: bool = False,
+        given: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The decoder's context tokens and its addition to the time embedding.
 
         Args:
             image_embeddings: [batch, clip_embeddings_dim], not whitened.
-            given: bool [batch]; rows with False take the learned embedding for "no image" instead of their own,
-                for guidance as for training without a condition. None: all are given.
             prompt_embeds: the texts' embeddings [batch, clip_embeddings_dim].
             text_encoder_hidden_states: the texts' tokens [batch, tokens, clip_embeddings_dim].
+            do_classifier_free_guidance: the texts are [null; given], twice as many as the images: the images are
+                doubled, and the first half takes the learned embedding for "no image". `given` is not used then.
+            given: bool [batch]; rows with False take the learned embedding for "no image" instead of their own,
+                for guidance as for training without a condition. None: all are given.
 
         Returns:
             [batch, clip_extra_context_tokens + tokens, cross_attention_dim] and [batch, time_embed_dim].
@@ -83,6 +84,9 @@ class UnCLIPTextProjModel(Component[UnCLIPTextProjConfig]):
         Raises:
             InputError: a shape is wrong.
         """
+        if do_classifier_free_guidance:
+            given = torch.arange(2 * len(image_embeddings), device=image_embeddings.device) >= len(image_embeddings)
+            image_embeddings = torch.cat([image_embeddings, image_embeddings])
         width = self.config.clip_embeddings_dim
         for name, tensor, dimensions in (
             ("image_embeddings", image_embeddings, 2),
@@ -109,24 +113,3 @@ class UnCLIPTextProjModel(Component[UnCLIPTextProjConfig]):
         extra = extra.unflatten(-1, (-1, self.config.clip_extra_context_tokens)).transpose(1, 2)
         text = self.text_encoder_hidden_states_norm(self.encoder_hidden_states_proj(text_encoder_hidden_states))
         return torch.cat([extra, text.to(extra.dtype)], dim=1), addition
-
-    @routes_entry_points
-    def forward(
-        self,
-        *,
-        image_embeddings: Tensor,
-        prompt_embeds: Tensor,
-        text_encoder_hidden_states: Tensor,
-        do_classifier_free_guidance: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """As `combine`. With guidance the texts are [null; given], twice as many as the images."""
-        given = None
-        if do_classifier_free_guidance:
-            given = torch.arange(2 * len(image_embeddings), device=image_embeddings.device) >= len(image_embeddings)
-            image_embeddings = torch.cat([image_embeddings, image_embeddings])
-        return self.combine(
-            image_embeddings=image_embeddings,
-            given=given,
-            prompt_embeds=prompt_embeds,
-            text_encoder_hidden_states=text_encoder_hidden_states,
-        )

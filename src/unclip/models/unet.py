@@ -154,8 +154,7 @@ class UNet2DConditionModel(_UNet[UNet2DConditionConfig]):
 
     config_class: ClassVar = UNet2DConditionConfig
 
-    @entry_point
-    def prepare(self, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None) -> UNetContext:
+    def _read_context(self, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None) -> UNetContext:
         """All that the context contributes to every step.
 
         Args:
@@ -175,37 +174,42 @@ class UNet2DConditionModel(_UNet[UNet2DConditionConfig]):
         layers = tuple(layer for level in self._levels() for layer in level.prepare(tokens))
         return UNetContext(layers, None if attention_mask is None else mask_bias(attention_mask, tokens.dtype))
 
-    @entry_point
-    def denoise(
-        self, sample: Tensor, timestep: Tensor | float, context: UNetContext, class_labels: Tensor | None = None
-    ) -> Tensor:
-        """One step's raw output [batch, out_channels, height, width].
-
-        Args:
-            sample: [batch, in_channels, height, width], sizes multiples of 2 ** (levels - 1).
-            timestep: a number, or a tensor [] or [batch].
-            context: from `prepare`, for the same batch.
-            class_labels: [batch, time embedding width], added to the time embedding.
-
-        Raises:
-            InputError: a shape is wrong, or class_labels are missing.
-        """
-        return self._run(sample, self._embed(sample, timestep, class_labels), context)
+    prepare = entry_point(_read_context)
 
     @routes_entry_points
     def forward(
         self,
         sample: Tensor,
         timestep: Tensor | float,
-        encoder_hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
         class_labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         return_dict: bool = True,
+        *,
+        context: UNetContext | None = None,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """`prepare` and `denoise` in one; either mask is [batch, tokens] over the context, the first going before."""
-        mask = encoder_attention_mask if attention_mask is None else attention_mask
-        output = self.denoise(sample, timestep, self.prepare(encoder_hidden_states, mask), class_labels)
+        """One step's raw output [batch, out_channels, height, width].
+
+        Args:
+            sample: [batch, in_channels, height, width], sizes multiples of 2 ** (levels - 1).
+            timestep: a number, or a tensor [] or [batch].
+            encoder_hidden_states: the context tokens, as for `prepare`.
+            class_labels: [batch, time embedding width], added to the time embedding.
+            attention_mask, encoder_attention_mask: [batch, tokens] over the context; the first one given is used.
+            return_dict: whether the result is a `UNet2DConditionOutput` or a plain tuple.
+            context: from `prepare`, for the same batch, instead of the tokens and their mask.
+
+        Raises:
+            InputError: a shape is wrong, class_labels are missing, or not one of tokens and context is given.
+        """
+        if (context is None) == (encoder_hidden_states is None):
+            raise InputError("give either encoder_hidden_states or the context that prepare() made of them")
+        if encoder_hidden_states is not None:
+            mask = encoder_attention_mask if attention_mask is None else attention_mask
+            context = self._read_context(encoder_hidden_states, mask)
+        assert context is not None
+        output = self._run(sample, self._embed(sample, timestep, class_labels), context)
         return UNet2DConditionOutput(output) if return_dict else (output,)
 
 
@@ -217,12 +221,6 @@ class UNet2DModel(_UNet[UNet2DConfig]):
 
     config_class: ClassVar = UNet2DConfig
 
-    @entry_point
-    def denoise(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
-        """One step's raw output [batch, out_channels, height, width]; arguments and errors as `forward`'s."""
-        return self._run(sample, self._embed(sample, timestep, class_labels), NO_CONTEXT)
-
-    @routes_entry_points
     def forward(
         self,
         sample: Tensor,
@@ -230,7 +228,7 @@ class UNet2DModel(_UNet[UNet2DConfig]):
         class_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[Tensor]:
-        """One step.
+        """One step's raw output [batch, out_channels, height, width].
 
         Args:
             sample: [batch, in_channels, height, width], sizes multiples of 2 ** (levels - 1).
@@ -242,5 +240,5 @@ class UNet2DModel(_UNet[UNet2DConfig]):
         """
         if class_labels is not None and self.config.class_embed_type is None:
             raise InputError("class_labels are given to a network without class_embed_type; leave them out")
-        output = self.denoise(sample, timestep, class_labels)
+        output = self._run(sample, self._embed(sample, timestep, class_labels), NO_CONTEXT)
         return UNet2DOutput(output) if return_dict else (output,)

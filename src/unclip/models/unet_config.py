@@ -84,6 +84,10 @@ class UNetConfig(ModelConfig):
             given = self.layers_per_block if key == "layers" else getattr(self, key)
             if not isinstance(getattr(self, key), tuple) or len(getattr(self, key)) != self.num_levels:
                 raise self._refuse(key, f"a list of {self.num_levels}, one for each of block_out_channels", given)
+        if sum(self.layers) > MAX_LAYERS:
+            raise self._refuse("layers_per_block", f"at most {MAX_LAYERS} layers in all", self.layers_per_block)
+        if isinstance(self.sample_size, tuple) and len(self.sample_size) != 2:
+            raise self._refuse("sample_size", "one number, or height and width", self.sample_size)
         for channels in self.block_out_channels:
             self.check_divides(self.norm_num_groups, channels, "norm_num_groups must divide all block_out_channels")
         if self.block_out_channels[0] // 2 <= self.freq_shift:
@@ -141,10 +145,10 @@ class UNet2DConditionConfig(UNetConfig):
         self.check_one_of("mid_block_type", (CROSS_MID,))
         self.check_one_of("up_block_types", (PLAIN_UP, CROSS_UP))
         super().check()
-        self.check_whole("attention_head_dim", "cross_attention_dim")
         for key in ("attention_head_dim", "cross_attention_dim"):
             if isinstance(getattr(self, key), tuple):
                 raise ConfigError(f"{self._name}: a {key} for each level is not implemented; give one number")
+        self.check_whole("attention_head_dim", "cross_attention_dim")
         widths = [self.block_out_channels[-1]]
         widths += [
             c for c, kind in zip(self.block_out_channels, self.down_block_types, strict=True) if kind == CROSS_DOWN

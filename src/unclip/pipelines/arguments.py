@@ -12,6 +12,7 @@ from torch import Tensor
 from unclip.diffusion.loop import OnStep, StepInfo
 from unclip.diffusion.noise import NoiseSource, generators_from_seed
 from unclip.errors import Cancelled, InputError
+from unclip.numbers import whole
 from unclip.stages.condition import TextEmbedding
 from unclip.stages.encoders import check_prompt
 
@@ -37,26 +38,20 @@ def as_prompts(prompt: str | Sequence[str]) -> list[str]:
     return list(prompts)
 
 
-def check_count(num_images_per_prompt: int, num_prompts: int) -> int:
-    """The number of pictures of the call.
+def check_count(count: object, num_prompts: int, name: str = "num_images_per_prompt") -> int:
+    """`count`, of each prompt, as an int.
 
-    Raises: InputError unless it lies between 1 and 1000.
+    Raises: InputError unless it is a whole number, and there are between 1 and 1000 pictures in all.
     """
-    if isinstance(num_images_per_prompt, bool) or not isinstance(num_images_per_prompt, int):
-        raise InputError(f"num_images_per_prompt must be a whole number, not {num_images_per_prompt!r}")
-    total = num_images_per_prompt * num_prompts
-    if not 1 <= total <= MAX_PICTURES:
+    number = whole(count, name, 1, MAX_PICTURES)
+    if not 1 <= (total := number * num_prompts) <= MAX_PICTURES:
         raise InputError(f"this call asks for {total} pictures; between 1 and {MAX_PICTURES} are made at once")
-    return total
+    return number
 
 
-def check_candidates(num_prior_candidates: int) -> None:
-    """Raises: InputError unless the number of candidates is a whole number from 1 to 1000."""
-    whole = isinstance(num_prior_candidates, int) and not isinstance(num_prior_candidates, bool)
-    if not whole or not 1 <= num_prior_candidates <= MAX_CANDIDATES:
-        raise InputError(
-            f"num_prior_candidates is {num_prior_candidates!r}; it must be a whole number from 1 to {MAX_CANDIDATES}"
-        )
+def check_candidates(num_prior_candidates: object) -> int:
+    """The number of candidates as an int. Raises: InputError unless it is a whole number from 1 to 1000."""
+    return whole(num_prior_candidates, "num_prior_candidates", 1, MAX_CANDIDATES)
 
 
 def noise_source(

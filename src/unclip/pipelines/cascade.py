@@ -13,6 +13,7 @@ from unclip.diffusion.scheduler import Scheduler
 from unclip.errors import ConfigError, InputError
 from unclip.models.unet import UNet2DConditionModel, UNet2DModel
 from unclip.models.unet_config import UNet2DConditionConfig, UNetConfig
+from unclip.numbers import several, whole
 from unclip.stages.stage import Size, size_px
 
 STAGES = ("super_res", *FURTHER_SUPER_RES)
@@ -60,7 +61,7 @@ def parts(components: Mapping[str, Any]) -> dict[str, SuperResParts]:
             raise ConfigError(f"the components do not fit: {stage} has no {lacking}; give it, or leave the stage out")
         if ended_at:
             raise ConfigError(f"the components do not fit: there is a {stage}, but no {ended_at} before it")
-        found[stage] = SuperResParts(first, last or first, scheduler)
+        found[stage] = SuperResParts(first, first if last is None else last, scheduler)
     return found
 
 
@@ -106,9 +107,7 @@ def picture_sizes(
     """
     own = _own_sizes(decoder, stages)
     result, multiple = list(own.values())[-1], side_multiple(decoder, stages)
-    for name, side in (("height", height), ("width", width)):
-        _check_side(name, side, result, multiple)
-    sides = [result if side is None else side for side in (height, width)]
+    sides = [_side(name, side, result, multiple) for name, side in (("height", height), ("width", width))]
     return {stage: (sides[0] * size // result, sides[1] * size // result) for stage, size in own.items()}
 
 
@@ -136,13 +135,14 @@ def per_stage(value: V | Sequence[V], stages: Sequence[str], name: str) -> dict[
 
     Raises: InputError for another number of values.
     """
-    if not isinstance(value, list | tuple):
+    each = several(value)
+    if each is None:
         return dict.fromkeys(stages, value)  # type: ignore[arg-type]
-    if len(value) != len(stages):
+    if len(each) != len(stages):
         raise InputError(
-            f"{name} has {len(value)} values for {len(stages)} super-resolution stages; give one, or one for each"
+            f"{name} has {len(each)} values for {len(stages)} super-resolution stages; give one, or one for each"
         )
-    return dict(zip(stages, value, strict=True))
+    return dict(zip(stages, each, strict=True))
 
 
 def _multiple(config: UNetConfig) -> int:
@@ -165,11 +165,11 @@ def _own_sizes(decoder: UNet2DConditionModel, stages: Mapping[str, SuperResParts
     return {stage: size_px(network.config.sample_size) for stage, network in networks.items()}
 
 
-def _check_side(name: str, side: object, own_px: int, multiple: int) -> None:
-    if side is None:
-        return
-    if isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= MAX_SIDE_PX:
-        raise InputError(f"{name} is {side!r}; it must be a whole number of pixels from {multiple} to {MAX_SIDE_PX}")
+def _side(name: str, given: object, own_px: int, multiple: int) -> int:
+    if given is None:
+        return own_px
+    side = whole(given, name, 1, MAX_SIDE_PX, unit="whole number of pixels")
     if side != own_px and side % multiple:
         near = max(1, round(side / multiple)) * multiple
         raise InputError(f"{name} is {side}; this model's pictures need a multiple of {multiple}, such as {near}")
+    return side

@@ -7,25 +7,29 @@ import importlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from unclip.checkpoints.clip_settings import HALVES, OLD_HALVES, check_clip_settings, read_image_processor_settings
+from unclip.checkpoints.clip_settings import HALVES, SIZE_LIMITS, check_clip_settings, read_image_processor_settings
 from unclip.checkpoints.files import read_json, safe_join
-from unclip.checkpoints.offloaded import state_of
+from unclip.checkpoints.offloaded import original, state_of
 from unclip.checkpoints.weights import (
     DEFAULT_STEM,
     TRANSFORMERS_STEM,
     check_finite,
+    check_fit,
     file_name,
     index_name,
     open_weights,
     read_tensors,
+    stored_type,
 )
 from unclip.errors import CheckpointError, ConfigError, MissingFileError, UnclipError, WeightsError
+from unclip.models.clip import CLIPImageEncoder, CLIPTextEncoder
 
 OURS = {
     "AutoregressivePrior": "unclip.models.prior_autoregressive",
@@ -66,19 +70,6 @@ TOKENIZER_JSON = ("tokenizer*.json", "vocab.json", "special_tokens_map.json", "a
 MORE_FILES = ("adapter_config.json", "processor_config.json")
 """What transformers reads besides a part's own files; unclip's classes do not."""
 
-# The largest value of each size in a CLIP's config.json; more is a damaged file, and would fill the memory.
-CLIP_LIMITS = {
-    "hidden_size": 16_384,
-    "intermediate_size": 65_536,
-    "projection_dim": 16_384,
-    "num_hidden_layers": 256,
-    "num_attention_heads": 1024,
-    "vocab_size": 1_000_000,
-    "max_position_embeddings": 65_536,
-    "image_size": 4096,
-    "patch_size": 4096,
-    "num_channels": 16,
-}
 # Tables of 0, 1, 2, … that old files hold among the weights.
 NO_WEIGHTS = ("position_ids",)
 
@@ -91,11 +82,13 @@ def read_component(
     name: str,
     class_name: str,
     *,
-    torch_dtype: torch.dtype | None,
+    torch_dtype: torch.dtype | str | None,
     variant: str | None,
     own_clip: bool = False,
 ) -> Any:
     """Read one component from `folder/name`; with `own_clip` by a class of `OWN_CLIP`, where that implements it.
+
+    Weights have the type `torch_dtype`, float32 for None, or that in the file for a text, "auto".
 
     Raises: CheckpointError (or ConfigError) that says which component failed, and why.
     """
@@ -103,9 +96,10 @@ def read_component(
         place = safe_join(folder, name)
         if not place.is_dir():
             raise MissingFileError(f"{place} is not there")
-        if own_clip and (part := _read_own_clip(class_name, place, torch_dtype, variant)) is not None:
+        dtype = _stored_type(class_name, place, variant) if isinstance(torch_dtype, str) else torch_dtype
+        if own_clip and (part := _read_own_clip(class_name, place, dtype, variant)) is not None:
             return part
-        return _reader(class_name)(place, torch_dtype, variant)
+        return _reader(class_name)(place, dtype, variant)
     except UnclipError as error:
         raise type(error)(f"component {name!r} ({class_name}) cannot be loaded: {error}") from error
     except Exception as error:  # transformers meets a broken file with errors of any kind
@@ -127,12 +121,12 @@ def parts_with_variant(folder: Path, names: Iterable[str], variant: str) -> set[
 
 
 def write_component(component: Any, folder: Path, *, variant: str | None) -> None:
-    """Write one component into a folder of its own."""
+    """Write one component into a folder of its own, as it was before it was offloaded or compiled."""
+    component = original(component)
     with _no_bars() if _is_foreign(component) else nullcontext():
         if isinstance(component, nn.Module):
-            # Only of transformers' class: unclip's own look up by themselves what offloading keeps.
-            offloaded = _is_foreign(component) and any(weight.is_meta for weight in component.parameters())
-            given = {"state_dict": state_of(component)} if offloaded else {}
+            # Only of transformers' class: unclip's own classes look up what offloading keeps.
+            given = {"state_dict": state_of(component)} if _is_foreign(component) else {}
             component.save_pretrained(folder, variant=variant, **given)  # type: ignore[operator]
         else:
             component.save_pretrained(folder)
@@ -140,12 +134,20 @@ def write_component(component: Any, folder: Path, *, variant: str | None) -> Non
 
 def index_entry(component: Any) -> list[str]:
     """[library, class] as model_index.json names a component; the ecosystem's loaders know most of them."""
-    name = type(component).__name__
+    name = type(original(component)).__name__
     if name in OURS:
         return ["unclip" if name in OURS_ALONE else "diffusers", name]
     name = {own: theirs for theirs, (_, own) in OWN_CLIP.items()}.get(name, name)
     aliases = {"CLIPImageProcessorPil": "CLIPImageProcessor", "CLIPTokenizerFast": "CLIPTokenizer"}
     return ["transformers", aliases.get(name, name)]
+
+
+def _stored_type(class_name: str, place: Path, variant: str | None) -> torch.dtype | None:
+    """The type of a component's weights in its file; None where it has none."""
+    if not (place / "config.json").exists():  # of a network, and of nothing else
+        return None
+    stem = TRANSFORMERS_STEM if class_name in TRANSFORMERS else DEFAULT_STEM
+    return stored_type(open_weights(place, stem=stem, variant=variant))
 
 
 def _is_foreign(component: Any) -> bool:
@@ -230,9 +232,11 @@ def _read_image_processor(cls: Any, folder: Path) -> Any:
 
 
 def _read_clip(cls: Any, folder: Path, dtype: torch.dtype | None, variant: str | None) -> Any:
-    """A transformers CLIP model, its file checked first; what the file lacks is an error, not a random weight."""
-    _check_clip_config(folder)
+    """A transformers CLIP model, its configuration and the header of its weights checked before anything is built."""
+    path = safe_join(folder, "config.json")
+    check_clip_settings(read_json(path), str(path))
     index = open_weights(folder, stem="model", variant=variant)
+    check_fit(_clip_shapes(cls, folder), index.without(NO_WEIGHTS), folder)
     for name, tensor in read_tensors(index):
         check_finite(tensor, name, str(folder))
     model, about = cls.from_pretrained(
@@ -243,27 +247,24 @@ def _read_clip(cls: Any, folder: Path, dtype: torch.dtype | None, variant: str |
         local_files_only=True,
         output_loading_info=True,
     )
-    wrong = sorted(map(str, [*about["missing_keys"], *about.get("mismatched_keys", [])]))
-    if wrong:
-        some = ", ".join(wrong[:3])
-        raise WeightsError(f"{len(wrong)} weights are missing in {folder} or of another shape ({some}…)")
-    extra = sorted(name for name in map(str, about["unexpected_keys"]) if not name.endswith(NO_WEIGHTS))
-    if extra:
-        some = ", ".join(extra[:3])
-        raise WeightsError(f"{folder} holds {len(extra)} weights that its config.json has no place for ({some}…)")
+    if missing := sorted(map(str, about["missing_keys"])):  # their values would be random
+        raise WeightsError(f"{len(missing)} weights are missing in {folder} ({', '.join(missing[:3])}…)")
     return model.eval()
 
 
-def _check_clip_config(folder: Path) -> None:
-    """Raises: ConfigError for a setting in config.json that is not implemented, or a size that is none.
+def _clip_shapes(cls: Any, folder: Path) -> dict[str, tuple[int, ...]]:
+    """The weights of transformers' CLIP class `cls` by name, as the configuration in `folder` describes them.
 
-    That is said before anything of that size is allocated.
+    They are those of unclip's own classes, which are built without memory.
     """
-    settings = read_json(safe_join(folder, "config.json"))
-    check_clip_settings(settings, str(folder / "config.json"))
-    both = [settings.get(name) for name in (*HALVES, *OLD_HALVES)]  # a whole CLIP's two halves
-    for part in [settings, *(part for part in both if isinstance(part, dict))]:
-        for name, limit in CLIP_LIMITS.items():
-            value = part.get(name, 1)  # left out: transformers' own, which is sane
-            if type(value) is not int or not 1 <= value <= limit:
-                raise ConfigError(f"{name} in {folder / 'config.json'} is {value!r}; it must be from 1 to {limit}")
+    config = cls.config_class.from_pretrained(folder, local_files_only=True)
+    halves = [getattr(config, name) for name in HALVES] if cls.__name__ == "CLIPModel" else [config]
+    shapes: dict[str, tuple[int, ...]] = {"logit_scale": ()} if len(halves) > 1 else {}
+    for half in halves:
+        encoder = CLIPTextEncoder if hasattr(half, "vocab_size") else CLIPImageEncoder
+        known = {field.name for field in fields(encoder.config_class)}
+        sizes = {name: getattr(half, name) for name in SIZE_LIMITS if name in known}
+        with torch.device("meta"):
+            built = encoder(sizes | {"projection_dim": config.projection_dim})
+        shapes |= {name: tuple(weight.shape) for name, weight in built.state_dict().items()}
+    return shapes

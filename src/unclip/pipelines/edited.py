@@ -3,7 +3,7 @@
 Knows pictures, masks and sizes; knows no component. Called by the inpainting pipeline.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.errors import ImageError, InputError
-from unclip.images import alpha, rgb, rgba, to_tensor
+from unclip.images import alpha, as_pictures, rgb, rgba, to_tensor
 from unclip.stages.stage import Size
 
 LANCZOS_REACH = 3
@@ -75,15 +75,15 @@ def read_edited(image: Any, mask_image: Any, fit: Callable[[Size], Size]) -> Edi
     """Check and resize the pictures of a call.
 
     Args:
-        image: a PIL image, or a list of them.
+        image: as `as_pictures` takes it.
         mask_image: the same for masks, of their pictures' sizes; or one for all; or None.
         fit: the result's height and width for a picture of a height and width.
 
-    Raises: ImageError for a picture or a mask that cannot be used, InputError for something else, or for pictures that
-        would get different sizes.
+    Raises: ImageError for a picture or a mask that cannot be used, InputError for pictures that would get different
+        sizes.
     """
-    pictures = _pictures(image, "image")
-    masks = [None] * len(pictures) if mask_image is None else _pictures(mask_image, "mask_image")
+    pictures = as_pictures(image)
+    masks = [None] * len(pictures) if mask_image is None else as_pictures(mask_image, "mask_image", are_masks=True)
     if len(masks) not in (1, len(pictures)):
         raise InputError(f"there are {len(masks)} masks for {len(pictures)} pictures; give one, or one for each")
     originals = [rgb(picture) for picture in pictures]
@@ -192,13 +192,3 @@ def _pasted(image: Image.Image, own: Image.Image, region: Tensor) -> Image.Image
 def _touched(region: Tensor, size: Size) -> Tensor:
     """A region [batch, 1, h, w] at another size: true where any part of a pixel is in it."""
     return F.adaptive_max_pool2d(region.float(), size) > 0
-
-
-def _pictures(given: Any, name: str) -> list[Image.Image]:
-    pictures = [given] if isinstance(given, Image.Image) else given
-    if not isinstance(pictures, Sequence) or isinstance(pictures, str) or not pictures:
-        raise InputError(f"{name} must be a PIL image or a non-empty list of them, not {type(given).__name__}")
-    for picture in pictures:
-        if not isinstance(picture, Image.Image):
-            raise InputError(f"{name} must hold PIL images alone, not a {type(picture).__name__}")
-    return list(pictures)

@@ -7,6 +7,7 @@ from torch import nn
 
 from unclip.checkpoints.fingerprint import fingerprint as fingerprint_of
 from unclip.checkpoints.fingerprint import may_be_of
+from unclip.checkpoints.offloaded import plain_state_dict
 from unclip.pipelines.generation import GenerationPipeline
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 
@@ -51,8 +52,8 @@ def _super_res(pipe: GenerationPipeline, num_stages: int) -> list[list[nn.Module
 
 
 def _of(networks: list[nn.Module]) -> str:
-    return fingerprint_of(network.state_dict() for network in networks)
+    return fingerprint_of(plain_state_dict(network) for network in networks)
 
 
 def _may_be(made: str, networks: list[nn.Module]) -> bool:
-    return may_be_of(made, [network.state_dict() for network in networks])
+    return may_be_of(made, [plain_state_dict(network) for network in networks])

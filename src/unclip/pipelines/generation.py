@@ -177,9 +177,9 @@ class GenerationPipeline(Pipeline):
             networks.append((f"{stage}_first", part.first.config, part.scheduler))
             networks.append((f"{stage}_last", part.last.config, part.scheduler))
         for name, config, scheduler in networks:
-            kind = scheduler.config["variance_type"]
+            variance_type = scheduler.config["variance_type"]
             wanted = channels * (2 if scheduler.process.learns_variance else 1)
-            fits.append((f"{name}.out_channels", config.out_channels, f"its scheduler's ({kind=})", wanted))
+            fits.append((f"{name}.out_channels", config.out_channels, f"its scheduler's ({variance_type=})", wanted))
         self._check_fits(fits)
 
     def _check_finite(self, results: Mapping[str, Tensor]) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from unclip.diffusion.guidance import check_scale
 from unclip.errors import InputError
+from unclip.images import Pictures
 from unclip.pipelines.arguments import Callback, check_count, check_embeddings, noise_source
 from unclip.pipelines.generation import Call, GenerationPipeline, StageRun
 from unclip.pipelines.output import ImagePipelineOutput, check_output_type
@@ -54,7 +54,7 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        image: Image.Image | Sequence[Image.Image] | Tensor | None = None,
+        image: Pictures | Tensor | None = None,
         num_images_per_prompt: int = 1,
         decoder_num_inference_steps: int = 25,
         super_res_num_inference_steps: int | Sequence[int] = 7,
@@ -77,8 +77,10 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
         """Make variations.
 
         Args:
-            image: a picture of any mode, a list of them, or a tensor [batch, 3, height, width] that the feature
-                extractor has already processed. May be None only with `image_embeddings`.
+            image: a PIL image of any mode; a numpy array [height, width], [height, width, channels] or [batch, height,
+                width, channels], uint8 in [0, 255], floating point in [0, 1] or bool, of 1 to 4 channels; a list of
+                these; or a tensor [batch, 3, height, width] that the feature extractor has already processed. May be
+                None only with `image_embeddings`.
             num_images_per_prompt: variations of each picture; they follow one another in the output.
             decoder_num_inference_steps, super_res_num_inference_steps: 1 to 1000 each, as in `UnCLIPPipeline`.
             generator: the source of all noise; a list has one a picture.
@@ -98,9 +100,9 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
         """
         self.check()
         check_output_type(output_type)
-        check_scale(decoder_guidance_scale, "decoder_guidance_scale")
         sizes = self._sizes(height, width)
-        decoder = StageRun(decoder_num_inference_steps, decoder_guidance_scale, decoder_latents, sizes["decoder"])
+        scale = check_scale(decoder_guidance_scale, "decoder_guidance_scale")
+        decoder = StageRun(decoder_num_inference_steps, scale, decoder_latents, sizes["decoder"])
         super_res = self._super_res_runs(super_res_num_inference_steps, super_res_latents, sizes)
         runs = {"decoder": decoder, **super_res}
         for name, run in runs.items():
@@ -108,7 +110,8 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
 
         embeddings = self._embed(image, image_embeddings)
         count = len(embeddings)
-        batch_size = check_count(num_images_per_prompt, count)
+        num_images_per_prompt = check_count(num_images_per_prompt, count)
+        batch_size = num_images_per_prompt * count
         self._check_latents(batch_size, **runs)
         call = Call(noise_source(generator, seed, batch_size), callback_on_step_end)
         captions, negative = self._captions(prompt, count), self._captions(negative_prompt, count)

@@ -3,19 +3,19 @@
 Knows the public call and its arguments; prior, decoder and super-resolution are run as for a caption. Called by users.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from unclip.checkpoints.layout import FURTHER
 from unclip.diffusion.guidance import check_scale
 from unclip.diffusion.inpainting import check_resampling
 from unclip.errors import ConfigError, InputError
+from unclip.images import Pictures
+from unclip.numbers import real
 from unclip.pipelines import cascade
 from unclip.pipelines.arguments import Callback, as_prompts, check_count, check_embeddings, noise_source
 from unclip.pipelines.edited import Edited, read_edited
@@ -65,8 +65,8 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
     def __call__(  # type: ignore[override]
         self,
         prompt: str | Sequence[str] | None = None,
-        image: Image.Image | Sequence[Image.Image] | None = None,
-        mask_image: Image.Image | Sequence[Image.Image] | None = None,
+        image: Pictures | None = None,
+        mask_image: Pictures | None = None,
         strength: float = 1.0,
         num_images_per_prompt: int = 1,
         prior_num_inference_steps: int = 25,
@@ -97,9 +97,11 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
         Args:
             prompt: what the result should show as a whole; one, or one a picture. Without it the picture's own
                 embedding alone says what is drawn.
-            image: a picture of any mode, or a list of them; one serves several prompts. Those of other sizes than the
-                result's are resized to it.
-            mask_image: what is drawn anew, of the picture's size: where it is fully transparent, or where it is white
+            image: a PIL image of any mode; a numpy array [height, width], [height, width, channels] or [batch, height,
+                width, channels], uint8 in [0, 255], floating point in [0, 1] or bool, of 1 to 4 channels; or a list of
+                these. One serves several prompts. Pictures of other sizes than the result's are resized to it.
+            mask_image: what is drawn anew, given as a picture is, an array [batch, height, width] too; of the picture's
+                size: where it is fully transparent, or where it is white
                 if it has no transparency (an alpha channel that is opaque everywhere is none). Without a mask it is
                 what in the picture itself is not opaque; a picture that has no transparency is drawn anew as a whole,
                 which needs a strength below 1.
@@ -129,26 +131,26 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
         """
         self.check()
         check_output_type(output_type)
-        check_scale(prior_guidance_scale, "prior_guidance_scale")
-        check_scale(decoder_guidance_scale, "decoder_guidance_scale")
-        check_resampling(num_resamples, jump_length)
-        _check_strength(strength)
+        num_resamples, jump_length = check_resampling(num_resamples, jump_length)
+        strength = real(strength, "strength", 0, 1, above=True)
         source = self._embedding_source(embedding_from, prompt, image_embeddings)
         edited = read_edited(image, mask_image, lambda size: self._result_size(size, height, width))
         if edited.drawn is None and strength == 1:
             raise InputError("nothing of the picture would stay: give mask_image, or a strength below 1")
         rows = self._rows(prompt, edited, image_embeddings)
-        call = Call(noise_source(generator, seed, check_count(num_images_per_prompt, rows)), callback_on_step_end)
+        num_images_per_prompt = check_count(num_images_per_prompt, rows)
+        call = Call(noise_source(generator, seed, num_images_per_prompt * rows), callback_on_step_end)
         sizes = self._sizes(*edited.x0.shape[2:])
         prior = PriorRun(
             prior_num_inference_steps,
-            prior_guidance_scale,
+            check_scale(prior_guidance_scale, "prior_guidance_scale"),
             num_candidates=num_prior_candidates,
             temperature=prior_temperature,
             top_p=prior_top_p,
         )
         embedder = self._embedder(prior)
-        decoder = StageRun(decoder_num_inference_steps, decoder_guidance_scale, size=sizes["decoder"])
+        scale = check_scale(decoder_guidance_scale, "decoder_guidance_scale")
+        decoder = StageRun(decoder_num_inference_steps, scale, size=sizes["decoder"])
         runs = {"decoder": decoder, **self._super_res_runs(super_res_num_inference_steps, None, sizes)}
         for name, run in runs.items():
             self._check_steps(name, run)
@@ -218,13 +220,6 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
 
     def _own_embeddings(self, edited: Edited) -> Tensor:
         return ImageEncoder(self.image_encoder, self.feature_extractor).encode(edited.originals, self.device).float()
-
-
-def _check_strength(strength: object) -> None:
-    if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
-        raise InputError(f"strength is {strength!r}; it must be a number above 0, up to 1")
-    if not 0 < strength <= 1:
-        raise InputError(f"strength is {strength}; it must be above 0 (where nothing changes), up to 1 (pure noise)")
 
 
 def _knowing(

@@ -3,8 +3,7 @@
 Knows the two pipelines' components and the stages; knows neither how a step is taken nor a file format. Called by
 users and by the commands.
 
-    from unclip import Manipulator
-    from unclip.stages.manipulation import edit
+    from unclip import Manipulator, edit
     tool = Manipulator.from_pretrained("unclip-emoji")
     latent = tool.invert(cat)
     lion = tool.caption_difference("a lion", "a cat")
@@ -12,21 +11,23 @@ users and by the commands.
 """
 
 import copy
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from unclip.checkpoints.asked import settled
 from unclip.diffusion.guidance import check_scale
 from unclip.diffusion.noise import NoiseSource, following_seed, generators_from_seed
 from unclip.diffusion.scheduler import DDIMScheduler
-from unclip.errors import CheckpointError, ImageError
-from unclip.images import to_unit
+from unclip.errors import CheckpointError
+from unclip.images import Pictures, as_pictures, to_unit
 from unclip.models.pca import PrincipalComponents
+from unclip.numbers import several
 from unclip.pipelines.arguments import Callback, as_prompts, check_count, check_embeddings
 from unclip.pipelines.generation import Call, StageRun
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
@@ -66,6 +67,8 @@ class Manipulator(ModelFiles):
         Arguments and errors as of a pipeline; a component may be given that either of the two pipelines has.
         """
         of_text, of_variation = UnCLIPPipeline.component_names(), UnCLIPImageVariationPipeline.component_names()
+        own = [*inspect.signature(UnCLIPPipeline.from_pretrained).parameters][1:-1]
+        options = settled(options, cls.from_pretrained, [*own, *of_text, *of_variation])
         for_text = {name: each for name, each in options.items() if name in of_text or name not in of_variation}
         text = UnCLIPPipeline.from_pretrained(name_or_folder, **for_text)
         shared = {name: part for name, part in text.components.items() if name in of_variation}
@@ -76,23 +79,21 @@ class Manipulator(ModelFiles):
     # ---- pictures ----
 
     @torch.no_grad()
-    def embed_images(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
+    def embed_images(self, images: Pictures) -> Tensor:
         """CLIP's image embeddings, float32 [batch, embedding_dim]. Raises: as `ImageEncoder.encode`."""
         pipe = self.variation
         embeddings = ImageEncoder(pipe.image_encoder, pipe.feature_extractor).encode(images, pipe.device).float()
         pipe.maybe_free_model_hooks()
         return embeddings
 
-    def fit_components(
-        self, batches: Iterable[Sequence[Image.Image]], num_components: int | None = None
-    ) -> PrincipalComponents:
+    def fit_components(self, batches: Iterable[Pictures], num_components: int | None = None) -> PrincipalComponents:
         """Principal components of pictures' embeddings, a batch at a time. Raises: as `PrincipalComponents.fit`."""
         return PrincipalComponents.fit((self.embed_images(batch) for batch in batches), num_components)
 
     @torch.no_grad()
     def invert(
         self,
-        images: Image.Image | Sequence[Image.Image],
+        images: Pictures,
         *,
         decoder_num_inference_steps: int | None = None,
         super_res_num_inference_steps: int | Sequence[int] | None = None,
@@ -105,7 +106,8 @@ class Manipulator(ModelFiles):
         """Find the latents that `decode` brings back to these pictures, given the same steps, guidance and prompt.
 
         Args:
-            images: pictures of any mode; those that are not square are squashed, as the image encoder sees them.
+            images: pictures of any mode, or arrays, as of `UnCLIPImageVariationPipeline`; those that are not square are
+                squashed, as the image encoder sees them.
             decoder_num_inference_steps, super_res_num_inference_steps: 2 to 1000; more are nearer (paper: 250). A list
                 has one for each super-resolution stage.
             decoder_guidance_scale: not above 1 is the nearest; above, both conditions are inverted together.
@@ -124,9 +126,7 @@ class Manipulator(ModelFiles):
         """
         pipe = self.variation
         pipe.check()
-        pictures = [images] if isinstance(images, Image.Image) else images
-        if not isinstance(pictures, Sequence) or not all(isinstance(picture, Image.Image) for picture in pictures):
-            raise ImageError(f"the pictures to invert are {type(images).__name__}; give PIL pictures")
+        pictures = as_pictures(images, "images")
         ddim = self._deterministic(0.0)
         decoder = self._decoder_run(ddim, decoder_num_inference_steps, decoder_guidance_scale)
         runs = {}
@@ -196,7 +196,7 @@ class Manipulator(ModelFiles):
             ),
             decoder_guidance_scale=decoder_guidance_scale,
             prompt=prompt,
-            seed=[seed] * len(latent) if isinstance(seed, int) else seed,
+            seed=None if seed is None else several(seed) or [seed] * len(latent),  # type: ignore[list-item]
             output_type=output_type,
             return_intermediates=return_intermediates,
             callback_on_step_end=callback_on_step_end,
@@ -286,8 +286,8 @@ class Manipulator(ModelFiles):
                 "model that makes pictures of captions"
             )
         captions = as_prompts(captions)
-        check_count(num_samples, len(captions))
-        first = list(seed) if isinstance(seed, Sequence) else [seed] * len(captions)
+        num_samples = check_count(num_samples, len(captions), "num_samples")
+        first = several(seed) or [seed] * len(captions)
         drawn = self.text.embed_captions(
             [*captions] * num_samples,
             num_inference_steps=self._setting("prior_num_inference_steps", prior_num_inference_steps, 25),
@@ -355,8 +355,8 @@ class Manipulator(ModelFiles):
         self, pipe: UnCLIPImageVariationPipeline, num_steps: int | None, guidance_scale: float
     ) -> StageRun:
         """How the decoder runs. Raises: InputError for a number of steps or a scale that cannot be."""
-        check_scale(guidance_scale, "decoder_guidance_scale")
-        run = StageRun(self._setting("decoder_num_inference_steps", num_steps, 25), guidance_scale)
+        scale = check_scale(guidance_scale, "decoder_guidance_scale")
+        run = StageRun(self._setting("decoder_num_inference_steps", num_steps, 25), scale)
         pipe._check_steps("decoder", run)
         return run
 

@@ -6,7 +6,8 @@ Knows components by name and kind; knows not what a call does. Base of the two p
 import inspect
 import io
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from types import NoneType
@@ -16,15 +17,17 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from unclip.checkpoints.asked import asked_type, settled
 from unclip.checkpoints.files import atomic_folder, read_json, safe_join, write_json
 from unclip.checkpoints.hub import resolve
 from unclip.checkpoints.layout import API_VERSION, CLASSES, FURTHER
-from unclip.checkpoints.offloaded import offload_hooks, state_of
+from unclip.checkpoints.offloaded import offload_hooks, original, state_of
 from unclip.checkpoints.probe_file import ProbeFile
 from unclip.checkpoints.recommended import Recommended, read_recommended, write_recommended
-from unclip.checkpoints.weights import check_asked
 from unclip.diffusion.loop import Progress
+from unclip.diffusion.scheduler import Scheduler, converted, is_foreign
 from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError
+from unclip.numbers import whole
 from unclip.pipelines.component import index_entry, parts_with_variant, read_component, write_component
 
 STAGE_WORDS = {"prior": "prior", "decoder": "decoder", "super_res": "super-resolution"}
@@ -63,19 +66,32 @@ class Pipeline:
         self._progress: dict[str, Any] = {}
         self._recommended: dict[str, Recommended] = {}
         self._probe: ProbeFile | None = None
+        self._source: Source | None = None
         self.check()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Components can be exchanged (`pipe.decoder_scheduler = …`), for one of unclip's own kind.
 
-        Raises: ConfigError for a network or scheduler that is none of unclip's, such as diffusers' of that name, or for
-        a part of CLIP's that cannot be one. Whether it fits the others is checked when the pipeline is next called.
+        A scheduler of diffusers is converted (see `unclip.diffusion.scheduler.converted`). `torch.compile(network)` is
+        accepted where the network is, and is saved as that network.
+
+        Raises: ConfigError for a network that is not unclip's, such as diffusers' of that name, for a scheduler that
+        cannot be converted, or for a part of CLIP's that cannot be one. Whether it fits the others is checked when the
+        pipeline is next called.
         """
         kinds = self._kinds(name)
+        if Scheduler in kinds and is_foreign(value):
+            try:
+                value = converted(value, getattr(self, name, None))
+            except ConfigError as problem:
+                raise ConfigError(
+                    f"component {name!r}: {problem}; make one by from unclip import DDIMScheduler (or UnCLIPScheduler, "
+                    f"DPMSolverMultistepScheduler), then DDIMScheduler.from_config(pipe.{name}.config)"
+                ) from problem
         if value is None and kinds and name not in self.OPTIONAL:
             raise ConfigError(f"component {name!r} cannot be None: it must be a {_either(kinds)}")
         classes = tuple(kind for kind in kinds if isinstance(kind, type))
-        if value is not None and classes and not isinstance(value, classes):
+        if value is not None and classes and not isinstance(original(value), classes):
             found = f"{type(value).__module__}.{type(value).__name__}"
             raise ConfigError(
                 f"component {name!r} is a {found}; it must be a {_either(kinds, in_full=True)} "
@@ -155,13 +171,15 @@ class Pipeline:
         cls,
         name_or_folder: str | Path = "unclip-emoji",
         *,
-        torch_dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None = None,
+        dtype: torch.dtype | str | Mapping[str, torch.dtype | str] | None = None,
         variant: str | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         token: str | bool | None = None,
         use_safetensors: bool | None = None,
+        device_map: torch.device | str | None = None,
         own_clip: bool = False,
         **components: Any,
     ) -> Self:
@@ -169,26 +187,28 @@ class Pipeline:
 
         Args:
             name_or_folder: a folder, a hub repository (`owner/name`), or the built-in model's name.
-            torch_dtype: the type of all weights; float32 by default.
+            torch_dtype: the type of all weights, or its name; float32 by default. "auto" keeps the type that each
+                component has in its file. A mapping has a type by component, and "default" for the others.
+            dtype: another name of `torch_dtype`.
             variant: "fp16", say, reads `diffusion_pytorch_model.fp16.safetensors` of the components that have it, and
                 the plain weights of the others.
             revision, cache_dir, local_files_only, token: as the hub client has them.
             use_safetensors: nothing else is read, so None and True are the same and False is refused.
+            device_map: the device to load to; several are not supported.
             own_clip: read CLIP's parts by unclip's own classes (`models/clip.py`, `stages/tokenizer.py`,
                 `stages/preprocessing.py`) instead of transformers', whose import takes seconds. They give the same
                 numbers and only encode; a part that they do not implement is read by transformers' class after all.
-            components: parts to use in place of the folder's (`prior=my_prior`).
+            components: parts to use in place of the folder's (`prior=my_prior`). Further arguments of the ecosystem's
+                method are ignored with one warning, or refused.
 
         Raises:
-            InputError: `torch_dtype` is no floating type, or there is no component of a given name.
+            InputError: `torch_dtype` is not a floating type, or an argument is unknown or refused.
             CheckpointError: something is missing, broken or unsafe; the message names the component.
             ConfigError: a component is of an unknown kind, or does not fit the others.
         """
-        check_asked(torch_dtype, use_safetensors)
-        for name in components:
-            if name not in cls.component_names():
-                known = ", ".join(cls.component_names())
-                raise InputError(f"{cls.__name__} has no component {name!r}; it has {known}")
+        parts = settled(components, cls.from_pretrained, cls.component_names())
+        types = _types(torch_dtype if dtype is None else dtype, use_safetensors)
+        device = _one_device(device_map)
         folder = resolve(
             name_or_folder,
             revision=revision,
@@ -197,35 +217,68 @@ class Pipeline:
             token=token,
             variant=variant,
         )
-        index = read_json(safe_join(folder, "model_index.json"))
-        parts = dict(components)
-        to_read = [name for name in cls.component_names() if name not in parts and not cls._may_lack(name, index)]
-        varied = set() if variant is None else parts_with_variant(folder, to_read, variant)
-        for name in to_read:
-            class_name = _class_name(index, name, cls.__name__, folder)
-            own = variant if name in varied else None
-            parts[name] = read_component(
-                folder, name, class_name, torch_dtype=torch_dtype, variant=own, own_clip=own_clip
-            )
-        pipeline = cls(**parts)
+        source = Source(folder, variant, own_clip)
+        to_read = [name for name in cls.component_names() if name not in parts]
+        pipeline = cls(**parts, **cls._read(source, to_read, types))
+        pipeline._source = source
         pipeline._recommended = read_recommended(folder)
         pipeline._probe = ProbeFile.read(folder)
-        return pipeline
+        return pipeline if device is None else pipeline.to(device)
+
+    @classmethod
+    def _read(
+        cls, source: "Source", names: Iterable[str], types: Mapping[str, torch.dtype | str | None]
+    ) -> dict[str, Any]:
+        """Those components of a folder, but for optional ones that it lacks; `types` as of `_types`."""
+        index = read_json(safe_join(source.folder, "model_index.json"))
+        to_read = [name for name in names if not cls._may_lack(name, index)]
+        classes = {name: _class_name(index, name, cls.__name__, source.folder) for name in to_read}
+        every = cls.component_names()
+        varied = set() if source.variant is None else parts_with_variant(source.folder, every, source.variant)
+        return {
+            name: read_component(
+                source.folder,
+                name,
+                class_name,
+                torch_dtype=types.get(name, types.get("default")),
+                variant=source.variant if name in varied else None,
+                own_clip=source.own_clip,
+            )
+            for name, class_name in classes.items()
+        }
 
     @classmethod
     def from_pipe(cls, pipeline: "Pipeline", **components: Any) -> Self:
-        """This kind of pipeline from another's loaded components, and those it lacks given by name.
+        """This kind of pipeline from another's loaded components.
+
+        What that kind does not have is given by name, or else read from the folder that `pipeline` was loaded from, in
+        its type and on its device.
 
         Bars, tiling, recommendations, principal components and offloading stay as they are there; offloading lies in
         the networks, so what one of the two changes in it holds for both, and a network that is new here takes part
         from the next enabling.
 
-        Raises: InputError when `pipeline` is none of unclip's.
+        Raises: InputError when `pipeline` is not one of unclip's, or lacks components and was not loaded from a folder;
+        CheckpointError when that folder lacks them too.
         """
         if not isinstance(pipeline, Pipeline):
             raise InputError(f"from_pipe takes a pipeline of unclip's, not a {type(pipeline).__name__}")
         shared = {name: part for name, part in pipeline.components.items() if name in cls.component_names()}
-        made = cls(**shared | components)
+        known = {*pipeline.component_names(), *components}
+        lacking = [name for name in cls.component_names() if name not in known]
+        read = {}
+        if pipeline._source is not None and lacking:
+            read = cls._read(pipeline._source, lacking, {"default": pipeline.dtype})
+            for part in read.values():
+                if isinstance(part, nn.Module):
+                    part.to(pipeline.device)
+        elif needed := [name for name in lacking if name not in cls.OPTIONAL]:
+            raise InputError(
+                f"{cls.__name__} needs {', '.join(needed)}, and the {type(pipeline).__name__} was not loaded from a "
+                f"folder that could have them: give them by name, as in from_pipe(pipe, {needed[0]}=…)"
+            )
+        made = cls(**shared | read | components)
+        made._source = pipeline._source
         made._recommended = dict(pipeline._recommended)
         made._probe = pipeline._probe
         made._progress = dict(pipeline._progress)
@@ -244,8 +297,9 @@ class Pipeline:
         It appears only when whole. What the folder that was loaded recommends goes along, and its principal components
         too, if the image encoder is still the one that they are of.
 
-        Raises: OutputExistsError when it is there already and `overwrite` is false; UnsafeFileError for
-        `safe_serialization=False`.
+        Raises: OutputExistsError when it exists and `overwrite` is false, or when it is the current or home folder;
+        OutputError when the disk is full or the folder cannot be written, and what was there stays as it was;
+        UnsafeFileError for `safe_serialization=False`.
         """
         if not safe_serialization:
             raise UnsafeFileError("unclip writes no pickles: leave safe_serialization at True")
@@ -315,8 +369,8 @@ class Pipeline:
 
     @property
     def _distinct_networks(self) -> list[nn.Module]:
-        """Every network once, also where it is two components."""
-        return list(dict.fromkeys(self.networks.values()))
+        """Every network once, also where it is two components, and without the wrapper of `torch.compile`."""
+        return list(dict.fromkeys(map(original, self.networks.values())))
 
     @property
     def _is_offloaded(self) -> bool:
@@ -357,6 +411,15 @@ class Pipeline:
         return f"{type(self).__name__}({parts})"
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a pipeline was loaded from, and how: its folder, the variant of weights, and by whose CLIP classes."""
+
+    folder: Path
+    variant: str | None
+    own_clip: bool
+
+
 CLIP_PARTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "CLIPTextModelWithProjection": (nn.Module, ("config.vocab_size", "config.hidden_size", "text_projection")),
     "CLIPVisionModelWithProjection": (nn.Module, ("config.image_size", "visual_projection")),
@@ -395,9 +458,29 @@ def _class_name(index: Mapping[str, Any], name: str, pipeline: str, folder: Path
     if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
         raise CheckpointError(
             f"{folder / 'model_index.json'} is of a {index.get('_class_name', 'pipeline without a name')} and names no "
-            f"{name!r}, which {pipeline} needs; give it by name: from_pretrained(…, {name}=…)"
+            f"{name!r}, which {pipeline} needs; give it by name ({name}=…), or load a model that has it"
         )
     return entry[1]
+
+
+def _types(asked: Any, use_safetensors: bool | None) -> dict[str, torch.dtype | str | None]:
+    """The types of weights by component, and "default" for those that are not named."""
+    given = asked if isinstance(asked, Mapping) else {"default": asked}
+    for name in given:
+        if name not in {"default", *CLASSES, *FURTHER}:
+            raise InputError(f"torch_dtype has a type for {name!r}, which no pipeline has; the others' is 'default'")
+    asked_type(None, use_safetensors)
+    return {name: asked_type(one) for name, one in given.items()}
+
+
+def _one_device(device_map: Any) -> torch.device | None:
+    try:
+        return None if device_map is None else torch.device(device_map)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            f"device_map is {device_map!r}; it must be one device, such as 'cuda'. For a model that does not fit it, "
+            "load without device_map and call enable_model_cpu_offload()"
+        ) from error
 
 
 def _accelerator(gpu_id: int | None, device: torch.device | str | None) -> torch.device:
@@ -406,4 +489,4 @@ def _accelerator(gpu_id: int | None, device: torch.device | str | None) -> torch
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if found is None:
         raise InputError("offloading needs an accelerator and this machine has none; device='cpu' tries it out")
-    return torch.device(found.type, gpu_id or 0)
+    return torch.device(found.type, 0 if gpu_id is None else whole(gpu_id, "gpu_id", 0))

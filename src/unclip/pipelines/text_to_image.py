@@ -15,7 +15,8 @@ from unclip.diffusion.guidance import check_scale
 from unclip.diffusion.scheduler import Scheduler
 from unclip.errors import InputError
 from unclip.models.prior import PriorConfig, PriorTransformer
-from unclip.models.prior_autoregressive import AutoregressivePrior
+from unclip.models.prior_autoregressive import AutoregressivePrior, AutoregressivePriorConfig
+from unclip.numbers import whole
 from unclip.pipelines.arguments import (
     Callback,
     as_prompts,
@@ -44,6 +45,12 @@ class PriorRun(StageRun):
     captions_per_choice: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        temperature, top_p = check_drawing(self.temperature, self.top_p)
+        checked = {"num_candidates": check_candidates(self.num_candidates), "temperature": temperature, "top_p": top_p}
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
 
 class UnCLIPPipeline(GenerationPipeline):
@@ -74,7 +81,7 @@ class UnCLIPPipeline(GenerationPipeline):
 
     def check(self) -> None:
         super().check()
-        if self.prior_scheduler is None and isinstance(self.prior, PriorTransformer):
+        if self.prior_scheduler is None and isinstance(self.prior.config, PriorConfig):
             raise InputError("UnCLIPPipeline needs the component 'prior_scheduler': its prior is a diffusion prior")
         text, prior = self.text_encoder.config, self.prior.config
         fits: list[Fact] = [
@@ -162,11 +169,9 @@ class UnCLIPPipeline(GenerationPipeline):
         """
         self.check()
         check_output_type(output_type)
-        check_scale(prior_guidance_scale, "prior_guidance_scale")
-        check_scale(decoder_guidance_scale, "decoder_guidance_scale")
         prior = PriorRun(
             prior_num_inference_steps,
-            prior_guidance_scale,
+            check_scale(prior_guidance_scale, "prior_guidance_scale"),
             prior_latents,
             num_candidates=num_prior_candidates,
             temperature=prior_temperature,
@@ -174,7 +179,8 @@ class UnCLIPPipeline(GenerationPipeline):
         )
         embedder = self._embedder(prior)
         sizes = self._sizes(height, width)
-        decoder = StageRun(decoder_num_inference_steps, decoder_guidance_scale, decoder_latents, sizes["decoder"])
+        scale = check_scale(decoder_guidance_scale, "decoder_guidance_scale")
+        decoder = StageRun(decoder_num_inference_steps, scale, decoder_latents, sizes["decoder"])
         super_res = self._super_res_runs(super_res_num_inference_steps, super_res_latents, sizes)
         runs = {"decoder": decoder, **super_res}
         for name, run in runs.items():
@@ -185,7 +191,8 @@ class UnCLIPPipeline(GenerationPipeline):
                 raise InputError("prior_latents start the prior, which image_embeddings replace: give one of them")
 
         text = self._encode(prompt, text_model_output, text_attention_mask, image_embeddings)
-        batch_size = check_count(num_images_per_prompt, len(text))
+        num_images_per_prompt = check_count(num_images_per_prompt, len(text))
+        batch_size = num_images_per_prompt * len(text)
         check_latents(prior.latents, "prior_latents", (batch_size, *embedder.sample_shape(PriorCondition(text))[1:]))
         self._check_latents(batch_size, **runs)
         call = Call(noise_source(generator, seed, batch_size), callback_on_step_end)
@@ -232,10 +239,9 @@ class UnCLIPPipeline(GenerationPipeline):
         Raises: InputError for a wrong argument, NonFiniteError for a result that is NaN or infinity.
         """
         self.check()
-        check_scale(guidance_scale, "guidance_scale")
         run = PriorRun(
             num_inference_steps,
-            guidance_scale,
+            check_scale(guidance_scale, "guidance_scale"),
             num_candidates=num_prior_candidates,
             captions_per_choice=captions_per_choice,
             temperature=prior_temperature,
@@ -243,7 +249,8 @@ class UnCLIPPipeline(GenerationPipeline):
         )
         embedder = self._embedder(run)
         prompts = as_prompts(prompt)
-        if captions_per_choice not in range(1, len(prompts) + 1) or len(prompts) % captions_per_choice:
+        captions_per_choice = whole(captions_per_choice, "captions_per_choice")
+        if len(prompts) % captions_per_choice:
             raise InputError(
                 f"captions_per_choice is {captions_per_choice}; it must divide the number of captions, {len(prompts)}"
             )
@@ -257,13 +264,11 @@ class UnCLIPPipeline(GenerationPipeline):
     def _embedder(self, run: PriorRun) -> EmbeddingSampler:
         """The prior, ready to be sampled.
 
-        Raises: InputError for steps that its scheduler cannot take, a number of candidates out of its limits, or a way
-            to draw codes that it cannot follow.
+        Raises: InputError for steps that its scheduler cannot take, or a way to draw codes that it cannot follow.
         """
-        check_candidates(run.num_candidates)
-        if isinstance(self.prior, AutoregressivePrior):
-            return AutoregressivePriorStage(self.prior, run.temperature, run.top_p)
-        check_drawing(run.temperature, run.top_p)
+        prior: Any = self.prior  # possibly compiled, then its class says nothing
+        if isinstance(prior.config, AutoregressivePriorConfig):
+            return AutoregressivePriorStage(prior, run.temperature, run.top_p)
         if (run.temperature, run.top_p) != (1, 1):
             raise InputError(
                 f"prior_temperature is {run.temperature} and prior_top_p {run.top_p}, but a diffusion prior draws no "
@@ -271,7 +276,7 @@ class UnCLIPPipeline(GenerationPipeline):
             )
         scheduler = self.prior_scheduler
         assert scheduler is not None  # check() has seen to it
-        stage = PriorStage(self.prior, scheduler.process)
+        stage = PriorStage(prior, scheduler.process)
         return DiffusionEmbeddingSampler(stage, scheduler.sampler(), scheduler.spaced_timesteps(run.num_steps))
 
     def _encode(self, prompt: Any, output: Any, mask: Tensor | None, image_embeddings: Tensor | None) -> TextEmbedding:

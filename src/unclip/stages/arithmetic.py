@@ -4,42 +4,45 @@ Knows tensors alone: no network, no picture, no caption. Called by manipulations
 """
 
 from collections.abc import Sequence
-from numbers import Real
 
 import torch
 from torch import Tensor
 
 from unclip.errors import InputError
+from unclip.numbers import reals, whole
 
 PARALLEL = 1e-6
 """Sine of the angle below which two directions are one, or opposite: there a chord and an arc are the same."""
 
 
-def slerp(start: Tensor, end: Tensor, share: float | Tensor) -> Tensor:
+def slerp(start: Tensor, end: Tensor, share: float | Sequence[float] | Tensor) -> Tensor:
     """Spherical interpolation: along the great circle from `start` to `end`, `share` of the angle.
 
-    The direction turns evenly and the norm goes evenly from one to the other, so equal norms are kept. Each row is one
-    vector, whatever its shape. A share beyond 0..1 goes on along the circle, with the nearer end's norm.
+    The direction turns evenly and the norm goes evenly from one to the other, so equal norms are kept. A tensor of one
+    dimension is one vector; in any other each row is one, whatever its shape. A share beyond 0..1 goes on along the
+    circle, with the nearer end's norm.
 
     Args:
-        start, end: floating point [batch, ...], of one shape.
+        start, end: floating point [dim] or [batch, ...], of one shape.
         share: one number, or [batch].
 
-    Returns: float32 [batch, ...]; exactly `start` at share 0 and `end` at 1.
+    Returns: float32, of the shape of `start`; exactly `start` at share 0 and `end` at 1.
 
     Raises: InputError for shapes that differ, a row of zeros or one that is not finite, or two that point in opposite
         directions, between which there are many ways.
     """
-    if start.shape != end.shape or start.ndim < 2:
-        raise InputError(f"slerp needs two tensors [batch, …] of one shape, not {_shape(start)} and {_shape(end)}")
+    if start.shape != end.shape or start.ndim < 1:
+        raise InputError(f"slerp needs two tensors of one shape, not {_shape(start)} and {_shape(end)}")
+    if start.ndim == 1:
+        return slerp(start[None], end[None], share)[0]
     exact = exact_type(start.device)
-    share = torch.as_tensor(share, dtype=exact, device=start.device)
-    if share.ndim > 1 or (share.ndim == 1 and len(share) != len(start)) or not share.isfinite().all():
-        raise InputError(f"the share is {share}; it must be one finite number, or one for each of {len(start)} rows")
+    part = torch.tensor(reals(share, "the shares"), dtype=exact, device=start.device)
+    if len(part) not in (1, len(start)):
+        raise InputError(f"there are {len(part)} shares; slerp needs one, or one for each of {len(start)} rows")
     a, b = start.to(exact).flatten(1), end.to(exact).flatten(1)
     norm_a, norm_b = _norm(a, "start"), _norm(b, "end")
     unit_a, unit_b = a / norm_a, b / norm_b
-    part = share.expand(len(start))[:, None]
+    part = part.expand(len(start))[:, None]
     # Kahan's angle: right near 0 and pi too, where the arc cosine of the product loses half its digits.
     angle = 2 * torch.atan2((unit_a - unit_b).norm(dim=1, keepdim=True), (unit_a + unit_b).norm(dim=1, keepdim=True))
     sine = angle.sin()
@@ -60,23 +63,21 @@ def slerp_path(points: Tensor, places: Sequence[float]) -> Tensor:
 
     Args:
         points: [num_points, ...], two or more.
-        places: one or more, from 0, the first point, to num_points - 1, the last; 1.25 is a quarter of the angle from
-            the second to the third.
+        places: one number or more, from 0, the first point, to num_points - 1, the last; 1.25 is a quarter of the
+            angle from the second to the third.
 
     Returns: float32 [len(places), ...]; where a place is whole, exactly the point itself.
 
-    Raises: InputError for fewer than two points, no place or one beyond the ends; else as `slerp`.
+    Raises: InputError for fewer than two points, no place, or one beyond the ends; else as `slerp`.
     """
     last = len(points) - 1
     if last < 1:
         raise InputError(f"there are {len(points)} points; a path needs two or more")
-    if not len(places) or not all(isinstance(place, Real) and 0 <= place <= last for place in places):
-        found = f"places are {list(places)!r:.100}"
-        raise InputError(f"{found}; a path through {len(points)} points has those from 0 to {last}, and needs one")
-    path = points.new_empty(len(places), *points.shape[1:], dtype=torch.float32)
-    for row, place in enumerate(places):  # one at a time: in float64 a step takes many times the room of its result
+    stops = reals(places, "places", 0, last)
+    path = points.new_empty(len(stops), *points.shape[1:], dtype=torch.float32)
+    for row, place in enumerate(stops):  # one at a time: in float64 a step takes many times the room of its result
         leg = min(int(place), last - 1)
-        path[row] = slerp(points[leg : leg + 1], points[leg + 1 : leg + 2], float(place) - leg)[0]
+        path[row] = slerp(points[leg : leg + 1], points[leg + 1 : leg + 2], place - leg)[0]
     return path
 
 
@@ -88,9 +89,7 @@ def equal_turns(num_points: int, num_between: int) -> list[float]:
     """
     if num_points < 2:
         raise InputError(f"there are {num_points} points; a path needs two or more")
-    if isinstance(num_between, bool) or not isinstance(num_between, int) or num_between < 0:
-        raise InputError(f"num_between is {num_between!r}; it must be a whole number from 0")
-    steps = num_between + 1
+    steps = whole(num_between, "num_between", 0) + 1
     return [leg + step / steps for leg in range(num_points - 1) for step in range(steps)] + [float(num_points - 1)]
 
 
@@ -109,12 +108,12 @@ def blend(embeddings: Tensor, weights: Sequence[float] | Tensor) -> Tensor:
     Raises: InputError when there is not one finite weight an embedding, all are 0, or the embeddings cancel out.
     """
     exact = exact_type(embeddings.device)
-    factor = torch.as_tensor(weights, dtype=exact, device=embeddings.device)
+    factor = torch.tensor(reals(weights, "the weights"), dtype=exact, device=embeddings.device)
     if embeddings.ndim != 2 or factor.shape != embeddings.shape[:1] or len(embeddings) < 1:
         found = f"{_shape(embeddings)} and {_shape(factor)}"
         raise InputError(f"a blend needs embeddings [count, dim] and [count] weights, not {found}")
-    if not factor.isfinite().all() or not factor.any():
-        raise InputError(f"the weights are {factor.tolist()}; they must be finite numbers, not all 0")
+    if not factor.any():
+        raise InputError(f"the weights are {factor.tolist()}; they must be numbers, not all 0")
     x = embeddings.to(exact)
     norms = _norm(x, "blend's embeddings")
     factor = (factor / factor.abs().sum())[:, None]
@@ -146,7 +145,7 @@ def difference(target: Tensor, source: Tensor) -> Tensor:
     return (apart / norm).float()
 
 
-def turn(embedding: Tensor, direction: Tensor, strength: float | Tensor) -> Tensor:
+def turn(embedding: Tensor, direction: Tensor, strength: float | Sequence[float] | Tensor) -> Tensor:
     """Turn embeddings towards a direction by a share of the angle between; their norms stay (paper §3.3, theta).
 
     Args:

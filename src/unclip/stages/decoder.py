@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unclip.diffusion.loop import Denoiser
 from unclip.diffusion.process import DiffusionProcess
+from unclip.models.embeddings import timestep_rows
 from unclip.models.text_proj import UnCLIPTextProjModel
 from unclip.models.unet import UNet2DConditionModel
 from unclip.stages.condition import DecoderCondition
@@ -33,7 +34,7 @@ class DecoderStage:
         """Context tokens, and their keys and values in every cross-attention, are computed once."""
         text, dtype = condition.text, self.decoder.dtype
         projected_dtype = self.text_proj.dtype
-        tokens, time_embedding = self.text_proj.combine(
+        tokens, time_embedding = self.text_proj(
             image_embeddings=condition.image_embedding.to(projected_dtype),
             given=condition.given,
             prompt_embeds=text.embeds.to(projected_dtype),
@@ -42,7 +43,12 @@ class DecoderStage:
         mask = F.pad(text.mask, (self.text_proj.config.clip_extra_context_tokens, 0), value=True)
         context = self.decoder.prepare(tokens.to(dtype), mask)
         added = time_embedding.to(dtype)
-        return lambda x_t, t: self.decoder.denoise(x_t.to(dtype), t, context, added).float()
+
+        def denoise(x_t: Tensor, t: int | Tensor) -> Tensor:
+            rows = timestep_rows(t, x_t.device)
+            return self.decoder(x_t.to(dtype), rows, class_labels=added, context=context).sample.float()
+
+        return denoise
 
     def sample_shape(self, condition: DecoderCondition) -> tuple[int, ...]:
         config = self.decoder.config

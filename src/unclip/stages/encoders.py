@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from unclip.errors import ConfigError, InputError
-from unclip.images import rgb
+from unclip.images import Pictures, as_pictures, rgb
 from unclip.stages.condition import TextEmbedding
 
 if TYPE_CHECKING:
@@ -116,27 +115,20 @@ class ImageEncoder:
                 f"image_encoder takes {size}×{size}"
             )
 
-    def encode(
-        self, images: Image.Image | Sequence[Image.Image] | Tensor, device: torch.device | str | None = None
-    ) -> Tensor:
+    def encode(self, images: Pictures | Tensor, device: torch.device | str | None = None) -> Tensor:
         """Image embeddings [batch, embedding_dim], not normalised.
 
         Args:
-            images: pictures (of any mode; their EXIF orientation is applied, transparency stands on white), or a tensor
-                [batch, 3, height, width] already preprocessed.
+            images: pictures as `as_pictures` takes them (of any mode; their EXIF orientation is applied, transparency
+                stands on white), or a tensor [batch, 3, height, width] already preprocessed.
 
         Raises: ImageError for a picture that cannot be used, InputError for something else.
         """
         if isinstance(images, Tensor):
             pixels = self._checked(images if images.ndim == 4 else images[None])
         else:
-            pictures = [images] if isinstance(images, Image.Image) else images
-            if not isinstance(pictures, list | tuple) or not pictures:
-                raise InputError("image must be a PIL image, a list of them, or a preprocessed tensor")
-            for picture in pictures:
-                if not isinstance(picture, Image.Image):
-                    raise InputError(f"a list of images must hold PIL images alone, not a {type(picture).__name__}")
-            prepared = self.feature_extractor(images=[rgb(p) for p in pictures], return_tensors="pt")
+            pictures = [rgb(picture) for picture in as_pictures(images)]
+            prepared = self.feature_extractor(images=pictures, return_tensors="pt")
             pixels = self._checked(prepared["pixel_values"])  # of pictures that are not square it may make others
         pixels = pixels.to(device=device or self.image_encoder.device, dtype=self.image_encoder.dtype)
         return self.image_encoder(pixels).image_embeds

@@ -17,7 +17,8 @@ from unclip.checkpoints.layout import FURTHER_SUPER_RES
 from unclip.checkpoints.tensor_file import read_tensor_file, write_tensor_file
 from unclip.errors import ConfigError, InputError, WeightsError
 from unclip.models.pca import PrincipalComponents
-from unclip.stages.arithmetic import equal_turns, exact_type, slerp_path, turn
+from unclip.numbers import reals, several, whole
+from unclip.stages.arithmetic import equal_turns, slerp_path, turn
 
 KIND = "unclip bipartite latent"
 VERSION = 1
@@ -71,9 +72,7 @@ class BipartiteLatent:
     def select(self, rows: Sequence[int] | slice) -> Self:
         """The rows of these indices. Raises: InputError for one that there is none of."""
         if not isinstance(rows, slice):
-            wrong = [row for row in rows if not -len(self) <= row < len(self)]
-            if wrong:
-                raise InputError(f"there is no row {wrong[0]}; there are {len(self)}, the first is 0")
+            rows = [whole(row, "a row", -len(self), len(self) - 1) for row in rows]
         return self._named({name: part[rows] for name, part in self._parts().items()})
 
     def join(self, *others: Self) -> Self:
@@ -183,19 +182,9 @@ def edit(latent: BipartiteLatent, direction: Tensor, strengths: float | Sequence
 
     Raises: InputError when there is not one row, the direction has another width, or a strength is outside 0..1.
     """
-    device = latent.image_embedding.device
-    try:
-        shares = torch.as_tensor(strengths, dtype=exact_type(device)).to(device)
-    except (TypeError, ValueError, RuntimeError) as problem:
-        raise InputError(f"strengths are {strengths!r:.100}; they must be numbers from 0 to 1") from problem
-    shares = shares.reshape(1) if shares.ndim == 0 else shares
-    if shares.ndim != 1 or len(shares) < 1:
-        raise InputError(f"strengths have shape {tuple(shares.shape)}; give one number, or a list of one or more")
-    for strength in shares.tolist():
-        if not 0 <= strength <= 1:
-            raise InputError(f"the strength is {strength}; it must be from 0 (nothing changes) to 1 (nothing stays)")
+    shares = reals(strengths, "strengths", 0, 1)
     rows = _one_row(latent).image_embedding.expand(len(shares), -1)
-    return latent.showing(turn(rows, direction.to(device) if isinstance(direction, Tensor) else direction, shares))
+    return latent.showing(turn(rows, direction.to(rows.device) if isinstance(direction, Tensor) else direction, shares))
 
 
 def probe(latent: BipartiteLatent, components: PrincipalComponents, counts: int | Sequence[int]) -> BipartiteLatent:
@@ -208,10 +197,13 @@ def probe(latent: BipartiteLatent, components: PrincipalComponents, counts: int 
 
     Raises: InputError when there is not one row, the width is another, a count is out of range, or there is none.
     """
-    kept = [counts] if isinstance(counts, int) else counts
-    if not isinstance(kept, Sequence) or not kept:
-        raise InputError(f"counts are {counts!r:.100}; give one number of components, or a list of one or more")
-    coordinates = [components.project(_one_row(latent).image_embedding, count) for count in kept]
+    kept = [counts] if (each := several(counts)) is None else each
+    if not kept:
+        raise InputError("counts are []; give one number of components, or a list of one or more")
+    embedding = _one_row(latent).image_embedding
+    coordinates = [
+        components.project(embedding, whole(count, "counts", 0, components.num_components)) for count in kept
+    ]
     return latent.showing(torch.cat([components.reconstruct(each) for each in coordinates]))
 
 

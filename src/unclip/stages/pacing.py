@@ -3,8 +3,7 @@
 Knows places on a path and pictures of what stands there; knows not how they are drawn. Called by users and by `unclip
 interpolate`.
 
-    from unclip.stages.pacing import even_places
-    from unclip.stages.manipulation import path_at
+    from unclip import even_places, path_at
     latents = tool.invert([cat, dog])
     frames = tool.decode(path_at(latents, even_places(latents, 7, tool.decode_small))).images
 """
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from unclip.errors import InputError, NonFiniteError
+from unclip.numbers import whole
 from unclip.stages.arithmetic import equal_turns
 from unclip.stages.manipulation import BipartiteLatent, path_at
 
@@ -56,9 +56,8 @@ def even_places(
     Raises: InputError for one row, a wrong number, or a `draw` that gives no picture for each latent; NonFiniteError
         for pictures that are no numbers; what `draw` raises.
     """
-    for name, number, least in (("num_drawings", num_drawings, 0), ("batch_size", batch_size, 1)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < least:
-            raise InputError(f"{name} is {number!r}; it must be a whole number from {least}")
+    num_between, num_drawings = whole(num_between, "num_between", 0), whole(num_drawings, "num_drawings", 0)
+    batch_size = whole(batch_size, "batch_size")
     points = BipartiteLatent(latent.image_embedding, latent.decoder_latents)
 
     def drawn(places: Sequence[float]) -> list[Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from unclip.diffusion.loop import Denoiser
 from unclip.diffusion.process import DiffusionProcess
+from unclip.models.embeddings import timestep_rows
 from unclip.models.prior import PriorTransformer
 from unclip.stages.condition import PriorCondition
 
@@ -24,7 +25,12 @@ class PriorStage:
         """The text's tokens pass through the transformer once; causality keeps them as they are at every step."""
         text, dtype = condition.text, self.prior.dtype
         prefix = self.prior.prepare(text.embeds.to(dtype), text.hidden_states.to(dtype), text.mask)
-        return lambda x_t, t: self.prior.denoise(x_t.to(dtype), t, prefix).float()
+
+        def denoise(x_t: Tensor, t: int | Tensor) -> Tensor:
+            output = self.prior(x_t.to(dtype), timestep_rows(t, x_t.device), prefix=prefix)
+            return output.predicted_image_embedding.float()
+
+        return denoise
 
     def sample_shape(self, condition: PriorCondition) -> tuple[int, ...]:
         return (len(condition), self.prior.config.embedding_dim)

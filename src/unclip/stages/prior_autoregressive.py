@@ -3,7 +3,6 @@
 Knows `AutoregressivePrior`, its guidance and how a code is drawn; knows no training. Called by pipelines and training.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,8 @@ from unclip.diffusion.guidance import away, uses_guidance
 from unclip.diffusion.loop import OnStep, Progress, StepInfo
 from unclip.diffusion.noise import NoiseSource
 from unclip.errors import InputError
-from unclip.models.prior_autoregressive import AutoregressivePrior
+from unclip.models.prior_autoregressive import AutoregressivePrior, CodeMemory
+from unclip.numbers import real
 from unclip.stages.arithmetic import exact_type
 from unclip.stages.condition import PriorCondition
 
@@ -41,7 +41,8 @@ class AutoregressivePriorStage:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        check_drawing(self.temperature, self.top_p)
+        for name, value in zip(("temperature", "top_p"), check_drawing(self.temperature, self.top_p), strict=True):
+            object.__setattr__(self, name, value)
 
     def sample_shape(self, condition: PriorCondition) -> tuple[int, ...]:
         """[batch, 1 + num_components]: a number for the dot product, then one for each code."""
@@ -87,12 +88,15 @@ class AutoregressivePriorStage:
             assert null is not None
             assert len(null) == len(condition)
             condition, dots = null.join(condition), torch.cat([torch.full_like(dots, self.prior.no_dot_code), dots])
-        logits, memory = self._prepare(condition, dots)
         codes: list[Tensor] = []
+        memory = None
         steps = [(k, k + 1) for k in range(config.num_components)]
         for k, _ in steps if progress is None else progress(steps):
-            if k:
-                logits, memory = self.prior.step(codes[-1].repeat(2 if guided else 1), memory)
+            if memory is None:
+                logits, memory = self._read(condition, dots, dots.new_zeros(len(dots), 0))
+            else:
+                logits, memory = self.prior(codes[-1].repeat(2 if guided else 1)[:, None], memory=memory)
+            logits = logits[:, 0]
             if guided:
                 logits = away(*logits.chunk(2), guidance_scale)
             codes.append(draw_code(logits, places[:, k + 1], self.temperature, self.top_p))
@@ -108,13 +112,12 @@ class AutoregressivePriorStage:
             dot_codes: int64 [batch], from `AutoregressivePrior.dot_code`, or its `no_dot_code`.
             codes: int64 [batch, num_components], from `AutoregressivePrior.encode`.
         """
-        text, dtype = condition.text, self.prior.dtype
-        logits = self.prior(codes, dot_codes, text.embeds.to(dtype), text.hidden_states.to(dtype), text.mask)
+        logits, _ = self._read(condition, dot_codes, codes[:, :-1])
         return logits.log_softmax(dim=-1).gather(-1, codes[..., None])[..., 0]
 
-    def _prepare(self, condition: PriorCondition, dots: Tensor):
+    def _read(self, condition: PriorCondition, dots: Tensor, codes: Tensor) -> tuple[Tensor, CodeMemory]:
         text, dtype = condition.text, self.prior.dtype
-        return self.prior.prepare(text.embeds.to(dtype), text.hidden_states.to(dtype), text.mask, dots)
+        return self.prior(codes, dots, text.embeds.to(dtype), text.hidden_states.to(dtype), text.mask)
 
     def _tell(self, on_step: OnStep, k: int, codes: list[Tensor]) -> None:
         so_far, count = self.prior.decode(torch.stack(codes, dim=1)), self.prior.config.num_components
@@ -122,13 +125,12 @@ class AutoregressivePriorStage:
             raise InputError("the codes of an autoregressive prior cannot be replaced; on_step must return None")
 
 
-def check_drawing(temperature: object, top_p: object) -> None:
-    """Raises: InputError unless the temperature is a number from 0 to 100, and top_p one above 0 and up to 1."""
-    for name, value, low, high in (("temperature", temperature, 0.0, MAX_TEMPERATURE), ("top_p", top_p, 0.0, 1.0)):
-        whole = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not whole or not low <= value <= high or (name == "top_p" and value == 0):  # type: ignore[operator]
-            above = "above 0" if name == "top_p" else "from 0"
-            raise InputError(f"the prior's {name} is {value!r}; it must be a number {above} to {high:g}")
+def check_drawing(temperature: object, top_p: object) -> tuple[float, float]:
+    """Both as floats. Raises: InputError unless the temperature is a number from 0 to 100, and top_p above 0 to 1."""
+    return (
+        real(temperature, "the prior's temperature", 0, MAX_TEMPERATURE),
+        real(top_p, "the prior's top_p", 0, 1, above=True),
+    )
 
 
 def upper_half(places: Tensor, num_buckets: int) -> Tensor:

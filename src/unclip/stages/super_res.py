@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unclip.diffusion.loop import Denoiser
 from unclip.diffusion.process import DiffusionProcess
+from unclip.models.embeddings import timestep_rows
 from unclip.models.unet import UNet2DModel
 from unclip.stages.condition import SuperResCondition
 from unclip.stages.stage import Size, size_px
@@ -42,11 +43,11 @@ class SuperResStage:
 
         def denoise(x_t: Tensor, t: int | Tensor) -> Tensor:
             network = self.last if isinstance(t, int) and t == 0 else self.first
-            dtype = network.dtype
+            dtype, rows = network.dtype, timestep_rows(t, x_t.device)
             both = torch.cat([x_t.to(dtype), per_dtype[dtype]], dim=1)
             if self.tiling is None:
-                return network(both, t).sample.float()
-            return tiled(lambda part: network(part, t).sample.float(), both, self.tiling)
+                return network(both, rows).sample.float()
+            return tiled(lambda part: network(part, rows).sample.float(), both, self.tiling)
 
         return denoise
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from unclip.errors import InputError
+from unclip.numbers import whole
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,8 @@ class Tiling:
     overlap_px: int = 32
 
     def __post_init__(self) -> None:
-        for name, value in (("tile_px", self.tile_px), ("overlap_px", self.overlap_px)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} is {value!r}; it must be a whole number of pixels, 1 or more")
+        for name in ("tile_px", "overlap_px"):
+            object.__setattr__(self, name, whole(getattr(self, name), name, unit="whole number of pixels"))
         if 2 * self.overlap_px > self.tile_px:
             raise InputError(f"tiles of {self.tile_px} px overlap by {self.overlap_px} px; half a tile is the most")
 

@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
 
-from unclip.checkpoints.files import output_folder, read_json, safe_join, write_json
+from unclip.checkpoints.files import atomic_file, output_folder, read_json, safe_join, write_json
 from unclip.errors import ConfigError, InputError, MissingFileError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -146,7 +146,8 @@ class CaptionTokenizer:
             settings["model_max_length"] = self.model_max_length
         write_json(folder / "vocab.json", self._vocabulary)
         lines = ["#version: 0.2", *(" ".join(pair) for pair in self._merges)]
-        (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        with atomic_file(folder / "merges.txt") as draft:
+            draft.write_text("\n".join(lines) + "\n", encoding="utf-8")
         write_json(folder / "tokenizer_config.json", settings)
 
     def __len__(self) -> int:
@@ -251,8 +252,17 @@ def _check_added(added: Any, vocabulary: Mapping[str, int]) -> None:
 
 
 def _read_whole(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of a tokenizer.json; its other settings are CLIP's whatever it says, as in transformers."""
+    """Vocabulary and merges of a tokenizer.json.
+
+    Of its other settings transformers' class honours only the sides that are cut and padded.
+
+    Raises: ConfigError where one of these is not the right side.
+    """
     parsed = read_json(path)
+    for section in ("truncation", "padding"):
+        value = parsed.get(section)
+        if value is not None and (not isinstance(value, dict) or value.get("direction", "Right") != "Right"):
+            raise ConfigError(f"{section} in {path} is {value!r:.200}; only the direction Right is implemented")
     model = parsed.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE":
         raise ConfigError(f"{path} holds no byte-pair encoding")

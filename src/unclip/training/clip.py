@@ -5,8 +5,10 @@ Knows transformers' CLIP classes and the contrastive loss; knows no diffusion. C
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +31,19 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from unclip.checkpoints.files import read_json
 from unclip.data.rows import Source
+from unclip.data.source import FolderSource
 from unclip.errors import ConfigError, UnclipError
+from unclip.models.config import MAX_CHANNELS
 from unclip.pipelines.clip import PretrainedClip, read_clip
 from unclip.pipelines.component import read_component, write_component
+from unclip.training.conditions import FrozenClip
 from unclip.training.pretrained import normalized
-from unclip.training.recipe import ClipSettings, Recipe
+from unclip.training.recipe import ClipSettings, Limits, Recipe, TeacherSettings
 from unclip.training.sharding import share_of
-from unclip.training.task import Batch, Sourced, of_rows, source_of
+from unclip.training.task import Batch, Sourced, computing_device, of_rows, source_of
+from unclip.training.teacher import Lessons, read_phrases
 from unclip.training.tokenizer import END, START, train_tokenizer
+from unclip.training.trial import check_parameters, try_step
 
 RECONSTRUCTION_SIZE = 16
 MAX_LOGIT_SCALE = math.log(100)
@@ -45,6 +52,15 @@ WIDTHS = {
     "image_config": "clip.image_width and clip.image_heads",
 }
 """What an encoder's width and heads are called in a recipe."""
+FURTHER = {
+    "hidden_size": Limits(1, MAX_CHANNELS),
+    "intermediate_size": Limits(1, 4 * MAX_CHANNELS),
+    "attention_dropout": Limits(0.0, 1.0, below=True),
+    "layer_norm_eps": Limits(1e-12, 1.0),
+    "initializer_range": Limits(0.0, 10.0),
+    "initializer_factor": Limits(0.0, 10.0),
+}
+"""Limits of the settings of an encoder that have no name of their own in a recipe."""
 SHOWN_ROWS = 1024
 """How many pictures retrieval is tried on for a sheet."""
 
@@ -58,10 +74,16 @@ class ContrastivePair(nn.Module):
 
     A caption's negatives are the pictures of its own piece of the batch, of all processes: with accumulation there are
     fewer of them.
+
+    With `taught` there are two more losses, for phrases that no picture has as its caption.
     """
 
     def __init__(
-        self, text: CLIPTextModelWithProjection, image: CLIPVisionModelWithProjection, reconstruction_weight: float
+        self,
+        text: CLIPTextModelWithProjection,
+        image: CLIPVisionModelWithProjection,
+        reconstruction_weight: float,
+        taught: "Taught | None" = None,
     ):
         super().__init__()
         self.text, self.image = text, image
@@ -73,11 +95,22 @@ class ContrastivePair(nn.Module):
                 nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, 3 * RECONSTRUCTION_SIZE**2)
             )
 
+        self.taught = taught
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """`pixels` [batch, 3, size, size], `input_ids` [batch, tokens], `index` [batch]: which picture a row shows."""
-        own_embeds = self.image(pixel_values=batch["pixels"]).image_embeds.float()
+        """`pixels` [batch, 3, size, size], `input_ids` [batch, tokens], `index` [batch]: which picture a row shows.
+
+        Of a locked image encoder `image_embeds` [batch, width] in place of pixels; and what `Taught` takes.
+        """
+        own_embeds = batch.get("image_embeds")
+        if own_embeds is None:
+            own_embeds = self.image(pixel_values=batch["pixels"]).image_embeds.float()
         embeds = of_all_processes(own_embeds)
-        text_embeds = of_all_processes(self.text(input_ids=batch["input_ids"]).text_embeds.float())
+        own_texts = batch["input_ids"]
+        if self.taught is not None:
+            own_texts = torch.cat([own_texts, batch["phrase_ids"]])
+        own_texts = self.text(input_ids=own_texts).text_embeds.float()
+        text_embeds = of_all_processes(own_texts[: len(batch["index"])])
         logits = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp() * (
             F.normalize(text_embeds, dim=-1) @ F.normalize(embeds, dim=-1).T
         )
@@ -92,12 +125,45 @@ class ContrastivePair(nn.Module):
             error = F.mse_loss(self.thumbnail(own_embeds).float(), wanted)
             metrics["loss"] = contrastive + self.reconstruction_weight * error
             metrics["reconstruction"] = error.detach()
+        if self.taught is not None:
+            scale = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+            found = self.taught(own_texts[len(batch["index"]) :], scale, batch)
+            metrics |= found | {"loss": metrics["loss"] + found["loss"]}
         return metrics
 
     @torch.no_grad()
     def keep_limits(self) -> None:
         """Above its limit, where it makes no difference, the temperature would have no gradient that leads back."""
         share_of(self.logit_scale).clamp_(max=MAX_LOGIT_SCALE)
+
+
+class Taught(nn.Module):
+    """What a text embedding learns of a teacher: its distribution over pictures, and its own embedding by a head.
+
+    `bank` [num_pictures, width] are the pictures' embeddings. The head is thrown away after training.
+    """
+
+    def __init__(self, settings: TeacherSettings, bank: Tensor, teacher_width: int):
+        super().__init__()
+        self.settings = settings
+        self.register_buffer("bank", F.normalize(bank, dim=-1), persistent=False)
+        self.head = nn.Linear(bank.shape[1], teacher_width)
+
+    def forward(self, embeds: Tensor, scale: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """`embeds` [batch, width] of phrases; `pictures`, `shares` [batch, k] and `taught` [batch, teacher's width]."""
+        embeds = F.normalize(embeds, dim=-1)
+        logits = scale * embeds @ self.bank.T  # type: ignore[operator]
+        pictures = batch["pictures"].long()
+        cross_entropy = -(batch["shares"] * logits.log_softmax(dim=1).gather(1, pictures)).sum(dim=1).mean()
+        cosine = F.cosine_similarity(self.head(embeds).float(), batch["taught"].float(), dim=-1).mean()
+        loss = self.settings.weight * cross_entropy + self.settings.similarity_weight * (1 - cosine)
+        first = (logits.argmax(dim=1) == pictures[:, 0]).float().mean()
+        return {
+            "loss": loss,
+            "taught": cross_entropy.detach(),
+            "taught_cosine": cosine.detach(),
+            "taught_first": first.detach(),
+        }
 
 
 def of_all_processes(rows: Tensor) -> Tensor:
@@ -117,11 +183,21 @@ class ClipTask(Sourced):
     In the folder of a `run` that goes on lies the tokenizer that it began with, which is taken again.
     """
 
-    def __init__(self, recipe: Recipe, run: Path | None = None):
+    def __init__(self, recipe: Recipe, progress: Callable[..., Any] | None = None, run: Path | None = None):
         assert recipe.clip is not None
         settings = self.settings = recipe.clip
         start = None if recipe.start_from is None else _start(Path(recipe.start_from), settings)
-        self.image_size = settings.image_size if start is None else start.image_size
+        locked = None if settings.image_from is None else read_clip(Path(settings.image_from))
+        images = locked or start
+        self.image_size = settings.image_size if images is None else images.image_size
+        self.context_length = settings.context_length if start is None else start.context_length
+        with torch.device("meta"):
+            text, image = blank_encoders(settings) if start is None else (start.text_encoder, start.image_encoder)
+            pair = ContrastivePair(text, image, settings.reconstruction_weight)
+        if start is None:
+            check_parameters(pair, recipe, "the encoders of [clip]")
+        if locked is None and recipe.teacher is None:
+            try_step(pair, self._blank, recipe)
         self.source = source_of(
             recipe,
             (self.image_size,),
@@ -130,17 +206,46 @@ class ClipTask(Sourced):
         )
         if start is None:
             known = None if run is None else _tokenizer_of(run, settings)
-            self.tokenizer = known if known is not None else _learned_tokenizer(self.source, settings)
-            self.context_length = settings.context_length
-            self.feature_extractor: BaseImageProcessor = image_processor(settings.image_size)
+            self.tokenizer = known if known is not None else _learned_tokenizer(self.source, recipe)
         else:
-            self.tokenizer, self.context_length = start.tokenizer, start.context_length
-            self.feature_extractor = start.feature_extractor
+            self.tokenizer = start.tokenizer
+        self.feature_extractor: BaseImageProcessor = (
+            image_processor(settings.image_size) if images is None else images.feature_extractor
+        )
         torch.manual_seed(recipe.seed)
         text, image = fresh_encoders(settings, self.tokenizer) if start is None else _encoders(start)
-        self.module = ContrastivePair(text, image, settings.reconstruction_weight)
+        self.table: Tensor | None = None
+        self.lessons: Lessons | None = None
+        if locked is not None:
+            image = locked.image_encoder.requires_grad_(False)
+            if text.config.projection_dim != image.config.projection_dim:
+                raise ConfigError(
+                    f"clip.projection_dim is {text.config.projection_dim}; the image encoder in {settings.image_from} "
+                    f"gives {image.config.projection_dim} numbers"
+                )
+            if not isinstance(self.source, FolderSource):
+                raise ConfigError("clip.image_from needs folders as data, whose pictures are embedded once")
+            assert settings.image_from is not None
+            clip = FrozenClip(settings.image_from)
+            self.table = clip.embeddings_of(self.source.of_size(self.image_size), progress)
+        taught = None
+        if recipe.teacher is not None:
+            assert self.table is not None
+            assert isinstance(self.source, FolderSource)
+            self.lessons = Lessons(recipe.teacher, self.source, device=computing_device(), progress=progress)
+            taught = Taught(recipe.teacher, self.table, self.lessons.embeddings.shape[1])
+            if start is None:
+                words = text.get_input_embeddings().weight
+                rows = known_words(self.tokenizer)
+                words.data[list(rows)] = self.lessons.teacher.words(list(rows.values()), words.shape[1])
+        self.module = ContrastivePair(text, image, settings.reconstruction_weight, taught)
         if start is not None and start.logit_scale is not None:
             nn.init.constant_(self.module.logit_scale, start.logit_scale)
+
+    def _blank(self, rows: int) -> Batch:
+        pixels = torch.empty(rows, 3, self.image_size, self.image_size, device="meta")
+        ids = torch.empty(rows, self.context_length, dtype=torch.long, device="meta")
+        return {"pixels": pixels, "input_ids": ids, "index": ids[:, 0]}
 
     @property
     def fingerprint(self) -> str:
@@ -148,16 +253,27 @@ class ClipTask(Sourced):
 
     def batch(self, step: int, batch_size: int, generator: torch.Generator, own: Tensor | None = None) -> Batch:
         rows = self.source.draw(step, batch_size, generator)
+        texts, taught = rows.captions, {}
+        if self.lessons is not None:
+            phrases, lesson = self.lessons.draw(batch_size, generator)
+            texts = texts + phrases
+            taught = {
+                "pictures": self.lessons.pictures[lesson],
+                "shares": self.lessons.shares[lesson],
+                "taught": self.lessons.embeddings[lesson],
+            }
         tokens = self.tokenizer(
-            rows.captions,
-            padding="longest",
-            truncation=True,
-            max_length=self.context_length,
-            return_tensors="pt",
-        )
-        pixels = shift_and_zoom(rows.pictures(self.image_size), generator)
-        pixels = normalized(pixels, self.feature_extractor)
-        return of_rows({"pixels": pixels, "input_ids": tokens["input_ids"], "index": rows.index}, own)
+            texts, padding="longest", truncation=True, max_length=self.context_length, return_tensors="pt"
+        )["input_ids"]
+        batch = {"input_ids": tokens[:batch_size], "index": rows.index} | taught
+        if taught:
+            batch["phrase_ids"] = tokens[batch_size:]
+        if self.table is not None:
+            batch["image_embeds"] = self.table[rows.index]
+        else:
+            pixels = shift_and_zoom(rows.pictures(self.image_size), generator)
+            batch["pixels"] = normalized(pixels, self.feature_extractor)
+        return of_rows(batch, own)
 
     def save(self, folder: Path) -> None:
         parts = {
@@ -203,16 +319,29 @@ def fresh_encoders(
 
     Raises: ConfigError when a width is no multiple of what it is cut into, or for a further setting that is none.
     """
-    vocabulary, width = tokenizer.get_vocab(), settings.projection_dim
+    vocabulary = tokenizer.get_vocab()
+    return _fresh(settings, size=len(tokenizer), start=vocabulary[START], end=vocabulary[END])
+
+
+def blank_encoders(settings: ClipSettings) -> tuple[CLIPTextModelWithProjection, CLIPVisionModelWithProjection]:
+    """As `fresh_encoders` with the largest vocabulary that the tokenizer may come to."""
+    size = settings.vocabulary_size
+    return _fresh(settings, size=size, start=size - 2, end=size - 1)
+
+
+def _fresh(
+    settings: ClipSettings, *, size: int, start: int, end: int
+) -> tuple[CLIPTextModelWithProjection, CLIPVisionModelWithProjection]:
+    width = settings.projection_dim
     named = {
-        "vocab_size": len(tokenizer),
+        "vocab_size": size,
         "projection_dim": width,
         "num_hidden_layers": settings.text_layers,
         "num_attention_heads": settings.text_heads,
         "max_position_embeddings": settings.context_length,
-        "bos_token_id": vocabulary[START],
-        "eos_token_id": vocabulary[END],
-        "pad_token_id": vocabulary[END],
+        "bos_token_id": start,
+        "eos_token_id": end,
+        "pad_token_id": end,
     }
     text = _config(CLIPTextConfig, named, settings.text_config, "text_config", width)
     named = {
@@ -244,9 +373,11 @@ def _config(kind: type, named: dict[str, Any], further: dict[str, Any], section:
             free = ", ".join(sorted(known - named.keys()))
             raise ConfigError(f"clip.{section}.{key} cannot be set; of {kind.__name__} these can: {free}")
     settings = {"hidden_size": width, "intermediate_size": 4 * width} | named | further
-    for name in ("hidden_size", "intermediate_size"):
-        if not isinstance(settings[name], int) or settings[name] < 1:
-            raise ConfigError(f"clip.{section}.{name} is {settings[name]!r}; it must be a number above 0")
+    for name, limits in FURTHER.items():
+        value = settings.get(name, limits.low)
+        kinds = int if isinstance(limits.high, int) else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not limits.allow(value):
+            raise ConfigError(f"clip.{section}.{name} is {value!r}; it must be a number {limits}")
     width, heads = settings["hidden_size"], settings["num_attention_heads"]
     if width % heads:
         raise ConfigError(f"{WIDTHS[section]} are {width} and {heads}; the first must be a multiple of the second")
@@ -256,13 +387,24 @@ def _config(kind: type, named: dict[str, Any], further: dict[str, Any], section:
     try:
         return kind(**settings)
     except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ConfigError(f"[clip.{section}] is refused by transformers: {error}") from error
+        raise ConfigError(
+            f"[clip.{section}] cannot be used: {further!r:.200}. Check the types of its values"
+        ) from error
 
 
-def _learned_tokenizer(source: Source, settings: ClipSettings) -> CLIPTokenizer:
-    return train_tokenizer(
-        source.all_captions(), vocabulary_size=settings.vocabulary_size, context_length=settings.context_length
-    )
+def _learned_tokenizer(source: Source, recipe: Recipe) -> CLIPTokenizer:
+    """Of the captions, and of the teacher's phrases, if there are any."""
+    settings, texts = recipe.clip, source.all_captions()
+    assert settings is not None
+    if recipe.teacher is not None and recipe.teacher.phrases is not None:
+        texts = itertools.chain(texts, (phrase.text for phrase in read_phrases(recipe.teacher.phrases)))
+    return train_tokenizer(texts, vocabulary_size=settings.vocabulary_size, context_length=settings.context_length)
+
+
+def known_words(tokenizer: CLIPTokenizer) -> dict[int, str]:
+    """The rows of the tokens that are more than a byte, and the words, or parts of words, that they stand for."""
+    texts = {row: token.removesuffix("</w>") for token, row in tokenizer.get_vocab().items()}
+    return {row: text for row, text in texts.items() if len(text) > 1 and text not in (START, END)}
 
 
 def _tokenizer_of(run: Path, settings: ClipSettings) -> CLIPTokenizer | None:

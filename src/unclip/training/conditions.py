@@ -24,6 +24,7 @@ from unclip.training.pretrained import normalized
 from unclip.training.recipe import Recipe
 from unclip.training.state import clip_of_run
 from unclip.training.task import Batch, computing_device, source_of
+from unclip.training.teacher import taught
 
 LENGTH_STEP = 8
 """A batch's captions are padded to a multiple of so many tokens: few shapes to compile for, and even ones."""
@@ -112,6 +113,8 @@ class Captioned:
     ):
         self.clip, self.text_drop = clip, text_drop
         self.source = source_of(recipe, tuple(dict.fromkeys((clip.image_size, *sizes_px))))
+        if recipe.teacher is not None:
+            self.source = taught(recipe.teacher, self.source, device=clip.device, progress=progress)
         # A folder's embeddings are computed once, those of shards when they are drawn, unless they lie there.
         self.table: Tensor | None = None
         if isinstance(self.source, FolderSource):
@@ -184,6 +187,16 @@ def text_batch(text: TextEmbedding) -> Batch:
         "text_hidden_states": text.hidden_states[:, :longest],
         "text_mask": text.mask[:, :longest],
     }
+
+
+def blank_text(clip: FrozenClip, rows: int) -> Batch:
+    """What `text_batch` makes of `rows` captions of full length, on the meta device."""
+    one = {
+        "text_embeds": clip.empty.embeds,
+        "text_hidden_states": clip.empty.hidden_states,
+        "text_mask": clip.empty.mask,
+    }
+    return {name: torch.empty(rows, *t.shape[1:], dtype=t.dtype, device="meta") for name, t in one.items()}
 
 
 def batch_text(batch: Batch) -> TextEmbedding:

@@ -21,17 +21,18 @@ from unclip.models.prior import PriorTransformer
 from unclip.models.text_proj import UnCLIPTextProjModel
 from unclip.models.unet import UNet2DConditionModel, UNet2DModel
 from unclip.pipelines.component import read_component, write_component
-from unclip.stages.condition import DecoderCondition, PriorCondition, SuperResCondition
+from unclip.stages.condition import DecoderCondition, PriorCondition, SuperResCondition, TextEmbedding
 from unclip.stages.decoder import DecoderStage
 from unclip.stages.prior import PriorStage
 from unclip.stages.stage import sample, size_px
 from unclip.stages.super_res import SuperResStage, enlarge
-from unclip.training.conditions import Captioned, FrozenClip, batch_text, tell_cosines, text_batch
+from unclip.training.conditions import Captioned, FrozenClip, batch_text, blank_text, tell_cosines, text_batch
 from unclip.training.lora import adapt, merged, write_adapter
 from unclip.training.process import process_of, scheduler_of, settled
 from unclip.training.recipe import DecoderSettings, PriorSettings, Recipe, SuperResSettings
 from unclip.training.reconstruction import absolute_error, perceptual_loss
 from unclip.training.task import Batch, Sourced, of_rows, source_of
+from unclip.training.trial import built, try_step
 
 SHEET_PICTURES = 48
 SHEET_STEPS = 20
@@ -46,7 +47,7 @@ def write_network(network: nn.Module, folder: Path, name: str) -> None:
 class StageModule(nn.Module):
     """A stage's networks with its loss: what is sampled is what is trained.
 
-    `of_x0`, if given, is the loss in place of the process's own: of the clean sample as predicted, and as it is.
+    `of_x0`, if there is one, is the loss in place of the process's own: of the clean sample as predicted, and as it is.
     """
 
     def __init__(
@@ -54,15 +55,14 @@ class StageModule(nn.Module):
         stage: Any,
         condition: Callable[[Batch], Any],
         weighting: str,
-        *,
-        of_x0: Callable[[Tensor, Tensor], dict[str, Tensor]] | None = None,
         **networks: nn.Module,
     ):
         super().__init__()
         for name, network in networks.items():
             self.add_module(name, network)
         self.stage = stage
-        self.condition, self.weighting, self.of_x0 = condition, weighting, of_x0
+        self.condition, self.weighting = condition, weighting
+        self.of_x0: Callable[[Tensor, Tensor], dict[str, Tensor]] | None = None
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """`x0` and `noise` of the stage's shape, `t` [batch], and whatever the stage's condition is built from."""
@@ -84,7 +84,7 @@ def first_network(cls: type[N], name: str, settings: dict[str, Any], recipe: Rec
     Raises: ConfigError when the recipe's settings are not those of the network it starts from.
     """
     if recipe.start_from is None:
-        network = cls(**settings)
+        network = built(lambda: cls(**settings), recipe, f"the network {name} of [{recipe.stage}.model]")
         network.initialize_for_training(torch.Generator().manual_seed(recipe.seed))
         return network
     network = read_component(Path(recipe.start_from), name, cls.__name__, torch_dtype=torch.float32, variant=None)
@@ -105,12 +105,12 @@ def put_adapters(network: nn.Module, recipe: Recipe) -> None:
         adapt(network, recipe.lora, recipe.seed)
 
 
-def noised(x0: Tensor, num_timesteps: int, generator: torch.Generator) -> Batch:
-    """x0 with the noise and the timesteps that a step trains on."""
+def noised(x0: Tensor, num_timesteps: int, generator: torch.Generator | None) -> Batch:
+    """x0 with the noise and the timesteps that a step trains on, where x0 lies; there the generator must be."""
     return {
         "x0": x0,
-        "noise": torch.randn(x0.shape, generator=generator),
-        "t": torch.randint(num_timesteps, (len(x0),), generator=generator),
+        "noise": torch.randn(x0.shape, generator=generator, device=x0.device),
+        "t": torch.randint(num_timesteps, (len(x0),), generator=generator, device=x0.device),
     }
 
 
@@ -123,21 +123,26 @@ class PriorTask(Sourced):
         self.settings: PriorSettings = recipe.prior
         self.clip = FrozenClip(self.settings.clip)
         self.clip.warn_of_start(recipe.start_from)
-        self.data = Captioned(recipe, self.clip, self.settings.text_drop, progress=progress)
-        self.source = self.data.source
         sizes = {"embedding_dim": self.clip.one_width(), "num_embeddings": self.clip.context}
         prior = first_network(PriorTransformer, "prior", sizes | self.settings.model, recipe)
         for parameter in (prior.clip_mean, prior.clip_std):
             parameter.requires_grad_(False)
-        if recipe.start_from is None:  # else its whitening is part of what it learned
-            mean, std = self.data.spread()
-            prior.clip_mean.copy_(mean)
-            prior.clip_std.copy_(std)
         put_adapters(prior, recipe)
         self.stage = PriorStage(prior, process_of(self.settings.process))
         self.module = StageModule(
             self.stage, lambda b: PriorCondition(batch_text(b)), self.settings.process.weighting, prior=prior
         )
+        try_step(self.module, self._blank, recipe)
+        self.data = Captioned(recipe, self.clip, self.settings.text_drop, progress=progress)
+        self.source = self.data.source
+        if recipe.start_from is None:  # else its whitening is part of what it learned
+            mean, std = self.data.spread()
+            prior.clip_mean.copy_(mean)
+            prior.clip_std.copy_(std)
+
+    def _blank(self, rows: int) -> Batch:
+        x0 = torch.empty(rows, self.clip.width, device="meta")
+        return blank_text(self.clip, rows) | noised(x0, self.stage.process.num_timesteps, None)
 
     @property
     def fingerprint(self) -> str:
@@ -160,6 +165,22 @@ class PriorTask(Sourced):
         tell_cosines(path, drawn, self.data.embeddings(rows))
 
 
+@torch.no_grad()
+def forget_text(text_proj: UnCLIPTextProjModel, empty: TextEmbedding) -> None:
+    """Have every caption give what the empty one gives, whatever its text encoder; its own part can be learned anew.
+
+    `empty` is the empty caption of the text encoder that `text_proj` was trained with.
+    """
+    tokens = empty.hidden_states[0][empty.mask[0]].to(text_proj.embedding_proj.weight.device)
+    for layer, read in (
+        (text_proj.embedding_proj, empty.embeds[0]),
+        (text_proj.encoder_hidden_states_proj, tokens),
+    ):
+        given = layer(read.to(layer.weight.device))
+        layer.bias.copy_(given.reshape(-1, given.shape[-1]).mean(dim=0))
+        layer.weight.zero_()
+
+
 class DecoderTask(Sourced):
     """Image embedding and caption → small picture (paper §2.1)."""
 
@@ -171,16 +192,15 @@ class DecoderTask(Sourced):
         self.clip.warn_of_start(recipe.start_from)
         decoder = first_network(UNet2DConditionModel, "decoder", self.settings.model, recipe)
         self.size_px = size_px(decoder.config.sample_size)
-        self.data = Captioned(recipe, self.clip, self.settings.text_drop, (self.size_px,), progress)
-        self.source = self.data.source
         sizes = {
             "clip_embeddings_dim": self.clip.one_width(),
             "time_embed_dim": decoder.config.embedding_width,
             "cross_attention_dim": decoder.config.cross_attention_dim,
         }
         text_proj = first_network(UnCLIPTextProjModel, "text_proj", sizes | self.settings.text_proj, recipe)
-        is_jittered = self.settings.embedding_noise > 0
-        self.spread = self.data.spread()[1] if is_jittered else torch.zeros(1, self.clip.width)
+        if self.settings.forget_text:
+            assert recipe.start_from is not None
+            forget_text(text_proj, FrozenClip(Path(recipe.start_from)).empty)
         process = process_of(self.settings.process)
         wanted = decoder.config.in_channels * (2 if process.learns_variance else 1)
         if decoder.config.out_channels != wanted:
@@ -198,6 +218,17 @@ class DecoderTask(Sourced):
             decoder=decoder,
             text_proj=text_proj,
         )
+        try_step(self.module, self._blank, recipe)
+        self.data = Captioned(recipe, self.clip, self.settings.text_drop, (self.size_px,), progress)
+        self.source = self.data.source
+        is_jittered = self.settings.embedding_noise > 0
+        self.spread = self.data.spread()[1] if is_jittered else torch.zeros(1, self.clip.width)
+
+    def _blank(self, rows: int) -> Batch:
+        x0 = torch.empty(rows, 3, self.size_px, self.size_px, device="meta")
+        image = {"image_embedding": torch.empty(rows, self.clip.width, device="meta")}
+        given = {"given": torch.empty(rows, dtype=torch.bool, device="meta")}
+        return blank_text(self.clip, rows) | noised(x0, self.stage.process.num_timesteps, None) | image | given
 
     @property
     def fingerprint(self) -> str:
@@ -244,16 +275,22 @@ class SuperResTask(Sourced):
                 f"super_res.crop_size is {self.settings.crop_size}, the network's pictures have {self.size_px} pixels: "
                 "make it no larger"
             )
-        self.source = source_of(recipe, (self.size_px,), weight_power=0.5)
         process = process_of(self.settings.process)
         self.stage = SuperResStage(network, network, process)
         self.module = StageModule(
             _EnlargedStage(self.stage),
             lambda b: b["enlarged"],
             self.settings.process.weighting,
-            of_x0=_last_loss(self.settings),
             network=network,
         )
+        crop = self.settings.crop_size
+        try_step(self.module, lambda rows: self._blank(rows, crop), recipe, large=self._blank(1, self.size_px))
+        self.module.of_x0 = _last_loss(self.settings)
+        self.source = source_of(recipe, (self.size_px,), weight_power=0.5)
+
+    def _blank(self, rows: int, side_px: int) -> Batch:
+        x0 = torch.empty(rows, 3, side_px, side_px, device="meta")
+        return noised(x0, self.stage.process.num_timesteps, None) | {"enlarged": x0}
 
     @property
     def fingerprint(self) -> str:

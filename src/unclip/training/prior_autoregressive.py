@@ -16,10 +16,11 @@ from unclip.models.pca import PrincipalComponents
 from unclip.models.prior_autoregressive import AutoregressivePrior, dot_product
 from unclip.stages.condition import PriorCondition
 from unclip.stages.prior_autoregressive import AutoregressivePriorStage
-from unclip.training.conditions import Captioned, FrozenClip, batch_text, tell_cosines, text_batch
+from unclip.training.conditions import Captioned, FrozenClip, batch_text, blank_text, tell_cosines, text_batch
 from unclip.training.diffusion import SHEET_PICTURES, first_network, put_adapters, write_network
 from unclip.training.recipe import AutoregressivePriorSettings, Recipe
 from unclip.training.task import Batch, Sourced
+from unclip.training.trial import try_step
 
 FITTED_ROWS = 16_384
 """How many draws of embeddings the components are fitted to."""
@@ -49,10 +50,6 @@ class AutoregressivePriorTask(Sourced):
         self.settings: AutoregressivePriorSettings = recipe.prior_autoregressive
         self.clip = FrozenClip(self.settings.clip)
         self.clip.warn_of_start(recipe.start_from)
-        self.data = Captioned(
-            recipe, self.clip, text_drop=0.0, progress=progress
-        )  # a text is dropped here, with its dot product
-        self.source = self.data.source
         sizes = {
             "embedding_dim": self.clip.width,
             "text_dim": self.clip.text.text_encoder.config.hidden_size,
@@ -62,6 +59,13 @@ class AutoregressivePriorTask(Sourced):
         tables = (prior.pca_mean, prior.pca_components, prior.code_low, prior.code_high, prior.dot_edges)
         for table in tables:
             table.requires_grad_(False)
+        put_adapters(prior, recipe)
+        self.stage = AutoregressivePriorStage(prior)
+        self.module = CodeModule(self.stage)
+        try_step(self.module, self._blank, recipe)
+        # A text is dropped here, with its dot product.
+        self.data = Captioned(recipe, self.clip, text_drop=0.0, progress=progress)
+        self.source = self.data.source
         self.jitter = torch.zeros(prior.pca_components.shape)
         if recipe.start_from is None or self.settings.code_noise:
             embeddings, weights = self.data.known()
@@ -70,9 +74,10 @@ class AutoregressivePriorTask(Sourced):
             coordinates = (embeddings - prior.pca_mean) @ prior.pca_components.T
             spread = (weights @ (coordinates - weights @ coordinates).square()).sqrt()
             self.jitter = self.settings.code_noise * spread[:, None] * prior.pca_components
-        put_adapters(prior, recipe)
-        self.stage = AutoregressivePriorStage(prior)
-        self.module = CodeModule(self.stage)
+
+    def _blank(self, rows: int) -> Batch:
+        codes = torch.empty(rows, self.stage.prior.config.num_components, dtype=torch.long, device="meta")
+        return blank_text(self.clip, rows) | {"codes": codes, "dot_codes": codes[:, 0]}
 
     @property
     def fingerprint(self) -> str:

@@ -49,6 +49,10 @@ def settled(recipe: Recipe) -> Recipe:
             _check_agreement(stated, found, recipe, name)
             own = found
     process = dataclasses.replace(settings.process, **dataclasses.asdict(own) | stated)
+    try:
+        process_of(process)
+    except ConfigError as error:
+        raise ConfigError(f"[{recipe.stage}.process] cannot be used: {error}") from error
     return dataclasses.replace(recipe, **{recipe.stage: dataclasses.replace(settings, process=process)})
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 
 @contextmanager
-def first_signal(ask: Callable[[], None]) -> Iterator[None]:
-    """Within it, the first SIGINT or SIGTERM calls `ask`; a second one does what it did before.
+def first_signal(ask: Callable[[int], None]) -> Iterator[None]:
+    """Within it, the first SIGINT or SIGTERM calls `ask` with its number; a second one does what it did before.
 
     Does nothing in a thread other than the main one, which alone may take signals.
     """
@@ -22,7 +22,7 @@ def first_signal(ask: Callable[[], None]) -> Iterator[None]:
     old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def stop(number: int, frame: Any) -> None:
-        ask()
+        ask(number)
         signal.signal(number, old[signal.Signals(number)])
 
     for number in old:

@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,22 +19,57 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from unclip import __version__
-from unclip.checkpoints.files import TEMPORARY_PREFIX, atomic_file, atomic_folder, read_json, write_json
+from unclip.checkpoints.files import TEMPORARY_PREFIX, atomic_file, atomic_folder, file_size, read_json, write_json
 from unclip.errors import CheckpointError, ConfigError, TrainingError
-from unclip.training.recipe import Recipe, as_dict
+from unclip.training.recipe import Recipe, as_dict, flat, settled_settings
 from unclip.training.sharding import shared_like
 
 UNDER_CLIP = ("prior", "prior_autoregressive", "decoder")
 """The stages whose fingerprint is that of a CLIP."""
 
-SETTLED_OF_LORA = ("rank", "alpha", "targets")
-"""What adapters mean nothing without; their dropout may change."""
-
 LISTS_LIMIT_BYTES = 2**30
 """Of a file that lists samples: there may be a million."""
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**64
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, dict) and all(type(each) in (int, float) for each in value.values())
+
+
+def _is_log(value: object) -> bool:
+    return isinstance(value, dict) and _are_numbers(value.get("sums")) and _is_count(value.get("num_summed"))
+
+
+def _is_scaler(value: object) -> bool:
+    return isinstance(value, dict) and _are_numbers(value) and all(0 <= each <= 2**64 for each in value.values())
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+STATE_OF_ADAMW = {"step", "exp_avg", "exp_avg_sq"}
+STATE_OF_MUON = {"momentum"}
+"""What an optimizer keeps of a parameter: Muon of a hidden matrix, AdamW of any."""
+
+FITS: dict[str, Callable[[Any], bool]] = {
+    "step": _is_count,
+    "seed": _is_count,
+    "stage": _is_text,
+    "fingerprint": _is_text,
+    "optimizer": _is_text,
+    "log": _is_log,
+    "scaler": _is_scaler,
+    "settings": lambda value: isinstance(value, dict),
+    "num_optimizer_tensors": _is_count,
+}
+"""What the values of state.json can be."""
 
 
 def versions() -> dict[str, str]:
@@ -124,12 +159,13 @@ class RunFolder:
         self._note_versions(step)
         if not step:
             self.skipped_samples.unlink(missing_ok=True)
-        if self.metrics.is_file():
-            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        if self.metrics.exists():
+            file_size(self.metrics)  # of a regular file: another one may wait for ever
+            lines = self.metrics.read_bytes().splitlines(keepends=True)
             kept = [line for line in lines if _logged_step(line, default=step + 1) <= step]
             if kept != lines:
                 with atomic_file(self.metrics) as draft:
-                    draft.write_text("".join(kept), encoding="utf-8")
+                    draft.write_bytes(b"".join(kept))
 
     def log(self, row: Mapping[str, float]) -> None:
         """Append a row to metrics.jsonl."""
@@ -139,7 +175,8 @@ class RunFolder:
     def run_id(self, step: int) -> str:
         """By what a tracker knows this run again when it goes on; drawn anew where it begins, kept in run_id."""
         path = self.path / "run_id"
-        with contextlib.suppress(OSError, UnicodeDecodeError):
+        with contextlib.suppress(OSError, UnicodeDecodeError, CheckpointError):
+            file_size(path)
             known = path.read_text(encoding="ascii").strip()
             if step and known.isalnum():
                 return known
@@ -155,7 +192,8 @@ class RunFolder:
         """
         every: dict[str, str] = {}
         with contextlib.suppress(CheckpointError):  # there is none yet, or no whole one
-            every = read_json(self.skipped_samples, limit_bytes=LISTS_LIMIT_BYTES)
+            found = read_json(self.skipped_samples, limit_bytes=LISTS_LIMIT_BYTES)
+            every = {name: why for name, why in found.items() if isinstance(why, str)}
         # A name in a tar need not be UTF-8, a file of JSON must.
         new = {name.encode(errors="replace").decode(): why for name, why in skipped.items()}
         if new.items() - every.items():
@@ -165,12 +203,16 @@ class RunFolder:
     def _note_versions(self, step: int) -> None:
         """Add to versions.json what computes from this step on, unless that is what computed before."""
         before: list[dict[str, Any]] = []
+        path = self.path / "versions.json"
         if step:
-            with contextlib.suppress(CheckpointError, KeyError):
-                before = read_json(self.path / "versions.json")["runs"]
+            with contextlib.suppress(CheckpointError):  # there is none, or no whole one
+                found = read_json(path)
+                before = found.get("runs", [])
+            if not isinstance(before, list) or not all(isinstance(run, dict) for run in before):
+                raise CheckpointError(f"{path} does not list the runs' versions: remove it")
         now = versions()
         if not before or {key: before[-1].get(key) for key in now} != now:
-            write_json(self.path / "versions.json", {"runs": [*before, {"from_step": step, **now}]})
+            write_json(path, {"runs": [*before, {"from_step": step, **now}]})
 
     def sample_path(self, step: int) -> Path:
         """Where the sheet of a step goes."""
@@ -186,6 +228,8 @@ class RunFolder:
             "log": snapshot.log,
             "fingerprint": fingerprint,
             "optimizer": recipe.optimizer.name,
+            "num_optimizer_tensors": len(snapshot.optimizer),
+            "settings": settled_settings(recipe),
         }
         if snapshot.scaler is not None:
             about["scaler"] = snapshot.scaler
@@ -210,37 +254,38 @@ class RunFolder:
         except (CheckpointError, KeyError, OSError):
             return "there is no checkpoint yet"
 
-    def read_state(self, recipe: Recipe, module: Mapping[str, Tensor], fingerprint: str) -> Snapshot | None:
+    def read_state(self, recipe: Recipe, module: nn.Module, fingerprint: str) -> Snapshot | None:
         """The state to go on from; None when there is none.
 
         Args:
             recipe: what is to be trained.
-            module: state dict of the module that it describes.
+            module: what it describes.
             fingerprint: the task's.
 
         Raises:
             ConfigError: the state is that of another network.
-            CheckpointError: a file is missing or broken.
+            CheckpointError: a file is missing or damaged.
         """
+        for folder in (self.state, self.path / "model", self.path / "samples"):
+            if folder.exists() and not folder.is_dir():
+                raise CheckpointError(f"{folder} is not a folder: remove it")
         if not self.state.is_dir():
             return None
-        about = read_json(self.state / "state.json")
-        try:
-            step, seed, stage = about["step"], about["seed"], about["stage"]
-        except KeyError as error:
-            raise CheckpointError(f"{self.state / 'state.json'} lacks {error}: remove {self.state}") from error
+        about = self._about()
+        step, seed, stage = about["step"], about["seed"], about["stage"]
         if stage != recipe.stage or seed != recipe.seed:
             raise ConfigError(
                 f"{self.state} is of a run with stage {stage!r} and seed {seed}, the recipe has {recipe.stage!r} and "
                 f"{recipe.seed}: name another run folder"
             )
-        changed = self._changed_settings(recipe)
+        changed = self._changed_settings(recipe, about.get("settings"))
         tensors = {name: self._read(name) for name in ("module", "ema", "optimizer")}
-        self._check_shapes(tensors["module"], module, changed)
-        self._check_shapes(tensors["ema"], {name: module[name] for name in tensors["ema"] if name in module}, changed)
-        settled = [line for line in changed if line.startswith((f"{stage}.process.", f"{stage}.model.", "lora."))]
-        if settled:
-            raise self._other_run(settled)
+        wanted = module.state_dict()
+        trained = {name: wanted[name] for name, p in module.named_parameters() if p.requires_grad}
+        self._check_alike(tensors["module"], wanted, changed)
+        self._check_alike(tensors["ema"], trained, changed)
+        if changed:
+            raise self._other_run(changed)
         optimizer = about.get("optimizer", "adamw")
         if optimizer != recipe.optimizer.name:
             raise self._other_run([f"optimizer.name was {optimizer!r} and is {recipe.optimizer.name!r}"])
@@ -249,8 +294,24 @@ class RunFolder:
         if about.get("fingerprint", fingerprint) != fingerprint:
             what = "captions of the data set, which the tokenizer comes from," if stage == "clip" else "CLIP"
             raise self._other_run([f"the {what} changed since"])
+        if about.get("num_optimizer_tensors", len(tensors["optimizer"])) != len(tensors["optimizer"]):
+            raise self._damaged("optimizer.safetensors", "lacks tensors")
         log = about.get("log") or {"sums": {}, "num_summed": 0}
         return Snapshot(step, log, **tensors, scaler=about.get("scaler"), counts=self._counts())
+
+    def _about(self) -> dict[str, Any]:
+        """What state.json says, each value of its type."""
+        about = read_json(self.state / "state.json")
+        for key in ("step", "seed", "stage"):
+            if key not in about:
+                raise self._damaged("state.json", f"lacks {key!r}")
+        for key, fits in FITS.items():
+            if key in about and not fits(about[key]):
+                raise self._damaged("state.json", f"has {key} {about[key]!r:.80}, which no run can have")
+        return about
+
+    def _damaged(self, name: str, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.state / name} {what}: remove {self.state} to begin again from step 0")
 
     def _counts(self) -> dict[str, int]:
         """Of shards.json; without a whole one the shards are counted again."""
@@ -262,39 +323,50 @@ class RunFolder:
 
     def _read(self, name: str) -> dict[str, Tensor]:
         path = self.state / f"{name}.safetensors"
+        file_size(path)  # of a regular file: another one may wait for ever
         try:
-            return load_file(path)
+            tensors = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}; remove {self.state} to start anew") from error
+            raise self._damaged(path.name, f"cannot be read ({error})") from error
+        for key, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise self._damaged(path.name, f"has values in {key} that are not finite")
+        return tensors
 
-    def _changed_settings(self, recipe: Recipe) -> list[str]:
-        """The settings of the stage and of its adapters that recipe.json has otherwise."""
-        try:
-            written = read_json(self.path / "recipe.json", allow_infinity=True)
-        except CheckpointError:
-            return []
-        asked = json.loads(json.dumps(as_dict(recipe)))
-        before, now = flat(written.get(recipe.stage) or {}), flat(asked[recipe.stage])
-        changed = [
-            f"{recipe.stage}.{key} was {before.get(key)!r} and is {now.get(key)!r}"
+    def _changed_settings(self, recipe: Recipe, before: Mapping[str, Any] | None) -> list[str]:
+        """The settings of the stage and of its adapters that a run keeps and that were others.
+
+        `before` are those of the state, which in older ones stand in recipe.json alone.
+        """
+        if before is None:
+            try:
+                written = read_json(self.path / "recipe.json", allow_infinity=True)
+                before = flat({name: written.get(name) or {} for name in (recipe.stage, "lora")})
+            except (CheckpointError, RecursionError):
+                return []
+        now = json.loads(json.dumps(settled_settings(recipe)))
+
+        def is_stated(key: str) -> bool:
+            """Whether it stands on both sides; in a table of a network's settings what is not stated counts too."""
+            section, _, rest = key.partition(".")
+            is_of_table = isinstance(getattr(getattr(recipe, section), rest.partition(".")[0], None), dict)
+            return (key in before and key in now) or is_of_table
+
+        return [
+            f"{key} was {before.get(key)!r:.80} and is {now.get(key)!r:.80}"
             for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and ((key in before and key in now) or key.startswith("model."))
-        ]
-        before, now = written.get("lora") or {}, asked.get("lora") or {}
-        return changed + [
-            f"lora.{key} was {before[key]!r} and is {now[key]!r}"
-            for key in SETTLED_OF_LORA
-            if key in before and key in now and before[key] != now[key]
+            if before.get(key) != now.get(key) and is_stated(key)
         ]
 
-    def _check_shapes(self, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], changed: list[str]) -> None:
-        shapes, needed = ({name: tuple(value.shape) for name, value in each.items()} for each in (found, wanted))
-        wrong = [name for name in sorted(shapes.keys() | needed.keys()) if shapes.get(name) != needed.get(name)]
+    def _check_alike(self, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], changed: list[str]) -> None:
+        kinds, needed = (
+            {name: (tuple(value.shape), value.dtype) for name, value in each.items()} for each in (found, wanted)
+        )
+        wrong = [name for name in sorted(kinds.keys() | needed.keys()) if kinds.get(name) != needed.get(name)]
         if wrong:
             name = wrong[0]
-            raise self._other_run(
-                [f"{name} has shape {shapes.get(name)} there and {needed.get(name)} by the recipe", *changed]
-            )
+            there, here = (_kind(each.get(name)) for each in (kinds, needed))
+            raise self._other_run([f"{name} has {there} there and {here} by the recipe", *changed])
 
     def _other_run(self, reasons: list[str]) -> ConfigError:
         return ConfigError(
@@ -335,29 +407,40 @@ def restore_optimizer(
         optimizer: whose state is set.
         tensors: whole ones; they are cut, and laid out in memory, as the parameter is that they are of.
         parameters: of all groups, in their order.
+
+    Raises: CheckpointError for a state that the optimizer cannot have of these parameters.
     """
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        index, name = key.split("/")
+        index, _, name = key.partition("/")
+        if not (index.isdecimal() and int(index) < len(parameters)):
+            raise CheckpointError(f"the optimizer's state has {key!r:.80}; there are {len(parameters)} parameters")
         parameter = parameters[int(index)]
+        is_single = name == "step"
+        is_sound = value.dtype == torch.float32 and value.shape == (() if is_single else parameter.shape)
+        if not is_sound or (is_single and value <= 0) or (name == "exp_avg_sq" and (value < 0).any()):
+            raise CheckpointError(f"the optimizer's state has values in {key!r:.80} that it cannot have")
         own = shared_like(value, parameter)
-        if value.shape == parameter.shape:  # a fused step takes one layout for parameter and state alike
+        if not is_single:  # a fused step takes one layout for parameter and state alike
             own = torch.empty_like(parameter.detach()).copy_(own)
         state.setdefault(int(index), {})[name] = own
+    for index, entry in state.items():
+        wanted = STATE_OF_MUON if groups[id(parameters[index])].get("matrices") else STATE_OF_ADAMW
+        if entry.keys() != wanted:
+            raise CheckpointError(
+                f"the optimizer's state of parameter {index} has {sorted(entry)}, not {sorted(wanted)}"
+            )
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _logged_step(line: str, *, default: int) -> int:
+def _kind(found: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+    return "no values" if found is None else f"shape {found[0]} ({str(found[1]).removeprefix('torch.')})"
+
+
+def _logged_step(line: bytes, *, default: int) -> int:
     """Which step a row of the log is of; `default` for a line that is none, as a killed process may leave it."""
     try:
-        return int(json.loads(line)["step"]) if line.endswith("\n") else default
-    except (ValueError, KeyError, TypeError):
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else default
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return default
-
-
-def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one, its keys with dots."""
-    single: dict[str, Any] = {}
-    for key, value in table.items():
-        single |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return single

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
+import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
@@ -15,10 +16,14 @@ from torch import Tensor, nn
 
 from unclip.data.rows import Source
 from unclip.data.source import open_source
+from unclip.errors import ConfigError
 from unclip.models.kernels import is_emulated
 from unclip.training.recipe import Recipe
 
 Batch = dict[str, Tensor]
+
+DRAWN_BYTES = 9
+"""Of a colour value of a picture that is drawn: a byte as it is read, and two float32."""
 
 
 class Task(Protocol):
@@ -112,14 +117,45 @@ def computing_device() -> torch.device:
     return cast(torch.device, PartialState(cpu=computes_on_cpu()).device)
 
 
+def num_processes() -> int:
+    """Of this run."""
+    return PartialState(cpu=computes_on_cpu()).num_processes
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that is free on `device`."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def check_room(needed_bytes: int, device: torch.device, what: str, remedy: str) -> None:
+    """Raises: ConfigError when `device` has not so many bytes free. `what` and `remedy` are parts of its message."""
+    free = available_bytes(device)
+    if needed_bytes > free:
+        raise ConfigError(
+            f"{what} at least {needed_bytes / 2**30:,.1f} GiB of memory are needed, and {free / 2**30:,.1f} GiB are "
+            f"available: {remedy}"
+        )
+
+
 def of_rows(batch: Batch, own: Tensor | None) -> Batch:
     """The rows of these numbers; all where there are none."""
     return batch if own is None else {name: value[own] for name, value in batch.items()}
 
 
 def source_of(recipe: Recipe, sizes_px: tuple[int, ...], **how: Any) -> Source:
-    """The recipe's data set, as this process of a run reads it."""
+    """The recipe's data set, as this process of a run reads it.
+
+    Raises: ConfigError when memory does not hold the pictures of a batch.
+    """
     place = PartialState(cpu=computes_on_cpu())
+    check_room(
+        recipe.batch_size // place.num_processes * DRAWN_BYTES * sum(3 * side**2 for side in sizes_px),
+        torch.device("cpu"),
+        f"batch_size is {recipe.batch_size}; for the pictures of a batch",
+        "lower batch_size",
+    )
     return open_source(
         recipe.data,
         sizes_px,

@@ -11,8 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import LoggerType
 
 from unclip.errors import ConfigError
-from unclip.training.recipe import Recipe, as_dict
-from unclip.training.state import flat
+from unclip.training.recipe import Recipe, as_dict, flat
 
 
 def check_trackers(names: Iterable[str]) -> None:

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, gather_object, set_seed
+from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from unclip.errors import Cancelled, ConfigError, DataError, TrainingError
+from unclip.errors import Cancelled, CheckpointError, ConfigError, DataError, TrainingError
 from unclip.training.optimizer import learning_rate, make_optimizer
 from unclip.training.recipe import Recipe
 from unclip.training.sharding import is_sharded, leave_group, sharded, share_of, shared_like, shares_of, whole
@@ -79,7 +80,7 @@ class Trainer:
         except ValueError as error:
             raise ConfigError(f"precision {recipe.precision!r} is not to be had here: {error}") from error
         set_seed(recipe.seed % 2**32)  # NumPy takes no larger ones
-        snapshot = self.run_folder.read_state(recipe, task.module.state_dict(), task.fingerprint)
+        snapshot = self.run_folder.read_state(recipe, task.module, task.fingerprint)
         self._check_same_step(0 if snapshot is None else snapshot.step)
         if snapshot is not None:
             task.module.load_state_dict(snapshot.module)
@@ -99,7 +100,7 @@ class Trainer:
         self.skipped: dict[str, str] = {}  # of all processes, and of the run's earlier parts: at the last save
         self._sums: dict[str, float] = {}  # of the metrics since the last row of the log
         self._num_summed = 0
-        self._asked_to_stop = False  # this process, by a signal
+        self.stopped_by: int | None = None  # the signal that asked this process to stop
         self._told_to_stop = False  # all processes, by one that was asked
         self._save_is_due = False
         if snapshot is not None:
@@ -110,13 +111,19 @@ class Trainer:
         """The run's folder."""
         return self.run_folder.path
 
-    def run(self, *, progress: Callable[..., Any] | None = None) -> None:
+    def run(
+        self,
+        *,
+        progress: Callable[..., Any] | None = None,
+        on_log: Callable[[int, Mapping[str, float]], None] | None = None,
+    ) -> None:
         """Train to the recipe's last step. The first SIGINT or SIGTERM saves and returns, a second one kills.
 
         Of several processes none stops while it waits for data: the others wait for its step.
 
         Args:
             progress: makes a bar, as `tqdm` does.
+            on_log: takes a step's number and what is logged then: means since the last time, and `pictures_per_s`.
 
         Raises: TrainingError when the loss is no longer a number, the folder cannot be written, or another process
             trains in it; the last checkpoint stays as it was.
@@ -139,7 +146,7 @@ class Trainer:
             stack.enter_context(first_signal(self._ask_to_stop))
             if not is_finished:
                 with self._noting_damage(), contextlib.suppress(Cancelled):  # told to stop while it waited for data
-                    self._loop(bar)
+                    self._loop(bar, on_log)
                 self.save()
 
     def _check_same_step(self, step: int) -> None:
@@ -211,9 +218,9 @@ class Trainer:
     @property
     def _stop(self) -> bool:
         """Whether to take no further step. Of several processes none stops alone: the others would wait for it."""
-        return self._told_to_stop if self.accelerator.num_processes > 1 else self._asked_to_stop
+        return self._told_to_stop if self.accelerator.num_processes > 1 else self.stopped_by is not None
 
-    def _loop(self, bar: Any) -> None:
+    def _loop(self, bar: Any, on_log: Callable[[int, Mapping[str, float]], None] | None) -> None:
         recipe = self.recipe
         saved_at = logged_at = time.monotonic()
         timed = 0
@@ -233,6 +240,8 @@ class Trainer:
                 bar.update(1)
             if self.step % recipe.log_every_steps == 0 or self.step == recipe.steps:
                 self._log(row)
+                if on_log is not None:
+                    on_log(self.step, row)
                 self._sums, self._num_summed, logged_at, timed = {}, 0, now, 0
             if self.step % recipe.sample_every_steps == 0:
                 self._sample()
@@ -243,9 +252,19 @@ class Trainer:
     def take_step(self) -> dict[str, float]:
         """One optimizer step. Returns: its metrics.
 
-        Raises: TrainingError when the loss or a gradient is no number; weights, optimizer and average are as before.
+        Raises: TrainingError when the loss or a gradient is no number, or memory does not suffice; weights, optimizer
+            and average are as before.
         """
-        metrics = self._train_step()
+        try:
+            metrics = self._train_step()
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+                raise
+            recipe = self.recipe
+            raise TrainingError(
+                f"memory does not hold a step of batch_size {recipe.batch_size} with accumulation "
+                f"{recipe.accumulation}: lower the first, or raise the second ({error!s:.200})"
+            ) from error
         self.step += 1
         return metrics
 
@@ -291,7 +310,7 @@ class Trainer:
         """Over all processes: so they log the whole batch, and what one of them met, or was asked, all do."""
         if self.accelerator.num_processes == 1:
             return metrics
-        asked = [float(self._asked_to_stop), float(self._save_is_due)]
+        asked = [float(self.stopped_by is not None), float(self._save_is_due)]
         told = torch.tensor([*metrics.values(), *asked], device=self.accelerator.device)
         found: Tensor = self.accelerator.reduce(told, "mean")  # pyright: ignore[reportAssignmentType]
         *means, asked_to_stop, asked_to_save = found.tolist()
@@ -325,6 +344,8 @@ class Trainer:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         restore_optimizer(self.optimizer, snapshot.optimizer, parameters)
         if self.accelerator.scaler is not None and snapshot.scaler:
+            if snapshot.scaler.keys() != self.accelerator.scaler.state_dict().keys():
+                raise CheckpointError(f"{self.run_folder.state / 'state.json'} has another scaler than float16 needs")
             self.accelerator.scaler.load_state_dict(snapshot.scaler)
         self.step = snapshot.step
         self._sums, self._num_summed = snapshot.log["sums"], snapshot.log["num_summed"]
@@ -338,8 +359,8 @@ class Trainer:
             if self.recipe.trackers:
                 self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=self.step)
 
-    def _ask_to_stop(self) -> None:
-        self._asked_to_stop = True
+    def _ask_to_stop(self, number: int) -> None:
+        self.stopped_by = number
 
     def _sample(self) -> None:
         ema = self._gathered(self.ema)

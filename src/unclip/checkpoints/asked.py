@@ -1,0 +1,119 @@
+"""How a model is asked for: the types of weights, and the ecosystem's arguments that unclip does not have."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from unclip.checkpoints.layout import FURTHER
+from unclip.errors import InputError, UnsafeFileError
+
+if TYPE_CHECKING:
+    import torch
+
+AUTO = "auto"
+"""The type of weights that stands for the type in the file."""
+
+IGNORED = {
+    "custom_revision": "no code of a model is run",
+    "disable_mmap": "weights are mapped where that saves memory",
+    "load_connected_pipeline": "a folder is one pipeline",
+    "low_cpu_mem_usage": "weights never take twice their memory",
+    "max_memory": "it belongs to a device_map of several devices; see enable_model_cpu_offload",
+    "mirror": "the hub's client has no mirrors; set the environment variable HF_ENDPOINT",
+    "offload_folder": "it belongs to a device_map of several devices; see enable_sequential_cpu_offload",
+    "offload_state_dict": "weights never take twice their memory",
+    "provider": "ONNX is not read",
+    "provider_options": "ONNX is not read",
+    "requires_safety_checker": "there is no safety checker",
+    "resume_download": "downloads are always resumed",
+    "sess_options": "ONNX is not read",
+    "trust_remote_code": "no code of a model is run",
+}
+"""Arguments of the ecosystem's `from_pretrained` that change nothing here, and why."""
+
+REFUSED = {
+    "custom_pipeline": "no code of a model is run; import the class instead, such as "
+    "unclip.UnCLIPTextInterpolationPipeline or unclip.UnCLIPImageInterpolationPipeline",
+    "force_download": "use `hf download NAME --force-download`",
+    "from_flax": "only safetensors are read",
+    "from_tf": "only safetensors are read",
+    "ignore_mismatched_sizes": "weights must fit their network",
+    "output_loading_info": "missing and unexpected weights are always an error",
+    "pretrained_model_name_or_path": "give the model as the first argument",
+    "proxies": "set the environment variable HTTPS_PROXY",
+    "quantization_config": "weights cannot be quantised; torch_dtype=torch.bfloat16 halves their memory",
+    "return_cached_folder": "use `hf download NAME`, which prints the folder",
+    "safety_checker": "there is no safety checker; check the pictures of a call yourself",
+    "scheduler": "each stage has its own: prior_scheduler, decoder_scheduler, super_res_scheduler",
+    "subfolder": "give the folder itself as the first argument",
+    "use_auth_token": "it is called token",
+    "use_flashpack": "only safetensors are read",
+    "use_onnx": "only safetensors are read",
+}
+"""Those that ask for something that unclip does not do, and what to do instead."""
+
+ASKS_FOR_NOTHING: dict[str, tuple[object, ...]] = {"low_cpu_mem_usage": (None, True)}
+"""The values at which an argument is what happens anyway; for others None and False."""
+
+
+def settled(arguments: Mapping[str, Any], method: Any, others: Iterable[str] | None = ()) -> dict[str, Any]:
+    """Those of `arguments` that are left when the ecosystem's are ignored, with one warning, or refused.
+
+    Args:
+        arguments: what a class's `from_pretrained` was given besides its own arguments.
+        method: that method.
+        others: the names that may be left; None: any.
+
+    Raises: InputError for one that is refused or unknown.
+    """
+    where = f"{method.__self__.__name__}.{method.__name__}"
+    left: dict[str, Any] = {}
+    ignored: list[str] = []
+    known = None if others is None else tuple(others)
+    for name, value in arguments.items():
+        if name in IGNORED or name in REFUSED:
+            if any(value is nothing for nothing in ASKS_FOR_NOTHING.get(name, (None, False))):
+                continue
+            if name in REFUSED:
+                raise InputError(f"{where} cannot take {name}: {REFUSED[name]}")
+            ignored.append(f"{name} ({IGNORED[name]})")
+        elif known is None or name in known:
+            left[name] = value
+        else:
+            parameters = inspect.signature(method).parameters.values()
+            own = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD]
+            near = difflib.get_close_matches(name, [*own, *known, *IGNORED, *REFUSED], n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "it has "
+            hint += "" if near else ", ".join(dict.fromkeys(one for one in [*own, *known] if one not in FURTHER))
+            raise InputError(f"{where} has no argument{' or component' if known else ''} {name!r}; {hint}")
+    if ignored:
+        warnings.warn(f"{where} ignores {', '.join(ignored)}", UserWarning, stacklevel=3)
+    return left
+
+
+def asked_type(torch_dtype: Any, use_safetensors: object = None) -> torch.dtype | str | None:
+    """The type that weights are asked to have: a type of torch's, `AUTO`, or None for float32.
+
+    Args:
+        torch_dtype: a floating type of torch's, or its name with or without "torch."; "auto"; or None.
+        use_safetensors: None and True are the same.
+
+    Raises: InputError for another type; UnsafeFileError for `use_safetensors=False`.
+    """
+    import torch
+
+    if use_safetensors is not None and not use_safetensors:
+        raise UnsafeFileError("only safetensors are read; for pickles you trust: unclip convert pickle --help")
+    if torch_dtype is None or (isinstance(torch_dtype, str) and torch_dtype == AUTO):
+        return torch_dtype
+    found = getattr(torch, torch_dtype.removeprefix("torch."), None) if isinstance(torch_dtype, str) else torch_dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(
+            f'torch_dtype is {torch_dtype!r}; it must be "auto", or a floating type of torch\'s or its name, such as '
+            'torch.float16 or "bfloat16"'
+        )
+    return found

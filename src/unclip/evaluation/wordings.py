@@ -1,0 +1,124 @@
+"""Free wordings: does a picture of "a mug of hot coffee" show what a person would accept for it?
+
+A list names for each wording the concepts that are right; a judge ranks the captions of all concepts for the picture.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from unclip.checkpoints.files import read_json
+from unclip.data.folder import read_records
+from unclip.errors import DataError
+from unclip.evaluation.exam import Progress, bare_caption, batches, check_counts, concepts_of
+from unclip.evaluation.judge import Candidates, Judge
+from unclip.evaluation.sheets import draw_told
+from unclip.pipelines.text_to_image import UnCLIPPipeline
+
+
+@dataclass(frozen=True)
+class Wording:
+    """A caption in free words, its kind ("words", "scenes", …) and the labels of the concepts that are right."""
+
+    text: str
+    kind: str
+    accepted: frozenset[str]
+
+
+def read_wordings(path: Path) -> list[Wording]:
+    """A list of wordings: a JSON object of kinds, each an object of wordings with a list of labels.
+
+    Raises:
+        CheckpointError: the file is missing or not JSON.
+        DataError: it is not such an object, or is empty.
+    """
+    found = []
+    kinds: Any = read_json(path)
+    try:
+        for kind, wordings in kinds.items():
+            for text, labels in wordings.items():
+                if not labels or not isinstance(labels, list) or not text.strip():
+                    raise DataError(f"{path}: {text!r} needs a list of the labels that are right for it")
+                found.append(Wording(text, kind, frozenset(label.lower() for label in labels)))
+    except AttributeError as error:
+        raise DataError(
+            f"{path} must be an object of kinds, each an object of wordings with labels: {error}"
+        ) from error
+    if not found:
+        raise DataError(f"{path} holds no wordings")
+    return found
+
+
+def wordings(
+    pipeline: UnCLIPPipeline,
+    judge: Judge,
+    data: Path,
+    listed: list[Wording],
+    *,
+    batch_size: int = 16,
+    seed: int = 0,
+    sheet: Path | None = None,
+    progress: Progress = iter,
+    **call: Any,
+) -> dict[str, Any]:
+    """How often the judge's first caption, or one of its first five, is an accepted one.
+
+    Args:
+        pipeline: the model.
+        judge: a CLIP that had no part in it.
+        data: a data set of concepts, whose bare captions the judge ranks.
+        listed: the wordings; wording i is drawn with seed + i.
+        batch_size: pictures a call.
+        seed: of the first picture.
+        sheet: where to draw the pictures, each with its wording and the judge's first caption.
+        progress: wraps the starts of the batches, as tqdm does.
+        call: arguments of the pipeline's call.
+
+    Returns: the number of wordings and of captions, at_1 and at_5 of all and of each kind, chance, and for each wording
+        the judge's first five captions.
+
+    Raises:
+        InputError: a number is out of its limits.
+        DataError: an accepted label is not one of the data set's.
+    """
+    check_counts(batch_size=batch_size)
+    candidates = Candidates.read_by(judge, [bare_caption(record) for record in concepts_of(read_records(data))])
+    unknown = {label for wording in listed for label in wording.accepted} - set(candidates.captions)
+    if unknown:
+        raise DataError(f"{data} has no concept called {', '.join(sorted(unknown)[:5])}; the wordings accept it")
+    made: list[Image.Image] = []
+    for rows, seeds in batches(len(listed), batch_size, seed=seed, progress=progress):
+        made += pipeline([wording.text for wording in listed[rows]], seed=seeds, **call).images  # pyright: ignore
+    scores = judge.look(made) @ candidates.known.T
+    first = [
+        [candidates.captions[i] for i in row] for row in scores.topk(min(5, scores.shape[1]), dim=1).indices.tolist()
+    ]
+    places = [
+        next((place for place, caption in enumerate(found) if caption in wording.accepted), len(found))
+        for wording, found in zip(listed, first, strict=True)
+    ]
+    if sheet is not None:
+        told = [
+            f"{wording.text}: {found[0] if place else 'right'}"
+            for wording, found, place in zip(listed, first, places, strict=True)
+        ]
+        draw_told(made, told, sheet)
+    kinds: dict[str, list[int]] = {}
+    for wording, place in zip(listed, places, strict=True):
+        kinds.setdefault(wording.kind, []).append(place)
+    mean_accepted = sum(len(wording.accepted) for wording in listed) / len(listed)
+    return {
+        "num_captions": len(candidates.captions),
+        "chance_at_1": mean_accepted / len(candidates.captions),
+        "chance_at_5": min(1.0, 5 * mean_accepted / len(candidates.captions)),
+        **_rates(places),
+        "kinds": {kind: _rates(of_kind) for kind, of_kind in kinds.items()},
+        "first_captions": {wording.text: found for wording, found in zip(listed, first, strict=True)},
+    }
+
+
+def _rates(places: list[int]) -> dict[str, float]:
+    rates = {f"at_{k}": round(sum(place < k for place in places) / len(places), 4) for k in (1, 5)}
+    return {"num": len(places), **rates}

@@ -1,0 +1,113 @@
+"""Numbers as arguments: Python's, numpy's, torch's and any other kind, checked against limits."""
+
+import math
+import operator
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from unclip.errors import InputError, UnclipError
+
+
+def plain(value: Any) -> Any:
+    """A number of any kind as Python's int or float; any other value, booleans too, as it is.
+
+    A number is what has `__index__` or `__float__`, or an array or tensor with one such element.
+    """
+    try:
+        if callable(item := getattr(value, "item", None)):  # of arrays, tensors and numpy's scalars
+            value = item()
+        if isinstance(value, bool | str):
+            return value
+        if hasattr(value, "__index__"):
+            return int(operator.index(value))
+        return float(value) if hasattr(value, "__float__") else value
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return value
+
+
+def several(value: Any) -> list[Any] | None:
+    """The elements of a sequence, or of an array or tensor with dimensions; None for one value."""
+    is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return list(value) if is_list or getattr(value, "ndim", 0) else None
+
+
+def whole(
+    value: object,
+    name: str,
+    low: int = 1,
+    high: int | None = None,
+    *,
+    unit: str = "whole number",
+    error: type[UnclipError] = InputError,
+) -> int:
+    """`value` as an int.
+
+    Args:
+        value: an integer of any kind; a float is refused even if it has no fraction, and so is a boolean.
+        name: how the message calls it.
+        low, high: the limits, both included.
+        unit: what the message says that it must be.
+        error: the class to raise.
+
+    Raises: `error` if it is not an integer, or outside the limits.
+    """
+    number = plain(value)
+    if type(number) is not int or number < low or (high is not None and number > high):
+        limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise error(f"{name} is {shown(value)}; it must be a {unit} {limits}")
+    return number
+
+
+def real(
+    value: object,
+    name: str,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    above: bool = False,
+    below: bool = False,
+    error: type[UnclipError] = InputError,
+) -> float:
+    """`value` as a finite float; arguments as of `whole`.
+
+    Args:
+        above, below: whether the lower and the upper limit are excluded.
+
+    Raises: `error` if it is not a number, is NaN or infinite, or outside the limits.
+    """
+    number = plain(value)
+    is_number = type(number) in (int, float) and abs(number) <= sys.float_info.max
+    if not is_number or not low <= number <= high or (above and number == low) or (below and number == high):
+        raise error(f"{name} is {shown(value)}; it must be a {_wanted(low, high, above, below)}")
+    return float(number)
+
+
+def reals(values: object, name: str, low: float = -math.inf, high: float = math.inf) -> list[float]:
+    """One number or several as a list of finite floats; arguments as of `real`, and `name` is in the plural.
+
+    Raises: InputError if there is none, or one is not such a number.
+    """
+    each = several(values)
+    try:
+        found = [real(value, name, low, high) for value in ([values] if each is None else each)]
+    except InputError:
+        found = []
+    if not found:
+        raise InputError(f"{name} are {shown(values)}; give one or more, each a {_wanted(low, high)}")
+    return found
+
+
+def _wanted(low: float, high: float, above: bool = False, below: bool = False) -> str:
+    """The numbers within these limits, in words."""
+    first = "" if low == -math.inf else f" above {low:g}" if above else f" from {low:g}"
+    last = "" if high == math.inf else f" to below {high:g}" if below else f" to {high:g}"
+    return f"number{first}{last}" if first or last else "finite number"
+
+
+def shown(value: object) -> str:
+    """A value in a message: its representation in one line, at most 100 characters of it."""
+    try:
+        return " ".join(repr(value).split())[:100]
+    except Exception:  # of an integer with thousands of digits, or by a class of a user
+        return f"a value of type {type(value).__name__}"

@@ -1,0 +1,171 @@
+"""Interpolation between two captions, or between pictures, with the arguments of the ecosystem's community pipelines.
+
+from unclip import UnCLIPTextInterpolationPipeline
+pipe = UnCLIPTextInterpolationPipeline.from_pretrained("unclip-emoji")
+pipe("a red apple", "a green apple", steps=5, seed=1).images
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unclip.errors import InputError
+from unclip.numbers import several, whole
+from unclip.pipelines.arguments import MAX_PICTURES, Callback, as_prompts
+from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
+from unclip.pipelines.output import ImagePipelineOutput
+from unclip.pipelines.text_to_image import UnCLIPPipeline
+from unclip.stages.arithmetic import slerp, slerp_path
+
+Seed = int | Sequence[int] | None
+
+
+class UnCLIPTextInterpolationPipeline(UnCLIPPipeline):
+    """Makes pictures on the way from one caption to another; components as of `UnCLIPPipeline`.
+
+    What the text encoder says of the captions is interpolated on spheres, its embedding and every token's state, and
+    the prior and the decoder run for each step of the way.
+    """
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self,
+        start_prompt: str,
+        end_prompt: str,
+        steps: int = 5,
+        prior_num_inference_steps: int = 25,
+        decoder_num_inference_steps: int = 25,
+        super_res_num_inference_steps: int | Sequence[int] = 7,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        prior_guidance_scale: float = 4.0,
+        decoder_guidance_scale: float = 8.0,
+        enable_sequential_cpu_offload: bool = False,
+        gpu_id: int = 0,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        seed: Seed = None,
+        num_prior_candidates: int = 1,
+        prior_temperature: float = 1.0,
+        prior_top_p: float = 1.0,
+        callback_on_step_end: Callback | None = None,
+    ) -> ImagePipelineOutput | tuple[Any, ...]:
+        """Make `steps` pictures, the first of `start_prompt` and the last of `end_prompt`.
+
+        Args:
+            start_prompt, end_prompt: the two captions.
+            steps: how many pictures, from 1 to 1000; one is the first caption's.
+            generator: the source of all noise; a list has one a picture.
+            enable_sequential_cpu_offload: call the method of this name with `gpu_id` first. The community pipeline does
+                so by default.
+            seed: one gives every picture the same noise, so that they differ by their captions alone; a list has one
+                for each.
+            prior_num_inference_steps, decoder_num_inference_steps, super_res_num_inference_steps, prior_guidance_scale,
+                decoder_guidance_scale, output_type, return_dict, num_prior_candidates, prior_temperature, prior_top_p,
+                callback_on_step_end: as of `UnCLIPPipeline`.
+
+        Raises: as `UnCLIPPipeline`.
+        """
+        self.check()
+        places = _places(steps, 2)
+        prompts = as_prompts([start_prompt, end_prompt])
+        if enable_sequential_cpu_offload:
+            self.enable_sequential_cpu_offload(gpu_id)
+        text = self._text().encode(prompts, self.device)
+        kind = text.embeds.dtype
+        first, last = text.hidden_states  # each row of them is one token's
+        states = [slerp(first, last, place).to(kind) for place in places]
+        # In between, the tokens of both captions count; at the ends the picture is exactly the caption's.
+        masks = [text.mask[round(place)] if place in (0, 1) else text.mask.any(dim=0) for place in places]
+        return super().__call__(
+            text_model_output=(slerp_path(text.embeds, places).to(kind), torch.stack(states)),
+            text_attention_mask=torch.stack(masks),
+            prior_num_inference_steps=prior_num_inference_steps,
+            decoder_num_inference_steps=decoder_num_inference_steps,
+            super_res_num_inference_steps=super_res_num_inference_steps,
+            generator=generator,
+            prior_guidance_scale=prior_guidance_scale,
+            decoder_guidance_scale=decoder_guidance_scale,
+            output_type=output_type,
+            return_dict=return_dict,
+            seed=_seeds(seed, len(places)),
+            num_prior_candidates=num_prior_candidates,
+            prior_temperature=prior_temperature,
+            prior_top_p=prior_top_p,
+            callback_on_step_end=callback_on_step_end,
+        )
+
+
+class UnCLIPImageInterpolationPipeline(UnCLIPImageVariationPipeline):
+    """Makes variations on the way from one picture to another; components as of `UnCLIPImageVariationPipeline`.
+
+    The image embeddings are interpolated on a sphere. To begin and end with the pictures themselves, invert them: see
+    `Manipulator` and `interpolate`.
+    """
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]
+        self,
+        image: Sequence[Image.Image] | Tensor | None = None,
+        steps: int = 5,
+        decoder_num_inference_steps: int = 25,
+        super_res_num_inference_steps: int | Sequence[int] = 7,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        image_embeddings: Tensor | None = None,
+        decoder_latents: Tensor | None = None,
+        super_res_latents: Tensor | Sequence[Tensor | None] | None = None,
+        decoder_guidance_scale: float = 8.0,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        seed: Seed = None,
+        callback_on_step_end: Callback | None = None,
+    ) -> ImagePipelineOutput | tuple[Any, ...]:
+        """Make `steps` pictures, the first a variation of the first picture and the last of the last.
+
+        Args:
+            image: two pictures or more, as `UnCLIPImageVariationPipeline` takes them.
+            steps: how many pictures, from 1 to 1000, in equal steps of the angle if `image` has two.
+            generator: the source of all noise; a list has one a picture.
+            image_embeddings: [batch, embedding_dim] in place of the pictures', two rows or more.
+            decoder_latents, super_res_latents: x_T of the stages, [steps, 3, height, width].
+            seed: one gives every picture the same noise, so that they differ by their embeddings alone; a list has one
+                for each.
+            decoder_num_inference_steps, super_res_num_inference_steps, decoder_guidance_scale, output_type,
+                return_dict, callback_on_step_end: as of `UnCLIPImageVariationPipeline`.
+
+        Raises: as `UnCLIPImageVariationPipeline`; InputError for one picture alone.
+        """
+        self.check()
+        whole(steps, "steps", 1, MAX_PICTURES)
+        embeddings = self._embed(image, image_embeddings)
+        if len(embeddings) < 2:
+            raise InputError("there is one picture; an interpolation needs two or more, such as image=[first, last]")
+        places = _places(steps, len(embeddings))
+        return super().__call__(
+            image_embeddings=slerp_path(embeddings, places),
+            decoder_num_inference_steps=decoder_num_inference_steps,
+            super_res_num_inference_steps=super_res_num_inference_steps,
+            generator=generator,
+            decoder_latents=decoder_latents,
+            super_res_latents=super_res_latents,
+            decoder_guidance_scale=decoder_guidance_scale,
+            output_type=output_type,
+            return_dict=return_dict,
+            seed=_seeds(seed, len(places)),
+            callback_on_step_end=callback_on_step_end,
+        )
+
+
+def _places(steps: object, num_points: int) -> list[float]:
+    """`steps` places on a path through so many points, from the first to the last."""
+    count = whole(steps, "steps", 1, MAX_PICTURES)
+    return [(num_points - 1) * step / max(1, count - 1) for step in range(count)]
+
+
+def _seeds(seed: Seed, count: int) -> Seed:
+    """One seed for all pictures as a list with one for each."""
+    return seed if seed is None or several(seed) is not None else [seed] * count  # type: ignore[list-item]

@@ -1,0 +1,233 @@
+"""A sentence encoder as a teacher: what it reads, the lessons that come of it, and what is trained by them."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from unclip.data.source import FolderSource
+from unclip.errors import ConfigError, DataError
+from unclip.training import teacher as teaching
+from unclip.training.clip import ClipTask, known_words
+from unclip.training.diffusion import DecoderTask, PriorTask
+from unclip.training.recipe import TeacherSettings, read_recipe
+from unclip.training.teacher import Lessons, Phrase, Teacher, read_phrases
+from unclip.training.trainer import step_generator
+
+WORDS = ["a", "red", "green", "blue", "orange", "circle", "square", "bar", "picture", "of", "disc", "crimson"]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A tiny BERT of random weights that knows a dozen words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("teacher")
+    words = {word: number for number, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    sizes = {
+        "initializer_range": 0.5,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    lines = [
+        {"text": "crimson disc", "means": ["red circle"]},
+        {"text": "a disc", "concepts": ["blue circle"]},
+        {"text": "a green square"},
+    ]
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def source(pictures):
+    return FolderSource([pictures], [16])
+
+
+def lessons_of(settings, source):
+    lessons = Lessons(settings, source)
+    names = [record.concept for record in source.records]
+    rows = zip(lessons.texts, lessons.lesson.tolist(), strict=True)
+    return {text: [names[i] for i in lessons.pictures[row].tolist()] for text, row in rows}, lessons
+
+
+def test_padding_changes_nothing(encoder):
+    teacher = Teacher(encoder)
+    alone, together = teacher.read(["red circle"]), teacher.read(["red circle", "a picture of a big green square"])
+    assert together.shape == (2, 32)
+    torch.testing.assert_close(alone[0], together[0], atol=0.02, rtol=0)
+    torch.testing.assert_close(together.float().norm(dim=1), torch.ones(2), atol=0.01, rtol=0)
+
+
+def test_the_closest_pictures(encoder, corpus, source):
+    closest, lessons = lessons_of(TeacherSettings(encoder, corpus, temperature=0.001, named_bonus=2.0), source)
+    assert closest["crimson disc"][0] == "red circle"  # by what it means
+    assert closest["a disc"][0] == "blue circle"  # by its name
+    assert closest["a green square"][0] == "green square"  # by what it says
+    assert "orange bar" not in closest["a disc"]  # held out
+    torch.testing.assert_close(lessons.shares.sum(dim=1), torch.ones(3))
+    assert (lessons.shares[:, 0] >= lessons.shares[:, 1]).all()
+
+
+def test_a_temperature(encoder, corpus, source):
+    cold, warm = (
+        lessons_of(TeacherSettings(encoder, corpus, temperature=t), source)[1].shares[:, 0] for t in (0.01, 10.0)
+    )
+    assert (cold > 0.5).all()
+    assert (warm < 0.3).all()
+
+
+def test_captions_are_the_phrases_without_a_corpus(encoder, source):
+    closest, _ = lessons_of(TeacherSettings(encoder, temperature=0.001), source)
+    assert len(closest) == 30
+    assert closest["a picture of a red bar"][0] == "red bar"
+
+
+def test_what_was_read_is_not_read_again(encoder, corpus, source, monkeypatch):
+    settings = TeacherSettings(encoder, corpus)
+    before = Lessons(settings, source)
+    monkeypatch.setattr(Teacher, "read", lambda *_: pytest.fail("read again"))
+    after = Lessons(settings, source)
+    assert torch.equal(before.shares, after.shares)
+    assert torch.equal(before.embeddings, after.embeddings)
+
+
+def test_a_part_that_is_damaged_is_read_again(encoder, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(teaching, "PART", 1)
+    teacher = Teacher(encoder)
+    before = teacher.read_once(["a", "red"])
+    kept = list(tmp_path.rglob("*.safetensors"))
+    assert len(kept) == 2
+    kept[0].write_bytes(b"")
+    assert torch.equal(teacher.read_once(["a", "red"]), before)
+
+
+def taught_clip(tiny, encoder, corpus, clip_model, **section):
+    section = {"reconstruction_weight": 0.0, "image_from": clip_model} | section
+    return tiny("clip", section=section, teacher=TeacherSettings(encoder, corpus))
+
+
+def test_a_text_encoder_learns_and_the_image_encoder_stays(tiny, encoder, corpus, clip_model, tmp_path):
+    task = ClipTask(taught_clip(tiny, encoder, corpus, clip_model))
+    image = {name: value.clone() for name, value in task.module.image.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in task.module.parameters() if p.requires_grad], lr=2e-3)
+    found = []
+    for step in range(60):
+        metrics = task.module(task.batch(step, 16, step_generator(0, step)))
+        optimizer.zero_grad()
+        metrics["loss"].backward()
+        optimizer.step()
+        found.append(metrics)
+    assert found[-1]["taught"] < found[0]["taught"]
+    assert found[-1]["taught_cosine"] > found[0]["taught_cosine"] + 0.3
+    assert all(torch.equal(value, image[name]) for name, value in task.module.image.state_dict().items())
+    task.save(tmp_path / "model")
+    assert not (tmp_path / "model" / "taught").exists()
+
+
+def test_words_begin_as_the_teacher_has_them(tiny, encoder, corpus, clip_model):
+    task = ClipTask(taught_clip(tiny, encoder, corpus, clip_model))
+    known = known_words(task.tokenizer)
+    assert {"red", "circle", "disc"} <= set(known.values())
+    table = task.module.text.get_input_embeddings().weight.detach()[list(known)]
+    assert table.std() == pytest.approx(0.02, rel=0.05)
+    read = task.lessons.teacher.read(list(known.values())).float()
+    wanted = torch.nn.functional.cosine_similarity(*(read - read.mean(dim=0))[[0, 1]], dim=0)
+    assert torch.nn.functional.cosine_similarity(*table[:2], dim=0) == pytest.approx(wanted.item(), abs=0.05)
+
+
+def test_the_image_encoder_alone_can_be_kept(tiny, clip_model):
+    task = ClipTask(tiny("clip", section={"reconstruction_weight": 0.0, "image_from": clip_model}))
+    metrics = task.module(task.batch(0, 8, step_generator(0, 0)))
+    assert "taught" not in metrics
+    metrics["loss"].backward()
+    assert all(p.grad is None for p in task.module.image.parameters())
+
+
+def test_a_width_that_does_not_fit(tiny, encoder, corpus, clip_model):
+    recipe = taught_clip(tiny, encoder, corpus, clip_model, projection_dim=64)
+    with pytest.raises(ConfigError, match=r"projection_dim is 64; the image encoder in .* gives \d+ numbers"):
+        ClipTask(recipe)
+
+
+@pytest.mark.parametrize(("stage", "kind"), [("prior", PriorTask), ("decoder", DecoderTask)])
+def test_phrases_with_the_teachers_pictures(tiny, encoder, corpus, stage, kind):
+    recipe = tiny(stage, teacher=TeacherSettings(encoder, corpus, share=1.0, temperature=0.001, named_bonus=2.0))
+    task = kind(recipe)
+    rows, embeddings, _ = task.data.draw(0, 12, step_generator(0, 0))
+    names = {task.source.records[i].concept for i in rows.index.tolist()}
+    assert set(rows.captions) <= {"crimson disc", "a disc", "a green square"}
+    assert names <= {"red circle", "blue circle", "green square"}
+    assert torch.equal(embeddings, task.data.table[rows.index])
+    for caption, row in zip(rows.captions, rows.index.tolist(), strict=True):
+        wanted = {"crimson disc": "red circle", "a disc": "blue circle", "a green square": "green square"}[caption]
+        assert task.source.records[row].concept == wanted
+    untaught = kind(dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, share=0.0)))
+    plain = kind(dataclasses.replace(recipe, teacher=None))
+    one, other = (each.batch(0, 8, step_generator(0, 0)) for each in (untaught, plain))
+    assert one["x0"].shape == other["x0"].shape
+
+
+def test_shards_have_no_captions_to_compare_with(encoder):
+    with pytest.raises(ConfigError, match=r"\[teacher\] needs folders as data"):
+        teaching.taught(TeacherSettings(encoder), object())
+
+
+def test_a_folder_without_an_encoder(tmp_path):
+    with pytest.raises(ConfigError, match=r"teacher\.encoder is .*, which transformers cannot read"):
+        Teacher(tmp_path)
+
+
+def test_lines_of_a_corpus(tmp_path):
+    path = tmp_path / "corpus.txt"
+    path.write_text('plain words\n\n{"text": "a", "means": ["b", "c"], "concepts": ["d"]}\n')
+    assert list(read_phrases(path)) == [Phrase("plain words", ("plain words",)), Phrase("a", ("b", "c"), ("d",))]
+
+
+@pytest.mark.parametrize("line", ['{"text": ', '{"means": ["a"]}', '{"text": "a", "means": "b"}', '{"text": 3}'])
+def test_a_broken_line(tmp_path, line):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text(f"good\n{line}\n")
+    with pytest.raises(DataError, match="line 2"):
+        list(read_phrases(path))
+
+
+def test_a_missing_corpus(tmp_path):
+    with pytest.raises(DataError, match="cannot be read"):
+        list(read_phrases(tmp_path / "none.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('stage = "super_res"\ndata = "d"\n[super_res]\n[teacher]', r"\[teacher\] is for the stages clip, prior"),
+        ('stage = "clip"\ndata = "d"\n[clip]\n[teacher]', r"\[teacher\] needs clip\.image_from"),
+        (
+            'stage = "clip"\ndata = "d"\n[clip]\nimage_from = "m"\nreconstruction_weight = 1',
+            r"clip\.reconstruction_weight trains the image encoder",
+        ),
+        ('stage = "prior"\ndata = "d"\n[prior]\n[teacher]\ntemperature = 0', r"teacher\.temperature is 0"),
+        ('stage = "prior"\ndata = "d"\n[prior]\n[teacher]\nshare = 2', r"teacher\.share is 2"),
+    ],
+)
+def test_recipes_that_are_refused(tmp_path, text, message):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_recipe(path)
