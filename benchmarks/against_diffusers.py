@@ -97,7 +97,7 @@ def loop(prepare: Callable[[], Callable], x: torch.Tensor, path: range) -> Calla
 
 def caption(width: int, tokens: int):
     """Null and given caption, random."""
-    from unclip.stages.condition import TextEmbedding
+    from unclip.clip.encoders import TextEmbedding
 
     mask = torch.ones(2, tokens, dtype=torch.bool)
     return TextEmbedding(torch.randn(2, width), torch.randn(2, tokens, width), mask)
@@ -106,8 +106,8 @@ def caption(width: int, tokens: int):
 def prior_stage(build, process, dtype: torch.dtype, path: range, repeats: int) -> dict[str, float]:
     """The prior, guided: two rows a picture."""
     from unclip.diffusion.guidance import guided
-    from unclip.stages.condition import PriorCondition
     from unclip.stages.prior import PriorStage
+    from unclip.stages.stage import PriorCondition
 
     prior = build["prior"]()
     twin, width = twins("prior", prior), prior.config.embedding_dim
@@ -125,8 +125,8 @@ def prior_stage(build, process, dtype: torch.dtype, path: range, repeats: int) -
 def decoder_stage(build, process, dtype: torch.dtype, path: range, repeats: int) -> dict[str, float]:
     """The decoder with its text projection, guided: two rows a picture."""
     from unclip.diffusion.guidance import guided
-    from unclip.stages.condition import DecoderCondition
     from unclip.stages.decoder import DecoderStage
+    from unclip.stages.stage import DecoderCondition
 
     decoder, text_proj = build["decoder"](), build["text_proj"]()
     twin, twin_proj = twins("decoder", decoder), twins("text_proj", text_proj)
@@ -153,7 +153,7 @@ def decoder_stage(build, process, dtype: torch.dtype, path: range, repeats: int)
 
 def super_res_stage(build, process, dtype: torch.dtype, path: range, repeats: int) -> dict[str, float]:
     """Super-resolution, never guided."""
-    from unclip.stages.condition import SuperResCondition
+    from unclip.stages.stage import SuperResCondition
     from unclip.stages.super_res import SuperResStage
 
     network = build["super_res_first"]()

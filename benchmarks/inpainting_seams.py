@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from unclip import UnCLIPInpaintPipeline, UnCLIPPipeline
-from unclip.evaluation.seams import seam
+from unclip.evaluation.measures import seam
 from unclip.images import to_tensor
 
 THERE = ["red apple", "dog face", "cat face", "lion", "pizza", "birthday cake", "rose", "fish"]

@@ -16,14 +16,12 @@ import torch
 from torch import Tensor
 
 from unclip.data.folder import read_records
-from unclip.diffusion.loop import run
-from unclip.diffusion.noise import NoiseSource
+from unclip.diffusion.loop import NoiseSource, run
 from unclip.diffusion.sampler import DDIMInversionSampler, DDIMSampler
 from unclip.images import open_image, to_square
 from unclip.pipelines.manipulation import Manipulator
-from unclip.stages.condition import DecoderCondition
 from unclip.stages.decoder import DecoderStage
-from unclip.stages.stage import invert, sample
+from unclip.stages.stage import DecoderCondition, invert, sample
 
 
 def psnr(one: Tensor, other: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ def write_folder(folder: Path) -> None:
 
     from unclip.checkpoints.files import write_json
     from unclip.checkpoints.layout import TEXT_TO_IMAGE, model_index
-    from unclip.training.tokenizer import train_tokenizer
+    from unclip.training.clip import train_tokenizer
 
     torch.manual_seed(0)
     for name, network in karlo_networks().items():

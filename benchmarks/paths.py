@@ -20,8 +20,7 @@ import torch
 from unclip.data.folder import read_records
 from unclip.images import open_image
 from unclip.pipelines.manipulation import Manipulator
-from unclip.stages.manipulation import path_at
-from unclip.stages.pacing import NUM_DRAWINGS, even_places, jumps
+from unclip.stages.manipulation import NUM_DRAWINGS, even_places, jumps, path_at
 
 CAPTIONS = [
     ("red apple", "banana"), ("cat face", "dog face"), ("red heart", "blue heart"), ("rocket", "automobile"),

@@ -21,17 +21,21 @@ from PIL import Image
 from torch import Tensor
 
 from unclip import AutoregressivePrior, DPMSolverMultistepScheduler, UnCLIPPipeline
-from unclip.data.rows import Rows
+from unclip.data.batches import Rows
+from unclip.data.emoji.evaluation_set import Exam
 from unclip.data.source import FolderSource
-from unclip.diffusion.noise import NoiseSource, generators_from_seed
-from unclip.evaluation.exam import Exam
-from unclip.evaluation.judge import Candidates, Judge
+from unclip.diffusion.loop import NoiseSource, generators_from_seed
+from unclip.evaluation.retrieval import Candidates, Judge
 from unclip.images import grid, labelled
 from unclip.models.prior_autoregressive import dot_product
-from unclip.stages.condition import PriorCondition
-from unclip.stages.embedding import DiffusionEmbeddingSampler, EmbeddingSampler, sample_best
-from unclip.stages.prior import PriorStage
-from unclip.stages.prior_autoregressive import AutoregressivePriorStage
+from unclip.stages.prior import (
+    AutoregressivePriorStage,
+    DiffusionEmbeddingSampler,
+    EmbeddingSampler,
+    PriorStage,
+    sample_best,
+)
+from unclip.stages.stage import PriorCondition
 from unclip.training.conditions import FrozenClip
 
 ASSETS = Path(__file__).parents[1] / "src" / "unclip" / "assets"

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 
 from unclip import UnCLIPImageVariationPipeline
 from unclip.data.folder import read_records
-from unclip.diffusion.noise import NoiseSource, generators_from_seed
-from unclip.evaluation.likeness import pixel_measures
+from unclip.diffusion.loop import NoiseSource, generators_from_seed
+from unclip.evaluation.measures import pixel_measures
 from unclip.images import open_image, to_pil, to_square
-from unclip.pipelines.generation import Call
+from unclip.pipelines.steps import Call
 
 NOISE = 0.05
 

@@ -96,7 +96,7 @@ def random_task(settings: dict):
     """What the trainer asks for, with random pictures, texts and embeddings."""
     import torch
 
-    from unclip.stages.condition import TextEmbedding
+    from unclip.clip.encoders import TextEmbedding
     from unclip.training.conditions import text_batch
     from unclip.training.diffusion import noised
 
@@ -125,11 +125,11 @@ def random_task(settings: dict):
 def prior_module(settings: dict):
     """A prior of about as many parameters as theirs, whose blocks have a gate more."""
     from unclip import PriorTransformer
-    from unclip.stages.condition import PriorCondition
     from unclip.stages.prior import PriorStage
+    from unclip.stages.stage import PriorCondition
     from unclip.training.conditions import batch_text
     from unclip.training.diffusion import StageModule
-    from unclip.training.process import OWN_PROCESSES
+    from unclip.training.task import OWN_PROCESSES
 
     prior = PriorTransformer(
         num_attention_heads=settings["width"] // 64,
@@ -147,11 +147,11 @@ def decoder_module(settings: dict):
     """A decoder in the built-in model's shape: three levels of one block, as theirs; with a learned variance too."""
 
     from unclip import UnCLIPTextProjModel, UNet2DConditionModel
-    from unclip.stages.condition import DecoderCondition
     from unclip.stages.decoder import DecoderStage
+    from unclip.stages.stage import DecoderCondition
     from unclip.training.conditions import batch_text
     from unclip.training.diffusion import StageModule
-    from unclip.training.process import OWN_PROCESSES
+    from unclip.training.task import OWN_PROCESSES
 
     decoder = UNet2DConditionModel(
         sample_size=settings["size"],

@@ -92,8 +92,7 @@ def tiny_components(super_res: dict[str, Any] | None = None) -> dict[str, Any]:
     )
 
     from unclip import PriorTransformer, UnCLIPScheduler, UnCLIPTextProjModel, UNet2DConditionModel, UNet2DModel
-    from unclip.training.clip import image_processor
-    from unclip.training.tokenizer import train_tokenizer
+    from unclip.training.clip import image_processor, train_tokenizer
 
     tokenizer = train_tokenizer(["a red apple", "a cat"], vocabulary_size=520, context_length=CONTEXT)
     clip = {

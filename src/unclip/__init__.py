@@ -35,15 +35,14 @@ if TYPE_CHECKING:
     from unclip.models.prior_autoregressive import AutoregressivePrior
     from unclip.models.text_proj import UnCLIPTextProjModel
     from unclip.models.unet import UNet2DConditionModel, UNet2DModel
+    from unclip.pipelines.arguments import ImagePipelineOutput
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
     from unclip.pipelines.inpaint import UnCLIPInpaintPipeline
     from unclip.pipelines.interpolation import UnCLIPImageInterpolationPipeline, UnCLIPTextInterpolationPipeline
     from unclip.pipelines.manipulation import Manipulator
     from unclip.pipelines.model_files import recorded_settings
-    from unclip.pipelines.output import ImagePipelineOutput
     from unclip.pipelines.text_to_image import UnCLIPPipeline
-    from unclip.stages.manipulation import BipartiteLatent, edit, interpolate, path_at
-    from unclip.stages.pacing import even_places
+    from unclip.stages.manipulation import BipartiteLatent, edit, even_places, interpolate, path_at
 
 __version__ = "0.1.0"
 
@@ -58,7 +57,7 @@ _HOMES = {
     "DataError": "errors",
     "DiffusionProcess": "diffusion.process",
     "ImageError": "errors",
-    "ImagePipelineOutput": "pipelines.output",
+    "ImagePipelineOutput": "pipelines.arguments",
     "InputError": "errors",
     "Manipulator": "pipelines.manipulation",
     "MissingDependencyError": "errors",
@@ -82,7 +81,7 @@ _HOMES = {
     "UnsafeFileError": "errors",
     "WeightsError": "errors",
     "edit": "stages.manipulation",
-    "even_places": "stages.pacing",
+    "even_places": "stages.manipulation",
     "interpolate": "stages.manipulation",
     "path_at": "stages.manipulation",
     "recorded_settings": "pipelines.model_files",

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from unclip.checkpoints.clip_settings import check_clip_settings, read_image_processor_settings
+from unclip.clip.config import check_clip_settings, read_image_processor_settings
 from unclip.errors import CheckpointError, ConfigError, MissingFileError
 
 # What transformers 4.16 wrote into each half of openai/clip-vit-*: everything that any model of its could have.

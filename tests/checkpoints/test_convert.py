@@ -13,12 +13,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from unclip.checkpoints import convert, karlo, layout
-from unclip.checkpoints.convert import convert_karlo, convert_pickle, convert_text_to_image_to_variation
+from unclip.checkpoints import karlo, layout
 from unclip.checkpoints.files import read_json
-from unclip.checkpoints.fingerprint import fingerprint
-from unclip.checkpoints.header import read_header
-from unclip.checkpoints.weights import WeightsIndex, check_finite, read_tensors
+from unclip.checkpoints.tensor_file import fingerprint
+from unclip.checkpoints.weights import WeightsIndex, check_finite, read_header, read_tensors
 from unclip.errors import (
     CheckpointError,
     ConfigError,
@@ -30,6 +28,8 @@ from unclip.errors import (
 )
 from unclip.models import UNet2DConditionModel, UNet2DModel
 from unclip.models.pca import PrincipalComponents
+from unclip.pipelines import convert
+from unclip.pipelines.convert import convert_karlo, convert_pickle, convert_text_to_image_to_variation
 
 CLIP_DIM = 24
 NETWORKS = ("prior", "text_proj", "decoder", "super_res_first", "super_res_last")

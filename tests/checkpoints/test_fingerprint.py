@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from unclip.checkpoints.fingerprint import OLD_THRESHOLD, THRESHOLD, _digest, fingerprint, may_be_of
+from unclip.checkpoints.tensor_file import OLD_THRESHOLD, THRESHOLD, _digest, fingerprint, may_be_of
 
 
 def state():

@@ -9,8 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from unclip.checkpoints.header import SIZE_BYTES, read_header
-from unclip.checkpoints.weights import open_weights, read_tensors, save_weights
+from unclip.checkpoints.weights import SIZE_BYTES, open_weights, read_header, read_tensors, save_weights
 from unclip.errors import CheckpointError, WeightsError
 
 NAME = "diffusion_pytorch_model.safetensors"

@@ -91,8 +91,7 @@ def _pipelines():
         UNet2DConditionModel,
         UNet2DModel,
     )
-    from unclip.training.clip import image_processor
-    from unclip.training.tokenizer import train_tokenizer
+    from unclip.training.clip import image_processor, train_tokenizer
 
     logging.disable_progress_bar()
     with torch.random.fork_rng():

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from unclip.checkpoints import hub
-from unclip.cli.loading import sampler_name, sampler_switch
 from unclip.evaluation import retrieval as measured
+from unclip.pipelines.session import sampler_name, sampler_switch
 
 FEW = ["--prior-steps", "2", "--decoder-steps", "2", "--super-res-steps", "2"]
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from unclip import __version__
 from unclip.cli.generate import plain
-from unclip.cli.pictures import slug
+from unclip.cli.output import slug
 
 from .conftest import FEW_STEPS
 

@@ -13,17 +13,16 @@ from PIL import Image
 from transformers import CLIPVisionModelWithProjection
 
 from unclip import UnCLIPImageVariationPipeline, UnCLIPPipeline, UnCLIPScheduler, UNet2DModel, images
-from unclip.checkpoints.offloaded import offload_hooks
-from unclip.cli.loading import Machine
-from unclip.cli.options import Dtype
+from unclip.checkpoints.weights import offload_hooks
+from unclip.cli.latents import Workbench, read_part
 from unclip.cli.probe import drawn
-from unclip.cli.workbench import Workbench, read_part
 from unclip.errors import InputError
 from unclip.images import open_image
 from unclip.models.pca import PrincipalComponents
 from unclip.pipelines import text_to_image as text_to_image_module
 from unclip.pipelines.manipulation import Manipulator
-from unclip.stages.pacing import even_places
+from unclip.pipelines.session import Dtype, Machine
+from unclip.stages.manipulation import even_places
 
 from .test_generate import alike
 

@@ -8,7 +8,7 @@ import pytest
 
 CODE = """
 import resource, sys
-from unclip.cli.memory import keep_freed_memory
+from unclip.pipelines.session import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 import torch
@@ -34,7 +34,7 @@ def test_freed_memory_is_kept():
 
 
 def test_elsewhere_nothing_happens(monkeypatch):
-    from unclip.cli import memory
+    from unclip.pipelines import session
 
-    monkeypatch.setattr(memory.sys, "platform", "darwin")
-    assert memory.keep_freed_memory() is False
+    monkeypatch.setattr(session.sys, "platform", "darwin")
+    assert session.keep_freed_memory() is False

@@ -109,7 +109,7 @@ def test_convert_pickle(unclip, text_to_image, tmp_path):
 
 
 def test_convert_karlo_passes_its_options_on(unclip, tmp_path, monkeypatch):
-    from unclip.checkpoints import convert
+    from unclip.pipelines import convert
 
     asked = {}
     monkeypatch.setattr(convert, "convert_karlo", lambda **named: asked.update(named) or named["out"])

@@ -107,7 +107,7 @@ def test_the_files_are_those_that_transformers_makes(unclip, model, photo, tmp_p
 def test_transformers_keeps_quiet_when_it_is_imported_later(tmp_path):
     """Its bars and advice, and the hub's bars, if asked."""
     code = """
-from unclip.cli.loading import silence_later
+from unclip.pipelines.session import silence_later
 import sys
 assert "transformers" not in sys.modules and "huggingface_hub" not in sys.modules
 silence_later(downloads=True)

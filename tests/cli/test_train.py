@@ -85,11 +85,11 @@ def test_a_dry_run_tells_what_the_run_takes(unclip, recipe, tmp_path):
 
 
 def test_of_several_processes_one_tells_the_cost(unclip, recipe, monkeypatch):
-    from unclip.training import rehearsal
+    from unclip.training import dry_run
 
-    cost = rehearsal.Cost({"text": 5}, 5, 2**20, 2**21, (16,), (16,), 1.0, 3, 2, is_sharded=True)
+    cost = dry_run.Cost({"text": 5}, 5, 2**20, 2**21, (16,), (16,), 1.0, 3, 2, is_sharded=True)
     rehearsed = []
-    monkeypatch.setattr(rehearsal, "rehearse", lambda task, recipe: rehearsed.append(recipe) or cost)
+    monkeypatch.setattr(dry_run, "rehearse", lambda task, recipe: rehearsed.append(recipe) or cost)
     monkeypatch.setenv("RANK", "1")
     done = unclip("train", recipe, "--dry-run")
     assert (done.code, done.out) == (0, "")
@@ -148,11 +148,11 @@ def test_each_stage_has_its_task(monkeypatch, stage, name):
 
 
 def test_data_emoji(unclip, tmp_path, monkeypatch):
-    from unclip.data import emoji
+    from unclip.data.emoji.build import build
 
     asked = []
     counts = {"pictures": 3, "held_out_concepts": 1}
-    monkeypatch.setattr(emoji, "build_emoji", lambda out, **more: asked.append((out, more)) or counts)
+    monkeypatch.setattr(build, "build_emoji", lambda out, **more: asked.append((out, more)) or counts)
     done = unclip("data", "emoji", "--out", tmp_path / "emoji", "--packages", tmp_path)
     assert done.lines == [str(tmp_path / "emoji")]
     assert done.err == "3 pictures, 1 held out concepts\n"

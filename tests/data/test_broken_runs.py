@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from unclip.data.stream import ShardSource
+from unclip.data.batches import ShardSource
 from unclip.errors import DataError
 from unclip.training.recipe import ClipSettings, Recipe
 from unclip.training.task import Sourced
@@ -166,7 +166,7 @@ def test_a_second_ctrl_c_while_a_server_hangs(shards, serve, tmp_path, monkeypat
     folder = shards(4, per_shard=4)
     url, asked, hanging = serve(folder)
     hanging.add("00000.tar")
-    monkeypatch.setattr("unclip.data.ahead.POLL_S", 60.0)  # so that the first one is not heard
+    monkeypatch.setattr("unclip.data.shards.POLL_S", 60.0)  # so that the first one is not heard
     trainer = Trainer(MeanTask(ShardSource(shards_of(folder, url), [8])), recipe(), tmp_path / "run")
     interrupt_when(lambda: asked, times=2)
     begun = time.monotonic()
@@ -178,7 +178,7 @@ def test_a_second_ctrl_c_while_a_server_hangs(shards, serve, tmp_path, monkeypat
 DRAWING = """
 import sys
 import torch
-from unclip.data.stream import ShardSource
+from unclip.data.batches import ShardSource
 source = ShardSource(sys.argv[1], [8], block=4)
 generator = torch.Generator()
 for step in range(int(sys.argv[2])):

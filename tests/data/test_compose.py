@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from unclip.data import compose as module
-from unclip.data.compose import (
+from unclip.data.emoji.build import compose as module
+from unclip.data.emoji.compose import (
     BACKGROUNDS,
     HUES,
     Thing,

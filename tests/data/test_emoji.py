@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from unclip.data import emoji
+from unclip.data.emoji.build import build
+from unclip.data.emoji.phrases import PHRASES
 from unclip.data.folder import load_pictures, read_records
-from unclip.data.phrases import PHRASES
 from unclip.errors import DataError, MissingDependencyError, OutputExistsError
 
 DOT = '<circle cx="16" cy="16" r="15" fill="{}"/>'
@@ -72,12 +72,12 @@ def packages(tmp_path, monkeypatch):
         (folder / package.tarball).write_bytes(content)
         return replace(package, sha256=hashlib.sha256(content).hexdigest())
 
-    monkeypatch.setattr(emoji, "LABELS", put(emoji.LABELS, {"en/data.json": LABELS}))
+    monkeypatch.setattr(build, "LABELS", put(build.LABELS, {"en/data.json": LABELS}))
     styles = {
         style: put(package, {"icons.json": icon_set(style), "chars.json": ICONS[style]})
-        for style, package in emoji.STYLES.items()
+        for style, package in build.STYLES.items()
     }
-    monkeypatch.setattr(emoji, "STYLES", styles)
+    monkeypatch.setattr(build, "STYLES", styles)
     return folder
 
 
@@ -86,12 +86,12 @@ def packages(tmp_path, monkeypatch):
 
 def test_made_end_to_end(packages, tmp_path):
     pytest.importorskip("resvg_py")
-    counts = emoji.build_emoji(tmp_path / "set", packages=packages)
+    counts = build.build_emoji(tmp_path / "set", packages=packages)
     records = {record.file_name: record for record in read_records(tmp_path / "set")}
     assert counts == {
         "pictures": 6,
         "concepts": 3,
-        "held_out_concepts": sum(map(emoji.is_held_out, ("1f34e", "2764", "1f9d1"))),
+        "held_out_concepts": sum(map(build.is_held_out, ("1f34e", "2764", "1f9d1"))),
     }
     assert sorted(records) == [
         "images/flat/1f34e.png",
@@ -120,7 +120,7 @@ def test_made_end_to_end(packages, tmp_path):
 def test_progress_wraps_the_concepts(packages, tmp_path):
     pytest.importorskip("resvg_py")
     told = []
-    emoji.build_emoji(tmp_path / "set", packages=packages, progress=lambda them, **about: told.append(about) or them)
+    build.build_emoji(tmp_path / "set", packages=packages, progress=lambda them, **about: told.append(about) or them)
     assert told == [{"desc": "rendering", "unit": "concept"}]
 
 
@@ -129,38 +129,38 @@ def test_a_folder_that_is_there(packages, tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "mine").write_text("x")
     with pytest.raises(OutputExistsError):
-        emoji.build_emoji(tmp_path / "set", packages=packages)
+        build.build_emoji(tmp_path / "set", packages=packages)
     assert [path.name for path in (tmp_path / "set").iterdir()] == ["mine"]
 
 
 def test_another_hash(packages, tmp_path):
     pytest.importorskip("resvg_py")
-    (packages / emoji.STYLES["noto"].tarball).write_bytes(tarball({"icons.json": {}, "chars.json": {}}))
+    (packages / build.STYLES["noto"].tarball).write_bytes(tarball({"icons.json": {}, "chars.json": {}}))
     with pytest.raises(DataError, match="not the pinned"):
-        emoji.build_emoji(tmp_path / "set", packages=packages)
+        build.build_emoji(tmp_path / "set", packages=packages)
     assert not (tmp_path / "set").exists()
 
 
 def test_a_package_that_is_not_there(packages, tmp_path):
     pytest.importorskip("resvg_py")
-    (packages / emoji.STYLES["twemoji"].tarball).unlink()
+    (packages / build.STYLES["twemoji"].tarball).unlink()
     with pytest.raises(DataError, match="get it with: npm pack @iconify-json/twemoji@"):
-        emoji.build_emoji(tmp_path / "set", packages=packages)
+        build.build_emoji(tmp_path / "set", packages=packages)
 
 
 def test_a_package_without_its_file(packages, tmp_path, monkeypatch):
     pytest.importorskip("resvg_py")
     content = tarball({"other.json": {}})
-    (packages / emoji.LABELS.tarball).write_bytes(content)
-    monkeypatch.setattr(emoji, "LABELS", replace(emoji.LABELS, sha256=hashlib.sha256(content).hexdigest()))
+    (packages / build.LABELS.tarball).write_bytes(content)
+    monkeypatch.setattr(build, "LABELS", replace(build.LABELS, sha256=hashlib.sha256(content).hexdigest()))
     with pytest.raises(DataError, match=r"holds no file package/en/data\.json"):
-        emoji.build_emoji(tmp_path / "set", packages=packages)
+        build.build_emoji(tmp_path / "set", packages=packages)
 
 
 def test_without_resvg(packages, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "resvg_py", None)
     with pytest.raises(MissingDependencyError, match=r"pip install '\.\[train\]'"):
-        emoji.build_emoji(tmp_path / "set", packages=packages)
+        build.build_emoji(tmp_path / "set", packages=packages)
 
 
 # -- fetching ------------------------------------------------------------------------------------------------------
@@ -168,9 +168,9 @@ def test_without_resvg(packages, tmp_path, monkeypatch):
 
 def test_without_npm(tmp_path, monkeypatch):
     pytest.importorskip("resvg_py")
-    monkeypatch.setattr(emoji.shutil, "which", lambda name: None)
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
     with pytest.raises(MissingDependencyError, match="npm; or download the tarballs"):
-        emoji.build_emoji(tmp_path / "set")
+        build.build_emoji(tmp_path / "set")
 
 
 def fake_npm(folder, script):
@@ -183,8 +183,8 @@ def fake_npm(folder, script):
 def test_npm_fetches(packages, tmp_path, monkeypatch):
     pytest.importorskip("resvg_py")
     npm = fake_npm(tmp_path, f'echo "$@" >> {tmp_path}/asked; cp {packages}/*.tgz .')
-    monkeypatch.setattr(emoji.shutil, "which", lambda name: npm)
-    assert emoji.build_emoji(tmp_path / "set")["pictures"] == 6
+    monkeypatch.setattr(build.shutil, "which", lambda name: npm)
+    assert build.build_emoji(tmp_path / "set")["pictures"] == 6
     asked = (tmp_path / "asked").read_text().splitlines()
     assert asked[0] == "pack --silent emojibase-data@17.0.0"
     assert len(asked) == 4
@@ -193,9 +193,9 @@ def test_npm_fetches(packages, tmp_path, monkeypatch):
 def test_npm_fails(packages, tmp_path, monkeypatch):
     pytest.importorskip("resvg_py")
     npm = fake_npm(tmp_path, "echo no network >&2; exit 1")
-    monkeypatch.setattr(emoji.shutil, "which", lambda name: npm)
+    monkeypatch.setattr(build.shutil, "which", lambda name: npm)
     with pytest.raises(DataError, match=r"npm could not fetch emojibase-data@17\.0\.0: no network"):
-        emoji.build_emoji(tmp_path / "set")
+        build.build_emoji(tmp_path / "set")
 
 
 # -- rules ---------------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def test_npm_fails(packages, tmp_path, monkeypatch):
 
 def test_captions():
     entry = {"label": "Evil “Eye”", "tags": ["Blue", "bead", "charm"]}
-    flat = list(emoji.captions(entry, "flat"))
+    flat = list(build.captions(entry, "flat"))
     assert flat[:4] == ["evil eye", "an evil eye", "an emoji of an evil eye", "a picture of an evil eye"]
     assert flat[4:] == [
         "evil eye, blue",
@@ -213,19 +213,19 @@ def test_captions():
         "evil eye, blue, bead, charm",
         "evil eye, flat style",
     ]
-    assert list(emoji.captions(entry, "noto")) == [f"{text}, noto style" for text in flat[:-1]]
-    assert list(emoji.captions({"label": "cat"}, "flat"))[-1] == "cat, flat style"
+    assert list(build.captions(entry, "noto")) == [f"{text}, noto style" for text in flat[:-1]]
+    assert list(build.captions({"label": "cat"}, "flat"))[-1] == "cat, flat style"
 
 
 def test_phrases_and_colours_are_captions_too():
-    found = list(emoji.captions({"label": "pizza", "tags": ["cheese"], "group": 4}, "flat", "orange"))
+    found = list(build.captions({"label": "pizza", "tags": ["cheese"], "group": 4}, "flat", "orange"))
     assert found[0] == "pizza"
     assert {"slice of pizza", "orange pizza", "an orange pizza"} <= set(found)
     assert len(found) == len(set(found))
-    faces = list(emoji.captions({"label": "sleepy face", "tags": ["good", "night", "zzz…"], "group": 0}, "noto"))
+    faces = list(build.captions({"label": "sleepy face", "tags": ["good", "night", "zzz…"], "group": 0}, "noto"))
     assert {"good face, noto style", "night face, noto style"} <= set(faces)
     assert not any("zzz… face" in face for face in faces)
-    told = list(emoji.captions({"label": "red apple"}, "flat", "red"))  # its colour stands in the label already
+    told = list(build.captions({"label": "red apple"}, "flat", "red"))  # its colour stands in the label already
     assert "an apple" in told
     assert "red red apple" not in told
     assert not [text for text in told if text.startswith("a red red")]
@@ -247,30 +247,30 @@ def test_every_phrase_belongs_to_a_label_that_may_be_drawn():
 def test_colours_have_the_names_that_people_give_them(colour, word):
     image = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
     image.paste(Image.new("RGBA", (10, 10), colour), (3, 3))
-    assert emoji.colour_of(image) == word
-    assert emoji.colour_of(Image.new("RGBA", (4, 4), (0, 0, 0, 0))) is None
+    assert build.colour_of(image) == word
+    assert build.colour_of(Image.new("RGBA", (4, 4), (0, 0, 0, 0))) is None
 
 
 def test_hexcode():
-    assert emoji.hexcode("2764-FE0F-200D-1F525") == "2764-200d-1f525"
+    assert build.hexcode("2764-FE0F-200D-1F525") == "2764-200d-1f525"
 
 
 def test_weights():
-    assert emoji.concept_weight({"group": 4, "subgroup": 33}) == 3.5
-    assert emoji.concept_weight({"group": 4}) == 3.5
-    assert emoji.concept_weight({"group": 8, "subgroup": 14}) == 3.0
-    assert emoji.concept_weight({"group": 1, "subgroup": 26, "gender": 1}) == pytest.approx(0.2)
+    assert build.concept_weight({"group": 4, "subgroup": 33}) == 3.5
+    assert build.concept_weight({"group": 4}) == 3.5
+    assert build.concept_weight({"group": 8, "subgroup": 14}) == 3.0
+    assert build.concept_weight({"group": 1, "subgroup": 26, "gender": 1}) == pytest.approx(0.2)
 
 
 def test_held_out_concepts_never_change():
     codes = [f"{code:x}" for code in range(0x1F300, 0x1F700)]
-    held_out = [code for code in codes if emoji.is_held_out(code)]
+    held_out = [code for code in codes if build.is_held_out(code)]
     assert 0.03 < len(held_out) / len(codes) < 0.07
     assert hashlib.sha256(" ".join(held_out).encode()).hexdigest()[:8] == "95f380f6"
 
 
 def test_pins():
-    for package in (emoji.LABELS, *emoji.STYLES.values()):
+    for package in (build.LABELS, *build.STYLES.values()):
         assert len(package.sha256) == 64
-    assert emoji.STYLES["flat"].tarball == "iconify-json-fluent-emoji-flat-1.2.6.tgz"
-    assert sum(emoji.STYLE_WEIGHTS.values()) == pytest.approx(1.0)
+    assert build.STYLES["flat"].tarball == "iconify-json-fluent-emoji-flat-1.2.6.tgz"
+    assert sum(build.STYLE_WEIGHTS.values()) == pytest.approx(1.0)

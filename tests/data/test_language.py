@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from unclip.data import language
-from unclip.data.language import build_language, plain, plural
+from unclip.data.emoji.build import language
+from unclip.data.emoji.language import build_language, plain, plural
 from unclip.errors import DataError
 
 LABELS = [

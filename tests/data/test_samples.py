@@ -6,11 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from unclip.data.decoding import decode
-from unclip.data.samples import inspect, pack, raw_samples
+from unclip.data.batches import ShardSource
+from unclip.data.samples import decode, inspect, pack, raw_samples
 from unclip.data.shards import Damage, about, expand, read_shard, weight_of, write_shard
 from unclip.data.source import FolderSource
-from unclip.data.stream import ShardSource
 from unclip.errors import DataError, OutputExistsError
 
 from .conftest import png

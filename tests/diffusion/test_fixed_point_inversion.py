@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from unclip import ConfigError, DiffusionProcess, InputError
-from unclip.diffusion.loop import run
-from unclip.diffusion.noise import NoiseSource
+from unclip.diffusion.loop import NoiseSource, run
 from unclip.diffusion.sampler import DDIMInversionSampler, DDIMSampler, FixedPointInversionSampler
 
 MIX = torch.randn(12, 12, generator=torch.Generator().manual_seed(3)) / 4

@@ -4,11 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from unclip.diffusion.inpainting import InpaintingSampler
-from unclip.diffusion.loop import run
-from unclip.diffusion.noise import NoiseSource
+from unclip.diffusion.loop import NoiseSource, run
 from unclip.diffusion.process import DiffusionProcess
-from unclip.diffusion.sampler import AncestralSampler, DDIMSampler, DPMSolverPlusPlus2MSampler, Sampler
+from unclip.diffusion.sampler import (
+    AncestralSampler,
+    DDIMSampler,
+    DPMSolverPlusPlus2MSampler,
+    InpaintingSampler,
+    Sampler,
+)
 from unclip.errors import InputError
 
 PROCESS = DiffusionProcess(prediction_type="sample", clip_range=None)

@@ -4,15 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from unclip.diffusion.loop import StepInfo, run
-from unclip.diffusion.noise import NoiseSource
+from unclip.diffusion.loop import NoiseSource, StepInfo, run
 from unclip.diffusion.process import DiffusionProcess
-from unclip.diffusion.sampler import (
-    AncestralSampler,
-    DDIMInversionSampler,
-    DDIMSampler,
-    DPMSolverPlusPlus2MSampler,
-)
+from unclip.diffusion.sampler import AncestralSampler, DDIMInversionSampler, DDIMSampler, DPMSolverPlusPlus2MSampler
 from unclip.errors import Cancelled, ConfigError, InputError
 
 PROCESS = DiffusionProcess()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from unclip.diffusion.noise import NoiseSource, generators_from_seed
+from unclip.diffusion.loop import NoiseSource, generators_from_seed
 from unclip.errors import InputError
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unclip.diffusion.loop import run
-from unclip.diffusion.noise import NoiseSource
+from unclip.diffusion.loop import NoiseSource, run
 from unclip.diffusion.process import PREDICTION_TYPES, DiffusionProcess
 from unclip.diffusion.sampler import (
     AncestralSampler,

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from unclip.diffusion.loop import run
-from unclip.diffusion.noise import NoiseSource
+from unclip.diffusion.loop import NoiseSource, run
 from unclip.diffusion.sampler import AncestralSampler, DDIMSampler, DPMSolverPlusPlus2MSampler
 from unclip.diffusion.scheduler import (
     DDIMScheduler,

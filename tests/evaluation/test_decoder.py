@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from unclip.errors import InputError
-from unclip.evaluation.decoder import decoder
+from unclip.evaluation.stages import decoder
 
 from .test_retrieval import COLOURS, FakeJudge
 from .test_variations import data  # noqa: F401  (a fixture)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from unclip.errors import InputError
-from unclip.evaluation.distances import frechet_distance, kernel_distance
+from unclip.evaluation.measures import frechet_distance, kernel_distance
 
 
 def normal(count, width, seed, scale=1.0, shift=0.0):

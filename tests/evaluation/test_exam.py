@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
+from unclip.data.emoji.evaluation_set import Exam, batches, concepts_of
 from unclip.data.folder import Record, load_pictures, square_pixels
 from unclip.errors import DataError, ImageError, InputError, UnsafeFileError
-from unclip.evaluation.exam import Exam, batches, concepts_of
 
 
 def write(folder, rows):

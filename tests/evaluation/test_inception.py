@@ -5,10 +5,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from unclip.checkpoints.convert import convert_pickle
 from unclip.errors import MissingFileError, UnsafeFileError, WeightsError
-from unclip.evaluation.distances import distances
 from unclip.evaluation.inception import FEATURES, Inception, InceptionFeatures
+from unclip.evaluation.measures import distances
+from unclip.pipelines.convert import convert_pickle
 
 
 def weights(classes):

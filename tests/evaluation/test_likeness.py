@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from unclip.errors import InputError
-from unclip.evaluation.likeness import cosines, pixel_measures, ssim
+from unclip.evaluation.measures import cosines, pixel_measures, ssim
 
 
 def grey(value, size=(16, 16)):

@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 
 from unclip.errors import DataError, ImageError
-from unclip.evaluation.page import page
-from unclip.evaluation.tables import tables
+from unclip.evaluation.report import page, tables
 
 RATES = {"at_1": 0.25, "at_5": 0.75, "clip_score": 0.5}
 DISTANCE = {"space": "a space", "num": [4, 4], "frechet": 1.5, "kernel": 0.125}

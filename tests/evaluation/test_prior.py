@@ -7,11 +7,11 @@ import torch
 from PIL import Image
 
 from unclip import UnCLIPPipeline
+from unclip.clip.encoders import ImageEncoder, TextEncoder
 from unclip.data.folder import square_pixels
 from unclip.errors import InputError
-from unclip.evaluation.judge import Judge
-from unclip.evaluation.prior import compare, mean_of_others, prior
-from unclip.stages.encoders import ImageEncoder, TextEncoder
+from unclip.evaluation.retrieval import Judge
+from unclip.evaluation.stages import compare, mean_of_others, prior
 
 FEW = {"prior_num_inference_steps": 2, "prior_guidance_scale": 2.0}
 

@@ -7,11 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from unclip.data.emoji.evaluation_set import bare_caption, concepts_of
 from unclip.data.folder import Record
 from unclip.errors import ConfigError, DataError, InputError
-from unclip.evaluation.exam import bare_caption, concepts_of
-from unclip.evaluation.judge import Candidates, Judge, ranks
-from unclip.evaluation.retrieval import by_kind, retrieval
+from unclip.evaluation.retrieval import Candidates, Judge, by_kind, ranks, retrieval
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "black": (0, 0, 0), "cyan": (0, 255, 255)}
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from unclip.evaluation.seams import seam
+from unclip.evaluation.measures import seam
 
 LEFT = torch.zeros(12, 12, dtype=torch.bool)
 LEFT[:, :6] = True

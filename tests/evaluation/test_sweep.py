@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from unclip.errors import InputError
-from unclip.evaluation.curves import curves
-from unclip.evaluation.sweep import grid_of, point_at, sweep, varied
+from unclip.evaluation.charts import curves, varied
+from unclip.evaluation.sweep import grid_of, point_at, sweep
 
 from .test_retrieval import COLOURS, FakeJudge
 from .test_variations import data  # noqa: F401  (a fixture)
@@ -127,7 +127,7 @@ def test_another_feature_space(data):  # noqa: F811
     distance = found["points"][0]["seen"]["feature_distance"]
     assert (distance["space"], distance["num"]) == ("a space", [3, 3])
     assert distance["fid"] == found["points"][0]["seen"]["distance"]["frechet"]
-    assert "FID (less is better)" in curves(found)["seconds"]
+    assert "FID (lower is better)" in curves(found)["seconds"]
 
 
 # -- charts --------------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from unclip.errors import InputError
-from unclip.evaluation.likeness import difference
-from unclip.evaluation.variations import variations
+from unclip.evaluation.measures import difference
+from unclip.evaluation.retrieval import variations
 
 from .test_retrieval import COLOURS, FakeJudge
 

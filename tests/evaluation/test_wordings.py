@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 import unclip
-from unclip.data.language import plain
-from unclip.data.phrases import PHRASES
+from unclip.data.emoji.language import plain
+from unclip.data.emoji.phrases import PHRASES
 from unclip.errors import DataError
 from unclip.evaluation.wordings import Wording, read_wordings, wordings
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from unclip.models import kernels
 from unclip.models.kernels import MIN_PIXELS_TO_MERGE_WEIGHTS, Conv2d
-from unclip.models.resnet import ResnetBlock
+from unclip.models.layers import ResnetBlock
 
 from ..rounding import TIMES, assert_equal_but_rounding
 

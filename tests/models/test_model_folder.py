@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from unclip.checkpoints import files, weights
+from unclip.clip.networks import CLIPImageEncoder, CLIPTextEncoder
 from unclip.errors import ConfigError, MissingFileError, UnsafeFileError, WeightsError
 from unclip.models import AutoregressivePrior, PriorTransformer, UNet2DModel
-from unclip.models.clip import CLIPImageEncoder, CLIPTextEncoder
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

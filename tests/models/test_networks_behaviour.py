@@ -9,7 +9,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
 from unclip.errors import InputError
-from unclip.models import PriorTransformer, UnCLIPTextProjModel, UNet2DConditionModel, UNet2DModel, attention, kernels
+from unclip.models import PriorTransformer, UnCLIPTextProjModel, UNet2DConditionModel, UNet2DModel, kernels, layers
 
 from ..rounding import assert_equal_but_rounding
 
@@ -79,8 +79,8 @@ def test_a_prior_prefix_serves_many_steps_and_equals_the_whole_sequence(monkeypa
     model, (_, _, embedding, text, mask) = prior_case()
     prefix = model.prepare(embedding, text, mask)
     # The whole sequence at once, causally masked, without the prepared path.
-    causal = torch.full((9, 9), attention.MASKED).triu_(1)
-    bias = attention.mask_bias(torch.nn.functional.pad(mask.float(), (0, 4), value=1.0), torch.float32) + causal
+    causal = torch.full((9, 9), layers.MASKED).triu_(1)
+    bias = layers.mask_bias(torch.nn.functional.pad(mask.float(), (0, 4), value=1.0), torch.float32) + causal
     for t in (0, 400):
         x = torch.randn(2, 16)
 
@@ -164,7 +164,7 @@ def test_slicing_computes_less_at_a_time_and_the_same(case, slice_size, monkeypa
         maps.append(queries.shape[0] * queries.shape[1])
         return kernels.attention(queries, keys, values, bias)
 
-    monkeypatch.setattr(attention, "attention", counted)
+    monkeypatch.setattr(layers, "attention", counted)
     whole = model(*inputs)[0]
     assert set(maps) == {6}  # two rows, three heads
     maps.clear()
@@ -210,7 +210,7 @@ def test_bfloat16_autocast_trains(case):
 def test_kernels_equal_pytorchs():
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
-    bias = torch.where(torch.rand(2, 1, 5, 7) < 0.3, attention.MASKED, 0.0)
+    bias = torch.where(torch.rand(2, 1, 5, 7) < 0.3, layers.MASKED, 0.0)
     for given in (None, bias):
 
         def plain(given=given):

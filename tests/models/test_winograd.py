@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unclip.models import winograd
+from unclip.models import kernels
 from unclip.models.kernels import Conv2d
 
 from ..rounding import TIMES, assert_equal_but_rounding
 
-WIDE = winograd.MIN_CHANNELS
+WIDE = kernels.MIN_CHANNELS
 
 
 def loss() -> float:
@@ -19,9 +19,7 @@ def loss() -> float:
     the squared norm of its transforms' rows. The output's transform adds them to a sum of nine products. Both axes are
     alike: the square of one axis's variance, and then the root.
     """
-    inputs, weights, outputs = (
-        torch.tensor(rows).square() for rows in (winograd.INPUT, winograd.WEIGHT, winograd.OUTPUT)
-    )
+    inputs, weights, outputs = (torch.tensor(rows).square() for rows in (kernels.INPUT, kernels.WEIGHT, kernels.OUTPUT))
     products = inputs.sum(1) * weights.sum(1)
     return float((outputs.float() @ products).max() / 3)
 
@@ -46,7 +44,7 @@ def test_results_and_gradients_are_the_plain_ones(shape, layout, bias):
     weight = torch.randn(5, 6, 3, 3).to(memory_format=layout).requires_grad_()
     given = (x, weight, torch.randn(5, requires_grad=True)) if bias else (x, weight)
     toward = torch.randn(batch, 5, height, width)
-    ours = with_gradients(lambda *given: winograd.convolution(*given, *([] if bias else [None])), given, toward)
+    ours = with_gradients(lambda *given: kernels.convolution(*given, *([] if bias else [None])), given, toward)
     assert_equal_but_rounding(
         ours, lambda: with_gradients(plain, given, toward), [*given, toward], times=TIMES * loss()
     )
@@ -57,10 +55,10 @@ def test_a_batch_in_chunks_is_the_batch_at_once(monkeypatch):
     given = torch.randn(5, 6, 8, 8, requires_grad=True), torch.randn(7, 6, 3, 3, requires_grad=True)
 
     def ours():
-        return with_gradients(lambda *given: winograd.convolution(*given, None), given)
+        return with_gradients(lambda *given: kernels.convolution(*given, None), given)
 
     at_once = ours()
-    monkeypatch.setattr(winograd, "MAX_CHUNK_BYTES", 2 * 4 * 36 * 4 * 7)  # two of the five pictures
+    monkeypatch.setattr(kernels, "MAX_CHUNK_BYTES", 2 * 4 * 36 * 4 * 7)  # two of the five pictures
     for found in (at_once, ours()):
         assert_equal_but_rounding(found, lambda: with_gradients(plain, given), [*given], times=TIMES * loss())
 
@@ -68,7 +66,7 @@ def test_a_batch_in_chunks_is_the_batch_at_once(monkeypatch):
 def test_a_gradient_that_is_a_slice_or_expanded_is_taken():
     x, weight = torch.randn(2, 4, 8, 8, requires_grad=True), torch.randn(4, 4, 3, 3)
     for reduce in (torch.sum, lambda y: (torch.cat([y, y], 1) ** 2).sum()):
-        (got,) = torch.autograd.grad(reduce(winograd.convolution(x, weight, None)), x)
+        (got,) = torch.autograd.grad(reduce(kernels.convolution(x, weight, None)), x)
         assert_equal_but_rounding(
             got,
             lambda reduce=reduce: torch.autograd.grad(reduce(plain(x, weight)), x),
@@ -81,7 +79,7 @@ def test_a_gradient_that_is_a_slice_or_expanded_is_taken():
 def test_only_the_gradient_asked_for_is_computed(frozen):
     x = torch.randn(1, 4, 8, 8, requires_grad=frozen != "input")
     weight = torch.randn(4, 4, 3, 3, requires_grad=frozen != "weight")
-    winograd.convolution(x, weight, None).sum().backward()
+    kernels.convolution(x, weight, None).sum().backward()
     assert (x.grad is None) == (frozen == "input")
     assert (weight.grad is None) == (frozen == "weight")
 
@@ -89,7 +87,7 @@ def test_only_the_gradient_asked_for_is_computed(frozen):
 def test_a_layer_takes_it_in_training_and_only_there(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        winograd, "convolution", lambda *given: calls.append(given[0].shape) or F.conv2d(*given, padding=1)
+        kernels, "convolution", lambda *given: calls.append(given[0].shape) or F.conv2d(*given, padding=1)
     )
     conv = Conv2d(WIDE, WIDE, 3, padding=1)
     x = torch.randn(4, WIDE, 16, 16)
@@ -118,7 +116,7 @@ def test_training_steps_by_either_way_stay_together(monkeypatch):
     """Ten steps of the same small network: the losses agree far beyond what the steps change."""
 
     def losses(min_channels: int) -> list[float]:
-        monkeypatch.setattr(winograd, "MIN_CHANNELS", min_channels)
+        monkeypatch.setattr(kernels, "MIN_CHANNELS", min_channels)
         torch.manual_seed(0)
         network = torch.nn.Sequential(Conv2d(8, 8, 3, padding=1), torch.nn.SiLU(), Conv2d(8, 8, 3, padding=1))
         optimizer = torch.optim.AdamW(network.parameters(), 1e-2)

@@ -8,12 +8,7 @@ import torch
 import transformers
 
 from unclip import ConfigError, InputError, WeightsError
-from unclip.models.clip import (
-    CLIPImageEncoder,
-    CLIPImageEncoderConfig,
-    CLIPTextEncoder,
-    CLIPTextEncoderConfig,
-)
+from unclip.clip.networks import CLIPImageEncoder, CLIPImageEncoderConfig, CLIPTextEncoder, CLIPTextEncoderConfig
 
 from ..rounding import assert_equal_but_rounding
 

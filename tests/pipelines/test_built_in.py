@@ -9,7 +9,7 @@ import torch
 
 from unclip import UnCLIPImageVariationPipeline, UnCLIPPipeline
 from unclip.checkpoints.layout import PROBE_FILE
-from unclip.evaluation.judge import Candidates, Judge
+from unclip.evaluation.retrieval import Candidates, Judge
 from unclip.pipelines.manipulation import Manipulator
 
 ASSETS = Path(str(files("unclip"))) / "assets"

@@ -18,9 +18,9 @@ from unclip import (
     UnCLIPScheduler,
     UNet2DModel,
 )
-from unclip.checkpoints.convert import convert_text_to_image_to_variation
 from unclip.errors import CheckpointError, MissingFileError
 from unclip.pipelines.cascade import fitted_size
+from unclip.pipelines.convert import convert_text_to_image_to_variation
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 NOISY = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))

@@ -679,7 +679,7 @@ def test_a_tokenizer_with_old_files(copied, tiny_pipeline):
 
 
 def test_a_tokenizer_of_another_text_encoder(tiny_pipeline):
-    from unclip.training.tokenizer import train_tokenizer
+    from unclip.training.clip import train_tokenizer
 
     captions = ["the quick brown fox jumps over the lazy dog"] * 3
     other = train_tokenizer(captions, vocabulary_size=540, context_length=11)
@@ -809,7 +809,7 @@ def test_mixed_types(own_pipeline, few):
 
 
 def test_attention_slicing_acts_and_changes_nothing(own_pipeline, tiny_pipeline, few, monkeypatch):
-    import unclip.models.attention as attention
+    import unclip.models.layers as attention
 
     calls = []
     original = attention.attention

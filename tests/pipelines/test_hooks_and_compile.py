@@ -8,9 +8,9 @@ from PIL import Image
 from torch._dynamo.testing import CompileCounter
 
 from unclip import AutoregressivePrior, UNet2DConditionModel
-from unclip.checkpoints.offloaded import original
+from unclip.checkpoints.weights import original
 from unclip.errors import ConfigError
-from unclip.pipelines.fingerprints import fingerprint
+from unclip.pipelines.model_files import fingerprint
 from unclip.pipelines.pipeline import Pipeline
 
 STEPS = {"prior_num_inference_steps": 4, "decoder_num_inference_steps": 3, "super_res_num_inference_steps": 3}
@@ -114,8 +114,9 @@ def test_a_hook_that_raises_and_one_that_is_always_called(own_pipeline):
 
 
 def test_backward_hooks_fire_in_the_loss_of_a_stage(own_pipeline):
-    from unclip.stages.condition import DecoderCondition, TextEmbedding
+    from unclip.clip.encoders import TextEmbedding
     from unclip.stages.decoder import DecoderStage
+    from unclip.stages.stage import DecoderCondition
 
     stage = DecoderStage(own_pipeline.decoder, own_pipeline.text_proj, own_pipeline.decoder_scheduler.process)
     text = TextEmbedding(torch.randn(2, 16), torch.randn(2, 11, 16), torch.ones(2, 11, dtype=torch.bool))

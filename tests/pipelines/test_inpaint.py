@@ -16,9 +16,9 @@ from unclip import (
     UnCLIPInpaintPipeline,
     UnCLIPPipeline,
 )
-from unclip.evaluation.seams import seam
+from unclip.evaluation.measures import seam
 from unclip.images import rgb, to_tensor
-from unclip.pipelines.edited import read_edited
+from unclip.pipelines.masks import read_edited
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 

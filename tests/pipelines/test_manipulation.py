@@ -23,16 +23,14 @@ from unclip import (
     UNet2DModel,
 )
 from unclip.checkpoints.layout import PROBE_FILE
-from unclip.cli.workbench import _record
+from unclip.cli.latents import _record
 from unclip.images import to_square
 from unclip.models.pca import PrincipalComponents
-from unclip.pipelines.fingerprints import fingerprint
 from unclip.pipelines.manipulation import Manipulator
-from unclip.pipelines.model_files import recorded_settings
-from unclip.stages import embedding
+from unclip.pipelines.model_files import fingerprint, recorded_settings
+from unclip.stages import prior
 from unclip.stages.arithmetic import difference
-from unclip.stages.manipulation import BipartiteLatent, edit, interpolate, path_at
-from unclip.stages.pacing import even_places, jumps
+from unclip.stages.manipulation import BipartiteLatent, edit, even_places, interpolate, jumps, path_at
 
 from ..rounding import assert_equal_but_rounding
 
@@ -323,8 +321,8 @@ def test_a_difference_is_of_one_candidate_for_both_captions(recommending, monkey
         drawn.append(candidates)
         return original(text_embeddings, candidates, captions_per_choice)
 
-    original = embedding.closest
-    monkeypatch.setattr(embedding, "closest", closest)
+    original = prior.closest
+    monkeypatch.setattr(prior, "closest", closest)
     for seed in range(12):
         found = tool.caption_difference(*captions, seed=seed, num_samples=1, num_prior_candidates=4)
         cosines = torch.nn.functional.cosine_similarity(text, drawn[-1], dim=-1)

@@ -18,9 +18,8 @@ from unclip import (
     PriorTransformer,
     UnCLIPScheduler,
 )
-from unclip.stages.manipulation import BipartiteLatent, edit, interpolate, path_at, probe
-from unclip.stages.pacing import even_places
-from unclip.stages.tiling import Tiling
+from unclip.stages.manipulation import BipartiteLatent, edit, even_places, interpolate, path_at, probe
+from unclip.stages.super_res import Tiling
 
 SEEDS = [np.arange(2), torch.arange(2), range(2), (np.int64(0), np.uint8(1)), [torch.tensor(0), 1]]
 KINDS = {

@@ -11,7 +11,7 @@ from PIL import Image
 
 from unclip import InputError, UnCLIPImageVariationPipeline, UnCLIPPipeline, UnCLIPScheduler
 from unclip.checkpoints import karlo
-from unclip.checkpoints.convert import convert_karlo, convert_text_to_image_to_variation
+from unclip.pipelines.convert import convert_karlo, convert_text_to_image_to_variation
 from unclip.stages.super_res import enlarge
 
 

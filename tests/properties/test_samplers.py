@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unclip.diffusion.loop import run
-from unclip.diffusion.noise import NoiseSource, generators_from_seed
+from unclip.diffusion.loop import NoiseSource, generators_from_seed, run
 from unclip.diffusion.process import PREDICTION_TYPES, VARIANCE_TYPES, DiffusionProcess
 from unclip.diffusion.sampler import (
     AncestralSampler,

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from unclip.stages.condition import DecoderCondition, PriorCondition, SuperResCondition, TextEmbedding
+from unclip.clip.encoders import TextEmbedding
+from unclip.stages.stage import DecoderCondition, PriorCondition, SuperResCondition
 
 
 def text(*rows: int) -> TextEmbedding:

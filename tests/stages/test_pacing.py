@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from unclip.errors import InputError, NonFiniteError
 from unclip.stages.arithmetic import equal_turns
-from unclip.stages.manipulation import BipartiteLatent, path_at
-from unclip.stages.pacing import equal_jumps, even_places, jumps
+from unclip.stages.manipulation import BipartiteLatent, equal_jumps, even_places, jumps, path_at
 
 
 def grey(values):

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from unclip import AutoregressivePrior, Cancelled, InputError
-from unclip.diffusion.noise import NoiseSource, generators_from_seed
+from unclip.clip.encoders import TextEmbedding
+from unclip.diffusion.loop import NoiseSource, generators_from_seed
 from unclip.models.pca import PrincipalComponents
 from unclip.models.prior_autoregressive import dot_product
-from unclip.stages.condition import PriorCondition, TextEmbedding
-from unclip.stages.embedding import closest, sample_best
-from unclip.stages.prior_autoregressive import AutoregressivePriorStage, draw_code, upper_half
+from unclip.stages.prior import AutoregressivePriorStage, closest, draw_code, sample_best, upper_half
+from unclip.stages.stage import PriorCondition
 
 NUM_CODES = 5
 NUM_BUCKETS = 6

@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from unclip import ConfigError, InputError
-from unclip.diffusion.noise import NoiseSource, generators_from_seed
+from unclip.clip.encoders import TextEmbedding
+from unclip.diffusion.loop import NoiseSource, generators_from_seed
 from unclip.diffusion.sampler import DDIMSampler
-from unclip.stages.condition import DecoderCondition, PriorCondition, SuperResCondition, TextEmbedding
 from unclip.stages.decoder import DecoderStage
 from unclip.stages.prior import PriorStage
-from unclip.stages.stage import invert, sample, size_px
+from unclip.stages.stage import DecoderCondition, PriorCondition, SuperResCondition, invert, sample, size_px
 from unclip.stages.super_res import SuperResStage, enlarge
 
 from ..rounding import assert_equal_but_rounding

@@ -8,13 +8,11 @@ import torch
 from torch import nn
 
 from unclip import InputError
-from unclip.diffusion.noise import NoiseSource, generators_from_seed
+from unclip.diffusion.loop import NoiseSource, generators_from_seed
 from unclip.diffusion.process import DiffusionProcess
 from unclip.diffusion.sampler import AncestralSampler
-from unclip.stages.condition import SuperResCondition
-from unclip.stages.stage import sample
-from unclip.stages.super_res import SuperResStage
-from unclip.stages.tiling import Tiling, tiled
+from unclip.stages.stage import SuperResCondition, sample
+from unclip.stages.super_res import SuperResStage, Tiling, tiled
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from unclip.data.folder import CaptionedPictures, Record
-from unclip.training import known_embeddings as module
-from unclip.training.known_embeddings import MIN_PICTURES, cache_folder, known_embeddings
+from unclip.training import embedding_cache as module
+from unclip.training.embedding_cache import MIN_PICTURES, cache_folder, known_embeddings
 
 WIDTH = 4
 

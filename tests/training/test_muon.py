@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from unclip.training.muon import MATCH_ADAM, Muon, orthogonal, split_parameters
+from unclip.training.optimizer import MATCH_ADAM, Muon, orthogonal, split_parameters
 
 
 @pytest.mark.parametrize("shape", [(4, 32, 32), (2, 16, 200), (3, 200, 16)])

@@ -16,12 +16,10 @@ from unclip.pipelines.clip import read_clip
 from unclip.pipelines.component import write_component
 from unclip.training import recipe as recipe_module
 from unclip.training.assemble import assemble
-from unclip.training.clip import ClipTask
-from unclip.training.conditions import FrozenClip
+from unclip.training.clip import ClipTask, train_tokenizer
+from unclip.training.conditions import FrozenClip, normalized
 from unclip.training.diffusion import DecoderTask, PriorTask, SuperResTask
-from unclip.training.pretrained import normalized
 from unclip.training.recipe import ClipSettings, located, read_recipe
-from unclip.training.tokenizer import train_tokenizer
 from unclip.training.trainer import Trainer, step_generator
 
 from .conftest import RECIPES

@@ -9,8 +9,8 @@ import torch
 import unclip
 from unclip.cli.train import make_task
 from unclip.errors import ConfigError, UnclipError
-from unclip.training.process import OWN_PROCESSES, process_of, settled
 from unclip.training.recipe import LoraSettings, ProcessRecipe, read_recipe
+from unclip.training.task import OWN_PROCESSES, process_of, settled
 from unclip.training.trainer import Trainer, step_generator
 
 STARTS = pytest.mark.parametrize(

@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import os
 import re
+import time
+import typing
 from pathlib import Path
 
 import pytest
 
 from unclip.errors import ConfigError, MissingDependencyError
-from unclip.training.process import settled
-from unclip.training.recipe import as_dict, read_recipe
+from unclip.training import recipe as recipe_module
+from unclip.training.recipe import Limits, ProcessRecipe, Section, as_dict, read_recipe
+from unclip.training.task import settled
 
 ROOT = Path(__file__).parents[2] / "recipes"
 PRIOR = 'stage = "prior"\ndata = "set"\n'
@@ -142,6 +146,113 @@ def test_the_recipe_as_plain_data(read):
 def test_bad_recipes(read, text, words):
     with pytest.raises(ConfigError, match=words):
         read(text)
+
+
+CLIP = 'stage = "clip"\ndata = "set"\n[clip]\n'
+SUPER_RES = 'stage = "super_res"\ndata = "set"\n[super_res]\n'
+LORA = PRIOR + 'start_from = "m"\n[prior]\n[lora]\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (PRIOR + "batch_size = 1000000000000\n[prior]", "batch_size is 1000000000000; it must be from 1 to"),
+        (PRIOR + "steps = 100000000000000000000\n[prior]", "it must be finite, and of 64 bits"),
+        (PRIOR + f"steps = {'9' * 400}\n[prior]", "steps is a number of 1329 bits"),
+        (PRIOR + f"steps = {'9' * 5000}\n[prior]", "not valid TOML"),
+        (PRIOR + "steps = -5\n[prior]", "steps is -5"),
+        (PRIOR + "accumulation = 0\n[prior]", "accumulation is 0"),
+        (PRIOR + "reader_workers = 1000000000\n[prior]", "reader_workers is 1000000000; it must be from 1 to 1,024"),
+        (PRIOR + "save_every_s = -1\n[prior]", "save_every_s is -1"),
+        (PRIOR + "[optimizer]\neps = 1e-300\n[prior]", r"optimizer\.eps is 1e-300"),
+        (PRIOR + "[optimizer]\nlearning_rate = 1e300\n[prior]", r"optimizer\.learning_rate is 1e\+300"),
+        (PRIOR + "[optimizer]\nbeta1 = 1\n[prior]", r"optimizer\.beta1 is 1\.0; it must be from 0 to below 1"),
+        (PRIOR + "[optimizer]\nwarmup_steps = -1\n[prior]", r"optimizer\.warmup_steps is -1"),
+        (PRIOR + "[prior.process]\nclip_range = 1e300", r"process\.clip_range is 1e\+300"),
+        (PRIOR + "[prior.model]\nnorm_eps = nan", r"prior\.model\.norm_eps is nan; it must be finite"),
+        (PRIOR + "[prior.model]\nx = 2020-01-01", r"prior\.model\.x is a date"),
+        (PRIOR + f"[prior.model]\nx = {'9' * 40}", r"prior\.model\.x is a number of 133 bits"),
+        (PRIOR + f'[prior.model]\nx = "{"x" * 10**6}"', r"the recipe .* has 1,000,\d+ bytes"),
+        (PRIOR + f"{'x' * 5000} = 1\n[prior]", "its name is too long"),
+        (f'stage = "prior"\ndata = "{"x" * 10**4}"\n[prior]', "data is a text of 10,000 characters"),
+        (PRIOR + f"[prior]\nx = {'[' * 8_000}{']' * 8_000}", "nested too deeply"),
+        (PRIOR + f"[prior]\nx = {'[' * 100}{']' * 100}", "nested too deeply"),
+        (PRIOR + f"[prior]\nx = {'[' * 20_000}{']' * 20_000}", "a line of more than 16,384 characters"),
+        (PRIOR + f"[prior]\nx = {'[' * 100_000}{']' * 100_000}", "has .* bytes; at most 65,536"),
+        (PRIOR + f"[prior.{'.'.join('a' * 8_000)}]", "nested too deeply"),
+        (PRIOR + f"[prior]\nx = {'{a=' * 50}1{'}' * 50}", "nested too deeply"),
+        ("#" * 2**21, "bytes; at most"),
+        ('stage = "prior"\ndata = "~nobody-of-that-name/x"\n[prior]', "that home folder does not exist"),
+        ('stage = "prior"\ndata = "set"\n[prior]\nclip = "~nobody-of-that-name/x"', "prior.clip is .* home folder"),
+        ('stage = "prior"\ndata = "x/{0..999999999999}.tar"\n[prior]', "more than 1,000,000 shards"),
+        ('stage = "prior"\ndata = "x/{0..9999}/{0..9999}.tar"\n[prior]', "more than 1,000,000 shards"),
+        ('stage = "prior"\ndata = ["https://host/{0..99999999}.tar"]\n[prior]', "more than 1,000,000 shards"),
+        ('stage = "prior"\ndata = []\n[prior]', r"data is \[\]; it must be a path"),
+        (CLIP + "projection_dim = 1000000000", r"clip\.projection_dim is 1000000000; it must be from 1 to 16,384"),
+        (CLIP + "vocabulary_size = 100", r"clip\.vocabulary_size is 100; it must be from 514"),
+        (CLIP + "text_layers = 1000", r"clip\.text_layers is 1000; it must be from 1 to 256"),
+        (CLIP + "image_size = 100000", r"clip\.image_size is 100000"),
+        (CLIP + "weight_power = 400", r"clip\.weight_power is 400"),
+        (CLIP + "context_length = 1000000", r"clip\.context_length is 1000000"),
+        (SUPER_RES + "blur_sigma = 1e-300", r"super_res\.blur_sigma is 1e-300; it must be from 0\.01 to 100"),
+        (SUPER_RES + "low_res_size = 1000000000", r"super_res\.low_res_size is 1000000000"),
+        (SUPER_RES + "crop_size = 0", r"super_res\.crop_size is 0"),
+        (SUPER_RES + "noise = -0.1", r"super_res\.noise is -0\.1"),
+        (LORA + "rank = 1000000000", r"lora\.rank is 1000000000"),
+        (LORA + "dropout = 2.0", r"lora\.dropout is 2\.0"),
+        (LORA + "targets = []", r"lora\.targets has 0 entries"),
+    ],
+    ids=lambda text: text[:60] if len(text) < 200 else f"{text[:40]}...",
+)
+def test_numbers_and_texts_without_measure(read, text, words):
+    begun = time.perf_counter()
+    with pytest.raises(ConfigError, match=words) as refusal:
+        read(text)
+    assert time.perf_counter() - begun < 1
+    assert len(str(refusal.value)) < 1000
+
+
+def test_every_number_has_limits():
+    """A new setting must say its own."""
+    for name, kind in vars(recipe_module).items():
+        if dataclasses.is_dataclass(kind) and issubclass(kind, Section) and kind is not ProcessRecipe:
+            hints = typing.get_type_hints(kind, include_extras=True)
+            for field in dataclasses.fields(kind):
+                if typing.get_type_hints(kind)[field.name] in (int, float):
+                    limits = [each for each in hints[field.name].__metadata__ if isinstance(each, Limits)]
+                    assert limits, f"{name}.{field.name}"
+                    assert limits[0].high < float("inf")
+                    assert limits[0].allow(field.default), f"{name}.{field.name}"
+                    assert not limits[0].allow(float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("process", "words"),
+    [
+        ("num_timesteps = 0", "training timesteps is 0"),
+        ("num_timesteps = 1000000000", "training timesteps is 1000000000"),
+        ('beta_schedule = "x"', "beta_schedule"),
+        ("beta_start = 2.0\nbeta_schedule = 'linear'", "beta"),
+        ('prediction_type = ""', "prediction_type"),
+    ],
+)
+def test_a_process_that_there_is_none_of(read, process, words):
+    with pytest.raises(ConfigError, match=rf"\[prior\.process\] cannot be used: .*{words}"):
+        settled(read(PRIOR + f"[prior.process]\n{process}"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_a_pipe_in_place_of_a_recipe(tmp_path):
+    os.mkfifo(tmp_path / "recipe.toml")
+    with pytest.raises(ConfigError, match="not a regular file"):
+        read_recipe(tmp_path / "recipe.toml")
+    with pytest.raises(ConfigError, match="not a regular file"):
+        read_recipe(tmp_path)
+
+
+def test_a_byte_order_mark(tmp_path):
+    (tmp_path / "recipe.toml").write_text("\ufeff" + PRIOR + "[prior]", encoding="utf-8")
+    assert read_recipe(tmp_path / "recipe.toml").stage == "prior"
 
 
 def test_files_that_are_no_recipes(tmp_path):

@@ -11,8 +11,8 @@ from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTForImageClassi
 
 from unclip.errors import CheckpointError, ConfigError, MissingFileError, WeightsError
 from unclip.training.diffusion import SuperResTask
+from unclip.training.losses import absolute_error, perceptual_loss
 from unclip.training.recipe import ProcessRecipe, SuperResSettings
-from unclip.training.reconstruction import absolute_error, perceptual_loss
 from unclip.training.trainer import Trainer, step_generator
 
 LAST = {"only_last_step": True}

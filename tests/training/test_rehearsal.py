@@ -3,7 +3,7 @@
 import pytest
 
 from unclip.cli.train import duration, make_task
-from unclip.training.rehearsal import rehearse
+from unclip.training.dry_run import rehearse
 
 
 @pytest.mark.parametrize("stage", ["clip", "prior", "decoder", "super_res"])

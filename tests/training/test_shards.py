@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from unclip.cli.train import make_task
+from unclip.data.batches import ShardSource
 from unclip.data.shards import ShardStream, about, read_shard, write_shard, write_shards
-from unclip.data.stream import ShardSource
 from unclip.errors import ConfigError, DataError, OutputExistsError
 from unclip.training import task as task_module
 from unclip.training.clip import ClipTask

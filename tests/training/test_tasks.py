@@ -13,9 +13,9 @@ from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 import unclip
+from unclip.clip.encoders import TextEncoder
 from unclip.errors import ConfigError, DataError
 from unclip.pipelines.clip import read_clip
-from unclip.stages.encoders import TextEncoder
 from unclip.training import conditions, diffusion
 from unclip.training.clip import ClipTask, retrieval_ranks, shift_and_zoom
 from unclip.training.conditions import text_batch

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from unclip.errors import ConfigError
-from unclip.training.tokenizer import END, START, train_tokenizer
+from unclip.training.clip import END, START, train_tokenizer
 
 CAPTIONS = ["a red apple", "a green apple", "a picture of a red cherry", "grinning face, flat style"] * 3
 TRAINED = train_tokenizer(CAPTIONS, vocabulary_size=600, context_length=16)

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from unclip.errors import CheckpointError, ConfigError, TrainingError
-from unclip.training import state, trackers
+from unclip.training import state, trainer
 from unclip.training import trainer as trainer_module
 from unclip.training.clip import MAX_LOGIT_SCALE, ClipTask
 from unclip.training.diffusion import DecoderTask, PriorTask, SuperResTask
@@ -617,7 +617,7 @@ def test_a_tracker_that_accelerate_does_not_know(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
     recipe = line_recipe(trackers=("trackio",))
     older = [kind for kind in LoggerType if kind.value != "trackio"]
-    monkeypatch.setattr(trackers, "LoggerType", older)
+    monkeypatch.setattr(trainer, "LoggerType", older)
     with pytest.raises(ConfigError, match=r"trackers has 'trackio', which accelerate \d.* does not know: pip install"):
         Trainer(LineTask(), recipe, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -185,8 +185,8 @@ def atomic_file(path: str | os.PathLike[str], overwrite: bool = True) -> Iterato
     """Yield a temporary path beside `path`, with its suffix; at the end it is synced and takes the name `path`.
 
     On an error the temporary file is removed and `path` is as it was. Missing parent folders are made. Raises
-    OutputExistsError when `path` is a folder, or exists and `overwrite` is False; OutputError when the disk is full or a
-    folder cannot be written; InputError as `output_path`.
+    OutputExistsError when `path` is a folder, or exists and `overwrite` is False; OutputError when the disk is full or
+    a folder cannot be written; InputError as `output_path`.
     """
     target = output_path(path)
     if target.is_dir():
@@ -248,7 +248,9 @@ def _check_folder_target(target: Path, path: str | os.PathLike[str], overwrite: 
         if target == kept or target in kept.parents:
             what = "is" if target == kept else "contains"
             whose = "current" if kept == Path.cwd() else "home"
-            raise OutputExistsError(f"{path} {what} the {whose} folder, and would be replaced as a whole; name a new one")
+            raise OutputExistsError(
+                f"{path} {what} the {whose} folder, and would be replaced as a whole; name a new one"
+            )
 
 
 def _put_folder(temporary: Path, target: Path) -> None:

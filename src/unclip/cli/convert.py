@@ -1,6 +1,6 @@
 """`unclip convert`: model folders out of other things.
 
-Knows files by name; the work is done in `unclip.checkpoints.convert`.
+Knows files by name; the work is done in `unclip.pipelines.convert`.
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from unclip.cli import options
-from unclip.cli.loading import silence
+from unclip.pipelines.session import silence
 
 KARLO_EXAMPLES = options.examples(
     "unclip convert karlo --prior prior-ckpt-step=01000000-of-01000000.ckpt \\",
@@ -62,7 +62,7 @@ def karlo(
     """
     import torch
 
-    from unclip.checkpoints.convert import convert_karlo
+    from unclip.pipelines.convert import convert_karlo
 
     silence(downloads=False)
     made = convert_karlo(
@@ -94,7 +94,7 @@ def variation(
 
     It shares the model's parts, and gets the image encoder of the CLIP model that it was trained with.
     """
-    from unclip.checkpoints.convert import convert_text_to_image_to_variation
+    from unclip.pipelines.convert import convert_text_to_image_to_variation
 
     silence(downloads=False)
     print(convert_text_to_image_to_variation(model, out, clip=clip, crop=crop, overwrite=overwrite), flush=True)
@@ -111,6 +111,6 @@ def pickle(
     A pickle can run code when it is read. This command reads tensors and nothing else, and refuses a file that has
     more; still, use it only on files from people whom you trust.
     """
-    from unclip.checkpoints.convert import convert_pickle
+    from unclip.pipelines.convert import convert_pickle
 
     print(convert_pickle(folder, out, overwrite=overwrite), flush=True)

@@ -1,9 +1,7 @@
-"""`unclip data …`: pictures with captions made, looked into, packed and embedded.
-
-Knows files and options; the work is done in `unclip.data` and `unclip.training`.
-"""
+"""`unclip data …`: make, caption, inspect, pack and embed data sets of captioned pictures."""
 
 import functools
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +13,7 @@ from unclip.cli.messages import note, warn
 from unclip.errors import OutputExistsError
 
 if TYPE_CHECKING:
+    from unclip.data.folder import Keys
     from unclip.data.shards import Damage
 
 EMOJI_EXAMPLES = options.examples(
@@ -39,8 +38,47 @@ COMPOSE_EXAMPLES = options.examples(
     "unclip data inspect data/composed --sheet sheet.png",
 )
 
+CAPTION_EXAMPLES = options.examples(
+    "unclip data caption photos                     cat.txt of cat.jpg, else cat",
+    "unclip data caption photos --from names        red_apple-02.png: red apple",
+    "unclip data caption photos --from folders      cats/001.jpg: cats",
+    "unclip data caption photos --csv captions.csv  columns: file_name, text",
+    "unclip data caption photos --csv a.csv --image-key photo --caption-key title",
+    "unclip data inspect photos --sheet sheet.png   look at the result",
+)
+
+
+class Origin(StrEnum):
+    """Where captions come from."""
+
+    texts = "texts"
+    names = "names"
+    folders = "folders"
+
+
 Data = Annotated[
-    str, typer.Argument(metavar="DATA", help="A folder with metadata.jsonl, or shards: a folder, glob, URL.")
+    str,
+    typer.Argument(
+        metavar="DATA", help="A folder with metadata.jsonl or metadata.csv, or shards: a folder, glob, URL."
+    ),
+]
+ImageKey = Annotated[
+    str | None,
+    typer.Option(
+        "--image-key",
+        metavar="NAME",
+        help="The key or column that names the picture.",
+        show_default="file_name, image, image_path, path or filename",
+    ),
+]
+CaptionKey = Annotated[
+    str | None,
+    typer.Option(
+        "--caption-key",
+        metavar="NAME",
+        help="The key or column with the caption.",
+        show_default="captions, text, caption or prompt",
+    ),
 ]
 PerShard = Annotated[int, typer.Option(min=1, metavar="N", help="Samples in one shard.")]
 MaxSkipped = Annotated[
@@ -71,7 +109,7 @@ def emoji(
     """
     from tqdm import tqdm
 
-    from unclip.data.emoji import build_emoji
+    from unclip.data.emoji.build import build_emoji
 
     counts = build_emoji(out, packages=packages, progress=None if quiet else functools.partial(tqdm, disable=None))
     if not quiet:
@@ -98,7 +136,7 @@ def language(
     decoder whose recipe has a section [teacher]. The wordings of unclip evaluate wordings are left out.
     """
     from unclip.checkpoints.hub import BUILT_IN_JUDGE, resolve
-    from unclip.data.language import build_language
+    from unclip.data.emoji.language import build_language
 
     if out.exists() and not overwrite:
         raise OutputExistsError(f"{out} exists already; give --overwrite, or name another file")
@@ -110,12 +148,71 @@ def language(
     print(out, flush=True)
 
 
+@data.command("caption", epilog=CAPTION_EXAMPLES)
+def caption(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of pictures; folders in it count too.")],
+    origin: Annotated[
+        Origin | None,
+        typer.Option(
+            "--from",
+            metavar="WHERE",
+            help="texts: NAME.txt beside a picture, one caption a line; names: the words of file names; folders: the "
+            "name of a picture's folder.",
+            show_default="texts where they exist, else names",
+        ),
+    ] = None,
+    csv: Annotated[
+        Path | None,
+        typer.Option(
+            "--csv",
+            metavar="FILE",
+            help="Take captions from a CSV (or JSON lines) with named columns; several rows of a picture are several "
+            "captions.",
+        ),
+    ] = None,
+    image_key: ImageKey = None,
+    caption_key: CaptionKey = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing metadata.jsonl.")] = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write the captions of your own pictures into FOLDER/metadata.jsonl.
+
+    Training and the other data commands read that file. Pictures that get no caption are named and left out. Check the
+    captions of file names: a number at the end is dropped where it only tells pictures apart.
+    """
+    from unclip.data.captions import write_captions
+
+    if csv is None and (image_key, caption_key) != (None, None):
+        raise typer.BadParameter("--image-key and --caption-key name columns of --csv FILE")
+    if csv is not None and origin is not None:
+        raise typer.BadParameter("give --from or --csv, not both")
+    found = write_captions(
+        folder,
+        origin=None if origin is None else origin.value,
+        csv=csv,
+        keys=_keys(image_key, caption_key),
+        overwrite=overwrite,
+    )
+    for name, why in list(found.left_out.items())[:10]:
+        warn(f"{name}: {why}")
+    if not quiet:
+        if len(found.left_out) > 10:
+            note(f"… and {len(found.left_out) - 10:,} more that are left out")
+        sources = ", ".join(f"{count:,} from {where}" for where, count in found.counts.items())
+        first = found.records[0]
+        note(f"captions of {len(found.records):,} pictures: {sources}")
+        note(f"the first one, of {first.file_name}: {first.captions[0]}")
+    print(found.file, flush=True)
+
+
 @data.command("inspect", epilog=INSPECT_EXAMPLES)
 def inspect(
     source: Data,
     sheet: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw some pictures with captions.")] = None,
     num_shown: Annotated[int, typer.Option(min=1, max=1000, metavar="N", help="Pictures on the sheet.")] = 48,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing FILE.")] = False,
+    image_key: ImageKey = None,
+    caption_key: CaptionKey = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Read a whole data set: count, name what is broken, draw a sheet."""
@@ -124,7 +221,7 @@ def inspect(
 
     if sheet is not None and sheet.exists() and not overwrite:
         raise OutputExistsError(f"{sheet} is there already; give --overwrite, or name another file")
-    found = look(source, num_shown=num_shown, progress=_bar(quiet))
+    found = look(source, num_shown=num_shown, keys=_keys(image_key, caption_key), progress=_bar(quiet))
     rows = {"samples": found.num_samples, "captions": found.num_captions, "with an embedding": found.num_embeddings}
     for name, number in (rows | {"broken": len(found.broken)}).items():
         print(f"{name:<18}{number:>12,}", flush=True)
@@ -152,7 +249,7 @@ def compose(
     Objects in other colours, on backgrounds, and two to a scene, with captions that say so. One combination in twenty
     is held out.
     """
-    from unclip.data.compose import compose as make
+    from unclip.data.emoji.compose import compose as make
 
     counts = make(source, out, count=count, seed=seed, weight=weight, progress=_bar(quiet))
     if not quiet:
@@ -166,6 +263,8 @@ def pack(
     out: options.NewFolder,
     per_shard: PerShard = 10_000,
     max_skipped: MaxSkipped = 0.01,
+    image_key: ImageKey = None,
+    caption_key: CaptionKey = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Write a data set as tar shards, to be streamed.
@@ -175,7 +274,14 @@ def pack(
     """
     from unclip.data.samples import pack as write
 
-    damage = write(source, out, per_shard=per_shard, max_skipped_share=max_skipped, progress=_bar(quiet))
+    damage = write(
+        source,
+        out,
+        per_shard=per_shard,
+        max_skipped_share=max_skipped,
+        keys=_keys(image_key, caption_key),
+        progress=_bar(quiet),
+    )
     tell(damage, out, quiet)
     print(out, flush=True)
 
@@ -192,6 +298,8 @@ def embed(
     ] = False,
     per_shard: PerShard = 10_000,
     max_skipped: MaxSkipped = 0.01,
+    image_key: ImageKey = None,
+    caption_key: CaptionKey = None,
     device: options.Device = "auto",
     quiet: options.Quiet = False,
 ) -> None:
@@ -200,8 +308,8 @@ def embed(
     Broken samples are left out; DIR.skipped.json lists them. Until all is done the shards lie in DIR.unfinished; after
     Ctrl-C the same command goes on from there.
     """
-    from unclip.cli.loading import pick_device, silence
-    from unclip.data.unfinished import STATE, unfinished_folder
+    from unclip.data.shard_writer import STATE, unfinished_folder
+    from unclip.pipelines.session import pick_device, silence
     from unclip.training.embedding import embed as write
 
     silence(downloads=True)
@@ -216,6 +324,7 @@ def embed(
         keep_pictures=keep_pictures,
         per_shard=per_shard,
         max_skipped_share=max_skipped,
+        keys=_keys(image_key, caption_key),
         device=where,
         progress=_bar(quiet),
     )
@@ -233,6 +342,12 @@ def tell(damage: "Damage", out: Path, quiet: bool) -> None:
         note(f"{damage.num_read:,} samples read, {len(damage.broken):,} samples or shards broken")
         if damage.broken:
             note(f"all that is broken is listed in {skipped_file(out)}")
+
+
+def _keys(image: str | None, caption: str | None) -> "Keys":
+    from unclip.data.folder import Keys
+
+    return Keys(image, caption)
 
 
 def _bar(quiet: bool) -> Any:

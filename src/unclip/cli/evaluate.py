@@ -10,9 +10,9 @@ import typer
 
 from unclip.checkpoints.hub import BUILT_IN_JUDGE
 from unclip.cli import measures, options
-from unclip.cli.loading import Machine, decoder_settings, drawing_settings, stage_settings
 from unclip.cli.measures import Asked
 from unclip.cli.messages import note, warn
+from unclip.pipelines.session import Machine, decoder_settings, drawing_settings, stage_settings
 
 RETRIEVAL_EXAMPLES = options.examples(
     "unclip evaluate retrieval --data data/emoji --out report.json",
@@ -207,7 +207,7 @@ def variations(
     Told are retrieval of the caption from the variation, as for generated pictures, how close a variation is to its
     picture in the judge's space, and how far in pixels.
     """
-    from unclip.evaluation.variations import variations as measure
+    from unclip.evaluation.retrieval import variations as measure
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 
     given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
@@ -253,8 +253,8 @@ def prior(
     Told are the cosine of the prior's sample for a caption to the picture's own embedding, beside what it must beat
     (the caption's embedding, another picture's, the mean), and how far it follows the caption.
     """
-    from unclip.evaluation.judge import Judge
-    from unclip.evaluation.prior import prior as measure
+    from unclip.evaluation.retrieval import Judge
+    from unclip.evaluation.stages import prior as measure
     from unclip.pipelines.text_to_image import UnCLIPPipeline
 
     given = {"prior_num_inference_steps": prior_steps, "prior_guidance_scale": prior_guidance}
@@ -303,8 +303,8 @@ def decoder(
     Told is how like the decoded picture is to the real one: by cosine in the model's own CLIP and in the judge's, and
     in pixels, before and after super-resolution. What is lost here no prior can bring back.
     """
-    from unclip.evaluation.decoder import decoder as measure
-    from unclip.evaluation.judge import Judge
+    from unclip.evaluation.retrieval import Judge
+    from unclip.evaluation.stages import decoder as measure
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 
     given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
@@ -364,7 +364,7 @@ def sweep(
     stand charts of quality against seconds and against guidance (.svg). The same command, stopped and given again,
     goes on; finished combinations stay, and a longer list adds to them.
     """
-    from unclip.cli.sweeping import Lists, run_sweep
+    from unclip.cli.measures import Lists, run_sweep
 
     lists = Lists(
         prior_guidance=prior_guidance,
@@ -402,7 +402,7 @@ def report(
     in the report's folder or below it. It runs no scripts and loads nothing.
     """
     from unclip.checkpoints.files import atomic_file, read_json
-    from unclip.evaluation.page import page
+    from unclip.evaluation.report import page
 
     measures.refuse_to_overwrite([out], overwrite=overwrite)
     text, left_out = page([(path, read_json(path)) for path in reports], title=title, pictures=picture or [])
@@ -423,7 +423,7 @@ def finish(asked: Asked, about: dict[str, Any], name: str, found: dict[str, Any]
 
 def show(name: str, found: dict[str, Any]) -> None:
     """Print the tables of a measure."""
-    from unclip.evaluation.tables import tables
+    from unclip.evaluation.report import tables
 
     for place, each in enumerate(tables(name, found)):
         if place:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unclip.cli import options
-from unclip.cli.batches import Wish, chosen_seed, cut, finish, make_all, picture_seed
-from unclip.cli.loading import (
+from unclip.cli.messages import error
+from unclip.cli.output import Album, Wish, chosen_seed, cut, finish, make_all, picture_seed, slug
+from unclip.errors import CheckpointError, InputError
+from unclip.pipelines.session import (
     Machine,
     call_settings,
     drawing_settings,
@@ -22,9 +24,6 @@ from unclip.cli.loading import (
     sampler_name,
     stage_settings,
 )
-from unclip.cli.messages import error
-from unclip.cli.pictures import Album, slug
-from unclip.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -162,7 +161,7 @@ def plain(text: str) -> str:
 
 def usable(texts: list[str]) -> dict[int, str]:
     """The prompts that can be used, by their place; each of the others is told of."""
-    from unclip.stages.encoders import check_prompt
+    from unclip.clip.encoders import check_prompt
 
     good = {}
     for place, text in enumerate(texts):

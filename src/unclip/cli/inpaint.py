@@ -14,9 +14,10 @@ import typer
 
 from unclip.checkpoints.recommended import Recommended
 from unclip.cli import options
-from unclip.cli.batches import Wish, chosen_seed, cut, finish, make_all, picture_seed
 from unclip.cli.generate import plain
-from unclip.cli.loading import (
+from unclip.cli.output import Album, Wish, chosen_seed, cut, finish, make_all, picture_seed, slug
+from unclip.errors import CheckpointError, InputError
+from unclip.pipelines.session import (
     Machine,
     call_settings,
     drawing_settings,
@@ -27,8 +28,6 @@ from unclip.cli.loading import (
     sampler_name,
     stage_settings,
 )
-from unclip.cli.pictures import Album, slug
-from unclip.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -149,7 +148,7 @@ def inpaint(
     becomes a PNG file named after the given one and its seed. The paths are printed on stdout, one a line.
     """
     from unclip.images import open_image
-    from unclip.pipelines.edited import drawn_region
+    from unclip.pipelines.masks import drawn_region
 
     if not 0 < strength <= 1:
         raise typer.BadParameter(f"--strength is {strength}; it must be above 0, up to 1")

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from unclip import __version__
-from unclip.cli import blend, generate, inpaint, interpolate, invert, model, options, text_edit, train, vary
+from unclip.cli import generate, info, inpaint, manipulate, options, train, vary
 from unclip.cli.convert import convert
 from unclip.cli.data import data
 from unclip.cli.evaluate import evaluate
@@ -108,14 +108,14 @@ def unclip(
 
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("vary", epilog=vary.EXAMPLES)(vary.vary)
-app.command("invert", epilog=invert.EXAMPLES)(invert.invert)
-app.command("interpolate", epilog=interpolate.EXAMPLES)(interpolate.interpolate)
-app.command("edit", epilog=text_edit.EXAMPLES)(text_edit.edit)
-app.command("blend", epilog=blend.EXAMPLES)(blend.blend)
+app.command("invert", epilog=manipulate.INVERT_EXAMPLES)(manipulate.invert)
+app.command("interpolate", epilog=manipulate.INTERPOLATE_EXAMPLES)(manipulate.interpolate)
+app.command("edit", epilog=manipulate.EDIT_EXAMPLES)(manipulate.edit)
+app.command("blend", epilog=manipulate.BLEND_EXAMPLES)(manipulate.blend)
 app.add_typer(probe, name="probe")
 app.command("inpaint", epilog=inpaint.INPAINT_EXAMPLES)(inpaint.inpaint)
 app.command("redraw", epilog=inpaint.REDRAW_EXAMPLES)(inpaint.redraw)
-app.command("info", epilog=model.EXAMPLES)(model.info)
+app.command("info", epilog=info.EXAMPLES)(info.info)
 app.add_typer(convert, name="convert")
 app.add_typer(data, name="data")
 app.command("train", epilog=train.TRAIN_EXAMPLES)(train.train)

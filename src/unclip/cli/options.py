@@ -3,30 +3,15 @@
 Knows names, limits and help texts; knows not what an option does. Called by the commands' signatures.
 """
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from unclip.pipelines.session import Dtype, SamplerName
+
 MAX_SEED = 2**64 - 1
 MAX_STEPS = 1000
-
-
-class Dtype(StrEnum):
-    """The weights' type."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class SamplerName(StrEnum):
-    """The ways to take the denoising steps."""
-
-    ancestral = "ancestral"
-    ddim = "ddim"
-    dpm = "dpm"
 
 
 def examples(*lines: str) -> str:

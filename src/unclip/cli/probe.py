@@ -15,12 +15,11 @@ import typer
 
 from unclip.checkpoints.layout import PROBE_FILE
 from unclip.cli import options
-from unclip.cli.batches import SOME_FAILED
-from unclip.cli.loading import Machine, decoder_settings, find_model
+from unclip.cli.latents import NO_GUIDANCE, Workbench, one_row, read_part
 from unclip.cli.messages import error, note
-from unclip.cli.pictures import Album
-from unclip.cli.workbench import NO_GUIDANCE, Workbench, one_row, read_part
+from unclip.cli.output import SOME_FAILED, Album
 from unclip.errors import DataError, ImageError, InputError
+from unclip.pipelines.session import Machine, decoder_settings, find_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -238,11 +237,12 @@ class Pictures:
     @classmethod
     def of(cls, data: str, most: int | None = None) -> "Pictures":
         """Raises: DataError when there are none."""
+        from unclip.data.folder import METADATA
         from unclip.data.shards import is_shards
         from unclip.images import PICTURE_SUFFIXES
 
         folder = Path(data)
-        if is_shards(data) or (folder / "metadata.jsonl").exists():
+        if is_shards(data) or any((folder / name).exists() for name in METADATA):
             return cls(data, [], most)
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
         if not files:
@@ -273,8 +273,7 @@ class Pictures:
                 self.num_failed += 1
 
     def _streamed(self, data: str, damage: "Damage") -> "Iterator[Image]":
-        from unclip.data.decoding import read_picture
-        from unclip.data.samples import raw_samples
+        from unclip.data.samples import raw_samples, read_picture
 
         for raw in drawn(raw_samples(data, damage), self.most):
             try:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from unclip.cli import options
-from unclip.cli.memory import keep_freed_memory
 from unclip.cli.messages import note
+from unclip.pipelines.session import keep_freed_memory
 
 if TYPE_CHECKING:
     from unclip.training.recipe import Recipe
@@ -63,10 +63,10 @@ def train(
     """
     from tqdm import tqdm
 
-    from unclip.cli.loading import silence
-    from unclip.training.process import settled
+    from unclip.pipelines.session import silence
     from unclip.training.recipe import located, read_recipe
     from unclip.training.sharding import asked_by_launcher
+    from unclip.training.task import settled
     from unclip.training.trainer import Trainer
 
     if out is None and not dry_run:
@@ -112,8 +112,8 @@ def is_first() -> bool:
 
 def tell_cost(recipe: "Recipe") -> None:
     """Print what a run of this recipe takes; of several processes, all of which must call it, the first one does."""
+    from unclip.training.dry_run import rehearse
     from unclip.training.recipe import located
-    from unclip.training.rehearsal import rehearse
 
     cost = rehearse(make_task(located(recipe)), recipe)
     if not is_first():

@@ -11,14 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unclip.checkpoints.record import PROMPT
+from unclip.checkpoints.tensor_file import PROMPT
 from unclip.cli import options
-from unclip.cli.batches import Wish, chosen_seed, cut, finish, make_all, picture_seed
 from unclip.cli.generate import plain
-from unclip.cli.loading import Machine, call_settings, decoder_settings, find_model, load, model_name, sampler_name
 from unclip.cli.messages import error
-from unclip.cli.pictures import Album, slug
+from unclip.cli.output import Album, Wish, chosen_seed, cut, finish, make_all, picture_seed, slug
 from unclip.errors import CheckpointError, ImageError
+from unclip.pipelines.session import (
+    Machine,
+    call_settings,
+    decoder_settings,
+    find_model,
+    load,
+    model_name,
+    sampler_name,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -90,7 +97,7 @@ def vary(
         raise typer.BadParameter("--keep-structure samples by DDIM, and has no --negative and no other --sampler")
     if keep_structure and (height is not None or width is not None):
         raise typer.BadParameter("--keep-structure draws in the model's own size, and has no --height and no --width")
-    from unclip.cli.workbench import NO_GUIDANCE, Keeper, is_latent, recorded, recorded_tile, records
+    from unclip.cli.latents import NO_GUIDANCE, Keeper, is_latent, recorded, recorded_tile, records
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
     from unclip.pipelines.manipulation import Manipulator
 
@@ -191,7 +198,7 @@ def opened(
 
     With `latent`, which reads files of `unclip invert`, these may stand for pictures.
     """
-    from unclip.cli.workbench import is_latent
+    from unclip.cli.latents import is_latent
     from unclip.images import open_image
 
     place = 0

@@ -1,12 +1,13 @@
-"""A folder of captioned pictures (`metadata.jsonl`, the imagefolder convention), held in memory.
+"""Read a folder of captioned pictures (metadata.jsonl or metadata.csv, the imagefolder convention) into memory."""
 
-Knows files and pixels; knows no network. Called by `unclip.training` and `unclip.evaluation`.
-"""
-
+import contextlib
+import csv
+import io
 import json
-import math
+import os
+import unicodedata
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -17,10 +18,44 @@ from torch import Tensor
 
 from unclip.checkpoints.files import safe_join
 from unclip.errors import DataError, ImageError, UnsafeFileError
-from unclip.images import MAX_PIXELS, open_image
+from unclip.images import FORMATS, MAX_PIXELS, open_image
 
 MAX_SKIPPED_SHARE = 0.01
 """How much of a data set may be broken, unless said otherwise."""
+METADATA = ("metadata.jsonl", "metadata.csv")
+WEIGHT_LIMITS = (1e-12, 1e12)
+"""Of a weight that is not 0."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys under which metadata name a picture and its captions.
+
+    Attributes:
+        image: of the picture's file; None stands for the first present of file_name, image, image_path, path, filename.
+        caption: of the caption, or of a list of captions; None stands for the first of captions, text, caption and
+            prompt that has one.
+    """
+
+    image: str | None = None
+    caption: str | None = None
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """The keys for a picture, in the order in which they are tried."""
+        return ("file_name", "image", "image_path", "path", "filename") if self.image is None else (self.image,)
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The keys for captions, in the order in which they are tried."""
+        return ("captions", "text", "caption", "prompt") if self.caption is None else (self.caption,)
+
+    def in_lower_case(self) -> "Keys":
+        """The same in lower case, without white space around them."""
+        return Keys(*(key and key.strip().lower() for key in (self.image, self.caption)))
+
+
+USUAL_KEYS = Keys()
 
 
 @dataclass(frozen=True)
@@ -67,7 +102,7 @@ class CaptionedPictures:
         if need_training and not any(r.weight for r in training.records):
             raise DataError(
                 f"none of {len(self)} pictures is there to train on: all are held out, or of weight 0 (see held_out "
-                "and weight in metadata.jsonl)"
+                "and weight in the metadata)"
             )
         return training, held_out
 
@@ -84,104 +119,277 @@ def join(parts: Sequence[CaptionedPictures]) -> CaptionedPictures:
     return CaptionedPictures(records, torch.cat([part.pixels for part in parts]), skipped)
 
 
-def read_records(folder: Path) -> list[Record]:
-    """The lines of `metadata.jsonl`. Unknown keys are passed over, as the imagefolder convention wants.
+def metadata_file(folder: Path) -> Path:
+    """The file that describes the pictures of `folder`: metadata.jsonl or, without one, metadata.csv.
 
-    Raises: DataError for a missing file, a broken line, or a line without a picture or a caption.
+    Raises: DataError when there is neither; the message says how to make one.
     """
-    path = Path(folder) / "metadata.jsonl"
-    if not path.is_file():
+    folder = Path(folder)
+    for name in METADATA:
+        if (folder / name).is_file():
+            return folder / name
+    if folder.is_file():
+        raise DataError(f"{folder} is a file; name a folder with a {METADATA[0]}, or tar shards")
+    if not folder.is_dir():
         raise DataError(
-            f"{folder} is no data set: it has no metadata.jsonl (make one with: unclip data emoji --out {folder})"
+            f"{folder} does not exist, so it has no {METADATA[0]}; to make a data set: unclip data emoji --out {folder}"
         )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    records = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            records.append(_record(line, f"{path}, line {number}"))
-    if not records:
-        raise DataError(f"{path} is empty")
+    first = next(picture_files(folder), None)
+    line = json.dumps({"file_name": first or "cat.png", "text": "a black cat"}, ensure_ascii=False)
+    remedy = f"unclip data caption {folder}" if first else f"unclip data emoji --out {folder}"
+    raise DataError(
+        f"{folder} is not a data set: it has no {METADATA[0]} (or {METADATA[1]}) with one line for each picture, such "
+        f"as {line}; to make one: {remedy}"
+    )
+
+
+def picture_files(folder: Path) -> Iterator[str]:
+    """Names of the picture files in `folder` and below it, relative to it and in order; hidden ones are left out."""
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith(".") and Path(name).suffix.lower() in suffixes:
+                yield Path(root, name).relative_to(folder).as_posix()
+
+
+def read_records(folder: Path) -> list[Record]:
+    """The records of a folder's metadata; lines that cannot be used are skipped with a warning.
+
+    Raises: DataError for a missing or unreadable file, or when more than one line in a hundred cannot be used.
+    """
+    records, broken = read_metadata(metadata_file(folder), Path(folder))
+    _check_share(Path(folder), len(records), broken, MAX_SKIPPED_SHARE)
     return records
 
 
-def _record(line: str, where: str) -> Record:
+def read_metadata(path: Path, folder: Path, keys: Keys = USUAL_KEYS) -> tuple[list[Record], dict[str, str]]:
+    """The records of a metadata file, and its lines that cannot be used, with the reason.
+
+    Each line describes one picture: a JSON object or, in a file named .csv, a row under the names of the columns.
+    Unknown keys are ignored, as the imagefolder convention wants. A key whose value is null or an empty field counts as
+    absent.
+
+    Args:
+        path: the file.
+        folder: what the names of pictures are relative to.
+        keys: under which the picture and its captions stand. Names of columns may be in upper or lower case.
+
+    Raises: DataError for a file that cannot be read, or is empty.
+    """
+    records: list[Record] = []
+    broken: dict[str, str] = {}
+    is_csv = path.suffix.lower() == ".csv"
+    keys = keys.in_lower_case() if is_csv else keys
+    for number, line in _csv_rows(path, keys) if is_csv else _json_lines(path):
+        try:
+            entry = _csv_entry(*line) if isinstance(line, tuple) else _json_entry(line)
+            records.append(_record(entry, folder, keys))
+        except DataError as error:
+            broken[f"{path.name}, line {number}"] = str(error)
+    if not records and not broken:
+        raise DataError(f"{path} is empty")
+    return records, broken
+
+
+def texts_of(entry: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
+    """The captions under the first of `keys` that has any: a text, or a list of which the blank ones are left out.
+
+    Raises: DataError for a text with half a character, which JSON can express and UTF-8 cannot.
+    """
+    for key in keys:
+        value = entry.get(key)
+        listed = value if isinstance(value, list) else [value]
+        if texts := tuple(text for text in listed if isinstance(text, str) and text.strip()):
+            _check_unicode(*texts)
+            return texts
+    return ()
+
+
+def weight_in(entry: Mapping[str, Any]) -> float:
+    """How often a picture is drawn relative to others: `weight`, 1 where there is none.
+
+    Raises: DataError for anything but 0 or a number within `WEIGHT_LIMITS`: float32 holds such numbers, their squares
+        and their sums.
+    """
+    weight = entry.get("weight")
+    if weight is None:
+        return 1.0
+    low, high = WEIGHT_LIMITS
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not (weight == 0 or low <= weight <= high):
+        shown = f"a number of {len(str(weight))} digits" if isinstance(weight, int) and weight > high else repr(weight)
+        raise DataError(f"weight is {shown[:80]}; it must be 0 or a number from {low:g} to {high:g}")
+    return weight
+
+
+def _text(path: Path) -> str:
     try:
-        entry: dict[str, Any] = json.loads(line)
+        return path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if line.strip():
+            yield number, line
+
+
+def _json_entry(line: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON: {error}") from error
+        raise DataError(f"it is not JSON: {error}") from error
     if not isinstance(entry, dict):
-        raise DataError(f"{where} is no JSON object but a {type(entry).__name__}")
-    texts = entry.get("captions") or ([entry["text"]] if entry.get("text") else [])
-    is_texts = isinstance(texts, list) and all(isinstance(text, str) and text.strip() for text in texts)
-    if not isinstance(entry.get("file_name"), str) or not texts or not is_texts:
-        raise DataError(f"{where} needs a file_name, and captions (a list of texts that are not blank) or text")
-    known = {k: entry[k] for k in ("file_name", "concept", "label", "style", "weight", "held_out") if k in entry}
-    for key in ("concept", "label", "style"):
-        if not isinstance(known.get(key, ""), str):
-            raise DataError(f"{where}: {key} is {known[key]!r}; it must be a text")
+        raise DataError(f"it is not a JSON object but a {type(entry).__name__}")
+    return entry
+
+
+def _csv_rows(path: Path, keys: Keys) -> Iterator[tuple[int, tuple[list[str], list[str]]]]:
+    """The number of each row's last line, with the names of the columns and the row's fields."""
+    text = _text(path)
+    for separator in ",;\t":  # the one with which the first line names a picture and a caption
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
+        try:
+            header = [name.strip().lower() for name in next(reader, [])]
+            if not (set(header) & set(keys.images) and set(header) & set(keys.captions)):
+                continue
+            for fields in reader:
+                if any(field.strip() for field in fields):
+                    yield reader.line_num, (header, fields)
+            return
+        except csv.Error as error:
+            raise DataError(f"{path} cannot be read as CSV: line {reader.line_num}: {error}") from error
+    first = text.partition("\n")[0].strip()
+    raise DataError(
+        f"the first line of {path} is {first[:200]!r}; it must name a column for the picture ("
+        f"{' or '.join(keys.images)}) and one for the caption ({' or '.join(keys.captions)}). Columns of other names "
+        "are chosen with --image-key and --caption-key, or image_key and caption_key in a recipe"
+    )
+
+
+def _csv_entry(header: list[str], fields: list[str]) -> dict[str, Any]:
+    if len(fields) != len(header):
+        raise DataError(
+            f"it has {len(fields)} columns and the first line has {len(header)}; a caption that holds the separator "
+            "must stand in double quotes"
+        )
+    entry: dict[str, Any] = {name: field for name, field in zip(header, fields, strict=True) if field.strip()}
+    if "weight" in entry:
+        with contextlib.suppress(ValueError):  # `weight_in` refuses a text
+            entry["weight"] = float(entry["weight"])
+    if "held_out" in entry:
+        text = entry["held_out"].strip().lower()
+        entry["held_out"] = {"true": True, "1": True, "false": False, "0": False}.get(text, text)
+    return entry
+
+
+def _record(entry: Mapping[str, Any], folder: Path, keys: Keys) -> Record:
+    name = next((entry[key] for key in keys.images if entry.get(key) not in (None, "")), None)
+    if not isinstance(name, str) or not name.strip():
+        raise DataError(f"it needs the name of a picture under {' or '.join(keys.images)}")
+    texts = texts_of(entry, keys.captions)
+    if not texts:
+        raise DataError(
+            f"it needs a caption under {' or '.join(keys.captions)}: a text that is not blank, or a list of such texts"
+        )
+    labels = {key: entry[key] for key in ("concept", "label", "style") if entry.get(key) is not None}
+    for key, label in labels.items():
+        if not isinstance(label, str):
+            raise DataError(f"{key} is {label!r}; it must be a text")
+    _check_unicode(*labels.values())
+    held_out = entry.get("held_out")
+    if not isinstance(held_out, bool | None):
+        raise DataError(f"held_out is {held_out!r}; it must be true or false")
+    return Record(_spelled(folder, name), texts, **labels, weight=weight_in(entry), held_out=bool(held_out))
+
+
+def _check_unicode(*texts: str) -> None:
     try:
-        "".join([*texts, *(known.get(key, "") for key in ("concept", "label", "style"))]).encode()
-    except UnicodeEncodeError as error:  # JSON can say half a character, which no text may hold
-        raise DataError(f"{where} has a text that is no Unicode text: {error}") from error
-    weight = known.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-        raise DataError(f"{where}: weight is {weight!r}; it must be a number from 0 up")
-    if not isinstance(known.get("held_out", False), bool):
-        raise DataError(f"{where}: held_out is {known['held_out']!r}; it must be true or false")
-    return Record(captions=tuple(texts), **known)
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"a text in it is not Unicode text: {error}") from error
 
 
-def load_pictures(folder: Path, size_px: int, *, max_skipped_share: float = MAX_SKIPPED_SHARE) -> CaptionedPictures:
+def _spelled(folder: Path, name: str) -> str:
+    """The name with /, and its accents as the file has them: composed or decomposed (Unicode's NFC or NFD).
+
+    Raises: DataError for half a character.
+    """
+    name = name.replace("\\", "/")
+    if name.isascii():
+        return name
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError as error:
+        raise DataError(f"the name of the picture is not Unicode text: {error}") from error
+    found = ""
+    for part in name.split("/"):
+        forms = (part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
+        found += next((form for form in forms if os.path.exists(folder / (found + form))), part) + "/"
+    return found.removesuffix("/")
+
+
+def load_pictures(
+    folder: Path, size_px: int, *, keys: Keys = USUAL_KEYS, max_skipped_share: float = MAX_SKIPPED_SHARE
+) -> CaptionedPictures:
     """Read every picture of a data set at one size: `load_sizes` for one."""
-    return load_sizes(folder, [size_px], max_skipped_share=max_skipped_share)[0]
+    return load_sizes(folder, [size_px], keys=keys, max_skipped_share=max_skipped_share)[0]
 
 
 def load_sizes(
-    folder: Path, sizes_px: Sequence[int], *, max_skipped_share: float = MAX_SKIPPED_SHARE
+    folder: Path, sizes_px: Sequence[int], *, keys: Keys = USUAL_KEYS, max_skipped_share: float = MAX_SKIPPED_SHARE
 ) -> list[CaptionedPictures]:
     """Read every picture of a data set once, at several sizes.
 
     Args:
-        folder: has `metadata.jsonl` and the files it names.
+        folder: has `metadata.jsonl` or `metadata.csv`, and the files it names.
         sizes_px: pictures are made square by padding with white, then resized (antialiased) to each.
-        max_skipped_share: broken pictures are skipped and named, up to this share of all.
+        keys: under which the picture and its captions stand in the metadata.
+        max_skipped_share: broken pictures and lines are skipped and named, up to this share of all.
 
     Returns: the same records for each size.
 
     Raises: DataError when more are broken, or a name leads out of the folder. A warning names what was skipped.
     """
     folder = Path(folder)
+    path = metadata_file(folder)
+    records, broken = read_metadata(path, folder, keys)
     kept: list[Record] = []
     pixels: dict[int, list[Tensor]] = {size: [] for size in sizes_px}
-    broken: dict[str, str] = {}
-    for record in read_records(folder):
+    for record in records:
         try:
-            path = safe_join(folder, record.file_name)
+            picture = safe_join(folder, record.file_name)
         except UnsafeFileError as error:
-            raise DataError(f"{folder / 'metadata.jsonl'} names a file outside the data set: {error}") from error
+            raise DataError(f"{path} names a file outside the data set: {error}") from error
         try:
-            found = read_pixels(path, str(path), sizes_px)
+            found = read_pixels(picture, str(picture), sizes_px)
         except ImageError as error:
             broken[record.file_name] = str(error)
             continue
         kept.append(record)
         for size in pixels:
             pixels[size].append(found[size])
-    if not kept or len(broken) > max_skipped_share * (len(kept) + len(broken)):
+    _check_share(folder, len(kept), broken, max_skipped_share)
+    skipped = {str(folder / name): why for name, why in broken.items()}
+    return [CaptionedPictures(kept, torch.stack(pixels[size]), skipped) for size in sizes_px]
+
+
+def _check_share(folder: Path, num_kept: int, broken: Mapping[str, str], max_skipped_share: float) -> None:
+    """Warn of what is broken.
+
+    Raises: DataError when that is more than the share of all, or everything.
+    """
+    if not num_kept or len(broken) > max_skipped_share * (num_kept + len(broken)):
         first = next(iter(broken.items()))
         raise DataError(
-            f"{len(broken)} of {len(kept) + len(broken)} pictures in {folder} cannot be read, "
-            f"{f'more than the {in_percent(max_skipped_share)} allowed' if kept else 'so there is none'}; "
+            f"{len(broken)} of {num_kept + len(broken)} pictures in {folder} cannot be read, "
+            f"{f'more than the {in_percent(max_skipped_share)} allowed' if num_kept else 'so there is none'}; "
             f"the first: {first[0]}: {first[1]}"
         )
     if broken:
         some = "; ".join(f"{name}: {why}" for name, why in list(broken.items())[:3])
-        warnings.warn(f"{len(broken)} pictures in {folder} cannot be read and are skipped: {some}", stacklevel=3)
-    skipped = {str(folder / name): why for name, why in broken.items()}
-    return [CaptionedPictures(kept, torch.stack(pixels[size]), skipped) for size in sizes_px]
+        warnings.warn(f"{len(broken)} pictures in {folder} cannot be read and are skipped: {some}", stacklevel=4)
 
 
 def in_percent(share: float) -> str:

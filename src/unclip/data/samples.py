@@ -1,23 +1,137 @@
-"""Every sample of a data set once, whichever kind it is; and a sheet to look at.
-
-Knows folders and shards; knows no training. Called by the commands that inspect, pack and embed data.
-"""
+"""Decode one sample of a shard: its captions, its picture and its image embedding."""
 
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from unclip.checkpoints.files import atomic_folder, output_path, safe_join, write_json
-from unclip.data.decoding import decode
-from unclip.data.folder import read_records
-from unclip.data.shards import Damage, RawSample, expand, is_shards, read_shard, write_shards
+from unclip.data.folder import USUAL_KEYS, Keys, metadata_file, read_metadata, read_pixels, texts_of, weight_in
+from unclip.data.shards import EMBEDDING, Damage, RawSample, about, expand, is_shards, read_shard, write_shards
 from unclip.errors import DataError, ImageError, UnsafeFileError
-from unclip.images import grid, labelled, open_image, to_pil
+from unclip.images import PICTURE_SUFFIXES, grid, labelled, open_image, to_pil
+
+IMAGE_EXTENSIONS = tuple(suffix.removeprefix(".") for suffix in PICTURE_SUFFIXES)
+CLIP = "clip"
+"""What a sample's .json calls the fingerprint of the CLIP that its embedding is of."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """As `decode` gives it: pixels are uint8 [3, size, size] by size, the embedding float32 [width].
+
+    `clip` is the fingerprint of the CLIP that the embedding is of; None where the sample does not say it.
+    """
+
+    name: str
+    captions: tuple[str, ...]
+    pixels: dict[int, Tensor]
+    embedding: Tensor | None
+    clip: str | None = None
+
+
+def decode(raw: RawSample, sizes: Sequence[int]) -> Sample:
+    """Captions, pixels at each size (uint8) and the embedding of a sample, as far as it has them.
+
+    Raises: DataError for a sample without caption, with neither picture nor embedding, or with a broken one; and for a
+        weight that cannot be used.
+    """
+    captions = read_captions(raw)
+    weight_in(about(raw))
+    image = _image(raw)
+    embedding = _embedding(raw.parts[EMBEDDING]) if EMBEDDING in raw.parts else None
+    if image is None and embedding is None:
+        raise DataError(f"it has no picture (.{', .'.join(IMAGE_EXTENSIONS)}) and no .{EMBEDDING}{_found(raw)}")
+    pixels = {}
+    if image is not None and sizes:
+        try:
+            pixels = read_pixels(io.BytesIO(image), raw.key, sizes)
+        except ImageError as error:
+            raise DataError(str(error)) from error
+    clip = about(raw).get(CLIP) if embedding is not None else None
+    return Sample(raw.name, captions, pixels, embedding, clip if isinstance(clip, str) else None)
+
+
+def read_picture(raw: RawSample) -> Image.Image:
+    """Its picture, RGB.
+
+    Raises: DataError when it has none, or one that cannot be read.
+    """
+    image = _image(raw)
+    if image is None:
+        raise DataError(f"it has no picture (.{', .'.join(IMAGE_EXTENSIONS)}){_found(raw)}")
+    try:
+        return open_image(io.BytesIO(image), raw.key)
+    except ImageError as error:
+        raise DataError(str(error)) from error
+
+
+def _image(raw: RawSample) -> bytes | None:
+    return next((raw.parts[extension] for extension in IMAGE_EXTENSIONS if extension in raw.parts), None)
+
+
+def read_captions(raw: RawSample) -> tuple[str, ...]:
+    """Of "captions" or "caption" in .json, else of .txt, else of "text" or "prompt" in .json; the plain one first.
+
+    Raises: DataError when there is none, or one that is not Unicode text.
+    """
+    try:
+        told = json.loads(raw.parts.get("json", b"{}"))
+        entry = told if isinstance(told, dict) else {}
+        text = raw.parts.get("txt", b"").decode("utf-8-sig").strip()
+        captions = texts_of(entry, ("captions", "caption")) or texts_of({"txt": text}, ("txt",))
+        captions = captions or texts_of(entry, ("text", "prompt"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"its caption cannot be read: {error}") from error
+    if not captions:
+        raise DataError(f"it has no caption (.txt, or .json with captions, caption, text or prompt){_found(raw)}")
+    return captions
+
+
+def recaptioned(raw: RawSample, key: str | None) -> RawSample:
+    """The sample with what stands under `key` in its .json as its captions; unchanged where `key` is None.
+
+    Raises: DataError where there is no caption under it.
+    """
+    if key is None:
+        return raw
+    told = about(raw)
+    if not (captions := texts_of(told, (key,))):
+        raise DataError(f"it has no caption under {key!r} in its .json{_found(raw)}")
+    return replace(raw, parts={**raw.parts, "json": json.dumps(told | {"captions": captions}).encode()})
+
+
+def _found(raw: RawSample) -> str:
+    """What a sample has, for a message that says what it lacks; with the rule where a name has several dots."""
+    listed = ", ".join(f".{extension}" for extension in list(raw.parts)[:6])
+    if all(extension.endswith(EMBEDDING) or "." not in extension for extension in raw.parts):
+        return f"; it has {listed}"
+    return (
+        f"; it has {listed}: the name of a sample ends at the first dot of its files' names, and the kind of file "
+        "follows, so name files with one dot"
+    )
+
+
+def _embedding(content: bytes) -> Tensor:
+    try:
+        array = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except Exception as error:  # a damaged header is parsed as Python, which fails in many ways
+        raise DataError(f".{EMBEDDING} cannot be read: {type(error).__name__}: {error}") from error
+    if array.ndim != 1 or array.dtype.kind != "f":
+        raise DataError(f".{EMBEDDING} is no list of finite numbers but {array.dtype} {array.shape}")
+    with np.errstate(over="ignore"):
+        numbers = array.astype(np.float32)
+    if not np.isfinite(numbers).all():
+        raise DataError(f".{EMBEDDING} is no list of finite numbers: float32 holds not all of them")
+    return torch.from_numpy(numbers)
+
 
 CELL_PX = 128
 PACKED_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -26,13 +140,16 @@ CHECK_PX = 8
 """Side to which a picture is made when only its being whole matters."""
 
 
-def raw_samples(data: str | Path, damage: Damage, *, include_held_out: bool = False) -> Iterator[RawSample]:
+def raw_samples(
+    data: str | Path, damage: Damage, *, keys: Keys = USUAL_KEYS, include_held_out: bool = False
+) -> Iterator[RawSample]:
     """The samples of a folder or of shards, in their order, not decoded.
 
     Held-out pictures of a folder are left out unless they are asked for; of shards there are none.
 
     A folder's picture of a kind that other readers of shards do not know (GIF, TIFF, AVIF …) becomes a PNG. What cannot
-    be read goes into `damage`.
+    be read goes into `damage`. `keys` name pictures and captions in the metadata of a folder, and captions in the .json
+    of a shard's samples, to which "captions" is added then.
 
     Raises: DataError when the data set is not there.
     """
@@ -41,10 +158,16 @@ def raw_samples(data: str | Path, damage: Damage, *, include_held_out: bool = Fa
             damage.num_shards += 1
             for sample in read_shard(shard, damage):
                 damage.num_read += 1
-                yield sample
+                try:
+                    yield recaptioned(sample, keys.caption)
+                except DataError as error:
+                    damage.broken[sample.name] = str(error)
         return
     folder = Path(data)
-    for number, record in enumerate(read_records(folder)):
+    records, broken = read_metadata(metadata_file(folder), folder, keys)
+    damage.num_read += len(broken)
+    damage.broken.update(broken)
+    for number, record in enumerate(records):
         if record.held_out and not include_held_out:
             continue
         damage.num_read += 1
@@ -87,6 +210,7 @@ def pack(
     *,
     per_shard: int = 10_000,
     max_skipped_share: float = 0.01,
+    keys: Keys = USUAL_KEYS,
     progress: Callable[..., Any] | None = None,
 ) -> Damage:
     """Write a data set as tar shards; the folder appears whole or not at all.
@@ -99,6 +223,7 @@ def pack(
         per_shard: samples in a shard.
         max_skipped_share: of the samples, and of the shards, that may be broken. They are left out, and listed with the
             reason in `skipped_file(out)`, also when there are more and nothing is written.
+        keys: as for `raw_samples`.
         progress: wraps an iterable, as `tqdm` does.
 
     Returns: how many samples there were, and what could not be read.
@@ -108,7 +233,7 @@ def pack(
         OutputExistsError: `out` is there already.
     """
     damage = Damage()
-    samples = raw_samples(data, damage)
+    samples = raw_samples(data, damage, keys=keys)
     told = progress(samples, desc="packing", unit="sample") if progress else samples
     with atomic_folder(out) as draft:
         good = ((sample.key, sample.parts) for sample in readable(told, damage))
@@ -164,13 +289,15 @@ class Inspection:
     sheet: Image.Image | None = None
 
 
-def inspect(data: str | Path, *, num_shown: int = 48, progress: Callable[..., Any] | None = None) -> Inspection:
+def inspect(
+    data: str | Path, *, num_shown: int = 48, keys: Keys = USUAL_KEYS, progress: Callable[..., Any] | None = None
+) -> Inspection:
     """Decode every sample of a data set, held-out ones too, count, and draw a sheet of some, spread over the whole.
 
     Raises: DataError when the data set is not there.
     """
     damage, found = Damage(), Inspection()
-    samples = raw_samples(data, damage, include_held_out=True)
+    samples = raw_samples(data, damage, keys=keys, include_held_out=True)
     shown: list[tuple[Image.Image, str]] = []
     every = 1
     for raw in progress(samples, desc="reading", unit="sample") if progress else samples:

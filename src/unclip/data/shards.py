@@ -1,40 +1,116 @@
-"""Captioned pictures streamed from tar shards, in the layout of webdataset that img2dataset writes.
+"""Items made in a thread of their own while the one before is used.
 
-Knows tar files, where they lie and in which order they are read; knows neither pixels nor networks. Called by
-`unclip.data.stream` and the commands that build and inspect data.
+Knows threads; knows nothing of what the items are. Called where shards are read and batches are made of them.
 """
 
+import bz2
 import contextlib
-import http.client
+import gzip
 import io
 import itertools
 import json
+import lzma
 import math
+import queue
 import re
 import tarfile
+import threading
 import time
 import urllib.error
 import urllib.request
-import zlib
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import torch
 
-from unclip.data.ahead import Ahead
-from unclip.errors import DataError
+from unclip.data.folder import weight_in
+from unclip.errors import Cancelled, DataError
+
+POLL_S = 0.1
+"""How often somebody who waits for an item looks whether to stop."""
+PARTING_S = 0.5
+"""How long a thread that is no longer needed is waited for."""
+
+T = TypeVar("T")
+
+
+class Ahead(Iterator[T]):
+    """What `items` gives, in its order: while one is used the next one is made, and no further one.
+
+    The thread that makes them may hang for long (a server's answer that does not come): it holds up neither whoever
+    asks `should_stop`, nor the end of the process.
+
+    Args:
+        items: only the thread takes them from now on.
+        should_stop: asked while an item is waited for.
+
+    Raises: by `next`, what making the item raised; Cancelled when it was to stop.
+    """
+
+    def __init__(self, items: Iterator[T], should_stop: Callable[[], bool] = lambda: False) -> None:
+        self._should_stop = should_stop
+        self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._made: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        # The thread knows the queues alone, so that one who is forgotten ends it.
+        about = (items, self._asked, self._made)
+        self._thread = threading.Thread(target=_make, args=about, name="unclip-read", daemon=True)
+        self._thread.start()
+        self._asked.put(True)
+
+    def __next__(self) -> T:
+        item, error = self._wait()
+        if error is not None:
+            self._made.put((None, error))  # whoever asks again is told again
+            raise error
+        self._asked.put(True)
+        return item
+
+    def _wait(self) -> tuple[Any, BaseException | None]:
+        while True:
+            try:
+                return self._made.get(timeout=POLL_S)
+            except queue.Empty:
+                if self._should_stop():
+                    raise Cancelled("stopped while waiting for data") from None
+
+    def close(self) -> None:
+        """Let the thread end, and with it `items`; one that hangs is left to itself."""
+        self._asked.put(False)
+        self._thread.join(PARTING_S)
+
+    def __del__(self) -> None:
+        self._asked.put(False)
+
+
+def _make(
+    items: Iterator[Any], asked: "queue.SimpleQueue[bool]", made: "queue.SimpleQueue[tuple[Any, BaseException | None]]"
+) -> None:
+    while asked.get():
+        try:
+            made.put((next(items), None))
+        except BaseException as error:  # that it is at its end is one of them
+            made.put((None, error))
+            return
+
 
 MAX_PART_BYTES = 256 * 2**20
 MAX_SHARDS = 1_000_000
+MAX_STEP_BYTES = MAX_PART_BYTES + 2**20
+"""Read or passed over in a shard at once."""
+MAX_HELD_PARTS = 32
+"""Files whose names all have several dots that are held before they are counted as samples."""
+SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+UNPACKERS: dict[bytes, Any] = {rb"\x1f\x8b": gzip.open, rb"BZh\d1AY&SY": bz2.open, rb"\xfd7zXZ": lzma.open}
+"""How a compressed shard is read, by a pattern of its first bytes."""
+EMBEDDING = "img_emb.npy"
 WAITS_S = (2.0, 8.0, 20.0)
 """Before a URL is asked again, the first time, the second, the last: networks fail for a while."""
 FIRST_WAITS_S = (0.4, 0.8, 1.6)
 """The same while nothing at all was read yet: then it is rather the address that is wrong."""
 TIMEOUT_S = 60.0
 _BRACES = re.compile(r"\{(\d{1,20})\.\.(\d{1,20})\}")
-_FAILURES = (OSError, EOFError, tarfile.TarError, zlib.error, http.client.HTTPException)
 
 
 @dataclass(frozen=True)
@@ -144,10 +220,10 @@ def check_ranges(source: str | Path) -> None:
 def is_shards(source: str | Path) -> bool:
     """Whether `source` means tar shards, and not a folder with `metadata.jsonl`."""
     text = str(source)
-    if is_url(text) or text.endswith((".tar", ".tar.gz", ".tgz")) or "{" in text or "*" in text:
+    if is_url(text) or text.endswith(SUFFIXES) or "{" in text or "*" in text:
         return True
     folder = Path(text)
-    return folder.is_dir() and not (folder / "metadata.jsonl").is_file() and any(folder.glob("*.tar"))
+    return folder.is_dir() and not (folder / "metadata.jsonl").is_file() and bool(_shards_in(folder))
 
 
 def is_url(name: str) -> bool:
@@ -165,10 +241,14 @@ def about(raw: RawSample) -> dict[str, Any]:
 
 
 def weight_of(raw: RawSample) -> float:
-    """How often a sample is drawn, relative to others: `weight` in its .json; 1 where that is no number from 0 up."""
-    weight = about(raw).get("weight", 1.0)
-    is_weight = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight < math.inf
-    return float(weight) if is_weight else 1.0
+    """How often a sample is drawn, relative to others: `weight` in its .json.
+
+    A weight that cannot be used counts as 1, so that the order gives the sample and decoding it names the fault.
+    """
+    try:
+        return float(weight_in(about(raw)))
+    except DataError:
+        return 1.0
 
 
 def read_shard(shard: str, damage: Damage | None = None) -> Iterator[RawSample]:
@@ -187,7 +267,7 @@ def read_shard(shard: str, damage: Damage | None = None) -> Iterator[RawSample]:
             if damage is not None:
                 damage.note_shard(shard, None)
             return
-        except _FAILURES as error:
+        except Exception as error:  # a damaged header makes tarfile raise errors of many kinds
             if wait_s is None or not is_url(shard) or _is_final(error):
                 if damage is not None:
                     damage.note_shard(shard, f"{type(error).__name__}: {error} (after {given} samples)")
@@ -356,52 +436,133 @@ def _found(name: str) -> list[str]:
         return [name]
     path = Path(name).expanduser()
     if path.is_dir():
-        return sorted(str(tar) for tar in path.glob("*.tar"))
+        return _shards_in(path)
     if any(letter in str(path) for letter in "*?[") and not path.is_file():
         folder = next(parent for parent in path.parents if parent.is_dir())  # its own name may have such letters
         return sorted(str(tar) for tar in folder.glob(str(path.relative_to(folder))))
     return [str(path)] if path.is_file() else []
 
 
+def _shards_in(folder: Path) -> list[str]:
+    names = (path.name for path in folder.iterdir())
+    return sorted(str(folder / name) for name in names if name.endswith(SUFFIXES) and not name.startswith("."))
+
+
 class _Member(tarfile.TarInfo):
-    """A member's header; tarfile takes a damaged one after the first for the end of the file, and this does not."""
+    """A member's header. tarfile takes a damaged one after the first for the end of the file; here it is an error."""
 
     @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> Any:
+    def fromtarfile(cls, tar: tarfile.TarFile) -> "_Member":
         try:
             return super().fromtarfile(tar)
-        except tarfile.HeaderError as error:
+        except (tarfile.HeaderError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
             if type(error).__name__ == "EOFHeaderError":  # the two blocks of zeros that end a tar
                 raise
             what = str(error) or "it is cut off"
             raise tarfile.ReadError(f"a header is damaged: {what}") from error
 
 
+class _Stream:
+    """A file that tarfile reads forward only, and never far at once, whatever a header says."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._position = file, 0
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_STEP_BYTES:
+            raise tarfile.ReadError(f"a header says {size:,} bytes; at most {MAX_STEP_BYTES:,} are read")
+        content = self._file.read(size)
+        self._position += len(content)
+        return content
+
+    def seek(self, position: int) -> int:
+        distance = position - self._position
+        if not 0 <= distance <= MAX_STEP_BYTES:
+            raise tarfile.ReadError(f"a header says {distance:,} bytes; at most {MAX_STEP_BYTES:,} are read")
+        while (left := position - self._position) and self.read(min(left, 2**20)):
+            pass
+        return self._position
+
+
 def _samples(shard: str) -> Iterator[RawSample]:
-    """Neighbours of one key together, as webdataset has them."""
+    """Neighbours of one key together, as webdataset has them.
+
+    A kind of file that a sample has already begins the next sample. A key that the shard had before gets a number.
+    """
+    counts: dict[str, int] = {}
+
+    def whole(key: str, parts: dict[str, bytes]) -> Iterator[RawSample]:
+        for own, group in _by_name(key, parts):
+            unique = own
+            while unique in counts:
+                counts[own] += 1
+                unique = f"{own} ({counts[own]})"
+            counts[unique] = 1
+            yield RawSample(unique, shard, group)
+
     with contextlib.ExitStack() as stack:
-        stream = stack.enter_context(_opened(shard))
-        tar = stack.enter_context(tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member))
-        key, parts = None, {}
-        for member in tar:
-            tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
-            if not member.isfile():
-                continue
-            folder, slash, name = member.name.rpartition("/")
-            stem, dot, extension = name.partition(".")
+        file = stack.enter_context(_opened(shard))
+        start = file.peek(10)  # type: ignore[attr-defined]  # all that `_opened` gives have it
+        for pattern, unpacked in UNPACKERS.items():
+            if re.match(pattern, start):
+                file = stack.enter_context(unpacked(file))
+        tar = stack.enter_context(tarfile.TarFile(fileobj=_Stream(file), tarinfo=_Member))  # type: ignore[arg-type]
+        key, parts = "", {}
+        for name, content in _files(tar):
+            folder, slash, base = name.rpartition("/")
+            stem, dot, extension = base.partition(".")
             if not (stem and dot):
                 continue
-            if (full := f"{folder}{slash}{stem}") != key:
-                if key is not None:
-                    yield RawSample(key, shard, parts)
-                key, parts = full, {}
-            if member.size > MAX_PART_BYTES:
-                raise tarfile.ReadError(f"{member.name} has {member.size:,} bytes; at most {MAX_PART_BYTES:,} are read")
+            own, extension = f"{folder}{slash}{stem}", extension.lower()
+            if own != key or extension in parts or _is_long(parts, extension):
+                yield from whole(key, parts)
+                key, parts = own, {}
+            parts[extension] = content.read()
+        yield from whole(key, parts)
+
+
+def _by_name(key: str, parts: dict[str, bytes]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """The sample with its key; where all its files have several dots in their names (a.000.jpg, a.000.txt, a.001.jpg),
+    one for each name before the last dot, so that each of them is counted."""
+    if not all(map(_middle, parts)):
+        yield key, parts
+        return
+    groups: dict[str, dict[str, bytes]] = {}
+    for extension, content in parts.items():
+        groups.setdefault(_middle(extension), {})[extension] = content
+    for middle, group in groups.items():
+        yield f"{key}.{middle}", group
+
+
+def _middle(extension: str) -> str:
+    """What precedes the kind of a file: "000" of 000.jpg, nothing of jpg."""
+    if extension.endswith(EMBEDDING):
+        return extension.removesuffix(EMBEDDING).rstrip(".")
+    return extension.rpartition(".")[0]
+
+
+def _is_long(parts: dict[str, bytes], extension: str) -> bool:
+    """Whether these parts are not of one sample, by their number and names, so that they need not be held longer."""
+    if len(parts) < MAX_HELD_PARTS:
+        return False
+    middles = set(map(_middle, parts))
+    return "" not in middles and _middle(extension) not in middles
+
+
+def _files(tar: tarfile.TarFile) -> Iterator[tuple[str, IO[bytes]]]:
+    for member in tar:
+        tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
+        if member.issparse():
+            raise tarfile.ReadError(f"{member.name} is a sparse file, which is not read")
+        if member.size > MAX_PART_BYTES:
+            raise tarfile.ReadError(f"{member.name} has {member.size:,} bytes; at most {MAX_PART_BYTES:,} are read")
+        if member.isfile():
             content = tar.extractfile(member)
             assert content is not None
-            parts[extension.lower()] = content.read()
-        if key is not None:
-            yield RawSample(key, shard, parts)
+            yield member.name, content
 
 
 def _opened(shard: str) -> IO[bytes]:

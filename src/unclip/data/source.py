@@ -1,7 +1,4 @@
-"""What a training run draws its batches from: folders held in memory; or shards, which `data.stream` reads.
-
-Knows data sets and pixels; knows neither networks nor noise. Called by the training tasks.
-"""
+"""Sources of training batches: folders held in memory, or shards that are streamed."""
 
 import contextlib
 import itertools
@@ -11,15 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unclip.data.folder import MAX_SKIPPED_SHARE, CaptionedPictures, join, load_sizes
-from unclip.data.rows import Rows, Source, choose_captions
+from unclip.data.batches import NUM_WORKERS, Rows, ShardSource, Source, choose_captions
+from unclip.data.folder import MAX_SKIPPED_SHARE, USUAL_KEYS, CaptionedPictures, Keys, join, load_sizes
 from unclip.data.shards import is_shards
-from unclip.data.stream import NUM_WORKERS, ShardSource
 from unclip.errors import DataError
 
 
 class FolderSource:
-    """Folders with `metadata.jsonl` in memory; a picture is drawn by its weight to the power of `weight_power`."""
+    """Folders of captioned pictures in memory; a picture is drawn by its weight to the power of `weight_power`."""
 
     is_local = False
 
@@ -31,9 +27,10 @@ class FolderSource:
         weight_power: float = 1.0,
         include_held_out: bool = False,
         max_skipped_share: float = MAX_SKIPPED_SHARE,
+        keys: Keys = USUAL_KEYS,
     ) -> None:
         self.sizes = tuple(sizes)
-        read = [load_sizes(folder, self.sizes, max_skipped_share=max_skipped_share) for folder in folders]
+        read = [load_sizes(folder, self.sizes, keys=keys, max_skipped_share=max_skipped_share) for folder in folders]
         everything = [join(parts) for parts in zip(*read, strict=True)]
         split = [pictures.split(need_training=not include_held_out) for pictures in everything]
         self.pictures = everything if include_held_out else [training for training, _ in split]
@@ -88,13 +85,15 @@ def open_source(
     include_held_out: bool = False,
     max_skipped_share: float = MAX_SKIPPED_SHARE,
     num_workers: int = NUM_WORKERS,
+    keys: Keys = USUAL_KEYS,
     rank: int = 0,
     world: int = 1,
 ) -> Source:
-    """The data set at `data`: folders with `metadata.jsonl`, or tar shards (a folder of them, a glob, URLs).
+    """The data set at `data`: folders with metadata, or tar shards (a folder of them, a glob, URLs).
 
     Pictures or samples that cannot be read are skipped and named, up to `max_skipped_share` of all. A stream's samples
-    are decoded by `num_workers` threads.
+    are decoded by `num_workers` threads. `keys` name pictures and captions in the metadata of a folder, and captions in
+    the .json of a shard's samples.
 
     Raises: DataError when it is neither, or cannot be read.
     """
@@ -111,6 +110,7 @@ def open_source(
             max_skipped_share=max_skipped_share,
             weight_power=weight_power,
             num_workers=num_workers,
+            caption_key=keys.caption,
         )
     return FolderSource(
         [Path(place) for place in places],
@@ -118,4 +118,5 @@ def open_source(
         weight_power=weight_power,
         include_held_out=include_held_out,
         max_skipped_share=max_skipped_share,
+        keys=keys,
     )

@@ -1,17 +1,125 @@
-"""The denoising loop: the only one, for every stage, sampler and direction.
+"""Where random numbers come from: one generator for a batch, or one for every image.
 
-Does not know what is denoised, which sampler steps, or whether guidance is on.
-Pipelines call `run`; callbacks, previews, cancellation, progress and noise live here.
+Does not know what the noise is for, nor the schedule.
+Pipelines make one `NoiseSource` a call; the loop and the first x_T draw from it in order.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from unclip.diffusion.noise import NoiseSource
 from unclip.diffusion.sampler import Memory, Sampler
 from unclip.errors import InputError
+from unclip.numbers import several, whole
+
+_SEED_END = 2**64
+
+
+class NoiseSource:
+    """Standard normal noise, in the order and by the calls of the reference.
+
+    One generator makes each draw for the whole batch at once, so the same seed gives the reference's picture. A list
+    gives every image its own generator, so picture i does not depend on the batch it is made in. Noise is drawn on
+    the generator's own device and then moved; a CPU generator therefore gives the same noise everywhere.
+
+    Args:
+        generator: None for torch's global generator, one generator, or a list with one an image.
+        batch_size: number of images, 1 or more.
+
+    Raises:
+        InputError: the list's length is not `batch_size`, or something in it is no generator.
+    """
+
+    def __init__(self, generator: torch.Generator | Sequence[torch.Generator] | None, batch_size: int) -> None:
+        if isinstance(generator, Sequence):
+            if len(generator) != batch_size:
+                raise InputError(
+                    f"there are {len(generator)} generators for {batch_size} images; give one, or one an image"
+                )
+            generator = list(generator)
+        each = generator if isinstance(generator, list) else [generator]
+        if generator is not None and not all(isinstance(one, torch.Generator) for one in each):
+            raise InputError(f"the generator is {generator!r}; it must be a torch.Generator, a list of them, or None")
+        self._generator = generator
+        self._batch_size = batch_size
+
+    def draw(self, shape: Sequence[int], device: torch.device | str) -> Tensor:
+        """The next noise, always float32, so that one seed gives one picture whatever the network's dtype.
+
+        Args:
+            shape: [batch, ...], with the source's batch size.
+            device: where the noise is wanted.
+
+        Raises:
+            InputError: `shape` is for another number of images.
+        """
+        shape = tuple(shape)
+        if not shape or shape[0] != self._batch_size:
+            raise InputError(f"noise of shape {shape} is wanted from a source for {self._batch_size} images")
+        if isinstance(self._generator, list):
+            return torch.cat([_randn((1, *shape[1:]), one, device) for one in self._generator])
+        return _randn(shape, self._generator, device)
+
+    def branches(self, count: int) -> "list[NoiseSource]":
+        """Further sources, independent of this one and of each other, which leave this one where it is.
+
+        Branch k is the same however many are asked for, and a generator gives the same branches in the same state. An
+        image with its own generator has its own branches, whatever batch it is in. Of torch's global generator there
+        is only one: its branches are that one itself, and drawing from them moves it.
+        """
+        if self._generator is None:
+            return [self] * count
+        if isinstance(self._generator, list):
+            each = [_branches(one, count) for one in self._generator]
+            return [NoiseSource([own[k] for own in each], self._batch_size) for k in range(count)]
+        return [NoiseSource(one, self._batch_size) for one in _branches(self._generator, count)]
+
+
+def _branches(generator: torch.Generator, count: int) -> list[torch.Generator]:
+    """Generators seeded by a copy of this one in its present state."""
+    copy = torch.Generator(generator.device)
+    copy.set_state(generator.get_state())
+    seeds = [int(torch.randint(2**63 - 1, (), generator=copy, device=copy.device)) for _ in range(count)]
+    return [torch.Generator(generator.device).manual_seed(seed) for seed in seeds]
+
+
+def _randn(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device | str) -> Tensor:
+    if generator is None:
+        return torch.randn(shape, device=device, dtype=torch.float32)
+    return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32).to(device)
+
+
+def generators_from_seed(seed: int | Sequence[int], batch_size: int) -> list[torch.Generator]:
+    """One CPU generator an image.
+
+    Args:
+        seed: a whole number from 0 to 2^64 - 1: image i takes seed + i (modulo 2^64), so it is the first image of that
+            seed. Or a sequence or array of one such number an image.
+        batch_size: number of images, 1 or more.
+
+    Raises:
+        InputError: a seed is no integer or outside its limits, or there are more or fewer of them than images.
+    """
+    given = several(seed)
+    if given is not None:
+        seeds = [_check_seed(one) for one in given]
+        if len(seeds) != batch_size:
+            raise InputError(f"there are {len(seeds)} seeds for {batch_size} images; give one seed, or one an image")
+    else:
+        seeds = [following_seed(seed, index) for index in range(batch_size)]
+    return [torch.Generator().manual_seed(one) for one in seeds]
+
+
+def following_seed(seed: object, index: int) -> int:
+    """The seed `index` places after this one, and round from the largest to 0. Raises: InputError as above."""
+    return (_check_seed(seed) + index) % _SEED_END
+
+
+def _check_seed(seed: object) -> int:
+    return whole(seed, "the seed", 0, _SEED_END - 1)
+
 
 Denoiser = Callable[[Tensor, int], Tensor]
 """(x_t float32, t) -> the network's raw output; casts to the network's dtype itself."""

@@ -1,18 +1,298 @@
-"""The ecosystem's face of a process and its samplers: three schedulers by the names and settings people know.
+"""What the ecosystem's schedulers share: settings, files, timesteps, and a step's bookkeeping.
 
-Know no network and no loop; the arithmetic is the samplers', the bookkeeping `scheduler_base`'s.
-Pipelines hold one a stage; users exchange them with `from_config`.
+Does not know which sampler takes the step. Its state (timesteps, the last step) serves hand-written loops alone.
+`scheduler` builds the three public classes on it; pipelines take any `Scheduler`.
 """
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
 
+import torch
 from torch import Tensor
 
-from unclip.diffusion import settings as _settings
-from unclip.diffusion.sampler import AncestralSampler, DDIMSampler, DPMSolverPlusPlus2MSampler
-from unclip.diffusion.scheduler_base import Generators, Scheduler, SchedulerOutput
-from unclip.errors import ConfigError
+from unclip.diffusion import scheduler_config as _settings
+from unclip.diffusion.loop import NoiseSource
+from unclip.diffusion.process import DiffusionProcess
+from unclip.diffusion.sampler import AncestralSampler, DDIMSampler, DPMSolverPlusPlus2MSampler, Memory, Sampler
+from unclip.diffusion.schedule import SPACINGS, spaced_timesteps
+from unclip.diffusion.scheduler_config import SchedulerConfig
+from unclip.errors import ConfigError, InputError
+from unclip.numbers import plain, whole
+
+CONFIG_NAME = "scheduler_config.json"
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+class SchedulerOutput(NamedTuple):
+    """A step's result.
+
+    Attributes:
+        prev_sample: the sample at the next, less noisy timestep, in the dtype of the one before.
+        pred_original_sample: the predicted clean sample, float32.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
+
+
+class Scheduler:
+    """What the three schedulers share. Make one of them, not this.
+
+    Pipelines ask for `process`, `spaced_timesteps` and `sampler`, none of which ever change.
+
+    Attributes:
+        config: the settings, read-only, as a mapping and as attributes.
+        timesteps: LongTensor, descending: every timestep until `set_timesteps` chooses.
+        num_inference_steps: what `set_timesteps` was told; None before.
+    """
+
+    order: ClassVar[int] = 1
+    init_noise_sigma: ClassVar[float] = 1.0
+    _neutral: ClassVar[_settings.Neutral] = _settings.NEUTRAL_EVERYWHERE
+    _foreign: ClassVar[_settings.Neutral] = _settings.FOREIGN_NEUTRAL
+    _includes_zero: ClassVar[bool] = True
+
+    def __init__(self, settings: Mapping[str, Any], unused: Mapping[str, object]) -> None:
+        name, settings = type(self).__name__, {key: plain(value) for key, value in settings.items()}
+        _settings.check_neutral(name, self._neutral, unused)
+        if not isinstance(settings["clip_sample"], bool):
+            raise ConfigError(f"clip_sample is {settings['clip_sample']!r}; it must be true or false")
+        if settings.get("timestep_spacing", "linspace") not in SPACINGS:
+            raise ConfigError(
+                f"timestep_spacing is {settings['timestep_spacing']!r}; it must be one of {', '.join(SPACINGS)}"
+            )
+        self._config = SchedulerConfig({"_class_name": name, **settings})
+        self._process = DiffusionProcess(
+            num_timesteps=settings["num_train_timesteps"],
+            beta_schedule=settings["beta_schedule"],
+            beta_start=settings["beta_start"],
+            beta_end=settings["beta_end"],
+            prediction_type=settings["prediction_type"],
+            variance_type="fixed_small_log" if settings["variance_type"] is None else settings["variance_type"],
+            clip_range=settings["clip_sample_range"] if settings["clip_sample"] else None,
+        )
+        self._sampler = self._new_sampler()
+        self.num_inference_steps: int | None = None
+        self._take_path(tuple(range(self._process.num_timesteps - 1, -1, -1)), None)
+
+    def _new_sampler(self) -> Sampler:
+        raise NotImplementedError
+
+    def _take_path(self, path: tuple[int, ...], device: torch.device | str | None) -> None:
+        self._path = path
+        self._timesteps = torch.tensor(path, dtype=torch.long, device=device)
+        self._last: tuple[int, Memory] | None = None  # where the last step led, and what its sampler remembers
+
+    # ---- what never changes: pipelines rely on these ----
+
+    @property
+    def config(self) -> SchedulerConfig:
+        """The settings."""
+        return self._config
+
+    @property
+    def process(self) -> DiffusionProcess:
+        """The process that the settings describe."""
+        return self._process
+
+    def sampler(self) -> Sampler:
+        """The immutable sampler that the settings describe."""
+        return self._sampler
+
+    def spaced_timesteps(self, num_steps: int) -> tuple[int, ...]:
+        """The timesteps of a sampling in `num_steps`, descending, by the scheduler's rule.
+
+        Raises:
+            InputError: `num_steps` is no integer in 1..num_train_timesteps.
+        """
+        return spaced_timesteps(
+            self._process.num_timesteps,
+            num_steps,
+            str(self._config.get("timestep_spacing", "linspace")),
+            includes_zero=self._includes_zero,
+        )
+
+    def __len__(self) -> int:
+        return self._process.num_timesteps
+
+    def __repr__(self) -> str:
+        entries = ", ".join(f"{key}={value!r}" for key, value in self._config.items() if not key.startswith("_"))
+        return f"{type(self).__name__}({entries})"
+
+    # ---- hand-written loops ----
+
+    @property
+    def timesteps(self) -> Tensor:
+        """See the class."""
+        return self._timesteps
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+        """Choose `timesteps`, on `device`, and forget the steps so far.
+
+        Raises:
+            InputError: `num_inference_steps` is no integer in 1..num_train_timesteps.
+        """
+        path = self.spaced_timesteps(num_inference_steps)
+        self.num_inference_steps = len(path)
+        self._take_path(path, device)
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
+        """`sample` as it is: these processes keep the variance, so there is nothing to scale."""
+        return sample
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
+        """`DiffusionProcess.add_noise` in the samples' dtype; `timesteps` int64 of shape [batch], [1] or []."""
+        if isinstance(timesteps, Tensor) and timesteps.ndim == 0:
+            timesteps = timesteps[None]
+        return self._process.add_noise(original_samples, noise, timesteps).to(original_samples.dtype)
+
+    def _next(self, t: int) -> int:
+        """Where a step from `t` leads if nobody says."""
+        if t not in self._path:
+            raise InputError(f"timestep {t} is none of the scheduler's timesteps; pass prev_timestep with it")
+        place = self._path.index(t) + 1
+        return self._path[place] if place < len(self._path) else -1
+
+    def _step(
+        self,
+        sampler: Sampler,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        prev_timestep: int | Tensor | None,
+        generator: Generators,
+        return_dict: bool,
+        noise: Tensor | None = None,
+    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
+        count = self._process.num_timesteps
+        t = whole(timestep, "the timestep", 0, count - 1)
+        if prev_timestep is None:
+            t_next = self._next(t)
+        else:  # the ecosystem's loops end at any number below 0
+            t_next = max(whole(prev_timestep, "prev_timestep", -count, count - 1), -1)
+        prediction = self._process.predict(model_output, sample, t)
+        if noise is not None:
+            noise = _given_noise(noise, generator, sample)
+        elif sampler.needs_noise(t, t_next):
+            noise = NoiseSource(generator, sample.shape[0]).draw(sample.shape, sample.device)
+        # A step that does not go on where the last one ended begins a new run.
+        memory = self._last[1] if self._last is not None and self._last[0] == t else None
+        x, memory = sampler.step(prediction, sample, t, t_next, memory, noise)
+        self._last = (t_next, memory)
+        output = SchedulerOutput(x.to(sample.dtype), prediction.x0)
+        return output if return_dict else (output.prev_sample, output.pred_original_sample)
+
+    # ---- settings and files ----
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Self:
+        """A scheduler with the settings of `config`, which may be another scheduler's.
+
+        The process is kept: schedule, prediction, variance and clipping, also where `config` left them at the
+        defaults of its own class (named by its "_class_name"; without one, the settings that UnCLIPScheduler alone has
+        are its). Karlo's even spacing of timesteps is kept too. Settings in `config` of a sibling's way of sampling and
+        names that begin with "_" are ignored.
+
+        Args:
+            config: a scheduler's `config`, or the content of a scheduler_config.json.
+            overrides: settings of this class that replace those of `config`.
+
+        Raises:
+            ConfigError: a setting is unknown, not implemented, or outside its limits; or an override is of a sibling's
+                way of sampling.
+        """
+        if not isinstance(config, Mapping):
+            raise ConfigError(f"the configuration is {type(config).__name__}; pass a scheduler's config, or a dict")
+        known = {*cls._defaults(), *cls._neutral}
+        _settings.check_overrides(cls.__name__, known, cls._foreign, overrides)
+        inherited: dict[str, object] = {}
+        siblings = {one.__name__: one for one in Scheduler.__subclasses__()}
+        source = siblings.get("UnCLIPScheduler" if _settings.is_unclip(config) else str(config.get("_class_name")))
+        if source is not None and source is not cls:
+            defaults = source._defaults()
+            inherited = {name: defaults[name] for name in _settings.PROCESS_SETTINGS}
+            inherited["timestep_spacing"] = defaults.get("timestep_spacing", "linspace")
+        given = {**inherited, **config, **overrides}
+        if given.get("variance_type", ...) is None:
+            del given["variance_type"]  # of those for whom it plays no part
+        own = _settings.own_settings(cls.__name__, known, given)
+        return cls(**own)
+
+    @classmethod
+    def _defaults(cls) -> dict[str, Any]:
+        parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        return {one.name: one.default for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        subfolder: str | None = None,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | None = None,
+        **overrides: Any,
+    ) -> Self:
+        """`from_config` of the scheduler_config.json in a folder, or in a repository on the hub.
+
+        Args:
+            name_or_folder: a folder, or a repository's name.
+            subfolder: the scheduler's folder inside it, "decoder_scheduler", say.
+            revision, cache_dir, local_files_only, token: where and how to look on the hub.
+            overrides: settings that replace those of the file; and the ecosystem's further arguments, which are ignored
+                with one warning, or refused.
+
+        Raises:
+            InputError: an argument is refused.
+            CheckpointError: the file is not there or cannot be read.
+            ConfigError: as `from_config`.
+        """
+        from unclip.checkpoints.asked import settled
+        from unclip.checkpoints.files import read_json, safe_join
+        from unclip.checkpoints.hub import resolve
+
+        overrides = settled(overrides, cls.from_pretrained, None)
+        file = CONFIG_NAME if subfolder is None else f"{subfolder}/{CONFIG_NAME}"
+        folder = resolve(
+            name_or_folder,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+            allow_patterns=[file],
+        )
+        return cls.from_config(read_json(safe_join(folder, file), allow_infinity=True), **overrides)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write scheduler_config.json into `folder`, which is made if it is not there.
+
+        Raises:
+            InputError, OutputExistsError: `folder` is no possible name, or a file.
+        """
+        from unclip.checkpoints.files import output_folder, write_json
+
+        folder = output_folder(folder)
+        entries = dict(self._config)
+        if self._process.beta_schedule == "squaredcos_cap_v2":
+            del entries["beta_start"], entries["beta_end"]  # they mean nothing to it, and Karlo's files have none
+        write_json(folder / CONFIG_NAME, entries)
+
+
+def _given_noise(noise: object, generator: Generators, sample: Tensor) -> Tensor:
+    if not isinstance(noise, Tensor) or noise.shape != sample.shape or not noise.is_floating_point():
+        what = tuple(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
+        raise InputError(
+            f"variance_noise is {what}; it must be floating and of the sample's shape {tuple(sample.shape)}"
+        )
+    if generator is not None:
+        raise InputError("generator and variance_noise are both given; pass one of them, as both say what the noise is")
+    return noise.to(sample.device, torch.float32)
+
 
 __all__ = [
     "DDIMScheduler",

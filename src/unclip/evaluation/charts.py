@@ -1,181 +1,138 @@
-"""Line charts as SVG texts: small panels of series, axes with round numbers, a legend.
+"""The charts of a sweep: quality against seconds, and against guidance, as SVG documents (by matplotlib)."""
 
-Knows numbers and labels; knows not what was measured. Called by the sweep's command and by the report.
-"""
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
+from unclip.errors import MissingDependencyError
+from unclip.settings import SETTINGS
 
-PANEL_WIDTH, PANEL_HEIGHT = 440, 290
-LEFT, RIGHT, TOP, BOTTOM = 64, 18, 38, 50
-"""Margins of a panel, in pixels, for titles and numbers."""
-LEGEND_ROW, LEGEND_SWATCH = 20, 30
+LABELS = {name: setting.label for name, setting in SETTINGS.items()} | {"sampler": "sampler"}
+GUIDANCE = ("prior_guidance_scale", "decoder_guidance_scale")
+STEPS = tuple(name for name in LABELS if name.endswith("_steps"))
+SPACES = {"distance": "judge's space", "feature_distance": "other space"}
+"""The distances of a point, by key, and the names of their feature spaces in charts."""
 LOG_FROM = 8
-"""Where the largest x is so many times the smallest, x is drawn on a logarithmic scale if that is allowed."""
-COLOURS = ("#0b6fb8", "#d9541e", "#2f8f3e", "#8b4bb0", "#b8860b", "#008b8b", "#c2366e", "#5f6670")
-DASHES = ("", "6 3", "2 3")
-MAX_SERIES = len(COLOURS) * len(DASHES)
-FONT = "font-family='DejaVu Sans, Verdana, Helvetica, sans-serif'"
+"""The x axis is logarithmic where the largest number of seconds is this many times the smallest."""
+MAX_LINES = 24
+DASHES = ("-", "--", ":")
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "unclip",
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "font.size": 9,
+    "axes.titlesize": 9,
+}
+"""Text stays text, and the same numbers give the same file."""
+
+Point = dict[str, Any]
+"""The result of one combination: "settings", "seconds_per_picture", and rates and distances by group."""
+Line = tuple[str, list[tuple[float, Point]]]
+"""A label, and points with their x, in ascending order."""
+Measure = tuple[str, Callable[[dict[str, Any]], float], float | None]
+"""A title, the value in a point's rates, and the value of real pictures."""
 
 
-@dataclass(frozen=True)
-class Series:
-    """A line: its label and its points, drawn in this order."""
+def varied(points: Sequence[Point]) -> dict[str, list[Any]]:
+    """The settings that have several values, with these values in order."""
+    names = dict.fromkeys(name for point in points for name in point["settings"])
+    values = {name: dict.fromkeys(point["settings"].get(name) for point in points) for name in names}
+    return {name: list(found) for name, found in values.items() if len(found) > 1}
 
-    label: str
-    points: Sequence[tuple[float, float]]
 
+def curves(found: Mapping[str, Any]) -> dict[str, str]:
+    """SVG documents by x axis: "seconds", and "prior-guidance" and "decoder-guidance" where they vary.
 
-@dataclass(frozen=True)
-class Panel:
-    """One pair of axes.
+    Args:
+        found: the result of `sweep`.
 
-    Attributes:
-        title: above it.
-        x_label: below it.
-        series: at most 24 are drawn, told apart by colour and dash, the same in every panel.
-        percent: whether y is a share, shown in per cent.
-        log_x: whether x may be drawn logarithmically.
-        reference: a level to compare with, as (label, y): drawn as a thin line.
+    Raises: MissingDependencyError without matplotlib.
     """
-
-    title: str
-    x_label: str
-    series: Sequence[Series]
-    percent: bool = False
-    log_x: bool = False
-    reference: tuple[str, float] | None = None
-
-
-def chart(panels: Sequence[Panel], *, title: str, columns: int = 2) -> str:
-    """An SVG document: panels in rows, one legend for all below. The labels of the first panel's series are shown."""
-    columns = min(columns, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    labels = [series.label for series in panels[0].series] if panels else []
-    shown = labels[:MAX_SERIES] if len(labels) > 1 else []
-    legend, legend_height = _legend(shown, len(labels) - len(shown) if shown else 0, columns * PANEL_WIDTH)
-    width, height = columns * PANEL_WIDTH, 40 + rows * PANEL_HEIGHT + legend_height
-    parts = [
-        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height}' width='{width}' height='{height}' "
-        f"role='img' {FONT} font-size='12' fill='#222'>",
-        f"<title>{escape(title)}</title>",
-        f"<rect width='{width}' height='{height}' fill='#fff'/>",
-        f"<text x='{width / 2:g}' y='26' text-anchor='middle' font-size='16' font-weight='bold'>{escape(title)}</text>",
-    ]
-    for place, panel in enumerate(panels):
-        x, y = place % columns * PANEL_WIDTH, 40 + place // columns * PANEL_HEIGHT
-        parts.append(f"<g transform='translate({x} {y})'>{_panel(panel)}</g>")
-    parts.append(f"<g transform='translate(0 {40 + rows * PANEL_HEIGHT})'>{legend}</g></svg>")
-    return "\n".join(parts) + "\n"
-
-
-def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers from `low` to `high`, at most `most`: multiples of 1, 2 or 5 times a power of ten."""
-    if not high > low:
-        return [low]
-    rough = (high - low) / (most - 1)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
-    first = math.ceil(low / step - 1e-9)
-    count = math.floor(high / step + 1e-9) - first
-    return [round((first + i) * step, 12) for i in range(count + 1)]
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """From values to pixels."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        low, high, value = (math.log(v) if self.log else v for v in (self.low, self.high, value))
-        return round(self.start + (value - low) / (high - low) * (self.end - self.start), 2)
-
-    def marks(self) -> list[float]:
-        """Where numbers stand."""
-        if not self.log:
-            return ticks(self.low, self.high)
-        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        return [v for p in powers for f in (1, 2, 5) if self.low <= (v := f * 10.0**p) <= self.high]
-
-
-def _panel(panel: Panel) -> str:
-    points = [point for series in panel.series for point in series.points]
-    right, bottom = PANEL_WIDTH - RIGHT, PANEL_HEIGHT - BOTTOM
-    parts = [f"<text x='{LEFT}' y='24' font-weight='bold'>{escape(panel.title)}</text>"]
+    points, several = found["points"], varied(found["points"])
     if not points:
-        return "".join([*parts, f"<text x='{LEFT}' y='60' fill='#666'>nothing to show</text>"])
-    x = _x_scale([x for x, _ in points], panel.log_x, LEFT, right)
-    levels = [y for _, y in points] + ([panel.reference[1]] if panel.reference else [])
-    y = _Scale(*_padded(min(levels), max(levels), floor_zero=min(levels) >= 0), bottom, TOP)
-    for value in y.marks():
-        at = y(value)
-        shown = f"{value:.0%}" if panel.percent and y.high - y.low > 0.05 else _number(value, panel.percent)
-        parts.append(f"<path d='M{LEFT} {at}H{right}' stroke='#e4e6e8'/>")
-        parts.append(f"<text x='{LEFT - 8}' y='{at + 4}' text-anchor='end' fill='#555'>{shown}</text>")
-    for value in x.marks():
-        parts.append(f"<path d='M{x(value)} {bottom}v5' stroke='#888'/>")
-        parts.append(f"<text x='{x(value)}' y='{bottom + 19}' text-anchor='middle' fill='#555'>{_number(value)}</text>")
-    parts.append(f"<path d='M{LEFT} {TOP}V{bottom}H{right}' stroke='#888' fill='none'/>")
-    middle = (LEFT + right) / 2
-    parts.append(f"<text x='{middle:g}' y='{bottom + 40}' text-anchor='middle'>{escape(panel.x_label)}</text>")
-    if panel.reference:
-        label, level = panel.reference
-        parts.append(f"<path d='M{LEFT} {y(level)}H{right}' stroke='#444' stroke-dasharray='1 4'/>")
-        parts.append(f"<text x='{right}' y='{y(level) - 5}' text-anchor='end' fill='#444'>{escape(label)}</text>")
-    for place, series in enumerate(panel.series[:MAX_SERIES]):
-        line = " ".join(f"{x(a)},{y(b)}" for a, b in series.points)
-        parts.append(f"<polyline points='{line}' fill='none' {_stroke(place)}/>")
-        colour = COLOURS[place % len(COLOURS)]
-        parts += [
-            f"<circle cx='{x(a)}' cy='{y(b)}' r='3.5' fill='{colour}'>"
-            f"<title>{escape(series.label)}: {_number(a)}, {_number(b, panel.percent)}</title></circle>"
-            for a, b in series.points
-        ]
-    return "".join(parts)
+        return {}
+    fixed = [name for name in several if name not in STEPS]
+    lines = _lines(points, fixed, lambda point: point["seconds_per_picture"])
+    charts = {"seconds": _chart(found, lines, "seconds a picture", "Quality against seconds", log_x=True)}
+    for name in GUIDANCE:
+        if name in several:
+            others = [other for other in several if other != name]
+            lines = _lines(points, others, lambda point, name=name: point["settings"][name])
+            label = LABELS[name]
+            charts[label.replace(" ", "-")] = _chart(found, lines, label, f"Quality against {label}")
+    return charts
 
 
-def _x_scale(values: list[float], log_allowed: bool, start: float, end: float) -> _Scale:
-    low, high = min(values), max(values)
-    if log_allowed and low > 0 and high >= LOG_FROM * low:
-        return _Scale(low / 1.15, high * 1.15, start, end, log=True)
-    return _Scale(*_padded(low, high, floor_zero=low >= 0), start, end)
+def _lines(points: Sequence[Point], fixed: Sequence[str], x: Callable[[Point], float]) -> list[Line]:
+    """One line for each combination of the `fixed` settings."""
+    lines: dict[str, list[tuple[float, Point]]] = {}
+    for point in points:
+        label = ", ".join(_setting(name, point["settings"].get(name)) for name in fixed)
+        lines.setdefault(label or "all", []).append((x(point), point))
+    return [(label, sorted(line, key=lambda pair: pair[0])) for label, line in lines.items()]
 
 
-def _padded(low: float, high: float, *, floor_zero: bool) -> tuple[float, float]:
-    """A little more than the values take, but not below 0 for values that are never negative."""
-    space = (high - low) * 0.08 or abs(high) * 0.1 or 1.0
-    return (max(0.0, low - space) if floor_zero else low - space), high + space
+def _setting(name: str, value: Any) -> str:
+    return str(value) if name == "sampler" else f"{LABELS.get(name, name)} {value:g}"
 
 
-def _stroke(place: int) -> str:
-    dash = DASHES[place // len(COLOURS) % len(DASHES)]
-    dashed = f" stroke-dasharray='{dash}'" if dash else ""
-    return f"stroke='{COLOURS[place % len(COLOURS)]}' stroke-width='2'{dashed}"
+def _measures(point: Point, group: str, real: Mapping[str, float]) -> list[Measure]:
+    """The panels of one group."""
+    measures: list[Measure] = [
+        ("found first", lambda rates: rates["at_1"], real["at_1"]),
+        ("found among five", lambda rates: rates["at_5"], real["at_5"]),
+        ("CLIP score", lambda rates: rates["clip_score"], real["clip_score"]),
+    ]
+    for key, space in SPACES.items():
+        if key in point[group]:
+            kind = "fid" if "fid" in point[group][key] else "frechet"
+            name = "FID" if kind == "fid" else f"Fréchet distance, {space}"
+            measures.append((f"{name} (lower is better)", lambda rates, k=key, d=kind: rates[k][d], None))
+    return measures
 
 
-def _number(value: float, percent: bool = False) -> str:
-    return f"{value:.1%}" if percent else f"{value:.4g}"
+def _chart(found: Mapping[str, Any], lines: Sequence[Line], x_label: str, title: str, *, log_x: bool = False) -> str:
+    """One panel for each group and measure, and one legend for all of them."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import PercentFormatter
+    except ImportError as error:
+        raise MissingDependencyError("charts need matplotlib: pip install 'unclip[evaluation]'") from error
+
+    first = found["points"][0]
+    panels = [(group, each) for group, real in found["real"].items() for each in _measures(first, group, real)]
+    xs = [x for _, line in lines for x, _ in line]
+    shown, document = lines[:MAX_LINES], io.StringIO()
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9, 0.8 + 2.9 * -(-len(panels) // 2)), layout="constrained")
+        FigureCanvasSVG(figure)
+        grid = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).flatten()
+        for axes, (group, (name, value, real)) in zip(grid, panels, strict=False):
+            for place, (label, line) in enumerate(shown):
+                ys = [value(point[group]) for _, point in line]
+                style = {"color": f"C{place % 10}", "linestyle": DASHES[place // 10]}
+                axes.plot([x for x, _ in line], ys, marker="o", markersize=3, label=_escaped(label), **style)
+            if real is not None:
+                axes.axhline(real, color="0.5", linewidth=1, linestyle="--", label="real pictures")
+            if log_x and 0 < min(xs) * LOG_FROM <= max(xs):
+                axes.set_xscale("log")
+                axes.xaxis.set_major_formatter("{x:g}")
+            if name.startswith("found"):
+                axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axes.set(title=_escaped(f"{group.replace('_', ' ')}: {name}"), xlabel=x_label)
+        for axes in grid[len(panels) :]:
+            axes.set_axis_off()
+        more = f" (and {len(lines) - MAX_LINES} more lines, not shown)" if len(lines) > MAX_LINES else ""
+        figure.suptitle(_escaped(title + more), fontweight="bold")
+        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        figure.savefig(document, format="svg", metadata={"Date": None, "Creator": None, "Title": title})
+    text = document.getvalue()
+    return text[text.index("<svg") :]  # without the XML declaration, so that a page can contain it
 
 
-def _legend(labels: list[str], left_out: int, width: int) -> tuple[str, int]:
-    if not labels:
-        return "", 10
-    longest = max(len(label) for label in labels)
-    column = min(width - LEFT, LEGEND_SWATCH + 22 + 8 * longest)
-    columns = max(1, (width - LEFT) // column)
-    parts = []
-    for place, label in enumerate(labels):
-        x, y = LEFT + place % columns * column, 10 + place // columns * LEGEND_ROW
-        parts.append(f"<path d='M{x} {y}h{LEGEND_SWATCH - 6}' {_stroke(place)}/>")
-        parts.append(f"<text x='{x + LEGEND_SWATCH}' y='{y + 4}'>{escape(label)}</text>")
-    rows = math.ceil(len(labels) / columns)
-    if left_out:
-        parts.append(f"<text x='{LEFT}' y='{14 + rows * LEGEND_ROW}' fill='#666'>and {left_out} more, not drawn</text>")
-    return "".join(parts), (rows + bool(left_out)) * LEGEND_ROW + 14
+def _escaped(text: str) -> str:
+    """Without it matplotlib reads what stands between dollar signs as a formula."""
+    return text.replace("$", r"\$")

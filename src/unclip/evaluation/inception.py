@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from unclip.checkpoints.header import read_header
-from unclip.checkpoints.weights import PICKLE_SUFFIXES, WeightsIndex, fill, open_weights
+from unclip.checkpoints.weights import PICKLE_SUFFIXES, WeightsIndex, fill, open_weights, read_header
 from unclip.errors import MissingFileError, UnsafeFileError, WeightsError
 from unclip.images import rgb
 
 if TYPE_CHECKING:
-    from unclip.checkpoints.header import TensorInfo
+    from unclip.checkpoints.weights import TensorInfo
 
 INPUT_PX = 299
 FEATURES = 2048

@@ -12,10 +12,11 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from unclip.data.emoji.evaluation_set import Exam, Progress, batches, check_counts
 from unclip.errors import InputError
-from unclip.evaluation.distances import FeatureSpace, distances
-from unclip.evaluation.exam import Exam, Progress, batches, check_counts
-from unclip.evaluation.judge import Candidates, Judge
+from unclip.evaluation.charts import Point
+from unclip.evaluation.measures import FeatureSpace, distances
+from unclip.evaluation.retrieval import Candidates, Judge
 from unclip.pipelines.text_to_image import UnCLIPPipeline
 
 SAMPLER = "sampler"
@@ -24,8 +25,6 @@ MAX_POINTS = 1000
 
 Settings = Mapping[str, Any]
 """A value for each argument of a call that is swept, and for `SAMPLER`."""
-Point = dict[str, Any]
-"""What was found at one place: "settings", "seconds_per_picture", and rates and distances by group."""
 
 
 def grid_of(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
@@ -146,10 +145,3 @@ def judged(
     pair = (features.look(made), featured) if features is not None and featured is not None else None
     rates = candidates.rates(of_made, asked)
     return {"num": len(made), **rates, **distances((of_made, looked), features, pair)}
-
-
-def varied(points: Sequence[Point]) -> dict[str, list[Any]]:
-    """The settings of which several values occur, with these values in order."""
-    names = dict.fromkeys(name for point in points for name in point["settings"])
-    values = {name: dict.fromkeys(point["settings"].get(name) for point in points) for name in names}
-    return {name: list(found) for name, found in values.items() if len(found) > 1}

@@ -10,11 +10,11 @@ from typing import Any
 from PIL import Image
 
 from unclip.checkpoints.files import read_json
+from unclip.data.emoji.evaluation_set import Progress, bare_caption, batches, check_counts, concepts_of
 from unclip.data.folder import read_records
 from unclip.errors import DataError
-from unclip.evaluation.exam import Progress, bare_caption, batches, check_counts, concepts_of
-from unclip.evaluation.judge import Candidates, Judge
-from unclip.evaluation.sheets import draw_told
+from unclip.evaluation.report import draw_told
+from unclip.evaluation.retrieval import Candidates, Judge
 from unclip.pipelines.text_to_image import UnCLIPPipeline
 
 

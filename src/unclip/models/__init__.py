@@ -3,8 +3,7 @@
 They know no noise, no schedule and no pipeline. Stages and training call them.
 """
 
-from unclip.models.component import Component
-from unclip.models.config import ModelConfig
+from unclip.models.component import Component, ModelConfig
 from unclip.models.prior import PriorConfig, PriorPrefix, PriorTransformer, PriorTransformerOutput
 from unclip.models.prior_autoregressive import AutoregressivePrior, AutoregressivePriorConfig, CodeMemory
 from unclip.models.text_proj import UnCLIPTextProjConfig, UnCLIPTextProjModel

@@ -11,12 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.errors import InputError
-from unclip.models.attention import MASKED, KeyValue, PriorBlock, initialize_blocks, mask_bias
-from unclip.models.component import Component, check_rows
-from unclip.models.config import MAX_LAYERS, ModelConfig
-from unclip.models.embeddings import ACTIVATIONS, TimestepEmbedding, sinusoidal_embedding, timestep_rows
+from unclip.models.component import MAX_LAYERS, Component, ModelConfig, check_rows
 from unclip.models.entry import entry_point, routes_entry_points
 from unclip.models.kernels import Linear
+from unclip.models.layers import (
+    ACTIVATIONS,
+    MASKED,
+    KeyValue,
+    PriorBlock,
+    TimestepEmbedding,
+    initialize_blocks,
+    mask_bias,
+    sinusoidal_embedding,
+    timestep_rows,
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.errors import ConfigError, InputError
-from unclip.models.attention import MASKED, KeyValue, PriorBlock, initialize_blocks, mask_bias
-from unclip.models.component import Component, check_rows
-from unclip.models.config import MAX_LAYERS, ModelConfig
+from unclip.models.component import MAX_LAYERS, Component, ModelConfig, check_rows
 from unclip.models.entry import entry_point, routes_entry_points
 from unclip.models.kernels import Embedding, Linear
+from unclip.models.layers import MASKED, KeyValue, PriorBlock, initialize_blocks, mask_bias
 from unclip.models.pca import PrincipalComponents
 
 MAX_TOKENS = 16_384

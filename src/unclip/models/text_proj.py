@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unclip.errors import InputError
-from unclip.models.component import Component, check_rows
-from unclip.models.config import ModelConfig
+from unclip.models.component import Component, ModelConfig, check_rows
 from unclip.models.kernels import Linear
 
 

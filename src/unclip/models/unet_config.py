@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from unclip.errors import ConfigError
-from unclip.models.config import ANYTHING, MAX_LAYERS, Anything, ModelConfig
-from unclip.models.embeddings import ACTIVATIONS
+from unclip.models.component import ANYTHING, MAX_LAYERS, Anything, ModelConfig
+from unclip.models.layers import ACTIVATIONS
 
 PLAIN_DOWN, PLAIN_UP = "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"
 CROSS_DOWN, CROSS_UP = "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D"
@@ -80,9 +80,9 @@ class UNetConfig(ModelConfig):
         self.check_one_of("resnet_time_scale_shift", ("default", "scale_shift"))
         if not isinstance(self.block_out_channels, tuple) or not 1 <= self.num_levels <= 16:
             raise self._refuse("block_out_channels", "a list of 1 to 16 widths", self.block_out_channels)
-        for key in ("down_block_types", "up_block_types", "layers"):
-            given = self.layers_per_block if key == "layers" else getattr(self, key)
-            if not isinstance(getattr(self, key), tuple) or len(getattr(self, key)) != self.num_levels:
+        lists = {"down_block_types": self.down_block_types, "up_block_types": self.up_block_types}
+        for key, given in (lists | {"layers_per_block": self.layers}).items():
+            if not isinstance(given, tuple) or len(given) != self.num_levels:
                 raise self._refuse(key, f"a list of {self.num_levels}, one for each of block_out_channels", given)
         if sum(self.layers) > MAX_LAYERS:
             raise self._refuse("layers_per_block", f"at most {MAX_LAYERS} layers in all", self.layers_per_block)

@@ -14,9 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unclip.checkpoints.clip_settings import HALVES, SIZE_LIMITS, check_clip_settings, read_image_processor_settings
 from unclip.checkpoints.files import read_json, safe_join
-from unclip.checkpoints.offloaded import original, state_of
 from unclip.checkpoints.weights import (
     DEFAULT_STEM,
     TRANSFORMERS_STEM,
@@ -25,11 +23,14 @@ from unclip.checkpoints.weights import (
     file_name,
     index_name,
     open_weights,
+    original,
     read_tensors,
+    state_of,
     stored_type,
 )
+from unclip.clip.config import HALVES, SIZE_LIMITS, check_clip_settings, read_image_processor_settings
+from unclip.clip.networks import CLIPImageEncoder, CLIPTextEncoder
 from unclip.errors import CheckpointError, ConfigError, MissingFileError, UnclipError, WeightsError
-from unclip.models.clip import CLIPImageEncoder, CLIPTextEncoder
 
 OURS = {
     "AutoregressivePrior": "unclip.models.prior_autoregressive",
@@ -57,10 +58,10 @@ TRANSFORMERS = {
 }
 
 OWN_CLIP = {
-    "CLIPTextModelWithProjection": ("unclip.models.clip", "CLIPTextEncoder"),
-    "CLIPVisionModelWithProjection": ("unclip.models.clip", "CLIPImageEncoder"),
-    "CLIPTokenizer": ("unclip.stages.tokenizer", "CaptionTokenizer"),
-    "CLIPImageProcessorPil": ("unclip.stages.preprocessing", "PicturePreprocessor"),
+    "CLIPTextModelWithProjection": ("unclip.clip.networks", "CLIPTextEncoder"),
+    "CLIPVisionModelWithProjection": ("unclip.clip.networks", "CLIPImageEncoder"),
+    "CLIPTokenizer": ("unclip.clip.tokenizer", "CaptionTokenizer"),
+    "CLIPImageProcessorPil": ("unclip.clip.preprocessing", "PicturePreprocessor"),
 }
 """Transformers' class → unclip's own, by module and name, which reads the same folder and gives the same."""
 

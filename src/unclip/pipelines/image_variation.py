@@ -9,13 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from unclip.clip.encoders import ImageEncoder
 from unclip.diffusion.guidance import check_scale
 from unclip.errors import InputError
 from unclip.images import Pictures
-from unclip.pipelines.arguments import Callback, check_count, check_embeddings, noise_source
-from unclip.pipelines.generation import Call, GenerationPipeline, StageRun
-from unclip.pipelines.output import ImagePipelineOutput, check_output_type
-from unclip.stages.encoders import ImageEncoder
+from unclip.pipelines.arguments import (
+    Callback,
+    ImagePipelineOutput,
+    check_count,
+    check_embeddings,
+    check_output_type,
+    noise_source,
+)
+from unclip.pipelines.steps import Call, GenerationPipeline, StageRun
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModelWithProjection

@@ -11,18 +11,25 @@ import torch
 from torch import Tensor
 
 from unclip.checkpoints.layout import FURTHER
+from unclip.clip.encoders import ImageEncoder
 from unclip.diffusion.guidance import check_scale
-from unclip.diffusion.inpainting import check_resampling
+from unclip.diffusion.sampler import check_resampling
 from unclip.errors import ConfigError, InputError
 from unclip.images import Pictures
 from unclip.numbers import real
 from unclip.pipelines import cascade
-from unclip.pipelines.arguments import Callback, as_prompts, check_count, check_embeddings, noise_source
-from unclip.pipelines.edited import Edited, read_edited
-from unclip.pipelines.generation import Call, Known, StageRun
-from unclip.pipelines.output import ImagePipelineOutput, check_output_type
+from unclip.pipelines.arguments import (
+    Callback,
+    ImagePipelineOutput,
+    as_prompts,
+    check_count,
+    check_embeddings,
+    check_output_type,
+    noise_source,
+)
+from unclip.pipelines.masks import Edited, read_edited
+from unclip.pipelines.steps import Call, Known, StageRun
 from unclip.pipelines.text_to_image import PriorRun, UnCLIPPipeline
-from unclip.stages.encoders import ImageEncoder
 from unclip.stages.stage import Size
 
 if TYPE_CHECKING:

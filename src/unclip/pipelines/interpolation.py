@@ -14,9 +14,8 @@ from torch import Tensor
 
 from unclip.errors import InputError
 from unclip.numbers import several, whole
-from unclip.pipelines.arguments import MAX_PICTURES, Callback, as_prompts
+from unclip.pipelines.arguments import MAX_PICTURES, Callback, ImagePipelineOutput, as_prompts
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
-from unclip.pipelines.output import ImagePipelineOutput
 from unclip.pipelines.text_to_image import UnCLIPPipeline
 from unclip.stages.arithmetic import slerp, slerp_path
 

@@ -21,25 +21,23 @@ import torch
 from torch import Tensor
 
 from unclip.checkpoints.asked import settled
+from unclip.clip.encoders import ImageEncoder, TextEmbedding
 from unclip.diffusion.guidance import check_scale
-from unclip.diffusion.noise import NoiseSource, following_seed, generators_from_seed
+from unclip.diffusion.loop import NoiseSource, following_seed, generators_from_seed
 from unclip.diffusion.scheduler import DDIMScheduler
 from unclip.errors import CheckpointError
 from unclip.images import Pictures, as_pictures, to_unit
 from unclip.models.pca import PrincipalComponents
 from unclip.numbers import several
-from unclip.pipelines.arguments import Callback, as_prompts, check_count, check_embeddings
-from unclip.pipelines.generation import Call, StageRun
+from unclip.pipelines.arguments import Callback, ImagePipelineOutput, as_prompts, check_count, check_embeddings
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
-from unclip.pipelines.inversion import inverted, inverted_super_res
 from unclip.pipelines.model_files import ModelFiles
-from unclip.pipelines.output import ImagePipelineOutput
+from unclip.pipelines.steps import Call, StageRun, inverted, inverted_super_res
 from unclip.pipelines.text_to_image import UnCLIPPipeline
 from unclip.stages.arithmetic import difference
-from unclip.stages.condition import DecoderCondition, TextEmbedding
 from unclip.stages.decoder import DecoderStage
-from unclip.stages.encoders import ImageEncoder
 from unclip.stages.manipulation import BipartiteLatent
+from unclip.stages.stage import DecoderCondition
 
 NUM_ROUNDS = 2
 

@@ -1,7 +1,6 @@
-"""One model's latents and principal components as files that know which model they are of (paper §3, §4).
+"""Which of a pipeline's networks a fingerprint is of.
 
-Knows a pipeline's components and their fingerprints; knows not what a latent is for, nor how one is found. Base of the
-`Manipulator`.
+Knows components by name; knows not what a fingerprint is kept with. Called by `manipulation.py`.
 """
 
 import os
@@ -9,13 +8,64 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from unclip.checkpoints.record import TILE, read_record, record_texts
+from torch import nn
+
+from unclip.checkpoints.tensor_file import TILE, may_be_of, read_record, record_texts
+from unclip.checkpoints.tensor_file import fingerprint as fingerprint_of
+from unclip.checkpoints.weights import plain_state_dict
 from unclip.errors import CheckpointError, InputError
 from unclip.models.pca import PrincipalComponents
-from unclip.pipelines import fingerprints
 from unclip.pipelines.arguments import check_embeddings, check_latents
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
+from unclip.pipelines.steps import GenerationPipeline
 from unclip.stages.manipulation import BipartiteLatent
+
+
+def fingerprint(pipe: GenerationPipeline) -> str:
+    """Of the decoder: it tells which noise leads to which picture. Empty where the weights are away."""
+    return _of(_decoder(pipe))
+
+
+def super_res_fingerprints(pipe: GenerationPipeline, num_stages: int) -> list[str]:
+    """As `fingerprint`, of the first super-resolution stages, one each."""
+    return [_of(networks) for networks in _super_res(pipe, num_stages)]
+
+
+def encoder_fingerprint(pipe: UnCLIPImageVariationPipeline) -> str:
+    """As `fingerprint`, of the image encoder: it tells one space of embeddings from another."""
+    return _of([pipe.image_encoder])
+
+
+def has_decoder(pipe: GenerationPipeline, made: str) -> bool:
+    """Whether a fingerprint is of this pipeline's decoder, or that cannot be known."""
+    return _may_be(made, _decoder(pipe))
+
+
+def has_super_res(pipe: GenerationPipeline, made: list[str]) -> bool:
+    """As `has_decoder`, of its first super-resolution stages; those that it lacks are passed over."""
+    stages = _super_res(pipe, len(made))
+    return all(_may_be(one, networks) for one, networks in zip(made, stages, strict=False))
+
+
+def has_encoder(pipe: UnCLIPImageVariationPipeline, made: str) -> bool:
+    """As `has_decoder`, of its image encoder."""
+    return _may_be(made, [pipe.image_encoder])
+
+
+def _decoder(pipe: GenerationPipeline) -> list[nn.Module]:
+    return [pipe.text_proj, pipe.decoder]
+
+
+def _super_res(pipe: GenerationPipeline, num_stages: int) -> list[list[nn.Module]]:
+    return [[part.first, part.last] for part in list(pipe.cascade.values())[:num_stages]]
+
+
+def _of(networks: list[nn.Module]) -> str:
+    return fingerprint_of(plain_state_dict(network) for network in networks)
+
+
+def _may_be(made: str, networks: list[nn.Module]) -> bool:
+    return may_be_of(made, [plain_state_dict(network) for network in networks])
 
 
 class ModelFiles:
@@ -43,18 +93,18 @@ class ModelFiles:
             latent: of any number of rows.
             path: ends in .safetensors.
             settings: steps, guidance and prompt of the inversion, by `invert`'s argument names (and the tile, see
-                `unclip.checkpoints.record`): decoding needs the same. `recorded_settings` reads them again, as the
+                `unclip.checkpoints.tensor_file`): decoding needs the same. `recorded_settings` reads them again, as the
                 commands do.
             about: further texts to keep.
             overwrite: replace a file that is there.
 
         Raises: as `write_tensor_file`; InputError for settings of other names, or that are no numbers.
         """
-        noise = fingerprints.super_res_fingerprints(self.variation, len(latent.super_res_noise))
+        noise = super_res_fingerprints(self.variation, len(latent.super_res_noise))
         told = {
             **(about or {}),
             **record_texts(settings or {}),
-            "fingerprint": fingerprints.fingerprint(self.variation),
+            "fingerprint": fingerprint(self.variation),
             **({"super_res_fingerprints": ",".join(noise)} if noise else {}),
         }
         return latent.save(path, about=told, overwrite=overwrite)
@@ -65,7 +115,7 @@ class ModelFiles:
         Raises: as `read_tensor_file`; CheckpointError when it is another model's.
         """
         latent, about = BipartiteLatent.load(path)
-        if not fingerprints.has_decoder(self.variation, about.pop("fingerprint", "")):
+        if not has_decoder(self.variation, about.pop("fingerprint", "")):
             name = about.get("model")
             raise CheckpointError(
                 f"{path} was made with {'the model ' + name if name else 'another model'}, and this is another one: a "
@@ -75,7 +125,7 @@ class ModelFiles:
             self.check_latent(latent)
         except InputError as problem:
             raise CheckpointError(f"{path} does not fit the model: {problem}") from problem
-        if not fingerprints.has_super_res(self.variation, about.pop("super_res_fingerprints", "").split(",")):
+        if not has_super_res(self.variation, about.pop("super_res_fingerprints", "").split(",")):
             raise CheckpointError(
                 f"{path} holds super-resolution's noise, which was found with other super-resolution networks than "
                 "this model's and means nothing to these. Invert the picture again with this model"
@@ -91,7 +141,7 @@ class ModelFiles:
         overwrite: bool = False,
     ) -> Path:
         """Write components of this model's embeddings, with its image encoder's fingerprint; arguments as of `save`."""
-        told = {**(about or {}), "image_encoder": fingerprints.encoder_fingerprint(self.variation)}
+        told = {**(about or {}), "image_encoder": encoder_fingerprint(self.variation)}
         return components.save(path, about=told, overwrite=overwrite)
 
     def load_components(self, path: str | os.PathLike[str]) -> PrincipalComponents:
@@ -101,7 +151,7 @@ class ModelFiles:
         """
         components, about = PrincipalComponents.load_with_texts(path)
         width = self.variation.image_encoder.config.projection_dim
-        known = fingerprints.has_encoder(self.variation, about.get("image_encoder", ""))
+        known = has_encoder(self.variation, about.get("image_encoder", ""))
         if not known or components.dim != width:
             name = about.get("model")
             raise CheckpointError(

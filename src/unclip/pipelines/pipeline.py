@@ -20,10 +20,9 @@ from tqdm.auto import tqdm
 from unclip.checkpoints.asked import asked_type, settled
 from unclip.checkpoints.files import atomic_folder, read_json, safe_join, write_json
 from unclip.checkpoints.hub import resolve
-from unclip.checkpoints.layout import API_VERSION, CLASSES, FURTHER
-from unclip.checkpoints.offloaded import offload_hooks, original, state_of
-from unclip.checkpoints.probe_file import ProbeFile
+from unclip.checkpoints.layout import API_VERSION, CLASSES, FURTHER, ProbeFile
 from unclip.checkpoints.recommended import Recommended, read_recommended, write_recommended
+from unclip.checkpoints.weights import offload_hooks, original, state_of
 from unclip.diffusion.loop import Progress
 from unclip.diffusion.scheduler import Scheduler, converted, is_foreign
 from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError
@@ -195,8 +194,8 @@ class Pipeline:
             revision, cache_dir, local_files_only, token: as the hub client has them.
             use_safetensors: nothing else is read, so None and True are the same and False is refused.
             device_map: the device to load to; several are not supported.
-            own_clip: read CLIP's parts by unclip's own classes (`models/clip.py`, `stages/tokenizer.py`,
-                `stages/preprocessing.py`) instead of transformers', whose import takes seconds. They give the same
+            own_clip: read CLIP's parts by unclip's own classes (`clip/networks.py`, `clip/tokenizer.py`,
+                `clip/preprocessing.py`) instead of transformers', whose import takes seconds. They give the same
                 numbers and only encode; a part that they do not implement is read by transformers' class after all.
             components: parts to use in place of the folder's (`prior=my_prior`). Further arguments of the ecosystem's
                 method are ignored with one warning, or refused.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from unclip.checkpoints.layout import FURTHER
+from unclip.clip.encoders import TextEmbedding
 from unclip.diffusion.guidance import check_scale
 from unclip.diffusion.scheduler import Scheduler
 from unclip.errors import InputError
@@ -19,22 +20,28 @@ from unclip.models.prior_autoregressive import AutoregressivePrior, Autoregressi
 from unclip.numbers import whole
 from unclip.pipelines.arguments import (
     Callback,
+    ImagePipelineOutput,
     as_prompts,
     check_candidates,
     check_count,
     check_embeddings,
     check_latents,
+    check_output_type,
     given_text,
     noise_source,
     on_step,
 )
 from unclip.pipelines.cascade import Fact
-from unclip.pipelines.generation import Call, GenerationPipeline, StageRun
-from unclip.pipelines.output import ImagePipelineOutput, check_output_type
-from unclip.stages.condition import PriorCondition, TextEmbedding
-from unclip.stages.embedding import DiffusionEmbeddingSampler, EmbeddingSampler, sample_best
-from unclip.stages.prior import PriorStage
-from unclip.stages.prior_autoregressive import AutoregressivePriorStage, check_drawing
+from unclip.pipelines.steps import Call, GenerationPipeline, StageRun
+from unclip.stages.prior import (
+    AutoregressivePriorStage,
+    DiffusionEmbeddingSampler,
+    EmbeddingSampler,
+    PriorStage,
+    check_drawing,
+    sample_best,
+)
+from unclip.stages.stage import PriorCondition
 
 
 @dataclass(frozen=True)

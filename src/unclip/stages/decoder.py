@@ -10,11 +10,10 @@ from torch import Tensor
 
 from unclip.diffusion.loop import Denoiser
 from unclip.diffusion.process import DiffusionProcess
-from unclip.models.embeddings import timestep_rows
+from unclip.models.layers import timestep_rows
 from unclip.models.text_proj import UnCLIPTextProjModel
 from unclip.models.unet import UNet2DConditionModel
-from unclip.stages.condition import DecoderCondition
-from unclip.stages.stage import Size, size_px
+from unclip.stages.stage import DecoderCondition, Size, size_px
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,22 @@ Knows `PriorTransformer` and its whitening; knows no schedule. Called by pipelin
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from unclip.diffusion.loop import Denoiser
+from unclip.diffusion.guidance import away, uses_guidance
+from unclip.diffusion.loop import Denoiser, NoiseSource, OnStep, Progress, StepInfo
 from unclip.diffusion.process import DiffusionProcess
-from unclip.models.embeddings import timestep_rows
+from unclip.diffusion.sampler import Sampler
+from unclip.errors import InputError
+from unclip.models.layers import timestep_rows
 from unclip.models.prior import PriorTransformer
-from unclip.stages.condition import PriorCondition
+from unclip.models.prior_autoregressive import AutoregressivePrior, CodeMemory, dot_product
+from unclip.numbers import real
+from unclip.stages.arithmetic import exact_type
+from unclip.stages.stage import PriorCondition, sample
 
 
 @dataclass(frozen=True)
@@ -38,3 +46,275 @@ class PriorStage:
     def finish(self, x0: Tensor) -> Tensor:
         """Un-whitens: the embedding as CLIP's image encoder would give it."""
         return self.prior.post_process_latents(x0)
+
+
+MAX_TEMPERATURE = 100.0
+
+
+@dataclass(frozen=True)
+class AutoregressivePriorStage:
+    """Draws image embeddings code by code.
+
+    A code is the inverse of its cumulative distribution at a uniform number, and that is the place of a standard
+    normal number among all: so an embedding is a function of its noise, [1 + num_components] numbers. Buckets stand in
+    order, so rounding that differs between batches can at most move a code to its neighbour.
+
+    Attributes:
+        temperature: the logits are divided by it; below 1 likely codes become likelier, at 0 the likeliest is taken.
+        top_p: only the likeliest codes are drawn from, so many that their chances add up to it (nucleus sampling,
+            Holtzman et al. 2020, arXiv 1904.09751); 1 takes all.
+
+    Raises: InputError for a temperature or top_p outside its limits.
+    """
+
+    prior: AutoregressivePrior
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in zip(("temperature", "top_p"), check_drawing(self.temperature, self.top_p), strict=True):
+            object.__setattr__(self, name, value)
+
+    def sample_shape(self, condition: PriorCondition) -> tuple[int, ...]:
+        """[batch, 1 + num_components]: a number for the dot product, then one for each code."""
+        return (len(condition), 1 + self.prior.config.num_components)
+
+    def sample(
+        self,
+        condition: PriorCondition,
+        *,
+        noise: NoiseSource,
+        null: PriorCondition | None = None,
+        guidance_scale: float = 1.0,
+        latents: Tensor | None = None,
+        progress: Progress | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Draw one image embedding for each row of `condition`.
+
+        The dot product is drawn from the upper half of the training data's (paper §2.2); the null condition has none.
+
+        Args:
+            condition: the captions.
+            noise: where the numbers come from, unless `latents` are given: one draw.
+            null: what guidance pushes away from, as many rows as `condition`; needed for a scale above 1.
+            guidance_scale: not above 1 means one forward a code.
+            latents: the numbers, of `sample_shape(condition)`.
+            progress: wraps the steps, as tqdm does.
+            on_step: told of each code; `x` and `x0` are the embedding as far as it is drawn, and `t` is how many codes
+                are left. It may raise `Cancelled`; what is drawn cannot be replaced.
+
+        Returns: float32 [batch, embedding_dim].
+
+        Raises: InputError for latents of a wrong shape, or when `on_step` returns something.
+        """
+        shape, config = self.sample_shape(condition), self.prior.config
+        if latents is not None and tuple(latents.shape) != shape:
+            raise InputError(f"latents have shape {tuple(latents.shape)}; this call needs {shape}")
+        numbers = noise.draw(shape, condition.device) if latents is None else latents.to(condition.device).float()
+        places = _normal_cdf(numbers)
+        dots = upper_half(places[:, 0], config.num_dot_buckets)
+        guided = uses_guidance(guidance_scale)
+        if guided:
+            assert null is not None
+            assert len(null) == len(condition)
+            condition, dots = null.join(condition), torch.cat([torch.full_like(dots, self.prior.no_dot_code), dots])
+        codes: list[Tensor] = []
+        memory = None
+        steps = [(k, k + 1) for k in range(config.num_components)]
+        for k, _ in steps if progress is None else progress(steps):
+            if memory is None:
+                logits, memory = self._read(condition, dots, dots.new_zeros(len(dots), 0))
+            else:
+                logits, memory = self.prior(codes[-1].repeat(2 if guided else 1)[:, None], memory=memory)
+            logits = logits[:, 0]
+            if guided:
+                logits = away(*logits.chunk(2), guidance_scale)
+            codes.append(draw_code(logits, places[:, k + 1], self.temperature, self.top_p))
+            if on_step is not None:
+                self._tell(on_step, k, codes)
+        return self.prior.decode(torch.stack(codes, dim=1))
+
+    def log_likelihood(self, condition: PriorCondition, dot_codes: Tensor, codes: Tensor) -> Tensor:
+        """log p(code | text, dot product, codes before it) in nats, float32 [batch, num_components].
+
+        Args:
+            condition: the captions.
+            dot_codes: int64 [batch], from `AutoregressivePrior.dot_code`, or its `no_dot_code`.
+            codes: int64 [batch, num_components], from `AutoregressivePrior.encode`.
+        """
+        logits, _ = self._read(condition, dot_codes, codes[:, :-1])
+        return logits.log_softmax(dim=-1).gather(-1, codes[..., None])[..., 0]
+
+    def _read(self, condition: PriorCondition, dots: Tensor, codes: Tensor) -> tuple[Tensor, CodeMemory]:
+        text, dtype = condition.text, self.prior.dtype
+        return self.prior(codes, dots, text.embeds.to(dtype), text.hidden_states.to(dtype), text.mask)
+
+    def _tell(self, on_step: OnStep, k: int, codes: list[Tensor]) -> None:
+        so_far, count = self.prior.decode(torch.stack(codes, dim=1)), self.prior.config.num_components
+        if on_step(StepInfo(k, count, count - 1 - k, so_far, so_far)) is not None:
+            raise InputError("the codes of an autoregressive prior cannot be replaced; on_step must return None")
+
+
+def check_drawing(temperature: object, top_p: object) -> tuple[float, float]:
+    """Both as floats. Raises: InputError unless the temperature is a number from 0 to 100, and top_p above 0 to 1."""
+    return (
+        real(temperature, "the prior's temperature", 0, MAX_TEMPERATURE),
+        real(top_p, "the prior's top_p", 0, 1, above=True),
+    )
+
+
+def upper_half(places: Tensor, num_buckets: int) -> Tensor:
+    """Buckets of the upper half, each as often: int64 of `places` in [0, 1]. Buckets are quantiles, so it is the
+    upper half of what was trained on."""
+    first = num_buckets // 2
+    return (first + (places * (num_buckets - first)).long()).clamp(max=num_buckets - 1)
+
+
+def draw_code(logits: Tensor, places: Tensor, temperature: float, top_p: float) -> Tensor:
+    """The code at which the cumulative distribution passes `places`.
+
+    Args:
+        logits: float32 [batch, num_buckets].
+        places: [batch] in [0, 1]; of the type that is computed in.
+        temperature, top_p: see `AutoregressivePriorStage`.
+
+    Returns: int64 [batch].
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.to(places.dtype)
+    # The likeliest stands at 0, which no temperature, however small, makes infinite.
+    chances = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
+    if top_p < 1:
+        ordered, order = chances.sort(dim=-1, descending=True, stable=True)
+        spare = ordered.cumsum(dim=-1) - ordered >= top_p  # the likelier ones reach it without this one
+        chances = chances.masked_fill(torch.zeros_like(spare).scatter(-1, order, spare), 0.0)
+    cumulative = chances.cumsum(dim=-1)
+    codes = torch.searchsorted(cumulative, places[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    last = chances.shape[-1] - 1 - (chances.flip(-1) > 0).long().argmax(dim=-1)  # that has a chance at all
+    return codes.minimum(last)
+
+
+def _normal_cdf(numbers: Tensor) -> Tensor:
+    """The place of standard normal numbers among all, in [0, 1]."""
+    return torch.special.ndtr(numbers.to(exact_type(numbers.device)))
+
+
+class EmbeddingSampler(Protocol):
+    """A prior with all that says how it is sampled: what a pipeline asks for, whichever kind it has."""
+
+    def sample_shape(self, condition: PriorCondition) -> tuple[int, ...]:
+        """The shape of the noise from which a condition's embeddings are made."""
+        ...
+
+    def sample(
+        self,
+        condition: PriorCondition,
+        *,
+        noise: NoiseSource,
+        null: PriorCondition | None = None,
+        guidance_scale: float = 1.0,
+        latents: Tensor | None = None,
+        progress: Progress | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Image embeddings, float32 [batch, embedding_dim]; the arguments are those of `stages.stage.sample`."""
+        ...
+
+
+@dataclass(frozen=True)
+class DiffusionEmbeddingSampler:
+    """The diffusion prior, sampled by `sampler` along `timesteps`."""
+
+    stage: PriorStage
+    sampler: Sampler
+    timesteps: tuple[int, ...]
+
+    def sample_shape(self, condition: PriorCondition) -> tuple[int, ...]:
+        return self.stage.sample_shape(condition)
+
+    def sample(
+        self,
+        condition: PriorCondition,
+        *,
+        noise: NoiseSource,
+        null: PriorCondition | None = None,
+        guidance_scale: float = 1.0,
+        latents: Tensor | None = None,
+        progress: Progress | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        return sample(
+            self.stage,
+            condition,
+            sampler=self.sampler,
+            timesteps=self.timesteps,
+            noise=noise,
+            null=null,
+            guidance_scale=guidance_scale,
+            latents=latents,
+            progress=progress,
+            on_step=on_step,
+        )
+
+
+def sample_best(
+    prior: EmbeddingSampler,
+    condition: PriorCondition,
+    *,
+    num_candidates: int,
+    captions_per_choice: int = 1,
+    noise: NoiseSource,
+    null: PriorCondition | None = None,
+    guidance_scale: float = 1.0,
+    latents: Tensor | None = None,
+    progress: Progress | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Draw `num_candidates` image embeddings of each caption and keep the one closest to it (see `closest`).
+
+    The first candidate is what is drawn without others, and leaves `noise` where it would be then; candidate k is the
+    same however many there are. So more candidates never lower the dot product, and where the first one is kept,
+    everything that follows is as it would be without the others.
+
+    Args:
+        num_candidates: 1 or more; the candidates are drawn one after another, so they need no more memory.
+        captions_per_choice: see `closest`.
+        latents: noise for the first candidate; the others draw theirs.
+
+    The other arguments are those of `stages.stage.sample`. Returns: float32 [batch, embedding_dim].
+    """
+    starts = [(noise, latents), *((branch, None) for branch in noise.branches(num_candidates - 1))]
+    candidates = [
+        prior.sample(
+            condition,
+            noise=source,
+            null=null,
+            guidance_scale=guidance_scale,
+            latents=start,
+            progress=progress,
+            on_step=on_step,
+        )
+        for source, start in starts
+    ]
+    return closest(condition.text.embeds, torch.stack(candidates), captions_per_choice)
+
+
+def closest(text_embeddings: Tensor, candidates: Tensor, captions_per_choice: int = 1) -> Tensor:
+    """Of several image embeddings for each caption the one whose dot product with it is the largest (paper §2.2).
+
+    Both are normalised first: CLIP was trained to compare directions, and a long embedding is no better for being long.
+
+    Args:
+        text_embeddings: [batch, embedding_dim].
+        candidates: [num_candidates, batch, embedding_dim]; of equals the first is kept.
+        captions_per_choice: so many rows that follow one another keep candidates of the same number: that whose dot
+            products with their captions add up to the most. It divides the batch.
+
+    Returns: [batch, embedding_dim].
+    """
+    scores = torch.stack([dot_product(text_embeddings, candidate) for candidate in candidates])
+    best = scores.unflatten(1, (-1, captions_per_choice)).sum(dim=2).argmax(dim=0)
+    best = best.repeat_interleave(captions_per_choice)
+    return candidates[best, torch.arange(len(best), device=best.device)]

@@ -1,20 +1,62 @@
-"""The interface that prior, decoder and super-resolution share, and the one way to sample from any, and back.
+"""What a stage is conditioned on, as small frozen values that join, repeat and select.
 
-Knows that a stage prepares a denoiser and finishes a result; knows no network. Called by pipelines, training's sample
-sheets and evaluation.
+Knows tensors' batches only; knows no network. Built by pipelines and by training alike, so the two cannot drift apart.
 """
 
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Protocol, Self, TypeVar
 
+import torch
 from torch import Tensor
 
+from unclip.clip.encoders import Batched, TextEmbedding
 from unclip.diffusion.guidance import guided, uses_guidance
-from unclip.diffusion.loop import Denoiser, OnStep, Progress, run
-from unclip.diffusion.noise import NoiseSource
+from unclip.diffusion.loop import Denoiser, NoiseSource, OnStep, Progress, run
 from unclip.diffusion.process import DiffusionProcess
 from unclip.diffusion.sampler import FixedPointInversionSampler, Sampler
 from unclip.errors import ConfigError, InputError
-from unclip.stages.condition import Batched
+
+
+@dataclass(frozen=True)
+class PriorCondition(Batched):
+    """What the prior needs: the caption."""
+
+    text: TextEmbedding
+
+
+@dataclass(frozen=True)
+class DecoderCondition(Batched):
+    """What the decoder needs: the caption and the image embedding.
+
+    Attributes:
+        text: the caption's embedding.
+        image_embedding: [batch, embedding_dim], not whitened.
+        given: bool [batch]; where false, the learned null embedding stands in for the image embedding.
+    """
+
+    text: TextEmbedding
+    image_embedding: Tensor
+    given: Tensor
+
+    @classmethod
+    def of(cls, text: TextEmbedding, image_embedding: Tensor) -> Self:
+        """The condition of given embeddings."""
+        given = torch.ones(len(image_embedding), dtype=torch.bool, device=image_embedding.device)
+        return cls(text, image_embedding, given)
+
+    @classmethod
+    def null(cls, text: TextEmbedding) -> Self:
+        """The condition that guidance pushes away from: an empty (or negative) caption and no image embedding."""
+        nothing = torch.zeros_like(text.embeds)
+        return cls(text, nothing, torch.zeros(len(nothing), dtype=torch.bool, device=nothing.device))
+
+
+@dataclass(frozen=True)
+class SuperResCondition(Batched):
+    """What super-resolution needs: the small picture, float [batch, 3, height, width] in [-1, 1]."""
+
+    low_res: Tensor
+
 
 Condition = TypeVar("Condition", bound=Batched, contravariant=True)
 

@@ -1,9 +1,11 @@
-"""Super-resolution as a stage: small picture → large picture (paper §2.1; Karlo's two networks).
+"""A network over a picture larger than memory allows: in tiles that overlap and fade into one another.
 
-Knows its U-Nets and how the small picture is enlarged for them; knows no schedule. Called by pipelines and by training.
+Knows windows and weights; knows no noise and no condition. Called by super-resolution's stage, at every step.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +13,89 @@ from torch import Tensor
 
 from unclip.diffusion.loop import Denoiser
 from unclip.diffusion.process import DiffusionProcess
-from unclip.models.embeddings import timestep_rows
+from unclip.errors import InputError
+from unclip.models.layers import timestep_rows
 from unclip.models.unet import UNet2DModel
-from unclip.stages.condition import SuperResCondition
-from unclip.stages.stage import Size, size_px
-from unclip.stages.tiling import Tiling, tiled
+from unclip.numbers import whole
+from unclip.stages.stage import Size, SuperResCondition, size_px
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Square tiles of `tile_px`, of which neighbours share `overlap_px` or more.
+
+    The outer quarter of an overlap, where a tile's own border is near, counts for nothing; between the two quarters
+    one tile fades into the next in a straight line. So what a network with a receptive field of at most a quarter of
+    the overlap puts out is what it would put out for the whole picture. A network that looks further, as one with
+    group normalisation does, is averaged across the overlap at every step (MultiDiffusion, Bar-Tal et al. 2302.08113).
+
+    Raises:
+        InputError: a size is not a whole number, a tile is smaller than 1, or the overlap is not below the tile's half.
+    """
+
+    tile_px: int = 256
+    overlap_px: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("tile_px", "overlap_px"):
+            object.__setattr__(self, name, whole(getattr(self, name), name, unit="whole number of pixels"))
+        if 2 * self.overlap_px > self.tile_px:
+            raise InputError(f"tiles of {self.tile_px} px overlap by {self.overlap_px} px; half a tile is the most")
+
+    def check_multiple(self, multiple: int) -> None:
+        """Raises: InputError unless both sizes are multiples of what a network needs."""
+        if self.tile_px % multiple or self.overlap_px % multiple:
+            raise InputError(
+                f"tiles of {self.tile_px} px that overlap by {self.overlap_px} px do not fit the super-resolution "
+                f"network: both must be multiples of {multiple}"
+            )
+
+    def starts(self, size_px: int) -> list[int]:
+        """Where tiles begin along a side; the last one ends with it."""
+        if size_px <= self.tile_px:
+            return [0]
+        return [*range(0, size_px - self.tile_px, self.tile_px - self.overlap_px), size_px - self.tile_px]
+
+    def weights(self, start: int, size_px: int) -> Tensor:
+        """How much each pixel of the tile at `start` counts: float32 [min(tile, side)], from 0 to 1."""
+        length = min(self.tile_px, size_px)
+        margin = self.overlap_px // 4
+        place = torch.arange(length, dtype=torch.float32)
+        ramp = self.overlap_px - 2 * margin
+        weights = torch.ones(length)
+        if start > 0:
+            weights = weights * ((place - margin + 0.5) / ramp).clamp(0, 1)
+        if start + length < size_px:
+            weights = weights * ((length - 1 - place - margin + 0.5) / ramp).clamp(0, 1)
+        return weights
+
+
+def tiled(network: Callable[[Tensor], Tensor], x: Tensor, tiling: Tiling) -> Tensor:
+    """`network` over `x` in tiles, one after another: memory is a tile's, and the result's.
+
+    Args:
+        network: [batch, channels, h, w] → float32 [batch, outputs, h, w].
+        x: [batch, channels, height, width].
+
+    Returns: float32 [batch, outputs, height, width].
+    """
+    height, width = x.shape[2:]
+    rows, columns = tiling.starts(height), tiling.starts(width)
+    if len(rows) == len(columns) == 1:
+        return network(x)
+    total: Tensor | None = None
+    weight_sum = torch.zeros(height, width, device=x.device)
+    for top, left in product(rows, columns):
+        window = (..., slice(top, top + tiling.tile_px), slice(left, left + tiling.tile_px))
+        weights = tiling.weights(top, height)[:, None] * tiling.weights(left, width)[None, :]
+        weights = weights.to(x.device)
+        output = network(x[window])
+        if total is None:
+            total = output.new_zeros((*output.shape[:2], height, width))
+        total[window] += weights * output
+        weight_sum[window] += weights
+    assert total is not None
+    return total / weight_sum
 
 
 @dataclass(frozen=True)

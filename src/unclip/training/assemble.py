@@ -20,8 +20,8 @@ from unclip.pipelines.clip import fingerprint_of, is_whole_clip, read_clip
 from unclip.pipelines.component import index_entry, read_component, write_component
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 from unclip.pipelines.text_to_image import UnCLIPPipeline
-from unclip.training.process import KEYS, process_in
 from unclip.training.state import clip_of_run
+from unclip.training.task import KEYS, process_in
 
 # Component → (which run it comes from, its folder there, its class).
 PARTS = {

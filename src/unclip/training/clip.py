@@ -1,6 +1,6 @@
-"""The CLIP task: a text and an image encoder learn one space from captioned pictures.
+"""Train a byte-pair tokenizer for a CLIP text encoder on a data set's captions.
 
-Knows transformers' CLIP classes and the contrastive loss; knows no diffusion. Called by the trainer.
+Knows captions and transformers' `CLIPTokenizer`; knows no network. Called by the CLIP task.
 """
 
 import dataclasses
@@ -8,9 +8,9 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -30,20 +30,62 @@ from transformers.activations import ACT2FN
 from transformers.image_processing_utils import BaseImageProcessor
 
 from unclip.checkpoints.files import read_json
-from unclip.data.rows import Source
+from unclip.data.batches import Source
 from unclip.data.source import FolderSource
 from unclip.errors import ConfigError, UnclipError
-from unclip.models.config import MAX_CHANNELS
+from unclip.models.component import MAX_CHANNELS
 from unclip.pipelines.clip import PretrainedClip, read_clip
 from unclip.pipelines.component import read_component, write_component
-from unclip.training.conditions import FrozenClip
-from unclip.training.pretrained import normalized
+from unclip.training.conditions import FrozenClip, normalized
+from unclip.training.dry_run import check_parameters, try_step
 from unclip.training.recipe import ClipSettings, Limits, Recipe, TeacherSettings
 from unclip.training.sharding import share_of
 from unclip.training.task import Batch, Sourced, computing_device, of_rows, source_of
 from unclip.training.teacher import Lessons, read_phrases
-from unclip.training.tokenizer import END, START, train_tokenizer
-from unclip.training.trial import check_parameters, try_step
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def train_tokenizer(captions: Iterable[str], *, vocabulary_size: int, context_length: int) -> "CLIPTokenizer":
+    """A `CLIPTokenizer` whose merges are learned from `captions`.
+
+    Every byte is in the vocabulary, alone and at a word's end, so no text is ever unknown.
+
+    Args:
+        captions: the texts to learn from.
+        vocabulary_size: at most this many tokens; fewer when the texts have no more to merge.
+        context_length: the longest sequence in tokens, the start and end token included.
+
+    Raises: ConfigError when the vocabulary is smaller than the bytes.
+    """
+    from tokenizers import pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_alone = [*alphabet, *(byte + "</w>" for byte in alphabet)]
+    num_merges = vocabulary_size - len(bytes_alone) - 2
+    if num_merges < 0:
+        raise ConfigError(f"vocabulary_size is {vocabulary_size}; the bytes alone need {len(bytes_alone) + 2}")
+    learner = CLIPTokenizer().backend_tokenizer
+    learner.train_from_iterator(
+        captions,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary_size,
+            # Named as special they get their numbers first, always the same: numbers decide between pairs that are
+            # equally frequent, and else hang on a hash table's order, which changes from run to run.
+            special_tokens=bytes_alone,
+            end_of_word_suffix="</w>",
+            show_progress=False,
+        ),
+    )
+    merges: Any = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]][:num_merges]
+    tokens = [*bytes_alone, *dict.fromkeys(a + b for a, b in merges), START, END]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=context_length)
+
 
 RECONSTRUCTION_SIZE = 16
 MAX_LOGIT_SCALE = math.log(100)

@@ -1,30 +1,50 @@
-"""What prior and decoder are trained under: a frozen CLIP, and captions with image embeddings drawn from a data set.
+"""Pictures as a CLIP's image encoder wants them.
 
-Knows CLIP's parts and data sources; knows no diffusion. Called by the tasks.
+Knows preprocessors' settings; knows neither recipe nor task. Called by the tasks.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.image_processing_utils import BaseImageProcessor
 
+from unclip.clip.encoders import TextEmbedding, TextEncoder
+from unclip.data.batches import Rows
 from unclip.data.folder import CaptionedPictures
-from unclip.data.rows import Rows
 from unclip.data.source import FolderSource
 from unclip.errors import ConfigError
 from unclip.pipelines.clip import fingerprint_of, read_clip
-from unclip.stages.condition import TextEmbedding
-from unclip.stages.encoders import TextEncoder
-from unclip.training.known_embeddings import known_embeddings
-from unclip.training.pretrained import normalized
+from unclip.training.embedding_cache import known_embeddings
 from unclip.training.recipe import Recipe
 from unclip.training.state import clip_of_run
 from unclip.training.task import Batch, computing_device, source_of
 from unclip.training.teacher import taught
+
+
+def normalized(pixels: Tensor, feature_extractor: BaseImageProcessor) -> Tensor:
+    """Pictures [batch, 3, size, size] in [-1, 1] in the range, and with the mean and spread, that an encoder wants."""
+    settings: Any = feature_extractor
+    white = 255 * (settings.rescale_factor if settings.do_rescale else 1)  # 1, in every CLIP that was published
+    if not settings.do_normalize:
+        return (pixels + 1) * (white / 2)
+    return scaled(pixels, settings.image_mean, settings.image_std, white)
+
+
+def scaled(
+    pixels: Tensor, mean: float | Sequence[float], spread: float | Sequence[float], white: float = 1.0
+) -> Tensor:
+    """Pictures in [-1, 1] less a mean and divided by a spread, which are those of colours in [0, `white`].
+
+    Each of the two is one number, or one a channel.
+    """
+    middle, unit = (pixels.new_tensor(values).reshape(-1, 1, 1) / white for values in (mean, spread))
+    return pixels * (0.5 / unit) + (0.5 - middle) / unit  # exactly the pixels where both are 0.5
+
 
 LENGTH_STEP = 8
 """A batch's captions are padded to a multiple of so many tokens: few shapes to compile for, and even ones."""

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip.diffusion.noise import NoiseSource
+from unclip.clip.encoders import TextEmbedding
+from unclip.diffusion.loop import NoiseSource
 from unclip.diffusion.sampler import DDIMSampler
 from unclip.errors import ConfigError
 from unclip.images import grid, to_pil
@@ -21,18 +22,16 @@ from unclip.models.prior import PriorTransformer
 from unclip.models.text_proj import UnCLIPTextProjModel
 from unclip.models.unet import UNet2DConditionModel, UNet2DModel
 from unclip.pipelines.component import read_component, write_component
-from unclip.stages.condition import DecoderCondition, PriorCondition, SuperResCondition, TextEmbedding
 from unclip.stages.decoder import DecoderStage
 from unclip.stages.prior import PriorStage
-from unclip.stages.stage import sample, size_px
+from unclip.stages.stage import DecoderCondition, PriorCondition, SuperResCondition, sample, size_px
 from unclip.stages.super_res import SuperResStage, enlarge
 from unclip.training.conditions import Captioned, FrozenClip, batch_text, blank_text, tell_cosines, text_batch
+from unclip.training.dry_run import built, try_step
 from unclip.training.lora import adapt, merged, write_adapter
-from unclip.training.process import process_of, scheduler_of, settled
+from unclip.training.losses import absolute_error, perceptual_loss
 from unclip.training.recipe import DecoderSettings, PriorSettings, Recipe, SuperResSettings
-from unclip.training.reconstruction import absolute_error, perceptual_loss
-from unclip.training.task import Batch, Sourced, of_rows, source_of
-from unclip.training.trial import built, try_step
+from unclip.training.task import Batch, Sourced, of_rows, process_of, scheduler_of, settled, source_of
 
 SHEET_PICTURES = 48
 SHEET_STEPS = 20
@@ -363,7 +362,7 @@ def draw_stage(
         stage,
         condition.to(device),
         sampler=DDIMSampler(stage.process),
-        timesteps=stage.process.spaced_timesteps(num_steps),
+        timesteps=stage.process.spaced_timesteps(min(num_steps, stage.process.num_timesteps)),
         noise=NoiseSource(torch.Generator().manual_seed(0), len(condition)),
         null=null.select([0] * len(condition)).to(device) if null is not None else None,
         guidance_scale=scale,

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from unclip.data.decoding import CLIP, EMBEDDING, IMAGE_EXTENSIONS, decode
-from unclip.data.samples import escaped, raw_samples, settle
+from unclip.data.folder import USUAL_KEYS, Keys
+from unclip.data.samples import CLIP, EMBEDDING, IMAGE_EXTENSIONS, decode, escaped, raw_samples, settle
+from unclip.data.shard_writer import Portion, Unfinished
 from unclip.data.shards import Damage, RawSample, about
-from unclip.data.unfinished import Portion, Unfinished
 from unclip.errors import DataError
 from unclip.training.conditions import FrozenClip
 
@@ -30,6 +30,7 @@ def embed(
     per_shard: int = 10_000,
     max_skipped_share: float = 0.01,
     batch_size: int = 128,
+    keys: Keys = USUAL_KEYS,
     device: torch.device | str = "cpu",
     progress: Callable[..., Any] | None = None,
 ) -> Damage:
@@ -50,6 +51,7 @@ def embed(
         max_skipped_share: of the samples, and of the shards, that may be broken; they are listed as by `samples.pack`.
             With more, the unfinished shards stay.
         batch_size: pictures embedded at once.
+        keys: as for `samples.raw_samples`.
         device: where they are embedded.
         progress: wraps an iterable, as `tqdm` does.
 
@@ -64,7 +66,7 @@ def embed(
     pixels_as = json.loads(encoder.feature_extractor.to_json_string())
     asked = {"clip": encoder.fingerprint, "feature_extractor": pixels_as}
     shards = Unfinished(out, asked | {"keep_pictures": keep_pictures, "per_shard": per_shard})
-    samples = raw_samples(data, damage)
+    samples = raw_samples(data, damage, keys=keys)
     told = iter(progress(samples, desc="embedding", unit="sample") if progress else samples)
     for number in itertools.count():
         portion = Portion(told, per_shard)

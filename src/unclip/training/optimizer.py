@@ -1,15 +1,137 @@
-"""The optimizer that a recipe asks for, and its rate at each step.
+"""Muon: momentum whose matrices are made orthogonal, and AdamW for what is no matrix.
 
-Knows recipes and parameters; knows no task and no run. Called by the trainer.
+Knows parameters and groups; knows no network. Called by the trainer.
 """
 
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from unclip.training.muon import Muon, split_parameters
+from unclip.models.kernels import is_emulated
 from unclip.training.recipe import OptimizerRecipe, Recipe
+
+# The quintic of the Newton-Schulz iteration, chosen to lift small singular values fast (Jordan et al. 2024).
+QUINTIC = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+MATCH_ADAM = 0.2
+"""The root mean square of AdamW's updates: so the same rates and decays do for both (2502.16982, §2.2)."""
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) with the scaling of Liu et al. 2025 (arXiv 2502.16982); AdamW for the other parameters.
+
+    A kernel [out, in, h, w] is taken as the matrix [out, in · h · w].
+
+    Args:
+        groups: parameter groups; one with `matrices=True` holds tensors of two dimensions or more and takes Muon's
+            steps, one without takes AdamW's.
+        lr: learning rate, for both kinds.
+        momentum: of Muon, applied after Nesterov.
+        betas, eps: AdamW's.
+        weight_decay: decoupled, for both kinds; a group may have its own.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(groups, defaults | {"matrices": False})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take one step along the gradients that are there."""
+        assert closure is None
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for p in parameters:
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+            if group["matrices"]:
+                self._step_matrices(parameters, group)
+            else:
+                self._step_others(parameters, group)
+
+    def _step_matrices(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        alike: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+        for p in parameters:
+            state = self.state[p]
+            if not state:
+                state["momentum"] = torch.zeros_like(p)
+            momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+            assert p.grad is not None
+            matrix = p.grad.lerp(momentum, group["momentum"]).flatten(1)  # Nesterov's look ahead
+            alike[matrix.shape[0], matrix.shape[1]].append((p, matrix))
+        for (rows, columns), members in alike.items():  # those of one shape together: few large products
+            updates = orthogonal(torch.stack([matrix for _, matrix in members]))
+            rate = group["lr"] * MATCH_ADAM * max(rows, columns) ** 0.5
+            for (p, _), update in zip(members, updates, strict=True):
+                p.sub_(update.to(p.dtype).view(p.shape), alpha=rate)
+
+    def _step_others(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        for p in parameters:
+            state = self.state[p]
+            if not state:
+                state["step"] = torch.zeros(())
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+            state["step"] += 1
+            step = float(state["step"])
+            mean = state["exp_avg"].lerp_(p.grad, 1 - beta1)
+            square = state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+            spread = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+            p.addcdiv_(mean, spread, value=-group["lr"] / (1 - beta1**step))
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """For each of [number, rows, columns], about the nearest matrix with orthonormal rows or columns.
+
+    In bfloat16, or in float32 where the CPU only emulates bfloat16. Five steps of the Newton-Schulz iteration: singular
+    values end between about 0.7 and 1.2.
+    """
+    a, b, c = QUINTIC
+    x = matrices.to(torch.float32 if is_emulated(torch.bfloat16, matrices.device) else torch.bfloat16)
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / (x.float().norm(dim=(-2, -1), keepdim=True) + 1e-7).to(x.dtype)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def split_parameters(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for `Muon`: hidden matrices and kernels; embeddings and matrices with a thin side; single vectors.
+
+    Embeddings and what has a side below 16 (the layer that puts out colours) take AdamW's steps, as do vectors, which
+    do not decay.
+    """
+    hidden, edges, vectors = [], [], []
+    for name, p in module.named_parameters():
+        if not p.requires_grad:
+            continue
+        if p.ndim < 2:
+            vectors.append(p)
+        elif min(p.shape[0], p[0].numel()) < 16 or "embedding" in name.rpartition(".")[0].rpartition(".")[2]:
+            edges.append(p)
+        else:
+            hidden.append(p)
+    groups = [
+        {"params": hidden, "weight_decay": weight_decay, "matrices": True},
+        {"params": edges, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
 
 FUSED = ("cpu", "cuda")
 """Where AdamW's step passes over the weights once, not once an operation."""

@@ -11,16 +11,16 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from unclip.diffusion.noise import NoiseSource
+from unclip.diffusion.loop import NoiseSource
 from unclip.models.pca import PrincipalComponents
 from unclip.models.prior_autoregressive import AutoregressivePrior, dot_product
-from unclip.stages.condition import PriorCondition
-from unclip.stages.prior_autoregressive import AutoregressivePriorStage
+from unclip.stages.prior import AutoregressivePriorStage
+from unclip.stages.stage import PriorCondition
 from unclip.training.conditions import Captioned, FrozenClip, batch_text, blank_text, tell_cosines, text_batch
 from unclip.training.diffusion import SHEET_PICTURES, first_network, put_adapters, write_network
+from unclip.training.dry_run import try_step
 from unclip.training.recipe import AutoregressivePriorSettings, Recipe
 from unclip.training.task import Batch, Sourced
-from unclip.training.trial import try_step
 
 FITTED_ROWS = 16_384
 """How many draws of embeddings the components are fitted to."""

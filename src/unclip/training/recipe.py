@@ -17,11 +17,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from unclip.checkpoints.files import file_size
 from unclip.checkpoints.hub import is_name, resolve
+from unclip.data.batches import NUM_WORKERS
 from unclip.data.folder import MAX_SKIPPED_SHARE
 from unclip.data.shards import check_ranges
-from unclip.data.stream import NUM_WORKERS
 from unclip.errors import CheckpointError, ConfigError, DataError, MissingDependencyError
-from unclip.models.config import MAX_CHANNELS, MAX_LAYERS
+from unclip.models.component import MAX_CHANNELS, MAX_LAYERS
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 ADAPTABLE = ("prior", "prior_autoregressive", "decoder")
@@ -30,7 +30,8 @@ TEACHABLE = ("clip", "prior", "decoder")
 """The stages that [teacher] is for."""
 
 
-MAX_RECIPE_BYTES = 2**20
+MAX_RECIPE_BYTES, MAX_LINE = 2**16, 2**14
+"""Of a recipe's file, and of its lines, in characters: Python's parser takes time in the square of a dotted name."""
 MAX_DEPTH = 16
 MAX_SIDE_PX = 8192
 LEAST_VOCABULARY = 514
@@ -125,11 +126,13 @@ class OptimizerRecipe(Section):
 
 
 @dataclass(frozen=True)
-class ProcessRecipe:
+class ProcessRecipe(Section):
     """What a stage learns to undo: see `unclip.diffusion.DiffusionProcess`, which has the same names.
 
-    None is what the recipe does not state; `unclip.training.process.settled` says what that comes to.
+    None is what the recipe does not state; `unclip.training.task.settled` says what that comes to.
     """
+
+    SECTION: ClassVar[str] = "process"
 
     num_timesteps: int | None = None
     beta_schedule: str | None = None
@@ -137,7 +140,7 @@ class ProcessRecipe:
     beta_end: float | None = None
     prediction_type: str | None = None
     variance_type: str | None = None
-    clip_range: float | None = None
+    clip_range: Annotated[float | None, Limits(0, 1_000_000, above=True)] = None
     weighting: Literal["simple", "min_snr"] = "simple"
 
 
@@ -330,6 +333,8 @@ class Recipe(Section):
         precision: "no" is float32.
         compile: compile the networks first (torch.compile): minutes at the start, then faster steps where it helps.
         shard: cut weights, gradients, optimizer state and average over the processes (FSDP), if there are several.
+        image_key: under which the data's metadata name a picture; the usual ones are known.
+        caption_key: under which they, or the .json of a shard's samples, give the caption; the usual ones are known.
         max_skipped_share: of the pictures or samples that may be broken.
         reader_workers: threads of a process that decode the samples of shards, ahead of the step that needs them.
         trackers: what metrics go to beside metrics.jsonl: "tensorboard", "wandb", "trackio".
@@ -348,6 +353,8 @@ class Recipe(Section):
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     compile: bool = False
     shard: bool = False
+    image_key: str | None = None
+    caption_key: str | None = None
     max_skipped_share: Share = MAX_SKIPPED_SHARE
     reader_workers: Annotated[int, Limits(1, 1024)] = NUM_WORKERS
     trackers: tuple[str, ...] = ()
@@ -404,7 +411,10 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
     try:
         if (size_bytes := file_size(path)) > MAX_RECIPE_BYTES:
             raise ConfigError(f"the recipe {path} has {size_bytes:,} bytes; at most {MAX_RECIPE_BYTES:,} are read")
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        if max(map(len, text.split("\n"))) > MAX_LINE:
+            raise ConfigError(f"the recipe {path} has a line of more than {MAX_LINE:,} characters")
+        table = tomllib.loads(text)
     except (OSError, CheckpointError) as error:
         raise ConfigError(f"the recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except UnicodeDecodeError as error:

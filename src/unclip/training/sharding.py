@@ -18,8 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, debug, distribute_tensor
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-from unclip.models.attention import AddedKeyValueAttention, PriorBlock
-from unclip.models.resnet import ResnetBlock
+from unclip.models.layers import AddedKeyValueAttention, PriorBlock, ResnetBlock
 
 UNITS = (PriorBlock, ResnetBlock, AddedKeyValueAttention, CLIPEncoderLayer)
 """What is gathered for as long as it computes, one after another; the rest of a module is one unit more."""

@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from unclip.checkpoints.files import atomic_file
+from unclip.data.batches import Rows, Source
 from unclip.data.folder import Record
-from unclip.data.rows import Rows, Source
 from unclip.data.source import FolderSource
 from unclip.errors import ConfigError, DataError, UnclipError
 from unclip.models.kernels import is_emulated
-from unclip.training.known_embeddings import cache_folder
+from unclip.training.embedding_cache import cache_folder
 from unclip.training.recipe import TeacherSettings
 
 AT_ONCE = 256

@@ -1,32 +1,87 @@
-"""The one trainer: steps, precision, moving average, logs and resuming, for every stage alike.
+"""A run is asked to stop by a signal, and may take its time.
 
-Knows a task only as a module, a source of batches and a way to be saved; what lies in a run's folder is `state.py`'s
-affair. Called by `unclip train`.
+Knows signals alone. Called by the trainer.
 """
 
 import contextlib
 import gc
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, gather_object, set_seed
+from accelerate.utils import GradientAccumulationPlugin, LoggerType, gather_object, set_seed
 from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from unclip.errors import Cancelled, CheckpointError, ConfigError, DataError, TrainingError
 from unclip.training.optimizer import learning_rate, make_optimizer
-from unclip.training.recipe import Recipe
+from unclip.training.recipe import Recipe, as_dict, flat
 from unclip.training.sharding import is_sharded, leave_group, sharded, share_of, shared_like, shares_of, whole
-from unclip.training.signals import first_signal
 from unclip.training.state import RunFolder, Snapshot, optimizer_tensors, restore_optimizer
 from unclip.training.task import Batch, Limited, Task, computes_on_cpu, mixed_precision
-from unclip.training.trackers import check_trackers, start_trackers
+
+
+@contextmanager
+def first_signal(ask: Callable[[int], None]) -> Iterator[None]:
+    """Within it, the first SIGINT or SIGTERM calls `ask` with its number; a second one does what it did before.
+
+    Does nothing in a thread other than the main one, which alone may take signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int, frame: Any) -> None:
+        ask(number)
+        signal.signal(number, old[signal.Signals(number)])
+
+    for number in old:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Raises: ConfigError for a tracker that the installed accelerate is too old for."""
+    known = [kind.value for kind in LoggerType]
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"trackers has {name!r}, which accelerate {accelerate.__version__} does not know: "
+                "pip install --upgrade accelerate, or leave it out"
+            )
+
+
+def start_trackers(accelerator: Accelerator, recipe: Recipe, folder: Path, run_id: str | None) -> None:
+    """Tell the recipe's trackers its settings.
+
+    Args:
+        accelerator: made with them.
+        recipe: the run's.
+        folder: the run's, whose name is that of the run.
+        run_id: the same for all parts of a run that was interrupted, so that they stay one run for the tracker.
+    """
+    settings = flat(as_dict(recipe))
+    plain = {name: v if isinstance(v, int | float | str) else str(v) for name, v in settings.items()}
+    name = folder.absolute().name
+    how = {
+        "wandb": {"name": name, "dir": str(folder), "id": run_id, "resume": "allow"},
+        "trackio": {"name": name, "resume": "allow"},
+    }
+    accelerator.init_trackers("unclip", config=plain, init_kwargs=how)
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

@@ -1,0 +1,259 @@
+"""`unclip info`: what a model's folder holds, read from configurations and headers; no weight is loaded.
+
+Knows folders, components' configurations and tables; knows no network.
+"""
+
+import io
+import json
+import re
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unclip.checkpoints.files import file_size, read_json, safe_join
+from unclip.checkpoints.hub import resolve
+from unclip.checkpoints.recommended import Recommended, read_recommended
+from unclip.checkpoints.weights import DEFAULT_STEM, TRANSFORMERS_STEM, open_weights
+from unclip.cli import options
+from unclip.cli.messages import error, printable
+from unclip.errors import CheckpointError, MissingFileError, UnclipError
+from unclip.pipelines.session import model_name
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+EXAMPLES = options.examples("unclip info unclip-emoji", "unclip info models/mine --json")
+
+CONFIGS = ("config.json", "scheduler_config.json", "preprocessor_config.json", "tokenizer_config.json")
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+SIZES = (
+    "sample_size", "image_size", "patch_size", "block_out_channels", "layers_per_block", "cross_attention_dim",
+    "num_layers", "num_hidden_layers", "num_attention_heads", "embedding_dim", "hidden_size", "projection_dim",
+    "max_position_embeddings", "vocab_size", "clip_embeddings_dim",
+)  # fmt: skip
+"""The settings that say how large a network is, in the order in which they are shown."""
+PLAIN_WIDTH = 240
+"""Columns of a table that goes into a file or a pipe, where nothing should be wrapped."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """One part of a model as its files describe it.
+
+    Attributes:
+        parameters: how many weights; 0 for a part that has none.
+        size_bytes: of its weights' files.
+        dtype: the weights' types.
+        sizes: the settings that say how large it is.
+        settings: a scheduler's settings.
+        problem: why it cannot be read.
+    """
+
+    class_name: str
+    parameters: int = 0
+    size_bytes: int = 0
+    dtype: str = ""
+    sizes: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    problem: str = ""
+
+
+def info(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model's folder, a hub id (owner/name), or a built-in name.")
+    ] = "unclip-emoji",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Show what a model is made of.
+
+    Tells its components, sizes, schedulers and licence; headers and configurations are read, no weights. MODEL may also
+    be one component's folder, or the model/ folder of a training run.
+    """
+    folder = resolve(model)
+    components = read_components(folder)
+    problem = ""
+    defaults: dict[str, Recommended] = {}
+    try:
+        defaults = read_recommended(folder)
+    except UnclipError as found:
+        problem = str(found)
+    papers = {"licence": licence(folder), "model_card": first_file(folder, ("README*", "MODEL_CARD*", "model_card*"))}
+    if as_json:
+        parts = {name: {k: v for k, v in asdict(part).items() if v} for name, part in components.items()}
+        about = {"model": model_name(model), "folder": str(folder), **papers}
+        print(json.dumps({**about, "generation_defaults": defaults, "components": parts}), flush=True)
+    else:
+        show(model_name(model), folder, components, defaults, papers)
+    for name, part in components.items():
+        if part.problem:
+            error(f"component {name!r}: {part.problem}")
+    if problem:
+        error(problem)
+    if problem or any(part.problem for part in components.values()):
+        raise typer.Exit(1)
+
+
+def read_components(folder: Path) -> dict[str, Component]:
+    """The parts of a pipeline's folder, of a folder of components, or of one component's folder.
+
+    Raises: CheckpointError when it is none of these.
+    """
+    if (folder / "model_index.json").is_file():
+        index = read_json(safe_join(folder, "model_index.json"))
+        named = {name: entry[1] for name, entry in index.items() if _is_entry(entry)}
+        return {name: read_component(folder, name, class_name) for name, class_name in named.items()}
+    if _config_name(folder):
+        return {folder.resolve().name: read_component(folder.resolve().parent, folder.resolve().name, "")}
+    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and _config_name(entry))
+    if not found:
+        raise CheckpointError(f"{folder} has no model_index.json and no component with a config.json: is it a model?")
+    return {name: read_component(folder, name, "") for name in found}
+
+
+def read_component(folder: Path, name: str, class_name: str) -> Component:
+    """One part; what is wrong with it becomes its `problem`."""
+    try:
+        place = safe_join(folder, name)
+        if not place.is_dir():
+            raise MissingFileError(f"{place} is not there")
+        config_name = _config_name(place)
+        config = read_json(safe_join(place, config_name)) if config_name else {}
+        class_name = class_name or _own_class(config)
+        if config_name == "scheduler_config.json":
+            settings = {key: value for key, value in config.items() if not key.startswith("_")}
+            return Component(class_name, settings=settings)
+        sizes = {key: config[key] for key in SIZES if config.get(key) is not None}
+        if config_name != "config.json":
+            return Component(class_name, sizes=sizes)
+        stem = TRANSFORMERS_STEM if class_name.startswith("CLIP") else DEFAULT_STEM
+        weights = open_weights(place, stem=stem, variant=_variant(place, stem))
+        kinds: Counter[str] = Counter()
+        for tensor in weights.values():
+            kinds[tensor.dtype] += tensor.nbytes
+        return Component(
+            class_name,
+            parameters=sum(_count(tensor.shape) for tensor in weights.values()),
+            size_bytes=sum(file_size(file) for file in weights.files),
+            dtype=", ".join(DTYPES.get(kind, kind) for kind, _ in kinds.most_common()),
+            sizes=sizes,
+        )
+    except UnclipError as problem:
+        return Component(class_name, problem=str(problem))
+
+
+def licence(folder: Path) -> str | None:
+    """The licence's file, or what the model card's head says."""
+    file = first_file(folder, ("LICENSE*", "LICENCE*", "license*"))
+    card = first_file(folder, ("README*",))
+    if file is None and card is not None:
+        head = (folder / card).read_bytes()[:10_000].decode("utf-8", "replace")
+        found = re.search(r"\A---\n(?:.*\n)*?license:[ \t]*(\S+)", head)
+        return found[1] if found else None
+    return file
+
+
+def first_file(folder: Path, patterns: tuple[str, ...]) -> str | None:
+    """The name of the first file in the folder that fits one of the patterns."""
+    return next((path.name for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()), None)
+
+
+def show(
+    name: str,
+    folder: Path,
+    components: dict[str, Component],
+    defaults: dict[str, Recommended],
+    papers: dict[str, str | None],
+) -> None:
+    """Print all of it as tables; plain text when stdout is no terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    on_terminal = sys.stdout.isatty()
+    page = sys.stdout if on_terminal else io.StringIO()
+    width = None if on_terminal else PLAIN_WIDTH
+    console = Console(file=page, width=width, markup=False, emoji=False, highlight=False)
+
+    def table(*columns: str) -> Table:
+        made = Table(box=box.SIMPLE_HEAD if on_terminal else None, pad_edge=False)
+        for column in columns:
+            justify = "right" if column in ("parameters", "on disk") else "left"
+            made.add_column(column, justify=justify, no_wrap=column not in ("sizes", "settings"), overflow="fold")
+        return made
+
+    parts = table("component", "class", "parameters", "on disk", "dtype", "sizes")
+    for part, about in components.items():
+        if about.settings:
+            continue
+        cells = [f"{about.parameters:,}", megabytes(about.size_bytes)] if about.parameters else ["", ""]
+        sizes = "cannot be read" if about.problem else listed(about.sizes)
+        _add(parts, part, about.class_name, *cells, about.dtype, sizes)
+    total = [part for part in components.values() if part.parameters]
+    if len(total) > 1:
+        _add(parts, "total", "", f"{sum(p.parameters for p in total):,}", megabytes(sum(p.size_bytes for p in total)))
+    schedulers = table("scheduler", "class", "settings")
+    for part, about in components.items():
+        if about.settings:
+            _add(schedulers, part, about.class_name, listed(about.settings))
+
+    console.print(printable(f"{name} ({folder})\n"))
+    if parts.row_count:
+        console.print(parts, "")
+    if schedulers.row_count:
+        console.print(schedulers, "")
+    console.print(printable(f"recommended: {listed(defaults) or 'nothing in particular'}"))
+    for paper, file in papers.items():
+        console.print(printable(f"{paper.replace('_', ' ')}: {file or 'none here'}"))
+    if isinstance(page, io.StringIO):
+        print("\n".join(line.rstrip() for line in page.getvalue().splitlines()), flush=True)
+
+
+def listed(values: dict[str, Any]) -> str:
+    """Settings on one line."""
+    return ", ".join(f"{key} {json.dumps(value)}" for key, value in values.items())
+
+
+def megabytes(size_bytes: int) -> str:
+    """A size for people."""
+    return f"{size_bytes / 1e6:,.1f} MB" if size_bytes < 1e9 else f"{size_bytes / 1e9:,.2f} GB"
+
+
+def _add(table: "Table", *cells: str) -> None:
+    table.add_row(*(printable(cell) for cell in cells))
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
+
+
+def _config_name(folder: Path) -> str | None:
+    return next((name for name in CONFIGS if (folder / name).is_file()), None)
+
+
+def _own_class(config: dict[str, Any]) -> str:
+    """The class that a component's own configuration names."""
+    architectures = config.get("architectures")
+    if isinstance(architectures, list) and architectures:
+        return str(architectures[0])
+    names = (config.get(key) for key in ("_class_name", "image_processor_type", "tokenizer_class"))
+    return next((str(name) for name in names if name), "")
+
+
+def _variant(folder: Path, stem: str) -> str | None:
+    """None if there are plain weights; else the variant that is there."""
+    if any((folder / f"{stem}{end}").exists() for end in (".safetensors", ".safetensors.index.json")):
+        return None
+    pattern = re.compile(re.escape(stem) + r"(?:\.(\w+)\.safetensors|\.safetensors\.index\.(\w+)\.json)")
+    found = (pattern.fullmatch(name) for name in sorted(path.name for path in folder.iterdir()))
+    return next((match[1] or match[2] for match in found if match), None)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count

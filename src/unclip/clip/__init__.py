@@ -1,0 +1,1 @@
+"""CLIP: its two encoders, tokenizer, image preprocessing and folders."""

@@ -1,0 +1,172 @@
+"""Which settings a CLIP's config.json and its preprocessor's may have: those honoured, and those that mean nothing.
+
+Knows the files of transformers' CLIP and what they have held since the first; builds nothing and imports none of it.
+Called before a CLIP is read, and when one is converted.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from unclip.checkpoints.files import read_json, safe_join
+from unclip.errors import ConfigError, MissingFileError
+
+HONOURED = {
+    "vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "projection_dim",
+    "num_hidden_layers", "num_attention_heads", "num_channels", "image_size", "patch_size", "hidden_act",
+    "layer_norm_eps", "attention_dropout", "initializer_range", "initializer_factor", "logit_scale_init_value",
+    "pad_token_id", "bos_token_id", "eos_token_id",
+}  # fmt: skip
+"""What the encoders of CLIP are built by, and trained."""
+
+DESCRIPTIVE = {
+    "architectures", "transformers_version", "dtype", "torch_dtype", "attn_implementation", "output_attentions",
+    "output_hidden_states", "chunk_size_feed_forward", "tie_word_embeddings", "tie_encoder_decoder",
+    "tf_legacy_loss",
+    # of old files; no CLIP ever read it: its dropout is `attention_dropout`
+    "dropout",
+    # of classifiers and of tokenizers
+    "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params",
+    "tokenizer_class", "prefix", "sep_token_id", "decoder_start_token_id",
+    # of models that write texts: until its version 5, transformers wrote these into every configuration
+    "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
+    "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id",
+    "forced_eos_token_id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups",
+    "num_beams", "num_return_sequences", "output_scores", "remove_invalid_values", "repetition_penalty",
+    "return_dict_in_generate", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p", "use_cache",
+}  # fmt: skip
+"""Settings with which CLIP's encoders compute the same, whatever the value."""
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "model_type": ("clip", "clip_text_model", "clip_vision_model"),
+    "pruned_heads": ({}, None),
+    "return_dict": (True, None),
+    "torchscript": (False, None),
+    "use_bfloat16": (False, None),
+    "is_decoder": (False, None),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "cross_attention_hidden_size": (None,),
+    "quantization_config": (None,),
+    "auto_map": (None, {}),
+}
+"""Settings that would change results and are not implemented, each with the values that ask for nothing."""
+
+SIZE_LIMITS = {
+    "hidden_size": 16_384,
+    "intermediate_size": 65_536,
+    "projection_dim": 16_384,
+    "num_hidden_layers": 256,
+    "num_attention_heads": 1024,
+    "vocab_size": 1_000_000,
+    "max_position_embeddings": 65_536,
+    "image_size": 4096,
+    "patch_size": 4096,
+    "num_channels": 16,
+}
+"""The largest value of each size; the smallest is 1."""
+
+TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+SHARES = ("layer_norm_eps", "attention_dropout")
+"""Numbers from 0 to below 1."""
+FACTORS = ("initializer_range", "initializer_factor", "logit_scale_init_value")
+MAX_FACTOR = 1e6
+
+HALVES = ("text_config", "vision_config")
+OLD_HALVES = {"text_config_dict": "text_config", "vision_config_dict": "vision_config"}
+"""Where the first files of a whole CLIP said its sizes again; transformers lets these overrule the others."""
+
+PROCESSOR_HONOURED = {
+    "do_resize", "size", "resample", "default_to_square", "do_center_crop", "crop_size", "do_rescale",
+    "rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb", "do_pad", "pad_size",
+}  # fmt: skip
+PROCESSOR_DESCRIPTIVE = {
+    # how pictures come in and tensors come out, which the caller of a preprocessor says
+    "processor_class", "input_data_format", "return_tensors", "device", "disable_grouping", "image_seq_length",
+}  # fmt: skip
+_PROCESSORS = ("CLIPFeatureExtractor", "CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil")
+PROCESSOR_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "image_processor_type": (*_PROCESSORS, None),
+    "feature_extractor_type": (*_PROCESSORS, None),
+    "data_format": ("channels_first", None),
+    "use_square_size": (False, None),
+    "auto_map": (None, {}),
+}
+
+
+def check_clip_settings(settings: Mapping[str, Any], where: str) -> None:
+    """Refuse what would change results and is not implemented, in `settings` (a parsed config.json of `where`).
+
+    Either encoder's configuration, or a whole CLIP's with both. Keys with a leading _ are skipped.
+
+    Raises: ConfigError naming the setting; also for a whole CLIP whose two accounts of an encoder differ.
+    """
+    whole = {*HALVES, *OLD_HALVES}
+    _check({key: value for key, value in settings.items() if key not in whole}, HONOURED | DESCRIPTIVE, NEUTRAL, where)
+    for name in sorted(whole & settings.keys()):
+        half = settings[name]
+        if half is None:
+            continue
+        if not isinstance(half, Mapping):
+            raise ConfigError(f"{name} in {where} is {half!r:.100}; it must be an object in braces")
+        _check(half, HONOURED | DESCRIPTIVE, NEUTRAL, f"{where} ({name})")
+        other = settings.get(OLD_HALVES.get(name, "")) or {}
+        for key in half.keys() & other.keys() & HONOURED:
+            if half[key] != other[key]:
+                raise ConfigError(
+                    f"{where} says {key} twice: {half[key]!r} in {name}, {other[key]!r} in {OLD_HALVES[name]}; "
+                    f"remove {name}"
+                )
+
+
+def read_image_processor_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the CLIP image preprocessor in `folder`, checked.
+
+    They lie in preprocessor_config.json, or, as transformers 5 saves a whole CLIP's, in processor_config.json.
+
+    Raises: MissingFileError when neither is there; ConfigError naming a setting that would change results and is not
+    implemented.
+    """
+    combined = safe_join(folder, "processor_config.json")
+    inner = read_json(combined).get("image_processor") if combined.is_file() else None
+    path = safe_join(folder, "preprocessor_config.json") if inner is None else combined
+    if inner is None and not path.is_file():
+        raise MissingFileError(f"{path} is not there; without it nothing says how pictures are made ready for CLIP")
+    settings = read_json(path) if inner is None else inner
+    if not isinstance(settings, dict):
+        raise ConfigError(f"image_processor in {path} is {settings!r:.100}; it must be an object in braces")
+    _check(settings, PROCESSOR_HONOURED | PROCESSOR_DESCRIPTIVE, PROCESSOR_NEUTRAL, str(path))
+    return settings
+
+
+def _check(settings: Mapping[str, Any], known: set[str], neutral: Mapping[str, tuple[Any, ...]], where: str) -> None:
+    for key, value in settings.items():
+        if key in HONOURED:
+            _check_value(key, value, where)
+        if key.startswith("_") or key in known:
+            continue
+        if key not in neutral:
+            raise ConfigError(
+                f"{where} has the setting {key!r} (its value is {value!r:.100}), which is not implemented; "
+                "remove it if the model computes the same without it"
+            )
+        if value not in neutral[key]:
+            allowed = ", ".join(repr(choice) for choice in neutral[key])
+            raise ConfigError(f"{key} = {value!r:.100} in {where} is not implemented; supported: {allowed}")
+
+
+def _check_value(key: str, value: Any, where: str) -> None:
+    """Raises: ConfigError for a value that CLIP's encoders cannot have."""
+    whole, real = type(value) is int, type(value) in (int, float)
+    if key in SIZE_LIMITS and not (whole and 1 <= value <= SIZE_LIMITS[key]):
+        raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be a whole number from 1 to {SIZE_LIMITS[key]}")
+    is_absent = value is None and key != "eos_token_id"
+    if key in TOKENS and not is_absent and not (whole and 0 <= value <= SIZE_LIMITS["vocab_size"]):
+        limit = SIZE_LIMITS["vocab_size"]
+        raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be a whole number from 0 to {limit}")
+    if key in SHARES and not (real and 0 <= value < 1) and (key, value) != ("attention_dropout", None):
+        raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be a number from 0 to below 1")
+    if key in FACTORS and not (real and -MAX_FACTOR <= value <= MAX_FACTOR):
+        raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be a number up to {MAX_FACTOR:g}")
+    if key == "hidden_act" and not isinstance(value, str):
+        raise ConfigError(f"hidden_act in {where} is {value!r:.80}; it must be the name of an activation")

@@ -1,0 +1,362 @@
+"""CLIP's two encoders, of captions and of pictures, each with its projection into the shared space.
+
+Knows neither captions nor picture files, only token numbers and pixels. Called where transformers' classes, which give
+the same numbers and hold the same weights, take too long to import: by the command line.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unclip.errors import InputError
+from unclip.models.component import ANYTHING, MAX_LAYERS, Component, ModelConfig
+from unclip.models.kernels import Conv2d, Embedding, Linear, attention
+
+OLD_END_OF_TEXT = 2
+"""What configurations of before 2023 say for the end of text, whatever it was; they mean the largest number."""
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x · σ(1.702 x), an approximation of GELU.
+
+    Source: Hendrycks and Gimpel, arXiv 1606.08415 §2; CLIP's published weights were trained with it.
+    """
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+C = TypeVar("C", bound=ModelConfig)
+
+_NEUTRAL: dict[str, Any] = {
+    "architectures": ANYTHING,
+    "attention_dropout": (0, 0.0, None),
+    "dropout": ANYTHING,  # of old files; nothing ever read it
+    "dtype": ANYTHING,
+    "initializer_factor": ANYTHING,
+    "initializer_range": ANYTHING,
+    "torch_dtype": ANYTHING,
+    "transformers_version": ANYTHING,
+}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _EncoderConfig(ModelConfig):
+    """What both encoders are described by."""
+
+    hidden_size: int
+    intermediate_size: int
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    def check(self) -> None:
+        for name in self:
+            if isinstance(value := getattr(self, name), tuple):
+                raise self._refuse(name, "a single value", value)
+        self.check_whole("hidden_size", "projection_dim")
+        self.check_whole("intermediate_size", high=65_536)
+        self.check_whole("num_hidden_layers", high=MAX_LAYERS)
+        self.check_whole("num_attention_heads", high=1024)
+        self.check_divides(self.num_attention_heads, self.hidden_size, "all of num_attention_heads have the same width")
+        self.check_one_of("hidden_act", tuple(ACTIVATIONS))
+        self.check_real("layer_norm_eps", low=0.0, high=1.0)
+
+    def approximate_parameters(self) -> int:
+        layer = 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
+        return self.num_hidden_layers * layer + self.hidden_size * self.projection_dim
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CLIPTextEncoderConfig(_EncoderConfig):
+    """Settings of `CLIPTextEncoder`, with the keys and defaults of transformers' `CLIPTextConfig`."""
+
+    NEUTRAL: ClassVar = {**_NEUTRAL, "bos_token_id": ANYTHING, "pad_token_id": ANYTHING}
+
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_attention_heads: int = 8
+    vocab_size: int = 49_408
+    max_position_embeddings: int = 77
+    eos_token_id: int = 49_407
+    model_type: str = "clip_text_model"
+
+    def check(self) -> None:
+        super().check()
+        self.check_whole("vocab_size", high=1_000_000)
+        self.check_whole("max_position_embeddings", high=65_536)
+        self.check_whole("eos_token_id", low=0, high=1_000_000)
+        self.check_one_of("model_type", ("clip_text_model",))
+
+    def approximate_parameters(self) -> int:
+        tables = (self.vocab_size + self.max_position_embeddings) * self.hidden_size
+        return super().approximate_parameters() + tables
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CLIPImageEncoderConfig(_EncoderConfig):
+    """Settings of `CLIPImageEncoder`, with the keys and defaults of transformers' `CLIPVisionConfig`."""
+
+    NEUTRAL: ClassVar = _NEUTRAL
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    model_type: str = "clip_vision_model"
+
+    def check(self) -> None:
+        super().check()
+        self.check_whole("num_channels", high=16)
+        self.check_whole("image_size", high=4096)
+        self.check_whole("patch_size", high=self.image_size)
+        self.check_one_of("model_type", ("clip_vision_model",))
+
+    @property
+    def num_patches(self) -> int:
+        """Of one picture; pixels that make no whole patch are left out."""
+        return (self.image_size // self.patch_size) ** 2
+
+    def approximate_parameters(self) -> int:
+        patch = self.num_channels * self.patch_size**2
+        tables = (self.num_patches + 1 + patch) * self.hidden_size
+        return super().approximate_parameters() + tables
+
+
+class CLIPTextEncoderOutput(NamedTuple):
+    """What `CLIPTextEncoder` gives.
+
+    Attributes:
+        text_embeds: [batch, projection_dim], not normalised.
+        last_hidden_state: every token after the final norm, [batch, tokens, hidden_size].
+    """
+
+    text_embeds: Tensor
+    last_hidden_state: Tensor
+
+
+class CLIPImageEncoderOutput(NamedTuple):
+    """What `CLIPImageEncoder` gives.
+
+    Attributes:
+        image_embeds: [batch, projection_dim], not normalised.
+        last_hidden_state: class token and patches before the final norm, [batch, 1 + patches, hidden_size].
+    """
+
+    image_embeds: Tensor
+    last_hidden_state: Tensor
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self, config: _EncoderConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.q_proj = Linear(width, width)
+        self.out_proj = Linear(width, width)
+
+    def _heads(self, tokens: Tensor) -> Tensor:
+        return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def forward(self, tokens: Tensor, bias: Tensor | None) -> Tensor:
+        queries, keys, values = (self._heads(part(tokens)) for part in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attention(queries, keys, values, bias).transpose(1, 2).flatten(2))
+
+
+class _FeedForward(nn.Module):
+    def __init__(self, config: _EncoderConfig) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(tokens)))
+
+
+class _Layer(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: _EncoderConfig) -> None:
+        super().__init__()
+        self.self_attn = _SelfAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = _FeedForward(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, tokens: Tensor, bias: Tensor | None) -> Tensor:
+        tokens = tokens + self.self_attn(self.layer_norm1(tokens), bias)
+        return tokens + self.mlp(self.layer_norm2(tokens))
+
+
+class _Layers(nn.Module):
+    def __init__(self, config: _EncoderConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([_Layer(config) for _ in range(config.num_hidden_layers)])
+
+    def forward(self, tokens: Tensor, bias: Tensor | None) -> Tensor:
+        for layer in self.layers:
+            tokens = layer(tokens, bias)
+        return tokens
+
+
+class _TextEmbeddings(nn.Module):
+    def __init__(self, config: CLIPTextEncoderConfig) -> None:
+        super().__init__()
+        self.token_embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return self.token_embedding(input_ids) + self.position_embedding(positions)
+
+
+class _TextTransformer(nn.Module):
+    def __init__(self, config: CLIPTextEncoderConfig) -> None:
+        super().__init__()
+        self.embeddings = _TextEmbeddings(config)
+        self.encoder = _Layers(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, input_ids: Tensor, mask: Tensor | None) -> Tensor:
+        tokens = self.embeddings(input_ids)
+        return self.final_layer_norm(self.encoder(tokens, _causal_bias(tokens, mask)))
+
+
+class _PatchEmbeddings(nn.Module):
+    def __init__(self, config: CLIPImageEncoderConfig) -> None:
+        super().__init__()
+        width, patch = config.hidden_size, config.patch_size
+        self.class_embedding = nn.Parameter(torch.zeros(width))
+        self.patch_embedding = Conv2d(config.num_channels, width, kernel_size=patch, stride=patch, bias=False)
+        self.position_embedding = Embedding(config.num_patches + 1, width)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches = self.patch_embedding(pixels.to(self.class_embedding.dtype)).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.class_embedding.expand(len(pixels), 1, -1), patches], dim=1)
+        return tokens + self.position_embedding(torch.arange(tokens.shape[1], device=tokens.device))
+
+
+class _ImageTransformer(nn.Module):
+    def __init__(self, config: CLIPImageEncoderConfig) -> None:
+        super().__init__()
+        self.embeddings = _PatchEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # the published files' spelling
+        self.encoder = _Layers(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The class token after the final norm [batch, hidden_size], and all tokens before it."""
+        tokens = self.encoder(self.pre_layrnorm(self.embeddings(pixels)), None)
+        return self.post_layernorm(tokens[:, 0]), tokens
+
+
+class _Encoder(Component[C]):
+    """What both encoders' folders share: they are transformers', so that its classes read what these wrote."""
+
+    ecosystem_class: ClassVar[str]
+    """Transformers' class that gives the same."""
+    weights_stem: ClassVar = "model"
+    tables: ClassVar = ("position_ids",)
+
+    def _header(self) -> dict[str, Any]:
+        return {"architectures": [self.ecosystem_class]}
+
+
+class CLIPTextEncoder(_Encoder[CLIPTextEncoderConfig]):
+    """CLIP's causal text transformer, whose token at the end of the text is projected into the shared space.
+
+    Its config.json and weights are those of transformers' `CLIPTextModelWithProjection`, and so are its outputs, up to
+    rounding; nothing of transformers is imported. For encoding alone: there is no dropout.
+
+    Source: Radford et al., arXiv 2103.00020 §2.4.
+    """
+
+    config_class: ClassVar = CLIPTextEncoderConfig
+    ecosystem_class: ClassVar = "CLIPTextModelWithProjection"
+
+    def build(self, config: CLIPTextEncoderConfig) -> None:
+        self.text_model = _TextTransformer(config)
+        self.text_projection = Linear(config.hidden_size, config.projection_dim, bias=False)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> CLIPTextEncoderOutput:
+        """Encode captions.
+
+        Args:
+            input_ids: token numbers, integer [batch, tokens].
+            attention_mask: [batch, tokens], 0 or false where a token must not be seen; None: all are.
+
+        Raises: InputError for other shapes, or more tokens than there are positions.
+        """
+        limit = self.config.max_position_embeddings
+        if input_ids.dim() != 2 or not 1 <= input_ids.shape[1] <= limit:
+            raise InputError(f"input_ids is {tuple(input_ids.shape)}; it must be [batch, tokens], of 1 to {limit}")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise InputError(
+                f"attention_mask is {tuple(attention_mask.shape)}; it must be as input_ids {tuple(input_ids.shape)}"
+            )
+        tokens = self.text_model(input_ids, attention_mask)
+        rows = torch.arange(len(tokens), device=tokens.device)
+        pooled = tokens[rows, self._end_of_text(input_ids).to(tokens.device)]
+        return CLIPTextEncoderOutput(self.text_projection(pooled), tokens)
+
+    def _end_of_text(self, input_ids: Tensor) -> Tensor:
+        """The place of the first end-of-text token in each row [batch]; 0 where there is none."""
+        if self.config.eos_token_id == OLD_END_OF_TEXT:
+            return input_ids.argmax(dim=1)
+        return (input_ids == self.config.eos_token_id).int().argmax(dim=1)
+
+
+class CLIPImageEncoder(_Encoder[CLIPImageEncoderConfig]):
+    """CLIP's vision transformer, whose class token is projected into the shared space.
+
+    Its config.json and weights are those of transformers' `CLIPVisionModelWithProjection`, and so are its outputs, up
+    to rounding; nothing of transformers is imported. For encoding alone: there is no dropout.
+
+    Source: Radford et al., arXiv 2103.00020 §2.4.
+    """
+
+    config_class: ClassVar = CLIPImageEncoderConfig
+    ecosystem_class: ClassVar = "CLIPVisionModelWithProjection"
+
+    def build(self, config: CLIPImageEncoderConfig) -> None:
+        self.vision_model = _ImageTransformer(config)
+        self.visual_projection = Linear(config.hidden_size, config.projection_dim, bias=False)
+
+    def forward(self, pixel_values: Tensor) -> CLIPImageEncoderOutput:
+        """Encode pictures.
+
+        Args:
+            pixel_values: [batch, num_channels, image_size, image_size], normalised as the model wants it.
+
+        Raises: InputError for another shape.
+        """
+        config = self.config
+        wanted = (config.num_channels, config.image_size, config.image_size)
+        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != wanted:
+            raise InputError(f"pixel_values is {tuple(pixel_values.shape)}; it must be [batch, {str(wanted)[1:-1]}]")
+        pooled, tokens = self.vision_model(pixel_values)
+        return CLIPImageEncoderOutput(self.visual_projection(pooled), tokens)
+
+
+def _causal_bias(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """What hides later tokens, and those that `mask` [batch, tokens] leaves out: [1 or batch, 1, tokens, tokens].
+
+    The lowest finite number, not minus infinity: a row that sees nothing must not become NaN.
+    """
+    count = tokens.shape[1]
+    seen = torch.ones(count, count, dtype=torch.bool, device=tokens.device).tril()[None, None]
+    if mask is not None:
+        seen = seen & mask.to(device=tokens.device, dtype=torch.bool)[:, None, None, :]
+    bias = torch.zeros(seen.shape, dtype=tokens.dtype, device=tokens.device)
+    return bias.masked_fill(~seen, torch.finfo(tokens.dtype).min)

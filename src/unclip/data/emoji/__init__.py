@@ -1,0 +1,1 @@
+"""The emoji data set: how it is built, captioned, composed and used for evaluation."""

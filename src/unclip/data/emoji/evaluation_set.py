@@ -1,0 +1,191 @@
+"""What a model is asked for: captions of a data set, those that training knew and those held out.
+
+Knows records and pictures; knows no network. Called by every measure.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from unclip.checkpoints.files import safe_join
+from unclip.data.emoji.compose import STYLE as COMPOSED_STYLE
+from unclip.data.folder import MAX_SKIPPED_SHARE, Record, in_percent, read_records, square_pixels
+from unclip.errors import DataError, ImageError, InputError
+from unclip.images import MAX_PIXELS, open_image
+
+PLAIN_STYLE = "flat"
+"""The unmarked style of the emoji set: its plain captions are bare labels."""
+
+Progress = Callable[[Iterable[int]], Iterable[int]]
+"""Wraps the starts of batches, as tqdm does."""
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Which captions are asked for, and among which a judge chooses.
+
+    Attributes:
+        data: the data set's folder.
+        concepts: one record a concept, or a composed caption: all of the data set.
+        groups: those asked for, "seen" and "held_out".
+        drawn: how the concepts of a group were chosen, in words.
+        skipped: files of those chosen that could not be read, with the reason; they are in no group.
+    """
+
+    data: Path
+    concepts: list[Record]
+    groups: dict[str, list[Record]]
+    drawn: dict[str, str]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def prepare(cls, data: Path, *, num_seen: int, num_held_out: int | None = None, seed: int) -> "Exam":
+        """Choose by `seed` at most `num_seen` trained concepts, by their weight, and `num_held_out` others (None: all).
+
+        Asked for are concepts that exist in the plain style (all of them, in a data set without it): the others were
+        never drawn without naming a style. But their captions stand among those that a judge chooses from.
+
+        The pictures of all that are chosen are tried: what cannot be read is left out, with a warning, up to the share
+        of a data set that training takes as broken.
+
+        Raises: InputError for a number out of its limits; DataError when the data set cannot be used; UnsafeFileError
+            for a name that leads out of the folder.
+        """
+        check_counts(num_seen=num_seen)
+        if num_held_out is not None and num_held_out < 0:
+            raise InputError(f"num_held_out is {num_held_out}; it must be 0 or more, or None for all")
+        data = Path(data)
+        concepts = concepts_of(read_records(data))
+        plain = [record for record in concepts if record.style == PLAIN_STYLE] or list(concepts)
+        seen = [record for record in plain if not record.held_out and record.weight > 0]
+        if not seen:
+            raise DataError("the data set has no concept that a model could have been trained on")
+        generator = torch.Generator().manual_seed(seed)
+        weights = torch.tensor([record.weight for record in seen], dtype=torch.float64)
+        # torch.multinomial takes at most 2^24 of them, far above a data set that is held in memory.
+        chosen = torch.multinomial(weights, min(num_seen, len(seen)), generator=generator).tolist()
+        held_out = [record for record in plain if record.held_out]
+        drawn = {"seen": "by training weight, each concept once at most", "held_out": "all"}
+        if num_held_out is not None and num_held_out < len(held_out):
+            places = torch.randperm(len(held_out), generator=generator)[:num_held_out]
+            held_out, drawn["held_out"] = [held_out[i] for i in places.tolist()], "at random"
+        drawn["held_out"] += " that exist in the unmarked style"
+        groups, skipped = _readable(data, {"seen": [seen[i] for i in chosen], "held_out": held_out})
+        exam = cls(data, concepts, groups, drawn, skipped)
+        if exam.composed:
+            drawn["seen"] = "at random, each caption once at most"
+            drawn["held_out"] = drawn["held_out"].removesuffix(" that exist in the unmarked style")
+        return exam
+
+    @property
+    def captions(self) -> list[str]:
+        """The bare captions of all concepts, each once."""
+        return list(dict.fromkeys(bare_caption(record) for record in self.concepts))
+
+    @property
+    def composed(self) -> bool:
+        """Whether captions name combinations (see `unclip.data.emoji.compose`), not single concepts."""
+        return all(record.style == COMPOSED_STYLE for record in self.concepts)
+
+    def asked(self, group: str) -> list[str]:
+        """The bare captions of a group, in order."""
+        return [bare_caption(record) for record in self.groups[group]]
+
+    def pictures(self, group: str) -> list[Image.Image]:
+        """The real pictures of a group, in order, RGB, square on white as training sees them.
+
+        Raises: ImageError for one that cannot be read any more.
+        """
+        return [squared(open_image(safe_join(self.data, record.file_name))) for record in self.groups[group]]
+
+    def about(self, group: str) -> dict[str, object]:
+        """What a report says of a group: how many, how chosen, and how many were left out."""
+        found: dict[str, object] = {"num": len(self.groups[group]), "drawn": self.drawn[group]}
+        if group == "held_out":
+            held_out = [record for record in self.concepts if record.held_out]
+            found["num_in_all"] = len(held_out)
+            if not self.composed:
+                plain = any(record.style == PLAIN_STYLE for record in self.concepts)
+                found["num_without_plain_style"] = sum(plain and record.style != PLAIN_STYLE for record in held_out)
+        return found
+
+    def left_out(self) -> dict[str, object]:
+        """What a report says of pictures that could not be read: their number, and why. Nothing if all could."""
+        return {"num_skipped": len(self.skipped), "skipped": self.skipped} if self.skipped else {}
+
+
+def squared(image: Image.Image) -> Image.Image:
+    """An RGB picture made square with white, at the size of its longer side, or of the largest square that is read."""
+    if image.width == image.height:
+        return image
+    side = min(max(image.size), math.isqrt(MAX_PIXELS))
+    return Image.fromarray(square_pixels(image, side).permute(1, 2, 0).numpy())
+
+
+def _readable(data: Path, groups: dict[str, list[Record]]) -> tuple[dict[str, list[Record]], dict[str, str]]:
+    """The records whose pictures can be read, by group, and the files of the others, with the reason.
+
+    Raises: DataError when too many cannot, or none of the seen ones can.
+    """
+    broken: dict[str, str] = {}
+    for record in (record for records in groups.values() for record in records):
+        path = safe_join(data, record.file_name)
+        try:
+            open_image(path)
+        except ImageError as error:
+            broken[record.file_name] = str(error)
+    if not broken:
+        return groups, broken
+    kept = {name: [each for each in records if each.file_name not in broken] for name, records in groups.items()}
+    count = sum(map(len, groups.values()))
+    some = "; ".join(f"{name}: {why}" for name, why in list(broken.items())[:3])
+    told = f"{len(broken)} of the {count} pictures asked for in {data} cannot be read"
+    if not kept["seen"] or len(broken) > MAX_SKIPPED_SHARE * count:
+        limit = f"more than the {in_percent(MAX_SKIPPED_SHARE)} allowed" if kept["seen"] else "no seen one can"
+        raise DataError(f"{told}, {limit}: {some}")
+    warnings.warn(f"{told} and are skipped: {some}", stacklevel=4)
+    return kept, broken
+
+
+def batches(count: int, batch_size: int, *, seed: int, progress: Progress = iter) -> Iterator[tuple[slice, list[int]]]:
+    """The rows of each batch, and a seed for each row: row i has seed + i, whatever the batch."""
+    for start in progress(range(0, count, batch_size)):
+        end = min(start + batch_size, count)
+        yield slice(start, end), list(range(seed + start, seed + end))
+
+
+def check_counts(**counts: int) -> None:
+    """Raises: InputError for a count below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise InputError(f"{name} is {count}; it must be at least 1")
+
+
+def concepts_of(records: Sequence[Record], plain_style: str = PLAIN_STYLE) -> list[Record]:
+    """One record a concept, and its bare caption alone: that of the plain style, or the first without the style's name.
+
+    Composed pictures of one caption are one concept, held out only if all of them are. Another record without a concept
+    is one of its own.
+    """
+    found: dict[str, Record] = {}
+    for place, record in enumerate(records):
+        composed = record.style == COMPOSED_STYLE
+        key = f"={record.captions[0]}" if composed else record.concept or f"#{place}"
+        known = found.get(key)
+        better = known is not None and (
+            known.held_out > record.held_out if composed else record.style == plain_style != known.style
+        )
+        if known is None or better:
+            found[key] = record
+    return list(found.values())
+
+
+def bare_caption(record: Record, plain_style: str = PLAIN_STYLE) -> str:
+    """The plain caption, without the name of a style that is not the plain one."""
+    caption = record.captions[0]
+    return caption if record.style == plain_style else caption.removesuffix(f", {record.style} style")

@@ -1,0 +1,143 @@
+"""Shards that take long to make, kept as they come: a run that was stopped goes on after the last whole one.
+
+Knows files, samples and what was asked; knows not what is computed. Called by `unclip.training.embedding`.
+"""
+
+import hashlib
+import itertools
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from unclip.checkpoints.files import TEMPORARY_PREFIX, atomic_file, output_path, read_json, sync, write_json
+from unclip.data.shards import RawSample, write_shard
+from unclip.errors import DataError, OutputExistsError
+
+STATE = "unfinished.json"
+STATE_LIMIT_BYTES = 1 << 30
+
+
+def unfinished_folder(out: Path) -> Path:
+    """Where the shards of `out` lie until all are there: beside it, with the suffix .unfinished."""
+    target = output_path(out)
+    return target.with_name(f"{target.name}.unfinished")
+
+
+class Portion:
+    """Some of the samples on their way, counted and hashed as they pass."""
+
+    def __init__(self, samples: Iterator[RawSample], count: int):
+        self._samples, self._hash = itertools.islice(samples, count), hashlib.sha256()
+        self.count = 0
+
+    def __iter__(self) -> Iterator[RawSample]:
+        for sample in self._samples:
+            self.count += 1
+            for name, content in (("", sample.key.encode(errors="surrogateescape")), *sample.parts.items()):
+                self._hash.update(f"{name} {len(content)} ".encode(errors="surrogateescape"))
+                self._hash.update(content)
+            yield sample
+
+    @property
+    def content(self) -> str:
+        """A hash of all that passed."""
+        return self._hash.hexdigest()
+
+
+class Unfinished:
+    """The shards that are made for a folder `out`, one of each portion of the samples, or none where nothing is good.
+
+    A shard is written whole or not at all, and counts once the state beside it says what it was made of.
+
+    Args:
+        out: the folder to be; there is none yet, or an empty one.
+        asked: what the shards depend on besides the samples.
+
+    Raises: OutputExistsError when `out` has something in it, or what is unfinished there was asked otherwise.
+    """
+
+    def __init__(self, out: Path, asked: Mapping[str, Any]):
+        self.out, self.folder = output_path(out), unfinished_folder(out)
+        self._check_out()
+        self._asked, self.portions = dict(asked), self._read(dict(asked)) if self.folder.exists() else []
+        for path in self.folder.glob("*.tar"):  # cut, or written in a moment before the state was, or half
+            if path.name not in self.shards:
+                path.unlink()
+
+    @property
+    def shards(self) -> list[str]:
+        """Names of the files that are whole."""
+        return [portion["shard"] for portion in self.portions if portion["shard"]]
+
+    def known(self, number: int, portion: Portion) -> dict[str, str] | None:
+        """What was broken in a portion that is done, which is read past here; None for one that is not.
+
+        Raises: DataError when it is not what it was.
+        """
+        if number >= len(self.portions):
+            return None
+        done = self.portions[number]
+        for _ in portion:
+            pass
+        if (portion.count, portion.content) != (done["num_samples"], done["content"]):
+            first = sum(earlier["num_samples"] for earlier in self.portions[:number])
+            raise DataError(
+                f"the data are not those that {self.folder} was begun with: they differ from sample {first:,} on; "
+                "remove that folder to begin anew"
+            )
+        return done["broken"]
+
+    def add(self, portion: Portion, rows: Iterator[tuple[str, Mapping[str, bytes]]], broken: Mapping[str, str]) -> None:
+        """Write `rows`, which are made of the portion as they are drawn, as the next shard; keep what was broken."""
+        name, size = None, 0
+        if (first := next(rows, None)) is not None:
+            name = f"{len(self.shards):05}.tar"
+            with atomic_file(self.folder / name) as draft:
+                write_shard(itertools.chain([first], rows), draft)
+            size = (self.folder / name).stat().st_size
+        if portion.count:
+            about = {"num_samples": portion.count, "content": portion.content, "broken": dict(broken)}
+            self.portions.append(about | {"shard": name, "num_bytes": size})
+            write_json(self.folder / STATE, {"asked": self._asked, "portions": self.portions})
+
+    def finish(self) -> None:
+        """Give the folder its name."""
+        self._check_out()
+        if self.out.exists():
+            self.out.rmdir()
+        os.rename(self.folder, self.out)
+        sync(self.out.parent)
+        (self.out / STATE).unlink()
+
+    def discard(self) -> None:
+        """Remove what is there."""
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+
+    def _check_out(self) -> None:
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise OutputExistsError(f"{self.out} exists already; name another place")
+
+    def _read(self, asked: dict[str, Any]) -> list[dict[str, Any]]:
+        if not (self.folder / STATE).is_file():
+            if not self.folder.is_dir() or any(
+                not path.name.startswith(TEMPORARY_PREFIX) for path in self.folder.iterdir()
+            ):
+                raise OutputExistsError(
+                    f"{self.folder} exists already, without {STATE}; remove it, or name another --out"
+                )
+            return []
+        state = read_json(self.folder / STATE, limit_bytes=STATE_LIMIT_BYTES)
+        if state.get("asked") != asked:
+            changed = [name for name, value in asked.items() if state.get("asked", {}).get(name) != value]
+            raise OutputExistsError(
+                f"{self.folder} was begun with another {', '.join(changed)}; go on with the same, or remove it"
+            )
+        whole = itertools.takewhile(self._is_whole, state["portions"])
+        return list(whole)
+
+    def _is_whole(self, portion: dict[str, Any]) -> bool:
+        path = self.folder / (portion["shard"] or "")
+        return not portion["shard"] or (path.is_file() and path.stat().st_size == portion["num_bytes"])

@@ -1,0 +1,352 @@
+"""Reports as tables: the rows of each measure, for the terminal and for the page alike.
+
+Knows what the measures return; knows neither terminals nor HTML. Called by the commands and by the report's page.
+"""
+
+import base64
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from unclip.checkpoints.files import atomic_file, safe_join
+from unclip.errors import DataError, ImageError, UnsafeFileError
+from unclip.evaluation import GROUPS
+from unclip.evaluation.charts import curves
+from unclip.images import grid, labelled, open_image
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text: the first of each row says what it is, the others are figures."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def __str__(self) -> str:
+        """In columns for a terminal, without the title."""
+        lines = [self.head, *self.rows]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(self.head))]
+        widths[0] = max(widths[0], 18)
+        return "\n".join(
+            "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+            for line in lines
+        )
+
+
+def tables(name: str, found: Mapping[str, Any]) -> list[Table]:
+    """The tables of what the measure `name` returned; none for a measure that is not known."""
+    return KINDS[name](found) if name in KINDS else []
+
+
+def _rates(found: Mapping[str, Any]) -> list[Table]:
+    rows = []
+    for name, group in _groups(found):
+        for kind in ("generated", "variations", "real"):
+            if kind in group:
+                rows.append([f"{name}, {kind}", str(group["num"]), *_shares(group[kind])])
+    if "chance_at_1" in found:
+        chance = [f"{found[f'chance_at_{k}']:.1%}" for k in (1, 5)]
+        rows.append(["chance", str(found["num_captions"]), *chance, ""])
+    made = [Table("Retrieval by the judge", ("", "number", "first", "in five", "score"), rows)]
+    by_kind = [
+        [f"{name}, {kind}, {what}", str(rates["num"]), *_shares(rates[what])]
+        for name, group in _groups(found)
+        for kind, rates in group.get("kinds", {}).items()
+        for what in ("generated", "real")
+        if what in rates
+    ]
+    if by_kind:
+        made.append(Table("By kind of caption", ("", "number", "first", "in five", "score"), by_kind))
+    similar = [
+        [
+            name,
+            *(f"{group[key]:.3f}" for key in ("similarity", "similarity_of_others", "pixel_difference")),
+        ]
+        for name, group in _groups(found)
+        if "similarity" in group
+    ]
+    if similar:
+        made.append(Table("Cosine to the picture", ("", "its own", "another's", "pixels apart"), similar))
+    distant = [
+        [
+            f"{name}, in {group[key]['space']}",
+            "FID" if "fid" in group[key] else "Fréchet",
+            f"{group[key].get('fid', group[key].get('frechet')):.4f}",
+            f"{group[key]['kernel']:.6f}",
+        ]
+        for name, group in _groups(found)
+        for key in ("distance", "feature_distance")
+        if key in group
+    ]
+    if distant:
+        made.append(Table("Distance from the real pictures", ("", "which", "distance", "kernel"), distant))
+    return made
+
+
+def _prior(found: Mapping[str, Any]) -> list[Table]:
+    rows, dots = [], []
+    for name, group in _groups(found):
+        if "cosine" not in group:
+            continue
+        cosine, text = group["cosine"], group["text_dot"]
+        rows.append(
+            [
+                name,
+                str(group["num"]),
+                *(f"{cosine[key]:.3f}" for key in ("prior", "text", "other", "mean")),
+                *(f"{group[f'at_{k}']:.1%}" for k in (1, 5)),
+            ]
+        )
+        norms = [f"{group['norm'][key]:.3f}" for key in ("prior", "true")]
+        dots.append([name, *(f"{text[key]:.3f}" for key in ("prior", "true")), *norms])
+    head = ("", "number", "prior", "text itself", "another's", "mean", "first", "in five")
+    return [
+        Table("Cosine to the true image embedding", head, rows),
+        Table("Dot product with the caption, and length", ("", "prior", "true", "prior's length", "true length"), dots),
+    ]
+
+
+def _decoder(found: Mapping[str, Any]) -> list[Table]:
+    near, pixels = [], []
+    for name, group in _groups(found):
+        if "own" not in group:
+            continue
+        figures = [f"{group[space][key]:.3f}" for space in ("own", "judge") for key in ("decoded", "other")]
+        near.append([name, str(group["num"]), *figures])
+        for size in ("small", "large"):
+            of = group[size]
+            figures = [f"{of['mae']:.4f}", f"{of['psnr_db']:.2f}", f"{of['ssim']:.3f}"]
+            pixels.append([f"{name}, {of['size_px']} px", *figures])
+    head = ("", "number", "own CLIP", "another's", "judge", "another's")
+    return [
+        Table("Cosine of a picture and its decode", head, near),
+        Table("Pixels", ("", "mean difference", "PSNR (dB)", "SSIM"), pixels),
+    ]
+
+
+def _sweep(found: Mapping[str, Any]) -> list[Table]:
+    made = []
+    for group, real in found["real"].items():
+        rows = [
+            [
+                _settings(point["settings"]),
+                f"{point['seconds_per_picture']:.3f}",
+                *_shares(point[group]),
+                *(_distance(point[group], key) for key in _distances(found, group)),
+            ]
+            for point in found["points"]
+        ]
+        keys = _distances(found, group)
+        rows.append(["real pictures", "", *_shares(real), *("" for _ in keys)])
+        head = ["guidance / steps / sampler", "s/picture", "first", "in five", "score", *keys.values()]
+        made.append(Table(f"Sweep, {group.replace('_', ' ')}", head, rows))
+    return made
+
+
+def _wordings(found: Mapping[str, Any]) -> list[Table]:
+    groups = {"all": found, **found["kinds"], "chance": {f"at_{k}": found[f"chance_at_{k}"] for k in (1, 5)}}
+    rows = [
+        [name, str(rates.get("num", "")), *(f"{rates[f'at_{k}']:.1%}" for k in (1, 5))]
+        for name, rates in groups.items()
+    ]
+    return [Table("Free wordings", ("", "number", "first", "in five"), rows)]
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    scales = "-".join(f"{settings[f'{stage}_guidance_scale']:g}" for stage in ("prior", "decoder"))
+    steps = "-".join(str(settings[f"{stage}_num_inference_steps"]) for stage in ("prior", "decoder", "super_res"))
+    return f"{scales} / {steps} / {settings['sampler']}"
+
+
+def _distances(found: Mapping[str, Any], group: str) -> dict[str, str]:
+    """The distances that the points have, with their heads."""
+    words = {"distance": "Fréchet", "feature_distance": "features'"}
+    if any("fid" in point[group].get("feature_distance", {}) for point in found["points"]):
+        words["feature_distance"] = "FID"
+    return {key: word for key, word in words.items() if any(key in point[group] for point in found["points"])}
+
+
+def _distance(rates: Mapping[str, Any], key: str) -> str:
+    of = rates.get(key, {})
+    return f"{value:.4f}" if (value := of.get("fid", of.get("frechet"))) is not None else ""
+
+
+def _shares(rates: Mapping[str, float]) -> list[str]:
+    return [f"{rates['at_1']:.1%}", f"{rates['at_5']:.1%}", f"{rates['clip_score']:.3f}"]
+
+
+def _groups(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    return [(group.replace("_", " "), found[group]) for group in GROUPS if group in found]
+
+
+KINDS: dict[str, Callable[[Mapping[str, Any]], list[Table]]] = {
+    "retrieval": _rates,
+    "wordings": _wordings,
+    "variations": _rates,
+    "prior": _prior,
+    "decoder": _decoder,
+    "sweep": _sweep,
+}
+"""The measures that have tables, by the key of their report."""
+
+SIDE_LIMIT_PX = 1600
+"""Larger pictures are made smaller for the page."""
+
+STYLE = """\
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1000px; margin: 2em auto; padding: 0 1em }
+h1 { font-size: 1.7em } h2 { margin-top: 2em; border-bottom: 1px solid #ddd }
+h3 { font-size: 1em; margin: 1.4em 0 .3em }
+table { border-collapse: collapse } td, th { padding: .2em .9em; text-align: right; border-bottom: 1px solid #eee }
+td:first-child, th:first-child { text-align: left; padding-left: 0 } th { color: #555; font-weight: 600 }
+p.about, details { color: #555; font-size: .9em } img, svg { max-width: 100%; height: auto; margin: .6em 0 }
+figure { margin: 1em 0 } figcaption { color: #555; font-size: .9em }
+"""
+HEAD = """\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+"""
+MEANING = {
+    "retrieval": "Pictures were generated from captions, and a CLIP that had no part in the model ranked all captions "
+    "for each. The rows of real pictures are what this judge can find at best.",
+    "wordings": "Pictures were generated from free wordings. The judge's first caption, or one of its first five, is "
+    "right when the list accepts it.",
+    "variations": "Real pictures were varied. The judge ranked all captions for each variation.",
+    "prior": "The prior's embedding for a caption beside the true one of the picture with this caption, and what it "
+    "must beat: the caption's own embedding, another picture's, and the mean of all others.",
+    "decoder": "Pictures drawn from the true embedding of a real one: what is lost here no prior can bring back.",
+    "sweep": "The same captions from the same seeds, drawn with each combination of settings.",
+}
+
+
+def page(
+    reports: Sequence[tuple[Path, Mapping[str, Any]]], *, title: str, pictures: Sequence[Path] = ()
+) -> tuple[str, list[str]]:
+    """The page, and a sentence for each picture that a report names and that was left out.
+
+    Args:
+        reports: each with the path that it was read from; pictures that it names are looked for in its folder.
+        title: of the page.
+        pictures: more of them, shown at the end.
+
+    Raises: DataError for a JSON file that is no report of a measure; ImageError for one of `pictures`.
+    """
+    body, left_out = [f"<h1>{escape(title)}</h1>"], []
+    for path, report in reports:
+        names = [name for name in KINDS if isinstance(report.get(name), Mapping)]
+        if not names:
+            raise DataError(f"{path} is no report of unclip evaluate: it has none of {', '.join(KINDS)}")
+        for name in names:
+            try:
+                body += _section(name, report, path)
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+                raise DataError(f"{path} is no whole report of {name} ({error!r}); make it again") from error
+        named = report.get("pictures", [])
+        for each in named if isinstance(named, list) else []:
+            try:
+                body.append(_figure(safe_join(path.parent, each), str(each)))
+            except (UnsafeFileError, ImageError) as error:
+                left_out.append(f"a picture of {path} is left out: {error}")
+    body += [_figure(picture, picture.name) for picture in pictures]
+    head = f"{HEAD}<title>{escape(title)}</title>\n<style>\n{STYLE}</style>\n</head>\n"
+    return f"{head}<body>\n" + "\n".join(body) + "\n</body>\n</html>\n", left_out
+
+
+def _section(name: str, report: Mapping[str, Any], path: Path) -> list[str]:
+    found = report[name]
+    about = {key: value for key, value in report.items() if key not in (name, "pictures", "settings")}
+    settings = report.get("settings", {})
+    known = {key: value for key, value in {**about, **settings}.items() if value is not None}
+    told = [f"{key.replace('_', ' ')}: {_value(value)}" for key, value in known.items()]
+    title = f"{name.capitalize()}: {report.get('model', path.name)}"
+    title += f" on {report['data']}" if "data" in report else ""
+    parts = [f"<h2>{escape(title)}</h2>"]
+    parts.append(f"<p>{escape(MEANING[name])}</p>")
+    parts.append(f'<p class="about">{escape(" · ".join(told))}</p>')
+    for table in tables(name, found):
+        parts.append(_table(table))
+    if name == "sweep":
+        parts += curves(found).values()
+    whole = escape(json.dumps(found, indent=1, ensure_ascii=False))
+    parts.append(f"<details><summary>{escape(path.name)}</summary><pre>{whole}</pre></details>")
+    return parts
+
+
+def _table(table: Table) -> str:
+    def row(cells: Sequence[str], kind: str) -> str:
+        return "<tr>" + "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in cells) + "</tr>"
+
+    rows = "\n".join(row(cells, "td") for cells in table.rows)
+    return f"<h3>{escape(table.title)}</h3>\n<table>\n{row(table.head, 'th')}\n{rows}\n</table>"
+
+
+def _figure(path: Path, caption: str) -> str:
+    """The picture decoded and encoded anew: whatever else the file holds does not come along."""
+    image = open_image(path)
+    image.thumbnail((SIDE_LIMIT_PX, SIDE_LIMIT_PX))
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    data = base64.b64encode(content.getvalue()).decode("ascii")
+    return (
+        f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, str) and len(value) == 64:
+        return f"{value[:12]}…"  # a checksum
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+MAX_CARDS = 200
+"""Of a sheet with captions: more cannot be looked at."""
+
+
+def sheet_path(prefix: Path, group: str) -> Path:
+    """`PREFIX-seen.png` and `PREFIX-held-out.png`."""
+    return prefix.with_name(f"{prefix.name}-{group.replace('_', '-')}.png")
+
+
+def draw_pairs(real: Sequence[Image.Image], made: Sequence[Image.Image], path: Path, *, columns: int = 12) -> None:
+    """Rows of real pictures, each above what was made of it."""
+    size = made[0].size
+    blank = Image.new("RGB", size, "white")
+    cells = []
+    for start in range(0, len(made), columns):
+        for row in ([image.resize(size) for image in real[start : start + columns]], made[start : start + columns]):
+            cells += [*row, *([blank] * (min(columns, len(made)) - len(row)))]
+    _save(grid(cells, columns=min(columns, len(made))), path)
+
+
+def draw_cards(
+    real: Sequence[Image.Image], made: Sequence[Image.Image], captions: Sequence[str], path: Path, *, columns: int = 4
+) -> None:
+    """The real picture at the left of the made one, the caption below: the first 200, four in a row."""
+    size = made[0].size
+    cards = [
+        labelled(grid([one.resize(size, Image.Resampling.LANCZOS), other], columns=2, gap=2), caption)
+        for one, other, caption in list(zip(real, made, captions, strict=True))[:MAX_CARDS]
+    ]
+    _save(grid(cards, columns=columns, gap=12), path)
+
+
+def draw_told(made: Sequence[Image.Image], captions: Sequence[str], path: Path, *, columns: int = 8) -> None:
+    """Pictures with a caption below each, all of them."""
+    cards = [labelled(image, caption) for image, caption in zip(made, captions, strict=True)]
+    _save(grid(cards, columns=columns, gap=8), path)
+
+
+def _save(sheet: Image.Image, path: Path) -> None:
+    with atomic_file(path) as draft:
+        sheet.save(draft, "PNG")

@@ -1,0 +1,130 @@
+"""Losses on the clean picture itself, for the network of super-resolution's last step: L1, and perceptual.
+
+Knows frozen image networks of transformers; knows neither noise nor recipe. Called by the super-resolution task.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unclip.checkpoints.files import read_json
+from unclip.checkpoints.weights import check_finite, open_weights, read_tensors
+from unclip.clip.preprocessing import numbers
+from unclip.errors import CheckpointError, ConfigError, MissingFileError, WeightsError
+from unclip.pipelines.clip import is_whole_clip, read_clip
+from unclip.training.conditions import normalized, scaled
+
+Hidden = Sequence[Tensor]
+"""A network's hidden states, one a layer: [batch, tokens, width] or [batch, channels, height, width]."""
+
+
+def absolute_error(found: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+    """Mean absolute difference of pictures [batch, 3, height, width], as `loss`."""
+    return {"loss": (found - wanted).abs().mean()}
+
+
+@dataclass(frozen=True)
+class PerceptualLoss:
+    """Absolute difference of pixels, plus `weight` times the distance of a frozen network's features.
+
+    The features of every layer are scaled to unit length along their channels and compared by squared difference
+    (Zhang et al. 2018, arXiv 1801.03924, eq. 1, without their learned weights).
+
+    Attributes:
+        network: frozen; no part of what is trained or saved.
+        features: the network, pictures [batch, 3, height, width] in [-1, 1] → its hidden states. It holds no network of
+            its own: a copy of the loss computes with the copy of `network`.
+        weight: of the features' distance.
+    """
+
+    network: nn.Module
+    features: Callable[[nn.Module, Tensor], Hidden]
+    weight: float
+
+    def __call__(self, found: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+        """`loss`, and its parts `l1` and `perceptual`, of pictures in [-1, 1]."""
+        self.network.to(found.device)
+        with torch.no_grad():
+            right = self.features(self.network, wanted)
+        left = self.features(self.network, found)
+        distance = torch.stack([_distance(a, b) for a, b in zip(left, right, strict=True)]).mean()
+        error = (found - wanted).abs().mean()
+        return {"loss": error + self.weight * distance, "l1": error.detach(), "perceptual": distance.detach()}
+
+
+def perceptual_loss(folder: Path, weight: float) -> PerceptualLoss:
+    """The loss with the features of a CLIP's image encoder, or of any other image model that transformers reads.
+
+    Args:
+        folder: a CLIP in either layout, or a model's `config.json` and safetensors; its pictures' mean and spread are
+            those of its `preprocessor_config.json`, 0.5 without one.
+        weight: of the features' distance beside that of pixels.
+
+    Raises:
+        ConfigError: the model has no hidden states to compare.
+        CheckpointError: it is not there, or broken.
+    """
+    if (folder / "text_encoder").is_dir() or is_whole_clip(folder):
+        clip = read_clip(folder)
+        network: Any = clip.image_encoder.vision_model
+        ready, size = functools.partial(normalized, feature_extractor=clip.feature_extractor), clip.image_size
+    else:
+        network, mean, spread = _image_model(folder)
+        ready = functools.partial(scaled, mean=mean, spread=spread)
+        size = getattr(network.config, "image_size", None)
+    network.eval().requires_grad_(False)
+
+    def features(network: nn.Module, pixels: Tensor) -> Hidden:
+        if isinstance(size, int) and pixels.shape[-1] != size:
+            pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+        hidden = network(pixel_values=ready(pixels), output_hidden_states=True).hidden_states
+        if not hidden:
+            raise ConfigError(f"the model in {folder} gives no hidden states; name a CLIP, or another image model")
+        return hidden
+
+    return PerceptualLoss(network, features, weight)
+
+
+def _image_model(folder: Path) -> tuple[Any, Sequence[float], Sequence[float]]:
+    from transformers import AutoModel
+
+    if not (folder / "config.json").is_file():
+        raise MissingFileError(f"{folder} has no config.json: name the folder of a CLIP, or of another image model")
+    for name, tensor in read_tensors(open_weights(folder, stem="model")):
+        check_finite(tensor, name, str(folder))
+    try:
+        network, about_weights = AutoModel.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} holds no image model that transformers reads: {error}") from error
+    # A classifier's checkpoint has no pooling layer for the plain model; the hidden states do not need it.
+    missing = sorted(name for name in map(str, about_weights["missing_keys"]) if not name.startswith("pooler."))
+    if missing:
+        raise WeightsError(f"{folder} lacks {len(missing)} weights that its config.json has ({missing[0]}…)")
+    return network, *_mean_and_spread(folder)
+
+
+def _mean_and_spread(folder: Path) -> tuple[Sequence[float], Sequence[float]]:
+    """Of each channel, as `preprocessor_config.json` has them; 0.5 where there is none."""
+    path = folder / "preprocessor_config.json"
+    about = read_json(path) if path.is_file() else {}
+    if about.get("do_normalize") is False:
+        return (0.0,) * 3, (1.0,) * 3
+    found = (about.get(name, 0.5) for name in ("image_mean", "image_std"))
+    mean, spread = (numbers(values if isinstance(values, list) else [values] * 3, 3) for values in found)
+    if min(spread) <= 0:
+        raise ConfigError(f"image_std is {spread!r} in {path}; pictures are divided by it, so it must be above 0")
+    return mean, spread
+
+
+def _distance(found: Tensor, right: Tensor) -> Tensor:
+    along = -1 if found.ndim == 3 else 1
+    gap = F.normalize(found.float(), dim=along) - F.normalize(right.float(), dim=along)
+    return gap.pow(2).sum(dim=along).mean()
