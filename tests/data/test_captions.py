@@ -45,10 +45,7 @@ def told(root) -> dict[str, tuple[str, ...]]:
         (["red_apple-02.png", "red apple (3).png", "red_apple_0.png"], ["red apple"] * 3),
         (["cat_1.png", "cat_2.png", "sub/dog 7.png"], ["cat", "cat", "dog 7"]),
         (["boeing_747.jpg"], ["boeing 747"]),
-        (
-            ["3_apples.png", "\u044f\u0431\u043b\u043e\u043a\u043e.png"],
-            ["3 apples", "\u044f\u0431\u043b\u043e\u043a\u043e"],
-        ),
+        (["3_apples.png", "два_кота.png"], ["3 apples", "два кота"]),
         (["IMG_2041.jpg", "DSC00012.JPG", "00017.png", "3f9a04b1c2d4.png", "image (2).png", "__.png"], [None] * 6),
         (["Screenshot 2026-05-01 at 10.22.33.png", "IMG-20240101-WA0003.jpg"], [None] * 2),
         (["photo of a cat 2.jpg", "cafe.png"], ["photo of a cat 2", "cafe"]),

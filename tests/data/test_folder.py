@@ -180,9 +180,8 @@ def test_metadata_csv(tmp_path, text):
 
 
 def test_what_a_csv_says_more(tmp_path):
-    text = (
-        "file_name,text,weight,held_out,label\na.png,x,2.5,true,l\nb.png,x,heavy,,\nc.png,x,nan,,\nd.png,x,1,maybe,\n"
-    )
+    text = "file_name,text,weight,held_out,label\na.png,x,2.5,true,l\n"
+    text += "b.png,x,heavy,,\nc.png,x,nan,,\nd.png,x,1,maybe,\n"
     (tmp_path / "metadata.csv").write_text(text + 'e.png,a, cat,1,\nf.png,a red, juicy, apple,1,\ng.png,"a\ncat",,,\n')
     records, broken = read_metadata(tmp_path / "metadata.csv", tmp_path)
     assert [(r.file_name, r.weight, r.held_out, r.label) for r in records] == [

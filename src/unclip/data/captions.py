@@ -159,7 +159,7 @@ def _read_files(folder: Path, pictures: Sequence[str], origin: Origin | None, fo
             why = f"{beside[0].name} is missing"
         elif origin == "folders":
             source = "folders"
-            texts = [text for text in captions_of_names([f"{(folder / name).resolve().parent.name}."]) if text]
+            texts = [text for text in captions_of_names([f"{(folder / name).resolve().parent.name}.d"]) if text]
             why = "the name of its folder has no words"
         else:
             texts = [named] if named else []

@@ -24,7 +24,7 @@ MAX_SKIPPED_SHARE = 0.01
 """How much of a data set may be broken, unless said otherwise."""
 METADATA = ("metadata.jsonl", "metadata.csv")
 WEIGHT_LIMITS = (1e-12, 1e12)
-"""Of a weight that is not 0."""
+"""The least and the largest weight, but for 0."""
 
 
 @dataclass(frozen=True)
