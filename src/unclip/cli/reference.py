@@ -50,8 +50,8 @@ what the file says. `Image.open("a-red-apple-42.png").text` shows the texts in P
 **Defaults of a person.** Options that several commands share take their defaults from environment variables and from a
 TOML file, `config.toml` in the configuration folder (`~/.config/unclip` on Linux; `UNCLIP_CONFIG` names another file).
 A variable is called `UNCLIP_` and the option's name: `UNCLIP_MODEL`, `UNCLIP_OUT`, `UNCLIP_BATCH_SIZE`. Keys of the
-file are the options' names: `model = "models/mine"`, `decoder-steps = 20`. An option counts before a variable, a variable
-before the file, the file before the built-in default.
+file are the options' names: `model = "models/mine"`, `decoder-steps = 20`. An option counts before a variable, a
+variable before the file, and the file before the built-in default.
 
 **Defaults of a model.** Steps and guidance scales that are not given come from `generation_defaults.json` in the
 model's folder, if it has one: a JSON object with any of `prior_num_inference_steps`, `decoder_num_inference_steps`,
