@@ -22,10 +22,8 @@ def nothing_runs(tiny_pipeline, monkeypatch):
     def run(*args, **kwargs):
         raise AssertionError("a stage ran although an argument is wrong")
 
-    for network in (tiny_pipeline.prior, tiny_pipeline.decoder):
-        monkeypatch.setattr(network, "denoise", run)
-    for network in (tiny_pipeline.super_res_first, tiny_pipeline.super_res_last):
-        monkeypatch.setattr(network, "forward", run)
+    for name in ("prior", "decoder", "super_res_first", "super_res_last"):
+        monkeypatch.setattr(getattr(tiny_pipeline, name), "forward", run)
 
 
 def case(message, **arguments):

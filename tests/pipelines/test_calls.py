@@ -200,8 +200,8 @@ def test_super_resolution_by_a_scheduler_that_does_not_end_at_0(own_pipeline, fe
 
 @pytest.mark.parametrize(("prior", "decoder"), [(4.0, 8.0), (1.0, 8.0), (4.0, 1.0), (1.0, 1.0), (0.5, 8.0), (4.0, 0.0)])
 def test_guidance_is_decided_for_each_stage(tiny_pipeline, make, counter, prior, decoder):
-    counter.watch(tiny_pipeline.prior, "denoise", "prior")
-    counter.watch(tiny_pipeline.decoder, "denoise", "decoder")
+    counter.watch(tiny_pipeline.prior, "forward", "prior")
+    counter.watch(tiny_pipeline.decoder, "forward", "decoder")
     make(["a cat", "an apple"], seed=1, prior_guidance_scale=prior, decoder_guidance_scale=decoder)
     assert counter.rows["prior"] == [4 if prior > 1 else 2] * 2
     assert counter.rows["decoder"] == [4 if decoder > 1 else 2] * 2
@@ -480,7 +480,7 @@ def test_what_does_not_change_is_computed_once(tiny_pipeline, make, counter, mon
 
     counter.watch(tiny_pipeline.prior, "prepare", "prior")
     counter.watch(tiny_pipeline.decoder, "prepare", "decoder")
-    counter.watch(tiny_pipeline.text_proj, "combine", "text_proj")
+    counter.watch(tiny_pipeline.text_proj, "forward", "text_proj")
     counter.watch(tiny_pipeline.prior.encoder_hidden_states_proj, "forward", "the prior's text")
     for i, block in enumerate(tiny_pipeline.prior.transformer_blocks):
         counter.watch(block.attn1.to_k, "forward", f"keys {i}")

@@ -140,10 +140,10 @@ def test_from_pipe_prefers_what_is_given(whole, tiny_variation):
 
 def test_from_pipe_of_a_folder_that_lacks_the_rest(saved):
     text = UnCLIPPipeline.from_pretrained(saved / "text")
-    with pytest.raises(CheckpointError, match=r"names no 'image_encoder', which .* needs; .*load a model that has it"):
+    with pytest.raises(CheckpointError, match=r"without 'image_encoder', which .* needs; .*load a model that has it"):
         UnCLIPImageVariationPipeline.from_pipe(text)
     assert UnCLIPInpaintPipeline.from_pipe(text).image_encoder is None
-    with pytest.raises(CheckpointError, match="names no 'prior'"):
+    with pytest.raises(CheckpointError, match="without 'prior'"):
         UnCLIPPipeline.from_pipe(UnCLIPImageVariationPipeline.from_pretrained(saved / "variation"))
 
 
@@ -423,7 +423,7 @@ def test_a_device_map_of_several_devices(saved, device_map):
 
 
 def test_variations_from_a_folder_without_an_image_encoder(saved, tiny_variation):
-    with pytest.raises(CheckpointError, match="is of a UnCLIPPipeline and names no 'image_encoder'"):
+    with pytest.raises(CheckpointError, match="describes a UnCLIPPipeline without 'image_encoder'"):
         UnCLIPImageVariationPipeline.from_pretrained(saved / "text")
     more = {name: getattr(tiny_variation, name) for name in ("image_encoder", "feature_extractor")}
     loaded = quiet(UnCLIPImageVariationPipeline.from_pretrained(saved / "text", **more))
@@ -548,7 +548,7 @@ def test_no_index(tmp_path):
 @pytest.mark.parametrize("entry", [None, "UNet2DModel", ["diffusers"], ["diffusers", None], [None, None]])
 def test_an_index_entry_that_names_no_class(copied, entry):
     rewrite_index(copied, decoder=entry)
-    with pytest.raises(CheckpointError, match="names no 'decoder'"):
+    with pytest.raises(CheckpointError, match="without 'decoder'"):
         UnCLIPPipeline.from_pretrained(copied)
 
 
@@ -1139,7 +1139,7 @@ def test_a_type_that_weights_cannot_have(saved, dtype):
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_a_part_of_clip_that_is_none(own_variation, part, wrong):
-    with pytest.raises(ConfigError, match=rf"component '{part}' is a .*; it must be a \w+ of transformers'"):
+    with pytest.raises(ConfigError, match=rf"component '{part}' is a .*; it must be transformers' \w+"):
         UnCLIPImageVariationPipeline(**own_variation.components | {part: wrong})
     before = getattr(own_variation, part)
     with pytest.raises(ConfigError, match=part):

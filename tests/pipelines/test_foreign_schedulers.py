@@ -144,7 +144,7 @@ def test_a_class_whose_sampler_unclip_does_not_have(own_pipeline, name):
 )
 def test_a_setting_that_unclip_does_not_implement(own_pipeline, name, setting):
     theirs = getattr(diffusers, name).from_config(own_pipeline.decoder_scheduler.config, **setting)
-    with pytest.raises(ConfigError, match=r"'decoder_scheduler': .*; make one by from unclip import"):
+    with pytest.raises(ConfigError, match=r"'decoder_scheduler': .*; instead: from unclip import"):
         own_pipeline.decoder_scheduler = theirs
 
 

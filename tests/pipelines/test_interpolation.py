@@ -107,7 +107,7 @@ def test_a_generator_draws_in_the_reference_s_order(of_images, of_texts, vary, t
         return torch.Generator().manual_seed(7)
 
     made = of_images(two, 3, generator=generator(), output_type="pt", **FEW_OF_VARIATIONS).images
-    embeddings = of_images._embed(two, None)
+    embeddings = of_images.embed_images(two)
     assert torch.equal(made, vary(image_embeddings=slerp_path(embeddings, [0, 0.5, 1]), generator=generator()))
     assert of_texts("a", "a cat", 2, generator=generator(), output_type="pt", **few).images.isfinite().all()
 

@@ -305,9 +305,9 @@ def test_a_caption_has_the_embedding_of_its_picture(recommending):
     found = tool.embed_captions(prompts, seed=list(seeds))
     torch.testing.assert_close(found, made, rtol=0, atol=1e-5)
     assert distance(tool.embed_captions(prompts, seed=list(seeds), num_prior_candidates=1), made) > 1e-3
-    with pytest.raises(InputError, match="a diffusion prior draws no codes"):
+    with pytest.raises(InputError, match="a diffusion prior samples no codes"):
         tool.embed_captions("a cat", prior_temperature=0.5)
-    with pytest.raises(InputError, match="a diffusion prior draws no codes"):
+    with pytest.raises(InputError, match="a diffusion prior samples no codes"):
         tool.caption_difference("a cat", "an apple", prior_top_p=0.5)
 
 
@@ -315,7 +315,7 @@ def test_a_difference_is_of_one_candidate_for_both_captions(recommending, monkey
     """Each alone may be closest to another, whose noise is another: that would be in the difference too."""
     tool, drawn, apart = recommending, [], 0
     captions = ["a red apple", "a cat"]
-    text = tool.text._text().encode(captions, "cpu").embeds
+    text = tool.text.caption_encoder.encode(captions, "cpu").embeds
 
     def closest(text_embeddings, candidates, captions_per_choice=1):
         drawn.append(candidates)

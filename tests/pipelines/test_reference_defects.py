@@ -46,8 +46,8 @@ def test_defect_02_numbers_of_steps_at_their_limits(make, tiny_pipeline, stage):
 
 
 def test_defect_03_guidance_belongs_to_a_stage(make, tiny_pipeline, monkeypatch):
-    prior = watch(monkeypatch, tiny_pipeline.prior, "denoise")
-    decoder = watch(monkeypatch, tiny_pipeline.decoder, "denoise")
+    prior = watch(monkeypatch, tiny_pipeline.prior, "forward")
+    decoder = watch(monkeypatch, tiny_pipeline.decoder, "forward")
     off = make("a cat", seed=1, prior_guidance_scale=1.0)
     assert (prior, decoder) == ([1, 1], [2, 2])
     assert torch.equal(make("a cat", seed=1, prior_guidance_scale=0.5), off)  # with the decoder guided …

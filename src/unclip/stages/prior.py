@@ -40,8 +40,8 @@ class PriorStage:
 
         return denoise
 
-    def sample_shape(self, condition: PriorCondition) -> tuple[int, ...]:
-        return (len(condition), self.prior.config.embedding_dim)
+    def sample_shape(self, batch_size: int) -> tuple[int, ...]:
+        return (batch_size, self.prior.config.embedding_dim)
 
     def finish(self, x0: Tensor) -> Tensor:
         """Un-whitens: the embedding as CLIP's image encoder would give it."""
@@ -75,9 +75,9 @@ class AutoregressivePriorStage:
         for name, value in zip(("temperature", "top_p"), check_drawing(self.temperature, self.top_p), strict=True):
             object.__setattr__(self, name, value)
 
-    def sample_shape(self, condition: PriorCondition) -> tuple[int, ...]:
+    def sample_shape(self, batch_size: int) -> tuple[int, ...]:
         """[batch, 1 + num_components]: a number for the dot product, then one for each code."""
-        return (len(condition), 1 + self.prior.config.num_components)
+        return (batch_size, 1 + self.prior.config.num_components)
 
     def sample(
         self,
@@ -99,7 +99,7 @@ class AutoregressivePriorStage:
             noise: where the numbers come from, unless `latents` are given: one draw.
             null: what guidance pushes away from, as many rows as `condition`; needed for a scale above 1.
             guidance_scale: not above 1 means one forward a code.
-            latents: the numbers, of `sample_shape(condition)`.
+            latents: the numbers, of `sample_shape`.
             progress: wraps the steps, as tqdm does.
             on_step: told of each code; `x` and `x0` are the embedding as far as it is drawn, and `t` is how many codes
                 are left. It may raise `Cancelled`; what is drawn cannot be replaced.
@@ -108,7 +108,7 @@ class AutoregressivePriorStage:
 
         Raises: InputError for latents of a wrong shape, or when `on_step` returns something.
         """
-        shape, config = self.sample_shape(condition), self.prior.config
+        shape, config = self.sample_shape(len(condition)), self.prior.config
         if latents is not None and tuple(latents.shape) != shape:
             raise InputError(f"latents have shape {tuple(latents.shape)}; this call needs {shape}")
         numbers = noise.draw(shape, condition.device) if latents is None else latents.to(condition.device).float()
@@ -204,7 +204,7 @@ def _normal_cdf(numbers: Tensor) -> Tensor:
 class EmbeddingSampler(Protocol):
     """A prior with all that says how it is sampled: what a pipeline asks for, whichever kind it has."""
 
-    def sample_shape(self, condition: PriorCondition) -> tuple[int, ...]:
+    def sample_shape(self, batch_size: int) -> tuple[int, ...]:
         """The shape of the noise from which a condition's embeddings are made."""
         ...
 
@@ -231,8 +231,8 @@ class DiffusionEmbeddingSampler:
     sampler: Sampler
     timesteps: tuple[int, ...]
 
-    def sample_shape(self, condition: PriorCondition) -> tuple[int, ...]:
-        return self.stage.sample_shape(condition)
+    def sample_shape(self, batch_size: int) -> tuple[int, ...]:
+        return self.stage.sample_shape(batch_size)
 
     def sample(
         self,
