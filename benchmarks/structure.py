@@ -1,4 +1,4 @@
-"""Measures the structure of the source: modules, code lines, guards, import circles, and the files that a change touches.
+"""Measures the structure of the source: modules, code lines, raises, import circles, and the files of a concern.
 
 python benchmarks/structure.py            # this checkout
 python benchmarks/structure.py OTHER      # another checkout
@@ -16,7 +16,7 @@ CONCERNS = {
     "a training task": r"AutoregressivePriorTask|AutoregressivePriorSettings|\"prior_autoregressive\"",
     "a sampling setting": r"prior_temperature",
 }
-"""What an existing sampler, task and setting is called: the files that contain it are those that another one touches."""
+"""What an existing sampler, task and setting is called: another one touches the files that contain it."""
 
 
 def code_lines(text: str) -> int:

@@ -139,7 +139,7 @@ SETTINGS: Mapping[str, Setting] = {
             "prior_top_p",
             "--prior-top-p",
             "top-p",
-            "Nucleus sampling of an autoregressive prior: sample from the likeliest codes whose probabilities sum to P.",
+            "Nucleus sampling of an autoregressive prior: only the likeliest codes, whose probabilities sum to P.",
             float,
             0,
             1,

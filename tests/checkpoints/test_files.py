@@ -1,5 +1,6 @@
 """JSON that cannot be trusted, files and folders that appear whole or not at all, names that stay inside."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -8,10 +9,19 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from unclip.checkpoints import files
 from unclip.checkpoints.files import atomic_file, atomic_folder, read_json, safe_join, write_json
-from unclip.errors import CheckpointError, ConfigError, MissingFileError, OutputExistsError, UnsafeFileError
+from unclip.errors import (
+    CheckpointError,
+    ConfigError,
+    MissingFileError,
+    OutputError,
+    OutputExistsError,
+    UnsafeFileError,
+    WeightsError,
+)
 
 
 def fail_halfway(context) -> None:
@@ -242,6 +252,60 @@ def test_home_and_the_current_folder_are_never_replaced(tmp_path, old, monkeypat
     with pytest.raises(OutputExistsError, match="replaced as a whole"), atomic_folder(old, overwrite=True):
         pytest.fail("must not get so far")
     assert (old / "sub" / "old").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_empty_current_or_home_folder_is_not_replaced_either(tmp_path, monkeypatch, overwrite):
+    monkeypatch.chdir(tmp_path)
+    inode = os.stat(".").st_ino
+    for target in (".", tmp_path, tmp_path / "x" / ".."):
+        with (
+            pytest.raises(OutputExistsError, match="is the current folder"),
+            atomic_folder(target, overwrite=overwrite),
+        ):
+            pytest.fail("must not get so far")
+    assert os.stat(".").st_ino == os.stat(tmp_path).st_ino == inode
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(OutputExistsError, match="is the home folder"), atomic_folder(tmp_path, overwrite=overwrite):
+        pytest.fail("must not get so far")
+    assert leftovers(tmp_path.parent) == []
+
+
+def test_a_full_disk_is_a_typed_error_and_leaves_what_was_there(tmp_path, old, little_room):
+    before = sorted(old.rglob("*"))
+    with (
+        little_room(10),
+        pytest.raises(OutputError, match=r"model cannot be written: .*File too large"),
+        atomic_folder(old, overwrite=True) as draft,
+    ):
+        (draft / "new").write_text("x" * 100)
+    with little_room(10), pytest.raises(OutputError, match=r"a\.json cannot be written"):
+        write_json(tmp_path / "a.json", {"a": "x" * 100})
+    assert sorted(old.rglob("*")) == before
+    assert leftovers(tmp_path) == []
+    assert not (tmp_path / "a.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), OutputError),
+        (PermissionError(errno.EACCES, "Permission denied"), OutputError),
+        (SafetensorError("Error while serializing: No space left on device"), OutputError),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), BrokenPipeError),
+        (WeightsError("the weights are broken"), WeightsError),
+        (MissingFileError("no such file"), MissingFileError),
+        (ValueError("something else"), ValueError),
+    ],
+)
+def test_only_what_the_system_refuses_is_an_output_error(tmp_path, raised, expected):
+    for context in (atomic_folder(tmp_path / "a"), atomic_file(tmp_path / "b")):
+        with pytest.raises(type(raised) if expected is not OutputError else OutputError) as caught, context:
+            raise raised
+        assert type(caught.value) is expected
+        assert str(raised) in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("moment", ["writing", "syncing"])

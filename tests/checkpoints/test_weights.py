@@ -488,3 +488,30 @@ def test_kernels_take_the_modules_layout(tmp_path):
     assert plain.weight.is_contiguous()
     assert last.weight.is_contiguous(memory_format=torch.channels_last)
     assert not last.weight.is_contiguous()
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_folder_with_shards_and_a_whole_file_is_refused(tmp_path, variant):
+    save_weights(tmp_path, Net().state_dict(), variant=variant, max_shard_size=100)
+    save_weights(tmp_path / "whole", Net().state_dict(), variant=variant)
+    (whole,) = (tmp_path / "whole").iterdir()
+    shutil.copy(whole, tmp_path)
+    for read in (open_weights, lambda folder, **about: load_into(on_meta(), folder, **about)):
+        with pytest.raises(WeightsError) as caught:
+            read(tmp_path, variant=variant)
+        assert f"whole in {whole.name}" in str(caught.value)
+        assert weights.index_name(variant=variant) in str(caught.value)
+    # Another variant's shards are another set of weights; shards without an index are none.
+    other = "fp16" if variant is None else None
+    assert len(open_weights(tmp_path / "whole", variant=variant)) == len(Net().state_dict())
+    save_weights(tmp_path / "whole", Net().state_dict(), variant=other, max_shard_size=100)
+    assert open_weights(tmp_path / "whole", variant=variant).files == (tmp_path / "whole" / whole.name,)
+    (tmp_path / weights.index_name(variant=variant)).unlink()
+    assert open_weights(tmp_path, variant=variant).files == (tmp_path / whole.name,)
+
+
+@pytest.mark.parametrize("sizes", [("10GB", 100), (100, "10GB")])
+def test_shards_replace_a_whole_file_and_the_other_way_round(tmp_path, sizes):
+    for size in sizes:
+        save_weights(tmp_path, Net().state_dict(), max_shard_size=size)
+        open_weights(tmp_path)

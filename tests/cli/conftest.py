@@ -1,6 +1,7 @@
 """A tiny random model on disk, and the command line run in this process."""
 
 import json
+import os
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -27,6 +28,14 @@ class Done:
     @property
     def lines(self) -> list[str]:
         return self.out.splitlines()
+
+
+@pytest.fixture(autouse=True)
+def no_defaults_of_a_person(monkeypatch):
+    """Neither variables nor the file of whoever runs the tests."""
+    for name in [name for name in os.environ if name.startswith("UNCLIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("UNCLIP_CONFIG", os.devnull)
 
 
 @pytest.fixture

@@ -468,3 +468,18 @@ def test_a_page_of_nothing(unclip, tmp_path):
     assert "no report of unclip evaluate" in done.err
     assert not (tmp_path / "x.html").exists()
     assert unclip("evaluate", "report", tmp_path / "missing.json", "--out", tmp_path / "x.html").code == 1
+
+
+def test_wordings(unclip, model, data, tmp_path):
+    (tmp_path / "list.json").write_text('{"words": {"blood": ["red"], "grass": ["green", "blue"]}}')
+    where = ["--model", model, "--judge", model, "--data", data, "--out", tmp_path / "report.json", *FEW]
+    done = unclip("evaluate", "wordings", *where, "--wordings", tmp_path / "list.json", "--sheet", tmp_path / "s.png")
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "report.json").read_text())["wordings"]
+    assert (found["num"], found["kinds"]["words"]["num"], found["num_captions"]) == (2, 2, 3)
+    assert found["at_5"] == 1.0
+    assert (tmp_path / "s.png").is_file()
+    assert [line.split()[0] for line in done.lines] == ["number", "all", "words", "chance"]
+    again = unclip("evaluate", "wordings", *where, "--wordings", tmp_path / "list.json")
+    assert again.code == 1
+    assert "is there already" in again.err

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from unclip import __version__
-from unclip.cli.generate import plain
+from unclip.cli.inputs import plain
 from unclip.cli.output import slug
 
 from .conftest import FEW_STEPS
@@ -138,12 +138,12 @@ def test_grid_comes_last_and_beside_the_pictures(generate):
     done = generate("a cat", "a red apple", "-n", 3, "--seed", 5, "--grid")
     assert len(done.lines) == 7
     assert Path(done.lines[-1]).name == "pictures-5-grid.png"
-    assert pixels(done.lines[-1]).shape == (2 * 32 + 4, 3 * 32 + 8, 3)  # a row for each prompt
+    assert pixels(done.lines[-1]).shape == (2 * 50 + 4, 3 * 32 + 8, 3)  # a row for each prompt, captions below
     single = generate("a cat", "-n", 4, "--seed", 5, "--grid", "--json")
     rows = [json.loads(line) for line in single.lines]
     assert rows[-1]["path"].endswith("a-cat-5-grid.png")
     assert rows[-1]["grid"] == 4
-    assert pixels(rows[-1]["path"]).shape == (68, 68, 3)
+    assert pixels(rows[-1]["path"]).shape == (104, 68, 3)
 
 
 def test_json_tells_path_and_facts(generate):
@@ -362,3 +362,38 @@ def test_ways_to_draw_codes_are_for_an_autoregressive_prior(generate):
         done = generate("a cat", option, value)
         assert done.code == 1
         assert "a diffusion prior draws no codes" in done.err
+
+
+def test_one_picture_goes_into_the_file_that_is_named(generate, tmp_path):
+    path = tmp_path / "new" / "cat.PNG"
+    done = generate("a cat", "--seed", 3, out=path)
+    assert done.lines == [str(path)]
+    before = path.read_bytes()
+    again = generate("a cat", "--seed", 4, out=path)
+    assert (again.code, again.out) == (1, "")
+    assert again.err == f"error: {path} exists already: use --overwrite, or another --out\n"
+    assert path.read_bytes() == before
+    assert generate("a cat", "--seed", 4, "--overwrite", out=path).lines == [str(path)]
+    assert path.read_bytes() != before
+
+
+@pytest.mark.parametrize("more", [["a dog"], ["-n", 2], ["--grid"]])
+def test_several_pictures_do_not_go_into_one_file(generate, tmp_path, more):
+    done = generate("a cat", *more, out=tmp_path / "cat.png")
+    assert done.code == 1
+    assert "there are 2 to write or more: name a folder" in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_another_kind_and_a_folder_of_such_a_name(generate, tmp_path):
+    assert f"use {tmp_path / 'cat.png'}" in generate("a cat", out=tmp_path / "cat.jpg").err
+    (tmp_path / "cats.png").mkdir()
+    assert generate("a cat", "--seed", 3, out=tmp_path / "cats.png").lines == [
+        str(tmp_path / "cats.png" / "a-cat-3.png")
+    ]
+
+
+def test_the_seed_is_not_told_before_an_error(generate):
+    done = generate("a cat", "--height", 17)
+    assert done.code == 1
+    assert done.err.startswith("error: ")

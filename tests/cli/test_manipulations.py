@@ -14,7 +14,8 @@ from transformers import CLIPVisionModelWithProjection
 
 from unclip import UnCLIPImageVariationPipeline, UnCLIPPipeline, UnCLIPScheduler, UNet2DModel, images
 from unclip.checkpoints.weights import offload_hooks
-from unclip.cli.latents import Workbench, read_part
+from unclip.cli.inputs import read_part
+from unclip.cli.latents import Workbench
 from unclip.cli.probe import drawn
 from unclip.errors import InputError
 from unclip.images import open_image
@@ -785,11 +786,59 @@ def test_parts_of_a_command(files, monkeypatch):
     for wrong in ("none.png", "none.safetensors", "none.jfif", "pics/cat.Image", "my pics\\cat.x2", "~/none.heic:2"):
         with pytest.raises(InputError, match="no file"):
             read_part(wrong, weighted=True)
-    for caption in ("and/or", "a black/white cat.", "AC/DC, vol. 2", "no. 5", "1/2 e.g. of a pear", "", "16:9"):
+    for slip in ("none.pgn", "none.jpgg", "none.jepg", "none.pn", "~", "~/cat", "./cat", "/cat", "c:\\cat"):
+        with pytest.raises(InputError, match=r"no file .*--caption"):
+            read_part(slip)
+        assert read_part(slip, caption=True).kind == "caption"
+    with pytest.raises(InputError, match=r"did you mean 'cat\.png'"):
+        read_part("cat.pgn")
+    for caption in (
+        "a.k.a. a cat",
+        "what is it.",
+        "vol.2",
+        "a cat.its tail",
+        "he/she/they",
+        "and/or",
+        "a black/white cat.",
+        "AC/DC, vol. 2",
+        "no. 5",
+        "1/2 e.g. of a pear",
+        "",
+        "16:9",
+    ):
         assert read_part(caption).kind == "caption"
     (files / "data").mkdir()
+    (files / "data" / "lion.png").touch()
+    with pytest.raises(InputError, match=r"did you mean 'data/lion\.png'"):
+        read_part("data/lino.png")
+    with pytest.raises(InputError, match="no file"):
+        read_part("data/lion")
     for folder in ("data", "data/", ".", "data:0.5"):
         with pytest.raises(InputError, match="is a folder"):
             read_part(folder, weighted=True)
     with pytest.raises(InputError, match="finite"):
         read_part("a cat:inf", weighted=True)
+
+
+def test_one_picture_of_every_command_goes_into_a_file(unclip, model, files, monkeypatch):
+    monkeypatch.chdir(files)
+    common = ["--model", model, *FEW, "--out"]
+
+    for command, name in (
+        (["vary", "cat.png"], "one.png"),
+        (["edit", "cat.png", "--from", "a cat", "--to", "a dog"], "one.png"),
+        (["blend", "cat.png", "dog.png"], "one.png"),
+        (["redraw", "cat.png"], "one.png"),
+        (["invert", "cat.png"], "one.safetensors"),
+    ):
+        path = files / command[0] / name
+        done = unclip(*command, *common, path)
+        assert done.code == 0, done.err
+        assert done.lines == [str(path)]
+        assert [each.name for each in path.parent.iterdir()] == [name]
+    for command in (
+        ["vary", "cat.png", "dog.png"],
+        ["interpolate", "cat.png", "dog.png"],
+        ["blend", "cat.png", "-n", 2],
+    ):
+        assert "name a folder" in unclip(*command, *common, files / "several.png").err

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import types
@@ -96,6 +97,17 @@ def test_of_several_processes_one_tells_the_cost(unclip, recipe, monkeypatch):
     assert len(rehearsed) == 1  # all must take the steps
     monkeypatch.setenv("RANK", "0")
     assert "weights, gradients, optimizer, average, of all shards  1 MiB" in unclip("train", recipe, "--dry-run").lines
+
+
+@pytest.mark.filterwarnings("default")
+def test_without_a_terminal_a_line_an_interval(unclip, recipe, tmp_path):
+    done = unclip("train", recipe, "--out", tmp_path / "run")
+    number = r"[\d.]+"
+    for step, line in zip((1, 2, 3), done.err.splitlines()[-3:], strict=True):
+        assert re.fullmatch(rf"step {step} of 3: loss {number}, {number} pictures/s, \d+ s left", line), line
+    assert done.err.splitlines()[-1].endswith(" 0 s left")
+    again = unclip("train", recipe, "--out", tmp_path / "quiet", "-q")
+    assert "step" not in again.err
 
 
 @pytest.mark.filterwarnings("default")

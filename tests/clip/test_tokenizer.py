@@ -16,6 +16,7 @@ from transformers import CLIPTokenizer
 from unclip import CheckpointError, ConfigError, InputError, MissingFileError
 from unclip.clip.encoders import TextEncoder
 from unclip.clip.tokenizer import END, START, CaptionTokenizer
+from unclip.pipelines.component import read_component
 
 BUILT_IN = importlib.resources.files("unclip") / "assets" / "emoji" / "tokenizer"
 CONTEXT = 32
@@ -269,6 +270,35 @@ def test_a_tokenizer_json_of_another_kind(tmp_path, change):
     file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | change))
     with pytest.raises(ConfigError):
         CaptionTokenizer.from_pretrained(tmp_path / "kind")
+
+
+@pytest.mark.parametrize("section", ["truncation", "padding"])
+def test_sides_in_a_tokenizer_json_are_transformers_or_refused(tmp_path, section):
+    parts = {
+        "truncation": {"max_length": 5, "strategy": "LongestFirst", "stride": 0},
+        "padding": {"strategy": "BatchLongest", "pad_to_multiple_of": 4, "pad_id": 1, "pad_type_id": 0}
+        | {"pad_token": "!"},
+    }
+    shutil.copytree(BUILT_IN, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())  # it would have the last word
+    settings = {name: value for name, value in config.items() if not name.endswith("_side")}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    whole = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    ids = []
+    for direction in ("Right", "Left"):
+        changed = whole | {section: parts[section] | {"direction": direction}}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(changed), encoding="utf-8")
+        theirs = CLIPTokenizer.from_pretrained(tmp_path)
+        ids.append(theirs(CAPTIONS, **FULL)["input_ids"])
+        if direction == "Right":
+            assert CaptionTokenizer.from_pretrained(tmp_path)(CAPTIONS, **FULL)["input_ids"] == ids[0]
+        else:
+            with pytest.raises(ConfigError, match=section):
+                CaptionTokenizer.from_pretrained(tmp_path)
+    assert ids[0] != ids[1]
+    place = tmp_path.parent, tmp_path.name
+    read = read_component(*place, "CLIPTokenizer", torch_dtype=None, variant=None, own_clip=True)
+    assert read(CAPTIONS, **FULL)["input_ids"] == ids[1]  # by transformers' class
 
 
 def test_files_that_are_broken(tmp_path):

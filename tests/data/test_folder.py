@@ -2,13 +2,14 @@
 
 import json
 import struct
+import unicodedata
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from unclip.data.folder import load_pictures, load_sizes, read_records, square_pixels
+from unclip.data.folder import Keys, load_pictures, load_sizes, read_metadata, read_records, square_pixels
 from unclip.data.samples import decode
 from unclip.data.shards import RawSample
 from unclip.errors import DataError
@@ -52,14 +53,24 @@ def test_records(folder):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("{", "line 2 is not JSON"),
-        ("[1]", "line 2 is no JSON object but a list"),
-        ({"captions": ["x"]}, "needs a file_name"),
-        ({"file_name": "a.png"}, "needs a file_name, and captions"),
-        ({"file_name": "a.png", "captions": "abc"}, "captions"),
-        ({"file_name": "a.png", "captions": ["ok", " "]}, "not blank"),
-        ({"file_name": "a.png", "captions": [3]}, "captions"),
+        ("{", "line 2: it is not JSON"),
+        ("[1]", "line 2: it is not a JSON object but a list"),
+        ("[" * 100_000, "line 2: it is not JSON"),
+        ({"captions": ["x"]}, "needs the name of a picture under file_name or image"),
+        ({"file_name": 3, "text": "x"}, "needs the name of a picture"),
+        ({"file_name": "", "text": "x"}, "needs the name of a picture"),
+        ('{"file_name": "\\ud83d.png", "text": "x"}', "name of the picture is not Unicode text"),
+        ({"file_name": "a.png"}, "needs a caption under captions or text"),
+        ({"file_name": "a.png", "text": ""}, "needs a caption"),
+        ({"file_name": "a.png", "text": None}, "needs a caption"),
+        ({"file_name": "a.png", "captions": []}, "needs a caption"),
+        ({"file_name": "a.png", "captions": [" ", None]}, "text that is not blank"),
+        ({"file_name": "a.png", "captions": [3]}, "needs a caption"),
         (entry(weight=-1), "weight is -1"),
+        (entry(weight=10**400), "weight is a number of 401 digits; it must be 0 or a number from 1e-12 to 1e"),
+        (entry(weight=1e300), "weight is 1e"),
+        (entry(weight=1e-300), "weight is 1e-300"),
+        ('{"file_name": "a.png", "text": "x", "weight": 1e400}', "weight is inf"),
         (entry(weight="1"), "weight is '1'"),
         (entry(weight=True), "weight is True"),
         ('{"file_name": "a.png", "text": "x", "weight": NaN}', "weight is nan"),
@@ -67,9 +78,9 @@ def test_records(folder):
         (entry(held_out="no"), "held_out is 'no'"),
         (
             '{"file_name": "a.png", "text": "a smile \\ud83d"}',
-            "line 2 has a text that is no Unicode text: .*surrogates",
+            "line 2: a text in it is not Unicode text: .*surrogates",
         ),
-        ('{"file_name": "a.png", "text": "x", "label": "\\ude00"}', "line 2 has a text that is no Unicode text"),
+        ('{"file_name": "a.png", "text": "x", "label": "\\ude00"}', "line 2: a text in it is not Unicode text"),
     ],
 )
 def test_bad_lines(folder, line, words):
@@ -87,8 +98,151 @@ def test_no_data_set(tmp_path, folder):
         read_records(tmp_path)
 
 
+def test_an_empty_folder_and_one_of_pictures_are_told_what_to_do(tmp_path):
+    tile(tmp_path, "my cat.png")
+    with pytest.raises(DataError) as caught:
+        read_records(tmp_path)
+    assert '{"file_name": "my cat.png", "text": "a black cat"}' in str(caught.value)
+    assert f"unclip data caption {tmp_path}" in str(caught.value)
+    with pytest.raises(DataError, match="is a file; name a folder"):
+        read_records(tmp_path / "my cat.png")
+    with pytest.raises(DataError, match="does not exist"):
+        read_records(tmp_path / "none")
+
+
 @pytest.mark.parametrize(
-    "name", ["/etc/passwd", "../a.png", "x/../../a.png", "a\\b.png", "C:/a.png", "a\0.png", "x" * 999]
+    ("line", "captions"),
+    [
+        ({"file_name": "a.png", "captions": "a cat"}, ("a cat",)),
+        ({"file_name": "a.png", "captions": ["a cat", "", None]}, ("a cat",)),
+        ({"file_name": "a.png", "captions": None, "text": "a cat"}, ("a cat",)),
+        ({"file_name": "a.png", "text": ["one", "two"]}, ("one", "two")),
+        ({"image": "a.png", "caption": "a cat"}, ("a cat",)),
+        ({"image_path": "a.png", "prompt": "a cat"}, ("a cat",)),
+        ({"file_name": "a.png", "image": "b.png", "text": "first", "caption": "second"}, ("first",)),
+        ({"file_name": "a.png", "captions": ["first"], "text": "second"}, ("first",)),
+        ({"file_name": "a.png", "text": "x", "weight": None, "held_out": None, "label": None}, ("x",)),
+    ],
+)
+def test_names_of_keys(folder, line, captions):
+    (record,) = read_records(folder(line))
+    assert (record.file_name, record.captions, record.weight, record.held_out) == ("a.png", captions, 1.0, False)
+
+
+def test_keys_that_are_chosen(folder):
+    root = folder({"file_name": "x.png", "photo": "a.png", "text": "no", "title": ["yes", "or"]}, entry())
+    records, broken = read_metadata(root / "metadata.jsonl", root, Keys("photo", "title"))
+    assert [(record.file_name, record.captions) for record in records] == [("a.png", ("yes", "or"))]
+    assert list(broken) == ["metadata.jsonl, line 2"]
+    assert "under photo" in broken["metadata.jsonl, line 2"]
+
+
+def test_a_line_that_cannot_be_used_is_a_broken_sample(folder):
+    faults = [entry("x.png", captions=[""]), {"file_name": "y.png", "text": None}, "{", entry("z.png", weight=10**400)]
+    root = folder(*faults, *(entry(f"{i}.png") for i in range(16)))
+    for i in range(16):
+        tile(root, f"{i}.png")
+    (root / "0.png").write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match=r"5 pictures in .* are skipped: metadata\.jsonl, line 1: it needs a caption"):
+        pictures = load_pictures(root, 8, max_skipped_share=0.25)
+    assert len(pictures) == 15
+    assert str(root / "metadata.jsonl, line 4") in pictures.skipped
+    with pytest.raises(DataError, match=r"5 of 20 pictures .* more than the 20% allowed"):
+        load_pictures(root, 8, max_skipped_share=0.2)
+    with pytest.raises(DataError, match=r"4 of 20 pictures"):
+        read_records(root)
+
+
+def test_few_lines_that_cannot_be_used(folder):
+    root = folder({"file_name": "x.png", "text": ""}, *(entry(f"{i}.png") for i in range(100)))
+    with pytest.warns(UserWarning, match="line 1"):
+        assert len(read_records(root)) == 100
+
+
+# -- CSV -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'file_name,text\na.png,"a cat, sleeping"\n\nb.png,a dog\n',
+        "\ufeffFile_Name; Text\r\na.png;a cat, sleeping\r\nb.png;a dog\r\n",
+        "id\timage\tcaption\n0\ta.png\ta cat, sleeping\n1\tb.png\ta dog\n",
+        'prompt, path, weight, held_out\n"a cat, sleeping", a.png, , \na dog,b.png,1.0,FALSE\n',
+    ],
+)
+def test_metadata_csv(tmp_path, text):
+    (tmp_path / "metadata.csv").write_bytes(text.encode())
+    first, second = read_records(tmp_path)
+    assert (first.file_name, first.captions) == ("a.png", ("a cat, sleeping",))
+    assert (second.file_name, second.captions) == ("b.png", ("a dog",))
+    assert (second.weight, second.held_out) == (1.0, False)
+
+
+def test_what_a_csv_says_more(tmp_path):
+    text = "file_name,text,weight,held_out,label\na.png,x,2.5,true,l\n"
+    text += "b.png,x,heavy,,\nc.png,x,nan,,\nd.png,x,1,maybe,\n"
+    (tmp_path / "metadata.csv").write_text(text + 'e.png,a, cat,1,\nf.png,a red, juicy, apple,1,\ng.png,"a\ncat",,,\n')
+    records, broken = read_metadata(tmp_path / "metadata.csv", tmp_path)
+    assert [(r.file_name, r.weight, r.held_out, r.label) for r in records] == [
+        ("a.png", 2.5, True, "l"),
+        ("g.png", 1.0, False, ""),
+    ]
+    assert records[1].captions == ("a\ncat",)
+    assert [name.removeprefix("metadata.csv, line ") for name in broken] == ["3", "4", "5", "6", "7"]
+    assert "weight is 'heavy'" in broken["metadata.csv, line 3"]
+    assert "6 columns and the first line has 5" in broken["metadata.csv, line 7"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("id,title\n1,x\n", r"the first line .*'id,title'; it must name a column for the picture .*--image-key"),
+        ("", "the first line of"),
+        ('file_name,text\na.png,"a cat\nb.png,a dog\n', "cannot be read as CSV"),
+        ("file_name,text\na.png," + "x" * 200_000, "cannot be read as CSV"),
+        ("file_name,text\n", "is empty"),
+    ],
+)
+def test_a_csv_that_cannot_be_used(tmp_path, text, words):
+    (tmp_path / "metadata.csv").write_text(text)
+    with pytest.raises(DataError, match=words):
+        read_records(tmp_path)
+
+
+def test_columns_that_are_chosen(tmp_path):
+    (tmp_path / "metadata.csv").write_text("Photo,Title\na.png,a tile\n")
+    tile(tmp_path)
+    assert load_pictures(tmp_path, 8, keys=Keys("photo", "TITLE")).records[0].captions == ("a tile",)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(entry(captions=["of the other"])))
+    assert read_records(tmp_path)[0].captions == ("of the other",)  # metadata.jsonl comes first
+
+
+# -- names of pictures ---------------------------------------------------------------------------------------------
+
+
+def test_names_written_on_windows(folder):
+    root = folder(entry("img\\a.png"))
+    (root / "img").mkdir()
+    tile(root, "img/a.png")
+    assert load_pictures(root, 8).records[0].file_name == "img/a.png"
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC"), ("NFC", "NFC")])
+def test_names_whose_accents_are_written_otherwise(folder, forms):
+    written, stored = (unicodedata.normalize(form, "été/café.png") for form in forms)
+    root = folder(entry(written))
+    (root / stored).parent.mkdir()
+    tile(root, stored)
+    assert load_pictures(root, 8).records[0].file_name == stored
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("/etc/passwd", "../a.png", "x/../../a.png", "C:/a.png", "a\0.png", "x" * 999, "é" * 999),
+        *("..\\a.png", "C:\\a.png", "\\a.png", "\\\\host\\a.png", "x\\..\\..\\é.png"),
+    ],
 )
 def test_names_that_leave_the_folder(folder, name):
     with pytest.raises(DataError, match="outside the data set"):

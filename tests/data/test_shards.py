@@ -1,8 +1,12 @@
 """Shards: what names them, what they hold, what damage does, and an order that can be entered anywhere."""
 
+import bz2
+import gzip
 import io
 import itertools
 import json
+import lzma
+import random
 import tarfile
 import threading
 import time
@@ -137,6 +141,187 @@ def test_a_whole_shard_is_not_named(shards):
     assert not found.broken
 
 
+# -- names in a shard ----------------------------------------------------------------------------------------------
+
+
+def tar_of(path, *names) -> str:
+    """A shard of these files; each holds its number."""
+    with tarfile.open(path, "w") as tar:
+        for number, name in enumerate(names):
+            module._add(tar, name, str(number).encode())
+    return str(path)
+
+
+def told(shard) -> list[tuple[str, dict[str, str]]]:
+    return [(s.key, {name: part.decode() for name, part in s.parts.items()}) for s in read_shard(shard)]
+
+
+def test_one_name_twice(tmp_path):
+    names = ("a.jpg", "a.txt", "a.jpg", "a.txt", "b.jpg", "b.txt", "a.jpg", "a.JPG", "a.txt", "a (2).txt")
+    assert told(tar_of(tmp_path / "a.tar", *names)) == [
+        ("a", {"jpg": "0", "txt": "1"}),
+        ("a (2)", {"jpg": "2", "txt": "3"}),
+        ("b", {"jpg": "4", "txt": "5"}),
+        ("a (3)", {"jpg": "6"}),
+        ("a (4)", {"jpg": "7", "txt": "8"}),
+        ("a (2) (2)", {"txt": "9"}),
+    ]
+
+
+def test_names_with_several_dots_are_counted(tmp_path):
+    names = [f"img.{n:03}.{kind}" for n in range(50) for kind in ("jpg", "txt")]
+    found = told(tar_of(tmp_path / "a.tar", *names))
+    assert [key for key, _ in found] == [f"img.{n:03}" for n in range(50)]
+    assert found[7][1] == {"007.jpg": "14", "007.txt": "15"}
+    names = [f"img.{n:03}.{kind}" for kind in ("img_emb.npy", "jpg") for n in range(5)]
+    assert [key for key, _ in told(tar_of(tmp_path / "b.tar", *names))] == [f"img.{n:03}" for n in range(5)]
+
+
+def test_further_parts_of_a_sample_with_several_dots(tmp_path):
+    names = [f"a.{kind}" for kind in ("canny.png", "depth.png", "img_emb.npy", "jpg", "left.jpg", "txt")]
+    ((key, parts),) = told(tar_of(tmp_path / "a.tar", *names))
+    assert (key, len(parts)) == ("a", 6)
+
+
+# -- compressed shards ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_compressed_shards(shards, pack):
+    folder = shards(20, per_shard=5)
+    order = take(ShardStream(expand(folder), seed=1, block=7), 0, 50)
+    suffix = {gzip.compress: ".tar.gz", bz2.compress: ".tar.bz2", lzma.compress: ".tar.xz"}[pack]
+    for path in list(folder.iterdir()):
+        content = path.read_bytes()
+        half = len(content) // 2
+        path.with_suffix(suffix).write_bytes(pack(content[:half]) + pack(content[half:]))  # of two members
+        path.unlink()
+    (folder / f"._00000{suffix}").write_bytes(b"what a Mac leaves")
+    assert is_shards(folder)
+    assert is_shards(folder / f"00000{suffix}")
+    names = expand(folder)
+    assert [name.rpartition("/")[2] for name in names] == [f"0000{n}{suffix}" for n in range(4)]
+    for position in (0, 8, 23):
+        stream = ShardStream(names, seed=1, block=7)
+        assert take(stream, position, 20) == order[position : position + 20]
+        assert not stream.damage.broken
+
+
+@pytest.mark.parametrize("damage", ["cut", "cut in its header", "changed", "no gzip"])
+def test_damaged_gzip(shards, damage):
+    path = shards(4, per_shard=4) / "00000.tar"
+    content = gzip.compress(path.read_bytes())
+    half = len(content) // 2
+    path.write_bytes(
+        {
+            "cut": content[:half],
+            "cut in its header": content[:3],
+            "changed": content[:half] + bytes(8) + content[half + 8 :],
+            "no gzip": b"\x1f\x8b" + b"x" * 99,
+        }[damage]
+    )
+    found = Damage()
+    assert len(list(read_shard(str(path), found))) < 4
+    assert list(found.broken) == [str(path)]
+
+
+def test_a_compressed_shard_from_a_server(server):
+    url, queue = server
+    queue.extend(["gzip cut", "gzip"])
+    found = Damage()
+    assert numbers(read_shard(url, found)) == [0, 1, 2, 3, 4]
+    assert not found.broken
+
+
+# -- headers -------------------------------------------------------------------------------------------------------
+
+
+def header(name="a.txt", kind=tarfile.REGTYPE, size=0) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def blocks(content: bytes) -> bytes:
+    return content + bytes(-len(content) % 512)
+
+
+def pax(**records: str) -> bytes:
+    content = b""
+    for name, value in records.items():
+        record = f" {name.replace('_', '.')}={value}\n".encode()
+        content += str(len(record) + 2).encode() + record  # of 10 to 99 bytes
+    return header("x", tarfile.XHDTYPE, len(content)) + blocks(content)
+
+
+A_FILE = header(size=3) + blocks(b"cat")
+LONG_NAME = header("x", tarfile.GNUTYPE_LONGNAME, 6) + blocks(b"a.txt")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(pax(GNU_sparse_size=value) + A_FILE for value in ("x", "-1", "9" * 40)),
+        *(pax(GNU_sparse_map=value) + A_FILE for value in ("x", "0,x", "1,2,3")),
+        pax(GNU_sparse_major="1", GNU_sparse_minor="0") + A_FILE,
+        *(pax(size=value) + A_FILE for value in ("-512", "-1", "9" * 30)),
+        LONG_NAME * 1000 + A_FILE,
+        pax(comment="x") * 5000 + A_FILE,
+        pax(comment="x"),
+        LONG_NAME,
+        header(kind=tarfile.GNUTYPE_SPARSE, size=3) + blocks(b"cat"),
+        *(header(kind=kind, size=2**60) + blocks(b"cat") for kind in (b"0", b"x", b"g", b"L", b"K", b"Z", b"S")),
+        *(header(kind=kind, size=-(2**60)) + blocks(b"cat") for kind in (b"0", b"x", b"L", b"Z")),
+    ],
+)
+def test_headers_that_damage_a_shard(tmp_path, content):
+    path = tmp_path / "a.tar"
+    path.write_bytes(header("first.txt", size=3) + blocks(b"dog") + content + bytes(1024))
+    found = Damage()
+    begun = time.monotonic()
+    samples = list(read_shard(str(path), found))
+    assert time.monotonic() - begun < 5
+    assert [sample.key for sample in samples] in ([], ["first"], ["first", "a"])
+    assert list(found.broken) == [str(path)]
+    assert "Error: " in found.broken[str(path)]
+
+
+def test_headers_that_are_well(tmp_path):
+    path = tmp_path / "a.tar"
+    path.write_bytes(pax(comment="x", size="3") + LONG_NAME + A_FILE + header("b.txt", size=3) + blocks(b"dog"))
+    with open(path, "ab") as tar:
+        tar.write(bytes(1024))
+    assert told(str(path)) == [("a", {"txt": "cat"}), ("b", {"txt": "dog"})]
+
+
+def test_damage_to_any_header(tmp_path):
+    """Fuzzed with a seed: each shard gives samples, or is named."""
+    random_ = random.Random(0)
+    sizes = [b"77777777777\0", b"\x80" + b"\x7f" * 11, b"\xff" * 12, b"\x80" + bytes(6) + b"\x10" + bytes(4), b"x" * 12]
+    plain = bytearray(pax(size="3") + A_FILE + LONG_NAME + A_FILE + header("b.jpg", size=600) + bytes(1024 + 1024))
+    starts = [place for place in range(0, len(plain), 512) if plain[place + 257 : place + 262] == b"ustar"]
+    path, outcomes = tmp_path / "a.tar", set()
+    for _ in range(600):
+        content = bytearray(plain)
+        for start in random_.choices(starts, k=2):
+            what = random_.randrange(4)
+            if what == 0:
+                content[start + 156] = random_.choice(b"0123457xgLKSXNZ\0")
+            elif what == 1:
+                content[start + 124 : start + 136] = random_.choice(sizes)
+            else:
+                content[start + random_.randrange(700)] = random_.randrange(256)
+            block = content[start : start + 512]
+            block[148:156] = b" " * 8
+            content[start + 148 : start + 156] = b"%06o\0 " % sum(block)
+        path.write_bytes(content)
+        found = Damage()
+        samples = list(read_shard(str(path), found))
+        assert set(found.broken) <= {str(path)}
+        outcomes.add((len(samples), bool(found.broken)))
+    assert {(0, True), (3, False)} <= outcomes
+
+
 def test_a_part_too_large(shards, monkeypatch):
     monkeypatch.setattr(module, "MAX_PART_BYTES", 50)
     found = Damage()
@@ -158,10 +343,10 @@ def server(shards):
             how = replies.pop(0)
             status = int(how) if how.isdigit() else 200
             self.send_response(status)
-            body = content if status == 200 else b""
+            body = (gzip.compress(content) if "gzip" in how else content) if status == 200 else b""
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body[: len(body) // 2] if how == "cut" else body)
+            self.wfile.write(body[: len(body) // 2] if "cut" in how else body)
 
         def log_message(self, *about):
             pass

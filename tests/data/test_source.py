@@ -13,6 +13,7 @@ from PIL import Image
 
 from unclip.data import shards as shards_module
 from unclip.data.batches import ShardSource, choose_captions
+from unclip.data.folder import Keys
 from unclip.data.samples import decode
 from unclip.data.shards import RawSample, read_shard, write_shard
 from unclip.data.source import FolderSource, open_source
@@ -410,6 +411,14 @@ DAMAGED_EMBEDDINGS = [
         ({"txt": b" a caption\n"}, ("a caption",)),
         ({"txt": b"text", "json": b'{"caption": "of json"}'}, ("of json",)),
         ({"json": b'{"captions": ["one", "two", " ", 3]}'}, ("one", "two")),
+        ({"json": b'{"captions": "a cat"}'}, ("a cat",)),
+        ({"json": b'\xef\xbb\xbf{"caption": ["one", "two"]}'}, ("one", "two")),
+        ({"json": b'{"captions": 3, "caption": "a cat"}'}, ("a cat",)),
+        ({"txt": b"\xef\xbb\xbfa caption\r\n"}, ("a caption",)),
+        ({"json": b'{"prompt": "a cat"}'}, ("a cat",)),
+        ({"json": b'{"text": "a cat", "prompt": "a dog"}'}, ("a cat",)),
+        ({"json": b'{"text": "of json", "caption": "a cat"}'}, ("a cat",)),
+        ({"txt": b"a cat", "json": b'{"text": "of json"}'}, ("a cat",)),
         ({"txt": b"text", "json": b'{"caption": null}'}, ("text",)),
         ({"txt": b"text", "json": b"[1]"}, ("text",)),
         ({"json": b'{"caption": "a smile \\ud83d\\ude00"}'}, ("a smile \N{GRINNING FACE}",)),
@@ -425,14 +434,20 @@ def test_captions_of_a_sample(parts, captions):
         ({"png": png(1)}, "no caption"),
         ({"png": png(1), "txt": b"\xff\xfe"}, "cannot be read"),
         ({"png": png(1), "json": b"{"}, "cannot be read"),
-        ({"txt": b"text"}, "no picture"),
+        ({"txt": b"text"}, r"no picture .*; it has \.txt$"),
+        ({"png": png(1), "txt": b"\xef\xbb\xbf \n"}, r"no caption .*; it has \.png, \.txt$"),
+        ({"000.jpg": png(1), "000.txt": b"text"}, r"it has \.000\.jpg, \.000\.txt: .* ends at the first dot"),
+        *(
+            ({"png": png(1), "txt": b"text", "json": b'{"weight": %s}' % weight}, "weight is")
+            for weight in (b"1e400", b"1" * 400, b"-1", b"NaN", b'"2"', b"true", b"1e300")
+        ),
         ({"png": b"", "txt": b"text"}, "not a picture"),
         ({"png": png(1)[:48], "txt": b"text"}, "cannot be read"),
         ({"img_emb.npy": b"x", "txt": b"text"}, "img_emb.npy cannot be read"),
-        ({"img_emb.npy": array([[1.0]]), "txt": b"text"}, "no list of finite numbers"),
-        ({"img_emb.npy": array([float("nan")]), "txt": b"text"}, "no list of finite numbers"),
+        ({"img_emb.npy": array([[1.0]]), "txt": b"text"}, "not a list of finite numbers"),
+        ({"img_emb.npy": array([float("nan")]), "txt": b"text"}, "not a list of finite numbers"),
         ({"img_emb.npy": array([{}], dtype=object), "txt": b"text"}, "img_emb.npy cannot be read"),
-        ({"img_emb.npy": array([1e300]), "txt": b"text"}, "no list of finite numbers: float32"),
+        ({"img_emb.npy": array([1e300]), "txt": b"text"}, "not a list of finite numbers: float32"),
         *(({"img_emb.npy": content, "txt": b"text"}, "img_emb.npy cannot be read") for content in DAMAGED_EMBEDDINGS),
         ({"png": png(1), "json": b'{"caption": "half a smile \\ud83d"}'}, "caption cannot be read.*surrogates"),
         ({"png": png(1), "json": b'{"captions": ["a smile", "\\ude00"]}'}, "caption cannot be read.*surrogates"),
@@ -441,6 +456,44 @@ def test_captions_of_a_sample(parts, captions):
 def test_a_sample_that_cannot_be_used(parts, words):
     with pytest.raises(DataError, match=words):
         decode(RawSample("k", "s.tar", parts), [8])
+
+
+def test_a_key_for_captions_that_is_chosen(shards):
+    def change(number, parts):
+        told = {"caption": "no", "title": f"title {number}"} if number else {"caption": "no"}
+        return parts | {"json": json.dumps(told).encode()}
+
+    stream = open_source(shards(8, per_shard=4, change=change), [8], seed=0, keys=Keys(caption="title"))
+    with pytest.warns(UserWarning, match="no caption under 'title'"):
+        rows = stream.draw(0, 8, generator())
+    assert all(text == f"title {n}" for text, n in zip(rows.captions, shown(rows), strict=True))
+    assert sorted(stream.all_captions()) == [f"title {n}" for n in range(1, 8)]
+    stream.close()
+
+
+def test_a_recipe_chooses_keys(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(1))
+    (tmp_path / "metadata.csv").write_text("photo,title\na.png,a tile\n")
+    keys = 'image_key = "photo"\ncaption_key = "title"\n'
+    (tmp_path / "recipe.toml").write_text(f'stage = "super_res"\ndata = "{tmp_path}"\n{keys}[super_res]\n')
+    assert list(source_of(read_recipe(tmp_path / "recipe.toml"), (8,)).all_captions()) == ["a tile"]
+
+
+@pytest.mark.parametrize("weight", ["1e400", "1" * 400])
+def test_a_weight_that_cannot_be_used_is_a_broken_sample_in_both(folder, tmp_path_factory, weight):
+    lines = (folder / "metadata.jsonl").read_text().replace('"weight": 4', f'"weight": {weight}')
+    (folder / "metadata.jsonl").write_text(lines)
+    with pytest.warns(UserWarning, match="weight is"):
+        drawn = FolderSource([folder], [8], max_skipped_share=0.2).draw(0, 50, generator())
+    assert 0 not in shown(drawn)
+    packed = ((f"{n}", {"png": png(n), "json": line.encode()}) for n, line in enumerate(lines.split("\n")))
+    path = tmp_path_factory.mktemp("shards") / "0.tar"
+    write_shard(packed, path)
+    stream = ShardSource(path, [8], max_skipped_share=0.2)
+    with pytest.warns(UserWarning, match="weight is"):
+        seen = {n for step in range(9) for n in shown(stream.draw(step, 5, generator()))}
+    stream.close()
+    assert 0 not in seen
 
 
 def test_a_huge_picture_in_a_shard_is_not_decoded(monkeypatch):

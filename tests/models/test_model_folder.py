@@ -1,6 +1,7 @@
 """Networks in folders: what is written is what is read, also by diffusers."""
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -8,9 +9,9 @@ import warnings
 import pytest
 import torch
 
-from unclip.checkpoints import files, weights
+from unclip.checkpoints import weights
 from unclip.clip.networks import CLIPImageEncoder, CLIPTextEncoder
-from unclip.errors import ConfigError, MissingFileError, UnsafeFileError, WeightsError
+from unclip.errors import ConfigError, MissingFileError, OutputError, UnsafeFileError, WeightsError
 from unclip.models import AutoregressivePrior, PriorTransformer, UNet2DModel
 
 with warnings.catch_warnings():
@@ -105,6 +106,13 @@ def die(*_, **__):
     raise KilledError
 
 
+def die_at_the_configuration(monkeypatch):
+    replace = os.replace
+    monkeypatch.setattr(
+        os, "replace", lambda old, new: die() if str(new).endswith("config.json") else replace(old, new)
+    )
+
+
 @pytest.fixture
 def other():
     """Of the same shapes: its weights load with the configuration of `model`, and mean nothing then."""
@@ -122,7 +130,7 @@ def is_in(folder, model):
 @pytest.mark.parametrize("max_shard_size", ["10GB", "8KB"])
 def test_killed_between_weights_and_configuration(model, other, tmp_path, monkeypatch, max_shard_size):
     model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
-    monkeypatch.setattr(files, "write_json", die)
+    die_at_the_configuration(monkeypatch)
     with pytest.raises(KilledError):
         other.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     with pytest.raises(MissingFileError, match=r"config\.json"):
@@ -153,7 +161,6 @@ def test_a_save_that_fails_before_its_weights_stand_leaves_the_old_model(
 
 def test_killed_at_any_operation(model, other, tmp_path, monkeypatch):
     """Whatever the last change of the folder was, it holds one model or the other, or none that loads."""
-    import os
     import shutil
     from pathlib import Path
 
@@ -198,7 +205,7 @@ def test_a_configuration_that_says_the_same_stays(model, tmp_path, monkeypatch):
     config = json.loads((tmp_path / "config.json").read_text()) | {"_unclip_version": "0.0.1"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     model.initialize_for_training(torch.Generator().manual_seed(5))
-    monkeypatch.setattr(files, "write_json", die)
+    die_at_the_configuration(monkeypatch)
     with pytest.raises(KilledError):
         model.save_pretrained(tmp_path)
     assert is_in(tmp_path, model)
@@ -237,3 +244,46 @@ def test_reading_one_imports_no_compiler(network, tmp_path):
     code = READ.format(module=type(made).__module__, name=type(made).__name__, folder=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("max_shard_size", ["10GB", "8KB"])
+@pytest.mark.parametrize("room_bytes", [1, 300, 9_000])
+def test_a_full_disk_leaves_the_old_model(model, other, tmp_path, max_shard_size, room_bytes, little_room):
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with little_room(room_bytes), pytest.raises(OutputError, match="cannot be written"):
+        other.save_pretrained(tmp_path, max_shard_size="10GB")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_disk_that_is_full_when_the_index_is_written(model, other, tmp_path, little_room):
+    """Shards of 8 KB fit, their index of more does not."""
+    model.save_pretrained(tmp_path, max_shard_size="2KB")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with little_room(3_000), pytest.raises(OutputError):
+        other.save_pretrained(tmp_path, max_shard_size="2KB")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("network", ["model", "autoregressive", "unet", "encoder"])
+def test_torchs_default_type_changes_no_network(model, tmp_path, default, network):
+    networks = {
+        "model": model,
+        "autoregressive": AutoregressivePrior(num_attention_heads=2, attention_head_dim=8, num_layers=1,
+                                              embedding_dim=16, num_components=4, num_embeddings=5),
+        "unet": UNet2DModel(**SUPER_RES),
+        "encoder": CLIPImageEncoder(hidden_size=16, intermediate_size=16, num_attention_heads=2, image_size=8,
+                                    patch_size=4, num_hidden_layers=1),
+    }  # fmt: skip
+    saved = networks[network]
+    saved.save_pretrained(tmp_path)
+    torch.set_default_dtype(default)
+    try:
+        read = type(saved).from_pretrained(tmp_path)
+        half = type(saved).from_pretrained(tmp_path, torch_dtype=torch.float16)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {tensor.dtype for tensor in read.state_dict().values()} == {torch.float32}
+    assert all(torch.equal(tensor, saved.state_dict()[name]) for name, tensor in read.state_dict().items())
+    assert half.dtype == torch.float16

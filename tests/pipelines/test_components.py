@@ -24,6 +24,7 @@ from unclip import (
     InputError,
     Manipulator,
     MissingFileError,
+    OutputError,
     OutputExistsError,
     PriorTransformer,
     UnCLIPImageVariationPipeline,
@@ -271,8 +272,8 @@ def test_an_image_encoder_that_does_not_fit(tiny_variation):
     [
         ({"size": {"height": 32, "width": 32}}, "makes pictures of 32×32 pixels, image_encoder takes 16×16"),
         ({"do_center_crop": True, "crop_size": {"height": 8, "width": 16}}, "makes pictures of 8×16 pixels"),
-        ({"size": {"height": 10**6, "width": 10**6}}, r"size has height 1000000; it must be from 1 to 4096"),
-        ({"size": {"shortest_edge": 10**6}}, "size has shortest_edge 1000000"),
+        ({"size": {"height": 10**6, "width": 10**6}}, r"size in .* is .'height': 1000000.*; it must be from 1 to 4096"),
+        ({"size": {"shortest_edge": 10**6}}, "size in .* is .'shortest_edge': 1000000"),
     ],
     ids=str,
 )
@@ -506,7 +507,7 @@ def test_a_subfolder_stays_inside(saved, cls, subfolder):
 
 
 def test_no_pickles_are_written(tiny_pipeline, tmp_path):
-    with pytest.raises(UnsafeFileError, match="no pickles"):
+    with pytest.raises(UnsafeFileError, match="not write pickles"):
         tiny_pipeline.save_pretrained(tmp_path / "model", safe_serialization=False)
     assert not list(tmp_path.iterdir())
 
@@ -618,7 +619,9 @@ def rewrite_config(folder, **settings):
 )
 def test_absurd_sizes_of_a_text_encoder_are_refused_by_name(copied, setting, value):
     rewrite_config(copied / "text_encoder", **{setting: value})
-    with pytest.raises(ConfigError, match=rf"component 'text_encoder'.*{setting} in .* it must be from 1 to"):
+    with pytest.raises(
+        ConfigError, match=rf"component 'text_encoder'.*{setting} in .* it must be a whole number from 1 to"
+    ):
         UnCLIPPipeline.from_pretrained(copied)
 
 
@@ -643,9 +646,7 @@ def test_what_transformers_cannot_build(copied, settings):
 def test_a_text_encoder_with_more_weights_than_layers(copied):
     """Left unsaid, half of the encoder would be used, and every picture would be of something else."""
     rewrite_config(copied / "text_encoder", num_hidden_layers=1)
-    with pytest.raises(
-        WeightsError, match=r"component 'text_encoder'.*16 weights that its config\.json has no place for"
-    ):
+    with pytest.raises(WeightsError, match=r"component 'text_encoder'.*16 that the model does not have"):
         UnCLIPPipeline.from_pretrained(copied)
 
 
@@ -683,7 +684,7 @@ def test_a_tokenizer_of_another_text_encoder(tiny_pipeline):
 
     captions = ["the quick brown fox jumps over the lazy dog"] * 3
     other = train_tokenizer(captions, vocabulary_size=540, context_length=11)
-    with pytest.raises(ConfigError, match=r"tokenizer numbers its tokens up to 5\d\d, text_encoder has 520"):
+    with pytest.raises(ConfigError, match=r"largest token id is 5\d\d, and text_encoder has 520"):
         UnCLIPPipeline(**tiny_pipeline.components | {"tokenizer": other})
 
 
@@ -696,7 +697,7 @@ def test_a_token_whose_number_the_text_encoder_lacks(copied, own_clip):
     name = next(token for token, number in vocabulary.items() if number == 7)
     vocabulary[name] = 700
     file.write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match="tokenizer numbers its tokens up to 700, text_encoder has 520"):
+    with pytest.raises(ConfigError, match="largest token id is 700, and text_encoder has 520"):
         UnCLIPPipeline.from_pretrained(copied, own_clip=own_clip)
 
 
@@ -1154,7 +1155,7 @@ def test_a_part_of_clip_of_another_class(own_variation, own_pipeline):
     for part, wrong in {**swapped, "tokenizer": CLIPTokenizer}.items():
         with pytest.raises(ConfigError, match=part):
             UnCLIPImageVariationPipeline(**own_variation.components | {part: wrong})
-    with pytest.raises(ConfigError, match=r"CLIPTextModel; it must be a CLIPTextModelWithProjection"):
+    with pytest.raises(ConfigError, match=r"CLIPTextModel; it must be transformers' CLIPTextModelWithProjection"):
         own_pipeline.text_encoder = CLIPTextModel(own_pipeline.text_encoder.config)
 
 
@@ -1176,3 +1177,58 @@ def test_the_names_that_pipelines_have_are_those_of_the_folders():
     assert {name for cls in kinds for name in cls.component_names()} == {*CLASSES, *FURTHER}
     strings = {kind for cls in kinds for name in cls.component_names() for kind in cls._kinds(name)} - {None}
     assert {kind for kind in strings if isinstance(kind, str)} == set(pipeline_module.CLIP_PARTS)
+
+
+# ---- full disks, the current folder, torch's default type ----
+
+
+@pytest.mark.parametrize("room_bytes", [10, 5_000, 20_000])
+def test_saving_on_a_full_disk_leaves_the_old_folder(own_pipeline, tmp_path, little_room, room_bytes):
+    own_pipeline.save_pretrained(tmp_path / "model")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with torch.no_grad():
+        own_pipeline.decoder.conv_out.weight.add_(1)
+    for folder, overwrite in (("model", True), ("new", False)):
+        with little_room(room_bytes), pytest.raises(OutputError, match=f"{folder} cannot be written"):
+            own_pipeline.save_pretrained(tmp_path / folder, overwrite=overwrite)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "decoder", "tokenizer", "prior_scheduler"])
+def test_a_component_alone_on_a_full_disk(own_pipeline, tmp_path, little_room, name):
+    own_pipeline.save_pretrained(tmp_path / "model")
+    part = type(own_pipeline).from_pretrained(tmp_path / "model", own_clip=True).components[name]
+    with little_room(10), pytest.raises(OutputError):
+        part.save_pretrained(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_current_folder_is_never_replaced(own_pipeline, tmp_path, monkeypatch, overwrite):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputExistsError, match="is the current folder"):
+        own_pipeline.save_pretrained(".", overwrite=overwrite)
+    assert os.path.samefile(".", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    own_pipeline.save_pretrained("model")
+    own_pipeline.decoder.save_pretrained(".")  # a component is written into its folder
+    assert os.path.samefile(".", tmp_path)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("own_clip", [False, True])
+def test_torchs_default_type_changes_no_picture(tiny_pipeline, make, tmp_path, few, default, own_clip):
+    tiny_pipeline.save_pretrained(tmp_path / "model")
+    expected = make("a cat", seed=1)
+    torch.set_default_dtype(default)
+    try:
+        pipe = type(tiny_pipeline).from_pretrained(tmp_path / "model", own_clip=own_clip)
+        pipe.set_progress_bar_config(disable=True)
+        pictures = pipe("a cat", seed=1, output_type="pt", **few).images
+        shared = make("a cat", seed=1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {tensor.dtype for network in pipe.networks.values() for tensor in network.parameters()} == {torch.float32}
+    torch.testing.assert_close(pictures, expected, rtol=0, atol=1e-5)
+    assert torch.equal(shared, expected)

@@ -305,9 +305,9 @@ def test_a_caption_has_the_embedding_of_its_picture(recommending):
     found = tool.embed_captions(prompts, seed=list(seeds))
     torch.testing.assert_close(found, made, rtol=0, atol=1e-5)
     assert distance(tool.embed_captions(prompts, seed=list(seeds), num_prior_candidates=1), made) > 1e-3
-    with pytest.raises(InputError, match="a diffusion prior samples no codes"):
+    with pytest.raises(InputError, match="a diffusion prior draws no codes"):
         tool.embed_captions("a cat", prior_temperature=0.5)
-    with pytest.raises(InputError, match="a diffusion prior samples no codes"):
+    with pytest.raises(InputError, match="a diffusion prior draws no codes"):
         tool.caption_difference("a cat", "an apple", prior_top_p=0.5)
 
 

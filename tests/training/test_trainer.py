@@ -8,11 +8,13 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,14 +26,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from unclip.errors import CheckpointError, ConfigError, TrainingError
+from unclip.errors import CheckpointError, ConfigError, TrainingError, UnclipError
 from unclip.training import state, trainer
 from unclip.training import trainer as trainer_module
 from unclip.training.clip import MAX_LOGIT_SCALE, ClipTask
 from unclip.training.diffusion import DecoderTask, PriorTask, SuperResTask
 from unclip.training.optimizer import learning_rate
 from unclip.training.prior_autoregressive import AutoregressivePriorTask
-from unclip.training.recipe import ClipSettings, OptimizerRecipe, PriorSettings, Recipe
+from unclip.training.recipe import ClipSettings, LoraSettings, OptimizerRecipe, PriorSettings, Recipe
 from unclip.training.state import RunFolder
 from unclip.training.task import of_rows
 from unclip.training.trainer import Trainer, own_rows, step_generator
@@ -482,6 +484,30 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path):
         Trainer(LineTask(twice), line_recipe(), tmp_path / "run").run()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=type,
+)
+def test_memory_that_does_not_suffice_names_the_batch(tmp_path, error):
+    def fails(batch, drawn):
+        raise error
+
+    with pytest.raises(TrainingError, match="memory does not hold a step of batch_size 8 with accumulation 1"):
+        Trainer(LineTask(fails), line_recipe(), tmp_path / "run").run()
+
+
+def test_what_is_logged_is_told(tmp_path):
+    told = []
+    Trainer(LineTask(), line_recipe(), tmp_path / "run").run(on_log=lambda step, row: told.append((step, row)))
+    assert [step for step, _ in told] == [5, 10, 12]
+    assert all(row["loss"] > 0 and row["pictures_per_s"] > 0 for _, row in told)
+
+
 def test_in_a_thread(tmp_path):
     trainer = Trainer(LineTask(), line_recipe(steps=2), tmp_path / "run")
     thread = threading.Thread(target=trainer.run)
@@ -824,6 +850,244 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(TrainingError, match="cannot be made"):
         Trainer(LineTask(), line_recipe(), tmp_path / "file" / "run").run()
+
+
+# -- a damaged folder: gone on from exactly, or refused with a typed error; no traceback and no endless wait ---------
+
+
+Damage = Callable[[Path], None]
+
+
+def written(name: str, content: bytes) -> Damage:
+    def damage(run: Path) -> None:
+        (run / name).write_bytes(content)
+
+    return damage
+
+
+def told(name: str, **changes: object) -> Damage:
+    """Values of a JSON file replaced; by ... they are left out."""
+
+    def damage(run: Path) -> None:
+        about = json.loads((run / name).read_text()) | changes
+        kept = {key: value for key, value in about.items() if value is not ...}
+        (run / name).write_text(json.dumps(kept))
+
+    return damage
+
+
+def tensors_of(name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
+    def damage(run: Path) -> None:
+        path = run / "state" / f"{name}.safetensors"
+        found = load_file(path)
+        change(found)
+        save_file(found, path)
+
+    return damage
+
+
+def filled(key: str, number: float, dtype: torch.dtype | None = None) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda found: found.update({key: torch.full_like(found[key], number, dtype=dtype)})
+
+
+def replaced(name: str, kind: str) -> Damage:
+    """A file or folder that became a pipe, a socket, a folder, a file, or a link to nowhere or to endless zeros."""
+
+    def damage(run: Path) -> None:
+        path = run / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "socket":
+            with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as one:  # its path may not be long
+                one.bind(path.name)
+        elif kind == "folder":
+            path.mkdir()
+        elif kind == "file":
+            path.write_bytes(b"x")
+        elif kind != "none":
+            path.symlink_to("/dev/zero" if kind == "zeros" else "/nowhere/at/all")
+
+    return damage
+
+
+MODULE = ("line.weight", "line.bias")
+REFUSED: dict[str, Damage] = {
+    **{f"{name} with {number}": tensors_of(name, filled(key, number))
+       for name, key in (("ema", MODULE[0]), ("module", MODULE[1]), ("module", "fixed"), ("optimizer", "0/exp_avg"))
+       for number in (float("nan"), float("inf"), float("-inf"))},
+    **{f"{name} of another type": tensors_of(name, filled(key, 1.0, dtype))
+       for name, key in (("ema", MODULE[0]), ("module", MODULE[0]), ("optimizer", "1/exp_avg"), ("optimizer", "0/step"))
+       for dtype in (torch.float64, torch.int64, torch.bfloat16)},
+    **{f"{name} lacks {key}": tensors_of(name, lambda found, key=key: found.pop(key))
+       for name, key in (("ema", MODULE[0]), ("module", "fixed"), ("optimizer", "0/exp_avg"), ("optimizer", "1/step"))},
+    **{f"{name} has more": tensors_of(name, lambda found, key=key: found.update({key: torch.zeros(1)}))
+       for name, key in (("ema", "x"), ("ema", "fixed"), ("module", "x"), ("optimizer", "x"), ("optimizer", "7/step"),
+                         ("optimizer", "0/x"), ("optimizer", "-1/step"), ("optimizer", f"{'9' * 5000}/step"))},
+    **{f"{name} is empty": tensors_of(name, lambda found: found.clear()) for name in ("ema", "module", "optimizer")},
+    "a negative square": tensors_of("optimizer", filled("0/exp_avg_sq", -1.0)),
+    "a step of zero": tensors_of("optimizer", filled("0/step", 0.0)),
+    "a moment of another shape": tensors_of("optimizer", lambda found: found.update({"0/exp_avg": torch.zeros(3, 1)})),
+    **{f"{name} {what}": written(f"state/{name}", content)
+       for name in ("state.json", "ema.safetensors", "module.safetensors", "optimizer.safetensors")
+       for what, content in (("empty", b""), ("of zeros", bytes(100)), ("not UTF-8", b"\xff\xfe{}"),
+                             ("nested", b"[" * 100_000), ("a list", b"[1]"), ("not finite", b'{"step": NaN}'))},
+    **{f"state.json {key} = {str(wrong)[:20]}": told("state/state.json", **{key: wrong})
+       for key, values in {
+           "step": (-1, 5.5, "5", True, None, [], {}, 1e300, 2**70, ...),
+           "seed": ("0", None, 1.5, -1, [], ...),
+           "stage": (3, None, [], {}, "x" * 10**6, "prior", ...),
+           "log": (3, [], "x", {"sums": 3}, {"sums": {}}, {"num_summed": 1}, {"sums": {"a": "b"}, "num_summed": 1},
+                   {"sums": {}, "num_summed": -1}, {"sums": {}, "num_summed": 1.5}, {"sums": [], "num_summed": 1}),
+           "fingerprint": (3, None, [], "other"),
+           "optimizer": (3, None, [], {}, "muon", "x"),
+           "settings": (3, None, [], "x"),
+           "scaler": (3, [], "x", {"scale": "x"}, {"scale": -1.0}, {"scale": 1e300}, {"scale": [1]}),
+           "num_optimizer_tensors": (3, "x", None, -1, 1.5),
+       }.items()
+       for wrong in values},
+    **{f"versions.json {str(wrong)[:20]}": written("versions.json", json.dumps(wrong).encode())
+       for wrong in ({"runs": 3}, {"runs": None}, {"runs": [3]}, {"runs": {"a": 1}}, {"runs": "x"}, {"runs": [None]})},
+    **{f"{kind} for {name}": replaced(name, kind)
+       for name in ("state/state.json", "state/ema.safetensors", "state/module.safetensors",
+                    "state/optimizer.safetensors")
+       for kind in ("pipe", "socket", "folder", "zeros", "nowhere", "none")},
+    **{f"{kind} for {name}": replaced(name, kind)
+       for name in ("state", "model", "samples") for kind in ("pipe", "socket", "file", "zeros")},
+    **{f"{kind} for metrics.jsonl": replaced("metrics.jsonl", kind) for kind in ("pipe", "socket", "folder", "zeros")},
+}  # fmt: skip
+ROW = b'{"step": 5, "loss": 1.0}\n'
+TOLERATED: dict[str, Damage] = {
+    "nothing": lambda run: None,
+    **{f"metrics {line[:20]!r}": (lambda run, line=line: written("metrics.jsonl", (run / "metrics.jsonl").read_bytes()
+                                                              + line)(run))
+       for line in (b"\xff\xfe\n", b"\x00", b"[" * 100_000 + b"\n", b"[]\n", b'{"step": "x"}\n', b'{"step": NaN}\n',
+                    b'{"step": 1e400}\n', b'{"step": ' + b"9" * 5000 + b"}\n", b"{}\n", b"\n", b'{"step": {}}\n')},
+    **{f"{name} {kind}": replaced(name, kind)
+       for name in ("recipe.json", "versions.json", "skipped.json", "run_id", "state/shards.json")
+       for kind in ("pipe", "none")},
+    **{f"{name} {content[:20]!r}": written(name, content)
+       for name in ("recipe.json", "versions.json", "skipped.json", "state/shards.json")
+       for content in (b"", b"\xff", b"{", b"[]", b"[" * 100_000, b'{"clip": 3}', b'{"a": [1]}', b'{"num_samples": 3}',
+                       b'{"num_samples": {"a": "x", "b": -1, "c": 1e300}}', b'{"clip": ' + b'{"a": ' * 400
+                       + b"1" + b"}" * 401)},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run of five steps, and one of eight."""
+    folder = tmp_path_factory.mktemp("runs")
+    with torch.random.fork_rng():
+        for steps in (5, 8):
+            Trainer(LineTask(), line_recipe(steps=steps), folder / str(steps)).run()
+    return folder / "5", folder / "8"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+@pytest.mark.parametrize("damage", list(REFUSED.values()), ids=list(REFUSED))
+def test_refused(runs, tmp_path, damage):
+    run = shutil.copytree(runs[0], tmp_path / "run")
+    damage(run)
+    with pytest.raises((CheckpointError, ConfigError, TrainingError)) as refusal:
+        Trainer(LineTask(), line_recipe(steps=8), run).run()
+    assert len(str(refusal.value)) < 1000
+    assert str(run) in str(refusal.value) or "optimizer's state" in str(refusal.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+@pytest.mark.parametrize("damage", list(TOLERATED.values()), ids=list(TOLERATED))
+def test_tolerated(runs, tmp_path, damage):
+    run = shutil.copytree(runs[0], tmp_path / "run")
+    damage(run)
+    Trainer(LineTask(), line_recipe(steps=8), run).run()
+    assert_equal_runs(run, runs[1])
+
+
+def test_bytes_changed_anywhere(runs, tmp_path):
+    """Each file of the state with one byte changed: what is not refused has whole tensors."""
+    generator = torch.Generator().manual_seed(0)
+    whole = load_file(runs[0] / "state" / "module.safetensors")
+    run = shutil.copytree(runs[0], tmp_path / "run")
+    for path in sorted((run / "state").iterdir()):
+        content = path.read_bytes()
+        for place, byte in torch.randint(2**30, (25, 2), generator=generator).tolist():
+            changed = bytearray(content)
+            changed[place % len(content)] = byte % 256
+            path.write_bytes(changed)
+            with contextlib.suppress(UnclipError):
+                trainer = Trainer(LineTask(), line_recipe(steps=8), run)
+                assert {name: p.shape for name, p in trainer.task.module.state_dict().items()} == {
+                    name: tensor.shape for name, tensor in whole.items()
+                }
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("stage", "task", "before", "after", "words"),
+    [
+        ("clip", ClipTask, {}, {"text_heads": 4}, "clip.text_heads was 2 and is 4"),
+        ("clip", ClipTask, {}, {"image_heads": 1}, "clip.image_heads was 2 and is 1"),
+        ("clip", ClipTask, {}, {"projection_dim": 16}, "clip.projection_dim was 32 and is 16"),
+        ("clip", ClipTask, {}, {"include_held_out": True}, "clip.include_held_out was False and is True"),
+        ("clip", ClipTask, {}, {"text_config": {"hidden_act": "gelu"}}, "clip.text_config.hidden_act was None"),
+        ("clip", ClipTask, {"image_config": {"layer_norm_eps": 0.1}}, {}, "clip.image_config.layer_norm_eps was 0.1"),
+        ("prior", PriorTask, {}, {"model": {"norm_in_type": None, "dropout": 0.5}}, "prior.model.dropout was None"),
+        ("decoder", DecoderTask, {}, {"text_proj": {"clip_extra_context_tokens": 4}}, "clip_extra_context_tokens"),
+        ("super_res", SuperResTask, {}, {"low_res_size": 8}, "super_res.low_res_size was 16 and is 8"),
+        ("super_res", SuperResTask, {}, {"only_last_step": True}, "super_res.only_last_step was False and is True"),
+    ],
+)
+def test_what_the_weights_were_trained_as_stays(tiny, tmp_path, stage, task, before, after, words):
+    def recipe(steps: int, changes: dict):
+        own = getattr(tiny(stage), stage)
+        merged = {
+            key: getattr(own, key) | change if isinstance(change, dict) else change for key, change in changes.items()
+        }
+        return tiny(stage, steps=steps, section=merged)
+
+    first, second = recipe(1, before), recipe(2, after)
+    Trainer(task(first), first, tmp_path).run()
+    with pytest.raises(ConfigError, match=words):
+        Trainer(task(second, tmp_path) if task is ClipTask else task(second), second, tmp_path)
+    (tmp_path / "recipe.json").unlink()  # the state says it too
+    with pytest.raises(ConfigError, match=words):
+        Trainer(task(second, tmp_path) if task is ClipTask else task(second), second, tmp_path)
+    again = recipe(2, before)
+    assert Trainer(task(again, tmp_path) if task is ClipTask else task(again), again, tmp_path).step == 1
+
+
+def test_a_state_of_before_it_said_its_settings(tiny, tmp_path):
+    recipe = tiny("clip", steps=1)
+    Trainer(ClipTask(recipe), recipe, tmp_path).run()
+    told("state/state.json", settings=..., num_optimizer_tensors=...)(tmp_path)
+    changed = tiny("clip", steps=2, section={"image_heads": 1})
+    with pytest.raises(ConfigError, match=r"clip\.image_heads was 2 and is 1"):
+        Trainer(ClipTask(changed, tmp_path), changed, tmp_path)
+    allowed = tiny("clip", steps=2, section={"weight_power": 0.1})
+    assert Trainer(ClipTask(allowed, tmp_path), allowed, tmp_path).step == 1
+
+
+def test_what_may_change(tiny, tmp_path):
+    recipe = tiny("super_res", steps=1)
+    Trainer(SuperResTask(recipe), recipe, tmp_path).run()
+    free = {"crop_size": 8, "blur_sigma": 1.0, "blur_share": 0.1, "noise": 0.0}
+    changed = tiny("super_res", steps=2, batch_size=8, section=free)
+    assert Trainer(SuperResTask(changed), changed, tmp_path).step == 1
+
+
+def test_other_adapters(tiny, tmp_path):
+    whole = tiny("prior", steps=1)
+    Trainer(PriorTask(whole), whole, tmp_path / "whole").run()
+    recipe = dataclasses.replace(whole, start_from=tmp_path / "whole" / "model", lora=LoraSettings(rank=2))
+    Trainer(PriorTask(recipe), recipe, tmp_path / "run").run()
+    changed = dataclasses.replace(recipe, lora=LoraSettings(rank=2, alpha=4.0))
+    with pytest.raises(ConfigError, match=r"lora\.alpha was 8.0 and is 4.0"):
+        Trainer(PriorTask(changed), changed, tmp_path / "run")
+    allowed = dataclasses.replace(recipe, steps=2, lora=LoraSettings(rank=2, dropout=0.5))
+    assert Trainer(PriorTask(allowed), allowed, tmp_path / "run").step == 1
 
 
 KILLED = """

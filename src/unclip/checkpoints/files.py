@@ -244,13 +244,14 @@ def _check_folder_target(target: Path, path: str | os.PathLike[str], overwrite: 
         raise OutputExistsError(f"{path} is a file; name a folder")
     if any(target.iterdir()) and not overwrite:
         raise OutputExistsError(_exists(path))
-    for kept in (Path.cwd(), Path.home()):  # an empty one would be replaced, too, and the shell would stand in none
-        if target == kept or target in kept.parents:
-            what = "is" if target == kept else "contains"
-            whose = "current" if kept == Path.cwd() else "home"
-            raise OutputExistsError(
-                f"{path} {what} the {whose} folder, and would be replaced as a whole; name a new one"
-            )
+    for kind, find in (("current", Path.cwd), ("home", Path.home)):  # also when it is empty
+        with contextlib.suppress(FileNotFoundError, RuntimeError):  # there is none
+            kept = find()
+            if target == kept or target in kept.parents:
+                raise OutputExistsError(
+                    f"{path} {'is' if target == kept else 'contains'} the {kind} folder, and would be replaced as a "
+                    "whole; name a new folder"
+                )
 
 
 def _put_folder(temporary: Path, target: Path) -> None:

@@ -55,6 +55,7 @@ def karlo(
         ),
     ] = 10.0,
     overwrite: options.OverwriteFolder = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Convert Karlo's original files into a text-to-image folder.
 
@@ -64,7 +65,7 @@ def karlo(
 
     from unclip.pipelines.convert import convert_karlo
 
-    silence(downloads=False)
+    silence(downloads=quiet)
     made = convert_karlo(
         prior=prior,
         decoder=decoder,
@@ -89,6 +90,7 @@ def variation(
         bool, typer.Option("--crop", help="Look at the centre of pictures, as CLIP does; or squash them, as Karlo.")
     ] = False,
     overwrite: options.OverwriteFolder = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Make a folder for `unclip vary` out of a text-to-image model.
 
@@ -96,7 +98,7 @@ def variation(
     """
     from unclip.pipelines.convert import convert_text_to_image_to_variation
 
-    silence(downloads=False)
+    silence(downloads=quiet)
     print(convert_text_to_image_to_variation(model, out, clip=clip, crop=crop, overwrite=overwrite), flush=True)
 
 
@@ -105,6 +107,7 @@ def pickle(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A model's folder with .bin files.")],
     out: options.NewFolder,
     overwrite: options.OverwriteFolder = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Copy a model's folder with every pickle (.bin) as safetensors.
 
@@ -113,4 +116,5 @@ def pickle(
     """
     from unclip.pipelines.convert import convert_pickle
 
+    silence(downloads=quiet)
     print(convert_pickle(folder, out, overwrite=overwrite), flush=True)

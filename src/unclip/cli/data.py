@@ -39,12 +39,12 @@ COMPOSE_EXAMPLES = options.examples(
 )
 
 CAPTION_EXAMPLES = options.examples(
-    "unclip data caption photos                      name.txt beside each picture, else file names",
-    "unclip data caption photos --from names         red_apple-02.png becomes: red apple",
-    "unclip data caption photos --from folders       cats/001.jpg becomes: cats",
-    "unclip data caption photos --csv captions.csv   with the columns file_name and text",
-    "unclip data caption photos --csv list.csv --image-key photo --caption-key title",
-    "unclip data inspect photos --sheet sheet.png    look at the result",
+    "unclip data caption photos                     cat.txt of cat.jpg, else cat",
+    "unclip data caption photos --from names        red_apple-02.png: red apple",
+    "unclip data caption photos --from folders      cats/001.jpg: cats",
+    "unclip data caption photos --csv captions.csv  columns: file_name, text",
+    "unclip data caption photos --csv a.csv --image-key photo --caption-key title",
+    "unclip data inspect photos --sheet sheet.png   look at the result",
 )
 
 

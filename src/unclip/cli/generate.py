@@ -3,17 +3,16 @@
 Knows prompts and options; the batches, the files and the model are other modules' affair.
 """
 
-import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from unclip.cli import options
-from unclip.cli.messages import error
+from unclip.cli.inputs import plain, read_prompts, usable
 from unclip.cli.output import Album, Wish, chosen_seed, cut, finish, make_all, picture_seed, slug
-from unclip.errors import CheckpointError, InputError
+from unclip.cli.provenance import MADE_WITH, made_with
+from unclip.errors import CheckpointError
 from unclip.pipelines.session import (
     Machine,
     call_settings,
@@ -28,9 +27,6 @@ from unclip.pipelines.session import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PROMPTS_LIMIT_BYTES = 16 * 2**20
-"""The most that is read of a file of prompts: some 300,000 captions."""
-
 EXAMPLES = options.examples(
     'unclip generate "a red apple"',
     'unclip generate "a cat" "a dog" -n 4 --seed 1 --grid --out pictures',
@@ -43,7 +39,10 @@ EXAMPLES = options.examples(
 
 def generate(
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT", help="What the picture should show; one or several.")
+        list[str] | None,
+        typer.Argument(
+            metavar="PROMPT", help="What the picture should show; one or several. - reads them from stdin, one a line."
+        ),
     ] = None,
     model: options.Model = "unclip-emoji",
     num_images: Annotated[
@@ -64,6 +63,7 @@ def generate(
     prior_temperature: options.PriorTemperature = None,
     prior_top_p: options.PriorTopP = None,
     sampler: options.Sampler = None,
+    size: options.Size = None,
     height: options.Height = None,
     width: options.Width = None,
     out: options.OutFolder = Path("."),
@@ -82,7 +82,9 @@ def generate(
     Each picture becomes a PNG file named after its prompt and seed. The file also says how it was made, so that it can
     be made again. The paths are printed on stdout, one a line.
     """
-    texts = [plain(text) for text in prompts or []]
+    texts = []
+    for text in prompts or []:
+        texts += read_prompts(Path("-")) if text == "-" else [plain(text)]
     if prompts_file is not None:
         texts += read_prompts(prompts_file)
     if not texts:
@@ -100,21 +102,22 @@ def generate(
     given = stage_settings(prior_steps, decoder_steps, super_res_steps, prior_guidance, decoder_guidance)
     drawing = drawing_settings(candidates, prior_temperature, prior_top_p)
     settings = call_settings(UnCLIPPipeline, folder, given, drawing)
-    size = {name: side for name, side in (("height", height), ("width", width)) if side is not None}
-    album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid)
-    seed = chosen_seed(seed, quiet=quiet)
+    sides = options.sides(size, height, width)
+    album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid, num_files=len(good) * num_images + grid)
+    seed = chosen_seed(seed, album, quiet=quiet)
     machine = Machine(dtype, device, cpu_offload, quiet, tile)
     pipe = load(UnCLIPPipeline, folder, machine, sampler)
     negative = None if negative is None else plain(negative)
 
     def draw(batch: list[Wish]) -> "list[Image]":
         captions, seeds = [wish.given for wish in batch], [wish.seed for wish in batch]
-        return pipe(captions, negative_prompt=negative, seed=seeds, **size, **settings).images  # type: ignore[arg-type, union-attr, return-value]
+        return pipe(captions, negative_prompt=negative, seed=seeds, **sides, **settings).images  # type: ignore[arg-type, union-attr, return-value]
 
     about = {
         "negative": negative,
         "model": model_name(model),
-        "settings": {**settings, **size, "sampler": sampler_name(pipe), **machine.facts},
+        "settings": {**settings, **sides, "sampler": sampler_name(pipe), **machine.facts},
+        MADE_WITH: made_with(pipe),
     }
     wishes = (
         Wish(text, picture_seed(seed, place * num_images + copy), slug(text), {"prompt": text})
@@ -125,54 +128,7 @@ def generate(
     if grid:
         facts = {"prompt": "\n".join(good.values()), **about, "seed": seed}
         columns = num_images if len(good) > 1 and num_images > 1 else None
-        album.save_sheet(f"{slug(texts[0]) if len(texts) == 1 else 'pictures'}-{seed}", facts, columns=columns)
+        name = slug(texts[0]) if len(texts) == 1 else "pictures"
+        labels = [text for text in good.values() for _ in range(num_images)]
+        album.save_sheet(f"{name}-{seed}", facts, columns=columns, labels=labels)
     finish(album, len(texts) - len(good))
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a file (or of stdin, for "-") that are not blank.
-
-    Raises: InputError when it cannot be read, is no UTF-8 text, or is larger than 16 MiB; no more than that is read.
-    """
-    shown = "stdin" if str(path) == "-" else str(path)
-    try:
-        with nullcontext(sys.stdin.buffer) if str(path) == "-" else path.open("rb") as file:
-            data = file.read(PROMPTS_LIMIT_BYTES + 1)
-    except (OSError, ValueError) as problem:
-        raise InputError(f"{shown} cannot be read: {getattr(problem, 'strerror', None) or problem}") from problem
-    if len(data) > PROMPTS_LIMIT_BYTES:
-        raise InputError(
-            f"{shown} has more than {PROMPTS_LIMIT_BYTES:,} bytes, the limit of a file of prompts; "
-            "if it is the right file, split it"
-        )
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as problem:
-        raise InputError(f"{shown} is no UTF-8 text (at byte {problem.start}); save it as UTF-8") from problem
-    if "\0" in text:
-        raise InputError(f"{shown} is no text: it has NUL characters in it; give one prompt a line, as UTF-8")
-    return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
-
-
-def plain(text: str) -> str:
-    """`text` as valid Unicode: bytes from the command line that were none become replacement characters."""
-    return text.encode("utf-8", "surrogateescape" if _escaped(text) else "replace").decode("utf-8", "replace")
-
-
-def usable(texts: list[str]) -> dict[int, str]:
-    """The prompts that can be used, by their place; each of the others is told of."""
-    from unclip.clip.encoders import check_prompt
-
-    good = {}
-    for place, text in enumerate(texts):
-        try:
-            check_prompt(text)
-            good[place] = text
-        except InputError as problem:
-            error(f"prompt {place + 1} of {len(texts)}: {problem}")
-    return good
-
-
-def _escaped(text: str) -> bool:
-    """Whether every lone surrogate of `text` stands for a byte, as Python has it on the command line."""
-    return all(not "\ud800" <= c <= "\udfff" or "\udc80" <= c <= "\udcff" for c in text)

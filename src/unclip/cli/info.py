@@ -21,7 +21,7 @@ from unclip.checkpoints.weights import DEFAULT_STEM, TRANSFORMERS_STEM, open_wei
 from unclip.cli import options
 from unclip.cli.messages import error, printable
 from unclip.errors import CheckpointError, MissingFileError, UnclipError
-from unclip.pipelines.session import model_name
+from unclip.pipelines.session import model_name, silence_later
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,12 +67,14 @@ def info(
         str, typer.Argument(metavar="MODEL", help="A model's folder, a hub id (owner/name), or a built-in name.")
     ] = "unclip-emoji",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Show what a model is made of.
 
     Tells its components, sizes, schedulers and licence; headers and configurations are read, no weights. MODEL may also
     be one component's folder, or the model/ folder of a training run.
     """
+    silence_later(downloads=quiet)
     folder = resolve(model)
     components = read_components(folder)
     problem = ""

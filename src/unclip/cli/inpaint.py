@@ -14,8 +14,9 @@ import typer
 
 from unclip.checkpoints.recommended import Recommended
 from unclip.cli import options
-from unclip.cli.generate import plain
+from unclip.cli.inputs import open_picture, plain
 from unclip.cli.output import Album, Wish, chosen_seed, cut, finish, make_all, picture_seed, slug
+from unclip.cli.provenance import MADE_WITH, made_with
 from unclip.errors import CheckpointError, InputError
 from unclip.pipelines.session import (
     Machine,
@@ -92,8 +93,8 @@ PriorSteps = Annotated[int | None, options.steps("prior", "of the prior, which t
 PriorGuidance = Annotated[float | None, options.guidance("prior", "idea is pushed towards the caption")]
 
 OWN_SIZE = "the picture's shape, in the model's size"
-Height = Annotated[int | None, options.side("Height of the result; goes with --width.", OWN_SIZE)]
-Width = Annotated[int | None, options.side("Width of the result; goes with --height.", OWN_SIZE)]
+Height = Annotated[int | None, options.side("--height", "Height of the result; goes with --width.", OWN_SIZE)]
+Width = Annotated[int | None, options.side("--width", "Width of the result; goes with --height.", OWN_SIZE)]
 
 
 def inpaint(
@@ -128,6 +129,7 @@ def inpaint(
     prior_temperature: options.PriorTemperature = None,
     prior_top_p: options.PriorTopP = None,
     sampler: options.Sampler = None,
+    size: options.Size = None,
     height: Height = None,
     width: Width = None,
     out: options.OutFolder = Path("."),
@@ -147,13 +149,12 @@ def inpaint(
     has the model's size in the picture's shape, and a picture of another size is resized to it first. Each result
     becomes a PNG file named after the given one and its seed. The paths are printed on stdout, one a line.
     """
-    from unclip.images import open_image
     from unclip.pipelines.masks import drawn_region
 
     if not 0 < strength <= 1:
         raise typer.BadParameter(f"--strength is {strength}; it must be above 0, up to 1")
-    picture = open_image(image, keep_alpha=True)
-    mask_image = None if mask is None else open_image(mask, keep_alpha=True)
+    picture = open_picture(image, keep_alpha=True)
+    mask_image = None if mask is None else open_picture(mask, keep_alpha=True)
     if drawn_region(picture, mask_image) is None:
         raise InputError(f"nothing says what to draw anew: give --mask, or make it transparent in {image}")
     edit = Edit(
@@ -167,10 +168,10 @@ def inpaint(
     settings = {
         **stage_settings(prior_steps, decoder_steps, super_res_steps, prior_guidance, decoder_guidance),
         **{"strength": strength, "num_resamples": resamples, "jump_length": jump},
-        **{"embedding_from": embedding_from and embedding_from.value, "height": height, "width": width},
+        **{"embedding_from": embedding_from and embedding_from.value, **options.sides(size, height, width)},
     }
     drawing = drawing_settings(candidates, prior_temperature, prior_top_p)
-    album = partial(Album, out, overwrite=overwrite, as_json=as_json, keep=grid)
+    album = partial(Album, out, overwrite=overwrite, as_json=as_json, keep=grid, num_files=num_images + grid)
     _make(edit, model, settings, drawing, Machine(dtype, device, cpu_offload, quiet, tile), sampler, album, batch_size)
 
 
@@ -195,6 +196,7 @@ def redraw(
     prior_temperature: options.PriorTemperature = None,
     prior_top_p: options.PriorTopP = None,
     sampler: options.Sampler = None,
+    size: options.Size = None,
     height: Height = None,
     width: Width = None,
     out: options.OutFolder = Path("."),
@@ -213,19 +215,18 @@ def redraw(
     This is image to image: the result keeps the picture's layout and colours as far as the strength lets it, and shows
     what the prompt says. Transparency stands on white. Sizes, files and stdout are as for `unclip inpaint`.
     """
-    from unclip.images import open_image
 
     if not 0 < strength < 1:
         raise typer.BadParameter(f"--strength is {strength}; it must be above 0 and below 1")
-    picture = open_image(image)
+    picture = open_picture(image)
     edit = Edit("redraw", image, {"image": picture}, _words(prompt, negative), num_images, seed)
     settings = {
         **stage_settings(prior_steps, decoder_steps, super_res_steps, prior_guidance, decoder_guidance),
         **{"strength": strength},
-        **{"embedding_from": embedding_from and embedding_from.value, "height": height, "width": width},
+        **{"embedding_from": embedding_from and embedding_from.value, **options.sides(size, height, width)},
     }
     drawing = drawing_settings(candidates, prior_temperature, prior_top_p)
-    album = partial(Album, out, overwrite=overwrite, as_json=as_json, keep=grid)
+    album = partial(Album, out, overwrite=overwrite, as_json=as_json, keep=grid, num_files=num_images + grid)
     _make(edit, model, settings, drawing, Machine(dtype, device, cpu_offload, quiet, tile), sampler, album, batch_size)
 
 
@@ -255,7 +256,7 @@ def _make(
     found = call_settings(UnCLIPInpaintPipeline, folder, given, drawing)
     settings: dict[str, Recommended | str] = {name: value for name, value in found.items() if value is not None}
     album = open_album()
-    seed = chosen_seed(edit.seed, quiet=machine.quiet)
+    seed = chosen_seed(edit.seed, album, quiet=machine.quiet)
     pipe = load(UnCLIPInpaintPipeline, folder, machine, sampler)
     prompt, negative = edit.facts["prompt"], edit.facts["negative"]
 
@@ -267,6 +268,7 @@ def _make(
         **edit.facts,
         "model": model_name(model),
         "settings": {**settings, "sampler": sampler_name(pipe), **machine.facts},
+        MADE_WITH: made_with(pipe),
     }
     name = f"{slug(plain(edit.path.stem))}-{edit.verb}"
     facts = {"image": plain(edit.path.name)}

@@ -4,16 +4,17 @@ Knows picture files, captions and a `Manipulator`; knows no command. Called by `
 `blend` and `probe`.
 """
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unclip.checkpoints.recommended import Recommended
-from unclip.checkpoints.tensor_file import PROMPT, SUFFIX, TILE, read_record
+from unclip.checkpoints.tensor_file import PROMPT, TILE, read_record
+from unclip.cli.inputs import Part, open_picture
 from unclip.cli.messages import error
-from unclip.cli.output import Album, FilmKind, Wish, cut, film_writer, make_all, slug
+from unclip.cli.output import Album, FilmKind, Wish, cut, film_writer, make_all
+from unclip.cli.provenance import MADE_WITH, made_with
 from unclip.errors import CheckpointError, InputError
 from unclip.pipelines.session import Machine, call_settings, find_model, load, model_name, refuse_drawing
 
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
     from unclip.pipelines.manipulation import Manipulator
     from unclip.stages.manipulation import BipartiteLatent
 
-UNREAD_SUFFIXES = (".heic", ".heif", ".svg", ".ico", ".psd")
-"""Of pictures that are not read; no caption ends with one either."""
-PATH = re.compile(r".*[/\\].*\.[a-z][a-z0-9]{1,11}", re.DOTALL | re.IGNORECASE)
-"""A text with a separator and a suffix."""
 OPTIONS = {
     "decoder_num_inference_steps": "--decoder-steps",
     "super_res_num_inference_steps": "--super-res-steps",
@@ -36,67 +33,6 @@ OPTIONS = {
 """The options that say what a latent's file says otherwise."""
 NO_GUIDANCE = 1.0
 """Of inverting and decoding: a picture comes back most exactly without."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of the things that a person named: a picture's file, a latent's file, or a caption.
-
-    Attributes:
-        text: the path or the caption.
-        kind: "picture", "latent" or "caption".
-        weight: in a blend.
-    """
-
-    text: str
-    kind: str
-    weight: float = 1.0
-
-    @property
-    def name(self) -> str:
-        """For file names and facts: of a path its last part alone."""
-        return Path(self.text).name if self.kind != "caption" else self.text
-
-    @property
-    def stem(self) -> str:
-        return slug(self.text if self.kind == "caption" else Path(self.text).name.split(".")[0])
-
-
-def read_part(text: str, *, weighted: bool = False) -> Part:
-    """Take an argument for a file that exists, or else for a caption.
-
-    Args:
-        text: a path, or a caption.
-        weighted: a number after the last colon is its weight, as in `cat.png:0.5`, unless a file has that whole name.
-
-    Raises: InputError for what looks like the path of a file that does not exist, for a folder, or for a weight that is
-        not finite.
-    """
-    from unclip.cli.generate import plain
-    from unclip.images import PICTURE_SUFFIXES
-
-    weight = 1.0
-    if weighted and not _is(Path.is_file, text):
-        head, colon, tail = text.rpartition(":")
-        if colon and head and _number(tail) is not None:
-            text, weight = head, float(tail)
-            if not abs(weight) < float("inf"):
-                raise InputError(f"the weight {tail!r} of {text!r:.80} is not a finite number")
-    suffix = Path(text).suffix.lower() if len(text) < 1000 else ""
-    if _is(Path.is_file, text):
-        return Part(text, "latent" if suffix == SUFFIX else "picture", weight)
-    if text and _is(Path.is_dir, text):
-        raise InputError(f"{text!r} is a folder; name a file, or word the caption otherwise")
-    if suffix in (*PICTURE_SUFFIXES, *UNREAD_SUFFIXES, SUFFIX):
-        raise InputError(f"there is no file {text!r}; a caption must not end in {suffix}")
-    if suffix and PATH.fullmatch(text):
-        raise InputError(f"there is no file {text!r}; a caption must not have both a separator and a suffix {suffix}")
-    return Part(plain(text), "caption", weight)
-
-
-def is_latent(path: str | Path) -> bool:
-    """Whether a file's name says that it holds latents."""
-    return Path(path).suffix.lower() == SUFFIX
 
 
 @dataclass(frozen=True)
@@ -238,7 +174,7 @@ class Workbench:
         Raises: CheckpointError for a model without an image encoder, or a prior that is needed; InputError for ways to
             draw where no prior is, and as `recorded` and `recorded_tile`.
         """
-        from unclip.cli.vary import check_can_vary
+        from unclip.cli.inputs import check_can_vary
         from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
         from unclip.pipelines.manipulation import Manipulator
         from unclip.pipelines.text_to_image import UnCLIPPipeline
@@ -269,7 +205,7 @@ class Workbench:
                 text.prior.to(variation.device)
             text.set_progress_bar_config(**variation._progress)
         how = {**settings, **draws, **(ways or {}), **machine.facts}
-        about = {"model": model_name(model), "settings": how}
+        about = {"model": model_name(model), "settings": how, MADE_WITH: made_with(variation)}
         return cls(Manipulator(variation, text), settings, draws, about)
 
     def latent(self, part: Part, *, seed: int, super_res: bool = False) -> "BipartiteLatent":
@@ -278,7 +214,7 @@ class Workbench:
             return self.tool.load(part.text)[0]
         if part.kind == "caption":
             return self.tool.fresh(self.embedding(part, seed=seed), seed)
-        return self.tool.invert(_opened(part), super_res=super_res, **self.settings)  # type: ignore[arg-type]
+        return self.tool.invert(open_picture(part.text), super_res=super_res, **self.settings)  # type: ignore[arg-type]
 
     def embedding(self, part: Part, *, seed: int) -> "Tensor":
         """One row [1, embedding_dim], without any inversion. Raises: InputError for a latent's file of several."""
@@ -286,7 +222,7 @@ class Workbench:
             return one_row(self.tool.load(part.text)[0], part).image_embedding
         if part.kind == "caption":
             return self.caption(part, [seed])
-        return self.tool.embed_images(_opened(part)).cpu()
+        return self.tool.embed_images(open_picture(part.text)).cpu()
 
     def caption(self, part: Part, seeds: Sequence[int]) -> "Tensor":
         """A caption's embedding by each of the seeds [len(seeds), embedding_dim]."""
@@ -325,7 +261,9 @@ class Workbench:
             labels: what the sheet says below each picture.
         """
         several = len(latent) > 1
-        wishes = (Wish(row, seed, f"{stem}-{row:03d}" if several else stem, facts[row]) for row in range(len(latent)))
+        wishes = (
+            Wish(row, seed, f"{stem}-{row:03d}" if several else stem, facts[row], row) for row in range(len(latent))
+        )
 
         def decode(batch: list[Wish]) -> Any:
             rows = latent.select([wish.given for wish in batch])
@@ -392,23 +330,3 @@ def one_row(latent: "BipartiteLatent", part: Part) -> "BipartiteLatent":
     if len(latent) > 1:
         raise InputError(f"{part.text} holds {len(latent)} latents, and one is needed here: save it alone")
     return latent
-
-
-def _opened(part: Part) -> Any:
-    from unclip.images import open_image
-
-    return open_image(part.text)
-
-
-def _is(kind: Callable[[Path], bool], text: str) -> bool:
-    try:
-        return kind(Path(text))
-    except (OSError, ValueError):  # no path at all: too long, or with a NUL
-        return False
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None

@@ -1,28 +1,40 @@
-"""The command `unclip`: its parts, and what becomes of errors.
+"""The command `unclip`: its subcommands, exit codes and error messages.
 
-Knows the commands and the exit codes; knows nothing of models. Imports no heavy library, so that help is instant.
+It imports no heavy library, so that help is instant.
 """
 
-import contextlib
-import os
 import platform
 import signal
 import sys
-import traceback
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from unclip import __version__
-from unclip.cli import generate, info, inpaint, manipulate, options, train, vary
+from unclip.cli import generate, info, inpaint, manipulate, options, rerun, train, vary
 from unclip.cli.convert import convert
 from unclip.cli.data import data
+from unclip.cli.defaults import EPILOG, config_file, defaults_for
 from unclip.cli.evaluate import evaluate
-from unclip.cli.messages import error, note, shown_warnings
+from unclip.cli.messages import (
+    detail,
+    drop,
+    error,
+    flush,
+    note,
+    open_standard_streams,
+    say_more,
+    say_traceback,
+    says_more,
+    shown_warnings,
+)
 from unclip.cli.probe import probe
+from unclip.cli.provenance import Recorded
+from unclip.cli.usage import say_usage
 from unclip.errors import UnclipError
 
+INTERRUPTED = 130
 READER_GONE = 141
 """What a shell reports of a program whose output nobody reads any more."""
 
@@ -34,17 +46,38 @@ EXAMPLES = options.examples(
     "unclip generate --help                all options of a command",
 )
 
+HELP_EXAMPLES = options.examples("unclip help generate", "unclip help data pack")
 
-class Terminated(KeyboardInterrupt):
-    """The process was asked to end by signal `number`; unwinds as Ctrl-C does, so that temporary files are removed."""
 
-    def __init__(self, number: int):
+class Stopped(KeyboardInterrupt):
+    """A signal asked the process to end. As an interrupt, it lets every temporary file be removed first."""
+
+    def __init__(self, number: int) -> None:
         super().__init__(number)
-        self.number = number
+        self.exit_code = 128 + number
 
 
 class Commands(TyperGroup):
     """The commands, with every error turned into a message and an exit code."""
+
+    def main(self, *arguments: Any, standalone_mode: bool = True, **more: Any) -> Any:
+        """Parse the command line, run the command and exit."""
+        if not standalone_mode:
+            return super().main(*arguments, standalone_mode=False, **more)
+        try:
+            code = super().main(*arguments, standalone_mode=False, **more) or 0
+        except typer.TyperException as problem:
+            say_usage(problem)
+            code = problem.exit_code
+        except typer.Abort:
+            code = 1
+        except OSError as problem:
+            code = _code_of(problem)
+        problem = flush(sys.stdout)
+        if problem is not None and not code:
+            code = _code_of_stdout(problem)
+        flush(sys.stderr)
+        sys.exit(code)
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         with shown_warnings():
@@ -54,32 +87,41 @@ class Commands(TyperGroup):
                 raise  # typer's own ways to leave, wrong usage among them
             except KeyboardInterrupt as problem:
                 note("stopped; what was finished stays")
-                number = problem.number if isinstance(problem, Terminated) else signal.SIGINT
-                raise typer.Exit(128 + number) from problem
-            except BrokenPipeError as problem:
-                _drop_stdout()
-                raise typer.Exit(READER_GONE) from problem
-            except UnclipError as problem:
-                if ctx.params.get("debug"):
-                    traceback.print_exc()
-                error(problem)
-                raise typer.Exit(1) from problem
-            except OSError as problem:  # a full disk, a place where one may not write
-                if ctx.params.get("debug"):
-                    traceback.print_exc()
-                error(problem)
-                raise typer.Exit(1) from problem
+                raise typer.Exit(problem.exit_code if isinstance(problem, Stopped) else INTERRUPTED) from problem
+            except (UnclipError, OSError) as problem:
+                if (ctx.params.get("debug") or says_more()) and not isinstance(problem, BrokenPipeError):
+                    say_traceback()
+                code = _code_of(problem) if isinstance(problem, OSError) else 1
+                if not isinstance(problem, OSError):
+                    error(problem)
+                raise typer.Exit(code) from problem
             except Exception as problem:
-                traceback.print_exc()
+                say_traceback()
                 error("this should not happen: please report it, with the command and the text above")
                 note(f"(unclip {__version__}, Python {platform.python_version()}, {platform.platform()})")
                 raise typer.Exit(1) from problem
 
 
+def _code_of(problem: OSError) -> int:
+    """Say what went wrong with a file or with stdout. Returns the exit code."""
+    lost = flush(sys.stdout)
+    if lost is not None or isinstance(problem, BrokenPipeError):
+        return _code_of_stdout(lost or problem)
+    error(problem)
+    return 1
+
+
+def _code_of_stdout(problem: OSError) -> int:
+    drop(sys.stdout)
+    if isinstance(problem, BrokenPipeError):
+        return READER_GONE
+    error(f"stdout cannot be written: {problem.strerror or problem}")
+    return 1
+
+
 app = typer.Typer(
     cls=Commands,
     rich_markup_mode=None,
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
@@ -92,56 +134,69 @@ def _show_version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(epilog=EXAMPLES)
+@app.callback(epilog=f"{EXAMPLES}\n\n{options.kept(EPILOG)}")
 def unclip(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from (before the command).")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show details (also after the command).")] = False,
 ) -> None:
     """Make pictures of captions, and pictures like others, with unCLIP (DALL-E 2).
 
     A small model is built in; larger ones come from a folder or from the Hugging Face hub. Results go to stdout,
     messages to stderr.
     """
+    if verbose:
+        say_more()
+    if ctx.invoked_subcommand != "help":
+        ctx.default_map = defaults_for(ctx.command)  # type: ignore[arg-type]
+        if ctx.default_map is not None:
+            detail(f"defaults of options from {config_file()}")
 
 
-app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
-app.command("vary", epilog=vary.EXAMPLES)(vary.vary)
+def show_help(
+    ctx: typer.Context,
+    command: Annotated[
+        list[str] | None, typer.Argument(metavar="[COMMAND]", help="A command, as in: data pack")
+    ] = None,
+) -> None:
+    """Show the help of a command, as --help after it does."""
+    root = ctx.find_root()
+    code = root.command.main([*(command or []), "--help"], prog_name=root.info_name, standalone_mode=False)
+    raise typer.Exit(code or 0)
+
+
+app.command("generate", cls=Recorded, epilog=generate.EXAMPLES)(generate.generate)
+app.command("vary", cls=Recorded, epilog=vary.EXAMPLES)(vary.vary)
 app.command("invert", epilog=manipulate.INVERT_EXAMPLES)(manipulate.invert)
-app.command("interpolate", epilog=manipulate.INTERPOLATE_EXAMPLES)(manipulate.interpolate)
-app.command("edit", epilog=manipulate.EDIT_EXAMPLES)(manipulate.edit)
-app.command("blend", epilog=manipulate.BLEND_EXAMPLES)(manipulate.blend)
+app.command("interpolate", cls=Recorded, epilog=manipulate.INTERPOLATE_EXAMPLES)(manipulate.interpolate)
+app.command("edit", cls=Recorded, epilog=manipulate.EDIT_EXAMPLES)(manipulate.edit)
+app.command("blend", cls=Recorded, epilog=manipulate.BLEND_EXAMPLES)(manipulate.blend)
 app.add_typer(probe, name="probe")
-app.command("inpaint", epilog=inpaint.INPAINT_EXAMPLES)(inpaint.inpaint)
-app.command("redraw", epilog=inpaint.REDRAW_EXAMPLES)(inpaint.redraw)
+app.command("inpaint", cls=Recorded, epilog=inpaint.INPAINT_EXAMPLES)(inpaint.inpaint)
+app.command("redraw", cls=Recorded, epilog=inpaint.REDRAW_EXAMPLES)(inpaint.redraw)
+app.command("rerun", epilog=rerun.EXAMPLES, context_settings=rerun.CONTEXT)(rerun.rerun)
 app.command("info", epilog=info.EXAMPLES)(info.info)
 app.add_typer(convert, name="convert")
 app.add_typer(data, name="data")
 app.command("train", epilog=train.TRAIN_EXAMPLES)(train.train)
 app.command("assemble", epilog=train.ASSEMBLE_EXAMPLES)(train.assemble)
 app.add_typer(evaluate, name="evaluate")
+app.command("help", epilog=HELP_EXAMPLES)(show_help)
 
 
 def main() -> None:
     """Run the command that `sys.argv` names, and exit."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):  # a stream of another kind, or none
-            utf8 = stream.encoding.lower().replace("-", "") == "utf8"
-            stream.reconfigure(errors="surrogateescape" if utf8 else "backslashreplace")  # type: ignore[union-attr]
+    open_standard_streams()
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
-            signal.signal(number, _terminate)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _stop)
     app(prog_name="unclip")
 
 
-def _terminate(number: int, frame: Any) -> NoReturn:
-    signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the removal of temporary files
-    raise Terminated(number)
-
-
-def _drop_stdout() -> None:
-    """Let nothing more be written to a pipe that is closed, not even at exit."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _stop(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # nothing interrupts the removal of temporary files
+    raise Stopped(number)

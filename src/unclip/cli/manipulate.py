@@ -15,8 +15,8 @@ import typer
 from unclip.checkpoints.files import safe_join
 from unclip.checkpoints.tensor_file import SUFFIX
 from unclip.cli import options
-from unclip.cli.generate import plain
-from unclip.cli.latents import NO_GUIDANCE, Part, Workbench, one_row, read_part
+from unclip.cli.inputs import Part, no_file, plain, read_part
+from unclip.cli.latents import NO_GUIDANCE, Workbench, one_row
 from unclip.cli.messages import note
 from unclip.cli.output import (
     FPS,
@@ -57,6 +57,7 @@ def interpolate(
     parts: Annotated[
         list[str], typer.Argument(metavar="A B …", help="Two or more: files of pictures or latents, or captions.")
     ],
+    caption: options.Caption = False,
     model: options.Model = "unclip-emoji",
     frames: Annotated[
         int, typer.Option(min=1, max=1000, metavar="N", help="Frames from each to the next, without the next itself.")
@@ -82,8 +83,11 @@ def interpolate(
     super_res_steps: options.SuperResSteps = None,
     decoder_guidance: Annotated[
         float | None,
-        typer.Option(
-            metavar="SCALE", help="Guidance of the decoder; 1 or less: none.", show_default="1; of captions the model's"
+        options.shared(
+            *options.names_of("decoder-guidance"),
+            metavar="SCALE",
+            help="Guidance of the decoder; 1 or less: none.",
+            show_default="1; of captions the model's",
         ),
     ] = None,
     candidates: options.Candidates = None,
@@ -108,12 +112,13 @@ def interpolate(
     turn from the one's to the other's. Captions have the embeddings that `generate` draws for them with the same seed,
     and share the decoder's noise. A film goes there and back. The paths are printed on stdout, one a line.
     """
-    read = [read_part(text) for text in parts]
+    read = [read_part(text, caption=caption) for text in parts]
     if len(read) < 2 and read[0].kind != "latent":
         raise typer.BadParameter("name two or more pictures or captions")
     check_writer(film)
     stem = slug("-to-".join(part.stem for part in read))
-    album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid or film is not None)
+    num_files = (len(read) - 1) * frames + 1  # or more, of latents' files with several rows
+    album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid or film is not None, num_files=num_files)
     kinds = {part.kind for part in read}
     given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
     drawing = drawing_settings(candidates, prior_temperature, prior_top_p)
@@ -234,10 +239,12 @@ def edit(
     source, target = plain(source), plain(target)
     if source.split() == target.split():
         raise InputError(f"--from and --to are both {source!r:.100}; there is no difference to go by")
-    part = read_part(image)
+    part = read_part(image, caption=True)
     if part.kind == "caption":
-        raise InputError(f"there is no file {image!r:.200}; an edit starts from a picture")
-    album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid or film is not None)
+        raise InputError(f"{no_file(image)}; an edit starts from a picture")
+    filmed = film is not None
+    num_files = sweep + grid + filmed
+    album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid or filmed, num_files=num_files)
     given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
     machine = Machine(dtype, device, cpu_offload, quiet, tile)
     if candidates is None and not text_space:
@@ -292,6 +299,7 @@ def blend(
             "weight below 0 takes away.",
         ),
     ],
+    caption: options.Caption = False,
     model: options.Model = "unclip-emoji",
     num_images: Annotated[
         int, typer.Option("--num-images", "-n", min=1, max=100_000, metavar="N", help="Pictures.")
@@ -320,9 +328,9 @@ def blend(
     direction, so only the weights say how much of it there is. A caption that ends in a colon and a number needs a
     weight after it. The paths are printed on stdout, one a line.
     """
-    read = [read_part(text, weighted=True) for text in parts]
-    album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid)
-    seed = chosen_seed(seed, quiet=quiet)
+    read = [read_part(text, weighted=True, caption=caption) for text in parts]
+    album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid, num_files=num_images + grid)
+    seed = chosen_seed(seed, album, quiet=quiet)
     given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
     drawing = drawing_settings(candidates, prior_temperature, prior_top_p)
     captions = any(part.kind == "caption" for part in read)  # a latent's steps are of no use here: nothing comes back
@@ -370,7 +378,12 @@ def invert(
     check: Annotated[
         bool, typer.Option("--check", help="Also decode again: write the picture that comes back, and tell its PSNR.")
     ] = False,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the latents.")] = Path("."),
+    out: Annotated[
+        Path,
+        options.shared(
+            "--out", "-o", metavar="PATH", help="Folder for the latents, or a .safetensors file for a single one."
+        ),
+    ] = Path("."),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of the same name.")] = False,
     as_json: options.Json = False,
     dtype: options.DtypeOption = options.Dtype.float32,
@@ -386,13 +399,13 @@ def invert(
     take such a file in place of a picture. Of pictures with one name the later ones' files have a number. The paths are
     printed on stdout, one a line.
     """
-    from unclip.cli.vary import opened
+    from unclip.cli.inputs import opened
 
     failed: list[Path] = []
-    album = Album(out, overwrite=overwrite, as_json=as_json, keep=False)
+    album = Album(out, overwrite=overwrite, as_json=as_json, keep=False, num_files=len(images), suffix=SUFFIX)
     pictures = list(opened(images, failed))
     if pictures:
-        files = _files(out, [one.path for one in pictures])
+        files = [album.file] if album.file else _files(album.folder, [one.path for one in pictures])
         there = [str(file) for file in files if file.exists()]
         if there and not overwrite:
             raise OutputExistsError(_exists(there))

@@ -70,7 +70,7 @@ PriorGuidance = Annotated[float | None, options.guidance("prior", "idea is pushe
 def values(name: str, what: str) -> typer.models.OptionInfo:
     """The option for the values of one setting that are swept."""
     return typer.Option(
-        f"--{name}", metavar="LIST", help=f"{what}, with commas between.", show_default="the model's own"
+        *options.names_of(name), metavar="LIST", help=f"{what}, with commas between.", show_default="the model's own"
     )
 
 

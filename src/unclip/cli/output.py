@@ -1,11 +1,10 @@
-"""Pictures on disk: safe names, what is written into each file, the sheet, and no file ever replaced unasked.
-
-Knows files and PNG texts; knows no model. Called by `batches.py`.
-"""
+"""Picture files: safe names, the texts in each file, sheets. No file is replaced unless asked."""
 
 import json
+import os
 import secrets
 import sys
+import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,8 +18,9 @@ import typer
 
 from unclip import __version__
 from unclip.checkpoints.files import atomic_file
-from unclip.cli.messages import error, note
+from unclip.cli.messages import detail, error, note
 from unclip.cli.options import MAX_SEED
+from unclip.cli.provenance import MADE_WITH, again
 from unclip.errors import InputError, MissingDependencyError, OutputExistsError, UnclipError
 
 if TYPE_CHECKING:
@@ -68,17 +68,41 @@ def png_texts(facts: Mapping[str, Any]) -> "PngInfo":
 
 
 class Album:
-    """Writes pictures into one folder and tells of each on stdout: its path, or a JSON object."""
+    """Writes pictures into one folder, or one picture into the file of that name, and prints where.
 
-    def __init__(self, folder: Path, *, overwrite: bool, as_json: bool, keep: bool):
-        self.folder, self.overwrite, self.as_json = folder, overwrite, as_json
+    Args:
+        out: a folder; or, unless there is such a folder, a file's name that ends in `suffix`.
+        num_files: how many files are to be written, as far as that is known.
+        suffix: of the files, with a dot.
+
+    Attributes:
+        preface: printed on stderr before the first path; None: nothing.
+        kept: the pictures so far, for a sheet; None: they are not kept.
+        folder: where the files go.
+        file: the one file with `suffix`, where `out` is its name; other files go beside it.
+
+    Raises: InputError for a file's name where several files are to be written, or for a picture of another kind;
+        OutputExistsError for an existing file, unless it may be replaced.
+    """
+
+    def __init__(
+        self, out: Path, *, overwrite: bool, as_json: bool, keep: bool, num_files: int = 1, suffix: str = ".png"
+    ) -> None:
+        self.overwrite, self.as_json = overwrite, as_json
         self.num_saved = 0
+        self.preface: str | None = None
         self.kept: list[Image] | None = [] if keep else None
-        """The pictures so far, for a sheet."""
+        self.file = out if _names_file(out, suffix) else None
+        self._suffix = suffix
+        self.folder = out if self.file is None else out.parent
+        if self.file is not None and num_files > 1:
+            raise InputError(_too_many(out, num_files))
+        if self.file is not None and not overwrite and os.path.lexists(out):
+            raise OutputExistsError(f"{out} exists already: use --overwrite, or another --out")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as problem:
-            raise InputError(f"--out {folder} cannot be made: {_reason(problem)}") from problem
+            raise InputError(f"--out {out} cannot be made: {_reason(problem)}") from problem
 
     def save(self, image: "Image", stem: str, facts: Mapping[str, Any]) -> Path:
         """Write `stem.png`, whole or not at all, and return its path.
@@ -91,14 +115,16 @@ class Album:
     def write(self, stem: str, suffix: str, writer: Callable[[Path], None]) -> Path:
         """Have `writer` write the file `stem` + `suffix`, whole or not at all, and return its path.
 
-        Raises: InputError when it cannot be written.
+        Raises: InputError when it cannot be written, or the album is a file that is written already.
         """
+        if self.file is not None and suffix == self._suffix and self.num_saved:
+            raise InputError(_too_many(self.file, self.num_saved + 1))
         for path in self._free_names(stem, suffix):
             try:
                 with atomic_file(path, overwrite=self.overwrite) as draft:
                     writer(draft)
             except OutputExistsError:
-                if self.overwrite:
+                if self.overwrite or path == self.file:
                     raise
                 continue  # it came into being meanwhile
             except OSError as problem:
@@ -108,7 +134,10 @@ class Album:
         raise AssertionError("there is always a free name")
 
     def tell(self, path: Path, facts: Mapping[str, Any]) -> None:
-        """Say on stdout that a file is there."""
+        """Print the file's path on stdout, or a JSON object."""
+        if self.preface is not None:
+            note(self.preface)
+            self.preface = None
         print(json.dumps({"path": str(path), **facts}) if self.as_json else path, flush=True)
 
     def save_sheet(
@@ -130,6 +159,9 @@ class Album:
 
     def _free_names(self, stem: str, suffix: str) -> Iterator[Path]:
         """The paths to try: the plain name, then with a number."""
+        if self.file is not None and suffix == self._suffix:
+            yield self.file
+            return
         if self.overwrite:
             yield self.folder / f"{stem}{suffix}"
             return
@@ -137,6 +169,22 @@ class Album:
             path = self.folder / (f"{stem}{suffix}" if number == 1 else f"{stem}-{number}{suffix}")
             if not path.exists() and not path.is_symlink():
                 yield path
+
+
+def _names_file(out: Path, suffix: str) -> bool:
+    """Whether `--out` is a file's name. Raises: InputError for the name of a picture of another kind."""
+    from unclip.images import PICTURE_SUFFIXES
+
+    found = out.suffix.lower()
+    if found not in (suffix, *PICTURE_SUFFIXES) or out.is_dir():
+        return False
+    if found != suffix:
+        raise InputError(f"--out {out} ends in {found}, and the file will be {suffix}: use {out.with_suffix(suffix)}")
+    return True
+
+
+def _too_many(out: Path, num_files: int) -> str:
+    return f"--out {out} is the name of one file, and there are {num_files} to write or more: name a folder"
 
 
 def _reason(problem: OSError | ValueError) -> str:
@@ -156,21 +204,23 @@ class Wish:
         seed: of this picture.
         name: the first part of its file name.
         facts: what its file alone says of it; the seed and what all files say are added.
+        index: of the picture, among those that the command makes of one seed.
     """
 
     given: Any
     seed: int
     name: str
     facts: Mapping[str, Any]
+    index: int = 0
 
 
-def chosen_seed(seed: int | None, *, quiet: bool) -> int:
-    """The seed that was given, or a fresh one, short enough to be typed, which is told on stderr unless `quiet`."""
+def chosen_seed(seed: int | None, album: Album, *, quiet: bool) -> int:
+    """The given seed, or a random one that is short enough to be typed; the album prints it unless `quiet`."""
     if seed is not None:
         return seed
     fresh = secrets.randbelow(2**32)
     if not quiet:
-        note(f"seed {fresh}")
+        album.preface = f"seed {fresh}"
     return fresh
 
 
@@ -196,12 +246,22 @@ def make_all(
 ) -> None:
     """Draw every batch and save it at once; `about` is what every file says.
 
+    When a picture is made again, only that one is saved: it is drawn at the same place of a batch of the same size.
+
     Raises: what `draw` and the album raise while nothing is made yet; typer.Exit(3), with the error told, after that.
     """
+    picture = again()
+    if picture is not None and picture.only:
+        wish = next((wish for batch in batches for wish in batch if wish.index == picture.index), None)
+        if wish is None:
+            raise InputError(f"the command makes no picture {picture.index} of these inputs")
+        batches = [[wish] * picture.size]
     try:
         for batch in batches:
+            start = time.monotonic()
             with within_memory(len(batch)):
                 images = draw(batch)
+            detail(f"batch of {len(batch)}: {time.monotonic() - start:.1f} s")
             _save(batch, images, album, about)
     except UnclipError as problem:
         if not album.num_saved:
@@ -234,8 +294,12 @@ def _save(batch: list[Wish], images: "list[Image]", album: Album, about: Mapping
     """All files first, then the talk: a reader that goes away costs no picture."""
     saved = []
     try:
-        for wish, image in zip(batch, images, strict=True):
-            facts = {**wish.facts, **about, "seed": wish.seed}
+        picture = again()
+        for place, (wish, image) in enumerate(zip(batch, images, strict=True)):
+            if picture is not None and picture.only and place != picture.place:
+                continue
+            made = {**about[MADE_WITH], "index": wish.index, "batch": [place, len(batch)]}
+            facts = {**wish.facts, **about, "seed": wish.seed, MADE_WITH: made}
             saved.append((album.save(image, f"{wish.name}-{wish.seed}", facts), facts))
             if album.kept is not None:
                 album.kept.append(image)

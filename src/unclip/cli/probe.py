@@ -15,9 +15,11 @@ import typer
 
 from unclip.checkpoints.layout import PROBE_FILE
 from unclip.cli import options
-from unclip.cli.latents import NO_GUIDANCE, Workbench, one_row, read_part
+from unclip.cli.inputs import no_file, read_part
+from unclip.cli.latents import NO_GUIDANCE, Workbench, one_row
 from unclip.cli.messages import error, note
 from unclip.cli.output import SOME_FAILED, Album
+from unclip.cli.provenance import Recorded
 from unclip.errors import DataError, ImageError, InputError
 from unclip.pipelines.session import Machine, decoder_settings, find_model
 
@@ -104,7 +106,7 @@ def fit(
         raise typer.Exit(SOME_FAILED)
 
 
-@probe.command("show", epilog=SHOW_EXAMPLES)
+@probe.command("show", cls=Recorded, epilog=SHOW_EXAMPLES)
 def show(
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="A picture file, or a latent of: unclip invert.")],
     pca: Annotated[
@@ -143,15 +145,15 @@ def show(
     """
     from unclip.models.pca import PrincipalComponents
 
-    part = read_part(image)
+    part = read_part(image, caption=True)
     if part.kind == "caption":
-        raise InputError(f"there is no file {image!r:.200}; probing starts from a picture")
+        raise InputError(f"{no_file(image)}; probing starts from a picture")
     if pca is None:
         pca = find_model(model, quiet=quiet)[0] / PROBE_FILE
         if not pca.exists():
             raise InputError(f"{model} has no {PROBE_FILE}: give --pca, or fit components first: unclip probe fit DATA")
     counts = dimensions(dims, PrincipalComponents.load(pca))
-    album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid)
+    album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid, num_files=len(counts) + grid)
     given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
     machine = Machine(dtype, device, cpu_offload, quiet, tile)
     bench = Workbench.open(model, machine, given, parts=[part], guidance=NO_GUIDANCE)

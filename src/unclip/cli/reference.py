@@ -7,6 +7,7 @@ Knows Markdown and the commands; run it after every change of an option:
 
 import contextlib
 import io
+import os
 from collections.abc import Iterator
 
 import typer
@@ -14,6 +15,7 @@ from typer.core import TyperGroup
 
 from unclip.cli.main import app
 
+os.environ["UNCLIP_CONFIG"] = os.devnull  # the reference shows the built-in defaults
 WIDTH = 78
 """What help uses of a terminal of 80 columns."""
 

@@ -198,6 +198,7 @@ def assemble(
     ] = None,
     dtype: options.KeptDtype = None,
     overwrite: options.OverwriteFolder = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Put trained stages together into one model folder.
 
@@ -207,8 +208,10 @@ def assemble(
     import torch
 
     from unclip.checkpoints.files import read_json
+    from unclip.pipelines.session import silence
     from unclip.training.assemble import assemble as put_together
 
+    silence(downloads=quiet)
     put_together(
         clip=clip,
         prior=prior,

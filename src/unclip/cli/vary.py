@@ -3,20 +3,18 @@
 Knows picture files and options; the batches, the files and the model are other modules' affair.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from unclip.checkpoints.tensor_file import PROMPT
 from unclip.cli import options
-from unclip.cli.generate import plain
-from unclip.cli.messages import error
+from unclip.cli.inputs import check_can_vary, opened, plain
 from unclip.cli.output import Album, Wish, chosen_seed, cut, finish, make_all, picture_seed, slug
-from unclip.errors import CheckpointError, ImageError
+from unclip.cli.provenance import MADE_WITH, made_with
 from unclip.pipelines.session import (
     Machine,
     call_settings,
@@ -72,6 +70,7 @@ def vary(
     super_res_steps: options.SuperResSteps = None,
     decoder_guidance: options.DecoderGuidance = None,
     sampler: options.Sampler = None,
+    size: options.Size = None,
     height: options.Height = None,
     width: options.Width = None,
     out: options.OutFolder = Path("."),
@@ -95,9 +94,11 @@ def vary(
         raise typer.BadParameter("--eta goes with --keep-structure")
     if keep_structure and (negative is not None or sampler is not None):
         raise typer.BadParameter("--keep-structure samples by DDIM, and has no --negative and no other --sampler")
-    if keep_structure and (height is not None or width is not None):
-        raise typer.BadParameter("--keep-structure draws in the model's own size, and has no --height and no --width")
-    from unclip.cli.latents import NO_GUIDANCE, Keeper, is_latent, recorded, recorded_tile, records
+    sides = options.sides(size, height, width)
+    if keep_structure and sides:
+        raise typer.BadParameter("--keep-structure makes pictures of the model's own size: leave out the size")
+    from unclip.cli.inputs import is_latent
+    from unclip.cli.latents import NO_GUIDANCE, Keeper, recorded, recorded_tile, records
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
     from unclip.pipelines.manipulation import Manipulator
 
@@ -113,9 +114,8 @@ def vary(
         prompt = known.get(PROMPT) if prompt is None else prompt
         given = {name: known.get(name) if value is None else value for name, value in given.items()}
     settings = call_settings(UnCLIPImageVariationPipeline, folder, given)
-    size = {name: side for name, side in (("height", height), ("width", width)) if side is not None}
-    album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid)
-    seed = chosen_seed(seed, quiet=quiet)
+    album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid, num_files=len(images) * num_images + grid)
+    seed = chosen_seed(seed, album, quiet=quiet)
 
     machine = Machine(dtype, device, cpu_offload, quiet, tile)
 
@@ -131,7 +131,7 @@ def vary(
             facts = {"image": plain(one.path.name)} | ({} if one.row is None else {"row": one.row})
             for copy in range(num_images):
                 name = f"{slug(plain(one.path.stem))}-variation"
-                yield Wish(one.given, picture_seed(seed, one.place * num_images + copy), name, facts)
+                yield Wish(one.given, picture_seed(seed, one.place * num_images + copy), name, facts, one.row or 0)
 
     batches = cut(wishes(), batch_size)
     first = next(batches, None)  # broken files are found before the weights are read
@@ -141,7 +141,8 @@ def vary(
             "prompt": prompt,
             "negative": negative,
             "model": model_name(model),
-            "settings": {**settings, **size, "sampler": sampler_name(pipe), **machine.facts},
+            "settings": {**settings, **sides, "sampler": sampler_name(pipe), **machine.facts},
+            MADE_WITH: made_with(pipe),
         }
 
         if keep_structure:
@@ -153,7 +154,7 @@ def vary(
             pictures, seeds = [wish.given for wish in batch], [wish.seed for wish in batch]
             if keep_structure:
                 return keeper.vary(pictures, seeds, about["eta"])
-            return pipe(pictures, prompt=prompt, negative_prompt=negative, seed=seeds, **size, **settings).images  # type: ignore[arg-type, union-attr, return-value]
+            return pipe(pictures, prompt=prompt, negative_prompt=negative, seed=seeds, **sides, **settings).images  # type: ignore[arg-type, union-attr, return-value]
 
         make_all(_chain(first, batches), draw, album, about)
         if grid:
@@ -162,64 +163,6 @@ def vary(
             used = ", ".join(plain(path.name) for path in images if path not in failed)
             album.save_sheet(f"{name}-variation-{seed}", {"image": used, **about, "seed": seed}, columns=columns)
     finish(album, len(failed))
-
-
-def check_can_vary(model: str, index: dict[str, Any]) -> None:
-    """Raises: CheckpointError when the model's folder has no image encoder."""
-    lacking = [name for name in ("image_encoder", "feature_extractor") if name not in index]
-    if lacking:
-        raise CheckpointError(
-            f"{model} has no {' and no '.join(lacking)}, so it cannot look at pictures. Make a folder that can: "
-            f"unclip convert variation {model} --clip CLIP --out DIR (CLIP is the CLIP model that it was trained with)"
-        )
-
-
-@dataclass(frozen=True)
-class Opened:
-    """One thing that was named and could be read.
-
-    Attributes:
-        place: among all things that were named; each row of a latent's file counts.
-        path: its file.
-        given: a picture, or a latent of one row.
-        row: of the latent, where its file has several.
-    """
-
-    place: int
-    path: Path
-    given: Any
-    row: int | None = None
-
-
-def opened(
-    paths: list[Path], failed: list[Path], latent: "Callable[[Path], BipartiteLatent] | None" = None
-) -> Iterator[Opened]:
-    """What can be read; the others are told of and put into `failed`, unless they are there already.
-
-    With `latent`, which reads files of `unclip invert`, these may stand for pictures.
-    """
-    from unclip.cli.latents import is_latent
-    from unclip.images import open_image
-
-    place = 0
-    for path in paths:
-        if latent is None or not is_latent(path):
-            try:
-                yield Opened(place, path, open_image(path))
-            except ImageError as problem:
-                error(problem)
-                failed.append(path)
-        elif path not in failed:
-            try:
-                rows = latent(path)
-            except CheckpointError as problem:
-                error(problem)
-                failed.append(path)
-            else:
-                for row in range(len(rows)):
-                    yield Opened(place + row, path, rows.select([row]), row if len(rows) > 1 else None)
-                place += len(rows) - 1
-        place += 1
 
 
 def _chain(first: list[Wish], rest: Iterator[list[Wish]]) -> Iterator[list[Wish]]:

@@ -4,7 +4,7 @@ Knows the files of transformers' CLIP and what they have held since the first; b
 Called before a CLIP is read, and when one is converted.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,9 @@ SHARES = ("layer_norm_eps", "attention_dropout")
 FACTORS = ("initializer_range", "initializer_factor", "logit_scale_init_value")
 MAX_FACTOR = 1e6
 
+MAX_PREPROCESSED_PX = 4096
+"""The largest side of a preprocessed picture."""
+
 HALVES = ("text_config", "vision_config")
 OLD_HALVES = {"text_config_dict": "text_config", "vision_config_dict": "vision_config"}
 """Where the first files of a whole CLIP said its sizes again; transformers lets these overrule the others."""
@@ -136,7 +139,71 @@ def read_image_processor_settings(folder: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ConfigError(f"image_processor in {path} is {settings!r:.100}; it must be an object in braces")
     _check(settings, PROCESSOR_HONOURED | PROCESSOR_DESCRIPTIVE, PROCESSOR_NEUTRAL, str(path))
+    check_image_processor_values(settings, str(path))
     return settings
+
+
+def max_length_of(settings: Mapping[str, Any], where: str) -> int | None:
+    """`model_max_length` of a tokenizer's settings, in tokens; None where they do not limit it.
+
+    Raises: ConfigError for anything but a whole number from 3 (a token, and one at either end).
+    """
+    limit = settings.get("model_max_length")
+    if limit is not None and (type(limit) not in (int, float) or limit != limit // 1 or limit < 3):
+        raise ConfigError(f"model_max_length in {where} is {limit!r:.80}; it must be a whole number from 3")
+    return None if limit is None else int(limit)
+
+
+def check_image_processor_values(settings: Mapping[str, Any], where: str) -> None:
+    """Raises: ConfigError for a setting of an image preprocessor whose value pictures cannot be prepared with."""
+    for key, value in settings.items():
+        if key in _SWITCHES and value is not None and not isinstance(value, bool):
+            raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be true or false")
+        if key in _PROCESSOR_VALUES:
+            switch, is_possible, wanted = _PROCESSOR_VALUES[key]
+            is_unused = value is None and not settings.get(switch, switch != "do_pad")
+            if not is_unused and not is_possible(value):
+                raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be {wanted}")
+
+
+def _is_real(value: Any, low: float, high: float) -> bool:
+    return type(value) in (int, float) and low <= value <= high
+
+
+def _is_size(value: Any) -> bool:
+    """Whether it is a number of pixels, or one for each side."""
+    sides = list(value.values()) if isinstance(value, Mapping) else [value]
+    given = [px for px in sides if px is not None]
+    return bool(given) and all(type(px) is int and 1 <= px <= MAX_PREPROCESSED_PX for px in given)
+
+
+def _are_channels(value: Any, low: float, high: float) -> bool:
+    """Whether it is a number, or one for each of the three channels."""
+    values = value if isinstance(value, list | tuple) else [value] * 3
+    return len(values) == 3 and all(_is_real(number, low, high) for number in values)
+
+
+_SIZE_WORDS = f"from 1 to {MAX_PREPROCESSED_PX} pixels, one number or one for each side"
+_PROCESSOR_VALUES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
+    "size": ("do_resize", _is_size, _SIZE_WORDS),
+    "resample": ("do_resize", lambda value: type(value) is int and 0 <= value <= 5, "a filter of PIL's, 0 to 5"),
+    "crop_size": ("do_center_crop", _is_size, _SIZE_WORDS),
+    "pad_size": ("do_pad", _is_size, _SIZE_WORDS),
+    "rescale_factor": ("do_rescale", lambda value: _is_real(value, 1e-6, 1e3), "a number from 1e-6 to 1000"),
+    "image_mean": ("do_normalize", lambda value: _are_channels(value, -1e4, 1e4), "three numbers from -10000 to 10000"),
+    "image_std": ("do_normalize", lambda value: _are_channels(value, 1e-6, 1e4), "three numbers from 1e-6 to 10000"),
+}
+"""For each setting the switch that makes use of it (without it, null is possible), a check of its value, and in words
+what the value must be."""
+_SWITCHES = {
+    "do_resize",
+    "do_center_crop",
+    "do_rescale",
+    "do_normalize",
+    "do_convert_rgb",
+    "do_pad",
+    "default_to_square",
+}
 
 
 def _check(settings: Mapping[str, Any], known: set[str], neutral: Mapping[str, tuple[Any, ...]], where: str) -> None:
@@ -157,16 +224,15 @@ def _check(settings: Mapping[str, Any], known: set[str], neutral: Mapping[str, t
 
 def _check_value(key: str, value: Any, where: str) -> None:
     """Raises: ConfigError for a value that CLIP's encoders cannot have."""
-    whole, real = type(value) is int, type(value) in (int, float)
-    if key in SIZE_LIMITS and not (whole and 1 <= value <= SIZE_LIMITS[key]):
+    if key in SIZE_LIMITS and not (type(value) is int and 1 <= value <= SIZE_LIMITS[key]):
         raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be a whole number from 1 to {SIZE_LIMITS[key]}")
-    is_absent = value is None and key != "eos_token_id"
-    if key in TOKENS and not is_absent and not (whole and 0 <= value <= SIZE_LIMITS["vocab_size"]):
+    if key in TOKENS and value is not None:
         limit = SIZE_LIMITS["vocab_size"]
-        raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be a whole number from 0 to {limit}")
-    if key in SHARES and not (real and 0 <= value < 1) and (key, value) != ("attention_dropout", None):
+        if type(value) is not int or not 0 <= value <= limit:
+            raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be a whole number from 0 to {limit}")
+    if key in SHARES and not (_is_real(value, 0, 1) and value < 1) and (key, value) != ("attention_dropout", None):
         raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be a number from 0 to below 1")
-    if key in FACTORS and not (real and -MAX_FACTOR <= value <= MAX_FACTOR):
+    if key in FACTORS and not _is_real(value, -MAX_FACTOR, MAX_FACTOR):
         raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be a number up to {MAX_FACTOR:g}")
     if key == "hidden_act" and not isinstance(value, str):
         raise ConfigError(f"hidden_act in {where} is {value!r:.80}; it must be the name of an activation")

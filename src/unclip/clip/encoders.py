@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
+from unclip.clip.config import MAX_PREPROCESSED_PX
 from unclip.errors import ConfigError, InputError
 from unclip.images import Pictures, as_pictures, rgb
 
@@ -79,7 +80,6 @@ class TextEmbedding(Batched):
 
 
 MAX_PROMPT_CHARACTERS = 100_000
-MAX_PREPROCESSED_PX = 4096
 
 _SPECIAL_TOKEN = re.compile(r"<\|(startoftext|endoftext)\|>", re.IGNORECASE | re.ASCII)
 
@@ -125,7 +125,7 @@ class TextEncoder:
         return encoded.select([places[prompt] for prompt in prompts])
 
     def _context(self) -> int:
-        return min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+        return int(min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings))
 
     def _warn_of_cut(self, texts: Sequence[str], context: int) -> None:
         for text in texts:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.checkpoints.files import output_folder, read_json, safe_join, write_json
+from unclip.clip.config import check_image_processor_values
 from unclip.errors import ConfigError
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -77,6 +78,7 @@ class PicturePreprocessor:
         )
         if given:
             raise ConfigError(f"{', '.join(sorted(given)):.80} in preprocessor_config.json is not implemented")
+        check_image_processor_values(settings, "preprocessor_config.json")
         return made
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -15,6 +15,7 @@ from tokenizers.models import BPE
 from torch import Tensor
 
 from unclip.checkpoints.files import atomic_file, output_folder, read_json, safe_join, write_json
+from unclip.clip.config import max_length_of
 from unclip.errors import ConfigError, InputError, MissingFileError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -125,16 +126,14 @@ class CaptionTokenizer:
         _check_special(_optional_json(safe_join(folder, "special_tokens_map.json")), "special_tokens_map.json")
         if (folder / "added_tokens.json").exists():
             raise ConfigError(f"{folder} has added_tokens.json")
-        limit = settings.get("model_max_length", UNLIMITED)
-        if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit >= 3:
-            raise ConfigError(f"model_max_length in {folder} is {limit!r}")
+        limit = max_length_of(settings, str(folder / "tokenizer_config.json"))
         whole = safe_join(folder, "tokenizer.json")
         if whole.is_file():
             vocabulary, merges = _read_whole(whole)
         else:
             vocabulary = read_json(safe_join(folder, "vocab.json"))
             merges = _read_merges(safe_join(folder, "merges.txt"))
-        made = cls(vocabulary, merges, int(limit))
+        made = cls(vocabulary, merges, UNLIMITED if limit is None else limit)
         _check_added(settings.get("added_tokens_decoder", {}), vocabulary)
         return made
 

@@ -72,7 +72,9 @@ def write_captions(
         raise DataError(f"{folder} is not a folder; name a folder of pictures")
     for existing in (folder / name for name in METADATA):
         if existing.exists() and not overwrite and not (csv is not None and existing.resolve() == csv.resolve()):
-            raise OutputExistsError(f"{existing} exists already; give --overwrite to use a new {METADATA[0]} instead")
+            raise OutputExistsError(
+                f"{existing} exists already; give --overwrite to have a new {METADATA[0]} read in its place"
+            )
     found = Captioned(folder / METADATA[0])
     pictures = list(_usable(folder, found))
     if not pictures:
@@ -157,7 +159,7 @@ def _read_files(folder: Path, pictures: Sequence[str], origin: Origin | None, fo
             why = f"{beside[0].name} is missing"
         elif origin == "folders":
             source = "folders"
-            texts = [text for text in captions_of_names([f"{(folder / name).resolve().parent.name}."]) if text]
+            texts = [text for text in captions_of_names([f"{(folder / name).resolve().parent.name}.d"]) if text]
             why = "the name of its folder has no words"
         else:
             texts = [named] if named else []

@@ -24,7 +24,7 @@ MAX_SKIPPED_SHARE = 0.01
 """How much of a data set may be broken, unless said otherwise."""
 METADATA = ("metadata.jsonl", "metadata.csv")
 WEIGHT_LIMITS = (1e-12, 1e12)
-"""Of a weight that is not 0."""
+"""The least and the largest weight, but for 0."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,7 @@ def metadata_file(folder: Path) -> Path:
         raise DataError(f"{folder} is a file; name a folder with a {METADATA[0]}, or tar shards")
     if not folder.is_dir():
         raise DataError(
-            f"{folder} does not exist, so there is no {METADATA[0]} in it; make a data set with: unclip data emoji "
-            f"--out {folder}"
+            f"{folder} does not exist, so it has no {METADATA[0]}; to make a data set: unclip data emoji --out {folder}"
         )
     first = next(picture_files(folder), None)
     line = json.dumps({"file_name": first or "cat.png", "text": "a black cat"}, ensure_ascii=False)

@@ -78,7 +78,9 @@ def _image(raw: RawSample) -> bytes | None:
 
 
 def read_captions(raw: RawSample) -> tuple[str, ...]:
-    """Of "captions" or "caption" in .json, else of .txt, else of "text" or "prompt" in .json; the plain one first.
+    """The captions in .json under "captions" or "caption", else in .txt, else in .json under "text" or "prompt".
+
+    The plain one comes first.
 
     Raises: DataError when there is none, or one that is not Unicode text.
     """
@@ -125,11 +127,11 @@ def _embedding(content: bytes) -> Tensor:
     except Exception as error:  # a damaged header is parsed as Python, which fails in many ways
         raise DataError(f".{EMBEDDING} cannot be read: {type(error).__name__}: {error}") from error
     if array.ndim != 1 or array.dtype.kind != "f":
-        raise DataError(f".{EMBEDDING} is no list of finite numbers but {array.dtype} {array.shape}")
+        raise DataError(f".{EMBEDDING} is not a list of finite numbers but {array.dtype} {array.shape}")
     with np.errstate(over="ignore"):
         numbers = array.astype(np.float32)
     if not np.isfinite(numbers).all():
-        raise DataError(f".{EMBEDDING} is no list of finite numbers: float32 holds not all of them")
+        raise DataError(f".{EMBEDDING} is not a list of finite numbers: float32 does not hold all of them")
     return torch.from_numpy(numbers)
 
 

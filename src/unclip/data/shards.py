@@ -3,11 +3,13 @@
 Knows threads; knows nothing of what the items are. Called where shards are read and batches are made of them.
 """
 
+import bz2
 import contextlib
 import gzip
 import io
 import itertools
 import json
+import lzma
 import math
 import queue
 import re
@@ -95,13 +97,13 @@ def _make(
 
 MAX_PART_BYTES = 256 * 2**20
 MAX_SHARDS = 1_000_000
-MAX_HEADER_BYTES = 2**16
-"""Of an extended header, such as one with a long name."""
-MAX_HEADERS = 16
-"""For one file of a shard, the extended ones included."""
+MAX_STEP_BYTES = MAX_PART_BYTES + 2**20
+"""Read or passed over in a shard at once."""
 MAX_HELD_PARTS = 32
 """Files whose names all have several dots that are held before they are counted as samples."""
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+UNPACKERS: dict[bytes, Any] = {rb"\x1f\x8b": gzip.open, rb"BZh\d1AY&SY": bz2.open, rb"\xfd7zXZ": lzma.open}
+"""How a compressed shard is read, by a pattern of its first bytes."""
 EMBEDDING = "img_emb.npy"
 WAITS_S = (2.0, 8.0, 20.0)
 """Before a URL is asked again, the first time, the second, the last: networks fail for a while."""
@@ -450,46 +452,39 @@ class _Member(tarfile.TarInfo):
     """A member's header. tarfile takes a damaged one after the first for the end of the file; here it is an error."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Member":
-        found = super().frombuf(buf, encoding, errors)
-        if found.type in _EXTENDED and not 0 <= found.size <= MAX_HEADER_BYTES:
-            raise tarfile.ReadError(
-                f"an extended header has {found.size:,} bytes; at most {MAX_HEADER_BYTES:,} are read"
-            )
-        if found.type == tarfile.GNUTYPE_SPARSE:
-            raise tarfile.ReadError(f"{found.name} is a sparse file, which is not read")
-        return found
-
-    @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> "_Member":
-        assert isinstance(tar, _Tar)
-        tar.num_headers += 1
-        if tar.num_headers > MAX_HEADERS:
-            raise tarfile.ReadError(f"a file has more than {MAX_HEADERS} headers")
         try:
             return super().fromtarfile(tar)
-        except tarfile.HeaderError as error:
+        except (tarfile.HeaderError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
             if type(error).__name__ == "EOFHeaderError":  # the two blocks of zeros that end a tar
                 raise
             what = str(error) or "it is cut off"
             raise tarfile.ReadError(f"a header is damaged: {what}") from error
 
 
-_EXTENDED = (
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-)
+class _Stream:
+    """A file that tarfile reads forward only, and never far at once, whatever a header says."""
 
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._position = file, 0
 
-class _Tar(tarfile.TarFile):
-    """A tar that is read as a stream, and holds no header but the one being read."""
+    def tell(self) -> int:
+        return self._position
 
-    tarinfo = _Member
-    num_headers = 0
-    """Of the file that is being read."""
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_STEP_BYTES:
+            raise tarfile.ReadError(f"a header says {size:,} bytes; at most {MAX_STEP_BYTES:,} are read")
+        content = self._file.read(size)
+        self._position += len(content)
+        return content
+
+    def seek(self, position: int) -> int:
+        distance = position - self._position
+        if not 0 <= distance <= MAX_STEP_BYTES:
+            raise tarfile.ReadError(f"a header says {distance:,} bytes; at most {MAX_STEP_BYTES:,} are read")
+        while (left := position - self._position) and self.read(min(left, 2**20)):
+            pass
+        return self._position
 
 
 def _samples(shard: str) -> Iterator[RawSample]:
@@ -509,10 +504,12 @@ def _samples(shard: str) -> Iterator[RawSample]:
             yield RawSample(unique, shard, group)
 
     with contextlib.ExitStack() as stack:
-        stream = stack.enter_context(_opened(shard))
-        if stream.peek(2)[:2] == b"\x1f\x8b":  # type: ignore[attr-defined]  # all that `_opened` gives have it
-            stream = stack.enter_context(gzip.GzipFile(fileobj=stream, mode="rb"))  # tarfile's own does not read all
-        tar = stack.enter_context(_Tar.open(fileobj=stream, mode="r|*"))
+        file = stack.enter_context(_opened(shard))
+        start = file.peek(10)  # type: ignore[attr-defined]  # all that `_opened` gives have it
+        for pattern, unpacked in UNPACKERS.items():
+            if re.match(pattern, start):
+                file = stack.enter_context(unpacked(file))
+        tar = stack.enter_context(tarfile.TarFile(fileobj=_Stream(file), tarinfo=_Member))  # type: ignore[arg-type]
         key, parts = "", {}
         for name, content in _files(tar):
             folder, slash, base = name.rpartition("/")
@@ -555,13 +552,12 @@ def _is_long(parts: dict[str, bytes], extension: str) -> bool:
     return "" not in middles and _middle(extension) not in middles
 
 
-def _files(tar: "_Tar") -> Iterator[tuple[str, IO[bytes]]]:
+def _files(tar: tarfile.TarFile) -> Iterator[tuple[str, IO[bytes]]]:
     for member in tar:
         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
-        tar.num_headers = 0
         if member.issparse():
             raise tarfile.ReadError(f"{member.name} is a sparse file, which is not read")
-        if not 0 <= member.size <= MAX_PART_BYTES:
+        if member.size > MAX_PART_BYTES:
             raise tarfile.ReadError(f"{member.name} has {member.size:,} bytes; at most {MAX_PART_BYTES:,} are read")
         if member.isfile():
             content = tar.extractfile(member)

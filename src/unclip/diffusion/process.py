@@ -23,6 +23,9 @@ WEIGHTINGS = ("simple", "min_snr")
 _MIN_SNR_GAMMA = 5.0  # Hang et al. 2303.09556
 _LEAST_VARIANCE = 1e-20
 
+MAX_CLIP_RANGE = 1e6
+"""Far above any clean sample; what lies beyond is a mistake."""
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -51,6 +54,12 @@ class Posterior(NamedTuple):
     x_t_weight: float
     variance: float
     beta: float
+
+
+def check_clip_range(limit: object) -> None:
+    """Raises: ConfigError unless `limit` is None, or a number above 0 and up to `MAX_CLIP_RANGE`."""
+    if limit is not None:
+        real(limit, "the clipping range", 0, MAX_CLIP_RANGE, above=True, error=ConfigError)
 
 
 @dataclass(frozen=True)
@@ -93,8 +102,7 @@ class DiffusionProcess:
             )
         if self.variance_type not in VARIANCE_TYPES:
             raise ConfigError(f"variance_type is {self.variance_type!r}; it must be one of {', '.join(VARIANCE_TYPES)}")
-        if self.clip_range is not None:
-            real(self.clip_range, "the clipping range", 0, above=True, error=ConfigError)
+        check_clip_range(self.clip_range)
         _ = self.tables  # an unusable schedule is refused here, not at the first step
 
     @property

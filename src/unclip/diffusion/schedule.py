@@ -81,13 +81,17 @@ def _betas(num_timesteps: int, beta_schedule: str, beta_start: float, beta_end: 
     return [root**2 for root in _even(math.sqrt(beta_start), math.sqrt(beta_end), num_timesteps)]
 
 
+LEAST_BETA = 1e-12
+"""With less noise a step, 1 - beta is hardly another number than 1."""
+
+
 def check_schedule(num_timesteps: object, beta_schedule: object, beta_start: object, beta_end: object) -> None:
     """Raise ConfigError unless the arguments describe a schedule that `tables` can compute."""
     whole(num_timesteps, "the number of training timesteps", 1, _MOST_TIMESTEPS, error=ConfigError)
     if beta_schedule not in BETA_SCHEDULES:
         raise ConfigError(f"beta_schedule is {beta_schedule!r}; it must be one of {', '.join(BETA_SCHEDULES)}")
     for name, beta in (("beta_start", beta_start), ("beta_end", beta_end)):
-        real(beta, name, 0, 1, above=True, below=True, error=ConfigError)
+        real(beta, name, LEAST_BETA, 1, below=True, error=ConfigError)
 
 
 @functools.lru_cache(maxsize=32)

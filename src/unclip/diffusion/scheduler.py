@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unclip.diffusion import scheduler_config as _settings
 from unclip.diffusion.loop import NoiseSource
-from unclip.diffusion.process import DiffusionProcess
+from unclip.diffusion.process import DiffusionProcess, check_clip_range
 from unclip.diffusion.sampler import AncestralSampler, DDIMSampler, DPMSolverPlusPlus2MSampler, Memory, Sampler
 from unclip.diffusion.schedule import SPACINGS, spaced_timesteps
 from unclip.diffusion.scheduler_config import SchedulerConfig
@@ -60,6 +60,7 @@ class Scheduler:
         _settings.check_neutral(name, self._neutral, unused)
         if not isinstance(settings["clip_sample"], bool):
             raise ConfigError(f"clip_sample is {settings['clip_sample']!r}; it must be true or false")
+        check_clip_range(settings["clip_sample_range"])  # also where it is not used: another scheduler may use it
         if settings.get("timestep_spacing", "linspace") not in SPACINGS:
             raise ConfigError(
                 f"timestep_spacing is {settings['timestep_spacing']!r}; it must be one of {', '.join(SPACINGS)}"

@@ -28,7 +28,7 @@ from unclip.checkpoints.weights import (
     state_of,
     stored_type,
 )
-from unclip.clip.config import HALVES, SIZE_LIMITS, check_clip_settings, read_image_processor_settings
+from unclip.clip.config import HALVES, SIZE_LIMITS, check_clip_settings, max_length_of, read_image_processor_settings
 from unclip.clip.networks import CLIPImageEncoder, CLIPTextEncoder
 from unclip.errors import CheckpointError, ConfigError, MissingFileError, UnclipError, WeightsError
 
@@ -204,6 +204,7 @@ def _read_own_clip(class_name: str, folder: Path, dtype: torch.dtype | None, var
     cls = getattr(importlib.import_module(module), name)
     try:
         if issubclass(cls, nn.Module):
+            _check_clip_config(folder)
             return cls.from_pretrained(folder, torch_dtype=dtype, variant=variant)  # type: ignore[attr-defined]
         return cls.from_pretrained(folder)
     except (ConfigError, CheckpointError):
@@ -217,13 +218,19 @@ def _read_tokenizer(cls: Any, folder: Path) -> Any:
     """
     for pattern in TOKENIZER_JSON:
         for path in sorted(folder.glob(pattern)):
-            read_json(safe_join(folder, path.name))
+            settings = read_json(safe_join(folder, path.name))
+            if path.name == "tokenizer_config.json":
+                max_length_of(settings, str(path))
     safe_join(folder, "merges.txt")
     if not (folder / "tokenizer.json").is_file():
         for name in ("vocab.json", "merges.txt"):
             if not (folder / name).is_file():
                 raise MissingFileError(f"{folder} has neither tokenizer.json nor {name}; download the model again")
-    return cls.from_pretrained(folder, local_files_only=True)
+    tokenizer = cls.from_pretrained(folder, local_files_only=True)
+    tried = tokenizer("a", padding="max_length", max_length=8, truncation=True)  # raises where it has no padding token
+    if "attention_mask" not in tried:
+        raise ConfigError(f"the tokenizer in {folder} makes no attention_mask; its model_input_names must have it")
+    return tokenizer
 
 
 def _read_image_processor(cls: Any, folder: Path) -> Any:
@@ -234,8 +241,7 @@ def _read_image_processor(cls: Any, folder: Path) -> Any:
 
 def _read_clip(cls: Any, folder: Path, dtype: torch.dtype | None, variant: str | None) -> Any:
     """A transformers CLIP model, its configuration and the header of its weights checked before anything is built."""
-    path = safe_join(folder, "config.json")
-    check_clip_settings(read_json(path), str(path))
+    _check_clip_config(folder)
     index = open_weights(folder, stem="model", variant=variant)
     check_fit(_clip_shapes(cls, folder), index.without(NO_WEIGHTS), folder)
     for name, tensor in read_tensors(index):
@@ -253,6 +259,11 @@ def _read_clip(cls: Any, folder: Path, dtype: torch.dtype | None, variant: str |
     return model.eval()
 
 
+def _check_clip_config(folder: Path) -> None:
+    path = safe_join(folder, "config.json")
+    check_clip_settings(read_json(path), str(path))
+
+
 def _clip_shapes(cls: Any, folder: Path) -> dict[str, tuple[int, ...]]:
     """The weights of transformers' CLIP class `cls` by name, as the configuration in `folder` describes them.
 
@@ -264,7 +275,7 @@ def _clip_shapes(cls: Any, folder: Path) -> dict[str, tuple[int, ...]]:
     for half in halves:
         encoder = CLIPTextEncoder if hasattr(half, "vocab_size") else CLIPImageEncoder
         known = {field.name for field in fields(encoder.config_class)}
-        sizes = {name: getattr(half, name) for name in SIZE_LIMITS if name in known}
+        sizes = {name: getattr(half, name) for name in (*SIZE_LIMITS, "eos_token_id") if name in known}
         with torch.device("meta"):
             built = encoder(sizes | {"projection_dim": config.projection_dim})
         shapes |= {name: tuple(weight.shape) for name, weight in built.state_dict().items()}

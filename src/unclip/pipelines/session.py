@@ -18,6 +18,7 @@ from unclip.checkpoints.hub import resolve
 from unclip.checkpoints.layout import FURTHER_SUPER_RES
 from unclip.checkpoints.recommended import SCALES, Recommended, read_recommended
 from unclip.checkpoints.tensor_file import TILE
+from unclip.cli.messages import detail
 from unclip.errors import InputError
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def find_model(name: str, *, quiet: bool) -> tuple[Path, dict[str, Any]]:
     """A pipeline's folder, fetched from the hub if need be, and its model_index.json."""
     silence_later(downloads=quiet)
     folder = resolve(name)
+    detail(f"model: {folder}")
     return folder, read_json(safe_join(folder, "model_index.json"))
 
 
@@ -177,6 +179,7 @@ def load(pipeline_class: type[P], folder: Path, machine: Machine, sampler: Sampl
         pipe.enable_model_cpu_offload(device=None if machine.device == "auto" else where)
     else:
         pipe.to(where)
+    detail(f"device: {pipe.device}, weights: {machine.dtype.value}, sampler: {sampler_name(pipe)}")
     pipe.set_progress_bar_config(disable=machine.quiet or None, leave=False)  # None: only on a terminal
     return pipe
 

@@ -270,7 +270,7 @@ class UnCLIPPipeline(GenerationPipeline):
             return AutoregressivePriorStage(cast("AutoregressivePrior", self.prior), temperature, top_p)
         if (temperature, top_p) != (1, 1):
             raise InputError(
-                f"prior_temperature is {temperature} and prior_top_p {top_p}, but a diffusion prior samples no codes: "
+                f"prior_temperature is {temperature} and prior_top_p {top_p}, but a diffusion prior draws no codes: "
                 "leave them out, or load an AutoregressivePrior"
             )
         assert scheduler is not None  # see check

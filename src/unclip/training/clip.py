@@ -103,6 +103,8 @@ FURTHER = {
     "initializer_factor": Limits(0.0, 10.0),
 }
 """Limits of the settings of an encoder that have no name of their own in a recipe."""
+LENGTH_GROUPS = 4
+"""Into how many parts, by length, a batch's texts are cut for the text encoder."""
 SHOWN_ROWS = 1024
 """How many pictures retrieval is tried on for a sheet."""
 
@@ -151,7 +153,7 @@ class ContrastivePair(nn.Module):
         own_texts = batch["input_ids"]
         if self.taught is not None:
             own_texts = torch.cat([own_texts, batch["phrase_ids"]])
-        own_texts = self.text(input_ids=own_texts).text_embeds.float()
+        own_texts = self._read(own_texts)
         text_embeds = of_all_processes(own_texts[: len(batch["index"])])
         logits = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp() * (
             F.normalize(text_embeds, dim=-1) @ F.normalize(embeds, dim=-1).T
@@ -172,6 +174,19 @@ class ContrastivePair(nn.Module):
             found = self.taught(own_texts[len(batch["index"]) :], scale, batch)
             metrics |= found | {"loss": metrics["loss"] + found["loss"]}
         return metrics
+
+    def _read(self, input_ids: Tensor) -> Tensor:
+        """Text embeddings [batch, width], those of about one length computed together: less padding is read."""
+        if len(input_ids) < LENGTH_GROUPS or input_ids.is_meta:
+            return self.text(input_ids=input_ids).text_embeds.float()
+        end = self.text.config.eos_token_id
+        lengths = (input_ids == end).int().argmax(dim=1) + 1
+        order = lengths.argsort()
+        groups = [
+            self.text(input_ids=input_ids[rows, : int(lengths[rows[-1]])]).text_embeds.float()
+            for rows in order.chunk(LENGTH_GROUPS)
+        ]
+        return torch.cat(groups)[order.argsort()]
 
     @torch.no_grad()
     def keep_limits(self) -> None:
@@ -212,6 +227,8 @@ def of_all_processes(rows: Tensor) -> Tensor:
     """The rows of all processes, in their order; gradients find their way back to the process that a row is of."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return rows
+    if rows.is_meta:  # of a trial, which has the shapes of a step and asks no other process
+        return torch.cat([rows] * torch.distributed.get_world_size())
     if not rows.requires_grad:
         parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather(parts, rows)
@@ -277,7 +294,7 @@ class ClipTask(Sourced):
             self.lessons = Lessons(recipe.teacher, self.source, device=computing_device(), progress=progress)
             taught = Taught(recipe.teacher, self.table, self.lessons.embeddings.shape[1])
             if start is None:
-                words = text.get_input_embeddings().weight
+                words: Tensor = text.get_input_embeddings().weight  # type: ignore[assignment]
                 rows = known_words(self.tokenizer)
                 words.data[list(rows)] = self.lessons.teacher.words(list(rows.values()), words.shape[1])
         self.module = ContrastivePair(text, image, settings.reconstruction_weight, taught)

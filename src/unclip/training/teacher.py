@@ -265,10 +265,11 @@ class _Bank:
         found: dict[str, list[Tensor]] = {"similar": [], "pictures": [], "embeddings": []}
         for part in progress(parts, desc="comparing with the captions", unit="part") if progress else parts:
             mean = torch.stack([read[[place[text] for text in means]].float().mean(dim=0) for means, _ in part])
-            similar = (mean.to(teacher.dtype) @ captions.T).float()
-            best = torch.full((len(part), len(self.captions)), -torch.inf)
-            for column in self.captions.T:
-                torch.maximum(best, similar[:, column], out=best)
+            similar = (captions @ mean.to(teacher.dtype).T).float()  # a row a caption: rows are taken fast
+            best = similar[self.captions[:, 0]]
+            for column in self.captions.T[1:]:
+                torch.maximum(best, similar[column], out=best)
+            best = best.T.contiguous()
             for row, (_, concepts) in enumerate(part):
                 for concept in concepts:
                     best[row, self.rows.get(concept, [])] += self.named_bonus
