@@ -126,7 +126,9 @@ def test_parts_that_do_not_fit(tiny_components, build_pipeline):
             build_pipeline("text", components | {"prior": autoregressive_prior(**settings)})
     with pytest.raises(InputError, match="needs the component 'prior_scheduler': its prior is a diffusion prior"):
         build_pipeline("text", components | {"prior_scheduler": None})
-    with pytest.raises(ConfigError, match="cannot be None: it must be a PriorTransformer or a AutoregressivePrior"):
+    with pytest.raises(
+        ConfigError, match="is None; it must be unclip's PriorTransformer or unclip's AutoregressivePrior"
+    ):
         build_pipeline("text", components).prior = None
     with pytest.raises(ConfigError, match=r"must be a unclip\.models\.prior\.PriorTransformer or a unclip\."):
         build_pipeline("text", components).prior = torch.nn.Linear(2, 2)

@@ -139,12 +139,6 @@ def test_drawings_that_tell_nothing(draw, error, words):
         even_places(points(2), 1, draw)
 
 
-@pytest.mark.parametrize("places", [[0, 0.5, 1.5, 2], [1, 0.5, 0], [0, 1], []])
-def test_places_that_are_not_those_of_the_pictures(places):
-    with pytest.raises(InputError, match="rising order"):
-        equal_jumps(places, grey([0, 0, 0, 1]) if len(places) == 4 else grey([0, 1, 1]), 1)
-
-
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [

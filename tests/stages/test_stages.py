@@ -173,8 +173,6 @@ def test_sampling(stages, tiny_pipeline, name):
     assert not torch.equal(first, draw(2))
     x = torch.randn(SHAPES[name], dtype=torch.float64)
     assert draw(1, latents=x).isfinite().all()
-    with pytest.raises(InputError, match="latents have shape"):
-        draw(1, latents=x[:1])
 
 
 @torch.no_grad()
@@ -187,8 +185,6 @@ def test_inverting_under_guidance_undoes_guided_sampling(stages, tiny_pipeline):
     guided = invert(stages["prior"], condition, x0, null=null, guidance_scale=3.0, **more)
     assert plain.shape == x0.shape
     assert (plain - guided).abs().max() > 1e-3
-    with pytest.raises(InputError, match="to invert have shape"):
-        invert(stages["prior"], condition, x0[:1], **more)
     with pytest.raises(InputError, match="two timesteps"):
         invert(stages["prior"], condition, x0, timesteps=(999,))
 
@@ -226,19 +222,6 @@ def test_an_origin_is_noised_to_where_the_path_begins(stages):
         origin=origin,
     )
     torch.testing.assert_close(seen[0], stage.process.add_noise(origin, latents, 300))
-
-
-def test_an_origin_of_another_shape(stages):
-    stage = stages["decoder"]
-    with pytest.raises(InputError, match=r"the origin has shape \(2, 3, 9, 9\); this call needs \(2, 3, 8, 8\)"):
-        sample(
-            stage,
-            CONDITIONS["decoder"](),
-            sampler=DDIMSampler(stage.process),
-            timesteps=(300, 0),
-            noise=NoiseSource(None, 2),
-            origin=torch.zeros(2, 3, 9, 9),
-        )
 
 
 @torch.no_grad()

@@ -84,21 +84,10 @@ class Pipeline:
                     f"component {name!r}: {problem}; instead: from unclip import DDIMScheduler (or UnCLIPScheduler, "
                     f"DPMSolverMultistepScheduler), and DDIMScheduler.from_config(pipe.{name}.config)"
                 ) from problem
-        if value is None and kinds and name not in self.OPTIONAL:
-            raise ConfigError(f"component {name!r} cannot be None: it must be a {_either(kinds)}")
-        classes = tuple(kind for kind in kinds if isinstance(kind, type))
-        if value is not None and classes and not isinstance(original(value), classes):
-            found = f"{type(value).__module__}.{type(value).__name__}"
-            raise ConfigError(
-                f"component {name!r} is a {found}; it must be a {_either(kinds, in_full=True)} "
-                "(its from_pretrained and from_config read what diffusers' class of that name saved)"
-            )
-        for kind in kinds:
-            if value is not None and isinstance(kind, str) and not _serves_as(kind, value):
-                found = f"{type(value).__module__}.{type(value).__name__}"
-                raise ConfigError(
-                    f"component {name!r} is a {found}; it must be transformers' {kind}, or unclip's own class"
-                )
+        may_be_any = not kinds or (value is None and name in self.OPTIONAL)
+        if not may_be_any and not any(_is_of(kind, value) for kind in kinds):
+            found = "None" if value is None else f"a {type(value).__module__}.{type(value).__name__}"
+            raise ConfigError(f"component {name!r} is {found}; it must be {_names(kinds)}")
         super().__setattr__(name, value)
 
     @classmethod
@@ -423,8 +412,10 @@ CLIP_PARTS: dict[str, tuple[Any, tuple[str, ...]]] = {
 """A base class and the needed attributes of CLIP's components, whose classes are not imported here."""
 
 
-def _serves_as(kind: str, value: object) -> bool:
-    """Whether a value can be the CLIP component of this class: of the class itself, unclip's own, or a similar one."""
+def _is_of(kind: type | str, value: object) -> bool:
+    """Whether a value is of a class, or has what the CLIP component of this name needs."""
+    if isinstance(kind, type):
+        return isinstance(original(value), kind)
     base, needed = CLIP_PARTS[kind]
     return isinstance(value, base) and not isinstance(value, type) and all(_has(value, path) for path in needed)
 
@@ -437,13 +428,13 @@ def _has(value: object, path: str) -> bool:
     return True
 
 
-def _either(kinds: tuple[type | str, ...], *, in_full: bool = False) -> str:
-    def word(kind: type | str) -> str:
-        if isinstance(kind, str):
-            return kind
-        return f"{kind.__module__}.{kind.__name__}" if in_full else kind.__name__
-
-    return " or a ".join(map(word, kinds))
+def _names(kinds: tuple[type | str, ...]) -> str:
+    names = " or ".join(
+        f"transformers' {kind}" if isinstance(kind, str) else f"unclip's {kind.__name__}" for kind in kinds
+    )
+    if isinstance(kinds[0], str):
+        return f"{names}, or unclip's own class"
+    return f"{names}, whose from_pretrained and from_config read what diffusers' class of the same name saved"
 
 
 def _class_name(index: Mapping[str, Any], name: str, pipeline: str, folder: Path) -> str:

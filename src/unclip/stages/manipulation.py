@@ -286,14 +286,10 @@ def equal_jumps(places: Sequence[float], pictures: Tensor, num_between: int) -> 
         pictures: [len(places), ...] in [0, 1].
         num_between: 0 or more.
 
-    Raises: as `equal_turns`; InputError for places in another order or without a point; NonFiniteError for pictures
-        with NaN or infinity.
+    Raises: NonFiniteError for pictures with NaN or infinity.
     """
     known = list(places)
-    num_points = round(known[-1]) + 1 if known else 0
-    ends = [known.index(point) for point in range(num_points) if point in known]
-    if not known or known != sorted(known) or len(ends) != num_points or len(pictures) != len(known):
-        raise InputError("places must be those of the pictures, in rising order, with every point from 0 to the last")
+    ends = [known.index(point) for point in range(round(known[-1]) + 1)]
     way = np.concatenate([[0.0], np.cumsum(jumps(pictures).double().cpu().numpy())])
     if not np.isfinite(way[-1]):
         raise NonFiniteError("the pictures on the path have NaN or infinity")

@@ -94,12 +94,12 @@ class AutoregressivePriorStage:
 
         Returns: float32 [batch, embedding_dim].
 
-        Raises: InputError for latents of a wrong shape, or when `on_step` returns something.
+        Raises: InputError when `on_step` returns latents.
         """
-        shape, config = self.sample_shape(len(condition)), self.prior.config
-        if latents is not None and tuple(latents.shape) != shape:
-            raise InputError(f"latents have shape {tuple(latents.shape)}; this call needs {shape}")
-        numbers = noise.draw(shape, condition.device) if latents is None else latents.to(condition.device).float()
+        config, device = self.prior.config, condition.device
+        if latents is None:
+            latents = noise.draw(self.sample_shape(len(condition)), device)
+        numbers = latents.to(device).float()
         places = _normal_cdf(numbers)
         dots = upper_half(places[:, 0], config.num_dot_buckets)
         guided = uses_guidance(guidance_scale)
