@@ -1,4 +1,4 @@
-"""What the arguments of a call do."""
+"""The arguments of a call, and their effects."""
 
 import copy
 import gc
@@ -79,7 +79,7 @@ def test_a_list_of_seeds(make):
     torch.testing.assert_close(batch[2], batch[0], **CLOSE)
 
 
-def test_a_seed_is_a_generator_a_picture(make):
+def test_a_seed_equals_a_generator_for_each_picture(make):
     both = make("a cat", num_images_per_prompt=2, seed=3)
     torch.testing.assert_close(both, make("a cat", num_images_per_prompt=2, generator=[generator(3), generator(4)]))
 
@@ -264,7 +264,7 @@ def test_variations_take_captions(vary):
 # ---- embeddings in, intermediate results out ----
 
 
-def test_image_embeddings_stand_in_for_the_prior(tiny_pipeline, make, counter, few):
+def test_image_embeddings_replace_the_prior(tiny_pipeline, make, counter, few):
     whole = tiny_pipeline("a cat", seed=1, output_type="pt", return_intermediates=True, **few)
     counter.watch(tiny_pipeline.prior, "prepare", "prior")
     embeddings = torch.cat([whole.image_embeddings, whole.image_embeddings + 1])
@@ -283,7 +283,7 @@ def test_image_embeddings_alone_have_the_empty_caption(make, vary):
     torch.testing.assert_close(pictures, vary(image_embeddings=embeddings, seed=1), **CLOSE)
 
 
-def test_given_text_is_the_prompts(tiny_pipeline, make):
+def test_a_given_text_embedding_equals_the_prompt(tiny_pipeline, make):
     tokens = tiny_pipeline.tokenizer(["a cat"], padding="max_length", max_length=11, return_tensors="pt")
     with torch.no_grad():
         output = tiny_pipeline.text_encoder(tokens["input_ids"])
@@ -369,12 +369,12 @@ def test_a_plain_tuple(tiny_pipeline, tiny_variation, few):
     assert len(images) == 2
 
 
-def test_the_contracts_order_of_arguments(tiny_pipeline):
+def test_the_order_of_arguments(tiny_pipeline):
     (images,) = tiny_pipeline("a cat", 2, 1, 2, 1, generator(1), None, None, None, None, None, 2.0, 3.0, "pt", False)
     assert images.shape == (2, 3, 16, 16)
 
 
-# ---- results that are no numbers ----
+# ---- results with NaN ----
 
 
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
@@ -390,7 +390,7 @@ def test_embeddings_that_are_too_large(own_pipeline, vary, few, output_type):
         own_pipeline(image_embeddings=embeddings / 1e24, seed=1, output_type=output_type, **few)
 
 
-def test_a_prior_that_gives_no_numbers(own_pipeline, few):
+def test_a_prior_that_returns_nan(own_pipeline, few):
     with torch.no_grad():
         own_pipeline.prior.clip_std.fill_(float("inf"))
     for make in (lambda: own_pipeline("a cat", seed=1, **few), lambda: own_pipeline.embed_captions("a cat", seed=1)):
@@ -401,7 +401,7 @@ def test_a_prior_that_gives_no_numbers(own_pipeline, few):
 # ---- callbacks ----
 
 
-def test_a_callback_is_told_of_every_step(own_pipeline, make):
+def test_a_callback_gets_every_step(own_pipeline, make):
     told = []
 
     def callback(pipeline, step, timestep, about):
@@ -432,7 +432,7 @@ def test_a_callback_may_replace_the_latents(make):
 
 
 @pytest.mark.parametrize("stage", ["prior", "decoder", "super_res"])
-def test_latents_of_a_callback_that_are_no_numbers(make, stage):
+def test_a_callback_that_returns_nan(make, stage):
     def callback(pipeline, step, timestep, about):
         return {"latents": about["latents"] * float("nan")} if about["stage"] == stage else None
 
@@ -455,7 +455,7 @@ def test_a_callback_may_stop_the_run(own_pipeline, few, stage):
     assert torch.equal(first, own_pipeline("a cat", seed=1, output_type="pt", **few).images)
 
 
-def test_variations_tell_callbacks_too(vary):
+def test_variations_call_callbacks_too(vary):
     stages = []
     vary(image_embeddings=torch.zeros(1, 16), callback_on_step_end=lambda *given: stages.append(given[3]["stage"]))
     assert stages == ["decoder", "decoder", "super_res", "super_res"]
@@ -467,7 +467,7 @@ def test_a_callbacks_answer_is_checked(make, answer):
         make("a cat", seed=1, callback_on_step_end=lambda *given: answer)
 
 
-def test_a_callback_that_is_no_function(make):
+def test_a_callback_that_is_not_a_function(make):
     with pytest.raises(InputError, match="callback_on_step_end must be a function, not str"):
         make("a cat", callback_on_step_end="print")
 

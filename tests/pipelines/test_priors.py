@@ -92,7 +92,7 @@ def test_how_codes_are_drawn(draw):
             draw("a cat", **{name: value})
 
 
-def test_the_prior_takes_a_step_a_code_whatever_is_asked(draw):
+def test_an_autoregressive_prior_takes_one_step_for_each_code(draw):
     steps = []
     draw("a cat", seed=1, prior_num_inference_steps=3, callback_on_step_end=lambda *about: steps.append(about))
     prior = [(index, t, told["num_steps"]) for _, index, t, told in steps if told["stage"] == "prior"]
@@ -134,7 +134,7 @@ def test_parts_that_do_not_fit(tiny_components, build_pipeline):
         build_pipeline("text", components).prior = torch.nn.Linear(2, 2)
 
 
-def test_priors_can_be_exchanged(tiny_components, build_pipeline):
+def test_priors_can_be_replaced(tiny_components, build_pipeline):
     pipe = build_pipeline("text", tiny_components())
     diffused = pipe("a cat", seed=1, **DECODING).images
     first, pipe.prior = pipe.prior, autoregressive_prior()
@@ -199,13 +199,13 @@ def test_candidates_by_one_generator_and_by_none(either):
     assert torch.equal(*found)
 
 
-def test_numbers_of_candidates_that_there_are_none_of(either):
+def test_invalid_numbers_of_candidates(either):
     for count in (0, -1, 1001, 1.5, True, "2", None):
         with pytest.raises(InputError, match=r"num_prior_candidates is .*from 1 to 1000"):
             either("a cat", num_prior_candidates=count)
 
 
-def test_given_embeddings_leave_no_choice(either):
+def test_given_embeddings_need_no_candidates(either):
     embedding = torch.randn(1, 16, generator=torch.Generator().manual_seed(0))
     made = either("a cat", seed=1, image_embeddings=embedding, num_prior_candidates=4)
     assert torch.equal(made.images, either("a cat", seed=1, image_embeddings=embedding).images)

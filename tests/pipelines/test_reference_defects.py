@@ -1,4 +1,4 @@
-"""The defects that are known of diffusers' unCLIP pipelines, one test each, by their numbers in the project's notes."""
+"""Known defects of diffusers' unCLIP pipelines, with one test each, by their numbers in the project's notes."""
 
 import subprocess
 import sys
@@ -239,11 +239,11 @@ def test_defect_13_noise_can_be_held_along_an_interpolation(make):
     torch.testing.assert_close(still[0], still[1], rtol=0, atol=1e-5)
 
 
-def test_defect_14_a_seed_is_never_used_up(make):
+def test_defect_14_a_seed_gives_the_same_picture_again(make):
     assert torch.equal(make("a cat", seed=3), make("a cat", seed=3))
     assert not torch.equal(make("a cat", seed=3), make("a cat", seed=4))
 
 
-def test_defect_15_importing_takes_no_seconds():
+def test_defect_15_importing_is_fast():
     """What takes seconds is torch; test_package.py measures the time."""
     subprocess.run([sys.executable, "-c", "import unclip, sys; assert 'torch' not in sys.modules"], check=True)

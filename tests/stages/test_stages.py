@@ -1,4 +1,4 @@
-"""The three stages: shapes, what they prepare, and the one way to sample from them."""
+"""The stages: shapes, preparation, sampling and inversion."""
 
 import pytest
 import torch
@@ -63,12 +63,12 @@ def test_shapes(stages, name):
 
 @pytest.mark.parametrize("name", SHAPES)
 @torch.no_grad()
-def test_a_timestep_a_row_as_in_training(stages, name):
+def test_one_timestep_for_each_row_as_in_training(stages, name):
     stage, condition = stages[name], CONDITIONS[name]()
     denoise, x = stage.prepare(condition), torch.randn(SHAPES[name])
     rows = denoise(x, torch.tensor([10, 700]))
     for i, t in enumerate((10, 700)):
-        # Prepared anew: what is prepared depends on the weights too.
+        # Prepare again, since the result depends on the weights too.
         assert_equal_but_rounding(rows[i], lambda i=i, t=t: stage.prepare(condition)(x, t)[i], networks(stage))
 
 
@@ -148,7 +148,7 @@ def test_enlarging():
 
 
 @pytest.mark.parametrize("size", [None, (64, 64), "64"])
-def test_a_size_that_a_configuration_does_not_say(size):
+def test_a_configuration_without_a_sample_size(size):
     assert size_px(64) == 64
     with pytest.raises(ConfigError, match="sample_size is"):
         size_px(size)
@@ -203,7 +203,7 @@ def test_sampling_with_guidance_needs_a_null_condition(stages, tiny_pipeline):
 
 
 @torch.no_grad()
-def test_an_origin_is_noised_to_where_the_path_begins(stages):
+def test_an_origin_is_noised_to_the_first_timestep(stages):
     stage, condition = stages["super_res"], CONDITIONS["super_res"]()
     origin, seen = torch.rand(2, 3, 16, 16), []
 

@@ -1,4 +1,4 @@
-"""Tiles: their places and weights, and that nobody can tell a tiled picture from a whole one where nobody should."""
+"""Tiles: their places and weights, and that a tiled picture equals a whole one where it should."""
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ def test_tiles_cover_a_side(size, starts):
 
 @pytest.mark.parametrize("size", [20, 33, 56, 70, 97])
 @pytest.mark.parametrize("overlap", [1, 2, 5, 8, 16])
-def test_weights_add_up_where_two_tiles_meet_and_nowhere_to_nothing(size, overlap):
+def test_weights_sum_to_1_in_overlaps_and_are_positive_everywhere(size, overlap):
     tiling = Tiling(32, overlap)
     total = torch.zeros(size)
     for start in tiling.starts(size):
@@ -37,7 +37,7 @@ def test_weights_add_up_where_two_tiles_meet_and_nowhere_to_nothing(size, overla
         torch.testing.assert_close(total, torch.ones(size))
 
 
-def test_a_tile_fades_towards_its_neighbours_alone():
+def test_a_tile_fades_only_towards_its_neighbours():
     tiling = Tiling(32, 8)
     first, middle = tiling.weights(0, 80), tiling.weights(24, 80)
     assert (first[:24] == 1).all()
@@ -78,7 +78,7 @@ def draw(network, tiling, size):
 
 
 @pytest.mark.parametrize("size", [(64, 96), (61, 50), (20, 96), (32, 32)])
-def test_tiled_is_untiled_for_a_network_that_looks_no_further_than_a_quarter_of_the_overlap(size):
+def test_tiles_change_nothing_for_a_receptive_field_of_a_quarter_of_the_overlap(size):
     """Over a whole sampling: rounding alone is left (receptive field 2 px, overlap 8 px)."""
     whole, parts = Sharp(), Sharp()
     expected, result = draw(whole, None, size), draw(parts, Tiling(32, 8), size)
@@ -89,13 +89,13 @@ def test_tiled_is_untiled_for_a_network_that_looks_no_further_than_a_quarter_of_
     assert set(parts.shapes) == {(min(32, size[0]), min(32, size[1]))}
 
 
-def test_without_overlap_enough_the_borders_show():
+def test_borders_show_when_the_overlap_is_too_small():
     """The same network with tiles that merely touch: so the test above can fail."""
     expected, result = draw(Sharp(), None, (64, 64)), draw(Sharp(), Tiling(32, 1), (64, 64))
     assert (result - expected).abs().max() > 0.02
 
 
-def test_a_network_that_looks_far_is_blended_without_a_step():
+def test_a_network_with_a_large_receptive_field_has_no_visible_border():
     """Tiles that answer with their own mean (as group normalisation would): no step where one ends."""
     ramp = torch.linspace(-1, 1, 96).expand(1, 1, 32, 96)
     result = tiled(lambda part: part.mean((2, 3), keepdim=True).expand_as(part), ramp, Tiling(32, 16))
@@ -105,7 +105,7 @@ def test_a_network_that_looks_far_is_blended_without_a_step():
     assert result[0, 0, 0, 0] == pytest.approx(ramp[..., :32].mean().item())
 
 
-def test_memory_is_a_tiles():
+def test_memory_is_that_of_a_tile():
     """What the network holds is bounded by the tile, however large the picture is."""
     seen = []
 
@@ -126,7 +126,7 @@ def test_memory_is_a_tiles():
 
 
 @pytest.mark.parametrize("sizes", [(0, 8), (32, 0), (32.0, 8), (True, 1), (32, 17), ("32", 8)])
-def test_sizes_that_are_none(sizes):
+def test_invalid_sizes(sizes):
     with pytest.raises(InputError):
         Tiling(*sizes)
 

@@ -175,5 +175,5 @@ def given_text(output: Any, mask: Tensor | None, config: Any) -> TextEmbedding:
 
 def check_output_type(output_type: str) -> None:
     """Raises: InputError for an unknown output type."""
-    if output_type not in FORMS:
+    if output_type not in list(FORMS):
         raise InputError(f"output_type is {output_type!r}; it must be one of {', '.join(map(repr, FORMS))}")

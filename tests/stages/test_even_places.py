@@ -1,4 +1,4 @@
-"""Where frames stand: as pictures differ equally, of a known way and of one that is drawn for it."""
+"""Places of frames at which neighbouring pictures differ equally."""
 
 import pytest
 import torch
@@ -19,14 +19,14 @@ def test_jumps_are_root_mean_squares():
     assert jumps(grey([0, 0.5, 0.25])).tolist() == [0.5, 0.25]
 
 
-def test_frames_go_where_the_picture_changes():
+def test_frames_are_placed_where_the_picture_changes():
     """All of the change lies between a half and three quarters of the first leg; the second is even."""
     places = [0, 0.25, 0.5, 0.75, 1, 1.5, 2]
     found = equal_jumps(places, grey([0, 0, 0, 1, 1, 1.5, 2]), 3)
     assert found == pytest.approx([0, 0.5625, 0.625, 0.6875, 1, 1.25, 1.5, 1.75, 2])
 
 
-def test_a_leg_without_change_keeps_its_turns():
+def test_a_leg_without_change_is_divided_by_the_angle():
     assert equal_jumps([0, 0.5, 1, 2], grey([1, 1, 1, 0]), 1) == pytest.approx([0, 0.5, 1, 1.5, 2])
 
 
@@ -35,7 +35,7 @@ def test_none_between():
 
 
 @given(steep=st.floats(0.5, 20), at=st.floats(0.2, 0.8), between=st.integers(1, 12))
-def test_of_a_known_way_all_jumps_are_equal(steep, at, between):
+def test_all_jumps_of_a_known_path_are_equal(steep, at, between):
     """Where the way is known closely: grey along a sigmoid, as steep as may be."""
 
     def drawn(places):
@@ -70,7 +70,7 @@ class Drawing:
 
 
 @pytest.mark.parametrize("one_noise", [False, True])
-def test_each_drawing_makes_it_more_even(one_noise):
+def test_each_round_makes_the_jumps_more_even(one_noise):
     draw, latent, found = Drawing(), points(2), []
     for drawings in range(5):
         places = even_places(latent, 7, draw, one_noise=one_noise, num_drawings=drawings)
@@ -86,7 +86,7 @@ def test_each_drawing_makes_it_more_even(one_noise):
     assert defaults != even_places(latent, 7, draw, one_noise=True)
 
 
-def test_what_is_drawn_for_it():
+def test_the_frames_that_are_decoded():
     draw = Drawing()
     places = even_places(points(2), 7, draw, batch_size=4)
     assert draw.batches == [4, 4, 1, 4, 3]  # the path, then the frames between the ends once more
@@ -104,7 +104,7 @@ def test_each_leg_is_placed_on_its_own():
     assert places[:6] == pytest.approx(even_places(three.select([0, 1]), 4, draw), abs=1e-6)
 
 
-def test_a_way_on_which_nothing_changes():
+def test_a_path_without_any_change():
     """Pictures of batches of different sizes differ in their last bits."""
     same = points(2).select([0, 0, 1])
     draw = Drawing()
@@ -114,7 +114,7 @@ def test_a_way_on_which_nothing_changes():
     assert len(set(draw.batches)) > 1
 
 
-def test_super_resolutions_noise_is_left_out():
+def test_latents_are_decoded_without_super_resolution_noise():
     seen, draw, plain = [], Drawing(), points(2)
     latent = BipartiteLatent(plain.image_embedding, plain.decoder_latents, torch.ones(2, 3, 8, 8))
 
@@ -134,7 +134,7 @@ def test_super_resolutions_noise_is_left_out():
         (lambda latent: Drawing()(latent) * torch.nan, NonFiniteError, "NaN"),
     ],
 )
-def test_drawings_that_tell_nothing(draw, error, words):
+def test_decoders_that_return_no_pictures(draw, error, words):
     with pytest.raises(error, match=words):
         even_places(points(2), 1, draw)
 
@@ -149,6 +149,6 @@ def test_drawings_that_tell_nothing(draw, error, words):
         ({"latent": points(2).select([0])}, "two or more"),
     ],
 )
-def test_what_placing_refuses(wrong, words):
+def test_invalid_arguments(wrong, words):
     with pytest.raises(InputError, match=words):
         even_places(**{"latent": points(2), "num_between": 2, "draw": Drawing(), **wrong})
