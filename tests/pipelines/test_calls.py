@@ -175,7 +175,7 @@ def test_one_step_everywhere(make):
 
 @pytest.mark.parametrize(("steps", "first", "last"), [(1, 1, 0), (2, 1, 1), (5, 4, 1)])
 def test_the_last_step_of_super_resolution_has_its_own_network(tiny_pipeline, make, counter, steps, first, last):
-    """A single step starts from pure noise, which the last network never saw: the first one takes it."""
+    """A single step starts from pure noise, which only the first network was trained on."""
     counter.watch(tiny_pipeline.super_res_first, "forward", "first")
     counter.watch(tiny_pipeline.super_res_last, "forward", "last")
     make("a cat", seed=1, super_res_num_inference_steps=steps)

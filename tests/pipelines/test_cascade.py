@@ -180,7 +180,7 @@ def test_a_stage_that_the_folder_names_must_be_there(saved, tmp_path):
 
 
 def test_the_loader_of_diffusers_would_ignore_it(saved):
-    """diffusers drops what its pipeline's constructor does not take, and says so."""
+    """diffusers ignores components that its pipeline's constructor does not take, with a warning."""
     from diffusers.pipelines.deprecated.unclip.pipeline_unclip import UnCLIPPipeline as Reference
 
     index = json.loads((saved / "model_index.json").read_text())
@@ -358,7 +358,7 @@ def test_tiles_that_do_not_fit(large):
 
 
 def test_256_to_1024_at_full_size_by_shapes(tiny_configs):
-    """The paper's second upsampler in Karlo's widths, on the meta device: no memory, no time."""
+    """The paper's second upsampler in Karlo's widths, on the meta device, without memory."""
     config = tiny_configs["super_res"] | {
         "sample_size": 1024,
         "layers_per_block": 3,

@@ -65,7 +65,7 @@ def saved(tiny_pipeline, tiny_variation, tmp_path_factory):
 
 @pytest.fixture
 def copied(saved, tmp_path):
-    """A folder of a pipeline's, to be broken."""
+    """A copy of a pipeline's folder, to damage."""
     return shutil.copytree(saved / "text", tmp_path / "copied")
 
 
@@ -99,7 +99,7 @@ def test_from_pipe_shares_what_both_have(tiny_pipeline, tiny_variation):
 
 @pytest.fixture(scope="module")
 def whole(tiny_inpaint, tmp_path_factory):
-    """A folder that has every component, as the built-in model's."""
+    """A folder with every component, as of the built-in model."""
     folder = tmp_path_factory.mktemp("whole") / "model"
     tiny_inpaint.save_pretrained(folder)
     return folder
@@ -241,7 +241,7 @@ def test_a_prior_without_a_projection_of_text_tokens(tiny_pipeline, few):
 
 
 def test_a_time_embedding_of_a_width_of_its_own(tiny_pipeline, few):
-    """`time_embedding_dim` says it where it is not four times the first level's width."""
+    """`time_embedding_dim` sets it where it is not four times the first level's width."""
     torch.manual_seed(0)
     decoder = UNet2DConditionModel(tiny_pipeline.decoder.config, time_embedding_dim=20).eval()
     with pytest.raises(ConfigError, match=r"text_proj\.time_embed_dim is 32, but decoder's is 20"):
@@ -461,7 +461,7 @@ def test_variants(tiny_pipeline, few, tmp_path):
 
 
 def test_a_variant_that_only_some_components_have(copied, tiny_pipeline, few):
-    """As a repository may be, and as it is downloaded: the others' plain weights are taken."""
+    """The plain weights of the other components are read, as they are downloaded."""
     with pytest.raises(MissingFileError, match="no fp16 weights; leave variant out"):
         UnCLIPPipeline.from_pretrained(copied, variant="fp16")
     (copied / "prior" / "diffusion_pytorch_model.safetensors").rename(
@@ -644,7 +644,7 @@ def test_settings_that_transformers_cannot_build(copied, settings):
 
 
 def test_a_text_encoder_with_more_weights_than_layers(copied):
-    """Left unsaid, half of the encoder would be used, and every picture would be of something else."""
+    """Without an error, only half of the encoder would run, and all pictures would be wrong."""
     rewrite_config(copied / "text_encoder", num_hidden_layers=1)
     with pytest.raises(WeightsError, match=r"component 'text_encoder'.*16 that the model does not have"):
         UnCLIPPipeline.from_pretrained(copied)
@@ -690,7 +690,7 @@ def test_a_tokenizer_of_another_text_encoder(tiny_pipeline):
 
 @pytest.mark.parametrize("own_clip", [False, True])
 def test_a_token_id_that_the_text_encoder_does_not_have(copied, own_clip):
-    """As many tokens as the text encoder has, but one of them is numbered beyond."""
+    """As many tokens as the text encoder has, but one id is too large."""
     file = copied / "tokenizer" / "tokenizer.json"
     content = json.loads(file.read_text())
     vocabulary = content["model"]["vocab"]
@@ -786,7 +786,7 @@ def test_to_another_type_and_back(own_pipeline, tiny_pipeline, few):
 
 
 def test_bfloat16_is_close_to_float32(own_pipeline, tiny_pipeline):
-    """Where chance decides little: from a given embedding's noise, one step."""
+    """With little randomness: from a given embedding, with one step."""
     arguments = {
         "seed": 1,
         "return_intermediates": True,
@@ -860,7 +860,7 @@ def test_offloading_of_variations(own_variation, tiny_variation, kind):
 
 
 def test_sequential_offload_removes_the_weights(own_pipeline, tiny_pipeline, few):
-    """Between uses no weight has memory of its own in the networks: all lie in the hooks' map."""
+    """Between uses no weight has memory in the networks: all of them are in the map of the hooks."""
     own_pipeline.enable_sequential_cpu_offload(device="cpu")
 
     def all_away():
@@ -876,7 +876,7 @@ def test_sequential_offload_removes_the_weights(own_pipeline, tiny_pipeline, few
 
 
 def test_model_offload_keeps_one_network_at_a_time(own_pipeline, few, monkeypatch):
-    """Every network enters through its hook, in order, and each hook sends away the one before it.
+    """Every network runs through its hook, in order, and each hook offloads the one before it.
 
     On a machine with one device nothing moves, so what is held here is who enters and whom a hook would send away.
     """

@@ -344,20 +344,20 @@ def test_a_speckled_hole_does_not_bleed_either():
     holes = np.random.default_rng(3).random((24, 24)) < 0.5
     pixels = np.full((24, 24, 4), (90, 160, 20, 255), dtype=np.uint8)
     pixels[holes] = (255, 255, 255, 0)
-    edited = read_pictures(Image.fromarray(pixels), None, lambda size: (64, 64))
-    kept = ~edited.region[0, 0]
+    given = read_pictures(Image.fromarray(pixels), None, lambda size: (64, 64))
+    kept = ~given.region[0, 0]
     assert kept.any()
     wanted = torch.tensor([90, 160, 20])[:, None] / 127.5 - 1
-    assert float((edited.x0[0][:, kept] - wanted).abs().max()) < 0.02
+    assert float((given.x0[0][:, kept] - wanted).abs().max()) < 0.02
 
 
 def test_resized_pixels_far_from_a_hole_are_as_without_it():
     picture = noisy(40, 40)
     own = picture.convert("RGBA")
     own.paste((255, 255, 255, 0), (0, 0, 8, 40))
-    edited = read_pictures(own, None, lambda size: (64, 64))
+    given = read_pictures(own, None, lambda size: (64, 64))
     plain = to_tensor(picture.resize((64, 64), Image.Resampling.LANCZOS))
-    assert torch.equal(edited.x0[0, :, :, 24:], plain[:, :, 24:])
+    assert torch.equal(given.x0[0, :, :, 24:], plain[:, :, 24:])
 
 
 def test_a_picture_turned_by_its_camera(edit):

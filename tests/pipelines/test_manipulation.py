@@ -39,7 +39,7 @@ STEPS = {"decoder_num_inference_steps": 6, "super_res_num_inference_steps": 3}
 
 @pytest.fixture(scope="module")
 def tool(tiny_components, build_pipeline):
-    """Networks that predict v, small enough for a step to be undone: a wild one's steps lead from everywhere to one."""
+    """Networks that predict v, with small weights, so that steps are invertible."""
     parts = tiny_components()
     for name in ("decoder_scheduler", "super_res_scheduler"):
         parts[name] = UnCLIPScheduler.from_config(parts[name].config, prediction_type="v_prediction")
@@ -62,7 +62,7 @@ def networks(tool):
 
 
 def mean_alone(tool, captions, seeds, **settings):
-    """The mean of the embeddings that each seed gives alone."""
+    """The mean of the embeddings of single seeds."""
     each = [tool.embed_captions(captions, seed=seed, **settings) for seed in seeds]
     return torch.stack(each).mean(dim=0).squeeze(0)
 
@@ -95,7 +95,7 @@ def test_arrays_are_inverted(tool, pictures):
 
 
 def test_super_resolution_in_tiles_is_inverted_in_tiles(tool, pictures):
-    """Else its noise is that of another network, and the picture does not come back."""
+    """Without tiles the noise would be of another network, and the picture would not be reconstructed."""
     wanted = torch.stack([to_square(picture, 16) for picture in pictures]) / 2 + 0.5
 
     def inverted():
@@ -190,7 +190,7 @@ def test_eta_varies_and_seeds_count_then(tool, pictures):
 
 
 def test_one_noise_for_every_row(tool):
-    """Equal latents give equal pictures wherever they stand, also after super-resolution: no flicker."""
+    """Equal latents give equal pictures in any row, also after super-resolution, so films do not flicker."""
     same = tool.fresh(torch.ones(1, 16).expand(3, -1), seed=4)
     images = tool.decode(same, output_type="pt", seed=9, **STEPS).images
     assert distance(images[0], images[2]) < 1e-5
@@ -214,7 +214,7 @@ def test_the_ends_of_an_interpolation_are_the_reconstructions(tool, pictures):
 
 
 def test_the_decoders_pictures_alone(tool, pictures):
-    """Those that `decode` enlarges, with every setting that the decoder has; nothing after them runs."""
+    """The pictures that `decode` enlarges, with every setting of the decoder; super-resolution does not run."""
     given = {"decoder_num_inference_steps": 6, "decoder_guidance_scale": 3.0, "prompt": "a cat"}
     latent, heard = tool.invert(pictures, **STEPS), []
     whole = tool.decode(
@@ -242,7 +242,7 @@ def test_the_decoders_pictures_alone(tool, pictures):
 
 @pytest.mark.parametrize("one_noise", [False, True])
 def test_frames_are_placed_by_what_is_drawn(tool, pictures, one_noise):
-    """With all settings that the decoder has."""
+    """With every setting of the decoder."""
     latent = tool.invert(pictures, **STEPS)
     settings = {"decoder_num_inference_steps": 6, "decoder_guidance_scale": 2.0, "prompt": "a cat"}
     draw = functools.partial(tool.decode_small, **settings)
@@ -292,7 +292,7 @@ def test_seeds_wrap_around_at_the_largest(tool):
 
 @pytest.fixture
 def recommending(tool, monkeypatch):
-    """Its model recommends several candidates."""
+    """For a model that recommends several candidates."""
     monkeypatch.setattr(tool.text, "_recommended", {"num_prior_candidates": 4, "prior_num_inference_steps": 2})
     return tool
 
@@ -312,7 +312,7 @@ def test_a_caption_has_the_embedding_of_its_picture(recommending):
 
 
 def test_a_difference_is_of_one_candidate_for_both_captions(recommending, monkeypatch):
-    """Each alone may be closest to another, whose noise is another: that would be in the difference too."""
+    """Candidates of different noise would add their difference in noise."""
     tool, drawn, apart = recommending, [], 0
     captions = ["a red apple", "a cat"]
     text = tool.text.caption_encoder.encode(captions, "cpu").embeds
@@ -573,7 +573,7 @@ def built_in():
 
 @pytest.fixture(scope="module")
 def drawn(built_in):
-    """Two pictures to manipulate, of the model's own making, so that no data set is needed."""
+    """Two pictures from the model itself, so that the tests need no data set."""
     pipe = built_in.text
     return pipe(["cat face", "red heart"], seed=1, **pipe.recommended).images
 
@@ -591,7 +591,7 @@ def test_the_built_in_model_reconstructs_pictures(built_in, drawn):
 @pytest.mark.parametrize("ends", ["pictures", "captions"])
 @pytest.mark.parametrize("one_noise", [False, True])
 def test_the_built_in_model_interpolates_evenly(built_in, drawn, ends, one_noise):
-    """Finished pictures too, though the frames are placed by small ones; with the command's own guidance."""
+    """The final pictures too, although frames are placed by small ones; with the guidance of the command."""
     if ends == "pictures":
         latent, settings = built_in.invert(drawn), {}
     else:

@@ -129,7 +129,7 @@ def test_a_path_through_points():
 
 
 def test_a_path_is_computed_one_place_at_a_time(monkeypatch):
-    """In float64 a step takes many times the room of its result; all at once would take that of every frame."""
+    """Arithmetic in float64 needs many times the memory of the result, and all frames at once would multiply it."""
     points, rows = vectors(0, rows=3, norm=5), []
 
     def spy(start, end, share):

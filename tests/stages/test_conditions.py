@@ -10,7 +10,7 @@ from unclip.stages.stage import DecoderCondition, PriorCondition, SuperResCondit
 
 
 def text(*rows: int) -> TextEmbedding:
-    """A caption's embedding whose every number is the row's."""
+    """A caption's embedding in which every number is that of the row."""
     numbers = torch.tensor(rows, dtype=torch.float32)
     mask = (numbers.long() % 2).bool()
     return TextEmbedding(

@@ -11,7 +11,7 @@ from unclip.stages.manipulation import BipartiteLatent, equal_jumps, even_places
 
 
 def grey(values):
-    """Pictures [count, 3, 2, 2] of one grey each: a jump is the difference of two."""
+    """Pictures [count, 3, 2, 2] of one grey each, so a jump is the difference of two greys."""
     return torch.tensor(values, dtype=torch.float32)[:, None, None, None].expand(-1, 3, 2, 2)
 
 
@@ -20,7 +20,7 @@ def test_jumps_are_root_mean_squares():
 
 
 def test_frames_are_placed_where_the_picture_changes():
-    """All of the change lies between a half and three quarters of the first leg; the second is even."""
+    """The first leg changes only between a half and three quarters; the second changes evenly."""
     places = [0, 0.25, 0.5, 0.75, 1, 1.5, 2]
     found = equal_jumps(places, grey([0, 0, 0, 1, 1, 1.5, 2]), 3)
     assert found == pytest.approx([0, 0.5625, 0.625, 0.6875, 1, 1.25, 1.5, 1.75, 2])
@@ -36,7 +36,7 @@ def test_none_between():
 
 @given(steep=st.floats(0.5, 20), at=st.floats(0.2, 0.8), between=st.integers(1, 12))
 def test_all_jumps_of_a_known_path_are_equal(steep, at, between):
-    """Where the way is known closely: grey along a sigmoid, as steep as may be."""
+    """A path with many known pictures: grey along a sigmoid of any steepness."""
 
     def drawn(places):
         return grey(torch.sigmoid((torch.tensor(places, dtype=torch.float64) - at) * steep).tolist())
@@ -51,13 +51,13 @@ def test_all_jumps_of_a_known_path_are_equal(steep, at, between):
 
 
 def points(rows):
-    """Latents with a right angle from each to the next, in embedding and noise alike."""
+    """Latents with a right angle between neighbours, in embedding and noise."""
     eye = torch.eye(rows)
     return BipartiteLatent(eye, eye[:, None, None, :].expand(-1, 3, rows, -1).contiguous())
 
 
 class Drawing:
-    """Pictures of one grey that turns as the first row's share does, steeply at 30 degrees; it counts its batches."""
+    """Pictures of one grey that depends on the angle to the first row, steeply at 30 degrees; counts its batches."""
 
     def __init__(self):
         self.batches = []

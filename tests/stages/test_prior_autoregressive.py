@@ -109,7 +109,7 @@ def test_dot_products_are_of_the_upper_half(num_buckets):
 
 
 class Recorder:
-    """The prior's own logits of one `sample`, call by call, and how many rows each call had."""
+    """Records the prior's logits of one `sample` for each call, and the number of rows."""
 
     def __init__(self, prior):
         self.logits, self.rows, self.codes, self.dots = [], [], [], []
@@ -240,7 +240,7 @@ def test_the_closest_candidate_by_direction():
 
 
 def test_captions_that_keep_candidates_of_the_same_number():
-    """In either pair one would take candidate 0 and the other candidate 1; together they take the closer to both."""
+    """Alone, one of each pair keeps candidate 0 and the other candidate 1; together, the one closer to both."""
     text = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [3.0, 0.0]])
     candidates = torch.tensor(
         [[[1.0, 0.0], [9.0, 0.0], [0.0, 1.0], [0.0, 9.0]], [[0.8, 0.6], [0.8, 0.6], [1.0, 0.0], [0.8, 0.6]]]

@@ -97,7 +97,7 @@ def test_a_null_image_embedding_is_the_learned_one(stages, tiny_pipeline):
 
 @torch.no_grad()
 def test_padding_is_not_seen(stages):
-    """Other numbers under the mask change nothing."""
+    """Values under the mask have no effect."""
     here, x = text(), {"prior": torch.randn(2, 16), "decoder": torch.randn(2, 3, 8, 8)}
     noisy = here.hidden_states.where(here.mask[..., None], torch.randn_like(here.hidden_states))
     there = TextEmbedding(here.embeds, noisy, here.mask)
@@ -177,7 +177,7 @@ def test_sampling(stages, tiny_pipeline, name):
 
 @torch.no_grad()
 def test_inverting_under_guidance_undoes_guided_sampling(stages, tiny_pipeline):
-    """The same guided denoiser walks up and down: x_T found under a scale is another than without."""
+    """Sampling and inversion use the same guided denoiser, so x_T depends on the scale."""
     condition, null = CONDITIONS["prior"](), PriorCondition(text(seed=9))
     x0 = torch.randn(SHAPES["prior"], generator=torch.Generator().manual_seed(1)) * 0.5
     more = {"timesteps": (999, 500, 200, 50, 0), "num_rounds": 2}

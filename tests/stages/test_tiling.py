@@ -47,7 +47,7 @@ def test_a_tile_fades_only_towards_its_neighbours():
 
 
 class Sharp(nn.Module):
-    """A network of receptive field 2 px: two 3×3 convolutions with zero padding, and an answer to the timestep."""
+    """A network of receptive field 2 px: two 3×3 convolutions with zero padding that depend on the timestep."""
 
     dtype = torch.float32
     config = SimpleNamespace(sample_size=64, in_channels=6, num_levels=1)
@@ -79,7 +79,7 @@ def draw(network, tiling, size):
 
 @pytest.mark.parametrize("size", [(64, 96), (61, 50), (20, 96), (32, 32)])
 def test_tiles_change_nothing_for_a_receptive_field_of_a_quarter_of_the_overlap(size):
-    """Over a whole sampling: rounding alone is left (receptive field 2 px, overlap 8 px)."""
+    """After all steps only rounding differs (receptive field 2 px, overlap 8 px)."""
     whole, parts = Sharp(), Sharp()
     expected, result = draw(whole, None, size), draw(parts, Tiling(32, 8), size)
     assert expected.std() > 0.1
@@ -90,13 +90,13 @@ def test_tiles_change_nothing_for_a_receptive_field_of_a_quarter_of_the_overlap(
 
 
 def test_borders_show_when_the_overlap_is_too_small():
-    """The same network with tiles that merely touch: so the test above can fail."""
+    """The same network with tiles that only touch, which shows that the test above can fail."""
     expected, result = draw(Sharp(), None, (64, 64)), draw(Sharp(), Tiling(32, 1), (64, 64))
     assert (result - expected).abs().max() > 0.02
 
 
 def test_a_network_with_a_large_receptive_field_has_no_visible_border():
-    """Tiles that answer with their own mean (as group normalisation would): no step where one ends."""
+    """Tiles that return their own mean (as with group normalisation) have no step at their borders."""
     ramp = torch.linspace(-1, 1, 96).expand(1, 1, 32, 96)
     result = tiled(lambda part: part.mean((2, 3), keepdim=True).expand_as(part), ramp, Tiling(32, 16))
     steps = result.diff(dim=3).abs()
@@ -106,7 +106,7 @@ def test_a_network_with_a_large_receptive_field_has_no_visible_border():
 
 
 def test_memory_is_that_of_a_tile():
-    """What the network holds is bounded by the tile, however large the picture is."""
+    """The network's input is limited by the tile, for pictures of any size."""
     seen = []
 
     @dataclass

@@ -26,13 +26,10 @@ from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileEr
 from unclip.numbers import whole
 from unclip.pipelines.component import index_entry, parts_with_variant, read_component, write_component
 
-STAGE_WORDS = {"prior": "prior", "decoder": "decoder", "super_res": "super-resolution"}
-
 
 def stage_words(stage: str) -> str:
     """The name of a stage in progress bars and messages: "super_res_2" is "super-resolution 2"."""
-    further = stage.removeprefix("super_res_")
-    return STAGE_WORDS.get(stage) or f"{STAGE_WORDS['super_res']} {further}"
+    return stage.replace("super_res_", "super-resolution ").replace("super_res", "super-resolution")
 
 
 class Pipeline:
@@ -147,11 +144,6 @@ class Pipeline:
         return next(next(iter(self.networks.values())).parameters()).device
 
     @classmethod
-    def _may_lack(cls, name: str, index: Mapping[str, Any]) -> bool:
-        """Whether a component is optional, and missing in the folder whose model_index.json is `index`."""
-        return name in cls.OPTIONAL and index.get(name) in (None, [None, None])
-
-    @classmethod
     def from_pretrained(
         cls,
         name_or_folder: str | Path = "unclip-emoji",
@@ -216,7 +208,8 @@ class Pipeline:
     ) -> dict[str, Any]:
         """The named components of a folder, without optional ones that it lacks; `types` as of `_types`."""
         index = read_json(safe_join(source.folder, "model_index.json"))
-        to_read = [name for name in names if not cls._may_lack(name, index)]
+        missing = {name for name in cls.OPTIONAL if index.get(name) in (None, [None, None])}
+        to_read = [name for name in names if name not in missing]
         classes = {name: _class_name(index, name, cls.__name__, source.folder) for name in to_read}
         every = cls.component_names()
         varied = set() if source.variant is None else parts_with_variant(source.folder, every, source.variant)

@@ -206,6 +206,10 @@ class PriorRun:
         """Whether a null condition is needed."""
         return uses_guidance(self.guidance_scale)
 
+    def check_latents(self, batch_size: int) -> None:
+        """Raises: InputError for latents of another shape than this prior needs, or that are not finite."""
+        check_latents(self.latents, "prior_latents", self.prior.sample_shape(batch_size))
+
 
 def encode(
     encoder: TextEncoder, captions: Sequence[str], rows: int, repeat: int, device: torch.device

@@ -20,7 +20,6 @@ from unclip.pipelines.arguments import (
     as_prompts,
     check_count,
     check_embeddings,
-    check_latents,
     check_output_type,
     given_text,
     noise_source,
@@ -169,8 +168,7 @@ class UnCLIPPipeline(GenerationPipeline):
         rows = len(text)
         negative = as_captions(negative_prompt, rows)
         count = check_count(num_images_per_prompt, rows)
-        check_latents(prior.latents, "prior_latents", prior.prior.sample_shape(count * rows))
-        for run in (decoder, *super_res):
+        for run in (prior, decoder, *super_res):
             run.check_latents(count * rows)
         call = Call(self, noise_source(generator, seed, count * rows), callback_on_step_end)
 
