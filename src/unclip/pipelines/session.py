@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import torch
 
     from unclip.diffusion.scheduler import Scheduler
+    from unclip.pipelines.generation import GenerationPipeline
     from unclip.pipelines.pipeline import Pipeline
-    from unclip.pipelines.steps import GenerationPipeline
 
 
 class Dtype(StrEnum):
