@@ -46,12 +46,12 @@ def main() -> None:
     asked = parser.parse_args()
 
     tool = Manipulator.from_pretrained(asked.model)
-    pipe = tool._deterministic(0.0)
+    pipe = tool.ddim_pipeline()
     images = pictures(asked.data, asked.num_pictures)
     stage = DecoderStage(pipe.decoder, pipe.text_proj, pipe.decoder_scheduler.process)
-    text = pipe._repeated_text([""], len(images), 1)
+    text = pipe.caption_encoder.encode([""] * len(images), pipe.device)
     condition = DecoderCondition.of(text, tool.embed_images(images))
-    size = stage.sample_shape(condition)[-1]
+    size = stage.sample_shape(1)[-1]
     wanted = torch.stack([to_square(image, size) for image in images]).to(pipe.device)
     denoiser, nothing = stage.prepare(condition), NoiseSource(None, len(images))
     lines = [

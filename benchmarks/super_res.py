@@ -20,7 +20,7 @@ from unclip.data.folder import read_records
 from unclip.diffusion.loop import NoiseSource, generators_from_seed
 from unclip.evaluation.measures import pixel_measures
 from unclip.images import open_image, to_pil, to_square
-from unclip.pipelines.steps import Call
+from unclip.pipelines.steps import Call, enlarge
 
 NOISE = 0.05
 
@@ -36,9 +36,9 @@ def main() -> None:
 
     pipe = UnCLIPImageVariationPipeline.from_pretrained(asked.model)
     pipe.set_progress_bar_config(disable=True)
-    sizes = pipe._sizes(None, None)
+    sizes = pipe.sizes()
     steps = pipe.recommended.get("super_res_num_inference_steps", 7)
-    runs = pipe._super_res_runs(steps, None, sizes)  # type: ignore[arg-type]
+    runs = pipe.super_res_runs(steps)  # type: ignore[arg-type]
     large_px = list(sizes.values())[-1][0]
     records = [record for record in read_records(asked.data) if record.held_out]
     count = min(asked.num_pictures, len(records))
@@ -51,8 +51,8 @@ def main() -> None:
         made = []
         for start in range(0, count, asked.batch_size):
             part = small[start : start + asked.batch_size]
-            call = Call(NoiseSource(generators_from_seed(0, len(part)), len(part)), None)
-            made += to_pil(pipe._enlarge(part.to(pipe.device), runs, call))
+            call = Call(pipe, NoiseSource(generators_from_seed(0, len(part)), len(part)))
+            made += to_pil(enlarge(runs, part.to(pipe.device), call))
         resized = to_pil(F.interpolate(small, (large_px, large_px), mode="bicubic").clamp(-1, 1))
         for way, pictures in (("bicubic resizing", resized), ("super-resolution", made)):
             found = pixel_measures(real, pictures)

@@ -316,7 +316,7 @@ def change_json(path: Path, **changes: object) -> None:
     ("damage", "error", "match"),
     [
         (lambda f: change_json(f / "config.json", projection_dim=99), WeightsError, "not of one model"),
-        (lambda f: change_json(f / "config.json", projection_dim="x"), CheckpointError, "no CLIP text model"),
+        (lambda f: change_json(f / "config.json", projection_dim="x"), ConfigError, "projection_dim in .* is 'x'"),
         (lambda f: change_json(f / "config.json", text_config=3), ConfigError, r"text_config in .* is 3; it must"),
         (lambda f: (f / "config.json").unlink(), MissingFileError, "config.json"),
         (lambda f: (f / "vocab.json").unlink(), MissingFileError, "no tokenizer"),

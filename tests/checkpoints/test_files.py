@@ -276,7 +276,7 @@ def test_a_full_disk_is_a_typed_error_and_leaves_what_was_there(tmp_path, old, l
     before = sorted(old.rglob("*"))
     with (
         little_room(10),
-        pytest.raises(OutputError, match=r"old cannot be written: .*File too large"),
+        pytest.raises(OutputError, match=r"model cannot be written: .*File too large"),
         atomic_folder(old, overwrite=True) as draft,
     ):
         (draft / "new").write_text("x" * 100)

@@ -289,7 +289,7 @@ def test_what_does_not_go_with_the_structure(run, arguments):
     assert run("vary", "cat.png", *arguments).code == 2
 
 
-@pytest.mark.parametrize("side", ["--height", "--width"])
+@pytest.mark.parametrize("side", ["--height", "--width", "--size"])
 def test_the_structure_is_of_the_models_own_size(run, side):
     done = run("vary", "cat.png", "--keep-structure", side, 64)
     assert done.code == 2
@@ -821,7 +821,10 @@ def test_parts_of_a_command(files, monkeypatch):
         read_part("a cat:inf", weighted=True)
 
 
-def test_one_picture_of_every_command_goes_into_a_file(run, files):
+def test_one_picture_of_every_command_goes_into_a_file(unclip, model, files, monkeypatch):
+    monkeypatch.chdir(files)
+    common = ["--model", model, *FEW, "--out"]
+
     for command, name in (
         (["vary", "cat.png"], "one.png"),
         (["edit", "cat.png", "--from", "a cat", "--to", "a dog"], "one.png"),
@@ -830,7 +833,7 @@ def test_one_picture_of_every_command_goes_into_a_file(run, files):
         (["invert", "cat.png"], "one.safetensors"),
     ):
         path = files / command[0] / name
-        done = run(*command, "--out", path)
+        done = unclip(*command, *common, path)
         assert done.code == 0, done.err
         assert done.lines == [str(path)]
         assert [each.name for each in path.parent.iterdir()] == [name]
@@ -839,4 +842,4 @@ def test_one_picture_of_every_command_goes_into_a_file(run, files):
         ["interpolate", "cat.png", "dog.png"],
         ["blend", "cat.png", "-n", 2],
     ):
-        assert "name a folder" in run(*command, "--out", files / "several.png").err
+        assert "name a folder" in unclip(*command, *common, files / "several.png").err

@@ -44,6 +44,7 @@ TABLE: dict[tuple[str, ...], dict[str, tuple]] = {
     ("tokenizer",): {
         "model_max_length": (-(10**30), True, False, 0, 2, -1, 5.5, 1e-300, "5", "x", [], {}),
         "pad_token": (None, 7, []),
+        "model_input_names": ("x", [], [1], {}, ["input_ids"]),
     },
     ("feature_extractor",): {
         "size": (*NO_SIZE, {"shortest_edge": 0}, {"shortest_edge": 10**30}, {"height": True, "width": 16}),

@@ -1,4 +1,4 @@
-"""Arguments that are wrong get an InputError before any stage runs; odd but right ones work."""
+"""Wrong arguments raise InputError before any stage runs; unusual but valid ones work."""
 
 import re
 import warnings
@@ -22,10 +22,8 @@ def nothing_runs(tiny_pipeline, monkeypatch):
     def run(*args, **kwargs):
         raise AssertionError("a stage ran although an argument is wrong")
 
-    for network in (tiny_pipeline.prior, tiny_pipeline.decoder):
-        monkeypatch.setattr(network, "denoise", run)
-    for network in (tiny_pipeline.super_res_first, tiny_pipeline.super_res_last):
-        monkeypatch.setattr(network, "forward", run)
+    for name in ("prior", "decoder", "super_res_first", "super_res_last"):
+        monkeypatch.setattr(getattr(tiny_pipeline, name), "forward", run)
 
 
 def case(message, **arguments):
@@ -96,7 +94,7 @@ EMBEDDINGS = [
 GIVEN_TEXT = [
     case("needs text_attention_mask", prompt=None, text_model_output=TEXT),
     case("needs text_attention_mask", prompt=None, text_model_output=TEXT, text_attention_mask=[[1] * 11]),
-    case("goes with text_model_output", text_attention_mask=MASK),
+    case("needs text_model_output", text_attention_mask=MASK),
     case("not both", text_model_output=TEXT, text_attention_mask=MASK),
     case("CLIPTextModelOutput", prompt=None, text_model_output=TEXT[:1], text_attention_mask=MASK),
     case("CLIPTextModelOutput", prompt=None, text_model_output=TEXT[0], text_attention_mask=MASK),
@@ -229,7 +227,7 @@ def test_a_tuple_of_prompts(make):
     assert torch.equal(make(("a cat", "a"), seed=1), make(["a cat", "a"], seed=1))
 
 
-def test_a_warning_names_what_was_left_out(make):
+def test_a_warning_shows_the_text_that_was_cut(make):
     with pytest.warns(UserWarning, match="the text encoder reads 9; left out: 'red'"):
         make("a cat a cat a cat a cat a red", seed=1)
 

@@ -1,4 +1,4 @@
-"""The model in the package: how large it is, and that it draws what it is asked for."""
+"""The built-in model: its size, and that its pictures match their captions."""
 
 import json
 from importlib.resources import files
@@ -51,7 +51,7 @@ def drawn():
 
 
 @pytest.mark.slow
-def test_it_draws_what_is_asked(judge, candidates, drawn):
+def test_pictures_match_their_captions(judge, candidates, drawn):
     """A CLIP that had no part in it finds the right caption of twenty; chance is one picture."""
     looks = judge.look(drawn)
     assert candidates.rates(looks, CAPTIONS)["at_1"] >= 0.8
@@ -71,7 +71,7 @@ def test_variations_keep_what_a_picture_shows(judge, candidates, drawn):
 # ---- its card ----
 
 
-def test_the_card_tells_what_the_reports_say():
+def test_the_model_card_has_the_figures_of_the_reports():
     folder = ASSETS / "emoji"
     card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
     groups = json.loads((folder / "evaluation.json").read_text())["retrieval"]
@@ -90,7 +90,7 @@ def test_the_card_tells_what_the_reports_say():
         assert f"| {name} | {number} | {first} | {five} | {found['clip_score']:.3f} |" in card
 
 
-def test_the_readme_tells_what_the_report_says():
+def test_the_readme_has_the_figures_of_the_report():
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").replace("\n", " ")
     seen = json.loads((ASSETS / "emoji" / "evaluation.json").read_text())["retrieval"]["seen"]
     (made, made_5), (real, real_5) = (

@@ -1,4 +1,4 @@
-"""What the arguments of a call do."""
+"""The arguments of a call, and their effects."""
 
 import copy
 import gc
@@ -30,6 +30,7 @@ class Counter:
 
     def __init__(self, monkeypatch):
         self.rows: dict[str, list[int]] = {}
+        self.hooks = []
         self._monkeypatch = monkeypatch
 
     def watch(self, owner, method: str, name: str) -> None:
@@ -43,10 +44,17 @@ class Counter:
 
         self._monkeypatch.setattr(owner, method, counted)
 
+    def watch_calls(self, network, name: str) -> None:
+        rows = self.rows[name] = []
+        self.hooks.append(network.register_forward_pre_hook(lambda module, given: rows.append(len(given[0]))))
+
 
 @pytest.fixture
 def counter(monkeypatch):
-    return Counter(monkeypatch)
+    counter = Counter(monkeypatch)
+    yield counter
+    for hook in counter.hooks:
+        hook.remove()
 
 
 def generator(seed: int) -> torch.Generator:
@@ -71,7 +79,7 @@ def test_a_list_of_seeds(make):
     torch.testing.assert_close(batch[2], batch[0], **CLOSE)
 
 
-def test_a_seed_is_a_generator_a_picture(make):
+def test_a_seed_equals_a_generator_for_each_picture(make):
     both = make("a cat", num_images_per_prompt=2, seed=3)
     torch.testing.assert_close(both, make("a cat", num_images_per_prompt=2, generator=[generator(3), generator(4)]))
 
@@ -167,7 +175,7 @@ def test_one_step_everywhere(make):
 
 @pytest.mark.parametrize(("steps", "first", "last"), [(1, 1, 0), (2, 1, 1), (5, 4, 1)])
 def test_the_last_step_of_super_resolution_has_its_own_network(tiny_pipeline, make, counter, steps, first, last):
-    """A single step starts from pure noise, which the last network never saw: the first one takes it."""
+    """A single step starts from pure noise, which only the first network was trained on."""
     counter.watch(tiny_pipeline.super_res_first, "forward", "first")
     counter.watch(tiny_pipeline.super_res_last, "forward", "last")
     make("a cat", seed=1, super_res_num_inference_steps=steps)
@@ -200,8 +208,8 @@ def test_super_resolution_by_a_scheduler_that_does_not_end_at_0(own_pipeline, fe
 
 @pytest.mark.parametrize(("prior", "decoder"), [(4.0, 8.0), (1.0, 8.0), (4.0, 1.0), (1.0, 1.0), (0.5, 8.0), (4.0, 0.0)])
 def test_guidance_is_decided_for_each_stage(tiny_pipeline, make, counter, prior, decoder):
-    counter.watch(tiny_pipeline.prior, "denoise", "prior")
-    counter.watch(tiny_pipeline.decoder, "denoise", "decoder")
+    counter.watch_calls(tiny_pipeline.prior, "prior")
+    counter.watch_calls(tiny_pipeline.decoder, "decoder")
     make(["a cat", "an apple"], seed=1, prior_guidance_scale=prior, decoder_guidance_scale=decoder)
     assert counter.rows["prior"] == [4 if prior > 1 else 2] * 2
     assert counter.rows["decoder"] == [4 if decoder > 1 else 2] * 2
@@ -256,7 +264,7 @@ def test_variations_take_captions(vary):
 # ---- embeddings in, intermediate results out ----
 
 
-def test_image_embeddings_stand_in_for_the_prior(tiny_pipeline, make, counter, few):
+def test_image_embeddings_replace_the_prior(tiny_pipeline, make, counter, few):
     whole = tiny_pipeline("a cat", seed=1, output_type="pt", return_intermediates=True, **few)
     counter.watch(tiny_pipeline.prior, "prepare", "prior")
     embeddings = torch.cat([whole.image_embeddings, whole.image_embeddings + 1])
@@ -275,7 +283,7 @@ def test_image_embeddings_alone_have_the_empty_caption(make, vary):
     torch.testing.assert_close(pictures, vary(image_embeddings=embeddings, seed=1), **CLOSE)
 
 
-def test_given_text_is_the_prompts(tiny_pipeline, make):
+def test_a_given_text_embedding_equals_the_prompt(tiny_pipeline, make):
     tokens = tiny_pipeline.tokenizer(["a cat"], padding="max_length", max_length=11, return_tensors="pt")
     with torch.no_grad():
         output = tiny_pipeline.text_encoder(tokens["input_ids"])
@@ -361,12 +369,12 @@ def test_a_plain_tuple(tiny_pipeline, tiny_variation, few):
     assert len(images) == 2
 
 
-def test_the_contracts_order_of_arguments(tiny_pipeline):
+def test_the_order_of_arguments(tiny_pipeline):
     (images,) = tiny_pipeline("a cat", 2, 1, 2, 1, generator(1), None, None, None, None, None, 2.0, 3.0, "pt", False)
     assert images.shape == (2, 3, 16, 16)
 
 
-# ---- results that are no numbers ----
+# ---- results with NaN ----
 
 
 @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
@@ -382,7 +390,7 @@ def test_embeddings_that_are_too_large(own_pipeline, vary, few, output_type):
         own_pipeline(image_embeddings=embeddings / 1e24, seed=1, output_type=output_type, **few)
 
 
-def test_a_prior_that_gives_no_numbers(own_pipeline, few):
+def test_a_prior_that_returns_nan(own_pipeline, few):
     with torch.no_grad():
         own_pipeline.prior.clip_std.fill_(float("inf"))
     for make in (lambda: own_pipeline("a cat", seed=1, **few), lambda: own_pipeline.embed_captions("a cat", seed=1)):
@@ -393,7 +401,7 @@ def test_a_prior_that_gives_no_numbers(own_pipeline, few):
 # ---- callbacks ----
 
 
-def test_a_callback_is_told_of_every_step(own_pipeline, make):
+def test_a_callback_gets_every_step(own_pipeline, make):
     told = []
 
     def callback(pipeline, step, timestep, about):
@@ -424,7 +432,7 @@ def test_a_callback_may_replace_the_latents(make):
 
 
 @pytest.mark.parametrize("stage", ["prior", "decoder", "super_res"])
-def test_latents_of_a_callback_that_are_no_numbers(make, stage):
+def test_a_callback_that_returns_nan(make, stage):
     def callback(pipeline, step, timestep, about):
         return {"latents": about["latents"] * float("nan")} if about["stage"] == stage else None
 
@@ -447,7 +455,7 @@ def test_a_callback_may_stop_the_run(own_pipeline, few, stage):
     assert torch.equal(first, own_pipeline("a cat", seed=1, output_type="pt", **few).images)
 
 
-def test_variations_tell_callbacks_too(vary):
+def test_variations_call_callbacks_too(vary):
     stages = []
     vary(image_embeddings=torch.zeros(1, 16), callback_on_step_end=lambda *given: stages.append(given[3]["stage"]))
     assert stages == ["decoder", "decoder", "super_res", "super_res"]
@@ -459,7 +467,7 @@ def test_a_callbacks_answer_is_checked(make, answer):
         make("a cat", seed=1, callback_on_step_end=lambda *given: answer)
 
 
-def test_a_callback_that_is_no_function(make):
+def test_a_callback_that_is_not_a_function(make):
     with pytest.raises(InputError, match="callback_on_step_end must be a function, not str"):
         make("a cat", callback_on_step_end="print")
 
@@ -480,7 +488,7 @@ def test_what_does_not_change_is_computed_once(tiny_pipeline, make, counter, mon
 
     counter.watch(tiny_pipeline.prior, "prepare", "prior")
     counter.watch(tiny_pipeline.decoder, "prepare", "decoder")
-    counter.watch(tiny_pipeline.text_proj, "combine", "text_proj")
+    counter.watch(tiny_pipeline.text_proj, "forward", "text_proj")
     counter.watch(tiny_pipeline.prior.encoder_hidden_states_proj, "forward", "the prior's text")
     for i, block in enumerate(tiny_pipeline.prior.transformer_blocks):
         counter.watch(block.attn1.to_k, "forward", f"keys {i}")

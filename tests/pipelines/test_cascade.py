@@ -1,4 +1,4 @@
-"""Super-resolution in several stages, pictures that are not the networks' own square, and tiles: whole pipelines."""
+"""Pipelines with several super-resolution stages, other picture sizes, and tiles."""
 
 import copy
 import json
@@ -122,7 +122,7 @@ def test_variations_and_edits_have_it_too(tiny_variation, third, large, few):
     assert not there.any()
 
 
-def test_progress_tells_the_stages_apart(large, few, capsys):
+def test_progress_bars_name_the_stages(large, few, capsys):
     large.set_progress_bar_config()
     large("a cat", seed=1, **few)
     large.set_progress_bar_config(disable=True)
@@ -175,12 +175,12 @@ def test_a_stage_that_the_folder_names_must_be_there(saved, tmp_path):
         UnCLIPPipeline.from_pretrained(broken)
     index = json.loads((broken / "model_index.json").read_text())
     (broken / "model_index.json").write_text(json.dumps(index | {"super_res_2_first": "UNet2DModel"}))
-    with pytest.raises(CheckpointError, match="names no 'super_res_2_first'"):
+    with pytest.raises(CheckpointError, match="without 'super_res_2_first'"):
         UnCLIPPipeline.from_pretrained(broken)
 
 
-def test_the_ecosystems_loader_would_pass_over_it(saved):
-    """diffusers drops what its pipeline's constructor does not take, and says so."""
+def test_the_loader_of_diffusers_would_ignore_it(saved):
+    """diffusers ignores components that its pipeline's constructor does not take, with a warning."""
     from diffusers.pipelines.deprecated.unclip.pipeline_unclip import UnCLIPPipeline as Reference
 
     index = json.loads((saved / "model_index.json").read_text())
@@ -194,7 +194,7 @@ def test_a_variation_folder_keeps_it(saved, tiny_variation, tmp_path):
     assert list(UnCLIPImageVariationPipeline.from_pretrained(out).cascade) == ["super_res", "super_res_2"]
 
 
-def test_offloading_brings_it_along(own_pipeline, third, draw):
+def test_offloading_includes_it(own_pipeline, third, draw):
     own = quiet(UnCLIPPipeline.from_pipe(own_pipeline, **copy.deepcopy(third)))
     expected = draw(own)
     own.enable_model_cpu_offload(device="cpu")
@@ -211,10 +211,10 @@ def test_offloading_brings_it_along(own_pipeline, third, draw):
         (["super_res_2_first"], "super_res_2 has no super_res_2_scheduler"),
         (["super_res_2_scheduler"], "super_res_2 has no super_res_2_first"),
         (["super_res_2_last"], "super_res_2 has no super_res_2_first"),
-        (["super_res_3_first", "super_res_3_scheduler"], "there is a super_res_3, but no super_res_2 before it"),
+        (["super_res_3_first", "super_res_3_scheduler"], "super_res_3 needs super_res_2, which is missing"),
     ],
 )
-def test_half_a_stage(tiny_pipeline, third, names, message):
+def test_an_incomplete_stage(tiny_pipeline, third, names, message):
     parts = {name: third["super_res_2_" + ("scheduler" if "scheduler" in name else "first")] for name in names}
     with pytest.raises(ConfigError, match=message):
         UnCLIPPipeline(**tiny_pipeline.components, **parts)
@@ -265,7 +265,7 @@ def test_one_side_alone_leaves_the_other(make, vary):
     assert vary(NOISY, seed=1, height=24).shape == (1, 3, 24, 16)
 
 
-def test_every_stage_is_told_its_size(tiny_pipeline, few, draw):
+def test_every_stage_has_its_own_size(tiny_pipeline, few, draw):
     output = tiny_pipeline("a cat", seed=1, height=8, width=24, return_intermediates=True, **few)
     assert output.small_images[0].size == (12, 4)
     assert draw(height=16, width=48).shape == (1, 3, 16, 48)
@@ -296,13 +296,13 @@ def test_impossible_sides(make, side, message):
         make("a cat", height=side)
 
 
-def test_the_multiple_is_that_of_the_pickiest_stage(draw):
+def test_the_multiple_is_that_of_the_deepest_network(draw):
     """8 → 16 → 32 px, each halved once: the decoder's 2 px are 8 px of the result."""
     with pytest.raises(InputError, match="multiple of 8, such as 16"):
         draw(height=20)
 
 
-def test_the_last_steps_network_may_be_the_pickiest(tiny_pipeline, tiny_configs, few):
+def test_the_last_network_may_be_the_deepest(tiny_pipeline, tiny_configs, few):
     levels = {
         "block_out_channels": (8,) * 4,
         "down_block_types": ("ResnetDownsampleBlock2D",) * 4,
@@ -327,7 +327,7 @@ def test_a_pictures_shape_in_the_models_pixels(picture, fitted):
 # ---- tiles in a pipeline ----
 
 
-def test_tiles_bound_what_a_network_sees(large, draw, monkeypatch):
+def test_tiles_limit_the_inputs_of_a_network(large, draw, monkeypatch):
     expected, seen = draw(), []
     network = large.super_res_2_first
     original = network.forward
@@ -358,7 +358,7 @@ def test_tiles_that_do_not_fit(large):
 
 
 def test_256_to_1024_at_full_size_by_shapes(tiny_configs):
-    """The paper's second upsampler in Karlo's widths, on the meta device: no memory, no time."""
+    """The paper's second upsampler in Karlo's widths, on the meta device, without memory."""
     config = tiny_configs["super_res"] | {
         "sample_size": 1024,
         "layers_per_block": 3,

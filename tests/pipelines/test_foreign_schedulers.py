@@ -1,4 +1,4 @@
-"""Schedulers of diffusers in a pipeline: converted where unclip has the sampler, else refused with what to import."""
+"""Schedulers of diffusers in a pipeline: converted where unclip has the sampler, otherwise refused with a remedy."""
 
 import diffusers
 import pytest
@@ -30,7 +30,7 @@ OTHERS = [
 
 @pytest.fixture(autouse=True)
 def quiet_diffusers():
-    """Settings that a class does not have are logged, which is no matter of these tests."""
+    """Ignore the log of settings that a class does not have."""
     before = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity_error()
     yield
@@ -59,7 +59,7 @@ def test_a_scheduler_built_from_our_config(own_pipeline, few, name, component):
 
 @pytest.mark.parametrize("source", [UnCLIPScheduler, DDIMScheduler, DPMSolverMultistepScheduler])
 @pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler"])
-def test_the_process_survives(source, name):
+def test_the_diffusion_process_is_kept(source, name):
     first = source(variance_type="learned_range", prediction_type="v_prediction", beta_schedule="scaled_linear")
     theirs = getattr(diffusers, name).from_config(first.config)
     if source is DDIMScheduler and name == "DDPMScheduler":  # "leading" and a learned variance
@@ -144,7 +144,7 @@ def test_a_class_whose_sampler_unclip_does_not_have(own_pipeline, name):
 )
 def test_a_setting_that_unclip_does_not_implement(own_pipeline, name, setting):
     theirs = getattr(diffusers, name).from_config(own_pipeline.decoder_scheduler.config, **setting)
-    with pytest.raises(ConfigError, match=r"'decoder_scheduler': .*; make one by from unclip import"):
+    with pytest.raises(ConfigError, match=r"'decoder_scheduler': .*; instead: from unclip import"):
         own_pipeline.decoder_scheduler = theirs
 
 

@@ -126,7 +126,7 @@ def test_backward_hooks_fire_in_the_loss_of_a_stage(own_pipeline):
     for network in (own_pipeline.decoder, own_pipeline.text_proj):
         network.register_full_backward_hook(lambda m, gi, go: fired.append((type(m).__name__, go[0] is not None)))
         network.register_full_backward_pre_hook(lambda m, go: fired.append("before"))
-    x = torch.randn(stage.sample_shape(condition), requires_grad=True)
+    x = torch.randn(stage.sample_shape(len(condition)), requires_grad=True)
     stage.prepare(condition)(x, 500).square().mean().backward()
     assert x.grad is not None
     assert ("UNet2DConditionModel", True) in fired

@@ -1,4 +1,4 @@
-"""Inpainting and image to image: what stays, what is drawn, and what decides it."""
+"""Inpainting and image to image."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from unclip import (
 )
 from unclip.evaluation.measures import seam
 from unclip.images import rgb, to_tensor
-from unclip.pipelines.masks import read_edited
+from unclip.pipelines.masks import read_pictures
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
@@ -29,7 +29,7 @@ def noisy(width=16, height=16, seed=0):
 
 
 def left_half(width=16, height=16):
-    """Draw the left half anew: white there."""
+    """A mask that is white in the left half, which is replaced."""
     mask = np.zeros((height, width), dtype=np.uint8)
     mask[:, : width // 2] = 255
     return Image.fromarray(mask)
@@ -84,7 +84,7 @@ def test_in_half_precision_pixels_stay_too(tiny_components, build_pipeline):
     assert there[:, :8].any()
 
 
-def test_numbers_that_stay(tiny_inpaint):
+def test_kept_pixels_in_arrays_and_tensors(tiny_inpaint):
     for form in ("np", "pt"):
         images = tiny_inpaint("a cat", PICTURE, MASK, output_type=form, **FEW).images
         kept = images[0, :, :, 8:] if form == "pt" else images[0, :, 8:].transpose(2, 0, 1)
@@ -100,8 +100,8 @@ def test_the_known_part_is_known_to_both_stages(tiny_inpaint):
     assert (output.small_images[0, :, :, :4] - shrunk.mean((2, 4))[:, :, :4]).abs().max() > 0.05
 
 
-def test_a_small_pixel_that_the_mask_touches_is_drawn(tiny_inpaint, edit):
-    """A mask of one pixel: the whole small pixel is drawn anew, and of the result that one pixel alone."""
+def test_a_small_pixel_is_replaced_if_the_mask_touches_it(tiny_inpaint, edit):
+    """With a mask of one pixel, the whole small pixel is replaced, and only that one pixel of the result."""
     mask = Image.new("L", (16, 16), 0)
     mask.putpixel((5, 9), 255)
     (result,) = edit("a cat", PICTURE, mask)
@@ -112,13 +112,13 @@ def test_a_small_pixel_that_the_mask_touches_is_drawn(tiny_inpaint, edit):
     assert differs[4, 2]
 
 
-def test_the_rest_decides_what_is_drawn(edit):
-    """The drawn half depends on the kept one: it is no picture of its own that was pasted in."""
+def test_the_replaced_region_depends_on_the_rest(edit):
+    """The replaced half depends on the kept one, and is not an independent picture."""
     other = noisy(seed=7)
     assert changed(edit("a cat", PICTURE, MASK)[0], Image.fromarray(edit("a cat", other, MASK)[0]))[:, :8].mean() > 0.5
 
 
-def test_what_lies_under_the_mask_plays_no_part_at_full_strength(edit):
+def test_pixels_under_the_mask_have_no_effect_at_full_strength(edit):
     hidden = PICTURE.copy()
     hidden.paste((255, 0, 0), (0, 0, 8, 16))
     assert np.array_equal(edit("a cat", PICTURE, MASK), edit("a cat", hidden, MASK))
@@ -126,7 +126,7 @@ def test_what_lies_under_the_mask_plays_no_part_at_full_strength(edit):
     assert not np.array_equal(edit("a cat", PICTURE, MASK, **lower), edit("a cat", hidden, MASK, **lower))
 
 
-def test_resampling_changes_what_is_drawn(edit):
+def test_resampling_changes_the_replaced_region(edit):
     one = edit("a cat", PICTURE, MASK, num_resamples=1)
     assert not np.array_equal(one, edit("a cat", PICTURE, MASK, num_resamples=3))
     assert np.array_equal(one, edit("a cat", PICTURE, MASK, num_resamples=1, jump_length=2))
@@ -187,7 +187,7 @@ def test_without_a_mask_a_strength_keeps_some_of_the_picture(edit):
     assert distances[0] > 0
 
 
-def test_a_strength_takes_that_share_of_the_steps(tiny_inpaint):
+def test_strength_is_the_share_of_the_steps(tiny_inpaint):
     told = []
 
     def callback(pipeline, step, timestep, about):
@@ -207,12 +207,12 @@ def test_the_least_strength_takes_one_step(edit):
 # ---- what decides ----
 
 
-def test_the_prompt_decides(edit):
+def test_the_prompt_changes_the_result(edit):
     assert not np.array_equal(edit("a cat", PICTURE, MASK), edit("a red apple", PICTURE, MASK))
     assert not np.array_equal(edit("a cat", PICTURE, MASK), edit("a cat", PICTURE, MASK, negative_prompt="an apple"))
 
 
-def test_the_pictures_own_embedding_decides_without_a_prompt(tiny_inpaint, tiny_variation, edit):
+def test_without_a_prompt_the_picture_is_embedded(tiny_inpaint, tiny_variation, edit):
     output = tiny_inpaint(None, PICTURE, MASK, return_intermediates=True, **FEW)
     own = tiny_variation(PICTURE, seed=1, return_intermediates=True, decoder_num_inference_steps=1).image_embeddings
     torch.testing.assert_close(output.image_embeddings, own, **CLOSE)
@@ -259,7 +259,7 @@ def test_one_picture_for_several_prompts_and_one_prompt_for_several_pictures(edi
 # ---- masks and sizes ----
 
 
-def test_ways_to_say_the_same_region(edit):
+def test_equivalent_masks(edit):
     result = edit("a cat", PICTURE, MASK)
     transparent = Image.new("RGBA", (16, 16), "blue")
     transparent.paste((9, 9, 9, 0), (0, 0, 8, 16))
@@ -273,7 +273,7 @@ def test_ways_to_say_the_same_region(edit):
     assert np.array_equal(edit("a cat", own), result)
 
 
-def test_an_alpha_channel_that_is_opaque_is_no_transparency(edit):
+def test_an_opaque_alpha_channel_is_ignored(edit):
     whole = edit("a cat", [PICTURE, noisy(seed=2)], strength=0.6)
     assert np.array_equal(edit("a cat", [PICTURE, noisy(seed=2).convert("RGBA")], strength=0.6), whole)
     assert np.array_equal(edit("a cat", PICTURE.convert("RGBA"), MASK), edit("a cat", PICTURE, MASK))
@@ -321,8 +321,8 @@ def test_half_transparent_pixels_stay(edit):
     assert there.sum() == 16
 
 
-def test_what_is_half_erased_in_the_picture_itself_is_drawn(edit):
-    """It stands on white, so it is no colour to keep."""
+def test_half_transparent_pixels_of_the_picture_are_replaced(edit):
+    """Transparent pixels become white, so their colour is not kept."""
     own = PICTURE.convert("RGBA")
     own.putalpha(Image.fromarray(np.clip(np.arange(16) * 51, 0, 255).astype(np.uint8)[None].repeat(16, axis=0)))
     (result,) = edit("a cat", own)
@@ -344,20 +344,20 @@ def test_a_speckled_hole_does_not_bleed_either():
     holes = np.random.default_rng(3).random((24, 24)) < 0.5
     pixels = np.full((24, 24, 4), (90, 160, 20, 255), dtype=np.uint8)
     pixels[holes] = (255, 255, 255, 0)
-    edited = read_edited(Image.fromarray(pixels), None, lambda size: (64, 64))
-    kept = ~edited.drawn[0, 0]
+    given = read_pictures(Image.fromarray(pixels), None, lambda size: (64, 64))
+    kept = ~given.region[0, 0]
     assert kept.any()
     wanted = torch.tensor([90, 160, 20])[:, None] / 127.5 - 1
-    assert float((edited.x0[0][:, kept] - wanted).abs().max()) < 0.02
+    assert float((given.x0[0][:, kept] - wanted).abs().max()) < 0.02
 
 
 def test_resized_pixels_far_from_a_hole_are_as_without_it():
     picture = noisy(40, 40)
     own = picture.convert("RGBA")
     own.paste((255, 255, 255, 0), (0, 0, 8, 40))
-    edited = read_edited(own, None, lambda size: (64, 64))
+    given = read_pictures(own, None, lambda size: (64, 64))
     plain = to_tensor(picture.resize((64, 64), Image.Resampling.LANCZOS))
-    assert torch.equal(edited.x0[0, :, :, 24:], plain[:, :, 24:])
+    assert torch.equal(given.x0[0, :, :, 24:], plain[:, :, 24:])
 
 
 def test_a_picture_turned_by_its_camera(edit):
@@ -403,7 +403,6 @@ def nothing_runs(tiny_inpaint, monkeypatch):
 
     for network in (tiny_inpaint.prior, tiny_inpaint.decoder, tiny_inpaint.super_res_first):
         monkeypatch.setattr(network, "forward", run)
-        monkeypatch.setattr(network, "denoise", run)
 
 
 OPAQUE = Image.new("RGBA", (16, 16), "white")
@@ -418,9 +417,9 @@ WRONG = [
     ({"image": [PICTURE, "cat.png"]}, "not a list with a str"),
     ({"mask_image": "mask.png"}, "mask_image must be a PIL image"),
     ({"mask_image": left_half(17, 16)}, "the mask is 17×16 pixels, its picture 16×16"),
-    ({"mask_image": Image.new("L", (16, 16), 0)}, "the mask is white nowhere"),
-    ({"mask_image": Image.new("RGBA", (16, 16), "black")}, "the mask is white nowhere"),
-    ({"mask_image": Image.new("RGBA", (16, 16), (255, 255, 255, 9))}, "the mask is transparent nowhere"),
+    ({"mask_image": Image.new("L", (16, 16), 0)}, "the mask has no white pixels"),
+    ({"mask_image": Image.new("RGBA", (16, 16), "black")}, "the mask has no white pixels"),
+    ({"mask_image": Image.new("RGBA", (16, 16), (255, 255, 255, 9))}, "the mask has no fully transparent pixels"),
     ({"image": OPAQUE, "mask_image": None}, "nothing of the picture would stay"),
     ({"image": [PICTURE, OPAQUE], "mask_image": None}, "nothing of the picture would stay"),
     ({"mask_image": [MASK, MASK]}, "there are 2 masks for 1 pictures"),
@@ -467,7 +466,7 @@ def test_a_picture_that_cannot_be_used(edit):
         edit("a cat", Image.new("RGB", (0, 4)), MASK)
 
 
-def test_a_callback_may_stop_it(tiny_inpaint):
+def test_a_callback_may_stop_the_run(tiny_inpaint):
     with pytest.raises(Cancelled, match="'super_res' after step 1 of 5"):
         tiny_inpaint(
             "a cat", PICTURE, MASK, callback_on_step_end=lambda *g: {"stop": g[3]["stage"] == "super_res"}, **FEW
@@ -477,7 +476,7 @@ def test_a_callback_may_stop_it(tiny_inpaint):
 # ---- components ----
 
 
-def test_a_text_to_image_folder_will_do(tiny_pipeline, tmp_path, edit):
+def test_a_text_to_image_folder_can_be_loaded(tiny_pipeline, tmp_path, edit):
     tiny_pipeline.save_pretrained(tmp_path / "model")
     pipe = UnCLIPInpaintPipeline.from_pretrained(tmp_path / "model")
     pipe.set_progress_bar_config(disable=True)
@@ -510,7 +509,7 @@ def test_saved_and_loaded(tiny_inpaint, tmp_path, edit):
 
 
 def test_an_image_encoder_alone_or_of_another_width(tiny_pipeline, tiny_variation):
-    with pytest.raises(ConfigError, match="go together"):
+    with pytest.raises(ConfigError, match="belong together"):
         UnCLIPInpaintPipeline.from_pipe(tiny_pipeline, image_encoder=tiny_variation.image_encoder)
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -526,20 +525,20 @@ def test_an_image_encoder_alone_or_of_another_width(tiny_pipeline, tiny_variatio
 
 
 @pytest.mark.slow
-def test_the_built_in_model_mends_a_picture_without_a_seam():
+def test_the_built_in_model_fills_a_region_without_a_seam():
     """A hole in a picture, filled to fit: far less of a border than another picture pasted in has."""
     pipe = UnCLIPInpaintPipeline.from_pretrained("unclip-emoji")
     pipe.set_progress_bar_config(disable=True)
     text_to_image = UnCLIPPipeline.from_pipe(pipe)
     text_to_image.set_progress_bar_config(disable=True)
-    original, other = text_to_image(["dog face", "cat face"], seed=1, **pipe.recommended).images
+    original, other = text_to_image(["dog face", "cat face"], seed=1, **pipe.recomfilled).images
     mask = Image.new("L", (128, 128), 0)
     mask.paste(255, (56, 24, 112, 104))
-    result = pipe(None, original, mask, seed=4, num_resamples=2, **pipe.recommended).images[0]
+    result = pipe(None, original, mask, seed=4, num_resamples=2, **pipe.recomfilled).images[0]
     drawn = torch.from_numpy(np.asarray(mask) > 0)
     there = changed(np.asarray(result), original)
     assert not there[~drawn.numpy()].any()
     assert there[drawn.numpy()].mean() > 0.5
-    mended, pasted = (seam(to_tensor(image), drawn) for image in (result, Image.composite(other, original, mask)))
-    assert mended < 4
-    assert mended < pasted / 3
+    filled, pasted = (seam(to_tensor(image), drawn) for image in (result, Image.composite(other, original, mask)))
+    assert filled < 4
+    assert filled < pasted / 3

@@ -1,4 +1,4 @@
-"""The community's interpolation pipelines: their arguments, their ends, and what is refused."""
+"""The interpolation pipelines: arguments, ends of the path, and errors."""
 
 import inspect
 from itertools import pairwise
@@ -83,7 +83,7 @@ def test_captions_begin_and_end_with_their_own_pictures(of_texts, make, few):
     torch.testing.assert_close(one, made[:1], rtol=0, atol=1e-5)
 
 
-def test_equal_captions_stay(of_texts, few):
+def test_equal_captions_give_equal_pictures(of_texts, few):
     made = of_texts("a cat", "a cat", 3, seed=3, output_type="pt", **few).images
     torch.testing.assert_close(made, made[:1].expand(3, -1, -1, -1), rtol=0, atol=1e-5)
 
@@ -102,12 +102,12 @@ def test_embeddings_and_more_than_two_of_them(of_images, vary):
     assert torch.equal(made, vary(image_embeddings=path, seed=range(5)))
 
 
-def test_a_generator_draws_in_the_reference_s_order(of_images, of_texts, vary, two, few):
+def test_a_generator_is_used_in_the_order_of_the_reference(of_images, of_texts, vary, two, few):
     def generator():
         return torch.Generator().manual_seed(7)
 
     made = of_images(two, 3, generator=generator(), output_type="pt", **FEW_OF_VARIATIONS).images
-    embeddings = of_images._embed(two, None)
+    embeddings = of_images.embed_images(two)
     assert torch.equal(made, vary(image_embeddings=slerp_path(embeddings, [0, 0.5, 1]), generator=generator()))
     assert of_texts("a", "a cat", 2, generator=generator(), output_type="pt", **few).images.isfinite().all()
 
@@ -119,7 +119,7 @@ def test_forms_of_output(of_images, of_texts, two, few):
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001, 2.0, True, "5", None])
-def test_numbers_of_pictures_that_there_are_none_of(of_texts, of_images, two, steps):
+def test_invalid_numbers_of_pictures(of_texts, of_images, two, steps):
     for call in (lambda: of_texts("a", "a cat", steps), lambda: of_images(two, steps)):
         with pytest.raises(InputError, match=r"steps is .*; it must be a whole number from 1 to 1000"):
             call()

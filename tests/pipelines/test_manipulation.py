@@ -1,4 +1,4 @@
-"""The manipulator on tiny random parts: inversion comes back, noise is shared, files are checked."""
+"""The manipulator with tiny random components: inversion, noise, captions and files."""
 
 import copy
 import functools
@@ -39,7 +39,7 @@ STEPS = {"decoder_num_inference_steps": 6, "super_res_num_inference_steps": 3}
 
 @pytest.fixture(scope="module")
 def tool(tiny_components, build_pipeline):
-    """Networks that predict v, small enough for a step to be undone: a wild one's steps lead from everywhere to one."""
+    """Networks that predict v, with small weights, so that steps are invertible."""
     parts = tiny_components()
     for name in ("decoder_scheduler", "super_res_scheduler"):
         parts[name] = UnCLIPScheduler.from_config(parts[name].config, prediction_type="v_prediction")
@@ -62,7 +62,7 @@ def networks(tool):
 
 
 def mean_alone(tool, captions, seeds, **settings):
-    """The mean of the embeddings that each seed gives alone."""
+    """The mean of the embeddings of single seeds."""
     each = [tool.embed_captions(captions, seed=seed, **settings) for seed in seeds]
     return torch.stack(each).mean(dim=0).squeeze(0)
 
@@ -75,7 +75,7 @@ def distance(one, other):
     return float((one - other).abs().max())
 
 
-def test_what_is_inverted_comes_back(tool, pictures):
+def test_inverted_pictures_are_reconstructed(tool, pictures):
     latent = tool.invert(pictures, super_res=True, num_rounds=12, **STEPS)
     output = tool.decode(latent, output_type="pt", return_intermediates=True, **STEPS)
     wanted = torch.stack([to_square(picture, 8) for picture in pictures]) / 2 + 0.5
@@ -95,7 +95,7 @@ def test_arrays_are_inverted(tool, pictures):
 
 
 def test_super_resolution_in_tiles_is_inverted_in_tiles(tool, pictures):
-    """Else its noise is that of another network, and the picture does not come back."""
+    """Without tiles the noise would be of another network, and the picture would not be reconstructed."""
     wanted = torch.stack([to_square(picture, 16) for picture in pictures]) / 2 + 0.5
 
     def inverted():
@@ -167,7 +167,7 @@ def test_noise_of_more_stages_than_there_are(tool, in_three_stages, pictures):
         tool.decode(latent, **STEPS)
 
 
-def test_nearer_with_more_rounds(tool, pictures):
+def test_more_rounds_are_more_exact(tool, pictures):
     wanted = torch.stack([to_square(picture, 8) for picture in pictures]) / 2 + 0.5
 
     def found(rounds):
@@ -190,7 +190,7 @@ def test_eta_varies_and_seeds_count_then(tool, pictures):
 
 
 def test_one_noise_for_every_row(tool):
-    """Equal latents give equal pictures wherever they stand, also after super-resolution: no flicker."""
+    """Equal latents give equal pictures in any row, also after super-resolution, so films do not flicker."""
     same = tool.fresh(torch.ones(1, 16).expand(3, -1), seed=4)
     images = tool.decode(same, output_type="pt", seed=9, **STEPS).images
     assert distance(images[0], images[2]) < 1e-5
@@ -214,7 +214,7 @@ def test_the_ends_of_an_interpolation_are_the_reconstructions(tool, pictures):
 
 
 def test_the_decoders_pictures_alone(tool, pictures):
-    """Those that `decode` enlarges, with every setting that the decoder has; nothing after them runs."""
+    """The pictures that `decode` enlarges, with every setting of the decoder; super-resolution does not run."""
     given = {"decoder_num_inference_steps": 6, "decoder_guidance_scale": 3.0, "prompt": "a cat"}
     latent, heard = tool.invert(pictures, **STEPS), []
     whole = tool.decode(
@@ -242,7 +242,7 @@ def test_the_decoders_pictures_alone(tool, pictures):
 
 @pytest.mark.parametrize("one_noise", [False, True])
 def test_frames_are_placed_by_what_is_drawn(tool, pictures, one_noise):
-    """With all settings that the decoder has."""
+    """With every setting of the decoder."""
     latent = tool.invert(pictures, **STEPS)
     settings = {"decoder_num_inference_steps": 6, "decoder_guidance_scale": 2.0, "prompt": "a cat"}
     draw = functools.partial(tool.decode_small, **settings)
@@ -283,7 +283,7 @@ def test_captions_through_the_prior(tool):
     assert_equal_but_rounding(mean[0], lambda: mean_alone(tool, "a cat", (3, 4)), networks(tool))
 
 
-def test_samples_go_round_at_the_largest_seed(tool):
+def test_seeds_wrap_around_at_the_largest(tool):
     mean = tool.embed_captions("a cat", seed=2**64 - 1, num_samples=2)
     assert_equal_but_rounding(mean[0], lambda: mean_alone(tool, "a cat", (2**64 - 1, 0)), networks(tool))
     with pytest.raises(InputError, match="the seed is -1"):
@@ -292,7 +292,7 @@ def test_samples_go_round_at_the_largest_seed(tool):
 
 @pytest.fixture
 def recommending(tool, monkeypatch):
-    """Its model recommends several candidates."""
+    """For a model that recommends several candidates."""
     monkeypatch.setattr(tool.text, "_recommended", {"num_prior_candidates": 4, "prior_num_inference_steps": 2})
     return tool
 
@@ -312,10 +312,10 @@ def test_a_caption_has_the_embedding_of_its_picture(recommending):
 
 
 def test_a_difference_is_of_one_candidate_for_both_captions(recommending, monkeypatch):
-    """Each alone may be closest to another, whose noise is another: that would be in the difference too."""
+    """Candidates of different noise would add their difference in noise."""
     tool, drawn, apart = recommending, [], 0
     captions = ["a red apple", "a cat"]
-    text = tool.text._text().encode(captions, "cpu").embeds
+    text = tool.text.caption_encoder.encode(captions, "cpu").embeds
 
     def closest(text_embeddings, candidates, captions_per_choice=1):
         drawn.append(candidates)
@@ -391,7 +391,7 @@ def test_principal_components_of_pictures(tool, pictures):
     torch.testing.assert_close(components.reconstruct(components.project(embeddings)), embeddings, rtol=1e-3, atol=1e-3)
 
 
-def test_components_of_a_models_folder_travel_with_it(tool, pictures, tmp_path, build_pipeline):
+def test_principal_components_are_saved_with_a_model(tool, pictures, tmp_path, build_pipeline):
     model, again = tmp_path / "model", tmp_path / "again"
     tool.variation.save_pretrained(model)
     assert not (model / PROBE_FILE).exists()
@@ -427,7 +427,7 @@ def test_a_model_without_an_image_encoder_has_no_components(tool, pictures, tmp_
     assert UnCLIPInpaintPipeline.from_pretrained(tmp_path / "model").image_encoder is not None
 
 
-def test_components_know_their_image_encoder(tool, pictures, tmp_path, own_variation):
+def test_components_of_another_image_encoder_are_refused(tool, pictures, tmp_path, own_variation):
     components = tool.fit_components([pictures])
     path = tool.save_components(components, tmp_path / "pca.safetensors", about={"model": "tiny"})
     assert torch.equal(tool.load_components(path).components, components.components)
@@ -444,7 +444,7 @@ def test_components_know_their_image_encoder(tool, pictures, tmp_path, own_varia
         tool.load_components(narrow)
 
 
-def test_files_know_their_model(tool, pictures, tmp_path, own_variation):
+def test_latents_of_another_model_are_refused(tool, pictures, tmp_path, own_variation):
     latent = tool.invert(pictures, **STEPS)
     path = tool.save(latent, tmp_path / "x.safetensors", about={"model": "tiny"})
     read, about = tool.load(path)
@@ -462,7 +462,7 @@ def test_files_know_their_model(tool, pictures, tmp_path, own_variation):
 
 
 @pytest.mark.parametrize("network", ["super_res_first", "super_res_last"])
-def test_noise_of_super_resolution_knows_its_networks(tool, pictures, tmp_path, build_pipeline, network):
+def test_noise_of_other_super_resolution_networks_is_refused(tool, pictures, tmp_path, build_pipeline, network):
     other = dict(tool.variation.components)
     other[network] = copy.deepcopy(other[network])
     with torch.no_grad():
@@ -478,7 +478,7 @@ def test_noise_of_super_resolution_knows_its_networks(tool, pictures, tmp_path, 
     assert len(other.load(old)[0]) == 2
 
 
-def test_a_file_tells_how_its_latent_was_found(tool, pictures, tmp_path):
+def test_a_file_has_the_settings_of_the_inversion(tool, pictures, tmp_path):
     settings = {**STEPS, "decoder_guidance_scale": 1.5, "prompt": "a cat 🐈"}
     latent = tool.invert(pictures, **settings)
     path = tool.save(latent, tmp_path / "x.safetensors", settings=settings, about={"model": "tiny"})
@@ -510,14 +510,14 @@ def test_a_file_tells_how_its_latent_was_found(tool, pictures, tmp_path):
         ({"prompt": ["a cat"]}, "it must be a text"),
     ],
 )
-def test_settings_that_no_file_has(tool, tmp_path, settings, words):
+def test_unknown_settings_of_a_file(tool, tmp_path, settings, words):
     latent = tool.fresh(torch.ones(1, 16))
     with pytest.raises(InputError, match=words):
         tool.save(latent, tmp_path / "x.safetensors", settings=settings)
     assert not list(tmp_path.iterdir())
 
 
-def test_fingerprints_outlive_a_smaller_type(own_variation):
+def test_fingerprints_do_not_depend_on_the_type(own_variation):
     with torch.no_grad():
         own_variation.decoder.conv_in.weight[0, 0, 0, 0] = 1e-9  # 0 in float16
     whole = fingerprint(own_variation)
@@ -542,7 +542,7 @@ def test_wrong_arguments(tool, pictures, arguments, words):
         tool.invert(pictures, **arguments)
 
 
-def test_an_inversion_that_gives_no_numbers(tool, pictures, monkeypatch):
+def test_an_inversion_that_gives_nan(tool, pictures, monkeypatch):
     run = UNet2DConditionModel._run
     monkeypatch.setattr(UNet2DConditionModel, "_run", lambda *given: run(*given) * float("nan"))
     with pytest.raises(NonFiniteError, match="decoder's noise came out as NaN"):
@@ -573,13 +573,13 @@ def built_in():
 
 @pytest.fixture(scope="module")
 def drawn(built_in):
-    """Two pictures to manipulate, of the model's own making, so that no data set is needed."""
+    """Two pictures from the model itself, so that the tests need no data set."""
     pipe = built_in.text
     return pipe(["cat face", "red heart"], seed=1, **pipe.recommended).images
 
 
 @pytest.mark.slow
-def test_the_built_in_model_brings_pictures_back(built_in, drawn):
+def test_the_built_in_model_reconstructs_pictures(built_in, drawn):
     latent = built_in.invert(drawn, super_res=True)
     output = built_in.decode(latent, output_type="pt", return_intermediates=True)
     for small, large, picture in zip(output.small_images, output.images, drawn, strict=True):
@@ -590,8 +590,8 @@ def test_the_built_in_model_brings_pictures_back(built_in, drawn):
 @pytest.mark.slow
 @pytest.mark.parametrize("ends", ["pictures", "captions"])
 @pytest.mark.parametrize("one_noise", [False, True])
-def test_the_built_in_model_goes_smoothly(built_in, drawn, ends, one_noise):
-    """Finished pictures too, though the frames are placed by small ones; with the command's own guidance."""
+def test_the_built_in_model_interpolates_evenly(built_in, drawn, ends, one_noise):
+    """The final pictures too, although frames are placed by small ones; with the guidance of the command."""
     if ends == "pictures":
         latent, settings = built_in.invert(drawn), {}
     else:

@@ -1,4 +1,4 @@
-"""Every number of a public call may be numpy's or torch's, and gives the picture of Python's own."""
+"""Numbers of numpy and torch as arguments give the same pictures as Python's."""
 
 import json
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""Pipelines whose CLIP is unclip's own: the same pictures, and transformers' classes wherever those are needed."""
+"""Pipelines with unclip's own CLIP: the same pictures, and transformers' classes where they are needed."""
 
 import json
 import shutil
@@ -143,13 +143,13 @@ def test_the_layout_of_2022(copied, few):
         ("feature_extractor", "preprocessor_config.json", "[]"),
     ],
 )
-def test_broken_files_are_told_of(copied, own_clip, component, file, content):
+def test_broken_files_are_reported(copied, own_clip, component, file, content):
     (copied / component / file).write_text(content)
     with pytest.raises(CheckpointError, match=rf"component '{component}' \(CLIP\w+\) cannot be loaded"):
         load("inpaint", copied, own_clip=own_clip)
 
 
-def test_what_they_write_transformers_reads(saved, few, tmp_path):
+def test_transformers_reads_the_saved_files(saved, few, tmp_path):
     own = load("inpaint", saved / "inpaint", own_clip=True)
     own.save_pretrained(tmp_path / "again")
     index = {}
@@ -178,7 +178,7 @@ def test_offloading(saved, few, offload):
     assert own.device == torch.device("cpu")
 
 
-def test_a_prompt_that_is_cut_is_told_of_alike(saved, few):
+def test_a_prompt_that_is_cut_gives_the_same_warning(saved, few):
     said = []
     for own_clip in (False, True):
         pipeline = load("text", saved / "text", own_clip=own_clip)

@@ -1,4 +1,4 @@
-"""Arithmetic of embeddings and noise: what must hold for any vectors, and what is refused."""
+"""Arithmetic of embeddings and noise: its properties for any vectors, and invalid arguments."""
 
 import math
 from fractions import Fraction
@@ -53,7 +53,7 @@ def test_slerp_between_any_norms(seed, share, low, high):
 
 @quick
 @given(seed=st.integers(0, 1000), share=st.floats(0, 1))
-def test_slerp_backwards_is_the_same_way(seed, share):
+def test_slerp_backwards_is_the_same_path(seed, share):
     a, b = vectors(seed, norm=3), vectors(seed + 5000, norm=3)
     torch.testing.assert_close(slerp(a, b, share), slerp(b, a, 1 - share), rtol=0, atol=1e-4)
 
@@ -72,7 +72,7 @@ def test_slerp_of_one_direction(apart):
     torch.testing.assert_close(slerp(a, (a + apart) * 3, 0.5), a * 2, rtol=0, atol=1e-5)
 
 
-def test_a_share_a_row():
+def test_one_share_for_each_row():
     a, b = vectors(0, rows=3), vectors(1, rows=3)
     found = slerp(a, b, torch.tensor([0.0, 0.25, 1.0]))
     assert torch.equal(found[0], a[0])
@@ -94,7 +94,7 @@ def test_a_share_a_row():
         (torch.ones(2, 3), torch.ones(2, 3), torch.zeros(3), "each of 2 rows"),
     ],
 )
-def test_what_slerp_refuses(a, b, share, words):
+def test_slerp_of_invalid_arguments(a, b, share, words):
     with pytest.raises(InputError, match=words):
         slerp(a, b, share)
 
@@ -128,8 +128,8 @@ def test_a_path_through_points():
     torch.testing.assert_close(steps[:4], steps[:1].expand(4), rtol=0, atol=1e-3)
 
 
-def test_a_path_is_walked_one_step_at_a_time(monkeypatch):
-    """In float64 a step takes many times the room of its result; all at once would take that of every frame."""
+def test_a_path_is_computed_one_place_at_a_time(monkeypatch):
+    """Arithmetic in float64 needs many times the memory of the result, and all frames at once would multiply it."""
     points, rows = vectors(0, rows=3, norm=5), []
 
     def spy(start, end, share):
@@ -153,12 +153,12 @@ def test_equal_turns():
     ("points", "between", "words"),
     [(1, 3, "two or more"), (2, -1, "num_between"), (2, 0.5, "num_between"), (2, True, "num_between")],
 )
-def test_turns_that_there_are_none_of(points, between, words):
+def test_equal_turns_of_invalid_numbers(points, between, words):
     with pytest.raises(InputError, match=words):
         equal_turns(points, between)
 
 
-def test_places_may_lie_anywhere():
+def test_places_anywhere_on_the_path():
     points = vectors(0, rows=3, norm=5)
     path = slerp_path(points, [1.7, 2, 0.25, 1, torch.pi / 4])
     assert torch.equal(path[[1, 3]], points[[2, 1]])
@@ -177,14 +177,14 @@ def test_places_may_lie_anywhere():
         (2, ["0.5"], "places are"),
     ],
 )
-def test_places_that_are_on_no_path(rows, places, words):
+def test_places_outside_the_path(rows, places, words):
     with pytest.raises(InputError, match=words):
         slerp_path(vectors(0, rows=rows), places)
 
 
 @quick
 @given(seed=st.integers(0, 1000), scale=st.floats(0.01, 100))
-def test_a_blend_knows_ratios_alone_and_not_norms(seed, scale):
+def test_a_blend_depends_on_ratios_and_not_on_norms(seed, scale):
     x = vectors(seed, rows=3, norm=7)
     weights = [0.5, 0.2, 0.3]
     found = blend(x, weights)
@@ -206,14 +206,14 @@ def test_blends():
     ("weights", "words"),
     [([1.0], r"\[count\] weights"), ([0, 0], "not all 0"), ([1, math.nan], "finite"), ([1, -1], "cancel")],
 )
-def test_blends_that_are_refused(weights, words):
+def test_invalid_blends(weights, words):
     with pytest.raises(InputError, match=words):
         blend(torch.ones(2, 4), weights)
 
 
 @quick
 @given(seed=st.integers(0, 1000), norms=st.tuples(st.floats(0.1, 50), st.floats(0.1, 50)))
-def test_a_difference_knows_directions_alone(seed, norms):
+def test_a_difference_depends_on_directions_only(seed, norms):
     a, b = vectors(seed), vectors(seed + 5000)
     found = difference(a, b)
     torch.testing.assert_close(found.norm(dim=1), torch.ones(2))
@@ -231,7 +231,7 @@ def test_no_difference():
 
 @quick
 @given(seed=st.integers(0, 1000), theta=st.floats(0.05, 1), length=st.floats(0.1, 50))
-def test_turning_keeps_the_norm_and_comes_nearer(seed, theta, length):
+def test_turning_keeps_the_norm_and_reduces_the_angle(seed, theta, length):
     x, direction = vectors(seed, rows=1, norm=20), vectors(seed + 5000, rows=1)[0]
     turned = turn(x, direction * length, theta)
     assert float(turned.norm()) == pytest.approx(20, rel=1e-5)

@@ -1,4 +1,4 @@
-"""Conditions join, repeat, select, move and drop, whatever they hold."""
+"""Conditions: join, repeat, select and move."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from unclip.stages.stage import DecoderCondition, PriorCondition, SuperResCondit
 
 
 def text(*rows: int) -> TextEmbedding:
-    """A caption's embedding whose every number is the row's."""
+    """A caption's embedding in which every number is that of the row."""
     numbers = torch.tensor(rows, dtype=torch.float32)
     mask = (numbers.long() % 2).bool()
     return TextEmbedding(
@@ -55,7 +55,7 @@ def test_join(make):
     assert same(make(1).join(), make(1))
 
 
-def test_repeat_keeps_a_prompts_pictures_together(make):
+def test_repeat_keeps_the_pictures_of_a_prompt_together(make):
     assert same(make(1, 2).repeat(3), make(1, 1, 1, 2, 2, 2))
 
 

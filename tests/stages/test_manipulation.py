@@ -1,4 +1,4 @@
-"""Bipartite latents: rows, files, and the paths that manipulations make of them."""
+"""Bipartite latents: rows, files, paths, edits and probes."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_parts_that_do_not_fit(parts):
         BipartiteLatent(*parts)
 
 
-def test_noise_of_further_stages_goes_along(tmp_path):
+def test_noise_of_further_stages_is_kept(tmp_path):
     two = latent(2)
     further = (torch.ones(2, 3, 32, 32), torch.ones(2, 3, 64, 64))
     more = BipartiteLatent(two.image_embedding, two.decoder_latents, two.super_res_latents, further)
@@ -80,7 +80,7 @@ def test_through_a_file(tmp_path, super_res):
         ({}, {"version": "7"}, CheckpointError, "version '7'"),
     ],
 )
-def test_files_that_are_refused(tmp_path, tensors, metadata, error, words):
+def test_invalid_files(tmp_path, tensors, metadata, error, words):
     whole = {"image_embedding": torch.ones(1, 16), "decoder_latents": torch.ones(1, 3, 8, 8)}
     kept = tensors if metadata == {} else whole | tensors
     path = tmp_path / "x.safetensors"
@@ -145,7 +145,7 @@ def test_an_edit_turns_the_embedding_and_keeps_the_noise():
             edit(one, other, [0.1, 0.2])
 
 
-def test_probing_comes_nearer_with_every_dimension():
+def test_probing_is_closer_with_every_component():
     embeddings = torch.randn(100, 16, generator=torch.Generator().manual_seed(5))
     components = PrincipalComponents.fit([embeddings])
     one = BipartiteLatent(embeddings[:1], torch.ones(1, 3, 8, 8))

@@ -1,4 +1,4 @@
-"""The three stages: shapes, what they prepare, and the one way to sample from them."""
+"""The stages: shapes, preparation, sampling and inversion."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ SHAPES = {"prior": (2, 16), "decoder": (2, 3, 8, 8), "super_res": (2, 3, 16, 16)
 @torch.no_grad()
 def test_shapes(stages, name):
     stage, condition = stages[name], CONDITIONS[name]()
-    assert stage.sample_shape(condition) == SHAPES[name]
+    assert stage.sample_shape(len(condition)) == SHAPES[name]
     x = torch.randn(SHAPES[name])
     output = stage.prepare(condition)(x, 500)
     assert output.dtype == torch.float32
@@ -63,12 +63,12 @@ def test_shapes(stages, name):
 
 @pytest.mark.parametrize("name", SHAPES)
 @torch.no_grad()
-def test_a_timestep_a_row_as_in_training(stages, name):
+def test_one_timestep_for_each_row_as_in_training(stages, name):
     stage, condition = stages[name], CONDITIONS[name]()
     denoise, x = stage.prepare(condition), torch.randn(SHAPES[name])
     rows = denoise(x, torch.tensor([10, 700]))
     for i, t in enumerate((10, 700)):
-        # Prepared anew: what is prepared depends on the weights too.
+        # Prepare again, since the result depends on the weights too.
         assert_equal_but_rounding(rows[i], lambda i=i, t=t: stage.prepare(condition)(x, t)[i], networks(stage))
 
 
@@ -97,7 +97,7 @@ def test_a_null_image_embedding_is_the_learned_one(stages, tiny_pipeline):
 
 @torch.no_grad()
 def test_padding_is_not_seen(stages):
-    """Other numbers under the mask change nothing."""
+    """Values under the mask have no effect."""
     here, x = text(), {"prior": torch.randn(2, 16), "decoder": torch.randn(2, 3, 8, 8)}
     noisy = here.hidden_states.where(here.mask[..., None], torch.randn_like(here.hidden_states))
     there = TextEmbedding(here.embeds, noisy, here.mask)
@@ -148,7 +148,7 @@ def test_enlarging():
 
 
 @pytest.mark.parametrize("size", [None, (64, 64), "64"])
-def test_a_size_that_a_configuration_does_not_say(size):
+def test_a_configuration_without_a_sample_size(size):
     assert size_px(64) == 64
     with pytest.raises(ConfigError, match="sample_size is"):
         size_px(size)
@@ -173,13 +173,11 @@ def test_sampling(stages, tiny_pipeline, name):
     assert not torch.equal(first, draw(2))
     x = torch.randn(SHAPES[name], dtype=torch.float64)
     assert draw(1, latents=x).isfinite().all()
-    with pytest.raises(InputError, match="latents have shape"):
-        draw(1, latents=x[:1])
 
 
 @torch.no_grad()
 def test_inverting_under_guidance_undoes_guided_sampling(stages, tiny_pipeline):
-    """The same guided denoiser walks up and down: x_T found under a scale is another than without."""
+    """Sampling and inversion use the same guided denoiser, so x_T depends on the scale."""
     condition, null = CONDITIONS["prior"](), PriorCondition(text(seed=9))
     x0 = torch.randn(SHAPES["prior"], generator=torch.Generator().manual_seed(1)) * 0.5
     more = {"timesteps": (999, 500, 200, 50, 0), "num_rounds": 2}
@@ -187,8 +185,6 @@ def test_inverting_under_guidance_undoes_guided_sampling(stages, tiny_pipeline):
     guided = invert(stages["prior"], condition, x0, null=null, guidance_scale=3.0, **more)
     assert plain.shape == x0.shape
     assert (plain - guided).abs().max() > 1e-3
-    with pytest.raises(InputError, match="to invert have shape"):
-        invert(stages["prior"], condition, x0[:1], **more)
     with pytest.raises(InputError, match="two timesteps"):
         invert(stages["prior"], condition, x0, timesteps=(999,))
 
@@ -207,7 +203,7 @@ def test_sampling_with_guidance_needs_a_null_condition(stages, tiny_pipeline):
 
 
 @torch.no_grad()
-def test_an_origin_is_noised_to_where_the_path_begins(stages):
+def test_an_origin_is_noised_to_the_first_timestep(stages):
     stage, condition = stages["super_res"], CONDITIONS["super_res"]()
     origin, seen = torch.rand(2, 3, 16, 16), []
 
@@ -228,25 +224,12 @@ def test_an_origin_is_noised_to_where_the_path_begins(stages):
     torch.testing.assert_close(seen[0], stage.process.add_noise(origin, latents, 300))
 
 
-def test_an_origin_of_another_shape(stages):
-    stage = stages["decoder"]
-    with pytest.raises(InputError, match=r"the origin has shape \(2, 3, 9, 9\); this call needs \(2, 3, 8, 8\)"):
-        sample(
-            stage,
-            CONDITIONS["decoder"](),
-            sampler=DDIMSampler(stage.process),
-            timesteps=(300, 0),
-            noise=NoiseSource(None, 2),
-            origin=torch.zeros(2, 3, 9, 9),
-        )
-
-
 @torch.no_grad()
 def test_stages_of_other_sizes(stages, tiny_pipeline):
     decoder = DecoderStage(tiny_pipeline.decoder, tiny_pipeline.text_proj, stages["decoder"].process, (4, 12))
-    assert decoder.sample_shape(CONDITIONS["decoder"]()) == (2, 3, 4, 12)
+    assert decoder.sample_shape(2) == (2, 3, 4, 12)
     large = SuperResStage(*[tiny_pipeline.super_res_first] * 2, stages["super_res"].process, (8, 24))
     condition = SuperResCondition(torch.rand(2, 3, 4, 12))
-    assert large.sample_shape(condition) == (2, 3, 8, 24)
+    assert large.sample_shape(2) == (2, 3, 8, 24)
     assert large.prepare(condition)(torch.randn(2, 3, 8, 24), 5).shape == (2, 3, 8, 24)
     assert enlarge(condition.low_res, (8, 24)).shape == (2, 3, 8, 24)

@@ -1,4 +1,4 @@
-"""Tiles: their places and weights, and that nobody can tell a tiled picture from a whole one where nobody should."""
+"""Tiles: their places and weights, and that a tiled picture equals a whole one where it should."""
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ def test_tiles_cover_a_side(size, starts):
 
 @pytest.mark.parametrize("size", [20, 33, 56, 70, 97])
 @pytest.mark.parametrize("overlap", [1, 2, 5, 8, 16])
-def test_weights_add_up_where_two_tiles_meet_and_nowhere_to_nothing(size, overlap):
+def test_weights_sum_to_1_in_overlaps_and_are_positive_everywhere(size, overlap):
     tiling = Tiling(32, overlap)
     total = torch.zeros(size)
     for start in tiling.starts(size):
@@ -37,7 +37,7 @@ def test_weights_add_up_where_two_tiles_meet_and_nowhere_to_nothing(size, overla
         torch.testing.assert_close(total, torch.ones(size))
 
 
-def test_a_tile_fades_towards_its_neighbours_alone():
+def test_a_tile_fades_only_towards_its_neighbours():
     tiling = Tiling(32, 8)
     first, middle = tiling.weights(0, 80), tiling.weights(24, 80)
     assert (first[:24] == 1).all()
@@ -47,7 +47,7 @@ def test_a_tile_fades_towards_its_neighbours_alone():
 
 
 class Sharp(nn.Module):
-    """A network of receptive field 2 px: two 3×3 convolutions with zero padding, and an answer to the timestep."""
+    """A network of receptive field 2 px: two 3×3 convolutions with zero padding that depend on the timestep."""
 
     dtype = torch.float32
     config = SimpleNamespace(sample_size=64, in_channels=6, num_levels=1)
@@ -78,8 +78,8 @@ def draw(network, tiling, size):
 
 
 @pytest.mark.parametrize("size", [(64, 96), (61, 50), (20, 96), (32, 32)])
-def test_tiled_is_untiled_for_a_network_that_looks_no_further_than_a_quarter_of_the_overlap(size):
-    """Over a whole sampling: rounding alone is left (receptive field 2 px, overlap 8 px)."""
+def test_tiles_change_nothing_for_a_receptive_field_of_a_quarter_of_the_overlap(size):
+    """After all steps only rounding differs (receptive field 2 px, overlap 8 px)."""
     whole, parts = Sharp(), Sharp()
     expected, result = draw(whole, None, size), draw(parts, Tiling(32, 8), size)
     assert expected.std() > 0.1
@@ -89,14 +89,14 @@ def test_tiled_is_untiled_for_a_network_that_looks_no_further_than_a_quarter_of_
     assert set(parts.shapes) == {(min(32, size[0]), min(32, size[1]))}
 
 
-def test_without_overlap_enough_the_borders_show():
-    """The same network with tiles that merely touch: so the test above can fail."""
+def test_borders_show_when_the_overlap_is_too_small():
+    """The same network with tiles that only touch, which shows that the test above can fail."""
     expected, result = draw(Sharp(), None, (64, 64)), draw(Sharp(), Tiling(32, 1), (64, 64))
     assert (result - expected).abs().max() > 0.02
 
 
-def test_a_network_that_looks_far_is_blended_without_a_step():
-    """Tiles that answer with their own mean (as group normalisation would): no step where one ends."""
+def test_a_network_with_a_large_receptive_field_has_no_visible_border():
+    """Tiles that return their own mean (as with group normalisation) have no step at their borders."""
     ramp = torch.linspace(-1, 1, 96).expand(1, 1, 32, 96)
     result = tiled(lambda part: part.mean((2, 3), keepdim=True).expand_as(part), ramp, Tiling(32, 16))
     steps = result.diff(dim=3).abs()
@@ -105,8 +105,8 @@ def test_a_network_that_looks_far_is_blended_without_a_step():
     assert result[0, 0, 0, 0] == pytest.approx(ramp[..., :32].mean().item())
 
 
-def test_memory_is_a_tiles():
-    """What the network holds is bounded by the tile, however large the picture is."""
+def test_memory_is_that_of_a_tile():
+    """The network's input is limited by the tile, for pictures of any size."""
     seen = []
 
     @dataclass
@@ -126,7 +126,7 @@ def test_memory_is_a_tiles():
 
 
 @pytest.mark.parametrize("sizes", [(0, 8), (32, 0), (32.0, 8), (True, 1), (32, 17), ("32", 8)])
-def test_sizes_that_are_none(sizes):
+def test_invalid_sizes(sizes):
     with pytest.raises(InputError):
         Tiling(*sizes)
 

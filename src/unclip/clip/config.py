@@ -160,10 +160,10 @@ def check_image_processor_values(settings: Mapping[str, Any], where: str) -> Non
         if key in _SWITCHES and value is not None and not isinstance(value, bool):
             raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be true or false")
         if key in _PROCESSOR_VALUES:
-            switch, is_possible = _PROCESSOR_VALUES[key]
+            switch, is_possible, wanted = _PROCESSOR_VALUES[key]
             is_unused = value is None and not settings.get(switch, switch != "do_pad")
             if not is_unused and not is_possible(value):
-                raise ConfigError(f"{key} in {where} is {value!r:.80}; pictures cannot be prepared with that")
+                raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be {wanted}")
 
 
 def _is_real(value: Any, low: float, high: float) -> bool:
@@ -183,16 +183,18 @@ def _are_channels(value: Any, low: float, high: float) -> bool:
     return len(values) == 3 and all(_is_real(number, low, high) for number in values)
 
 
-_PROCESSOR_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "size": ("do_resize", _is_size),
-    "resample": ("do_resize", lambda value: type(value) is int and 0 <= value <= 5),
-    "crop_size": ("do_center_crop", _is_size),
-    "pad_size": ("do_pad", _is_size),
-    "rescale_factor": ("do_rescale", lambda value: _is_real(value, 1e-6, 1e3)),
-    "image_mean": ("do_normalize", lambda value: _are_channels(value, -1e4, 1e4)),
-    "image_std": ("do_normalize", lambda value: _are_channels(value, 1e-6, 1e4)),
+_SIZE_WORDS = f"from 1 to {MAX_PREPROCESSED_PX} pixels, one number or one for each side"
+_PROCESSOR_VALUES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
+    "size": ("do_resize", _is_size, _SIZE_WORDS),
+    "resample": ("do_resize", lambda value: type(value) is int and 0 <= value <= 5, "a filter of PIL's, 0 to 5"),
+    "crop_size": ("do_center_crop", _is_size, _SIZE_WORDS),
+    "pad_size": ("do_pad", _is_size, _SIZE_WORDS),
+    "rescale_factor": ("do_rescale", lambda value: _is_real(value, 1e-6, 1e3), "a number from 1e-6 to 1000"),
+    "image_mean": ("do_normalize", lambda value: _are_channels(value, -1e4, 1e4), "three numbers from -10000 to 10000"),
+    "image_std": ("do_normalize", lambda value: _are_channels(value, 1e-6, 1e4), "three numbers from 1e-6 to 10000"),
 }
-"""For each setting the switch that makes use of it (without it, null is possible), and a check of its value."""
+"""For each setting the switch that makes use of it (without it, null is possible), a check of its value, and in words
+what the value must be."""
 _SWITCHES = {
     "do_resize",
     "do_center_crop",
@@ -224,11 +226,12 @@ def _check_value(key: str, value: Any, where: str) -> None:
     """Raises: ConfigError for a value that CLIP's encoders cannot have."""
     if key in SIZE_LIMITS and not (type(value) is int and 1 <= value <= SIZE_LIMITS[key]):
         raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be a whole number from 1 to {SIZE_LIMITS[key]}")
-    if key in TOKENS and (value is not None or key == "eos_token_id"):
+    if key in TOKENS and value is not None:
         limit = SIZE_LIMITS["vocab_size"]
         if type(value) is not int or not 0 <= value <= limit:
             raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be a whole number from 0 to {limit}")
-    if key in SHARES and not (_is_real(value, 0, 1) and value < 1) and (key, value) != ("attention_dropout", None):
+    is_share = _is_real(value, 0, 1) and value != 1
+    if key in SHARES and not is_share and (key, value) != ("attention_dropout", None):
         raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be a number from 0 to below 1")
     if key in FACTORS and not _is_real(value, -MAX_FACTOR, MAX_FACTOR):
         raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be a number up to {MAX_FACTOR:g}")

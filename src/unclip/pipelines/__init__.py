@@ -1,4 +1,1 @@
-"""The public pipelines: text to image, image to similar images, and pictures of which a part is drawn anew.
-
-Knows components, arguments and devices; knows not how a step is taken. Called by users and the command line.
-"""
+"""The public pipelines: text to image, image variation, inpainting, interpolation and manipulation."""

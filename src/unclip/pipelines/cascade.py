@@ -1,7 +1,4 @@
-"""The cascade of super-resolution: which stages a pipeline has, whether they fit, and the sizes of their pictures.
-
-Knows components' names and configurations; knows not how a stage runs. Called by `generation.py`.
-"""
+"""The cascade of super-resolution stages: the components of each, whether they fit, and the sizes of pictures."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -21,7 +18,7 @@ MAX_SIDE_PX = 8192
 
 V = TypeVar("V")
 Fact = tuple[str, object, str, object]
-"""What must agree: a setting's name and value, and another's name and the value that is wanted."""
+"""Two settings that must agree: a name and its value, and another name and the value that it asks for."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +27,8 @@ class SuperResParts:
 
     Attributes:
         first: the network of every step but the last.
-        last: the network of the last step; a further stage without one has the first here.
-        scheduler: how steps are taken.
+        last: the network of the last step; the first one in a further stage without its own.
+        scheduler: of both networks.
     """
 
     first: UNet2DModel
@@ -40,14 +37,14 @@ class SuperResParts:
 
     @property
     def multiple(self) -> int:
-        """What a picture's sides must be multiples of, for both networks to halve them."""
+        """The number that divides the sides of every picture that both networks can halve."""
         return max(_multiple(self.first.config), _multiple(self.last.config))
 
 
 def parts(components: Mapping[str, Any]) -> dict[str, SuperResParts]:
-    """The stages in the order in which they enlarge: "super_res", then "super_res_2" and so on, as far as they go.
+    """The stages in their order: "super_res", then "super_res_2" and so on.
 
-    Raises: ConfigError for a stage without its network or its scheduler, or one whose forerunner is not there.
+    Raises: ConfigError for a stage without its network or its scheduler, or without the stage before it.
     """
     found = {}
     ended_at = ""
@@ -60,17 +57,17 @@ def parts(components: Mapping[str, Any]) -> dict[str, SuperResParts]:
             lacking = f"{stage}_first" if first is None else f"{stage}_scheduler"
             raise ConfigError(f"the components do not fit: {stage} has no {lacking}; give it, or leave the stage out")
         if ended_at:
-            raise ConfigError(f"the components do not fit: there is a {stage}, but no {ended_at} before it")
+            raise ConfigError(f"the components do not fit: {stage} needs {ended_at}, which is missing")
         found[stage] = SuperResParts(first, first if last is None else last, scheduler)
     return found
 
 
 def fits(decoder: UNet2DConditionConfig, stages: Mapping[str, SuperResParts]) -> list[Fact]:
-    """What must agree for super-resolution to go on from the decoder's pictures.
+    """The settings that must agree for super-resolution to enlarge the decoder's pictures.
 
-    The first stage may keep their size, and only redraw them; each further one must enlarge.
+    The first stage may keep their size; each further one must enlarge.
 
-    Raises: ConfigError for a stage that shrinks, or a network that does not say its size or cannot halve it.
+    Raises: ConfigError for a stage that shrinks, or a network without a size, or with one that it cannot halve.
     """
     facts: list[Fact] = []
     channels, small_px = decoder.in_channels, _own_px("decoder", decoder)
@@ -84,7 +81,7 @@ def fits(decoder: UNet2DConditionConfig, stages: Mapping[str, SuperResParts]) ->
                 "stage before"
             )
         small_px = size
-        given = "what super-resolution gives its networks"
+        given = "the class embedding of super-resolution"
         facts += [
             (f"{stage}_first.in_channels", first.in_channels, "twice the decoder's", 2 * channels),
             (f"{stage}_last.in_channels", last.in_channels, f"{stage}_first.in_channels", first.in_channels),
@@ -95,15 +92,22 @@ def fits(decoder: UNet2DConditionConfig, stages: Mapping[str, SuperResParts]) ->
     return facts
 
 
+def check_fits(facts: Sequence[Fact]) -> None:
+    """Raises: ConfigError for the first fact that does not hold."""
+    for name, value, other, wanted in facts:
+        if value != wanted:
+            raise ConfigError(f"the components do not fit: {name} is {value}, but {other} is {wanted}")
+
+
 def picture_sizes(
     decoder: UNet2DConditionModel, stages: Mapping[str, SuperResParts], height: int | None, width: int | None
 ) -> dict[str, Size]:
     """Height and width at "decoder" and at each super-resolution stage, for a result of this height and width.
 
-    A side that is None is the networks' own. Any other must come out whole at every stage, and halve as often as that
-    stage's network halves it.
+    A side that is None is the networks' own. Any other must be a whole number at every stage, and that stage's networks
+    must be able to halve it.
 
-    Raises: InputError, naming the nearest that would do.
+    Raises: InputError with the nearest valid size.
     """
     own = _own_sizes(decoder, stages)
     result, multiple = list(own.values())[-1], side_multiple(decoder, stages)
@@ -112,7 +116,7 @@ def picture_sizes(
 
 
 def side_multiple(decoder: UNet2DConditionModel, stages: Mapping[str, SuperResParts]) -> int:
-    """What a result's height and width must be multiples of, unless they are the networks' own."""
+    """The number that must divide a result's height and width, unless they are the networks' own."""
     own = _own_sizes(decoder, stages)
     result = list(own.values())[-1]
     multiples = [_multiple(decoder.config), *(part.multiple for part in stages.values())]
@@ -121,28 +125,26 @@ def side_multiple(decoder: UNet2DConditionModel, stages: Mapping[str, SuperResPa
 
 
 def fitted_size(own_px: int, multiple: int, picture: Size) -> Size:
-    """Height and width in multiples of `multiple`, of about own_px² pixels, as near to a picture's shape as these go.
+    """Height and width in multiples of `multiple`, with about own_px² pixels and about a picture's shape.
 
-    The shape is kept within a ratio of 4: what is longer is squashed.
+    The ratio of the sides is at most 4; longer pictures are squashed.
     """
     ratio = min(4.0, max(0.25, picture[1] / picture[0]))
     height, width = own_px / math.sqrt(ratio), own_px * math.sqrt(ratio)
     return max(1, round(height / multiple)) * multiple, max(1, round(width / multiple)) * multiple
 
 
-def per_stage(value: V | Sequence[V], stages: Sequence[str], name: str) -> dict[str, V]:
-    """One value for every stage, or one for each.
+def per_stage(value: V | Sequence[V], count: int, name: str) -> list[V]:
+    """A value for each of `count` stages, from one for all of them or a sequence.
 
     Raises: InputError for another number of values.
     """
     each = several(value)
     if each is None:
-        return dict.fromkeys(stages, value)  # type: ignore[arg-type]
-    if len(each) != len(stages):
-        raise InputError(
-            f"{name} has {len(each)} values for {len(stages)} super-resolution stages; give one, or one for each"
-        )
-    return dict(zip(stages, each, strict=True))
+        return [value] * count  # type: ignore[list-item]
+    if len(each) != count:
+        raise InputError(f"{name} has {len(each)} values for {count} super-resolution stages; give one, or one each")
+    return each
 
 
 def _multiple(config: UNetConfig) -> int:
@@ -150,7 +152,7 @@ def _multiple(config: UNetConfig) -> int:
 
 
 def _own_px(name: str, config: UNetConfig) -> int:
-    """The side of the pictures that a network says it makes. Raises: ConfigError unless it can halve it as it does."""
+    """The side of a network's pictures. Raises: ConfigError unless the network can halve it."""
     size, multiple = size_px(config.sample_size), _multiple(config)
     if size % multiple:
         raise ConfigError(

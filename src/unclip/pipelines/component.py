@@ -227,8 +227,9 @@ def _read_tokenizer(cls: Any, folder: Path) -> Any:
             if not (folder / name).is_file():
                 raise MissingFileError(f"{folder} has neither tokenizer.json nor {name}; download the model again")
     tokenizer = cls.from_pretrained(folder, local_files_only=True)
-    if tokenizer.pad_token_id is None:
-        raise ConfigError(f"the tokenizer in {folder} has no pad_token, which captions are filled up with")
+    tried = tokenizer("a", padding="max_length", max_length=8, truncation=True)  # raises where it has no padding token
+    if "attention_mask" not in tried:
+        raise ConfigError(f"the tokenizer in {folder} makes no attention_mask; its model_input_names must have it")
     return tokenizer
 
 
@@ -274,7 +275,7 @@ def _clip_shapes(cls: Any, folder: Path) -> dict[str, tuple[int, ...]]:
     for half in halves:
         encoder = CLIPTextEncoder if hasattr(half, "vocab_size") else CLIPImageEncoder
         known = {field.name for field in fields(encoder.config_class)}
-        sizes = {name: getattr(half, name) for name in SIZE_LIMITS if name in known}
+        sizes = {name: getattr(half, name) for name in (*SIZE_LIMITS, "eos_token_id") if name in known}
         with torch.device("meta"):
             built = encoder(sizes | {"projection_dim": config.projection_dim})
         shapes |= {name: tuple(weight.shape) for name, weight in built.state_dict().items()}

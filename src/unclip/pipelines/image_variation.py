@@ -1,7 +1,4 @@
-"""Image variation: picture → image embedding → similar pictures.
-
-Knows the public call and its arguments; what both pipelines share is in `generation.py`. Called by users.
-"""
+"""Image variation: pictures → image embeddings → similar pictures."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,18 +7,20 @@ import torch
 from torch import Tensor
 
 from unclip.clip.encoders import ImageEncoder
-from unclip.diffusion.guidance import check_scale
 from unclip.errors import InputError
 from unclip.images import Pictures
 from unclip.pipelines.arguments import (
     Callback,
     ImagePipelineOutput,
+    as_captions,
     check_count,
     check_embeddings,
     check_output_type,
     noise_source,
 )
-from unclip.pipelines.steps import Call, GenerationPipeline, StageRun
+from unclip.pipelines.cascade import check_fits
+from unclip.pipelines.generation import GenerationPipeline
+from unclip.pipelines.steps import Call, decode, encode, enlarge, finish
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModelWithProjection
@@ -29,9 +28,9 @@ if TYPE_CHECKING:
 
 
 class UnCLIPImageVariationPipeline(GenerationPipeline):
-    """Makes pictures that share a given picture's CLIP embedding (arXiv 2204.06125, §3.1).
+    """Makes pictures with a given picture's CLIP embedding (arXiv 2204.06125, §3.1).
 
-    Components as those of `UnCLIPPipeline` without prior, and `feature_extractor` and `image_encoder` (transformers'
+    Components as of `UnCLIPPipeline` without the prior, and `feature_extractor` and `image_encoder` (transformers'
     CLIP).
     """
 
@@ -54,7 +53,7 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
         super().check()
         wanted = self.text_proj.config.clip_embeddings_dim
         width = self.image_encoder.config.projection_dim
-        self._check_fits([("image_encoder.projection_dim", width, "text_proj.clip_embeddings_dim", wanted)])
+        check_fits([("image_encoder.projection_dim", width, "text_proj.clip_embeddings_dim", wanted)])
         ImageEncoder(self.image_encoder, self.feature_extractor).check()
 
     @torch.no_grad()
@@ -85,51 +84,57 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
         Args:
             image: a PIL image of any mode; a numpy array [height, width], [height, width, channels] or [batch, height,
                 width, channels], uint8 in [0, 255], floating point in [0, 1] or bool, of 1 to 4 channels; a list of
-                these; or a tensor [batch, 3, height, width] that the feature extractor has already processed. May be
-                None only with `image_embeddings`.
-            num_images_per_prompt: variations of each picture; they follow one another in the output.
+                these; or a tensor [batch, 3, height, width] from the feature extractor. May be None only with
+                `image_embeddings`.
+            num_images_per_prompt: variations of each picture, which are next to each other in the output.
             decoder_num_inference_steps, super_res_num_inference_steps: 1 to 1000 each, as in `UnCLIPPipeline`.
-            generator: the source of all noise; a list has one a picture.
+            generator: the source of all noise; a list has one for each picture.
             decoder_latents, super_res_latents: x_T of the stages, [batch, 3, height, width].
-            image_embeddings: [batch, embedding_dim] in place of the image's: an interpolation, say.
-            decoder_guidance_scale: guidance is on above 1.
+            image_embeddings: [batch, embedding_dim] instead of the image's, an interpolation for example.
+            decoder_guidance_scale: 1 or less turns guidance off.
             output_type: "pil", "np" or "pt".
-            return_dict: False gives a plain tuple.
-            prompt: a caption that the decoder sees beside the embedding; one, or one a picture. Empty by default.
+            return_dict: False returns a plain tuple.
+            prompt: a caption for the decoder beside the embedding; one, or one for each picture. Empty by default.
             negative_prompt, seed, height, width, callback_on_step_end, return_intermediates: as in `UnCLIPPipeline`.
 
         Raises:
             InputError: an argument is wrong (ImageError: a picture is); no stage has run.
-            ConfigError: a component that was exchanged does not fit the others.
+            ConfigError: a component that was replaced does not fit the others.
             Cancelled: the callback stopped the run.
-            NonFiniteError: the result is NaN or infinity, and no picture.
+            NonFiniteError: the result has NaN or infinity.
         """
         self.check()
         check_output_type(output_type)
-        sizes = self._sizes(height, width)
-        scale = check_scale(decoder_guidance_scale, "decoder_guidance_scale")
-        decoder = StageRun(decoder_num_inference_steps, scale, decoder_latents, sizes["decoder"])
-        super_res = self._super_res_runs(super_res_num_inference_steps, super_res_latents, sizes)
-        runs = {"decoder": decoder, **super_res}
-        for name, run in runs.items():
-            self._check_steps(name, run)
+        sizes = self.sizes(height, width)
+        decoder = self.decoder_run(
+            decoder_num_inference_steps, decoder_guidance_scale, decoder_latents, sizes["decoder"]
+        )
+        super_res = self.super_res_runs(super_res_num_inference_steps, super_res_latents, sizes)
+        embeddings = self.embed_images(image, image_embeddings)
+        rows = len(embeddings)
+        captions, negative = as_captions(prompt, rows), as_captions(negative_prompt, rows)
+        count = check_count(num_images_per_prompt, rows)
+        for run in (decoder, *super_res):
+            run.check_latents(count * rows)
+        call = Call(self, noise_source(generator, seed, count * rows), callback_on_step_end)
 
-        embeddings = self._embed(image, image_embeddings)
-        count = len(embeddings)
-        num_images_per_prompt = check_count(num_images_per_prompt, count)
-        batch_size = num_images_per_prompt * count
-        self._check_latents(batch_size, **runs)
-        call = Call(noise_source(generator, seed, batch_size), callback_on_step_end)
-        captions, negative = self._captions(prompt, count), self._captions(negative_prompt, count)
-        text = self._repeated_text(captions, count, num_images_per_prompt)
-        null_text = self._repeated_text(negative, count, num_images_per_prompt) if decoder.guided else None
-        embeddings = embeddings.repeat_interleave(num_images_per_prompt, dim=0)
-        small = self._decode(text, null_text, embeddings, decoder, call)
-        large = self._enlarge(small, super_res, call)
-        return self._finish(large, small, embeddings, output_type, return_intermediates, return_dict)
+        text = encode(self.caption_encoder, captions, rows, count, self.device)
+        null_text = encode(self.caption_encoder, negative, rows, count, self.device) if decoder.guided else None
+        embeddings = embeddings.repeat_interleave(count, dim=0)
+        small = decode(decoder, text, null_text, embeddings, call)
+        large = enlarge(super_res, small, call)
+        output = finish(
+            large, small, embeddings, call, output_type=output_type, return_intermediates=return_intermediates
+        )
+        return output if return_dict else output.to_tuple()
 
-    def _embed(self, image: Any, image_embeddings: Tensor | None) -> Tensor:
-        """The pictures' embeddings [batch, embedding_dim], one row a picture."""
+    def embed_images(self, image: Pictures | Tensor | None, image_embeddings: Tensor | None = None) -> Tensor:
+        """The pictures' embeddings, or those that are given: float32 [batch, embedding_dim].
+
+        Args: as of a call.
+
+        Raises: InputError unless exactly one of the two is given (ImageError: a picture is wrong).
+        """
         if image_embeddings is not None:
             if image is not None:
                 raise InputError("give image or image_embeddings, not both")

@@ -1,9 +1,6 @@
-"""Inpainting and image to image: a picture of which a part, or all, is drawn anew.
+"""Inpainting and image to image: a part of a picture, or all of it, is generated again."""
 
-Knows the public call and its arguments; prior, decoder and super-resolution are run as for a caption. Called by users.
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +9,7 @@ from torch import Tensor
 
 from unclip.checkpoints.layout import FURTHER
 from unclip.clip.encoders import ImageEncoder
-from unclip.diffusion.guidance import check_scale
-from unclip.diffusion.sampler import check_resampling
+from unclip.diffusion.sampler import InpaintingSampler, check_resampling
 from unclip.errors import ConfigError, InputError
 from unclip.images import Pictures
 from unclip.numbers import real
@@ -21,16 +17,17 @@ from unclip.pipelines import cascade
 from unclip.pipelines.arguments import (
     Callback,
     ImagePipelineOutput,
+    as_captions,
     as_prompts,
     check_count,
     check_embeddings,
     check_output_type,
     noise_source,
 )
-from unclip.pipelines.masks import Edited, read_edited
-from unclip.pipelines.steps import Call, Known, StageRun
-from unclip.pipelines.text_to_image import PriorRun, UnCLIPPipeline
-from unclip.stages.stage import Size
+from unclip.pipelines.masks import MaskedPictures, read_pictures
+from unclip.pipelines.steps import Call, StageRun, decode, embed, encode, enlarge, finish
+from unclip.pipelines.text_to_image import UnCLIPPipeline
+from unclip.stages.stage import Condition, Size
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModelWithProjection
@@ -40,15 +37,15 @@ EMBEDDING_SOURCES = ("prompt", "image")
 
 
 class UnCLIPInpaintPipeline(UnCLIPPipeline):
-    """Draws a part of a picture anew, or all of it from a noised state of it.
+    """Generates a part of a picture again (inpainting), or all of it from a noised state (image to image).
 
-    Components as those of `UnCLIPPipeline`, so that any of its folders will do; `image_encoder` and
-    `feature_extractor` (transformers' CLIP), where the folder has them, let the picture itself say what is drawn.
+    Components as of `UnCLIPPipeline`, so any of its folders can be loaded. With `image_encoder` and `feature_extractor`
+    (transformers' CLIP), the picture's own embedding can take the place of a prompt.
 
-    A masked region is drawn by the same loops as any picture, with the known pixels put back at every step and parts of
-    the path walked several times (RePaint, Lugmayr et al. 2201.09865), in the decoder and in super-resolution. Pixels
-    outside the mask come out as they went in, at the result's size, transparent ones too. `strength` below 1 departs
-    from the picture noised that far instead of pure noise (SDEdit, Meng et al. 2108.01073).
+    The decoder and super-resolution sample the masked region with the known pixels put back at every step, and repeat
+    parts of the path (RePaint, Lugmayr et al. 2201.09865). Pixels outside the mask do not change at the result's size,
+    transparent ones included. With `strength` below 1, sampling starts from the noised picture instead of pure noise
+    (SDEdit, Meng et al. 2108.01073).
     """
 
     OPTIONAL = ("image_encoder", "feature_extractor", *UnCLIPPipeline.OPTIONAL)
@@ -62,11 +59,11 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
     def check(self) -> None:
         super().check()
         if (self.image_encoder is None) != (self.feature_extractor is None):
-            raise ConfigError("image_encoder and feature_extractor go together; give both, or neither")
+            raise ConfigError("image_encoder and feature_extractor belong together; give both, or neither")
         if self.image_encoder is not None:
             wanted = self.text_proj.config.clip_embeddings_dim
             width = self.image_encoder.config.projection_dim
-            self._check_fits([("image_encoder.projection_dim", width, "text_proj.clip_embeddings_dim", wanted)])
+            cascade.check_fits([("image_encoder.projection_dim", width, "text_proj.clip_embeddings_dim", wanted)])
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]
@@ -102,88 +99,84 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
         """Edit pictures.
 
         Args:
-            prompt: what the result should show as a whole; one, or one a picture. Without it the picture's own
-                embedding alone says what is drawn.
+            prompt: describes the whole result; one, or one for each picture. Without it, the picture's own embedding
+                describes the result.
             image: a PIL image of any mode; a numpy array [height, width], [height, width, channels] or [batch, height,
                 width, channels], uint8 in [0, 255], floating point in [0, 1] or bool, of 1 to 4 channels; or a list of
-                these. One serves several prompts. Pictures of other sizes than the result's are resized to it.
-            mask_image: what is drawn anew, given as a picture is, an array [batch, height, width] too; of the picture's
-                size: where it is fully transparent, or where it is white
-                if it has no transparency (an alpha channel that is opaque everywhere is none). Without a mask it is
-                what in the picture itself is not opaque; a picture that has no transparency is drawn anew as a whole,
-                which needs a strength below 1.
-            strength: above 0 to 1, the share of the steps that are taken. 1 starts from pure noise; less keeps as much
-                of the picture, under the mask too.
-            num_images_per_prompt: results of each prompt or picture; they follow one another in the output.
+                these. One picture can serve several prompts. Pictures are resized to the result's size.
+            mask_image: the region to replace, as `image` is given, or an array [batch, height, width]; of the picture's
+                size. Fully transparent pixels are replaced, or white ones in a mask without transparency (an alpha
+                channel that is opaque everywhere counts as none). Without a mask, the pixels of the picture that are
+                not opaque are replaced; in a picture without transparency, all of it, which needs a strength below 1.
+            strength: above 0 to 1, the share of the steps that are taken. 1 starts from pure noise; less keeps more of
+                the picture, under the mask too.
+            num_images_per_prompt: results of each prompt or picture, which are next to each other in the output.
             prior_num_inference_steps, decoder_num_inference_steps, super_res_num_inference_steps, generator,
                 prior_guidance_scale, decoder_guidance_scale, return_dict: as in `UnCLIPPipeline`.
-            output_type: "pil", "np" or "pt". A picture with transparency and a mask comes back in RGBA as "pil", with
-                its own pixels outside the mask, if it has the result's size; else transparency stands on white.
-            num_resamples: how often each part of the path is walked, so that new and old grow together; 1 to 100. It
-                multiplies the time, and does nothing without a mask.
-            jump_length: steps in each such part.
-            embedding_from: "prompt", the prior's embedding of it; or "image", the picture's own, with the prompt as
-                the decoder's caption alone. The prompt's when there is one.
-            image_embeddings: [batch, embedding_dim] in place of both: an interpolation of the two, say.
+            output_type: "pil", "np" or "pt". With "pil", a picture of the result's size with transparency and a mask
+                keeps its own pixels outside the mask, in RGBA; otherwise transparency becomes white.
+            num_resamples: how often each part of the path is repeated, so that the new region matches the rest; 1 to
+                100. It multiplies the time, and has no effect without a mask.
+            jump_length: the steps of each part.
+            embedding_from: "prompt", the prior's embedding; or "image", the picture's own, with the prompt only as the
+                decoder's caption. The prompt's by default, if there is one.
+            image_embeddings: [batch, embedding_dim] instead of both, an interpolation of the two for example.
             negative_prompt, seed, callback_on_step_end, return_intermediates: as in `UnCLIPPipeline`.
             num_prior_candidates, prior_temperature, prior_top_p: as in `UnCLIPPipeline`, for a prompt's embedding.
-            height, width: of the result, both or neither. By default it has the picture's shape, in as many pixels as
-                the model's own square, rounded to what its networks need.
+            height, width: of the result, both or neither. By default the result has the picture's shape and about as
+                many pixels as the model's own square.
 
         Raises:
             InputError: an argument is wrong (ImageError: a picture or mask is); no stage has run.
-            ConfigError: a component that was exchanged does not fit the others.
+            ConfigError: a component that was replaced does not fit the others.
             Cancelled: the callback stopped the run.
-            NonFiniteError: the result is NaN or infinity, and no picture.
+            NonFiniteError: the result has NaN or infinity.
         """
         self.check()
         check_output_type(output_type)
         num_resamples, jump_length = check_resampling(num_resamples, jump_length)
         strength = real(strength, "strength", 0, 1, above=True)
         source = self._embedding_source(embedding_from, prompt, image_embeddings)
-        edited = read_edited(image, mask_image, lambda size: self._result_size(size, height, width))
-        if edited.drawn is None and strength == 1:
+        given = read_pictures(image, mask_image, lambda size: self._result_size(size, height, width))
+        if given.region is None and strength == 1:
             raise InputError("nothing of the picture would stay: give mask_image, or a strength below 1")
-        rows = self._rows(prompt, edited, image_embeddings)
-        num_images_per_prompt = check_count(num_images_per_prompt, rows)
-        call = Call(noise_source(generator, seed, num_images_per_prompt * rows), callback_on_step_end)
-        sizes = self._sizes(*edited.x0.shape[2:])
-        prior = PriorRun(
+        rows = self._rows(prompt, given, image_embeddings)
+        captions, negative = as_captions(prompt, rows), as_captions(negative_prompt, rows)
+        count = check_count(num_images_per_prompt, rows)
+        prior = self.prior_run(
             prior_num_inference_steps,
-            check_scale(prior_guidance_scale, "prior_guidance_scale"),
+            prior_guidance_scale,
             num_candidates=num_prior_candidates,
             temperature=prior_temperature,
             top_p=prior_top_p,
         )
-        embedder = self._embedder(prior)
-        scale = check_scale(decoder_guidance_scale, "decoder_guidance_scale")
-        decoder = StageRun(decoder_num_inference_steps, scale, size=sizes["decoder"])
-        runs = {"decoder": decoder, **self._super_res_runs(super_res_num_inference_steps, None, sizes)}
-        for name, run in runs.items():
-            self._check_steps(name, run)
-        captions, negative = self._captions(prompt, rows), self._captions(negative_prompt, rows)
+        sizes = self.sizes(*given.x0.shape[2:])
+        decoder = self.decoder_run(decoder_num_inference_steps, decoder_guidance_scale, None, sizes["decoder"])
+        super_res = self.super_res_runs(super_res_num_inference_steps, None, sizes)
+        call = Call(self, noise_source(generator, seed, count * rows), callback_on_step_end)
 
-        known = edited.repeat(rows, num_images_per_prompt, self.device)
-        runs = _knowing(known, runs, strength, num_resamples, jump_length)
-        text = self._repeated_text(captions, rows, num_images_per_prompt)
-        null_text = None
+        known = given.repeat(rows, count, self.device)
+        decoder = _keeping(decoder, known, strength, num_resamples, jump_length)
+        super_res = [_keeping(run, known, strength, num_resamples, jump_length) for run in super_res]
+        text, null_text = encode(self.caption_encoder, captions, rows, count, self.device), None
         if decoder.guided or (prior.guided and source == "prompt"):
-            null_text = self._repeated_text(negative, rows, num_images_per_prompt)
+            null_text = encode(self.caption_encoder, negative, rows, count, self.device)
         if source == "prompt":
-            embeddings = self._embed(embedder, text, null_text, prior, call)
+            embeddings = embed(prior, text, null_text, call)
         else:
-            own = self._own_embeddings(edited) if image_embeddings is None else image_embeddings.to(self.device).float()
-            embeddings = own.expand(rows, -1).repeat_interleave(num_images_per_prompt, dim=0)
-        small = self._decode(text, null_text, embeddings, runs["decoder"], call)
-        large = self._enlarge(small, runs, call)
-        output = self._finish(large, small, embeddings, output_type, return_intermediates, return_dict=True)
-        assert isinstance(output, ImagePipelineOutput)
+            embeddings = self._given_embeddings(given, image_embeddings).expand(rows, -1)
+            embeddings = embeddings.repeat_interleave(count, dim=0)
+        small = decode(decoder, text, null_text, embeddings, call)
+        large = enlarge(super_res, small, call)
+        output = finish(
+            large, small, embeddings, call, output_type=output_type, return_intermediates=return_intermediates
+        )
         if isinstance(output.images, list):
-            output.images = known.transparent_again(output.images)
+            output.images = known.with_transparency(output.images)
         return output if return_dict else output.to_tuple()
 
     def _embedding_source(self, asked: str | None, prompt: Any, image_embeddings: Tensor | None) -> str:
-        """Where image embeddings come from: "prompt", "image", or "given"."""
+        """The source of the image embeddings: "prompt", "image" or "given"."""
         if image_embeddings is not None:
             if asked is not None:
                 raise InputError("give image_embeddings or embedding_from, not both")
@@ -195,48 +188,51 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
             )
         source = asked or ("image" if prompt is None else "prompt")
         if source == "prompt" and prompt is None:
-            raise InputError("embedding_from is 'prompt', and there is no prompt")
+            raise InputError("embedding_from is 'prompt', but there is no prompt")
         if source == "image" and self.image_encoder is None:
             raise InputError(
-                "this model has no image_encoder, so the picture cannot say what is drawn: give a prompt, or "
-                "image_embeddings, or load the pipeline with image_encoder= and feature_extractor="
+                "this model has no image_encoder to embed the picture: give a prompt, or image_embeddings, or load the "
+                "pipeline with image_encoder= and feature_extractor="
             )
         return source
 
-    def _rows(self, prompt: Any, edited: Edited, image_embeddings: Tensor | None) -> int:
-        """How many rows the call has: as many as prompts, pictures or embeddings, of which any may be one for all."""
+    def _rows(self, prompt: Any, given: MaskedPictures, image_embeddings: Tensor | None) -> int:
+        """The number of rows: of prompts, pictures or embeddings, of which any may be one for all."""
         counts = {
             "prompts": 1 if prompt is None else len(as_prompts(prompt)),
-            "pictures": len(edited.originals),
+            "pictures": len(given.originals),
             "image_embeddings": 1 if image_embeddings is None else len(image_embeddings),
         }
         rows = max(counts.values())
         if any(count not in (1, rows) for count in counts.values()):
-            told = ", ".join(f"{count} {name}" for name, count in counts.items())
-            raise InputError(f"there are {told}; give as many of each, or one for all")
+            found = ", ".join(f"{count} {name}" for name, count in counts.items())
+            raise InputError(f"there are {found}; give as many of each, or one for all")
         return rows
 
     def _result_size(self, size: Size, height: int | None, width: int | None) -> Size:
         """The result's height and width for a picture of height and width `size`."""
         if (height is None) != (width is None):
-            raise InputError("give height and width, or neither: then the result has the picture's shape")
+            raise InputError("give height and width, or neither for the picture's shape")
         if height is None and size[0] != size[1]:
-            own = list(self._sizes(None, None).values())[-1][0]
+            own = list(self.sizes().values())[-1][0]
             height, width = cascade.fitted_size(own, cascade.side_multiple(self.decoder, self.cascade), size)
-        return list(self._sizes(height, width).values())[-1]
+        return list(self.sizes(height, width).values())[-1]
 
-    def _own_embeddings(self, edited: Edited) -> Tensor:
-        return ImageEncoder(self.image_encoder, self.feature_extractor).encode(edited.originals, self.device).float()
+    def _given_embeddings(self, given: MaskedPictures, image_embeddings: Tensor | None) -> Tensor:
+        if image_embeddings is not None:
+            return image_embeddings.to(self.device).float()
+        return ImageEncoder(self.image_encoder, self.feature_extractor).encode(given.originals, self.device).float()
 
 
-def _knowing(
-    edited: Edited, runs: Mapping[str, StageRun], strength: float, num_resamples: int, jump_length: int
-) -> dict[str, StageRun]:
-    """The runs of the stages that draw, with what each knows of its result."""
-    share = None if strength == 1 else strength
-    knowing = {}
-    for name, run in runs.items():
-        assert run.size is not None
-        known = Known(*edited.at(run.size), share, num_resamples, jump_length)
-        knowing[name] = replace(run, known=known)
-    return knowing
+def _keeping(
+    run: StageRun[Condition], known: MaskedPictures, strength: float, num_resamples: int, jump_length: int
+) -> StageRun[Condition]:
+    """The run of a stage that keeps the picture outside the mask, and starts from it where the strength is below 1."""
+    height, width = run.stage.sample_shape(1)[2:]
+    x0, kept = known.at((height, width))
+    sampler, timesteps, origin = run.sampler, run.timesteps, None
+    if kept is not None:
+        sampler = InpaintingSampler(sampler, x0, kept, num_resamples, jump_length)
+    if strength < 1:
+        timesteps, origin = timesteps[-max(1, round(strength * len(timesteps))) :], x0
+    return replace(run, sampler=sampler, timesteps=timesteps, origin=origin)

@@ -1,4 +1,4 @@
-"""Interpolation between two captions, or between pictures, with the arguments of the ecosystem's community pipelines.
+"""Interpolation between captions or pictures, with the arguments of diffusers' community pipelines.
 
 from unclip import UnCLIPTextInterpolationPipeline
 pipe = UnCLIPTextInterpolationPipeline.from_pretrained("unclip-emoji")
@@ -23,10 +23,10 @@ Seed = int | Sequence[int] | None
 
 
 class UnCLIPTextInterpolationPipeline(UnCLIPPipeline):
-    """Makes pictures on the way from one caption to another; components as of `UnCLIPPipeline`.
+    """Makes pictures that go from one caption to another; components as of `UnCLIPPipeline`.
 
-    What the text encoder says of the captions is interpolated on spheres, its embedding and every token's state, and
-    the prior and the decoder run for each step of the way.
+    The text embeddings and the hidden state of each token are interpolated spherically, and the prior and the decoder
+    run for each picture.
     """
 
     @torch.no_grad()
@@ -57,11 +57,10 @@ class UnCLIPTextInterpolationPipeline(UnCLIPPipeline):
         Args:
             start_prompt, end_prompt: the two captions.
             steps: how many pictures, from 1 to 1000; one is the first caption's.
-            generator: the source of all noise; a list has one a picture.
+            generator: the source of all noise; a list has one for each picture.
             enable_sequential_cpu_offload: call the method of this name with `gpu_id` first. The community pipeline does
                 so by default.
-            seed: one gives every picture the same noise, so that they differ by their captions alone; a list has one
-                for each.
+            seed: one gives all pictures the same noise, so that only their captions differ; a list has one for each.
             prior_num_inference_steps, decoder_num_inference_steps, super_res_num_inference_steps, prior_guidance_scale,
                 decoder_guidance_scale, output_type, return_dict, num_prior_candidates, prior_temperature, prior_top_p,
                 callback_on_step_end: as of `UnCLIPPipeline`.
@@ -73,11 +72,11 @@ class UnCLIPTextInterpolationPipeline(UnCLIPPipeline):
         prompts = as_prompts([start_prompt, end_prompt])
         if enable_sequential_cpu_offload:
             self.enable_sequential_cpu_offload(gpu_id)
-        text = self._text().encode(prompts, self.device)
+        text = self.caption_encoder.encode(prompts, self.device)
         kind = text.embeds.dtype
-        first, last = text.hidden_states  # each row of them is one token's
+        first, last = text.hidden_states  # each row belongs to one token
         states = [slerp(first, last, place).to(kind) for place in places]
-        # In between, the tokens of both captions count; at the ends the picture is exactly the caption's.
+        # Between the ends, the tokens of both captions count; at the ends, exactly those of the caption.
         masks = [text.mask[round(place)] if place in (0, 1) else text.mask.any(dim=0) for place in places]
         return super().__call__(
             text_model_output=(slerp_path(text.embeds, places).to(kind), torch.stack(states)),
@@ -99,9 +98,9 @@ class UnCLIPTextInterpolationPipeline(UnCLIPPipeline):
 
 
 class UnCLIPImageInterpolationPipeline(UnCLIPImageVariationPipeline):
-    """Makes variations on the way from one picture to another; components as of `UnCLIPImageVariationPipeline`.
+    """Makes variations that go from one picture to another; components as of `UnCLIPImageVariationPipeline`.
 
-    The image embeddings are interpolated on a sphere. To begin and end with the pictures themselves, invert them: see
+    The image embeddings are interpolated spherically. To start and end with the pictures themselves, invert them; see
     `Manipulator` and `interpolate`.
     """
 
@@ -127,20 +126,18 @@ class UnCLIPImageInterpolationPipeline(UnCLIPImageVariationPipeline):
 
         Args:
             image: two pictures or more, as `UnCLIPImageVariationPipeline` takes them.
-            steps: how many pictures, from 1 to 1000, in equal steps of the angle if `image` has two.
-            generator: the source of all noise; a list has one a picture.
-            image_embeddings: [batch, embedding_dim] in place of the pictures', two rows or more.
+            steps: how many pictures, from 1 to 1000; of two given pictures, in equal steps of the angle.
+            generator: the source of all noise; a list has one for each picture.
+            image_embeddings: [batch, embedding_dim] instead of the pictures', two rows or more.
             decoder_latents, super_res_latents: x_T of the stages, [steps, 3, height, width].
-            seed: one gives every picture the same noise, so that they differ by their embeddings alone; a list has one
-                for each.
+            seed: one gives all pictures the same noise, so that only their embeddings differ; a list has one for each.
             decoder_num_inference_steps, super_res_num_inference_steps, decoder_guidance_scale, output_type,
                 return_dict, callback_on_step_end: as of `UnCLIPImageVariationPipeline`.
 
-        Raises: as `UnCLIPImageVariationPipeline`; InputError for one picture alone.
+        Raises: as `UnCLIPImageVariationPipeline`; InputError for only one picture.
         """
         self.check()
-        whole(steps, "steps", 1, MAX_PICTURES)
-        embeddings = self._embed(image, image_embeddings)
+        embeddings = self.embed_images(image, image_embeddings)
         if len(embeddings) < 2:
             raise InputError("there is one picture; an interpolation needs two or more, such as image=[first, last]")
         places = _places(steps, len(embeddings))
@@ -160,11 +157,11 @@ class UnCLIPImageInterpolationPipeline(UnCLIPImageVariationPipeline):
 
 
 def _places(steps: object, num_points: int) -> list[float]:
-    """`steps` places on a path through so many points, from the first to the last."""
+    """`steps` equidistant places on a path through `num_points` points, from the first to the last."""
     count = whole(steps, "steps", 1, MAX_PICTURES)
     return [(num_points - 1) * step / max(1, count - 1) for step in range(count)]
 
 
 def _seeds(seed: Seed, count: int) -> Seed:
-    """One seed for all pictures as a list with one for each."""
+    """One seed as a list with the same seed for each picture."""
     return seed if seed is None or several(seed) is not None else [seed] * count  # type: ignore[list-item]

@@ -1,7 +1,4 @@
-"""Which of a pipeline's networks a fingerprint is of.
-
-Knows components by name; knows not what a fingerprint is kept with. Called by `manipulation.py`.
-"""
+"""Files that belong to one model: latents and principal components, with fingerprints of the model's networks."""
 
 import os
 from collections.abc import Mapping
@@ -16,63 +13,21 @@ from unclip.checkpoints.weights import plain_state_dict
 from unclip.errors import CheckpointError, InputError
 from unclip.models.pca import PrincipalComponents
 from unclip.pipelines.arguments import check_embeddings, check_latents
+from unclip.pipelines.generation import GenerationPipeline
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
-from unclip.pipelines.steps import GenerationPipeline
 from unclip.stages.manipulation import BipartiteLatent
 
 
 def fingerprint(pipe: GenerationPipeline) -> str:
-    """Of the decoder: it tells which noise leads to which picture. Empty where the weights are away."""
-    return _of(_decoder(pipe))
-
-
-def super_res_fingerprints(pipe: GenerationPipeline, num_stages: int) -> list[str]:
-    """As `fingerprint`, of the first super-resolution stages, one each."""
-    return [_of(networks) for networks in _super_res(pipe, num_stages)]
-
-
-def encoder_fingerprint(pipe: UnCLIPImageVariationPipeline) -> str:
-    """As `fingerprint`, of the image encoder: it tells one space of embeddings from another."""
-    return _of([pipe.image_encoder])
-
-
-def has_decoder(pipe: GenerationPipeline, made: str) -> bool:
-    """Whether a fingerprint is of this pipeline's decoder, or that cannot be known."""
-    return _may_be(made, _decoder(pipe))
-
-
-def has_super_res(pipe: GenerationPipeline, made: list[str]) -> bool:
-    """As `has_decoder`, of its first super-resolution stages; those that it lacks are passed over."""
-    stages = _super_res(pipe, len(made))
-    return all(_may_be(one, networks) for one, networks in zip(made, stages, strict=False))
-
-
-def has_encoder(pipe: UnCLIPImageVariationPipeline, made: str) -> bool:
-    """As `has_decoder`, of its image encoder."""
-    return _may_be(made, [pipe.image_encoder])
-
-
-def _decoder(pipe: GenerationPipeline) -> list[nn.Module]:
-    return [pipe.text_proj, pipe.decoder]
-
-
-def _super_res(pipe: GenerationPipeline, num_stages: int) -> list[list[nn.Module]]:
-    return [[part.first, part.last] for part in list(pipe.cascade.values())[:num_stages]]
-
-
-def _of(networks: list[nn.Module]) -> str:
-    return fingerprint_of(plain_state_dict(network) for network in networks)
-
-
-def _may_be(made: str, networks: list[nn.Module]) -> bool:
-    return may_be_of(made, [plain_state_dict(network) for network in networks])
+    """The fingerprint of a pipeline's decoder; empty when its weights are on the meta device."""
+    return _made_by(_decoder(pipe))
 
 
 class ModelFiles:
-    """Writes and reads latents and components of one model, and refuses those of another.
+    """Writes and reads latents and principal components of one model, and refuses those of another model.
 
     Args:
-        variation: the model's parts.
+        variation: the model's pipeline.
     """
 
     def __init__(self, variation: UnCLIPImageVariationPipeline) -> None:
@@ -87,48 +42,44 @@ class ModelFiles:
         about: Mapping[str, str] | None = None,
         overwrite: bool = False,
     ) -> Path:
-        """Write a latent with fingerprints of this model's decoder, and of super-resolution where its noise is kept.
+        """Write a latent with fingerprints of the decoder, and of the super-resolution stages whose noise it has.
 
         Args:
-            latent: of any number of rows.
+            latent: any number of rows.
             path: ends in .safetensors.
             settings: steps, guidance and prompt of the inversion, by `invert`'s argument names (and the tile, see
-                `unclip.checkpoints.tensor_file`): decoding needs the same. `recorded_settings` reads them again, as the
-                commands do.
-            about: further texts to keep.
-            overwrite: replace a file that is there.
+                `unclip.checkpoints.tensor_file`). Decoding needs the same; `recorded_settings` reads them.
+            about: further texts for the file.
+            overwrite: replace an existing file.
 
-        Raises: as `write_tensor_file`; InputError for settings of other names, or that are no numbers.
+        Raises: as `write_tensor_file`; InputError for unknown settings, or values that are not numbers.
         """
-        noise = super_res_fingerprints(self.variation, len(latent.super_res_noise))
-        told = {
-            **(about or {}),
-            **record_texts(settings or {}),
-            "fingerprint": fingerprint(self.variation),
-            **({"super_res_fingerprints": ",".join(noise)} if noise else {}),
-        }
-        return latent.save(path, about=told, overwrite=overwrite)
+        noise = [_made_by(networks) for networks in _super_res(self.variation)[: len(latent.super_res_noise)]]
+        texts = {**(about or {}), **record_texts(settings or {}), "fingerprint": fingerprint(self.variation)}
+        if noise:
+            texts["super_res_fingerprints"] = ",".join(noise)
+        return latent.save(path, about=texts, overwrite=overwrite)
 
     def load(self, path: str | os.PathLike[str]) -> tuple[BipartiteLatent, dict[str, str]]:
-        """Read a latent of this model, and the texts beside it; `recorded_settings` makes `decode`'s arguments of them.
+        """Read a latent of this model, and the texts in its file; `recorded_settings` makes `decode` arguments of them.
 
-        Raises: as `read_tensor_file`; CheckpointError when it is another model's.
+        Raises: as `read_tensor_file`; CheckpointError when it belongs to another model.
         """
         latent, about = BipartiteLatent.load(path)
-        if not has_decoder(self.variation, about.pop("fingerprint", "")):
-            name = about.get("model")
+        if not _may_be_made_by(about.pop("fingerprint", ""), _decoder(self.variation)):
             raise CheckpointError(
-                f"{path} was made with {'the model ' + name if name else 'another model'}, and this is another one: a "
-                "latent means nothing to any other. Invert the picture again with this model"
+                f"{path} was made with {_model(about)}, not with this one, and means nothing to it. "
+                "Invert the picture again with this model"
             )
         try:
             self.check_latent(latent)
         except InputError as problem:
             raise CheckpointError(f"{path} does not fit the model: {problem}") from problem
-        if not has_super_res(self.variation, about.pop("super_res_fingerprints", "").split(",")):
+        noise = about.pop("super_res_fingerprints", "").split(",")
+        if not all(map(_may_be_made_by, noise, _super_res(self.variation))):
             raise CheckpointError(
-                f"{path} holds super-resolution's noise, which was found with other super-resolution networks than "
-                "this model's and means nothing to these. Invert the picture again with this model"
+                f"{path} has super-resolution noise that was found with other super-resolution networks than this "
+                "model's, and means nothing to them. Invert the picture again with this model"
             )
         return latent, about
 
@@ -141,40 +92,60 @@ class ModelFiles:
         overwrite: bool = False,
     ) -> Path:
         """Write components of this model's embeddings, with its image encoder's fingerprint; arguments as of `save`."""
-        told = {**(about or {}), "image_encoder": encoder_fingerprint(self.variation)}
-        return components.save(path, about=told, overwrite=overwrite)
+        texts = {**(about or {}), "image_encoder": _made_by([self.variation.image_encoder])}
+        return components.save(path, about=texts, overwrite=overwrite)
 
     def load_components(self, path: str | os.PathLike[str]) -> PrincipalComponents:
-        """Read components of this model's embeddings; those whose image encoder is not known pass.
+        """Read components of this model's embeddings; a file without a fingerprint is accepted.
 
-        Raises: as `PrincipalComponents.load`; CheckpointError when they are of another image encoder or width.
+        Raises: as `PrincipalComponents.load`; CheckpointError for components of another image encoder or width.
         """
         components, about = PrincipalComponents.load_with_texts(path)
-        width = self.variation.image_encoder.config.projection_dim
-        known = has_encoder(self.variation, about.get("image_encoder", ""))
-        if not known or components.dim != width:
-            name = about.get("model")
+        encoder = self.variation.image_encoder
+        known = _may_be_made_by(about.get("image_encoder", ""), [encoder])
+        if not known or components.dim != encoder.config.projection_dim:
             raise CheckpointError(
-                f"{path} was fitted with the image encoder of {'the model ' + name if name else 'another model'}, and "
-                "this one is another: its embeddings have other components. Fit them anew with this model"
+                f"{path} was fitted with the image encoder of {_model(about)}, and this model has another one, whose "
+                "embeddings have other components. Fit them again with this model"
             )
         return components
 
     def check_latent(self, latent: BipartiteLatent) -> None:
-        """Raises: InputError for a latent whose sizes are not this model's, or that is not finite."""
-        pipe = self.variation
+        """Raises: InputError for a latent of other sizes than this model's, or that is not finite."""
+        pipe, noise = self.variation, latent.super_res_noise
         check_embeddings(latent.image_embedding, pipe.text_proj.config.clip_embeddings_dim)
-        stages, noise = list(pipe.cascade), latent.super_res_noise
-        if len(noise) > len(stages):
-            raise InputError(f"it has noise of {len(noise)} super-resolution stages; this model has {len(stages)}")
-        for name, given in zip(["decoder", *stages], (latent.decoder_latents, *noise), strict=False):
-            check_latents(given, f"{name}_latents", (len(latent), *pipe._sample_shape(name)))
+        stages = {"decoder": pipe.decoder_stage(), **pipe.super_res_stages()}
+        if len(noise) >= len(stages):
+            raise InputError(f"it has noise of {len(noise)} super-resolution stages; this model has {len(stages) - 1}")
+        for (name, stage), given in zip(stages.items(), (latent.decoder_latents, *noise), strict=False):
+            check_latents(given, f"{name}_latents", stage.sample_shape(len(latent)))
 
 
 def recorded_settings(about: Mapping[str, str]) -> dict[str, Any]:
-    """The arguments of `decode` that a latent's texts tell, as `Manipulator.save` or `unclip invert` wrote them.
+    """The `decode` arguments in a latent's texts, as `Manipulator.save` or `unclip invert` wrote them.
 
-    What the file does not say is left out. Raises: CheckpointError for a text that is no number.
+    Settings that the file does not have are left out. Raises: CheckpointError for a text that is not a number.
     """
     found = read_record(about, "the latent's file")
     return {name: value for name, value in found.items() if name != TILE}
+
+
+def _decoder(pipe: GenerationPipeline) -> list[nn.Module]:
+    return [pipe.text_proj, pipe.decoder]
+
+
+def _super_res(pipe: GenerationPipeline) -> list[list[nn.Module]]:
+    return [[part.first, part.last] for part in pipe.cascade.values()]
+
+
+def _made_by(networks: list[nn.Module]) -> str:
+    return fingerprint_of(plain_state_dict(network) for network in networks)
+
+
+def _may_be_made_by(made: str, networks: list[nn.Module]) -> bool:
+    """Whether a fingerprint is of these networks, or that cannot be known."""
+    return may_be_of(made, [plain_state_dict(network) for network in networks])
+
+
+def _model(about: Mapping[str, str]) -> str:
+    return f"the model {about['model']}" if "model" in about else "another model"

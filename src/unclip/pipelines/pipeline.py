@@ -1,7 +1,4 @@
-"""What every pipeline can do: hold components, be loaded, saved, moved and offloaded.
-
-Knows components by name and kind; knows not what a call does. Base of the two pipelines.
-"""
+"""The base class of pipelines: components, loading and saving, devices and offloading, progress bars."""
 
 import inspect
 import io
@@ -29,29 +26,26 @@ from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileEr
 from unclip.numbers import whole
 from unclip.pipelines.component import index_entry, parts_with_variant, read_component, write_component
 
-STAGE_WORDS = {"prior": "prior", "decoder": "decoder", "super_res": "super-resolution"}
-
 
 def stage_words(stage: str) -> str:
-    """What a stage's progress bar is called: "super_res_2" is "super-resolution 2"."""
-    further = stage.removeprefix("super_res_")
-    return STAGE_WORDS.get(stage) or f"{STAGE_WORDS['super_res']} {further}"
+    """The name of a stage in progress bars and messages: "super_res_2" is "super-resolution 2"."""
+    return stage.replace("super_res_", "super-resolution ").replace("super_res", "super-resolution")
 
 
 class Pipeline:
-    """A set of named components. Calls change nothing in it, so one loaded pipeline serves several threads.
+    """A set of named components. Calls do not change it, so several threads can use one loaded pipeline.
 
-    Subclasses name their components in `COMPONENTS`, in the order in which they work (offloading follows it), and
+    Subclasses name their components in `COMPONENTS`, in the order in which they run (offloading follows it), and
     annotate each with its class. Those in `OPTIONAL` may be missing: the attribute is None then, and `components`,
     loading and saving leave them out.
 
-    Given components that another kind of pipeline has are passed over, so that `OtherPipeline(**pipe.components, …)`
-    can be written; a name that none has is an InputError.
+    Components that only other pipelines have are ignored, so `OtherPipeline(**pipe.components, …)` works. A name that
+    no pipeline has is an InputError.
     """
 
     COMPONENTS: ClassVar[tuple[str, ...]] = ()
     OPTIONAL: ClassVar[tuple[str, ...]] = ()
-    """Those that may be None: not every model has them, or not every kind of the others needs them."""
+    """The components that may be None."""
 
     def __init__(self, **components: Any):
         for name in components:
@@ -69,14 +63,14 @@ class Pipeline:
         self.check()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Components can be exchanged (`pipe.decoder_scheduler = …`), for one of unclip's own kind.
+        """Replace a component (`pipe.decoder_scheduler = …`) by another one of unclip's classes.
 
         A scheduler of diffusers is converted (see `unclip.diffusion.scheduler.converted`). `torch.compile(network)` is
-        accepted where the network is, and is saved as that network.
+        accepted wherever the network is, and is saved as that network. The next call checks whether the component fits
+        the others.
 
-        Raises: ConfigError for a network that is not unclip's, such as diffusers' of that name, for a scheduler that
-        cannot be converted, or for a part of CLIP's that cannot be one. Whether it fits the others is checked when the
-        pipeline is next called.
+        Raises: ConfigError for a network that is not unclip's, such as diffusers' of the same name, a scheduler that
+        cannot be converted, or a CLIP component of another kind.
         """
         kinds = self._kinds(name)
         if Scheduler in kinds and is_foreign(value):
@@ -84,45 +78,34 @@ class Pipeline:
                 value = converted(value, getattr(self, name, None))
             except ConfigError as problem:
                 raise ConfigError(
-                    f"component {name!r}: {problem}; make one by from unclip import DDIMScheduler (or UnCLIPScheduler, "
-                    f"DPMSolverMultistepScheduler), then DDIMScheduler.from_config(pipe.{name}.config)"
+                    f"component {name!r}: {problem}; instead: from unclip import DDIMScheduler (or UnCLIPScheduler, "
+                    f"DPMSolverMultistepScheduler), and DDIMScheduler.from_config(pipe.{name}.config)"
                 ) from problem
-        if value is None and kinds and name not in self.OPTIONAL:
-            raise ConfigError(f"component {name!r} cannot be None: it must be a {_either(kinds)}")
-        classes = tuple(kind for kind in kinds if isinstance(kind, type))
-        if value is not None and classes and not isinstance(original(value), classes):
-            found = f"{type(value).__module__}.{type(value).__name__}"
-            raise ConfigError(
-                f"component {name!r} is a {found}; it must be a {_either(kinds, in_full=True)} "
-                "(its from_pretrained and from_config read what diffusers' class of that name saved)"
-            )
-        for kind in kinds:
-            if value is not None and isinstance(kind, str) and not _serves_as(kind, value):
-                found = f"{type(value).__module__}.{type(value).__name__}"
-                raise ConfigError(
-                    f"component {name!r} is a {found}; it must be a {kind} of transformers', or unclip's own"
-                )
+        may_be_any = not kinds or (value is None and name in self.OPTIONAL)
+        if not may_be_any and not any(_is_of(kind, value) for kind in kinds):
+            found = "None" if value is None else f"a {type(value).__module__}.{type(value).__name__}"
+            raise ConfigError(f"component {name!r} is {found}; it must be {_names(kinds)}")
         super().__setattr__(name, value)
 
     @classmethod
     def component_names(cls) -> tuple[str, ...]:
-        """Every component that there may be, in the order in which they work."""
+        """The names of all components, optional ones too, in the order in which they run."""
         return (*cls.COMPONENTS, *(name for name in cls.OPTIONAL if name not in cls.COMPONENTS))
 
     @classmethod
     def _kinds(cls, name: str) -> tuple[type | str, ...]:
-        """The classes that a component may be of, as it is annotated; none for another attribute."""
+        """The classes in a component's annotation; empty for other attributes."""
         kind = cls._annotation(name) if name in cls.component_names() else None
         return tuple(part for part in (get_args(kind) or (kind,)) if part not in (None, NoneType))
 
     @classmethod
     def _annotation(cls, name: str) -> Any:
-        """The class, or classes, that a component is annotated with; a name where the class is not imported here."""
+        """A component's annotation: a class or a union; a name where the class is not imported."""
         found = (inspect.get_annotations(base).get(name) for base in cls.__mro__)
         return next((kind for kind in found if kind is not None), None)
 
     def check(self) -> None:
-        """Raises: ConfigError when components do not fit one another."""
+        """Raises: ConfigError when the components do not fit each other."""
 
     @property
     def components(self) -> dict[str, Any]:
@@ -132,38 +115,33 @@ class Pipeline:
 
     @property
     def recommended(self) -> dict[str, Recommended]:
-        """The steps, guidance scales and candidates that its makers recommend: `pipe(prompt, **pipe.recommended)`.
+        """The settings that the model recommends: `pipe(prompt, **pipe.recommended)`.
 
-        Only a call's own arguments are in it; it is empty for a model that comes without recommendations. A call's
-        defaults stay those of the ecosystem.
+        It has only arguments of this pipeline's call, and is empty for a model without recommendations. The defaults of
+        a call do not depend on the model.
         """
         arguments = inspect.signature(type(self).__call__).parameters
         return {name: value for name, value in self._recommended.items() if name in arguments}
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """The components that have weights."""
+        """The components with weights."""
         return {name: part for name, part in self.components.items() if isinstance(part, nn.Module)}
 
     @property
     def dtype(self) -> torch.dtype:
-        """The weights' type (the first network's)."""
+        """The type of the weights (of the first network)."""
         return next(iter(self.networks.values())).dtype  # type: ignore[return-value]
 
     @property
     def device(self) -> torch.device:
-        """Where the pipeline computes: with offloading on, the device that networks are brought to."""
+        """The device that the pipeline computes on; with offloading, the one that networks are moved to."""
         for network in self.networks.values():
             for module in network.modules():
                 device = getattr(vars(module).get("_hf_hook"), "execution_device", None)
                 if device is not None:
                     return torch.device(device)
         return next(next(iter(self.networks.values())).parameters()).device
-
-    @classmethod
-    def _may_lack(cls, name: str, index: Mapping[str, Any]) -> bool:
-        """Whether a folder whose model_index.json is `index` may do without a component, and does."""
-        return name in cls.OPTIONAL and index.get(name) in (None, [None, None])
 
     @classmethod
     def from_pretrained(
@@ -186,24 +164,24 @@ class Pipeline:
 
         Args:
             name_or_folder: a folder, a hub repository (`owner/name`), or the built-in model's name.
-            torch_dtype: the type of all weights, or its name; float32 by default. "auto" keeps the type that each
-                component has in its file. A mapping has a type by component, and "default" for the others.
+            torch_dtype: the type of all weights, or its name; float32 by default. "auto" keeps the type of each
+                component's file. A mapping has types by component, and "default" for the others.
             dtype: another name of `torch_dtype`.
-            variant: "fp16", say, reads `diffusion_pytorch_model.fp16.safetensors` of the components that have it, and
-                the plain weights of the others.
-            revision, cache_dir, local_files_only, token: as the hub client has them.
-            use_safetensors: nothing else is read, so None and True are the same and False is refused.
-            device_map: the device to load to; several are not supported.
-            own_clip: read CLIP's parts by unclip's own classes (`clip/networks.py`, `clip/tokenizer.py`,
+            variant: "fp16" for example reads `diffusion_pytorch_model.fp16.safetensors` of the components that have
+                this file, and the plain weights of the others.
+            revision, cache_dir, local_files_only, token: as of the hub client.
+            use_safetensors: True or None; other files are not read.
+            device_map: the device to load to; only one is supported.
+            own_clip: read CLIP by unclip's own classes (`clip/networks.py`, `clip/tokenizer.py`,
                 `clip/preprocessing.py`) instead of transformers', whose import takes seconds. They give the same
-                numbers and only encode; a part that they do not implement is read by transformers' class after all.
-            components: parts to use in place of the folder's (`prior=my_prior`). Further arguments of the ecosystem's
+                numbers and only encode. A component that they do not implement is read by transformers' class.
+            components: components to use in place of the folder's (`prior=my_prior`). Further arguments of diffusers'
                 method are ignored with one warning, or refused.
 
         Raises:
             InputError: `torch_dtype` is not a floating type, or an argument is unknown or refused.
             CheckpointError: something is missing, broken or unsafe; the message names the component.
-            ConfigError: a component is of an unknown kind, or does not fit the others.
+            ConfigError: a component is of an unknown class, or does not fit the others.
         """
         parts = settled(components, cls.from_pretrained, cls.component_names())
         types = _types(torch_dtype if dtype is None else dtype, use_safetensors)
@@ -228,9 +206,10 @@ class Pipeline:
     def _read(
         cls, source: "Source", names: Iterable[str], types: Mapping[str, torch.dtype | str | None]
     ) -> dict[str, Any]:
-        """Those components of a folder, but for optional ones that it lacks; `types` as of `_types`."""
+        """The named components of a folder, without optional ones that it lacks; `types` as of `_types`."""
         index = read_json(safe_join(source.folder, "model_index.json"))
-        to_read = [name for name in names if not cls._may_lack(name, index)]
+        missing = {name for name in cls.OPTIONAL if index.get(name) in (None, [None, None])}
+        to_read = [name for name in names if name not in missing]
         classes = {name: _class_name(index, name, cls.__name__, source.folder) for name in to_read}
         every = cls.component_names()
         varied = set() if source.variant is None else parts_with_variant(source.folder, every, source.variant)
@@ -248,20 +227,20 @@ class Pipeline:
 
     @classmethod
     def from_pipe(cls, pipeline: "Pipeline", **components: Any) -> Self:
-        """This kind of pipeline from another's loaded components.
+        """A pipeline of this class with the loaded components of another one.
 
-        What that kind does not have is given by name, or else read from the folder that `pipeline` was loaded from, in
-        its type and on its device.
+        Components that the other pipeline lacks are given by name, or read from the folder that it was loaded from, in
+        its type and onto its device.
 
-        Bars, tiling, recommendations, principal components and offloading stay as they are there; offloading lies in
-        the networks, so what one of the two changes in it holds for both, and a network that is new here takes part
-        from the next enabling.
+        Progress bars, tiling, recommendations, principal components and offloading are kept. Offloading belongs to the
+        networks, so a change in one of the two pipelines holds for both; networks that were read here take part when
+        offloading is next enabled.
 
-        Raises: InputError when `pipeline` is not one of unclip's, or lacks components and was not loaded from a folder;
-        CheckpointError when that folder lacks them too.
+        Raises: InputError when `pipeline` is not a pipeline of unclip's, or lacks components and was not loaded from a
+        folder; CheckpointError when that folder lacks them too.
         """
         if not isinstance(pipeline, Pipeline):
-            raise InputError(f"from_pipe takes a pipeline of unclip's, not a {type(pipeline).__name__}")
+            raise InputError(f"from_pipe takes a pipeline of unclip, not a {type(pipeline).__name__}")
         shared = {name: part for name, part in pipeline.components.items() if name in cls.component_names()}
         known = {*pipeline.component_names(), *components}
         lacking = [name for name in cls.component_names() if name not in known]
@@ -274,7 +253,7 @@ class Pipeline:
         elif needed := [name for name in lacking if name not in cls.OPTIONAL]:
             raise InputError(
                 f"{cls.__name__} needs {', '.join(needed)}, and the {type(pipeline).__name__} was not loaded from a "
-                f"folder that could have them: give them by name, as in from_pipe(pipe, {needed[0]}=…)"
+                f"folder that could have them; give them by name, as in from_pipe(pipe, {needed[0]}=…)"
             )
         made = cls(**shared | read | components)
         made._source = pipeline._source
@@ -291,22 +270,20 @@ class Pipeline:
         *,
         overwrite: bool = False,
     ) -> None:
-        """Write a folder that this library and, component by component, the ecosystem load.
+        """Write a folder that unclip loads, and whose components diffusers and transformers load.
 
-        It appears only when whole. What the folder that was loaded recommends goes along, and its principal components
-        too, if the image encoder is still the one that they are of.
+        The folder appears only when it is complete. It also gets the loaded folder's recommended settings, and its
+        principal components if the image encoder is still the one that they belong to.
 
         Raises: OutputExistsError when it exists and `overwrite` is false, or when it is the current or home folder;
-        OutputError when the disk is full or the folder cannot be written, and what was there stays as it was;
+        OutputError when the disk is full or the folder cannot be written (an existing folder is kept);
         UnsafeFileError for `safe_serialization=False`.
         """
         if not safe_serialization:
-            raise UnsafeFileError("unclip writes no pickles: leave safe_serialization at True")
+            raise UnsafeFileError("unclip does not write pickles: leave safe_serialization at True")
         with atomic_folder(folder, overwrite=overwrite) as draft:
             index: dict[str, Any] = {"_class_name": type(self).__name__, "_diffusers_version": API_VERSION}
             for name, part in self.components.items():
-                if part is None:
-                    continue
                 write_component(part, draft / name, variant=variant)
                 index[name] = index_entry(part)
             write_json(draft / "model_index.json", index)
@@ -316,17 +293,17 @@ class Pipeline:
                 self._probe.write(draft)
 
     def to(self, *where: torch.device | torch.dtype | str | int, **named: Any) -> Self:
-        """Move and/or cast all networks: `to("cuda")`, `to(torch.float16)`, `to("cuda", torch.float16)`."""
+        """Move or cast all networks: `to("cuda")`, `to(torch.float16)`, `to("cuda", torch.float16)`."""
         if self._is_offloaded:
             raise InputError(
-                "the pipeline is offloaded: its networks move by themselves; call remove_all_hooks() first"
+                "the pipeline is offloaded, so its networks cannot be moved; call remove_all_hooks() first"
             )
         for network in self.networks.values():
             network.to(*where, **named)  # type: ignore[call-overload]
         return self
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
-        """Keep one network at a time on the accelerator, the others in main memory (through accelerate's hooks)."""
+        """Keep one network at a time on the accelerator, and the others in main memory (with accelerate's hooks)."""
         from accelerate import cpu_offload_with_hook
 
         self.remove_all_hooks()
@@ -339,7 +316,7 @@ class Pipeline:
     def enable_sequential_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | None = None
     ) -> None:
-        """Keep one layer at a time on the accelerator: least memory, slowest."""
+        """Keep one layer at a time on the accelerator. It needs the least memory and is the slowest."""
         from accelerate import cpu_offload
 
         self.remove_all_hooks()
@@ -349,7 +326,7 @@ class Pipeline:
             cpu_offload(network, target, offload_buffers=bool(network._parameters))
 
     def remove_all_hooks(self) -> None:
-        """Undo offloading, of other pipelines with the same networks too; the networks stay in main memory."""
+        """Turn off offloading, for other pipelines with the same networks too; the networks stay in main memory."""
         self.maybe_free_model_hooks()
         if self._is_offloaded:
             from accelerate.hooks import remove_hook_from_module
@@ -358,7 +335,7 @@ class Pipeline:
                 remove_hook_from_module(network, recurse=True)
 
     def maybe_free_model_hooks(self) -> None:
-        """With model offload on, bring every network back to main memory; called at the end of each call."""
+        """Move all networks back to main memory if model offloading is on; calls do so at their end."""
         for network in self._distinct_networks:
             for hook in offload_hooks(network):
                 from accelerate.hooks import CpuOffload, UserCpuOffloadHook
@@ -368,28 +345,28 @@ class Pipeline:
 
     @property
     def _distinct_networks(self) -> list[nn.Module]:
-        """Every network once, also where it is two components, and without the wrapper of `torch.compile`."""
+        """Each network once, even if it is two components, and without the wrapper of `torch.compile`."""
         return list(dict.fromkeys(map(original, self.networks.values())))
 
     @property
     def _is_offloaded(self) -> bool:
-        """Whether networks have offloading's hooks, whichever pipeline put them there."""
+        """Whether networks have offloading hooks, from any pipeline."""
         return any(offload_hooks(module) for network in self._distinct_networks for module in network.modules())
 
     def enable_attention_slicing(self, slice_size: str | int = "auto") -> None:
-        """Compute attention in slices, which needs less memory: "auto" halves it, "max" takes one head at a time."""
+        """Compute attention in slices, which needs less memory: "auto" takes half at a time, "max" one head."""
         for network in self.networks.values():
             if hasattr(network, "enable_attention_slicing"):
                 network.enable_attention_slicing(slice_size)  # type: ignore[operator]
 
     def disable_attention_slicing(self) -> None:
-        """Compute attention in one go again."""
+        """Compute attention without slices again."""
         for network in self.networks.values():
             if hasattr(network, "disable_attention_slicing"):
                 network.disable_attention_slicing()  # type: ignore[operator]
 
     def set_progress_bar_config(self, **options: Any) -> None:
-        """Options of tqdm for the bars of later calls: `disable=True` for none.
+        """Set tqdm's options for the progress bars of later calls; `disable=True` turns them off.
 
         Raises: InputError for an option that tqdm does not have.
         """
@@ -412,7 +389,7 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a pipeline was loaded from, and how: its folder, the variant of weights, and by whose CLIP classes."""
+    """How a pipeline was loaded: the folder, the variant of the weights, and whether by unclip's own CLIP classes."""
 
     folder: Path
     variant: str | None
@@ -425,11 +402,13 @@ CLIP_PARTS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "CLIPTokenizer": (Callable, ("__len__", "model_max_length")),
     "BaseImageProcessor": (Callable, ()),
 }
-"""What is asked of CLIP's parts, whose classes are not imported here: a base, and what they have."""
+"""A base class and the needed attributes of CLIP's components, whose classes are not imported here."""
 
 
-def _serves_as(kind: str, value: object) -> bool:
-    """Whether a value can be the part of CLIP's of that class: that class itself, unclip's own, or one like it."""
+def _is_of(kind: type | str, value: object) -> bool:
+    """Whether a value is of a class, or has what the CLIP component of this name needs."""
+    if isinstance(kind, type):
+        return isinstance(original(value), kind)
     base, needed = CLIP_PARTS[kind]
     return isinstance(value, base) and not isinstance(value, type) and all(_has(value, path) for path in needed)
 
@@ -442,32 +421,32 @@ def _has(value: object, path: str) -> bool:
     return True
 
 
-def _either(kinds: tuple[type | str, ...], *, in_full: bool = False) -> str:
-    def word(kind: type | str) -> str:
-        if isinstance(kind, str):
-            return kind
-        return f"{kind.__module__}.{kind.__name__}" if in_full else kind.__name__
-
-    return " or a ".join(map(word, kinds))
+def _names(kinds: tuple[type | str, ...]) -> str:
+    names = " or ".join(
+        f"transformers' {kind}" if isinstance(kind, str) else f"unclip's {kind.__name__}" for kind in kinds
+    )
+    if isinstance(kinds[0], str):
+        return f"{names}, or unclip's own class"
+    return f"{names}, whose from_pretrained and from_config read what diffusers' class of the same name saved"
 
 
 def _class_name(index: Mapping[str, Any], name: str, pipeline: str, folder: Path) -> str:
-    """The class of a component; which library an old folder says it came from does not matter, the class does."""
+    """The name of a component's class; the library that model_index.json names is ignored."""
     entry = index.get(name)
     if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)):
         raise CheckpointError(
-            f"{folder / 'model_index.json'} is of a {index.get('_class_name', 'pipeline without a name')} and names no "
+            f"{folder / 'model_index.json'} describes a {index.get('_class_name', 'pipeline without a name')} without "
             f"{name!r}, which {pipeline} needs; give it by name ({name}=…), or load a model that has it"
         )
     return entry[1]
 
 
 def _types(asked: Any, use_safetensors: bool | None) -> dict[str, torch.dtype | str | None]:
-    """The types of weights by component, and "default" for those that are not named."""
+    """The types of the weights by component, and "default" for all others."""
     given = asked if isinstance(asked, Mapping) else {"default": asked}
     for name in given:
         if name not in {"default", *CLASSES, *FURTHER}:
-            raise InputError(f"torch_dtype has a type for {name!r}, which no pipeline has; the others' is 'default'")
+            raise InputError(f"torch_dtype has a type for {name!r}, which no pipeline has; all others: 'default'")
     asked_type(None, use_safetensors)
     return {name: asked_type(one) for name, one in given.items()}
 
@@ -487,5 +466,5 @@ def _accelerator(gpu_id: int | None, device: torch.device | str | None) -> torch
         return torch.device(device)
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if found is None:
-        raise InputError("offloading needs an accelerator and this machine has none; device='cpu' tries it out")
+        raise InputError("offloading needs an accelerator, and this machine has none; use device='cpu' to try it")
     return torch.device(found.type, 0 if gpu_id is None else whole(gpu_id, "gpu_id", 0))

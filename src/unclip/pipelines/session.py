@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from PIL.PngImagePlugin import PngInfo
 
     from unclip.diffusion.scheduler import Scheduler
+    from unclip.pipelines.generation import GenerationPipeline
     from unclip.pipelines.manipulation import Manipulator
     from unclip.pipelines.pipeline import Pipeline
-    from unclip.pipelines.steps import GenerationPipeline
 
 log = logging.getLogger(__name__)
 

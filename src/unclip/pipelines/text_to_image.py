@@ -1,73 +1,43 @@
-"""Text to image: caption → image embedding → small picture → large picture.
-
-Knows the public call and its arguments; what both pipelines share is in `generation.py`. Called by users.
-"""
+"""Text to image: captions → image embeddings → small pictures → large pictures."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from unclip.checkpoints.layout import FURTHER
 from unclip.clip.encoders import TextEmbedding
-from unclip.diffusion.guidance import check_scale
 from unclip.diffusion.scheduler import Scheduler
 from unclip.errors import InputError
 from unclip.models.prior import PriorConfig, PriorTransformer
-from unclip.models.prior_autoregressive import AutoregressivePrior, AutoregressivePriorConfig
+from unclip.models.prior_autoregressive import AutoregressivePrior
 from unclip.numbers import whole
 from unclip.pipelines.arguments import (
     Callback,
     ImagePipelineOutput,
+    as_captions,
     as_prompts,
-    check_candidates,
     check_count,
     check_embeddings,
-    check_latents,
     check_output_type,
     given_text,
     noise_source,
-    on_step,
 )
-from unclip.pipelines.cascade import Fact
-from unclip.pipelines.steps import Call, GenerationPipeline, StageRun
-from unclip.stages.prior import (
-    AutoregressivePriorStage,
-    DiffusionEmbeddingSampler,
-    EmbeddingSampler,
-    PriorStage,
-    check_drawing,
-    sample_best,
-)
-from unclip.stages.stage import PriorCondition
-
-
-@dataclass(frozen=True)
-class PriorRun(StageRun):
-    """How the prior runs in one call: candidates of each embedding, who chooses together, and how codes are drawn."""
-
-    num_candidates: int = 1
-    captions_per_choice: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        temperature, top_p = check_drawing(self.temperature, self.top_p)
-        checked = {"num_candidates": check_candidates(self.num_candidates), "temperature": temperature, "top_p": top_p}
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+from unclip.pipelines.cascade import Fact, check_fits
+from unclip.pipelines.generation import GenerationPipeline
+from unclip.pipelines.steps import Call, PriorRun, decode, embed, encode, enlarge, finish
+from unclip.settings import SETTINGS
+from unclip.stages.prior import AutoregressivePriorStage, DiffusionEmbeddingSampler, EmbeddingSampler, PriorStage
 
 
 class UnCLIPPipeline(GenerationPipeline):
-    """Makes pictures of captions (arXiv 2204.06125, figure 2).
+    """Makes pictures from captions (arXiv 2204.06125, figure 2).
 
     Components, by name: `text_encoder` and `tokenizer` (transformers' CLIP), `prior` and `prior_scheduler`,
-    `text_proj`, `decoder` and `decoder_scheduler`, `super_res_first` (every step of super-resolution but the last),
-    `super_res_last` and `super_res_scheduler`. Any scheduler of the library fits each stage. The prior is a
-    `PriorTransformer` (the diffusion prior) or an `AutoregressivePrior`, which needs no scheduler: `prior_scheduler`
-    may be left out then.
+    `text_proj`, `decoder` and `decoder_scheduler`, `super_res_first` (for every step of super-resolution but the last),
+    `super_res_last` and `super_res_scheduler`. Each stage takes any scheduler of unclip. The prior is a
+    `PriorTransformer` (the diffusion prior) or an `AutoregressivePrior`, which needs no `prior_scheduler`.
     """
 
     COMPONENTS = (
@@ -104,7 +74,7 @@ class UnCLIPPipeline(GenerationPipeline):
                 ("prior.added_emb_type", prior.added_emb_type, "the query that a pipeline reads", "prd"),
                 ("prior.additional_embeddings", prior.additional_embeddings, "the count of tokens after the text's", 4),
             ]
-        self._check_fits(fits)
+        check_fits(fits)
 
     @torch.no_grad()
     def __call__(
@@ -136,85 +106,85 @@ class UnCLIPPipeline(GenerationPipeline):
         callback_on_step_end: Callback | None = None,
         return_intermediates: bool = False,
     ) -> ImagePipelineOutput | tuple[Any, ...]:
-        """Make pictures.
+        """Make pictures from captions.
 
         Args:
             prompt: a caption, or several. May be None only with `text_model_output` or `image_embeddings`.
-            num_images_per_prompt: pictures of each caption; they follow one another in the output.
-            prior_num_inference_steps, decoder_num_inference_steps, super_res_num_inference_steps: 1 to 1000 each; a
-                model with several super-resolution stages takes one number for all of them, or one for each. An
-                autoregressive prior takes one step for each of its codes, whatever the first says.
-            generator: the source of all noise; a list has one a picture.
-            prior_latents: x_T of the prior, [batch, embedding_dim]; the noise of an autoregressive one's codes,
+            num_images_per_prompt: pictures of each caption, which are next to each other in the output.
+            prior_num_inference_steps, decoder_num_inference_steps, super_res_num_inference_steps: 1 to 1000 each. For
+                several super-resolution stages, one number for all of them or one for each. An autoregressive prior
+                always takes one step for each code.
+            generator: the source of all noise; a list has one for each picture.
+            prior_latents: x_T of the prior, [batch, embedding_dim]; for an autoregressive prior the noise of its codes,
                 [batch, 1 + num_components].
             decoder_latents: x_T of the decoder, [batch, 3, height, width] at its size.
             super_res_latents: x_T of super-resolution, [batch, 3, height, width]; or one or None for each stage.
             text_model_output: CLIPTextModelOutput or (text_embeds, last_hidden_state) instead of a prompt.
-            text_attention_mask: [batch, tokens], goes with it.
-            prior_guidance_scale, decoder_guidance_scale: guidance of a stage is on above 1, each for itself.
+            text_attention_mask: [batch, tokens], with `text_model_output`.
+            prior_guidance_scale, decoder_guidance_scale: the guidance of each stage; 1 or less turns it off.
             output_type: "pil", "np" or "pt".
-            return_dict: False gives a plain tuple.
-            negative_prompt: what guidance pushes away from in place of the empty caption; one, or one a prompt.
-            seed: picture i is made with seed + i (or the i-th of a list), whatever else is in its batch.
-            num_prior_candidates: image embeddings drawn of each caption, 1 to 1000 (paper §2.2: 2), of which the one
-                with the largest dot product with the text embedding, both normalised, is kept. The first candidate is
-                what is drawn without others, and `prior_latents` are its.
-            prior_temperature, prior_top_p: how an autoregressive prior draws its codes, from 0 to 100 and above 0 to 1:
-                see `AutoregressivePriorStage`. A diffusion prior draws none, and takes no other than 1.
-            image_embeddings: [batch, embedding_dim] in place of the prior's, which does not run then.
-            height, width: of the pictures in pixels, the model's own square by default. Networks draw best near the
+            return_dict: False returns a plain tuple.
+            negative_prompt: the caption that guidance moves away from, instead of the empty one; one, or one for each
+                prompt.
+            seed: picture i is made with seed + i (or the i-th of a list), independently of the others in its batch.
+            num_prior_candidates: image embeddings sampled for each caption, 1 to 1000 (paper §2.2: 2). The one with the
+                largest dot product with the text embedding, both normalised, is kept. The first candidate is the one
+                that is sampled without others, and gets `prior_latents`.
+            prior_temperature, prior_top_p: the sampling of an autoregressive prior's codes, from 0 to 100 and above 0
+                to 1; see `AutoregressivePriorStage`. A diffusion prior takes only 1.
+            image_embeddings: [batch, embedding_dim]; the prior does not run then.
+            height, width: of the pictures in pixels; the model's own square by default. Networks work best near the
                 size that they were trained on.
-            callback_on_step_end: called as (pipeline, step, timestep, {"stage", "num_steps", "latents", "x0"}); it may
-                return {"latents": tensor} to go on from, or {"stop": True}.
+            callback_on_step_end: called as (pipeline, step, timestep, {"stage", "num_steps", "latents", "x0"}). It may
+                return {"latents": tensor} to replace the latents, or {"stop": True}.
             return_intermediates: the output also has `image_embeddings` and `small_images`.
 
         Raises:
             InputError: an argument is wrong; no stage has run.
-            ConfigError: a component that was exchanged does not fit the others.
+            ConfigError: a component that was replaced does not fit the others.
             Cancelled: the callback stopped the run.
-            NonFiniteError: the result is NaN or infinity, and no picture.
+            NonFiniteError: the result has NaN or infinity.
         """
         self.check()
         check_output_type(output_type)
-        prior = PriorRun(
+        prior = self.prior_run(
             prior_num_inference_steps,
-            check_scale(prior_guidance_scale, "prior_guidance_scale"),
+            prior_guidance_scale,
             prior_latents,
             num_candidates=num_prior_candidates,
             temperature=prior_temperature,
             top_p=prior_top_p,
         )
-        embedder = self._embedder(prior)
-        sizes = self._sizes(height, width)
-        scale = check_scale(decoder_guidance_scale, "decoder_guidance_scale")
-        decoder = StageRun(decoder_num_inference_steps, scale, decoder_latents, sizes["decoder"])
-        super_res = self._super_res_runs(super_res_num_inference_steps, super_res_latents, sizes)
-        runs = {"decoder": decoder, **super_res}
-        for name, run in runs.items():
-            self._check_steps(name, run)
+        sizes = self.sizes(height, width)
+        decoder = self.decoder_run(
+            decoder_num_inference_steps, decoder_guidance_scale, decoder_latents, sizes["decoder"]
+        )
+        super_res = self.super_res_runs(super_res_num_inference_steps, super_res_latents, sizes)
         if image_embeddings is not None:
             check_embeddings(image_embeddings, self.prior.config.embedding_dim)
             if prior_latents is not None:
-                raise InputError("prior_latents start the prior, which image_embeddings replace: give one of them")
+                raise InputError("prior_latents are not used with image_embeddings, as no prior runs: give one of them")
+        text = self._text_of(prompt, text_model_output, text_attention_mask, image_embeddings)
+        rows = len(text)
+        negative = as_captions(negative_prompt, rows)
+        count = check_count(num_images_per_prompt, rows)
+        for run in (prior, decoder, *super_res):
+            run.check_latents(count * rows)
+        call = Call(self, noise_source(generator, seed, count * rows), callback_on_step_end)
 
-        text = self._encode(prompt, text_model_output, text_attention_mask, image_embeddings)
-        num_images_per_prompt = check_count(num_images_per_prompt, len(text))
-        batch_size = num_images_per_prompt * len(text)
-        check_latents(prior.latents, "prior_latents", (batch_size, *embedder.sample_shape(PriorCondition(text))[1:]))
-        self._check_latents(batch_size, **runs)
-        call = Call(noise_source(generator, seed, batch_size), callback_on_step_end)
-        negative = self._captions(negative_prompt, len(text))
-        null_text = None
-        if (prior.guided and image_embeddings is None) or decoder.guided:
-            null_text = self._repeated_text(negative, len(text), num_images_per_prompt)
-        text = text.repeat(num_images_per_prompt)
+        text, null_text = text.repeat(count), None
+        if decoder.guided or (prior.guided and image_embeddings is None):
+            null_text = encode(self.caption_encoder, negative, rows, count, self.device)
         if image_embeddings is None:
-            embeddings = self._embed(embedder, text, null_text, prior, call)
+            embeddings = embed(prior, text, null_text, call)
         else:
-            embeddings = image_embeddings.to(self.device).float().repeat_interleave(num_images_per_prompt, dim=0)
-        small = self._decode(text, null_text, embeddings, decoder, call)
-        large = self._enlarge(small, super_res, call)
-        return self._finish(large, small, embeddings, output_type, return_intermediates, return_dict)
+            embeddings = image_embeddings.to(self.device).float().repeat_interleave(count, dim=0)
+        small = decode(decoder, text, null_text, embeddings, call)
+        large = enlarge(super_res, small, call)
+        output = finish(
+            large, small, embeddings, call, output_type=output_type, return_intermediates=return_intermediates
+        )
+        return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
     def embed_captions(
@@ -230,81 +200,94 @@ class UnCLIPPipeline(GenerationPipeline):
         prior_top_p: float = 1.0,
         captions_per_choice: int = 1,
     ) -> Tensor:
-        """The image embeddings that the prior draws for captions, float32 [batch, embedding_dim].
+        """The image embeddings that the prior samples for captions, float32 [batch, embedding_dim].
 
         Args:
             prompt: a caption, or several.
             num_inference_steps, guidance_scale: of the prior.
-            generator, seed: as of a call; `seed=[7] * n` gives every caption the same noise, so that they differ by
-                what they say alone.
-            num_prior_candidates, prior_temperature, prior_top_p: as of a call, so that a caption has the embedding here
-                that a call draws its picture from.
-            captions_per_choice: so many captions that follow one another keep candidates of the same number, that whose
-                dot products with all of them add up to the most; at 1, captions of one seed may keep candidates of
-                different noise. It divides the number of captions.
+            generator, seed: as of a call; `seed=[7] * n` gives all captions the same noise, so that only their meaning
+                differs.
+            num_prior_candidates, prior_temperature, prior_top_p: as of a call, which samples the same embedding.
+            captions_per_choice: this many consecutive captions keep the candidate of the same number, whose dot
+                products with all of them have the largest sum. With 1, captions of one seed may keep candidates of
+                different noise. It must divide the number of captions.
 
-        Raises: InputError for a wrong argument, NonFiniteError for a result that is NaN or infinity.
+        Raises: InputError for a wrong argument, NonFiniteError for a result with NaN or infinity.
         """
         self.check()
-        run = PriorRun(
-            num_inference_steps,
-            check_scale(guidance_scale, "guidance_scale"),
-            num_candidates=num_prior_candidates,
-            captions_per_choice=captions_per_choice,
-            temperature=prior_temperature,
-            top_p=prior_top_p,
-        )
-        embedder = self._embedder(run)
         prompts = as_prompts(prompt)
         captions_per_choice = whole(captions_per_choice, "captions_per_choice")
         if len(prompts) % captions_per_choice:
             raise InputError(
                 f"captions_per_choice is {captions_per_choice}; it must divide the number of captions, {len(prompts)}"
             )
-        text = self._text().encode(prompts, self.device)
-        null_text = self._repeated_text([""], len(text), 1) if run.guided else None
-        embeddings = self._embed(embedder, text, null_text, run, Call(noise_source(generator, seed, len(text)), None))
-        self.maybe_free_model_hooks()
-        self._check_finite({"image embeddings": embeddings})
+        run = self.prior_run(
+            num_inference_steps,
+            guidance_scale,
+            num_candidates=num_prior_candidates,
+            captions_per_choice=captions_per_choice,
+            temperature=prior_temperature,
+            top_p=prior_top_p,
+        )
+        rows, encoder = len(prompts), self.caption_encoder
+        call = Call(self, noise_source(generator, seed, rows))
+        text = encode(encoder, prompts, rows, 1, self.device)
+        null_text = encode(encoder, [""], rows, 1, self.device) if run.guided else None
+        embeddings = embed(run, text, null_text, call)
+        call.close({"image embeddings": embeddings})
         return embeddings
 
-    def _embedder(self, run: PriorRun) -> EmbeddingSampler:
-        """The prior, ready to be sampled.
+    def prior_run(
+        self,
+        num_steps: int,
+        guidance_scale: float,
+        latents: Tensor | None = None,
+        *,
+        num_candidates: int = 1,
+        captions_per_choice: int = 1,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> PriorRun:
+        """The prior with its scheduler's sampler and a call's settings.
 
-        Raises: InputError for steps that its scheduler cannot take, or a way to draw codes that it cannot follow.
+        Raises: InputError for a wrong setting, or a temperature or top_p for a diffusion prior.
         """
-        prior: Any = self.prior  # possibly compiled, then its class says nothing
-        if isinstance(prior.config, AutoregressivePriorConfig):
-            return AutoregressivePriorStage(prior, run.temperature, run.top_p)
-        if (run.temperature, run.top_p) != (1, 1):
-            raise InputError(
-                f"prior_temperature is {run.temperature} and prior_top_p {run.top_p}, but a diffusion prior draws no "
-                "codes: leave them out, or load an AutoregressivePrior"
-            )
-        scheduler = self.prior_scheduler
-        assert scheduler is not None  # check() has seen to it
-        stage = PriorStage(prior, scheduler.process)
-        return DiffusionEmbeddingSampler(stage, scheduler.sampler(), scheduler.spaced_timesteps(run.num_steps))
+        temperature = SETTINGS["prior_temperature"].check(temperature)
+        top_p = SETTINGS["prior_top_p"].check(top_p)
+        return PriorRun(
+            self._prior_sampler(num_steps, temperature, top_p),
+            float(SETTINGS["prior_guidance_scale"].check(guidance_scale)),
+            latents,
+            int(SETTINGS["num_prior_candidates"].check(num_candidates)),
+            captions_per_choice,
+        )
 
-    def _encode(self, prompt: Any, output: Any, mask: Tensor | None, image_embeddings: Tensor | None) -> TextEmbedding:
-        """The captions' embeddings, one row a prompt."""
+    def _prior_sampler(self, num_steps: int, temperature: float, top_p: float) -> EmbeddingSampler:
+        scheduler = self.prior_scheduler
+        if not isinstance(self.prior.config, PriorConfig):  # a compiled prior is of another class
+            return AutoregressivePriorStage(cast("AutoregressivePrior", self.prior), temperature, top_p)
+        if (temperature, top_p) != (1, 1):
+            raise InputError(
+                f"prior_temperature is {temperature} and prior_top_p {top_p}, but a diffusion prior draws no codes: "
+                "leave them out, or load an AutoregressivePrior"
+            )
+        assert scheduler is not None  # see check
+        stage = PriorStage(cast("PriorTransformer", self.prior), scheduler.process)
+        return DiffusionEmbeddingSampler(stage, scheduler.sampler(), scheduler.spaced_timesteps(num_steps))
+
+    def _text_of(self, prompt: Any, output: Any, mask: Tensor | None, image_embeddings: Tensor | None) -> TextEmbedding:
+        """The captions' embeddings, one row for each prompt."""
+        encoder = self.caption_encoder
         if output is not None:
             if prompt is not None:
                 raise InputError("give prompt or text_model_output, not both")
-            config = self.text_encoder.config
-            text = given_text(
-                output,
-                mask,
-                width=config.projection_dim,
-                tokens=config.max_position_embeddings,
-                text_width=config.hidden_size,
-            ).to(self.device)
+            text = given_text(output, mask, self.text_encoder.config).to(self.device)
         elif mask is not None:
-            raise InputError("text_attention_mask goes with text_model_output, which is missing")
+            raise InputError("text_attention_mask needs text_model_output, which is missing")
         elif prompt is not None:
-            text = self._text().encode(as_prompts(prompt), self.device)
+            text = encoder.encode(as_prompts(prompt), self.device)
         elif image_embeddings is not None:
-            text = self._text().encode([""], self.device).select([0] * len(image_embeddings))
+            text = encode(encoder, [""], len(image_embeddings), 1, self.device)
         else:
             raise InputError("give a prompt, or text_model_output with text_attention_mask, or image_embeddings")
         if image_embeddings is not None and len(image_embeddings) != len(text):
@@ -312,21 +295,3 @@ class UnCLIPPipeline(GenerationPipeline):
                 f"there are {len(image_embeddings)} image_embeddings for {len(text)} prompts; give one for each"
             )
         return text
-
-    def _embed(
-        self, prior: EmbeddingSampler, text: TextEmbedding, null_text: TextEmbedding | None, run: PriorRun, call: Call
-    ) -> Tensor:
-        """Captions → image embeddings [batch, embedding_dim]."""
-        with self._freed_when_stopped():
-            return sample_best(
-                prior,
-                PriorCondition(text),
-                num_candidates=run.num_candidates,
-                captions_per_choice=run.captions_per_choice,
-                noise=call.noise,
-                null=PriorCondition(null_text) if null_text is not None and run.guided else None,
-                guidance_scale=run.guidance_scale,
-                latents=run.latents,
-                progress=self.progress("prior"),
-                on_step=on_step(self, "prior", call.callback),
-            )

@@ -1,5 +1,1 @@
-"""The stages of unCLIP: encoders, prior, decoder, super-resolution, and what each is conditioned on.
-
-Knows networks and conditions; knows neither how noise is removed nor what a user asked. Called by pipelines and
-training.
-"""
+"""The stages (prior, decoder, super-resolution) with their conditions, and the arithmetic of embeddings and latents."""

@@ -1,7 +1,4 @@
-"""Arithmetic of embeddings and noise: on spheres, for any norms (paper §3).
-
-Knows tensors alone: no network, no picture, no caption. Called by manipulations.
-"""
+"""Arithmetic of embeddings and noise: spherical interpolation, mixtures and directions (paper §3)."""
 
 from collections.abc import Sequence
 
@@ -12,15 +9,14 @@ from unclip.errors import InputError
 from unclip.numbers import reals, whole
 
 PARALLEL = 1e-6
-"""Sine of the angle below which two directions are one, or opposite: there a chord and an arc are the same."""
+"""The sine of the angle below which two directions count as the same or opposite."""
 
 
 def slerp(start: Tensor, end: Tensor, share: float | Sequence[float] | Tensor) -> Tensor:
-    """Spherical interpolation: along the great circle from `start` to `end`, `share` of the angle.
+    """Spherical interpolation: `share` of the angle along the great circle from `start` to `end`.
 
-    The direction turns evenly and the norm goes evenly from one to the other, so equal norms are kept. A tensor of one
-    dimension is one vector; in any other each row is one, whatever its shape. A share beyond 0..1 goes on along the
-    circle, with the nearer end's norm.
+    The norm is interpolated linearly. A tensor of one dimension is one vector; otherwise each row is one, of any shape.
+    A share outside [0, 1] continues along the circle, with the norm of the nearer end.
 
     Args:
         start, end: floating point [dim] or [batch, ...], of one shape.
@@ -28,8 +24,8 @@ def slerp(start: Tensor, end: Tensor, share: float | Sequence[float] | Tensor) -
 
     Returns: float32, of the shape of `start`; exactly `start` at share 0 and `end` at 1.
 
-    Raises: InputError for shapes that differ, a row of zeros or one that is not finite, or two that point in opposite
-        directions, between which there are many ways.
+    Raises: InputError for different shapes, a row of zeros, a row that is not finite, or two rows of opposite
+        directions, between which the path is not unique.
     """
     if start.shape != end.shape or start.ndim < 1:
         raise InputError(f"slerp needs two tensors of one shape, not {_shape(start)} and {_shape(end)}")
@@ -43,12 +39,12 @@ def slerp(start: Tensor, end: Tensor, share: float | Sequence[float] | Tensor) -
     norm_a, norm_b = _norm(a, "start"), _norm(b, "end")
     unit_a, unit_b = a / norm_a, b / norm_b
     part = part.expand(len(start))[:, None]
-    # Kahan's angle: right near 0 and pi too, where the arc cosine of the product loses half its digits.
+    # Kahan's formula is accurate near 0 and pi too, where the arc cosine of the product loses half of its digits.
     angle = 2 * torch.atan2((unit_a - unit_b).norm(dim=1, keepdim=True), (unit_a + unit_b).norm(dim=1, keepdim=True))
     sine = angle.sin()
     near = sine.abs() < PARALLEL
     if bool((near & (angle > 1)).any()):
-        raise InputError("slerp between opposite directions is not defined: give a third point to go by")
+        raise InputError("slerp between opposite directions is not defined: give a third point between them")
     safe = torch.where(near, torch.ones_like(sine), sine)
     weight_a = torch.where(near, 1 - part, ((1 - part) * angle).sin() / safe)
     weight_b = torch.where(near, part, (part * angle).sin() / safe)
@@ -59,33 +55,32 @@ def slerp(start: Tensor, end: Tensor, share: float | Sequence[float] | Tensor) -
 
 
 def slerp_path(points: Tensor, places: Sequence[float]) -> Tensor:
-    """Points of the path that goes through all given ones by `slerp`.
+    """Points on the path through all given points by `slerp`.
 
     Args:
         points: [num_points, ...], two or more.
-        places: one number or more, from 0, the first point, to num_points - 1, the last; 1.25 is a quarter of the
-            angle from the second to the third.
+        places: one or more numbers from 0, the first point, to num_points - 1, the last; 1.25 is a quarter of the angle
+            from the second to the third.
 
-    Returns: float32 [len(places), ...]; where a place is whole, exactly the point itself.
+    Returns: float32 [len(places), ...]; exactly the given point where a place is a whole number.
 
-    Raises: InputError for fewer than two points, no place, or one beyond the ends; else as `slerp`.
+    Raises: InputError for fewer than two points, no place, or a place outside the path; otherwise as `slerp`.
     """
     last = len(points) - 1
     if last < 1:
         raise InputError(f"there are {len(points)} points; a path needs two or more")
     stops = reals(places, "places", 0, last)
     path = points.new_empty(len(stops), *points.shape[1:], dtype=torch.float32)
-    for row, place in enumerate(stops):  # one at a time: in float64 a step takes many times the room of its result
+    for row, place in enumerate(stops):  # one at a time, as float64 needs many times the memory of the result
         leg = min(int(place), last - 1)
         path[row] = slerp(points[leg : leg + 1], points[leg + 1 : leg + 2], place - leg)[0]
     return path
 
 
 def equal_turns(num_points: int, num_between: int) -> list[float]:
-    """Places for `slerp_path`: of every point, and of `num_between` frames from each to the next in equal steps of the
-    angle.
+    """Places for `slerp_path`: every point, and `num_between` frames between neighbours in equal steps of the angle.
 
-    Raises: InputError for fewer than two points, or a number below 0.
+    Raises: InputError for fewer than two points, or a negative number.
     """
     if num_points < 2:
         raise InputError(f"there are {num_points} points; a path needs two or more")
@@ -96,8 +91,8 @@ def equal_turns(num_points: int, num_between: int) -> list[float]:
 def blend(embeddings: Tensor, weights: Sequence[float] | Tensor) -> Tensor:
     """A mixture of embeddings: the direction of the weighted sum of their directions, with their weighted mean norm.
 
-    Weights below 0 take away what an embedding shows (king - man + woman); only their ratios matter. As each counts by
-    its direction, one of a large norm does not outweigh the others.
+    Negative weights subtract what an embedding shows (king - man + woman). Only the ratios of the weights matter, and
+    the norms of the embeddings do not affect the direction.
 
     Args:
         embeddings: [count, dim].
@@ -105,7 +100,8 @@ def blend(embeddings: Tensor, weights: Sequence[float] | Tensor) -> Tensor:
 
     Returns: float32 [dim].
 
-    Raises: InputError when there is not one finite weight an embedding, all are 0, or the embeddings cancel out.
+    Raises: InputError unless there is one finite weight for each embedding, when all are 0, or when the embeddings
+        cancel out.
     """
     exact = exact_type(embeddings.device)
     factor = torch.tensor(reals(weights, "the weights"), dtype=exact, device=embeddings.device)
@@ -119,21 +115,21 @@ def blend(embeddings: Tensor, weights: Sequence[float] | Tensor) -> Tensor:
     factor = (factor / factor.abs().sum())[:, None]
     total = (factor * x / norms).sum(dim=0)
     if float(total.norm()) < PARALLEL:
-        raise InputError("the embeddings cancel each other out with these weights: nothing is left to show")
+        raise InputError("the embeddings cancel out with these weights: nothing is left to show")
     return (total / total.norm() * (factor.abs() * norms).sum()).float()
 
 
 def difference(target: Tensor, source: Tensor) -> Tensor:
     """The direction from one embedding to another: normalise(target - source), of unit norm (paper §3.3's z_d).
 
-    Both count by their own direction, so that a longer embedding does not stand for a difference.
+    Both are normalised first, so that their norms do not matter.
 
     Args:
         target, source: [..., dim], of one shape.
 
     Returns: float32 [..., dim].
 
-    Raises: InputError for shapes that differ, rows of zeros, or a target that points where the source does.
+    Raises: InputError for different shapes, rows of zeros, or a target with the direction of the source.
     """
     if target.shape != source.shape or target.ndim < 1:
         raise InputError(f"a difference needs two tensors of one shape, not {_shape(target)} and {_shape(source)}")
@@ -141,17 +137,19 @@ def difference(target: Tensor, source: Tensor) -> Tensor:
     apart = target / _norm(target, "target") - source / _norm(source, "source")
     norm = apart.norm(dim=-1, keepdim=True)
     if bool((norm < PARALLEL).any()):
-        raise InputError("the two captions have the same embedding, so there is no difference: name two unlike things")
+        raise InputError(
+            "the two captions have the same embedding, so there is no difference: use two different captions"
+        )
     return (apart / norm).float()
 
 
 def turn(embedding: Tensor, direction: Tensor, strength: float | Sequence[float] | Tensor) -> Tensor:
-    """Turn embeddings towards a direction by a share of the angle between; their norms stay (paper §3.3, theta).
+    """Turn embeddings towards a direction by a share of the angle, with their norms kept (paper §3.3, theta).
 
     Args:
         embedding: [batch, dim].
         direction: [dim] or [batch, dim], of any norm but 0.
-        strength: theta, one or [batch]; 0 changes nothing, 1 leaves only the direction; the paper goes to 0.25-0.5.
+        strength: theta, one or [batch]; 0 changes nothing, 1 leaves only the direction; the paper uses up to 0.25-0.5.
 
     Returns: float32 [batch, dim].
 
@@ -165,14 +163,14 @@ def turn(embedding: Tensor, direction: Tensor, strength: float | Sequence[float]
 
 
 def exact_type(device: torch.device) -> torch.dtype:
-    """What to compute in where digits count: float64, or float32 on Apple's GPUs, which have no float64."""
+    """The type for exact arithmetic: float64, or float32 on Apple's GPUs, which have no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _norm(rows: Tensor, what: str) -> Tensor:
     norm = rows.norm(dim=-1, keepdim=True)
     if not bool((norm.isfinite() & (norm > 0)).all()):
-        raise InputError(f"{what} has a row that is zero or not finite, and so no direction")
+        raise InputError(f"{what} has a row that is zero or not finite, and has no direction")
     return norm
 
 

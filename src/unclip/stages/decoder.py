@@ -1,7 +1,4 @@
-"""The decoder as a stage: image embedding and caption → small picture (paper §2.1).
-
-Knows the decoder's U-Net and the text projection; knows no schedule. Called by pipelines and by training.
-"""
+"""The decoder as a stage: image embedding and caption → small picture (paper §2.1)."""
 
 from dataclasses import dataclass
 
@@ -21,7 +18,7 @@ class DecoderStage:
     """Diffuses small pictures [batch, 3, height, width].
 
     Attributes:
-        size: height and width; None: the network's own square of `sample_size`.
+        size: height and width; None: a square of the network's `sample_size`.
     """
 
     decoder: UNet2DConditionModel
@@ -30,7 +27,7 @@ class DecoderStage:
     size: Size | None = None
 
     def prepare(self, condition: DecoderCondition) -> Denoiser:
-        """Context tokens, and their keys and values in every cross-attention, are computed once."""
+        """Compute the context tokens, and their keys and values in every cross-attention, once."""
         text, dtype = condition.text, self.decoder.dtype
         projected_dtype = self.text_proj.dtype
         tokens, time_embedding = self.text_proj(
@@ -49,10 +46,10 @@ class DecoderStage:
 
         return denoise
 
-    def sample_shape(self, condition: DecoderCondition) -> tuple[int, ...]:
+    def sample_shape(self, batch_size: int) -> tuple[int, ...]:
         config = self.decoder.config
         size = self.size or (size_px(config.sample_size),) * 2
-        return (len(condition), config.in_channels, *size)
+        return (batch_size, config.in_channels, *size)
 
     def finish(self, x0: Tensor) -> Tensor:
         """A picture in [-1, 1]."""

@@ -1,8 +1,4 @@
-"""A picture as two latents, image embedding and x_T, and what can be done with them (paper §3).
-
-Knows embeddings, noise and principal components; knows no network and no loop. Called by `pipelines/manipulation.py`
-and the commands.
-"""
+"""Bipartite latents of pictures (image embedding and x_T), and interpolation, edits and probes of them (paper §3)."""
 
 import os
 from bisect import bisect
@@ -31,21 +27,22 @@ PARTS = (
     "super_res_latents",
     *(f"{stage}_latents" for stage in FURTHER_SUPER_RES),
 )
-"""In a file; it may end after any from the second on."""
+"""The tensors in a file, in order; the first two are required."""
 
 
 @dataclass(frozen=True)
 class BipartiteLatent:
-    """What a picture shows, and the noise that leads to it under that (paper §3's z_i and x_T); rows are pictures.
+    """Pictures as image embeddings and the noise that leads to them (paper §3's z_i and x_T); each row is a picture.
 
     Attributes:
         image_embedding: float32 [batch, embedding_dim], CLIP's, not normalised.
         decoder_latents: float32 [batch, channels, size, size]: x_T of the decoder.
-        super_res_latents: x_T of super-resolution likewise, or None where it is not kept.
-        further_latents: those of further super-resolution stages, in order, as far as they are kept.
+        super_res_latents: x_T of super-resolution, or None.
+        further_latents: x_T of further super-resolution stages, in order.
 
     Raises:
-        ConfigError: the parts have other shapes or numbers of rows, or one is kept without those of the stages before.
+        ConfigError: the tensors have wrong shapes or different numbers of rows, or a stage's noise is missing before a
+            later one.
     """
 
     image_embedding: Tensor
@@ -69,19 +66,19 @@ class BipartiteLatent:
 
     @property
     def super_res_noise(self) -> tuple[Tensor, ...]:
-        """x_T of every super-resolution stage that it is kept of, in order."""
+        """x_T of the super-resolution stages, in order."""
         return () if self.super_res_latents is None else (self.super_res_latents, *self.further_latents)
 
     def select(self, rows: Sequence[int] | slice) -> Self:
-        """The rows of these indices. Raises: InputError for one that there is none of."""
+        """The rows of these indices. Raises: InputError for an index out of range."""
         if not isinstance(rows, slice):
             rows = [whole(row, "a row", -len(self), len(self) - 1) for row in rows]
         return self._named({name: part[rows] for name, part in self._parts().items()})
 
     def join(self, *others: Self) -> Self:
-        """These rows and the others', in order; super-resolution's noise stays only where all have it.
+        """These rows and the others', in order, with super-resolution's noise only if all have it.
 
-        Raises: InputError when they are for other sizes.
+        Raises: InputError for latents of different sizes.
         """
         every = (self, *others)
         kept = [name for name in self._parts() if all(name in each._parts() for each in every)]
@@ -94,9 +91,9 @@ class BipartiteLatent:
         return self._named(joined)
 
     def showing(self, image_embedding: Tensor) -> Self:
-        """Other embeddings [count, embedding_dim] from the noise of this one row, which all of them share.
+        """Other embeddings [count, embedding_dim], all with the noise of this one row.
 
-        Raises: InputError when this is not one row.
+        Raises: InputError unless this is one row.
         """
         rows = {
             name: part.expand(len(image_embedding), *part.shape[1:])
@@ -108,14 +105,14 @@ class BipartiteLatent:
     def save(
         self, path: str | os.PathLike[str], *, about: Mapping[str, str] | None = None, overwrite: bool = False
     ) -> Path:
-        """Write one safetensors file; `about` are texts to keep in it. Raises: as `write_tensor_file`."""
+        """Write a safetensors file with further texts `about`. Raises: as `write_tensor_file`."""
         return write_tensor_file(path, self._parts(), kind=KIND, version=VERSION, about=about, overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> tuple[Self, dict[str, str]]:
-        """Read what `save` wrote: the latent, and the texts.
+        """Read a file of `save`: the latent and the texts.
 
-        Raises: as `read_tensor_file`; WeightsError too when shapes disagree.
+        Raises: as `read_tensor_file`; WeightsError also for shapes that do not match.
         """
         names = {name: name in PARTS[:2] for name in PARTS}
         tensors, about = read_tensor_file(path, kind=KIND, version=VERSION, names=names)
@@ -126,13 +123,13 @@ class BipartiteLatent:
 
     @classmethod
     def of(cls, image_embedding: Tensor, decoder_latents: Tensor, *super_res_noise: Tensor) -> Self:
-        """With the noise of as many super-resolution stages as there is."""
+        """From the embedding, the decoder's noise, and that of any number of super-resolution stages."""
         first = super_res_noise[0] if super_res_noise else None
         return cls(image_embedding, decoder_latents, first, super_res_noise[1:])
 
     @classmethod
     def _named(cls, parts: Mapping[str, Tensor]) -> Self:
-        """Of parts by their names in a file. Raises: ConfigError when one is there without those before."""
+        """From tensors by their names in a file. Raises: ConfigError when one is missing before a later one."""
         names = PARTS[: len(parts)]
         if set(names) != set(parts):
             raise ConfigError(f"a bipartite latent has {', '.join(sorted(parts))}; it must have {', '.join(names)}")
@@ -143,30 +140,30 @@ class BipartiteLatent:
 
 
 def interpolate(latent: BipartiteLatent, num_between: int, *, one_noise: bool = False) -> BipartiteLatent:
-    """A path through the rows in equal turns: spherical in the embedding, and in the noise too (paper §3.2, figure 4).
+    """A path through the rows in equal steps of the angle, in the embedding and the noise (paper §3.2, figure 4).
 
     Args:
         latent: two rows or more.
-        num_between: frames between a row and the next one, 0 or more.
+        num_between: frames between neighbouring rows, 0 or more.
         one_noise: as of `path_at`.
 
-    Returns: (rows - 1) * (num_between + 1) + 1 rows; the given ones are among them.
+    Returns: (rows - 1) * (num_between + 1) + 1 rows, with the given ones among them.
 
-    Raises: InputError for one row, or a number below 0.
+    Raises: InputError for one row, or a negative number.
     """
     return path_at(latent, equal_turns(len(latent), num_between), one_noise=one_noise)
 
 
 def path_at(latent: BipartiteLatent, places: Sequence[float], *, one_noise: bool = False) -> BipartiteLatent:
-    """Rows anywhere on the path of `interpolate`.
+    """Rows at any places on the path of `interpolate`.
 
     Args:
         latent: two rows or more.
-        places: from 0, the first row, to the number of the last one; see `slerp_path`.
-        one_noise: every frame keeps the first row's noise, so that only what is shown changes. Frames at the other
-            rows are then no reconstructions any more.
+        places: from 0, the first row, to the index of the last one; see `slerp_path`.
+        one_noise: all frames have the first row's noise, so that only the embedding changes. Frames at the other rows
+            are not reconstructions then.
 
-    Raises: InputError for one row, or a place beyond the ends.
+    Raises: InputError for one row, or a place outside the path.
     """
     embeddings = slerp_path(latent.image_embedding, places)
     if one_noise:
@@ -176,14 +173,14 @@ def path_at(latent: BipartiteLatent, places: Sequence[float], *, one_noise: bool
 
 
 def edit(latent: BipartiteLatent, direction: Tensor, strengths: float | Sequence[float] | Tensor) -> BipartiteLatent:
-    """Turn one picture's embedding towards a direction, ever further, with its noise as it is (paper §3.3, figure 5).
+    """Turn one picture's embedding towards a direction by several strengths, with its noise (paper §3.3, figure 5).
 
     Args:
         latent: one row.
         direction: [embedding_dim], a `difference` of two captions' embeddings.
-        strengths: theta of each row that is wanted, from 0 to 1; or one number.
+        strengths: theta of each resulting row, from 0 to 1; or one number.
 
-    Raises: InputError when there is not one row, the direction has another width, or a strength is outside 0..1.
+    Raises: InputError unless there is one row, for a direction of another width, or a strength outside [0, 1].
     """
     shares = reals(strengths, "strengths", 0, 1)
     rows = _one_row(latent).image_embedding.expand(len(shares), -1)
@@ -191,14 +188,14 @@ def edit(latent: BipartiteLatent, direction: Tensor, strengths: float | Sequence
 
 
 def probe(latent: BipartiteLatent, components: PrincipalComponents, counts: int | Sequence[int]) -> BipartiteLatent:
-    """What one picture's embedding says in its first principal components, from one noise (paper §4, figure 7).
+    """One picture's embedding reduced to its first principal components, with its noise (paper §4, figure 7).
 
     Args:
         latent: one row.
         components: fitted on the same encoder's embeddings.
-        counts: how many components each row keeps, 0 (the mean of all pictures) to all; or one number.
+        counts: the number of components of each resulting row, from 0 (the mean of all pictures) to all; or one number.
 
-    Raises: InputError when there is not one row, the width is another, a count is out of range, or there is none.
+    Raises: InputError unless there is one row, for another width, or counts that are empty or out of range.
     """
     kept = [counts] if (each := several(counts)) is None else each
     if not kept:
@@ -211,7 +208,7 @@ def probe(latent: BipartiteLatent, components: PrincipalComponents, counts: int 
 
 
 def _one_row(latent: BipartiteLatent) -> BipartiteLatent:
-    """The same. Raises: InputError when it is not one row."""
+    """The latent itself. Raises: InputError unless it is one row."""
     if len(latent) != 1:
         raise InputError(f"there are {len(latent)} rows; take one: latent.select([0])")
     return latent
@@ -219,8 +216,7 @@ def _one_row(latent: BipartiteLatent) -> BipartiteLatent:
 
 NUM_DRAWINGS = 2
 LEAST_LENGTH = 1e-3
-"""Of a leg on which frames are placed by pictures in [0, 1]: below, no picture of 8 bits changes, and what differs is
-rounding."""
+"""The least length of a leg, by `jumps` of pictures in [0, 1]. Below it, 8-bit pictures do not change."""
 
 
 def even_places(
@@ -232,25 +228,25 @@ def even_places(
     num_drawings: int = NUM_DRAWINGS,
     batch_size: int = 8,
 ) -> list[float]:
-    """Places for `path_at` at which neighbouring pictures differ by about the same.
+    """Places for `path_at` at which neighbouring pictures differ by about the same amount.
 
-    In equal turns of the latents a picture may stay as it is for a while and then change within one step. So the path
-    is drawn in equal turns, and its frames are placed by what was drawn (`equal_jumps`); drawn there too, they are
-    placed again by all that is known, and so on.
+    In equal steps of the angle, a picture may not change for a while and then change within one step. So the path is
+    decoded in equal steps, and frames are placed by the differences of these pictures (`equal_jumps`). The frames at
+    these places are decoded too, and all frames are placed again by all known pictures, and so on.
 
     Args:
         latent: two rows or more, the points of the path.
-        num_between: frames from a row to the next one, 0 or more.
-        draw: latents without super-resolution's noise to pictures [batch, ...] in [0, 1], as the frames will be:
-            `Manipulator.decode_small`, or with settings of their own a `functools.partial` of it.
+        num_between: frames between neighbouring rows, 0 or more.
+        draw: decodes latents without super-resolution's noise into pictures [batch, ...] in [0, 1], with the settings
+            of the final frames: `Manipulator.decode_small`, or a `functools.partial` of it.
         one_noise: as of `path_at`.
-        num_drawings: how often the path is drawn; more are nearer. 0 is equal turns.
-        batch_size: frames drawn at once.
+        num_drawings: how many times the path is decoded; more are more even. 0 gives equal steps of the angle.
+        batch_size: frames that are decoded at once.
 
-    Returns: (rows - 1) * (num_between + 1) + 1 places; every row is among them.
+    Returns: (rows - 1) * (num_between + 1) + 1 places, with every row among them.
 
-    Raises: InputError for one row, a wrong number, or a `draw` that gives no picture for each latent; NonFiniteError
-        for pictures that are no numbers; what `draw` raises.
+    Raises: InputError for one row, a wrong number, or a `draw` that does not return a picture for each latent;
+        NonFiniteError for pictures with NaN or infinity; any error of `draw`.
     """
     num_between, num_drawings = whole(num_between, "num_between", 0), whole(num_drawings, "num_drawings", 0)
     batch_size = whole(batch_size, "batch_size")
@@ -262,7 +258,7 @@ def even_places(
             batch = path_at(points, places[start : start + batch_size], one_noise=one_noise)
             made = draw(batch)
             if not isinstance(made, Tensor) or len(made) != len(batch):
-                raise InputError(f"draw gave no tensor of {len(batch)} pictures, one for each latent")
+                raise InputError(f"draw returned no tensor of {len(batch)} pictures, one for each latent")
             pictures += made
         return pictures
 
@@ -280,28 +276,23 @@ def even_places(
 
 
 def equal_jumps(places: Sequence[float], pictures: Tensor, num_between: int) -> list[float]:
-    """Places of every point, and of `num_between` frames from each to the next that cut this leg in equal lengths.
+    """Places of every point, and of `num_between` frames on each leg that divide it into equal lengths.
 
-    The length of a way is measured in pictures, by `jumps` from each known one to the next. Between two known pictures
-    it counts as even, so the more are known where the way is steep, the nearer this comes. A leg on which nothing
-    changes (`LEAST_LENGTH`) is cut in equal turns.
+    The length of a leg is the sum of `jumps` between its known pictures, and is interpolated linearly between two of
+    them; more known pictures give a better result. A leg without a change (`LEAST_LENGTH`) is divided by the angle.
 
     Args:
-        places: of the known pictures, in rising order; every point is among them.
-        pictures: [len(places), ...] in [0, 1], what stands there.
+        places: of the known pictures, in rising order, with every point among them.
+        pictures: [len(places), ...] in [0, 1].
         num_between: 0 or more.
 
-    Raises: as `equal_turns`; InputError for places in another order or without a point; NonFiniteError for pictures
-        that are no numbers.
+    Raises: NonFiniteError for pictures with NaN or infinity.
     """
     known = list(places)
-    num_points = round(known[-1]) + 1 if known else 0
-    ends = [known.index(point) for point in range(num_points) if point in known]
-    if not known or known != sorted(known) or len(ends) != num_points or len(pictures) != len(known):
-        raise InputError("places must be those of the pictures, in rising order, with every point from 0 to the last")
+    ends = [known.index(point) for point in range(round(known[-1]) + 1)]
     way = np.concatenate([[0.0], np.cumsum(jumps(pictures).double().cpu().numpy())])
     if not np.isfinite(way[-1]):
-        raise NonFiniteError("the pictures that were drawn of the path have NaN or infinity")
+        raise NonFiniteError("the pictures on the path have NaN or infinity")
     found = equal_turns(len(ends), num_between)
     for leg, (start, end) in enumerate(pairwise(ends)):
         if way[end] - way[start] > LEAST_LENGTH:
@@ -312,5 +303,5 @@ def equal_jumps(places: Sequence[float], pictures: Tensor, num_between: int) -> 
 
 
 def jumps(pictures: Tensor) -> Tensor:
-    """What neighbours [count, ...] differ by, root mean square, in their own units: [count - 1]."""
+    """The root mean square differences of neighbouring pictures [count, ...]: [count - 1]."""
     return pictures.float().diff(dim=0).square().flatten(1).mean(dim=1).sqrt()

@@ -1,7 +1,4 @@
-"""The prior as a stage: caption → image embedding (paper §2.2).
-
-Knows `PriorTransformer` and its whitening; knows no schedule. Called by pipelines and by training.
-"""
+"""The diffusion prior as a stage, the autoregressive prior, and the choice among candidates (paper §2.2)."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,7 +14,7 @@ from unclip.errors import InputError
 from unclip.models.layers import timestep_rows
 from unclip.models.prior import PriorTransformer
 from unclip.models.prior_autoregressive import AutoregressivePrior, CodeMemory, dot_product
-from unclip.numbers import real
+from unclip.settings import SETTINGS
 from unclip.stages.arithmetic import exact_type
 from unclip.stages.stage import PriorCondition, sample
 
@@ -30,7 +27,7 @@ class PriorStage:
     process: DiffusionProcess
 
     def prepare(self, condition: PriorCondition) -> Denoiser:
-        """The text's tokens pass through the transformer once; causality keeps them as they are at every step."""
+        """Compute the text's tokens once; as attention is causal, they do not depend on the step."""
         text, dtype = condition.text, self.prior.dtype
         prefix = self.prior.prepare(text.embeds.to(dtype), text.hidden_states.to(dtype), text.mask)
 
@@ -40,44 +37,35 @@ class PriorStage:
 
         return denoise
 
-    def sample_shape(self, condition: PriorCondition) -> tuple[int, ...]:
-        return (len(condition), self.prior.config.embedding_dim)
+    def sample_shape(self, batch_size: int) -> tuple[int, ...]:
+        return (batch_size, self.prior.config.embedding_dim)
 
     def finish(self, x0: Tensor) -> Tensor:
-        """Un-whitens: the embedding as CLIP's image encoder would give it."""
+        """Undo the whitening: the embedding on the scale of CLIP's image encoder."""
         return self.prior.post_process_latents(x0)
-
-
-MAX_TEMPERATURE = 100.0
 
 
 @dataclass(frozen=True)
 class AutoregressivePriorStage:
-    """Draws image embeddings code by code.
+    """Samples image embeddings code by code.
 
-    A code is the inverse of its cumulative distribution at a uniform number, and that is the place of a standard
-    normal number among all: so an embedding is a function of its noise, [1 + num_components] numbers. Buckets stand in
-    order, so rounding that differs between batches can at most move a code to its neighbour.
+    A code is the inverse of its cumulative distribution at a uniform number, which is the normal distribution function
+    of a noise number. So an embedding is a function of its noise, [1 + num_components] standard normal numbers. The
+    buckets are in order, so rounding that differs between batches moves a code to its neighbour at most.
 
     Attributes:
-        temperature: the logits are divided by it; below 1 likely codes become likelier, at 0 the likeliest is taken.
-        top_p: only the likeliest codes are drawn from, so many that their chances add up to it (nucleus sampling,
-            Holtzman et al. 2020, arXiv 1904.09751); 1 takes all.
-
-    Raises: InputError for a temperature or top_p outside its limits.
+        temperature: the logits are divided by it; below 1, likely codes become likelier; 0 takes the likeliest.
+        top_p: samples only from the likeliest codes, whose probabilities sum to top_p (nucleus sampling, Holtzman et
+            al. 2020, arXiv 1904.09751); 1 takes all.
     """
 
     prior: AutoregressivePrior
     temperature: float = 1.0
     top_p: float = 1.0
 
-    def __post_init__(self) -> None:
-        for name, value in zip(("temperature", "top_p"), check_drawing(self.temperature, self.top_p), strict=True):
-            object.__setattr__(self, name, value)
-
-    def sample_shape(self, condition: PriorCondition) -> tuple[int, ...]:
-        """[batch, 1 + num_components]: a number for the dot product, then one for each code."""
-        return (len(condition), 1 + self.prior.config.num_components)
+    def sample_shape(self, batch_size: int) -> tuple[int, ...]:
+        """[batch, 1 + num_components]: a number for the dot product, and one for each code."""
+        return (batch_size, 1 + self.prior.config.num_components)
 
     def sample(
         self,
@@ -90,28 +78,28 @@ class AutoregressivePriorStage:
         progress: Progress | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Draw one image embedding for each row of `condition`.
+        """Sample one image embedding for each row of `condition`.
 
-        The dot product is drawn from the upper half of the training data's (paper §2.2); the null condition has none.
+        The dot product is sampled from the upper half of the training data's (paper §2.2); the null condition has none.
 
         Args:
             condition: the captions.
-            noise: where the numbers come from, unless `latents` are given: one draw.
-            null: what guidance pushes away from, as many rows as `condition`; needed for a scale above 1.
-            guidance_scale: not above 1 means one forward a code.
-            latents: the numbers, of `sample_shape(condition)`.
+            noise: the source of the numbers, unless `latents` are given.
+            null: the condition that guidance moves away from, with as many rows; needed for a scale above 1.
+            guidance_scale: 1 or less evaluates the network once for each code, without guidance.
+            latents: the numbers, of `sample_shape`.
             progress: wraps the steps, as tqdm does.
-            on_step: told of each code; `x` and `x0` are the embedding as far as it is drawn, and `t` is how many codes
-                are left. It may raise `Cancelled`; what is drawn cannot be replaced.
+            on_step: is called after each code; `x` and `x0` are the embedding of the codes so far, and `t` is the
+                number of codes left. It may raise `Cancelled`, but cannot replace codes.
 
         Returns: float32 [batch, embedding_dim].
 
-        Raises: InputError for latents of a wrong shape, or when `on_step` returns something.
+        Raises: InputError when `on_step` returns latents.
         """
-        shape, config = self.sample_shape(condition), self.prior.config
-        if latents is not None and tuple(latents.shape) != shape:
-            raise InputError(f"latents have shape {tuple(latents.shape)}; this call needs {shape}")
-        numbers = noise.draw(shape, condition.device) if latents is None else latents.to(condition.device).float()
+        config, device = self.prior.config, condition.device
+        if latents is None:
+            latents = noise.draw(self.sample_shape(len(condition)), device)
+        numbers = latents.to(device).float()
         places = _normal_cdf(numbers)
         dots = upper_half(places[:, 0], config.num_dot_buckets)
         guided = uses_guidance(guidance_scale)
@@ -132,7 +120,7 @@ class AutoregressivePriorStage:
                 logits = away(*logits.chunk(2), guidance_scale)
             codes.append(draw_code(logits, places[:, k + 1], self.temperature, self.top_p))
             if on_step is not None:
-                self._tell(on_step, k, codes)
+                self._report(on_step, k, codes)
         return self.prior.decode(torch.stack(codes, dim=1))
 
     def log_likelihood(self, condition: PriorCondition, dot_codes: Tensor, codes: Tensor) -> Tensor:
@@ -157,26 +145,25 @@ class AutoregressivePriorStage:
 
 
 def check_drawing(temperature: object, top_p: object) -> tuple[float, float]:
-    """Both as floats. Raises: InputError unless the temperature is a number from 0 to 100, and top_p above 0 to 1."""
-    return (
-        real(temperature, "the prior's temperature", 0, MAX_TEMPERATURE),
-        real(top_p, "the prior's top_p", 0, 1, above=True),
-    )
+    """Both as floats. Raises: InputError for a value outside the limits of its setting."""
+    return SETTINGS["prior_temperature"].check(temperature), SETTINGS["prior_top_p"].check(top_p)
 
 
 def upper_half(places: Tensor, num_buckets: int) -> Tensor:
-    """Buckets of the upper half, each as often: int64 of `places` in [0, 1]. Buckets are quantiles, so it is the
-    upper half of what was trained on."""
+    """Buckets of the upper half, with equal probability: int64, from `places` in [0, 1].
+
+    Buckets are quantiles, so this is the upper half of the training data.
+    """
     first = num_buckets // 2
     return (first + (places * (num_buckets - first)).long()).clamp(max=num_buckets - 1)
 
 
 def draw_code(logits: Tensor, places: Tensor, temperature: float, top_p: float) -> Tensor:
-    """The code at which the cumulative distribution passes `places`.
+    """The code where the cumulative distribution reaches `places`.
 
     Args:
         logits: float32 [batch, num_buckets].
-        places: [batch] in [0, 1]; of the type that is computed in.
+        places: [batch] in [0, 1], in the type to compute in.
         temperature, top_p: see `AutoregressivePriorStage`.
 
     Returns: int64 [batch].
@@ -184,28 +171,30 @@ def draw_code(logits: Tensor, places: Tensor, temperature: float, top_p: float) 
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits = logits.to(places.dtype)
-    # The likeliest stands at 0, which no temperature, however small, makes infinite.
-    chances = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
+    # The likeliest logit becomes 0, which no small temperature makes infinite.
+    probabilities = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
     if top_p < 1:
-        ordered, order = chances.sort(dim=-1, descending=True, stable=True)
-        spare = ordered.cumsum(dim=-1) - ordered >= top_p  # the likelier ones reach it without this one
-        chances = chances.masked_fill(torch.zeros_like(spare).scatter(-1, order, spare), 0.0)
-    cumulative = chances.cumsum(dim=-1)
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        spare = ordered.cumsum(dim=-1) - ordered >= top_p  # the likelier codes reach top_p without this one
+        probabilities = probabilities.masked_fill(torch.zeros_like(spare).scatter(-1, order, spare), 0.0)
+    cumulative = probabilities.cumsum(dim=-1)
     codes = torch.searchsorted(cumulative, places[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    last = chances.shape[-1] - 1 - (chances.flip(-1) > 0).long().argmax(dim=-1)  # that has a chance at all
+    last = (
+        probabilities.shape[-1] - 1 - (probabilities.flip(-1) > 0).long().argmax(dim=-1)
+    )  # with a probability above 0
     return codes.minimum(last)
 
 
 def _normal_cdf(numbers: Tensor) -> Tensor:
-    """The place of standard normal numbers among all, in [0, 1]."""
+    """The normal distribution function, in [0, 1]."""
     return torch.special.ndtr(numbers.to(exact_type(numbers.device)))
 
 
 class EmbeddingSampler(Protocol):
-    """A prior with all that says how it is sampled: what a pipeline asks for, whichever kind it has."""
+    """A prior with its sampler, of either kind."""
 
-    def sample_shape(self, condition: PriorCondition) -> tuple[int, ...]:
-        """The shape of the noise from which a condition's embeddings are made."""
+    def sample_shape(self, batch_size: int) -> tuple[int, ...]:
+        """The shape of the noise."""
         ...
 
     def sample(
@@ -231,8 +220,8 @@ class DiffusionEmbeddingSampler:
     sampler: Sampler
     timesteps: tuple[int, ...]
 
-    def sample_shape(self, condition: PriorCondition) -> tuple[int, ...]:
-        return self.stage.sample_shape(condition)
+    def sample_shape(self, batch_size: int) -> tuple[int, ...]:
+        return self.stage.sample_shape(batch_size)
 
     def sample(
         self,
@@ -272,16 +261,15 @@ def sample_best(
     progress: Progress | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Draw `num_candidates` image embeddings of each caption and keep the one closest to it (see `closest`).
+    """Sample `num_candidates` image embeddings for each caption and keep the one closest to it (see `closest`).
 
-    The first candidate is what is drawn without others, and leaves `noise` where it would be then; candidate k is the
-    same however many there are. So more candidates never lower the dot product, and where the first one is kept,
-    everything that follows is as it would be without the others.
+    Candidate k does not depend on the number of candidates, and the first one is sampled as if there were no others. So
+    more candidates never lower the dot product, and where the first one is kept, all later noise is the same too.
 
     Args:
-        num_candidates: 1 or more; the candidates are drawn one after another, so they need no more memory.
+        num_candidates: 1 or more; they are sampled one after another, so they need no more memory.
         captions_per_choice: see `closest`.
-        latents: noise for the first candidate; the others draw theirs.
+        latents: noise for the first candidate.
 
     The other arguments are those of `stages.stage.sample`. Returns: float32 [batch, embedding_dim].
     """
@@ -302,15 +290,15 @@ def sample_best(
 
 
 def closest(text_embeddings: Tensor, candidates: Tensor, captions_per_choice: int = 1) -> Tensor:
-    """Of several image embeddings for each caption the one whose dot product with it is the largest (paper §2.2).
+    """For each caption, the candidate with the largest dot product with it (paper §2.2).
 
-    Both are normalised first: CLIP was trained to compare directions, and a long embedding is no better for being long.
+    Both are normalised first, since CLIP was trained to compare directions.
 
     Args:
         text_embeddings: [batch, embedding_dim].
-        candidates: [num_candidates, batch, embedding_dim]; of equals the first is kept.
-        captions_per_choice: so many rows that follow one another keep candidates of the same number: that whose dot
-            products with their captions add up to the most. It divides the batch.
+        candidates: [num_candidates, batch, embedding_dim]; of equal ones the first is kept.
+        captions_per_choice: this many consecutive rows keep the candidate of the same number, whose dot products with
+            their captions have the largest sum. It divides the batch.
 
     Returns: [batch, embedding_dim].
     """

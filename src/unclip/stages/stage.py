@@ -1,7 +1,4 @@
-"""What a stage is conditioned on, as small frozen values that join, repeat and select.
-
-Knows tensors' batches only; knows no network. Built by pipelines and by training alike, so the two cannot drift apart.
-"""
+"""The interface of a stage, its conditions, and how it is sampled and inverted."""
 
 from dataclasses import dataclass
 from typing import Protocol, Self, TypeVar
@@ -14,24 +11,24 @@ from unclip.diffusion.guidance import guided, uses_guidance
 from unclip.diffusion.loop import Denoiser, NoiseSource, OnStep, Progress, run
 from unclip.diffusion.process import DiffusionProcess
 from unclip.diffusion.sampler import FixedPointInversionSampler, Sampler
-from unclip.errors import ConfigError, InputError
+from unclip.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class PriorCondition(Batched):
-    """What the prior needs: the caption."""
+    """The condition of the prior: the caption."""
 
     text: TextEmbedding
 
 
 @dataclass(frozen=True)
 class DecoderCondition(Batched):
-    """What the decoder needs: the caption and the image embedding.
+    """The condition of the decoder: the caption and the image embedding.
 
     Attributes:
         text: the caption's embedding.
         image_embedding: [batch, embedding_dim], not whitened.
-        given: bool [batch]; where false, the learned null embedding stands in for the image embedding.
+        given: bool [batch]; where false, the learned null embedding replaces the image embedding.
     """
 
     text: TextEmbedding
@@ -46,14 +43,14 @@ class DecoderCondition(Batched):
 
     @classmethod
     def null(cls, text: TextEmbedding) -> Self:
-        """The condition that guidance pushes away from: an empty (or negative) caption and no image embedding."""
+        """The null condition of guidance: an empty (or negative) caption and no image embedding."""
         nothing = torch.zeros_like(text.embeds)
         return cls(text, nothing, torch.zeros(len(nothing), dtype=torch.bool, device=nothing.device))
 
 
 @dataclass(frozen=True)
 class SuperResCondition(Batched):
-    """What super-resolution needs: the small picture, float [batch, 3, height, width] in [-1, 1]."""
+    """The condition of super-resolution: the small picture, float [batch, 3, height, width] in [-1, 1]."""
 
     low_res: Tensor
 
@@ -62,23 +59,23 @@ Condition = TypeVar("Condition", bound=Batched, contravariant=True)
 
 
 class Stage(Protocol[Condition]):
-    """One diffusion model of the chain."""
+    """One diffusion model: the prior, the decoder, or a stage of super-resolution."""
 
     @property
     def process(self) -> DiffusionProcess:
-        """Schedule, what is predicted, clipping."""
+        """The schedule, the kind of prediction, and clipping."""
         ...
 
     def prepare(self, condition: Condition) -> Denoiser:
-        """Compute once all that depends on neither x_t nor t."""
+        """Compute once what does not depend on x_t or t."""
         ...
 
-    def sample_shape(self, condition: Condition) -> tuple[int, ...]:
-        """The shape of x_t for a condition."""
+    def sample_shape(self, batch_size: int) -> tuple[int, ...]:
+        """The shape of x_t."""
         ...
 
     def finish(self, x0: Tensor) -> Tensor:
-        """From the loop's last state to the stage's result."""
+        """The stage's result from the last state of the loop."""
         ...
 
 
@@ -96,34 +93,27 @@ def sample(
     progress: Progress | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Draw one sample for each row of `condition`.
+    """Sample once for each row of `condition`.
 
     Args:
         stage: the diffusion model.
-        condition: what is asked for.
-        sampler: how a step is taken.
+        condition: one row for each sample.
+        sampler: takes the denoising steps.
         timesteps: descending.
-        noise: where x_T (unless given) and the steps' noise come from, in this order.
-        null: what guidance pushes away from, as many rows as `condition`; needed for a scale above 1.
-        guidance_scale: not above 1 means one forward a step.
-        latents: x_T, of `stage.sample_shape(condition)`.
-        origin: a clean sample of that shape, from which the path departs: its first state is the origin with x_T as
-            its noise (SDEdit, Meng et al. 2108.01073). Without it, it is x_T itself.
+        noise: the source of x_T (unless given) and of the steps' noise, in this order.
+        null: the condition that guidance moves away from, with as many rows; needed for a scale above 1.
+        guidance_scale: 1 or less evaluates the network once for each step, without guidance.
+        latents: x_T, of `stage.sample_shape`.
+        origin: a clean sample of that shape, which is noised with x_T to the first timestep (SDEdit, Meng et al.
+            2108.01073). Without it, the path starts from x_T itself.
 
-    Returns: float32, as `stage.finish` gives it.
-
-    Raises: InputError for latents or an origin of a wrong shape.
+    Returns: float32, from `stage.finish`.
     """
-    shape = stage.sample_shape(condition)
     if latents is None:
-        x = noise.draw(shape, condition.device)
-    elif tuple(latents.shape) != shape:
-        raise InputError(f"latents have shape {tuple(latents.shape)}; this call needs {shape}")
+        x = noise.draw(stage.sample_shape(len(condition)), condition.device)
     else:
         x = latents.to(condition.device).float()
     if origin is not None:
-        if tuple(origin.shape) != shape:
-            raise InputError(f"the origin has shape {tuple(origin.shape)}; this call needs {shape}")
         x = stage.process.add_noise(origin.to(condition.device), x, timesteps[0])
     denoiser = _denoiser(stage, condition, null, guidance_scale)
     return stage.finish(run(denoiser, sampler, timesteps, x, noise=noise, progress=progress, on_step=on_step))
@@ -141,22 +131,19 @@ def invert(
     progress: Progress | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Find the x_T from which `sample`, with DDIM and no noise, leads to `x0`: its way back (paper §3).
+    """Find the x_T from which `sample`, with DDIM and without noise, leads to `x0` (paper §3).
 
     Args:
         stage: the diffusion model.
-        condition: that of the sampling; `null` and `guidance_scale` too.
-        x0: clean samples, of `stage.sample_shape(condition)`.
-        timesteps: those of the sampling, descending.
-        num_rounds: forwards a step; see `FixedPointInversionSampler`.
+        condition, null, guidance_scale: as of `sample`.
+        x0: clean samples, of `stage.sample_shape`.
+        timesteps: as of `sample`, descending.
+        num_rounds: network evaluations for each step; see `FixedPointInversionSampler`.
 
     Returns: float32, of x0's shape.
 
-    Raises: InputError for samples of a wrong shape or fewer than two timesteps; ConfigError for `num_rounds`.
+    Raises: InputError for fewer than two timesteps; ConfigError for `num_rounds`.
     """
-    shape = stage.sample_shape(condition)
-    if tuple(x0.shape) != shape:
-        raise InputError(f"the samples to invert have shape {tuple(x0.shape)}; this call needs {shape}")
     return run(
         _denoiser(stage, condition, null, guidance_scale),
         FixedPointInversionSampler(stage.process, num_rounds),
@@ -181,9 +168,9 @@ Size = tuple[int, int]
 
 
 def size_px(sample_size: object) -> int:
-    """A network's `sample_size` as the side of the square pictures it makes.
+    """A network's `sample_size` as the side of its square pictures.
 
-    Raises: ConfigError when its configuration does not say it.
+    Raises: ConfigError when the configuration does not have it.
     """
     if not isinstance(sample_size, int):
         raise ConfigError(f"a network's sample_size is {sample_size!r}; set it to the side of its pictures in pixels")

@@ -1,7 +1,4 @@
-"""A network over a picture larger than memory allows: in tiles that overlap and fade into one another.
-
-Knows windows and weights; knows no noise and no condition. Called by super-resolution's stage, at every step.
-"""
+"""Super-resolution as a stage, as a whole or in overlapping tiles."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,15 +19,15 @@ from unclip.stages.stage import Size, SuperResCondition, size_px
 
 @dataclass(frozen=True)
 class Tiling:
-    """Square tiles of `tile_px`, of which neighbours share `overlap_px` or more.
+    """Square tiles of `tile_px`, which overlap by `overlap_px` or more.
 
-    The outer quarter of an overlap, where a tile's own border is near, counts for nothing; between the two quarters
-    one tile fades into the next in a straight line. So what a network with a receptive field of at most a quarter of
-    the overlap puts out is what it would put out for the whole picture. A network that looks further, as one with
-    group normalisation does, is averaged across the overlap at every step (MultiDiffusion, Bar-Tal et al. 2302.08113).
+    The outer quarter of an overlap, near the tile's border, has weight 0; between the two quarters one tile fades into
+    the next linearly. The output of a network with a receptive field of at most a quarter of the overlap is therefore
+    the same as for the whole picture. The output of a network with a larger one, as with group normalisation, is
+    averaged across the overlap at every step (MultiDiffusion, Bar-Tal et al. 2302.08113).
 
     Raises:
-        InputError: a size is not a whole number, a tile is smaller than 1, or the overlap is not below the tile's half.
+        InputError: a size is not a positive whole number, or the overlap is more than half of a tile.
     """
 
     tile_px: int = 256
@@ -40,10 +37,10 @@ class Tiling:
         for name in ("tile_px", "overlap_px"):
             object.__setattr__(self, name, whole(getattr(self, name), name, unit="whole number of pixels"))
         if 2 * self.overlap_px > self.tile_px:
-            raise InputError(f"tiles of {self.tile_px} px overlap by {self.overlap_px} px; half a tile is the most")
+            raise InputError(f"tiles of {self.tile_px} px overlap by {self.overlap_px} px; they may overlap by half")
 
     def check_multiple(self, multiple: int) -> None:
-        """Raises: InputError unless both sizes are multiples of what a network needs."""
+        """Raises: InputError unless both sizes are multiples of `multiple`."""
         if self.tile_px % multiple or self.overlap_px % multiple:
             raise InputError(
                 f"tiles of {self.tile_px} px that overlap by {self.overlap_px} px do not fit the super-resolution "
@@ -51,13 +48,13 @@ class Tiling:
             )
 
     def starts(self, size_px: int) -> list[int]:
-        """Where tiles begin along a side; the last one ends with it."""
+        """The starts of the tiles along a side; the last tile ends with the side."""
         if size_px <= self.tile_px:
             return [0]
         return [*range(0, size_px - self.tile_px, self.tile_px - self.overlap_px), size_px - self.tile_px]
 
     def weights(self, start: int, size_px: int) -> Tensor:
-        """How much each pixel of the tile at `start` counts: float32 [min(tile, side)], from 0 to 1."""
+        """The weights of the pixels of the tile at `start`: float32 [min(tile, side)] in [0, 1]."""
         length = min(self.tile_px, size_px)
         margin = self.overlap_px // 4
         place = torch.arange(length, dtype=torch.float32)
@@ -71,7 +68,7 @@ class Tiling:
 
 
 def tiled(network: Callable[[Tensor], Tensor], x: Tensor, tiling: Tiling) -> Tensor:
-    """`network` over `x` in tiles, one after another: memory is a tile's, and the result's.
+    """Apply `network` to `x` in tiles, one after another, so that memory is that of a tile and of the result.
 
     Args:
         network: [batch, channels, h, w] → float32 [batch, outputs, h, w].
@@ -100,14 +97,14 @@ def tiled(network: Callable[[Tensor], Tensor], x: Tensor, tiling: Tiling) -> Ten
 
 @dataclass(frozen=True)
 class SuperResStage:
-    """Diffuses large pictures [batch, 3, height, width] beside the enlarged small one.
+    """Diffuses large pictures [batch, 3, height, width], conditioned on the enlarged small ones.
 
     Attributes:
         first: the network of every timestep but 0.
-        last: the network of timestep 0, at which Karlo's schedule always ends and for which alone its second network
-            was tuned. A path that does not visit 0 (one step, or DPM-Solver's) is the first network's throughout.
-        size: height and width; None: the first network's own square of `sample_size`.
-        tiling: the networks see the picture in tiles; None: as a whole.
+        last: the network of timestep 0. Karlo's schedule always ends there, and its second network was tuned only for
+            it. A path without timestep 0 (of one step, or DPM-Solver's) uses only the first network.
+        size: height and width; None: a square of the first network's `sample_size`.
+        tiling: the tiles of the networks' inputs; None: whole pictures.
     """
 
     first: UNet2DModel
@@ -117,7 +114,7 @@ class SuperResStage:
     tiling: Tiling | None = None
 
     def prepare(self, condition: SuperResCondition) -> Denoiser:
-        """The small picture is enlarged once."""
+        """Enlarge the small picture once."""
         enlarged = enlarge(condition.low_res.float(), self._size())
         per_dtype = {net.dtype: enlarged.to(net.dtype) for net in (self.first, self.last)}
 
@@ -135,9 +132,9 @@ class SuperResStage:
         own = self.first.config.sample_size
         return self.size or (size_px(own), size_px(own))
 
-    def sample_shape(self, condition: SuperResCondition) -> tuple[int, ...]:
+    def sample_shape(self, batch_size: int) -> tuple[int, ...]:
         config = self.first.config
-        return (len(condition), config.in_channels // 2, *self._size())
+        return (batch_size, config.in_channels // 2, *self._size())
 
     def finish(self, x0: Tensor) -> Tensor:
         """A picture in [-1, 1]."""
@@ -147,7 +144,7 @@ class SuperResStage:
 def enlarge(low_res: Tensor, size: int | Size) -> Tensor:
     """[batch, 3, h, w] → [batch, 3, height, width], bicubic with antialiasing, as Karlo conditions its networks.
 
-    A `size` of one number is a square's. MPS lacks that kernel: there the CPU does it, and the picture is the same.
+    A `size` of one number is a square's. On MPS, which lacks this kernel, the CPU computes the same picture.
     """
     device = low_res.device
     on = low_res.cpu() if device.type == "mps" else low_res

@@ -180,7 +180,7 @@ class ContrastivePair(nn.Module):
         if len(input_ids) < LENGTH_GROUPS or input_ids.is_meta:
             return self.text(input_ids=input_ids).text_embeds.float()
         end = self.text.config.eos_token_id
-        lengths = (input_ids == end).int().argmax(dim=1) + 1
+        lengths = (input_ids == end).int().argmax(dim=1)  # type: ignore[union-attr] + 1
         order = lengths.argsort()
         groups = [
             self.text(input_ids=input_ids[rows, : int(lengths[rows[-1]])]).text_embeds.float()
@@ -227,6 +227,8 @@ def of_all_processes(rows: Tensor) -> Tensor:
     """The rows of all processes, in their order; gradients find their way back to the process that a row is of."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return rows
+    if rows.is_meta:  # of a trial, which has the shapes of a step and asks no other process
+        return torch.cat([rows] * torch.distributed.get_world_size())
     if not rows.requires_grad:
         parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather(parts, rows)

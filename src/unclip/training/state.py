@@ -278,7 +278,7 @@ class RunFolder:
                 f"{self.state} is of a run with stage {stage!r:.80} and seed {seed}, the recipe has "
                 f"{recipe.stage!r} and {recipe.seed}: name another run folder"
             )
-        changed = self._changed_settings(recipe, about.get("settings"))
+        changed = self._changed_settings(recipe, about.get("settings") or {})
         tensors = {name: self._read(name) for name in ("module", "ema", "optimizer")}
         wanted = module.state_dict()
         trained = {name: wanted[name] for name, p in module.named_parameters() if p.requires_grad}
@@ -333,30 +333,30 @@ class RunFolder:
                 raise self._damaged(path.name, f"has values in {key} that are not finite")
         return tensors
 
-    def _changed_settings(self, recipe: Recipe, before: Mapping[str, Any] | None) -> list[str]:
+    def _changed_settings(self, recipe: Recipe, before: Mapping[str, Any]) -> list[str]:
         """The settings of the stage and of its adapters that a run keeps and that were others.
 
-        `before` are those of the state, which in older ones stand in recipe.json alone.
+        `before` are those of the state; older ones have none. Those of recipe.json must agree with the recipe too.
         """
-        if before is None:
-            try:
-                written = read_json(self.path / "recipe.json", allow_infinity=True)
-                before = flat({name: written.get(name) or {} for name in (recipe.stage, "lora")})
-            except (CheckpointError, RecursionError):
-                return []
+        told = [before]
+        with contextlib.suppress(CheckpointError, RecursionError):
+            written = read_json(self.path / "recipe.json", allow_infinity=True)
+            told.append(flat({name: written.get(name) or {} for name in (recipe.stage, "lora")}))
         now = json.loads(json.dumps(settled_settings(recipe)))
 
-        def is_stated(key: str) -> bool:
+        def is_stated(key: str, before: Mapping[str, Any]) -> bool:
             """Whether it stands on both sides; in a table of a network's settings what is not stated counts too."""
             section, _, rest = key.partition(".")
             is_of_table = isinstance(getattr(getattr(recipe, section, None), rest.partition(".")[0], None), dict)
-            return (key in before and key in now) or is_of_table
+            return (key in before and key in now) or (is_of_table and bool(before))
 
-        return [
+        changed = [
             f"{key} was {before.get(key)!r:.80} and is {now.get(key)!r:.80}"
+            for before in told
             for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and is_stated(key)
+            if before.get(key) != now.get(key) and is_stated(key, before)
         ]
+        return list(dict.fromkeys(changed))
 
     def _check_alike(self, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], changed: list[str]) -> None:
         kinds, needed = (
@@ -414,7 +414,7 @@ def restore_optimizer(
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, _, name = key.partition("/")
-        if not (index.isdecimal() and int(index) < len(parameters)):
+        if not (index.isdecimal() and len(index) < 10 and int(index) < len(parameters)):
             raise CheckpointError(f"the optimizer's state has {key!r:.80}; there are {len(parameters)} parameters")
         parameter = parameters[int(index)]
         is_single = name == "step"

@@ -1,4 +1,4 @@
-"""Where frames stand: as pictures differ equally, of a known way and of one that is drawn for it."""
+"""Places of frames at which neighbouring pictures differ equally."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from unclip.stages.manipulation import BipartiteLatent, equal_jumps, even_places
 
 
 def grey(values):
-    """Pictures [count, 3, 2, 2] of one grey each: a jump is the difference of two."""
+    """Pictures [count, 3, 2, 2] of one grey each, so a jump is the difference of two greys."""
     return torch.tensor(values, dtype=torch.float32)[:, None, None, None].expand(-1, 3, 2, 2)
 
 
@@ -19,14 +19,14 @@ def test_jumps_are_root_mean_squares():
     assert jumps(grey([0, 0.5, 0.25])).tolist() == [0.5, 0.25]
 
 
-def test_frames_go_where_the_picture_changes():
-    """All of the change lies between a half and three quarters of the first leg; the second is even."""
+def test_frames_are_placed_where_the_picture_changes():
+    """The first leg changes only between a half and three quarters; the second changes evenly."""
     places = [0, 0.25, 0.5, 0.75, 1, 1.5, 2]
     found = equal_jumps(places, grey([0, 0, 0, 1, 1, 1.5, 2]), 3)
     assert found == pytest.approx([0, 0.5625, 0.625, 0.6875, 1, 1.25, 1.5, 1.75, 2])
 
 
-def test_a_leg_without_change_keeps_its_turns():
+def test_a_leg_without_change_is_divided_by_the_angle():
     assert equal_jumps([0, 0.5, 1, 2], grey([1, 1, 1, 0]), 1) == pytest.approx([0, 0.5, 1, 1.5, 2])
 
 
@@ -35,8 +35,8 @@ def test_none_between():
 
 
 @given(steep=st.floats(0.5, 20), at=st.floats(0.2, 0.8), between=st.integers(1, 12))
-def test_of_a_known_way_all_jumps_are_equal(steep, at, between):
-    """Where the way is known closely: grey along a sigmoid, as steep as may be."""
+def test_all_jumps_of_a_known_path_are_equal(steep, at, between):
+    """A path with many known pictures: grey along a sigmoid of any steepness."""
 
     def drawn(places):
         return grey(torch.sigmoid((torch.tensor(places, dtype=torch.float64) - at) * steep).tolist())
@@ -51,13 +51,13 @@ def test_of_a_known_way_all_jumps_are_equal(steep, at, between):
 
 
 def points(rows):
-    """Latents with a right angle from each to the next, in embedding and noise alike."""
+    """Latents with a right angle between neighbours, in embedding and noise."""
     eye = torch.eye(rows)
     return BipartiteLatent(eye, eye[:, None, None, :].expand(-1, 3, rows, -1).contiguous())
 
 
 class Drawing:
-    """Pictures of one grey that turns as the first row's share does, steeply at 30 degrees; it counts its batches."""
+    """Pictures of one grey that depends on the angle to the first row, steeply at 30 degrees; counts its batches."""
 
     def __init__(self):
         self.batches = []
@@ -70,7 +70,7 @@ class Drawing:
 
 
 @pytest.mark.parametrize("one_noise", [False, True])
-def test_each_drawing_makes_it_more_even(one_noise):
+def test_each_round_makes_the_jumps_more_even(one_noise):
     draw, latent, found = Drawing(), points(2), []
     for drawings in range(5):
         places = even_places(latent, 7, draw, one_noise=one_noise, num_drawings=drawings)
@@ -86,7 +86,7 @@ def test_each_drawing_makes_it_more_even(one_noise):
     assert defaults != even_places(latent, 7, draw, one_noise=True)
 
 
-def test_what_is_drawn_for_it():
+def test_the_frames_that_are_decoded():
     draw = Drawing()
     places = even_places(points(2), 7, draw, batch_size=4)
     assert draw.batches == [4, 4, 1, 4, 3]  # the path, then the frames between the ends once more
@@ -104,7 +104,7 @@ def test_each_leg_is_placed_on_its_own():
     assert places[:6] == pytest.approx(even_places(three.select([0, 1]), 4, draw), abs=1e-6)
 
 
-def test_a_way_on_which_nothing_changes():
+def test_a_path_without_any_change():
     """Pictures of batches of different sizes differ in their last bits."""
     same = points(2).select([0, 0, 1])
     draw = Drawing()
@@ -114,7 +114,7 @@ def test_a_way_on_which_nothing_changes():
     assert len(set(draw.batches)) > 1
 
 
-def test_super_resolutions_noise_is_left_out():
+def test_latents_are_decoded_without_super_resolution_noise():
     seen, draw, plain = [], Drawing(), points(2)
     latent = BipartiteLatent(plain.image_embedding, plain.decoder_latents, torch.ones(2, 3, 8, 8))
 
@@ -134,15 +134,9 @@ def test_super_resolutions_noise_is_left_out():
         (lambda latent: Drawing()(latent) * torch.nan, NonFiniteError, "NaN"),
     ],
 )
-def test_drawings_that_tell_nothing(draw, error, words):
+def test_decoders_that_return_no_pictures(draw, error, words):
     with pytest.raises(error, match=words):
         even_places(points(2), 1, draw)
-
-
-@pytest.mark.parametrize("places", [[0, 0.5, 1.5, 2], [1, 0.5, 0], [0, 1], []])
-def test_places_that_are_not_those_of_the_pictures(places):
-    with pytest.raises(InputError, match="rising order"):
-        equal_jumps(places, grey([0, 0, 0, 1]) if len(places) == 4 else grey([0, 1, 1]), 1)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +149,6 @@ def test_places_that_are_not_those_of_the_pictures(places):
         ({"latent": points(2).select([0])}, "two or more"),
     ],
 )
-def test_what_placing_refuses(wrong, words):
+def test_invalid_arguments(wrong, words):
     with pytest.raises(InputError, match=words):
         even_places(**{"latent": points(2), "num_between": 2, "draw": Drawing(), **wrong})

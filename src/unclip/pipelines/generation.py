@@ -1,0 +1,180 @@
+"""The base of the public pipelines: text encoder, decoder and super-resolution, as stages with their settings."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+from torch import Tensor
+
+from unclip.checkpoints.layout import FURTHER
+from unclip.clip.encoders import TextEncoder
+from unclip.diffusion.scheduler import Scheduler
+from unclip.errors import ConfigError
+from unclip.models.text_proj import UnCLIPTextProjModel
+from unclip.models.unet import UNet2DConditionModel, UNet2DModel
+from unclip.pipelines import cascade
+from unclip.pipelines.cascade import Fact
+from unclip.pipelines.pipeline import Pipeline
+from unclip.pipelines.steps import StageRun
+from unclip.settings import SETTINGS
+from unclip.stages.decoder import DecoderStage
+from unclip.stages.stage import DecoderCondition, Size, SuperResCondition
+from unclip.stages.super_res import SuperResStage, Tiling
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+
+class GenerationPipeline(Pipeline):
+    """A pipeline with a text encoder, a decoder and super-resolution.
+
+    Further super-resolution stages may follow: `super_res_2_first` and `super_res_2_scheduler`, with
+    `super_res_2_last` if its last step has its own network, then `super_res_3_…`, up to `super_res_9_…`.
+    """
+
+    OPTIONAL = FURTHER
+    text_encoder: "CLIPTextModelWithProjection"
+    tokenizer: "CLIPTokenizer"
+    text_proj: UnCLIPTextProjModel
+    decoder: UNet2DConditionModel
+    super_res_first: UNet2DModel
+    super_res_last: UNet2DModel
+    decoder_scheduler: Scheduler
+    super_res_scheduler: Scheduler
+    _tiling: Tiling | None = None
+
+    @classmethod
+    def _annotation(cls, name: str) -> Any:
+        return super()._annotation(re.sub(r"^super_res_\d_", "super_res_", name))
+
+    @classmethod
+    def from_pipe(cls, pipeline: Pipeline, **components: Any) -> Self:
+        made = super().from_pipe(pipeline, **components)
+        tiling = getattr(pipeline, "_tiling", None)
+        if tiling is not None:
+            made.enable_super_res_tiling(tiling.tile_px, tiling.overlap_px)
+        return made
+
+    @property
+    def cascade(self) -> dict[str, cascade.SuperResParts]:
+        """The super-resolution stages, in order: "super_res", then "super_res_2" and so on."""
+        return cascade.parts(self.components)
+
+    def enable_super_res_tiling(self, tile_px: int = 256, overlap_px: int = 32) -> None:
+        """Run super-resolution's networks on overlapping tiles, so that memory does not grow with the pictures' size.
+
+        Every step averages the tiles where they overlap. Stages whose pictures are not larger than a tile do not
+        change. Tiles of the size that the network was trained on look best.
+
+        Raises: InputError for sizes that are not valid, or that a network cannot halve as often as it needs to.
+        """
+        tiling = Tiling(tile_px, overlap_px)
+        for part in self.cascade.values():
+            tiling.check_multiple(part.multiple)
+        self._tiling = tiling
+
+    def disable_super_res_tiling(self) -> None:
+        """Run super-resolution's networks on whole pictures again."""
+        self._tiling = None
+
+    def check(self) -> None:
+        """Raises: ConfigError when the components do not fit one another."""
+        text, proj, decoder = self.text_encoder.config, self.text_proj.config, self.decoder.config
+        channels, dim = decoder.in_channels, proj.clip_embeddings_dim
+        stages = self.cascade
+        largest = max(self.tokenizer.get_vocab().values())
+        if largest >= text.vocab_size:
+            raise ConfigError(
+                f"the components do not fit: tokenizer's largest token id is {largest}, and text_encoder has "
+                f"{text.vocab_size} tokens"
+            )
+        if decoder.class_embed_type != "identity":
+            raise ConfigError(
+                f"the components do not fit: decoder.class_embed_type is {decoder.class_embed_type!r}; it must be "
+                "'identity', since the output of text_proj is added there"
+            )
+        fits: list[Fact] = [
+            ("text_proj.clip_embeddings_dim", dim, "text_encoder.projection_dim", text.projection_dim),
+            ("text_proj.clip_embeddings_dim", dim, "text_encoder.hidden_size", text.hidden_size),
+            ("text_proj.cross_attention_dim", proj.cross_attention_dim, "decoder's", decoder.cross_attention_dim),
+            ("text_proj.time_embed_dim", proj.time_embed_dim, "decoder's", decoder.embedding_width),
+            *cascade.fits(decoder, stages),
+        ]
+        networks: list[tuple[str, Any, Scheduler]] = [("decoder", decoder, self.decoder_scheduler)]
+        for stage, part in stages.items():
+            networks.append((f"{stage}_first", part.first.config, part.scheduler))
+            networks.append((f"{stage}_last", part.last.config, part.scheduler))
+        for name, config, scheduler in networks:
+            variance_type = scheduler.config["variance_type"]
+            wanted = channels * (2 if scheduler.process.learns_variance else 1)
+            fits.append((f"{name}.out_channels", config.out_channels, f"its scheduler's ({variance_type=})", wanted))
+        cascade.check_fits(fits)
+
+    @property
+    def caption_encoder(self) -> TextEncoder:
+        """The text encoder with its tokenizer."""
+        return TextEncoder(self.text_encoder, self.tokenizer)
+
+    def sizes(self, height: int | None = None, width: int | None = None) -> dict[str, Size]:
+        """Height and width of the pictures at "decoder" and at each super-resolution stage, for a result of this size.
+
+        Raises: InputError for a size that the networks cannot make.
+        """
+        return cascade.picture_sizes(self.decoder, self.cascade, height, width)
+
+    def decoder_stage(self, size: Size | None = None) -> DecoderStage:
+        """The decoder as a stage; without a size it makes its own squares."""
+        return DecoderStage(self.decoder, self.text_proj, self.decoder_scheduler.process, size)
+
+    def super_res_stages(self, sizes: Mapping[str, Size] | None = None) -> dict[str, SuperResStage]:
+        """The super-resolution stages, in order; without `sizes` they make their own squares."""
+        return {
+            name: SuperResStage(
+                part.first, part.last, part.scheduler.process, None if sizes is None else sizes[name], self._tiling
+            )
+            for name, part in self.cascade.items()
+        }
+
+    def decoder_run(
+        self,
+        num_steps: int,
+        guidance_scale: float = 1.0,
+        latents: Tensor | None = None,
+        size: Size | None = None,
+    ) -> StageRun[DecoderCondition]:
+        """The decoder with its scheduler's sampler and a call's settings. Raises: InputError for a wrong setting."""
+        scheduler = self.decoder_scheduler
+        return StageRun(
+            "decoder",
+            self.decoder_stage(size),
+            scheduler.sampler(),
+            scheduler.spaced_timesteps(num_steps),
+            float(SETTINGS["decoder_guidance_scale"].check(guidance_scale)),
+            latents,
+        )
+
+    def super_res_runs(
+        self,
+        num_steps: int | Sequence[int],
+        latents: Tensor | Sequence[Tensor | None] | None = None,
+        sizes: Mapping[str, Size] | None = None,
+    ) -> list[StageRun[SuperResCondition]]:
+        """The super-resolution stages, in order, as `decoder_run` has the decoder.
+
+        Args:
+            num_steps: one number for all stages, or one for each.
+            latents: x_T of the first stage, or one or None for each.
+            sizes: as of `super_res_stages`.
+
+        Raises: InputError for a wrong setting, or another number of them than of stages.
+        """
+        stages, schedulers = self.super_res_stages(sizes), [part.scheduler for part in self.cascade.values()]
+        steps = cascade.per_stage(num_steps, len(stages), "super_res_num_inference_steps")
+        noise: list[Tensor | None]
+        if isinstance(latents, Tensor):
+            latents = [latents, *[None] * (len(stages) - 1)]
+        noise = cascade.per_stage(latents, len(stages), "super_res_latents")
+        return [
+            StageRun(name, stage, scheduler.sampler(), scheduler.spaced_timesteps(count), latents=x_T)
+            for (name, stage), scheduler, count, x_T in zip(stages.items(), schedulers, steps, noise, strict=True)
+        ]
