@@ -185,7 +185,7 @@ def test_an_enormous_or_binary_prompts_file(generate, tmp_path):
     (tmp_path / "binary").write_bytes(b"a cat\0\0\x01\n")
     done = generate("--prompts-file", tmp_path / "binary")
     assert (done.code, done.out) == (1, "")
-    assert "binary is no text: it has NUL characters in it" in done.err
+    assert "binary is not text: it has NUL characters in it" in done.err
 
 
 def test_nothing_to_draw_is_wrong_usage(generate):

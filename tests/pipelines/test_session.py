@@ -155,7 +155,7 @@ import sys
 from unclip.pipelines.session import Compute, Session
 session = Session({str(folder)!r}, Compute(device="cpu"), sampler="ddim")
 session.manipulator(captions=True)
-assert not [name for name in sys.modules if name.startswith("unclip.cli")]
+assert not [name for name in sys.modules if (name + ".").startswith("unclip.cli.")]
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

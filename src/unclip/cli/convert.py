@@ -1,7 +1,4 @@
-"""`unclip convert`: model folders out of other things.
-
-Knows files by name; the work is done in `unclip.pipelines.convert`.
-"""
+"""`unclip convert`: convert checkpoints of other formats to model folders."""
 
 from pathlib import Path
 from typing import Annotated
@@ -33,7 +30,7 @@ convert = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 @convert.callback()
 def convert_group() -> None:
-    """Make model folders out of other things."""
+    """Convert checkpoints of other formats to model folders."""
 
 
 @convert.command("karlo", epilog=KARLO_EXAMPLES)
@@ -59,7 +56,7 @@ def karlo(
 ) -> None:
     """Convert Karlo's original files into a text-to-image folder.
 
-    The files may be .ckpt, .th or .safetensors; of pickles nothing but tensors is read.
+    The files may be .ckpt, .th or .safetensors; only tensors are read from pickles.
     """
     import torch
 
@@ -92,9 +89,9 @@ def variation(
     overwrite: options.OverwriteFolder = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Make a folder for `unclip vary` out of a text-to-image model.
+    """Make a folder for `unclip vary` from a text-to-image model.
 
-    It shares the model's parts, and gets the image encoder of the CLIP model that it was trained with.
+    It has the model's components, and the image encoder of the CLIP model that the model was trained with.
     """
     from unclip.pipelines.convert import convert_text_to_image_to_variation
 
@@ -109,10 +106,10 @@ def pickle(
     overwrite: options.OverwriteFolder = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Copy a model's folder with every pickle (.bin) as safetensors.
+    """Copy a model's folder, with every pickle (.bin) converted to safetensors.
 
-    A pickle can run code when it is read. This command reads tensors and nothing else, and refuses a file that has
-    more; still, use it only on files from people whom you trust.
+    A pickle can run code when it is read. This command reads only tensors and refuses a file with anything else; still,
+    use it only on files from people whom you trust.
     """
     from unclip.pipelines.convert import convert_pickle
 

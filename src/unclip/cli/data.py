@@ -240,7 +240,7 @@ def compose(
     source: Annotated[Path, typer.Argument(metavar="DATA", help="A folder of single objects: unclip data emoji.")],
     out: options.NewFolder,
     count: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures to make.")] = 30_000,
-    seed: Annotated[int, typer.Option(min=0, max=2**32, metavar="N", help="Of all choices.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32, metavar="N", help="Random seed.")] = 0,
     weight: Annotated[float, typer.Option(min=0.0, metavar="W", help="Of each picture in training.")] = 0.05,
     quiet: options.Quiet = False,
 ) -> None:

@@ -1,6 +1,6 @@
-"""Defaults of the shared options from a person's configuration file.
+"""Defaults of the shared options from a configuration file.
 
-An option on the command line counts first, then its environment variable, then the file, then the built-in default.
+The command line has precedence over environment variables, these over the file, and the file over built-in defaults.
 """
 
 import difflib
@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from unclip.errors import ConfigError
 
 VARIABLE = "UNCLIP_CONFIG"
-"""Names another file."""
+"""The environment variable with the path of another file."""
 EPILOG = """\
 Defaults:
   Options that several commands share take their defaults from environment
@@ -67,7 +67,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str | bool:
-    """A value as it would be typed."""
+    """A value as on the command line."""
     if isinstance(value, bool):
         return value
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -314,14 +314,14 @@ def sweep(
 def report(
     reports: Annotated[list[Path], typer.Argument(metavar="FILE...", help="JSON reports of the other commands.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The HTML file to write.")],
-    title: Annotated[str, typer.Option(metavar="TEXT", help="What stands at its head.")] = "Evaluation",
+    title: Annotated[str, typer.Option(metavar="TEXT", help="Title of the page.")] = "Evaluation",
     picture: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="A picture to add; may be given several times.")
     ] = None,
     overwrite: measures.Overwrite = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Make one readable page of several reports.
+    """Make one HTML page from several reports.
 
     The page holds everything in one file: tables, charts of sweeps, and the sheets that the reports name, if they lie
     in the report's folder or below it. It runs no scripts and loads nothing.

@@ -1,7 +1,4 @@
-"""`unclip info`: what a model's folder holds, read from configurations and headers; no weight is loaded.
-
-Knows folders, components' configurations and tables; knows no network.
-"""
+"""`unclip info`: the contents of a model's folder, from configurations and headers; no weights are loaded."""
 
 import io
 import json
@@ -69,10 +66,10 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Show what a model is made of.
+    """Show the components of a model.
 
-    Tells its components, sizes, schedulers and licence; headers and configurations are read, no weights. MODEL may also
-    be one component's folder, or the model/ folder of a training run.
+    The output lists components, sizes, schedulers and the licence. Only headers and configurations are read, no
+    weights. MODEL may also be the folder of one component, or the model/ folder of a training run.
     """
     silence_later(downloads=quiet)
     folder = resolve(model)
@@ -100,9 +97,9 @@ def info(
 
 
 def read_components(folder: Path) -> dict[str, Component]:
-    """The parts of a pipeline's folder, of a folder of components, or of one component's folder.
+    """The components in a pipeline's folder, in a folder of components, or in one component's folder.
 
-    Raises: CheckpointError when it is none of these.
+    Raises: CheckpointError for another folder.
     """
     if (folder / "model_index.json").is_file():
         index = read_json(safe_join(folder, "model_index.json"))
@@ -117,7 +114,7 @@ def read_components(folder: Path) -> dict[str, Component]:
 
 
 def read_component(folder: Path, name: str, class_name: str) -> Component:
-    """One part; what is wrong with it becomes its `problem`."""
+    """One component; an error in it becomes its `problem`."""
     try:
         place = safe_join(folder, name)
         if not place.is_dir():
@@ -148,7 +145,7 @@ def read_component(folder: Path, name: str, class_name: str) -> Component:
 
 
 def licence(folder: Path) -> str | None:
-    """The licence's file, or what the model card's head says."""
+    """The licence file, or the licence in the head of the model card."""
     file = first_file(folder, ("LICENSE*", "LICENCE*", "license*"))
     card = first_file(folder, ("README*",))
     if file is None and card is not None:
@@ -170,7 +167,7 @@ def show(
     defaults: dict[str, Recommended],
     papers: dict[str, str | None],
 ) -> None:
-    """Print all of it as tables; plain text when stdout is no terminal."""
+    """Print everything as tables; plain text when stdout is not a terminal."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -220,7 +217,7 @@ def listed(values: dict[str, Any]) -> str:
 
 
 def megabytes(size_bytes: int) -> str:
-    """A size for people."""
+    """A size in MB or GB."""
     return f"{size_bytes / 1e6:,.1f} MB" if size_bytes < 1e9 else f"{size_bytes / 1e9:,.2f} GB"
 
 
@@ -246,7 +243,7 @@ def _own_class(config: dict[str, Any]) -> str:
 
 
 def _variant(folder: Path, stem: str) -> str | None:
-    """None if there are plain weights; else the variant that is there."""
+    """None if there are plain weights; else the existing variant."""
     if any((folder / f"{stem}{end}").exists() for end in (".safetensors", ".safetensors.index.json")):
         return None
     pattern = re.compile(re.escape(stem) + r"(?:\.(\w+)\.safetensors|\.safetensors\.index\.(\w+)\.json)")

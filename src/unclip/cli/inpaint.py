@@ -94,7 +94,12 @@ def inpaint(
     ] = 1.0,
     resamples: Annotated[
         int,
-        typer.Option(min=1, max=100, metavar="N", help="Repetitions of each jump: more fit better, slower."),
+        typer.Option(
+            min=1,
+            max=100,
+            metavar="N",
+            help="Repetitions of each jump. More of them fit the surroundings better, but take longer.",
+        ),
     ] = 4,
     jump: Annotated[int, typer.Option(min=1, metavar="N", help="Denoising steps in each jump.")] = 1,
     edit: Edit,

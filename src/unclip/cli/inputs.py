@@ -1,4 +1,4 @@
-"""What commands are given: captions, files of prompts, pictures and latents."""
+"""Inputs of commands: captions, files of captions, pictures and latents."""
 
 import difflib
 import os
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from unclip.stages.manipulation import BipartiteLatent
 
 PROMPTS_LIMIT_BYTES = 16 * 2**20
-"""The most that is read of a file of prompts: some 300,000 captions."""
+"""Largest file of prompts: about 300,000 captions."""
 
 
 def read_prompts(path: Path) -> list[str]:
     """The lines of a file (or of stdin, for "-") that are not blank.
 
-    Raises: InputError when it cannot be read, is no UTF-8 text, or is larger than 16 MiB; no more than that is read.
+    Raises: InputError when it cannot be read, is not UTF-8 text, or is larger than 16 MiB.
     """
     shown = "stdin" if str(path) == "-" else str(path)
     try:
@@ -44,19 +44,19 @@ def read_prompts(path: Path) -> list[str]:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as problem:
-        raise InputError(f"{shown} is no UTF-8 text (at byte {problem.start}); save it as UTF-8") from problem
+        raise InputError(f"{shown} is not UTF-8 text (at byte {problem.start}); save it as UTF-8") from problem
     if "\0" in text:
-        raise InputError(f"{shown} is no text: it has NUL characters in it; give one prompt a line, as UTF-8")
+        raise InputError(f"{shown} is not text: it has NUL characters in it; give one prompt on each line, as UTF-8")
     return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
 
 
 def plain(text: str) -> str:
-    """`text` as valid Unicode: bytes from the command line that were none become replacement characters."""
+    """`text` as valid Unicode: invalid bytes from the command line become replacement characters."""
     return text.encode("utf-8", "surrogateescape" if _escaped(text) else "replace").decode("utf-8", "replace")
 
 
 def usable(texts: list[str]) -> dict[int, str]:
-    """The prompts that can be used, by their place; each of the others is told of."""
+    """The valid prompts by their position; errors of the others are printed."""
     from unclip.clip.encoders import check_prompt
 
     good = {}
@@ -75,12 +75,12 @@ def _escaped(text: str) -> bool:
 
 
 UNREAD_SUFFIXES = (".heic", ".heif", ".svg", ".ico", ".psd")
-"""Of pictures that are not read, but with which no caption ends either."""
+"""Suffixes of pictures that cannot be read; a caption does not end with them either."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of the things that a person named: a picture's file, a latent's file, or a caption.
+    """One input: a picture's file, a latent's file, or a caption.
 
     Attributes:
         text: the path or the caption.
@@ -94,7 +94,7 @@ class Part:
 
     @property
     def name(self) -> str:
-        """For file names and facts: of a path its last part alone."""
+        """For file names and metadata: a path without its folders."""
         return Path(self.text).name if self.kind != "caption" else self.text
 
     @property
@@ -103,12 +103,12 @@ class Part:
 
 
 def read_part(text: str, *, weighted: bool = False, caption: bool = False) -> Part:
-    """Take an argument for a file that exists, or else for a caption.
+    """Read an argument as an existing file, or else as a caption.
 
     Args:
         text: a path, or a caption.
         weighted: a number after the last colon is its weight, as in `cat.png:0.5`, unless a file has that whole name.
-        caption: take what is not a file for a caption, even if it looks like a path.
+        caption: read everything that is not a file as a caption, even if it looks like a path.
 
     Raises: InputError for what looks like the path of a file that does not exist, for a folder, or for a weight that is
         not finite.
@@ -183,7 +183,7 @@ def _number(text: str) -> float | None:
 
 
 MAX_LISTED = 10_000
-"""Files of a folder that are looked through for a name that is near."""
+"""Files of a folder that are compared with a missing name."""
 
 
 def open_picture(path: str | Path, *, keep_alpha: bool = False) -> "Image":
@@ -207,7 +207,7 @@ def no_file(text: str) -> str:
 
 
 def nearest_file(text: str) -> str | None:
-    """The picture or latent whose name is nearest to that of a path, in its folder; None where none is near."""
+    """The picture or latent in a path's folder with the most similar name; None if no name is similar."""
     from unclip.images import PICTURE_SUFFIXES
 
     try:
@@ -241,10 +241,10 @@ def check_can_vary(model: str, index: Mapping[str, object]) -> None:
 
 @dataclass(frozen=True)
 class Opened:
-    """One thing that was named and could be read.
+    """One input that could be read.
 
     Attributes:
-        place: among all things that were named; each row of a latent's file counts.
+        place: position among all inputs; each row of a latent's file counts.
         path: its file.
         given: a picture, or a latent of one row.
         row: of the latent, where its file has several.
@@ -259,9 +259,12 @@ class Opened:
 def opened(
     paths: list[Path], failed: list[Path], latent: "Callable[[Path], BipartiteLatent] | None" = None
 ) -> Iterator[Opened]:
-    """What can be read; the others are told of and put into `failed`, unless they are there already.
+    """The inputs that can be read; errors of the others are printed, and they are added to `failed`.
 
-    With `latent`, which reads files of `unclip invert`, these may stand for pictures.
+    Args:
+        paths: the inputs.
+        failed: latents in it are skipped, because their errors are printed already.
+        latent: reads files of `unclip invert`, which may be given instead of pictures.
     """
     place = 0
     for path in paths:

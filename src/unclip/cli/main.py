@@ -36,13 +36,13 @@ from unclip.errors import UnclipError
 
 INTERRUPTED = 130
 READER_GONE = 141
-"""What a shell reports of a program whose output nobody reads any more."""
+"""The exit code that a shell reports for a program whose output is closed."""
 
 EXAMPLES = options.examples(
-    'unclip generate "a red apple"         make a picture of a caption',
-    "unclip vary photo.jpg -n 4            make four pictures like a given one",
-    "unclip inpaint a.png --mask m.png     draw a part of a picture anew",
-    "unclip info unclip-emoji              look into a model",
+    'unclip generate "a red apple"         make a picture from a caption',
+    "unclip vary photo.jpg -n 4            make four variations of a picture",
+    "unclip inpaint a.png --mask m.png     regenerate a part of a picture",
+    "unclip info unclip-emoji              show the components of a model",
     "unclip generate --help                all options of a command",
 )
 
@@ -50,7 +50,7 @@ HELP_EXAMPLES = options.examples("unclip help generate", "unclip help data pack"
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the process to end. As an interrupt, it lets every temporary file be removed first."""
+    """A signal asked the process to end. As a KeyboardInterrupt it lets temporary files be removed first."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -140,13 +140,15 @@ def unclip(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from (before the command).")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error (before the command).")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show details (also after the command).")] = False,
 ) -> None:
-    """Make pictures of captions, and pictures like others, with unCLIP (DALL-E 2).
+    """Make pictures from captions, and variations of pictures, with unCLIP (DALL-E 2).
 
-    A small model is built in; larger ones come from a folder or from the Hugging Face hub. Results go to stdout,
-    messages to stderr.
+    A small model is built in; larger ones are loaded from a folder or from the Hugging Face hub. Results are printed
+    to stdout, messages to stderr.
     """
     if verbose:
         say_more()

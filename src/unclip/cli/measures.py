@@ -179,7 +179,7 @@ def fingerprint(folder: Path, pattern: str = "**/*") -> str:
 
 
 def refuse_to_overwrite(paths: Iterable[Path], *, overwrite: bool) -> None:
-    """Raises: OutputExistsError for a file that is there already, unless it may be replaced; and for a folder."""
+    """Raises: OutputExistsError for an existing file, unless it may be replaced; and for a folder."""
     for path in paths:
         if path.is_dir() or (path.exists() and not overwrite):
             raise OutputExistsError(f"{path} is there already; give --overwrite, or name another file")
@@ -357,7 +357,7 @@ def _chart_path(out: Path, name: str) -> Path:
 
 
 def _about(subject: Subject, asked: Asked, precision: options.Precision, space: Any) -> dict[str, Any]:
-    """What the report says, and what an earlier one must have said the same to be gone on with."""
+    """Metadata of the report; a sweep continues only a report with the same metadata."""
     from unclip.data.folder import metadata_file
 
     about = {key: value for key, value in subject.about.items() if key != "settings"}
@@ -380,13 +380,13 @@ def _resumed(out: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
         if key not in ("unclip", "model", "judge", "data") and before.get(key) != value:
             raise OutputExistsError(
                 f"{out} is of another sweep: its {key} is {before.get(key)!r}, now {value!r}; name another file, or "
-                "give --overwrite to begin anew"
+                "give --overwrite to start again"
             )
     return _points_of(out)
 
 
 def _points_of(out: Path) -> list[dict[str, Any]]:
-    """Raises: OutputExistsError when the file is no report of a sweep."""
+    """Raises: OutputExistsError when the file is not the report of a sweep."""
     if not out.is_dir():
         try:
             found = read_json(out)["sweep"]["points"]

@@ -1,4 +1,4 @@
-"""Messages of the commands to people, on stderr: stdout holds the results alone."""
+"""Messages of the commands on stderr; stdout has only the results."""
 
 import contextlib
 import io
@@ -14,12 +14,12 @@ _MORE: list[bool] = [False]
 
 
 def note(text: str) -> None:
-    """Something worth knowing."""
+    """Print information."""
     _say(text)
 
 
 def say_more() -> None:
-    """Let `detail` print, until the command ends (`--verbose`)."""
+    """Make `detail` print until the command ends (`--verbose`)."""
     _MORE[0] = True
 
 
@@ -29,7 +29,7 @@ def says_more() -> bool:
 
 
 def detail(text: str) -> None:
-    """Something that only `--verbose` prints."""
+    """Print information only with `--verbose`."""
     if says_more():
         _say(text)
 
@@ -46,28 +46,28 @@ logging.getLogger("unclip").addHandler(_Details())
 
 
 def warn(text: str) -> None:
-    """Something that went on, but perhaps not as meant."""
+    """Print a warning."""
     _say(f"warning: {text}")
 
 
 def error(text: object) -> None:
-    """Something that did not work."""
+    """Print an error."""
     _say(f"error: {text}")
 
 
 def say_traceback() -> None:
-    """Where the error that is being handled came from."""
+    """Print the traceback of the current error."""
     _say(traceback.format_exc().rstrip("\n"))
 
 
 def printable(text: str) -> str:
-    """`text` with every control character (a terminal obeys them) but the line break shown as "?"."""
+    """`text` with "?" for control characters except line breaks, because terminals execute them."""
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 @contextlib.contextmanager
 def shown_warnings() -> Iterator[None]:
-    """Within it, Python's warnings become `warning: …` lines, each of them once; at its end `--verbose` is over."""
+    """Within it, each Python warning is printed once as a `warning: …` line; at its end `--verbose` is reset."""
     seen: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
@@ -85,10 +85,10 @@ def shown_warnings() -> Iterator[None]:
 
 
 def open_standard_streams() -> None:
-    """Make stdin, stdout and stderr ready for anything: closed by the caller, in an encoding that lacks characters.
+    """Prepare stdin, stdout and stderr that are closed or have an encoding without some characters.
 
-    A closed one becomes the null device. Otherwise the next file that is opened takes the number of the closed stream,
-    and messages land in it.
+    A closed stream becomes the null device. Otherwise the next file to be opened would get the number of the closed
+    stream, and messages would be written into it.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
@@ -112,17 +112,17 @@ def open_standard_streams() -> None:
 
 
 class Output(io.TextIOWrapper):
-    """stdout, which remembers that it could not be written: what it held is lost then, and no later flush tells."""
+    """stdout that remembers a write error: its buffer is lost then, and later flushes report no error."""
 
     problem: OSError | None = None
 
     def write(self, text: str) -> int:
-        """Write a text, or remember why not."""
+        """Write a text and remember an error."""
         with self._remembered():
             return super().write(text)
 
     def flush(self) -> None:
-        """Write what it holds, or remember why not."""
+        """Flush the buffer and remember an error."""
         with self._remembered():
             super().flush()
 
@@ -136,7 +136,7 @@ class Output(io.TextIOWrapper):
 
 
 def flush(stream: TextIO) -> OSError | None:
-    """Write what `stream` holds. Returns the problem, after which all that is written to it is dropped."""
+    """Flush `stream`. Returns: the error, after which everything written to it is dropped."""
     try:
         stream.flush()
     except OSError as problem:
@@ -146,7 +146,7 @@ def flush(stream: TextIO) -> OSError | None:
 
 
 def drop(stream: TextIO) -> None:
-    """Write nothing more to a stream that is closed or full, at exit either."""
+    """Redirect a closed or full stream to the null device, so that the exit does not fail either."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
@@ -156,5 +156,5 @@ def drop(stream: TextIO) -> None:
 def _say(text: str) -> None:
     try:
         print(printable(text), file=sys.stderr, flush=True)
-    except OSError:  # nobody reads it, or the disk is full: results matter more than messages
+    except OSError:  # stderr is closed or the disk is full: results matter more than messages
         drop(sys.stderr)

@@ -194,7 +194,7 @@ def _input(name: str, folders: list[Path]) -> str:
         if name and (folder / Path(name).name).is_file():
             return str(folder / Path(name).name)
     looked = " or ".join(repr(str(folder)) for folder in folders)
-    raise InputError(f"the picture was made of the file {name!r:.200}, which is not in {looked}: give --inputs DIR")
+    raise InputError(f"the picture was made from the file {name!r:.200}, which is not in {looked}: give --inputs DIR")
 
 
 def _part(text: str, folders: list[Path]) -> str:

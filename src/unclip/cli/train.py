@@ -1,7 +1,4 @@
-"""`unclip train` and `unclip assemble`: from pictures to a model.
-
-Knows recipes and folders by name; the work is done in `unclip.training`.
-"""
+"""`unclip train` and `unclip assemble`: train the stages of a model and combine them."""
 
 import functools
 import os
@@ -44,22 +41,22 @@ def train(
             "--out",
             "-o",
             metavar="RUN",
-            help="The run's folder; a run that is there already goes on. Needed but for --dry-run.",
+            help="The run's folder; an existing run is continued. Required without --dry-run.",
         ),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Optimizer steps in all.", show_default="the recipe's")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Take a few steps, tell sizes, memory and time, and leave nothing.")
+        bool, typer.Option("--dry-run", help="Run a few steps and print sizes, memory and time; write nothing.")
     ] = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Train one stage by a recipe: clip, prior, prior_autoregressive, decoder or
     super_res.
 
-    Ctrl-C or SIGTERM saves and stops; the same command goes on from there. The run's folder gets metrics.jsonl,
-    samples/ and model/, whose path is printed on stdout.
+    Ctrl-C or SIGTERM saves and stops; the same command continues the run. The run's folder contains metrics.jsonl,
+    samples/ and model/, whose path is printed to stdout.
     """
     from tqdm import tqdm
 
@@ -106,7 +103,7 @@ def tell_step(recipe: "Recipe", step: int, row: Mapping[str, float]) -> None:
 
 
 def is_first() -> bool:
-    """Whether this is the process that talks, of those that the launcher started."""
+    """Whether this process prints messages; the launcher may have started several."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -200,10 +197,10 @@ def assemble(
     overwrite: options.OverwriteFolder = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Put trained stages together into one model folder.
+    """Combine trained stages in one model folder.
 
-    Where a run is asked for, a model's folder or name does too: then its stage is taken as it is.
-    The folder serves both `unclip generate` and `unclip vary`. Its path is printed on stdout.
+    Instead of a run, a model's folder or name may be given; its stage is then used unchanged. The folder works with
+    both `unclip generate` and `unclip vary`. Its path is printed to stdout.
     """
     import torch
 

@@ -1,7 +1,4 @@
-"""Messages about a command line that was not understood, in plain words.
-
-Typer passes on the words of its validator ("Input should be a valid integer, …") and spells "Error:" in its own way.
-"""
+"""Error messages about a wrong command line, in place of those of typer's validator."""
 
 import io
 import os
@@ -27,11 +24,11 @@ PLAIN = {
     "less_than_equal": "{input} is too large; it must be {le} or less",
     "finite_number": "{input!r} is not a finite number",
 }
-"""Messages by the validator's kinds of errors."""
+"""Messages by the validator's types of errors."""
 
 
 def say_usage(problem: typer.TyperException) -> None:
-    """Print how the command is used and what was not understood, on stderr."""
+    """Print the usage of the command and the error on stderr."""
     cause: Any = problem.__cause__
     if isinstance(problem, typer.BadParameter):
         if hasattr(cause, "errors"):
@@ -57,7 +54,7 @@ def _plain(found: dict[str, Any]) -> str:
 
 
 def _source(problem: typer.BadParameter) -> str:
-    """Where a wrong value came from, if not from the command line."""
+    """The source of a wrong value, if it is not the command line."""
     context, option = problem.ctx, problem.param
     source = context.get_parameter_source(option.name) if context is not None and option is not None else None
     if source is None or option is None:

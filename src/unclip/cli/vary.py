@@ -28,7 +28,7 @@ EXAMPLES = options.examples(
 )
 
 DEFAULT_ETA = 0.7
-"""Of --keep-structure: outlines and colours stay, details differ."""
+"""Default of --eta: outlines and colours stay, details differ."""
 
 
 @options.expanded
