@@ -289,7 +289,7 @@ def test_what_does_not_go_with_the_structure(run, arguments):
     assert run("vary", "cat.png", *arguments).code == 2
 
 
-@pytest.mark.parametrize("side", ["--height", "--width"])
+@pytest.mark.parametrize("side", ["--height", "--width", "--size"])
 def test_the_structure_is_of_the_models_own_size(run, side):
     done = run("vary", "cat.png", "--keep-structure", side, 64)
     assert done.code == 2

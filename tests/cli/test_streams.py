@@ -26,12 +26,12 @@ def shell(command: str, folder: Path) -> subprocess.CompletedProcess:
     ("streams", "code", "err"),
     [
         ("2>&-", 0, ""),
-        ("2>/dev/full", 0, ""),
-        (">&-", 0, ""),
+        pytest.param("2>/dev/full", 0, "", marks=pytest.mark.slow),
+        pytest.param(">&-", 0, "", marks=pytest.mark.slow),
         (">/dev/full", 1, "error: stdout cannot be written: No space left on device\n"),
-        (">&- 2>&-", 0, ""),
+        pytest.param(">&- 2>&-", 0, "", marks=pytest.mark.slow),
         ("<&- >&- 2>&-", 0, ""),
-        (">/dev/full 2>/dev/full", 1, ""),
+        pytest.param(">/dev/full 2>/dev/full", 1, "", marks=pytest.mark.slow),
     ],
 )
 def test_the_picture_is_made(text_to_image, tmp_path, streams, code, err):
@@ -50,7 +50,7 @@ def test_results_that_nobody_can_read(tmp_path, command):
         assert (done.returncode, done.stdout, done.stderr) == (code, "", err)
 
 
-@pytest.mark.parametrize("command", ["generate", "vary none.png", "generate x --seed y", "nonsense"])
+@pytest.mark.parametrize("command", ["generate", "train none.toml", "generate x --seed y", "nonsense"])
 def test_errors_that_nobody_can_read(tmp_path, command):
     expected = shell(f"unclip {command}", tmp_path)
     for streams in ("2>&-", "2>/dev/full"):
@@ -58,7 +58,9 @@ def test_errors_that_nobody_can_read(tmp_path, command):
         assert (done.returncode, done.stdout, done.stderr) == (expected.returncode, "", "")
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+@pytest.mark.parametrize(
+    "name", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGHUP", "SIGINT"))]
+)
 def test_a_signal_in_the_middle_of_a_file(text_to_image, tmp_path, name):
     """The file is half written when the signal comes."""
     code = """

@@ -1,6 +1,6 @@
-"""Write the reference of the command line out of the commands' own help.
+"""Write the reference of the command line from the commands' own help.
 
-Knows Markdown and the commands; run it after every change of an option:
+Run it after every change of an option:
 
     python -m unclip.cli.reference > docs/guides/command-line.md
 """
@@ -32,19 +32,26 @@ a-red-apple-42.png
 **What goes where.** Results (paths, tables, JSON) go to stdout, one a line; seeds, progress bars, warnings and errors
 go to stderr. So `unclip generate … | xargs …` works, and `--json` gives one JSON object a picture.
 
-**Files.** A picture is named after its prompt and its seed. A file that is there already is never replaced unless
-`--overwrite` is given; a number is added to the name instead. Every file appears whole or not at all, and as soon as
-its batch is done: whatever stops a long run, what was finished stays.
+**Files.** A picture is named after its prompt and its seed. An existing file is never replaced unless `--overwrite` is
+given; a number is added to the name instead. With a single picture to make, `--out cat.png` names its file. Every file
+is written atomically as soon as its batch is done: whatever stops a long run, finished pictures stay.
 
 **Seeds.** Picture i of a run, counted from 0, has seed + i, and is the picture that a run of its own with that seed
 makes (but for rounding, which may differ with the batch and the device). Each file holds the prompt,
-the seed, the model and the settings as PNG texts, so a picture can be made again:
+the seed, the model, the settings, the versions and the device as PNG texts, so a picture can be made again:
 
-```python
-from PIL import Image
-
-print(Image.open("a-red-apple-42.png").text)
+```console
+$ unclip rerun a-red-apple-42.png --out again
 ```
+
+The file is the same, byte for byte, if version, device and weights are; a warning names what differs. Options override
+what the file says. `Image.open("a-red-apple-42.png").text` shows the texts in Python.
+
+**Defaults of a person.** Options that several commands share take their defaults from environment variables and from a
+TOML file, `config.toml` in the configuration folder (`~/.config/unclip` on Linux; `UNCLIP_CONFIG` names another file).
+A variable is called `UNCLIP_` and the option's name: `UNCLIP_MODEL`, `UNCLIP_OUT`, `UNCLIP_BATCH_SIZE`. Keys of the
+file are the options' names: `model = "models/mine"`, `decoder-steps = 20`. An option counts before a variable, a
+variable before the file, and the file before the built-in default.
 
 **Defaults of a model.** Steps and guidance scales that are not given come from `generation_defaults.json` in the
 model's folder, if it has one: a JSON object with any of `prior_num_inference_steps`, `decoder_num_inference_steps`,
@@ -58,8 +65,9 @@ model's folder, if it has one: a JSON object with any of `prior_num_inference_st
 | 1 | it did not work; the reason stands on stderr as `error: …` (`unclip --debug COMMAND …` shows where) |
 | 2 | the command was not understood |
 | 3 | some pictures were made, others failed |
-| 130 | stopped with Ctrl-C; what was finished stays |
-| 141 | whoever read the output went away |
+| 129, 143 | stopped by a signal (SIGHUP, SIGTERM); finished pictures stay |
+| 130 | stopped with Ctrl-C; finished pictures stay |
+| 141 | the reader of stdout closed it |
 """
 
 

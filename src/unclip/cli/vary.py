@@ -96,7 +96,9 @@ def vary(
         raise typer.BadParameter("--keep-structure samples by DDIM, and has no --negative and no other --sampler")
     sides = options.sides(size, height, width)
     if keep_structure and sides:
-        raise typer.BadParameter("--keep-structure makes pictures of the model's own size: leave out the size")
+        raise typer.BadParameter(
+            "--keep-structure makes pictures of the model's own size: leave out --size, --height, --width"
+        )
     from unclip.cli.inputs import is_latent
     from unclip.cli.latents import NO_GUIDANCE, Keeper, recorded, recorded_tile, records
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline

@@ -230,7 +230,8 @@ def _check_value(key: str, value: Any, where: str) -> None:
         limit = SIZE_LIMITS["vocab_size"]
         if type(value) is not int or not 0 <= value <= limit:
             raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be a whole number from 0 to {limit}")
-    if key in SHARES and not (_is_real(value, 0, 1) and value < 1) and (key, value) != ("attention_dropout", None):
+    is_share = _is_real(value, 0, 1) and value != 1
+    if key in SHARES and not is_share and (key, value) != ("attention_dropout", None):
         raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be a number from 0 to below 1")
     if key in FACTORS and not _is_real(value, -MAX_FACTOR, MAX_FACTOR):
         raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be a number up to {MAX_FACTOR:g}")

@@ -452,7 +452,7 @@ class _Member(tarfile.TarInfo):
     """A member's header. tarfile takes a damaged one after the first for the end of the file; here it is an error."""
 
     @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> "_Member":
+    def fromtarfile(cls, tar: tarfile.TarFile) -> "_Member":  # type: ignore[override]  # `tarfile` is the module here
         try:
             return super().fromtarfile(tar)
         except (tarfile.HeaderError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:

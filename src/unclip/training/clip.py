@@ -180,7 +180,7 @@ class ContrastivePair(nn.Module):
         if len(input_ids) < LENGTH_GROUPS or input_ids.is_meta:
             return self.text(input_ids=input_ids).text_embeds.float()
         end = self.text.config.eos_token_id
-        lengths = (input_ids == end).int().argmax(dim=1) + 1
+        lengths = (input_ids == end).int().argmax(dim=1)  # type: ignore[union-attr] + 1
         order = lengths.argsort()
         groups = [
             self.text(input_ids=input_ids[rows, : int(lengths[rows[-1]])]).text_embeds.float()

@@ -50,7 +50,7 @@ class Teacher:
     def __init__(self, folder: Path, device: torch.device | str = "cpu"):
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self.encoder: Any = AutoModel.from_pretrained(folder, local_files_only=True).eval()
+            self.encoder: Any = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"teacher.encoder is {folder}, which transformers cannot read as an encoder: {error}"
@@ -58,9 +58,8 @@ class Teacher:
         self.device = torch.device(device)
         self.dtype = torch.float32 if is_emulated(torch.bfloat16, self.device) else torch.bfloat16
         self.encoder.to(self.device, self.dtype)
-        weights = sorted(Path(folder).glob("*.safetensors")) + sorted(Path(folder).glob("*.bin"))
         digest = hashlib.sha256(f"{self.dtype} {MAX_TOKENS}".encode())
-        for path in weights:
+        for path in sorted(Path(folder).glob("*.safetensors")):
             digest.update(path.read_bytes())
         self.fingerprint = digest.hexdigest()
 
@@ -309,7 +308,7 @@ class TaughtSource(FolderSource):
     """A data set some of whose captions are replaced by phrases, and their pictures by ones that the teacher chose."""
 
     def __init__(self, source: FolderSource, lessons: Lessons, share: float):
-        self.__dict__.update(source.__dict__)
+        self.__dict__.update(source.__dict__)  # the same pictures, which are not read twice
         self.lessons, self.share = lessons, share
 
     def draw(self, step: int, count: int, generator: torch.Generator) -> Rows:
