@@ -110,7 +110,9 @@ SETTINGS: Mapping[str, Setting] = {
     for row in (
         _steps("prior", "the prior, which predicts an image embedding from the caption", 25, of_prior=True),
         _steps("decoder", "the decoder, which makes the small picture", 25),
-        _steps("super_res", "super-resolution, which enlarges it; N,N sets each of its stages", 7, per_stage=True),
+        _steps(
+            "super_res", "super-resolution, which enlarges the picture; N,N sets each of its stages", 7, per_stage=True
+        ),
         _guidance("prior", "the prior: how strongly it follows the caption", 4.0, of_prior=True),
         _guidance("decoder", "the decoder: how strongly it follows the embedding and the caption", 8.0),
         Setting(

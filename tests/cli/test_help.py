@@ -3,11 +3,16 @@
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from unclip import __version__
+from unclip.cli import options
 from unclip.cli.reference import document, pages
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "command-line.md"
@@ -79,3 +84,35 @@ def test_no_command_shows_help(unclip):
     done = unclip()
     assert done.code == 2
     assert "Examples:" in done.out + done.err
+
+
+@dataclass(frozen=True)
+class Block:
+    needed: Annotated[int, typer.Option(min=1)]
+    count: Annotated[int, typer.Option("--count", "-c", max=9)] = 3
+    hidden: str = "kept"
+
+
+@dataclass(frozen=True)
+class Other(Block):
+    count: Annotated[int, typer.Option(max=99)] = 30
+
+
+@pytest.mark.parametrize(("block", "arguments", "count"), [(Block, ["-c", "5"], 5), (Block, [], 3), (Other, [], 30)])
+def test_the_fields_of_a_dataclass_are_options(block, arguments, count):
+    got = []
+
+    def command(*, name: str, block, flag: bool = False) -> None:
+        """What it does."""
+        got.append((name, block, flag))
+
+    command.__annotations__["block"] = block
+    app = typer.Typer()
+    app.command()(options.expanded(command))
+    assert CliRunner().invoke(app, ["a", "--needed", "2", "--flag", *arguments]).exit_code == 0
+    assert got == [("a", block(needed=2, count=count), True)]
+    help_text = CliRunner().invoke(app, ["--help"]).stdout
+    assert "What it does." in help_text
+    assert "hidden" not in help_text
+    assert CliRunner().invoke(app, ["a", "--needed", "0"]).exit_code == 2
+    assert CliRunner().invoke(app, ["a"]).exit_code == 2

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import unclip as package
-from unclip.data.emoji.build import language
+from unclip.data.emoji import language
 
 WORDINGS = Path(package.__file__).parent / "assets" / "emoji-judge" / "wordings.json"
 

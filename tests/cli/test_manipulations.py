@@ -15,14 +15,14 @@ from transformers import CLIPVisionModelWithProjection
 from unclip import UnCLIPImageVariationPipeline, UnCLIPPipeline, UnCLIPScheduler, UNet2DModel, images
 from unclip.checkpoints.weights import offload_hooks
 from unclip.cli.inputs import read_part
-from unclip.cli.latents import Workbench
+from unclip.cli.latents import ManipulationRun
 from unclip.cli.probe import drawn
 from unclip.errors import InputError
 from unclip.images import open_image
 from unclip.models.pca import PrincipalComponents
 from unclip.pipelines import steps as steps_module
 from unclip.pipelines.manipulation import Manipulator
-from unclip.pipelines.session import Dtype, Machine
+from unclip.pipelines.session import Compute
 from unclip.stages.manipulation import even_places
 
 from .test_generate import alike
@@ -351,7 +351,7 @@ def test_a_way_through_the_rows_of_one_file(run, model, files):
     tool.save(both, files / "both.safetensors")
     done = run("interpolate", "both.safetensors", "--frames", 2)
     assert names(done) == [f"both-{place:03d}-0.png" for place in range(3)]
-    assert "draws the path twice" in done.err
+    assert "runs twice over the path" in done.err
     tool.save(both.select([0]), files / "one.safetensors")
     done = run("interpolate", "one.safetensors")
     assert done.code == 1
@@ -757,9 +757,10 @@ def test_tiles_reach_super_resolution(command):
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_the_prior_is_offloaded_as_all_others(model, offload):
-    bench = Workbench.open(str(model), Machine(Dtype.float32, "cpu", offload, True), {}, captions=True, guidance=None)
-    assert bench.tool.text is not None
-    networks = bench.tool.variation.networks | bench.tool.text.networks
+    compute = Compute(device="cpu", cpu_offload=offload)
+    manipulator = ManipulationRun.open(str(model), compute, {}, captions=True, guidance=None, quiet=True).manipulator
+    assert manipulator.text is not None
+    networks = manipulator.variation.networks | manipulator.text.networks
     assert "prior" in networks
     offloaded = {name for name, network in networks.items() if offload_hooks(network)}
     assert offloaded == (set(networks) if offload else set())

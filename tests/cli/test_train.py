@@ -160,7 +160,7 @@ def test_each_stage_has_its_task(monkeypatch, stage, name):
 
 
 def test_data_emoji(unclip, tmp_path, monkeypatch):
-    from unclip.data.emoji.build import build
+    from unclip.data.emoji import build
 
     asked = []
     counts = {"pictures": 3, "held_out_concepts": 1}

@@ -1,8 +1,6 @@
-"""`unclip evaluate`: how good a model is, in numbers.
+"""`unclip evaluate`: measures of the quality of a model."""
 
-Knows the commands' options; what they share is in `measures.py`, what is measured in `unclip.evaluation`.
-"""
-
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +10,6 @@ from unclip.checkpoints.hub import BUILT_IN_JUDGE
 from unclip.cli import measures, options
 from unclip.cli.measures import Asked
 from unclip.cli.messages import note, warn
-from unclip.pipelines.session import Machine, decoder_settings, drawing_settings, stage_settings
 
 RETRIEVAL_EXAMPLES = options.examples(
     "unclip evaluate retrieval --data data/emoji --out report.json",
@@ -58,60 +55,75 @@ evaluate = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 @evaluate.callback()
 def evaluate_group() -> None:
-    """Measure how good a model is."""
+    """Measure the quality of a model."""
+
+
+@dataclass(frozen=True)
+class FewAsked(Asked):
+    """Options of the slower measures, which use fewer captions."""
+
+    num_seen: measures.NumSeen = 100
+
+
+@dataclass(frozen=True)
+class WordingsAsked(Asked):
+    """Options of `wordings`: which captions are used is up to the list."""
+
+    num_seen: int = 0
+    num_held_out: int | None = 0
+    sheet: Path | None = None
+
+
+@dataclass(frozen=True)
+class PriorAsked(Asked):
+    """Options of `prior`, which makes no pictures for a judge."""
+
+    judge: str = BUILT_IN_JUDGE
+    sheet: Path | None = None
+    batch_size: options.BatchSize = 64
+
+
+@dataclass(frozen=True)
+class SweepAsked(FewAsked):
+    """Options of `sweep`."""
+
+    num_held_out: Annotated[int, typer.Option(min=0, metavar="N", help="Number of held-out captions.")] = 0
+    sheet: Path | None = None
 
 
 @evaluate.command("retrieval", epilog=RETRIEVAL_EXAMPLES)
+@options.expanded
 def retrieval(
-    data: measures.Data,
-    out: measures.Out,
-    model: options.Model = "unclip-emoji",
-    judge: measures.JudgeName = BUILT_IN_JUDGE,
-    num_seen: measures.NumSeen = 200,
-    num_held_out: measures.NumHeldOut = None,
-    sheet: measures.Sheet = None,
+    *,
+    asked: Asked,
     features: measures.Features = None,
-    seed: measures.Seed = 0,
-    prior_steps: measures.PriorSteps = None,
-    decoder_steps: options.DecoderSteps = None,
-    super_res_steps: options.SuperResSteps = None,
-    prior_guidance: measures.PriorGuidance = None,
-    decoder_guidance: options.DecoderGuidance = None,
-    candidates: options.Candidates = None,
-    prior_temperature: options.PriorTemperature = None,
-    prior_top_p: options.PriorTopP = None,
     sampler: options.Sampler = None,
-    batch_size: options.BatchSize = 16,
-    dtype: options.DtypeOption = options.Dtype.float32,
-    device: options.Device = "auto",
-    overwrite: measures.Overwrite = False,
+    sampling: options.Sampling,
+    precision: options.Precision,
     quiet: options.Quiet = False,
 ) -> None:
-    """Ask for many captions; see whether a judge finds each again.
+    """Generate pictures of many captions; a judge retrieves the captions from them.
 
-    The judge looks at each picture and ranks the captions of all concepts, or of all composed pictures ("a cat left of
-    a star"). How often the right one comes first, and among the first five, is told for captions that training knew
-    and for those held out, with real pictures beside; so are the mean cosine of picture and caption (CLIP score) and
-    how far the generated pictures are from the real.
+    The judge ranks the captions of all concepts for each picture, or of all composed pictures ("a cat left of a star").
+    The report has the share of pictures whose caption comes first, or among the first five, separately for captions
+    seen in training and held out, and for real pictures; the mean cosine of picture and caption (CLIP score); and the
+    distance of generated pictures from real ones.
     """
     from unclip.evaluation.retrieval import retrieval as measure
     from unclip.pipelines.text_to_image import UnCLIPPipeline
 
-    given = stage_settings(prior_steps, decoder_steps, super_res_steps, prior_guidance, decoder_guidance)
-    machine = Machine(dtype, device, cpu_offload=False, quiet=quiet)
-    asked = Asked(data, out, model, num_seen, num_held_out, seed, batch_size, overwrite, judge, sheet)
     measures.refuse_outputs(asked)
-    drawing = drawing_settings(candidates, prior_temperature, prior_top_p)
-    subject = measures.prepare("retrieval", UnCLIPPipeline, ["prior"], asked, machine, given, sampler, drawing)
+    kind, given = UnCLIPPipeline, sampling.given()
+    subject = measures.prepare("retrieval", kind, ["prior"], asked, precision, given, sampler, quiet=quiet)
     space = measures.read_features(features, subject.pipe.device)
     found = measure(
         subject.pipe,
         subject.judge,  # pyright: ignore
-        data,
+        asked.data,
         **asked.numbers(),
-        sheet=sheet,
+        sheet=asked.sheet,
         features=space,
-        progress=measures.bar(machine, desc="drawing", unit="batch"),
+        progress=measures.bar(quiet, desc="drawing", unit="batch"),
         **subject.settings,
     )
     about = subject.about | ({"features": space.name} if space is not None else {})
@@ -119,11 +131,10 @@ def retrieval(
 
 
 @evaluate.command("wordings", epilog=WORDINGS_EXAMPLES)
+@options.expanded
 def wordings(
-    data: measures.Data,
-    out: measures.Out,
-    model: options.Model = "unclip-emoji",
-    judge: measures.JudgeName = BUILT_IN_JUDGE,
+    *,
+    asked: WordingsAsked,
     listed: Annotated[
         Path | None,
         typer.Option(
@@ -136,250 +147,164 @@ def wordings(
     sheet: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the pictures on FILE.", show_default="no")
     ] = None,
-    seed: measures.Seed = 0,
-    prior_steps: measures.PriorSteps = None,
-    decoder_steps: options.DecoderSteps = None,
-    super_res_steps: options.SuperResSteps = None,
-    prior_guidance: measures.PriorGuidance = None,
-    decoder_guidance: options.DecoderGuidance = None,
-    candidates: options.Candidates = None,
-    prior_temperature: options.PriorTemperature = None,
-    prior_top_p: options.PriorTopP = None,
     sampler: options.Sampler = None,
-    batch_size: options.BatchSize = 16,
-    dtype: options.DtypeOption = options.Dtype.float32,
-    device: options.Device = "auto",
-    overwrite: measures.Overwrite = False,
+    sampling: options.Sampling,
+    precision: options.Precision,
     quiet: options.Quiet = False,
 ) -> None:
-    """Ask in free words ("a mug of hot coffee"); see what a judge finds.
+    """Generate pictures of free wordings ("a mug of hot coffee"); a judge names them.
 
-    The judge ranks the captions of all concepts for each picture. How often the first one, and one of the first five,
-    is right for the wording is reported, for all wordings and for each kind. Several concepts may be right for one.
+    The judge ranks the captions of all concepts for each picture. The report has the share of pictures whose first
+    caption, or one of the first five, is right for the wording: for all wordings and for each kind. Several concepts
+    may be right for one wording.
     """
     from unclip.evaluation.wordings import read_wordings
     from unclip.evaluation.wordings import wordings as measure
     from unclip.pipelines.text_to_image import UnCLIPPipeline
 
-    asked_for = read_wordings(listed or measures.find_judge(BUILT_IN_JUDGE) / "wordings.json")
-    given = stage_settings(prior_steps, decoder_steps, super_res_steps, prior_guidance, decoder_guidance)
-    machine = Machine(dtype, device, cpu_offload=False, quiet=quiet)
-    asked = Asked(data, out, model, len(asked_for), 0, seed, batch_size, overwrite, judge)
-    measures.refuse_to_overwrite([out] if sheet is None else [out, sheet], overwrite=overwrite)
-    drawing = drawing_settings(candidates, prior_temperature, prior_top_p)
-    subject = measures.prepare("wordings", UnCLIPPipeline, ["prior"], asked, machine, given, sampler, drawing)
+    texts = read_wordings(listed or measures.find_judge(BUILT_IN_JUDGE) / "wordings.json")
+    measures.refuse_to_overwrite([asked.out] if sheet is None else [asked.out, sheet], overwrite=asked.overwrite)
+    asked = replace(asked, num_seen=len(texts))
+    kind, given = UnCLIPPipeline, sampling.given()
+    subject = measures.prepare("wordings", kind, ["prior"], asked, precision, given, sampler, quiet=quiet)
     found = measure(
         subject.pipe,
         subject.judge,  # pyright: ignore
-        data,
-        asked_for,
-        batch_size=batch_size,
-        seed=seed,
+        asked.data,
+        texts,
+        batch_size=asked.batch_size,
+        seed=asked.seed,
         sheet=sheet,
-        progress=measures.bar(machine, desc="drawing", unit="batch"),
+        progress=measures.bar(quiet, desc="drawing", unit="batch"),
         **subject.settings,
     )
     finish(asked, subject.about, "wordings", found)
 
 
 @evaluate.command("variations", epilog=VARIATIONS_EXAMPLES)
+@options.expanded
 def variations(
-    data: measures.Data,
-    out: measures.Out,
-    model: options.Model = "unclip-emoji",
-    judge: measures.JudgeName = BUILT_IN_JUDGE,
-    num_seen: measures.NumSeen = 200,
-    num_held_out: measures.NumHeldOut = None,
-    sheet: measures.Sheet = None,
-    seed: measures.Seed = 0,
-    decoder_steps: options.DecoderSteps = None,
-    super_res_steps: options.SuperResSteps = None,
-    decoder_guidance: options.DecoderGuidance = None,
+    *,
+    asked: Asked,
     sampler: options.Sampler = None,
-    batch_size: options.BatchSize = 16,
-    dtype: options.DtypeOption = options.Dtype.float32,
-    device: options.Device = "auto",
-    overwrite: measures.Overwrite = False,
+    decoding: options.Decoding,
+    precision: options.Precision,
     quiet: options.Quiet = False,
 ) -> None:
-    """Vary real pictures; see whether a judge still finds what they show.
+    """Make variations of real pictures; a judge retrieves their captions.
 
-    Told are retrieval of the caption from the variation, as for generated pictures, how close a variation is to its
-    picture in the judge's space, and how far in pixels.
+    The report has the retrieval of captions, as for generated pictures, and the distance of each variation from its
+    picture: in the judge's space and in pixels.
     """
     from unclip.evaluation.retrieval import variations as measure
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 
-    given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
-    machine = Machine(dtype, device, cpu_offload=False, quiet=quiet)
-    asked = Asked(data, out, model, num_seen, num_held_out, seed, batch_size, overwrite, judge, sheet)
     measures.refuse_outputs(asked)
-    kind = UnCLIPImageVariationPipeline
-    subject = measures.prepare("variations", kind, ["image_encoder"], asked, machine, given, sampler)
+    kind, given = UnCLIPImageVariationPipeline, decoding.given()
+    subject = measures.prepare("variations", kind, ["image_encoder"], asked, precision, given, sampler, quiet=quiet)
     found = measure(
         subject.pipe,
         subject.judge,  # pyright: ignore
-        data,
+        asked.data,
         **asked.numbers(),
-        sheet=sheet,
-        progress=measures.bar(machine, desc="drawing", unit="batch"),
+        sheet=asked.sheet,
+        progress=measures.bar(quiet, desc="drawing", unit="batch"),
         **subject.settings,
     )
     finish(asked, subject.about, "variations", found)
 
 
 @evaluate.command("prior", epilog=PRIOR_EXAMPLES)
+@options.expanded
 def prior(
-    data: measures.Data,
-    out: measures.Out,
-    model: options.Model = "unclip-emoji",
-    num_seen: measures.NumSeen = 200,
-    num_held_out: measures.NumHeldOut = None,
-    seed: measures.Seed = 0,
-    prior_steps: measures.PriorSteps = None,
-    prior_guidance: measures.PriorGuidance = None,
-    candidates: options.Candidates = None,
-    prior_temperature: options.PriorTemperature = None,
-    prior_top_p: options.PriorTopP = None,
+    *,
+    asked: PriorAsked,
     sampler: options.Sampler = None,
-    batch_size: options.BatchSize = 64,
-    dtype: options.DtypeOption = options.Dtype.float32,
-    device: options.Device = "auto",
-    overwrite: measures.Overwrite = False,
+    sampling: options.PriorSampling,
+    precision: options.Precision,
     quiet: options.Quiet = False,
 ) -> None:
-    """Compare the prior's embeddings with the true ones.
+    """Compare the prior's image embeddings with the true ones.
 
-    Told are the cosine of the prior's sample for a caption to the picture's own embedding, beside what it must beat
-    (the caption's embedding, another picture's, the mean), and how far it follows the caption.
+    The report has the cosine of the prior's sample for a caption and the picture's own embedding, the baselines (the
+    caption's embedding, another picture's, the mean), and how closely the sample follows the caption.
     """
     from unclip.evaluation.retrieval import Judge
     from unclip.evaluation.stages import prior as measure
     from unclip.pipelines.text_to_image import UnCLIPPipeline
 
-    given = {"prior_num_inference_steps": prior_steps, "prior_guidance_scale": prior_guidance}
-    machine = Machine(dtype, device, cpu_offload=False, quiet=quiet)
-    asked = Asked(data, out, model, num_seen, num_held_out, seed, batch_size, overwrite)
     measures.refuse_outputs(asked)
-    drawing = drawing_settings(candidates, prior_temperature, prior_top_p)
-    needed = ["prior", "image_encoder"]
-    subject = measures.prepare("prior", UnCLIPPipeline, needed, asked, machine, given, sampler, drawing)
+    needed, given = ["prior", "image_encoder"], sampling.given()
+    subject = measures.prepare(
+        "prior", UnCLIPPipeline, needed, asked, precision, given, sampler, judged=False, quiet=quiet
+    )
     found = measure(
         subject.pipe,
         Judge.load(subject.folder, subject.pipe.device),
-        data,
+        asked.data,
         **asked.numbers(),
-        progress=measures.bar(machine, desc="sampling", unit="batch"),
+        progress=measures.bar(quiet, desc="sampling", unit="batch"),
         **subject.settings,
     )
     finish(asked, subject.about, "prior", found)
 
 
 @evaluate.command("decoder", epilog=DECODER_EXAMPLES)
+@options.expanded
 def decoder(
-    data: measures.Data,
-    out: measures.Out,
-    model: options.Model = "unclip-emoji",
-    judge: measures.JudgeName = BUILT_IN_JUDGE,
-    num_seen: measures.NumSeen = 100,
-    num_held_out: measures.NumHeldOut = None,
+    *,
+    asked: FewAsked,
     captions: Annotated[
-        bool, typer.Option("--captions", help="Tell the decoder the caption too, as text to image does.")
+        bool, typer.Option("--captions", help="Give the decoder the caption too, as text to image does.")
     ] = False,
-    sheet: measures.Sheet = None,
-    seed: measures.Seed = 0,
-    decoder_steps: options.DecoderSteps = None,
-    super_res_steps: options.SuperResSteps = None,
-    decoder_guidance: options.DecoderGuidance = None,
     sampler: options.Sampler = None,
-    batch_size: options.BatchSize = 16,
-    dtype: options.DtypeOption = options.Dtype.float32,
-    device: options.Device = "auto",
-    overwrite: measures.Overwrite = False,
+    decoding: options.Decoding,
+    precision: options.Precision,
     quiet: options.Quiet = False,
 ) -> None:
     """Reconstruct real pictures from their true embeddings.
 
-    Told is how like the decoded picture is to the real one: by cosine in the model's own CLIP and in the judge's, and
-    in pixels, before and after super-resolution. What is lost here no prior can bring back.
+    The report has the similarity of the decoded and the real picture: by cosine in the model's own CLIP and in the
+    judge's, and in pixels, before and after super-resolution. No prior can restore what is lost here.
     """
     from unclip.evaluation.retrieval import Judge
     from unclip.evaluation.stages import decoder as measure
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 
-    given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
-    machine = Machine(dtype, device, cpu_offload=False, quiet=quiet)
-    asked = Asked(data, out, model, num_seen, num_held_out, seed, batch_size, overwrite, judge, sheet)
     measures.refuse_outputs(asked)
-    kind = UnCLIPImageVariationPipeline
-    subject = measures.prepare("decoder", kind, ["image_encoder"], asked, machine, given, sampler)
+    kind, given = UnCLIPImageVariationPipeline, decoding.given()
+    subject = measures.prepare("decoder", kind, ["image_encoder"], asked, precision, given, sampler, quiet=quiet)
     found = measure(
         subject.pipe,
         Judge.load(subject.folder, subject.pipe.device),
         subject.judge,  # pyright: ignore
-        data,
+        asked.data,
         **asked.numbers(),
         captions=captions,
-        sheet=sheet,
-        progress=measures.bar(machine, desc="decoding", unit="batch"),
+        sheet=asked.sheet,
+        progress=measures.bar(quiet, desc="decoding", unit="batch"),
         **subject.settings,
     )
     finish(asked, subject.about, "decoder", found)
 
 
 @evaluate.command("sweep", epilog=SWEEP_EXAMPLES)
+@options.expanded
 def sweep(
-    data: measures.Data,
-    out: measures.Out,
-    model: options.Model = "unclip-emoji",
-    judge: measures.JudgeName = BUILT_IN_JUDGE,
-    num_seen: measures.NumSeen = 100,
-    num_held_out: Annotated[int, typer.Option(min=0, metavar="N", help="Captions that were held out.")] = 0,
+    *,
+    asked: SweepAsked,
     features: measures.Features = None,
-    seed: measures.Seed = 0,
-    prior_steps: Annotated[str | None, measures.values("prior-steps", "Steps of the prior")] = None,
-    decoder_steps: Annotated[str | None, measures.values("decoder-steps", "Steps of the decoder")] = None,
-    super_res_steps: Annotated[str | None, measures.values("super-res-steps", "Steps of super-resolution")] = None,
-    prior_guidance: Annotated[str | None, measures.values("prior-guidance", "Guidance scales of the prior")] = None,
-    decoder_guidance: Annotated[
-        str | None, measures.values("decoder-guidance", "Guidance scales of the decoder")
-    ] = None,
-    candidates: Annotated[
-        str | None, measures.values("candidates", "Ideas that the prior draws, the closest to the caption kept")
-    ] = None,
-    prior_temperature: Annotated[
-        str | None, measures.values("prior-temperature", "Temperatures of an autoregressive prior")
-    ] = None,
-    prior_top_p: Annotated[str | None, measures.values("prior-top-p", "Of an autoregressive prior: top-p")] = None,
-    sampler: Annotated[str | None, measures.values("sampler", "Samplers: ancestral, ddim, dpm")] = None,
-    batch_size: options.BatchSize = 16,
-    dtype: options.DtypeOption = options.Dtype.float32,
-    device: options.Device = "auto",
-    overwrite: measures.Overwrite = False,
+    lists: measures.Lists,
+    precision: options.Precision,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure every combination of settings: quality, and seconds.
+    """Measure every combination of settings: quality and seconds.
 
-    Lists are given with commas; every combination is drawn from the same captions and seeds. Beside the JSON file
-    stand charts of quality against seconds and against guidance (.svg). The same command, stopped and given again,
-    goes on; finished combinations stay, and a longer list adds to them.
+    Each setting takes a list of values, separated by commas; every combination uses the same captions and seeds. Charts
+    of quality against seconds and against guidance (.svg) are written beside the JSON file. The same command continues
+    a stopped sweep; finished combinations stay, and a longer list adds to them.
     """
-    from unclip.cli.measures import Lists, run_sweep
-
-    lists = Lists(
-        prior_guidance=prior_guidance,
-        decoder_guidance=decoder_guidance,
-        prior_steps=prior_steps,
-        decoder_steps=decoder_steps,
-        super_res_steps=super_res_steps,
-        candidates=candidates,
-        prior_temperature=prior_temperature,
-        prior_top_p=prior_top_p,
-        sampler=sampler,
-    )
-    machine = Machine(dtype, device, cpu_offload=False, quiet=quiet)
-    asked = Asked(data, out, model, num_seen, num_held_out, seed, batch_size, overwrite, judge)
-    found, charts = run_sweep(lists, asked, machine, features)
+    found, charts = measures.run_sweep(lists, asked, precision, features, quiet=quiet)
     show("sweep", found)
     for path in charts:
         print(path, flush=True)

@@ -4,7 +4,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -14,11 +14,7 @@ from typing import TYPE_CHECKING, Any
 from unclip.checkpoints.tensor_file import SUFFIX
 from unclip.cli.messages import error
 from unclip.cli.output import slug
-from unclip.errors import (
-    CheckpointError,
-    ImageError,
-    InputError,
-)
+from unclip.errors import CheckpointError, ImageError, InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -117,8 +113,6 @@ def read_part(text: str, *, weighted: bool = False, caption: bool = False) -> Pa
     Raises: InputError for what looks like the path of a file that does not exist, for a folder, or for a weight that is
         not finite.
     """
-    from unclip.cli.inputs import plain
-
     weight = 1.0
     if weighted and not _is(Path.is_file, text):
         head, colon, tail = text.rpartition(":")
@@ -193,16 +187,21 @@ MAX_LISTED = 10_000
 
 
 def open_picture(path: str | Path, *, keep_alpha: bool = False) -> "Image":
-    """As `unclip.images.open_image`; of a file that does not exist the message names the nearest one."""
+    """As `unclip.images.open_image`, with `check_exists`."""
     from unclip.images import open_image
 
-    if not os.path.lexists(path):
-        raise ImageError(no_file(str(path)))
+    check_exists(path)
     return open_image(path, keep_alpha=keep_alpha)
 
 
+def check_exists(path: str | Path) -> None:
+    """Raises: ImageError for a file that does not exist; the message names the nearest one."""
+    if not os.path.lexists(path):
+        raise ImageError(no_file(str(path)))
+
+
 def no_file(text: str) -> str:
-    """Says that there is no such file, and which file of a similar name there is."""
+    """The message for a file that does not exist; it suggests the file with the nearest name."""
     near = nearest_file(text)
     return f"there is no file {text!r:.200}" + (f"; did you mean {near!r}?" if near else "")
 
@@ -224,7 +223,13 @@ def nearest_file(text: str) -> str | None:
     return str(path.parent / found[0]) if found else None
 
 
-def check_can_vary(model: str, index: dict[str, Any]) -> None:
+def check_has_prior(model: str, index: Mapping[str, object]) -> None:
+    """Raises: CheckpointError when the model's folder has no prior."""
+    if "prior" not in index:
+        raise CheckpointError(f"{model} has no prior, so it only makes variations: unclip vary IMAGE --model {model}")
+
+
+def check_can_vary(model: str, index: Mapping[str, object]) -> None:
     """Raises: CheckpointError when the model's folder has no image encoder."""
     lacking = [name for name in ("image_encoder", "feature_extractor") if name not in index]
     if lacking:
@@ -258,8 +263,6 @@ def opened(
 
     With `latent`, which reads files of `unclip invert`, these may stand for pictures.
     """
-    from unclip.cli.inputs import is_latent
-
     place = 0
     for path in paths:
         if latent is None or not is_latent(path):

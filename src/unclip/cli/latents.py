@@ -1,8 +1,4 @@
-"""What the manipulating commands share: a loaded model, pictures and captions as latents, latents as files.
-
-Knows picture files, captions and a `Manipulator`; knows no command. Called by `invert`, `vary`, `interpolate`, `edit`,
-`blend` and `probe`.
-"""
+"""Latents for the manipulating commands: recorded settings of files, pictures and captions as latents, decoding."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from unclip.checkpoints.recommended import Recommended
 from unclip.checkpoints.tensor_file import PROMPT, TILE, read_record
-from unclip.cli.inputs import Part, open_picture
+from unclip.cli import options
+from unclip.cli.inputs import Part, check_can_vary, open_picture
 from unclip.cli.messages import error
-from unclip.cli.output import Album, FilmKind, Wish, cut, film_writer, make_all
-from unclip.cli.provenance import MADE_WITH, made_with
+from unclip.cli.output import Film, Job, PictureWriter, batched, film_writer, run_jobs
+from unclip.cli.provenance import metadata
 from unclip.errors import CheckpointError, InputError
-from unclip.pipelines.session import Machine, call_settings, find_model, load, model_name, refuse_drawing
+from unclip.pipelines.session import Compute, Session
+from unclip.settings import SETTINGS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,25 +23,19 @@ if TYPE_CHECKING:
     from unclip.pipelines.manipulation import Manipulator
     from unclip.stages.manipulation import BipartiteLatent
 
-OPTIONS = {
-    "decoder_num_inference_steps": "--decoder-steps",
-    "super_res_num_inference_steps": "--super-res-steps",
-    "decoder_guidance_scale": "--decoder-guidance",
-}
-"""The options that say what a latent's file says otherwise."""
 NO_GUIDANCE = 1.0
-"""Of inverting and decoding: a picture comes back most exactly without."""
+"""Guidance scale of inversion and decoding: pictures are reconstructed most exactly without guidance."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """How a latent was found, as its file says.
+    """The settings of an inversion, as the latent's file records them.
 
     Attributes:
         path: the file.
         settings: steps, guidance and prompt, by the names of a call's arguments.
-        tile: side of super-resolution's tiles; None: it saw pictures as a whole.
-        side_px: of the largest super-resolution noise that is kept; 0 where none is.
+        tile: side of super-resolution's tiles; None: no tiles.
+        side_px: of the largest super-resolution noise in the file; 0 if it has none.
     """
 
     path: Path
@@ -52,18 +44,18 @@ class Record:
     side_px: int
 
     def tiles(self, tile: int | None) -> str:
-        """How a tile has super-resolution see this picture; one as large as the picture changes nothing."""
+        """How super-resolution sees this picture with a tile; one as large as the picture changes nothing."""
         return "as a whole" if tile is None or tile >= self.side_px else f"in tiles of {tile} px"
 
 
 def records(latents: Iterable[Path], failed: list[Path] | None = None) -> list[Record]:
-    """What files of latents say.
+    """The records of files with latents.
 
     Args:
         latents: the files.
-        failed: those that cannot be read are told of and put here; None: they are raised.
+        failed: receives the files that cannot be read, whose errors are printed; None: the errors are raised.
 
-    Raises: as `BipartiteLatent.load`, and CheckpointError for a text that is no number.
+    Raises: as `BipartiteLatent.load`, and CheckpointError for a setting that is not a number.
     """
     found = []
     for path in latents:
@@ -78,9 +70,9 @@ def records(latents: Iterable[Path], failed: list[Path] | None = None) -> list[R
 
 
 def recorded(found: Iterable[Record], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The steps, the guidance and the prompt that latents were inverted with: decoding them needs the same.
+    """The steps, the guidance and the prompt of inversions: decoding needs the same.
 
-    What is given, the files are not asked for. Raises: InputError for files that differ.
+    Settings that are given are not read from the files. Raises: InputError for files that differ.
     """
     known: dict[str, tuple[Any, Path]] = {}
     for record in found:
@@ -89,7 +81,7 @@ def recorded(found: Iterable[Record], given: Mapping[str, Any]) -> dict[str, Any
                 continue
             first, other = known.setdefault(name, (value, record.path))
             if first != value:
-                instead = f", or give {OPTIONS[name]}" if name in OPTIONS else ""
+                instead = f", or give {SETTINGS[name].option}" if name in SETTINGS else ""
                 raise InputError(
                     f"{other} was inverted with {name} {first} and {record.path} with {value}, and one command decodes "
                     f"all alike: name them in two commands{instead}"
@@ -98,10 +90,10 @@ def recorded(found: Iterable[Record], given: Mapping[str, Any]) -> dict[str, Any
 
 
 def recorded_tile(found: Sequence[Record], given: int | None) -> int | None:
-    """The tile to decode latents with: as given, else as they were inverted with.
+    """The tile for decoding: the given one, else that of the inversions.
 
-    Raises: InputError where a latent that keeps super-resolution's noise was inverted with another, for that noise
-        leads to its picture in no other.
+    Raises: InputError for a latent with super-resolution noise that was inverted with another tile, because that noise
+        only leads to its picture with the same tile.
     """
     keeping = [record for record in found if record.side_px]
     first = next((record for record in keeping or found if record.tile is not None), None)
@@ -131,171 +123,159 @@ def _record(path: Path) -> Record:
 
 
 @dataclass(frozen=True)
-class Workbench:
-    """A loaded model, and the settings that all pictures of one command are made with.
+class ManipulationRun:
+    """A loaded model and the settings of one command.
 
     Attributes:
-        tool: the model; it has a prior only when captions were announced.
+        manipulator: the model; it has a prior only when captions were announced.
         settings: arguments of `invert` and `decode`.
-        drawing: how the prior draws: arguments of `embed_captions` and `caption_difference`.
-        about: what every file says.
+        prior_settings: arguments of `embed_captions` and `caption_difference`.
+        metadata: of all files.
     """
 
-    tool: "Manipulator"
-    settings: dict[str, Recommended]
-    drawing: dict[str, Any]
-    about: dict[str, Any]
+    manipulator: "Manipulator"
+    settings: dict[str, Any]
+    prior_settings: dict[str, Any]
+    metadata: dict[str, Any]
 
     @classmethod
     def open(
         cls,
         model: str,
-        machine: Machine,
-        given: Mapping[str, Recommended | None],
+        compute: Compute,
+        decoding: Mapping[str, Recommended | None],
         *,
-        drawing: Mapping[str, Recommended | None] | None = None,
+        prior: Mapping[str, Recommended | None] | None = None,
         parts: Sequence[Part] = (),
         captions: bool | None = None,
         guidance: float | None,
-        ways: Mapping[str, bool | str] | None = None,
-    ) -> "Workbench":
-        """Load what is needed, and no prior for pictures alone.
+        more: Mapping[str, bool | str] | None = None,
+        quiet: bool = False,
+    ) -> "ManipulationRun":
+        """Load the model, with its prior only if captions need it.
 
         Args:
             model: a folder, a hub id or a built-in name.
-            machine: how it is loaded; without a tile, the one that latents among the parts were inverted with is taken.
-            given: steps and guidance as asked for.
-            drawing: how the prior draws, as asked for.
-            parts: what was named; a latent among them says what it was inverted with, where `given` does not.
-            captions: whether the prior is needed; by default for a caption among the parts.
-            guidance: of the decoder where neither says it; None is the model's own.
-            ways: what else changes pictures, and files are to say beside the settings.
+            compute: device and precision; without a tile, that of the latents among the parts is used.
+            decoding: given settings of the decoder and super-resolution.
+            prior: given settings of the prior.
+            parts: the command's inputs; latents among them record settings, which are used where none are given.
+            captions: whether the prior is needed; by default if there is a caption among the parts.
+            guidance: the decoder's scale where it is neither given nor recorded; None: the model's own.
+            more: further settings for the metadata.
+            quiet: show no progress bars.
 
-        Raises: CheckpointError for a model without an image encoder, or a prior that is needed; InputError for ways to
-            draw where no prior is, and as `recorded` and `recorded_tile`.
+        Raises: CheckpointError for a model without an image encoder or a prior that is needed; InputError for settings
+            of the prior where it does not run, and as `recorded` and `recorded_tile`.
         """
-        from unclip.cli.inputs import check_can_vary
-        from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
-        from unclip.pipelines.manipulation import Manipulator
-        from unclip.pipelines.text_to_image import UnCLIPPipeline
-
-        folder, index = find_model(model, quiet=machine.quiet)
-        check_can_vary(model, index)
         if captions is None:
             captions = any(part.kind == "caption" for part in parts)
-        if captions and "prior" not in index:
-            raise CheckpointError(f"{model} has no prior, so it cannot read captions: give pictures")
-        if not captions:
-            refuse_drawing(drawing or {})
         found = records(Path(part.text) for part in parts if part.kind == "latent")
-        machine = replace(machine, tile=recorded_tile(found, machine.tile))
-        own = {"decoder_guidance_scale": guidance, **recorded(found, given)}
-        given = {name: own.get(name) if value is None else value for name, value in given.items()}
-        settings = call_settings(UnCLIPImageVariationPipeline, folder, given)
+        session = Session(model, replace(compute, tile=recorded_tile(found, compute.tile)), progress=not quiet)
+        check_can_vary(model, session.index)
+        if captions and "prior" not in session.index:
+            raise CheckpointError(f"{model} has no prior, so it cannot read captions: give pictures")
+        prior = prior or {}
+        if not captions:
+            options.refuse_prior_choice(prior, "no caption becomes an image embedding")
+
+        from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
+        from unclip.pipelines.text_to_image import UnCLIPPipeline
+
+        own = {"decoder_guidance_scale": guidance, **recorded(found, decoding)}
+        decoding = {name: own.get(name) if value is None else value for name, value in decoding.items()}
+        settings = session.settings(UnCLIPImageVariationPipeline, decoding)
         settings |= {PROMPT: own[PROMPT]} if PROMPT in own else {}
-        variation = load(UnCLIPImageVariationPipeline, folder, machine, None)
-        text, draws = None, {}
-        if captions:
-            draws = call_settings(UnCLIPPipeline, folder, {}, drawing)
-            shared = {name: part for name, part in variation.components.items() if name in UnCLIPPipeline.COMPONENTS}
-            text = UnCLIPPipeline.from_pretrained(folder, torch_dtype=variation.dtype, own_clip=True, **shared)
-            if machine.cpu_offload:
-                text.enable_model_cpu_offload(device=variation.device)  # anew, with the prior among them
-            else:
-                text.prior.to(variation.device)
-            text.set_progress_bar_config(**variation._progress)
-        how = {**settings, **draws, **(ways or {}), **machine.facts}
-        about = {"model": model_name(model), "settings": how, MADE_WITH: made_with(variation)}
-        return cls(Manipulator(variation, text), settings, draws, about)
+        prior_settings = session.settings(UnCLIPPipeline, prior) if captions else {}
+        manipulator = session.manipulator(captions=captions)
+        about = metadata(session, manipulator.variation, {**settings, **prior_settings, **(more or {})})
+        return cls(manipulator, settings, prior_settings, about)
 
     def latent(self, part: Part, *, seed: int, super_res: bool = False) -> "BipartiteLatent":
         """A picture inverted, all rows of a latent's file, or a caption's embedding with noise of the seed."""
         if part.kind == "latent":
-            return self.tool.load(part.text)[0]
+            return self.manipulator.load(part.text)[0]
         if part.kind == "caption":
-            return self.tool.fresh(self.embedding(part, seed=seed), seed)
-        return self.tool.invert(open_picture(part.text), super_res=super_res, **self.settings)  # type: ignore[arg-type]
+            return self.manipulator.fresh(self.embedding(part, seed=seed), seed)
+        return self.manipulator.invert(open_picture(part.text), super_res=super_res, **self.settings)
 
     def embedding(self, part: Part, *, seed: int) -> "Tensor":
-        """One row [1, embedding_dim], without any inversion. Raises: InputError for a latent's file of several."""
+        """One row [1, embedding_dim], without inversion. Raises: InputError for a file of several latents."""
         if part.kind == "latent":
-            return one_row(self.tool.load(part.text)[0], part).image_embedding
+            return one_row(self.manipulator.load(part.text)[0], part).image_embedding
         if part.kind == "caption":
             return self.caption(part, [seed])
-        return self.tool.embed_images(open_picture(part.text)).cpu()
+        return self.manipulator.embed_images(open_picture(part.text)).cpu()
 
     def caption(self, part: Part, seeds: Sequence[int]) -> "Tensor":
-        """A caption's embedding by each of the seeds [len(seeds), embedding_dim]."""
-        return self.tool.embed_captions([part.text] * len(seeds), seed=seeds, **self.drawing)
+        """A caption's image embedding for each of the seeds [len(seeds), embedding_dim]."""
+        return self.manipulator.embed_captions([part.text] * len(seeds), seed=seeds, **self.prior_settings)
 
     def decode_small(self, latent: "BipartiteLatent") -> "Tensor":
-        """The decoder's pictures of latents, with the command's settings, before super-resolution."""
+        """The decoder's pictures of latents, before super-resolution."""
         own = {name: value for name, value in self.settings.items() if not name.startswith("super_res")}
-        return self.tool.decode_small(latent, **own)  # type: ignore[arg-type]
+        return self.manipulator.decode_small(latent, **own)
 
-    def draw(
+    def decode_rows(
         self,
         latent: "BipartiteLatent",
         facts: Sequence[Mapping[str, Any]],
-        album: Album,
         stem: str,
+        writer: PictureWriter,
+        output: options.Output,
         *,
         seed: int,
-        batch_size: int,
-        film: FilmKind | None = None,
-        fps: float = 10.0,
-        sheet: bool = False,
+        film: Film | None = None,
         whole: Mapping[str, Any],
         labels: Sequence[str] | None = None,
     ) -> None:
-        """Decode every row with the same noise, save each with its own facts; then the sheet and the film.
+        """Decode and save every row with the same noise, then write the sheet and the film.
 
         Args:
-            latent: a row a picture.
-            facts: of each row.
-            album, stem: where to, and under which names.
-            seed: of all other noise.
-            batch_size: rows decoded at once.
-            film, fps, sheet: what is written besides.
-            whole: the facts of sheet and film.
-            labels: what the sheet says below each picture.
+            latent: one row for each picture.
+            facts: metadata of each row.
+            stem: the first part of the file names.
+            writer: saves the files.
+            output: the command's options.
+            seed: of all noise that the latent does not have.
+            film: options of the film.
+            whole: metadata of the sheet and the film.
+            labels: captions on the sheet, one below each picture.
         """
         several = len(latent) > 1
-        wishes = (
-            Wish(row, seed, f"{stem}-{row:03d}" if several else stem, facts[row], row) for row in range(len(latent))
-        )
+        jobs = (Job(row, seed, f"{stem}-{row:03d}" if several else stem, facts[row], row) for row in range(len(latent)))
 
-        def decode(batch: list[Wish]) -> Any:
-            rows = latent.select([wish.given for wish in batch])
-            return self.tool.decode(rows, seed=seed, **self.settings).images  # type: ignore[arg-type]
+        def decode(batch: list[Job]) -> Any:
+            rows = latent.select([job.given for job in batch])
+            return self.manipulator.decode(rows, seed=seed, **self.settings).images
 
-        make_all(cut(wishes, batch_size), decode, album, self.about)
-        about = {**whole, **self.about, "seed": seed}
-        if sheet:
+        run_jobs(batched(jobs, output.batch_size), decode, writer, self.metadata)
+        about = {**whole, **self.metadata, "seed": seed}
+        if output.grid:
             columns = len(latent) if len(latent) <= 10 else None
-            album.save_sheet(f"{stem}-{seed}", about, columns=columns, labels=labels)
-        if film is not None and album.kept:
-            path = album.write(f"{stem}-{seed}", f".{film.value}", film_writer(film, album.kept, fps))
-            album.tell(path, {**about, "frames": len(latent), "fps": fps})
+            writer.save_sheet(f"{stem}-{seed}", about, columns=columns, labels=labels)
+        if film is not None and film.film is not None and writer.kept:
+            path = writer.write(f"{stem}-{seed}", f".{film.film.value}", film_writer(film.film, writer.kept, film.fps))
+            writer.announce(path, {**about, "frames": len(latent), "fps": film.fps})
 
 
-class Keeper:
-    """Variations that keep a picture's own noise; a picture is inverted once, however many are made of it.
+class StructureVariations:
+    """Variations that keep the noise of a picture, which is inverted once for all of them.
 
     Args:
-        tool: the model.
+        manipulator: the model.
         settings: arguments of `invert` and `decode`.
-        prompt: a caption that the decoder sees too.
+        prompt: a caption for the decoder.
     """
 
-    def __init__(self, tool: "Manipulator", settings: Mapping[str, Recommended], prompt: str | None) -> None:
-        self._tool, self._settings, self._prompt = tool, settings, prompt
+    def __init__(self, manipulator: "Manipulator", settings: Mapping[str, Any], prompt: str | None) -> None:
+        self._manipulator, self._settings, self._prompt = manipulator, settings, prompt
         self._last: tuple[Any, BipartiteLatent] | None = None
 
-    def vary(self, given: Sequence[Any], seeds: Sequence[int], eta: float) -> "list[Image]":
-        """One picture for each of these, which are pictures, or latents of one row.
+    def make(self, given: Sequence[Any], seeds: Sequence[int], eta: float) -> "list[Image]":
+        """One variation of each picture, or latent of one row.
 
-        Latents that keep the noise of more stages than others are decoded apart, for together they would lose it.
+        Latents with noise of different numbers of stages are decoded separately: joined, they would lose some of it.
         """
         latents = [self._latent(each) for each in given]
         alike: dict[int, list[int]] = {}
@@ -304,12 +284,12 @@ class Keeper:
         images: dict[int, Image] = {}
         for places in alike.values():
             first, *others = [latents[place] for place in places]
-            output = self._tool.decode(
+            output = self._manipulator.decode(
                 first.join(*others),
                 eta=eta,
                 seed=[seeds[place] for place in places],
                 prompt=self._prompt,
-                **self._settings,  # type: ignore[arg-type]
+                **self._settings,
             )
             images |= zip(places, output.images, strict=True)  # type: ignore[arg-type]
         return [images[place] for place in range(len(latents))]
@@ -320,8 +300,7 @@ class Keeper:
         if isinstance(given, BipartiteLatent):
             return given
         if self._last is None or self._last[0] is not given:
-            latent = self._tool.invert(given, prompt=self._prompt, **self._settings)  # type: ignore[arg-type]
-            self._last = (given, latent)
+            self._last = (given, self._manipulator.invert(given, prompt=self._prompt, **self._settings))
         return self._last[1]
 
 

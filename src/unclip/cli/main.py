@@ -30,7 +30,7 @@ from unclip.cli.messages import (
     shown_warnings,
 )
 from unclip.cli.probe import probe
-from unclip.cli.provenance import Recorded
+from unclip.cli.provenance import RecordedCommand
 from unclip.cli.usage import say_usage
 from unclip.errors import UnclipError
 
@@ -168,15 +168,15 @@ def show_help(
     raise typer.Exit(code or 0)
 
 
-app.command("generate", cls=Recorded, epilog=generate.EXAMPLES)(generate.generate)
-app.command("vary", cls=Recorded, epilog=vary.EXAMPLES)(vary.vary)
+app.command("generate", cls=RecordedCommand, epilog=generate.EXAMPLES)(generate.generate)
+app.command("vary", cls=RecordedCommand, epilog=vary.EXAMPLES)(vary.vary)
 app.command("invert", epilog=manipulate.INVERT_EXAMPLES)(manipulate.invert)
-app.command("interpolate", cls=Recorded, epilog=manipulate.INTERPOLATE_EXAMPLES)(manipulate.interpolate)
-app.command("edit", cls=Recorded, epilog=manipulate.EDIT_EXAMPLES)(manipulate.edit)
-app.command("blend", cls=Recorded, epilog=manipulate.BLEND_EXAMPLES)(manipulate.blend)
+app.command("interpolate", cls=RecordedCommand, epilog=manipulate.INTERPOLATE_EXAMPLES)(manipulate.interpolate)
+app.command("edit", cls=RecordedCommand, epilog=manipulate.EDIT_EXAMPLES)(manipulate.edit)
+app.command("blend", cls=RecordedCommand, epilog=manipulate.BLEND_EXAMPLES)(manipulate.blend)
 app.add_typer(probe, name="probe")
-app.command("inpaint", cls=Recorded, epilog=inpaint.INPAINT_EXAMPLES)(inpaint.inpaint)
-app.command("redraw", cls=Recorded, epilog=inpaint.REDRAW_EXAMPLES)(inpaint.redraw)
+app.command("inpaint", cls=RecordedCommand, epilog=inpaint.INPAINT_EXAMPLES)(inpaint.inpaint)
+app.command("redraw", cls=RecordedCommand, epilog=inpaint.REDRAW_EXAMPLES)(inpaint.redraw)
 app.command("rerun", epilog=rerun.EXAMPLES, context_settings=rerun.CONTEXT)(rerun.rerun)
 app.command("info", epilog=info.EXAMPLES)(info.info)
 app.add_typer(convert, name="convert")

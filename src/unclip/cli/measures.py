@@ -1,7 +1,4 @@
-"""What the commands of `unclip evaluate` share: their options, their models, and the report that they write.
-
-Knows files and options; what is measured, and how, is the affair of `unclip.evaluation`. Called by `evaluate.py`.
-"""
+"""Options, models and reports of the commands of `unclip evaluate`."""
 
 import functools
 import hashlib
@@ -17,19 +14,9 @@ from unclip import __version__
 from unclip.checkpoints.files import read_json
 from unclip.checkpoints.hub import BUILT_IN_JUDGE, resolve
 from unclip.cli import options
-from unclip.cli.options import MAX_STEPS
 from unclip.errors import CheckpointError, InputError, MissingFileError, OutputExistsError
-from unclip.pipelines.session import (
-    Machine,
-    SamplerName,
-    call_settings,
-    drawing_settings,
-    find_model,
-    load,
-    model_name,
-    sampler_name,
-    sampler_switch,
-)
+from unclip.pipelines.session import PRIOR_SAMPLING, Session, model_name, sampler_name, sampler_switch
+from unclip.settings import SAMPLERS, SETTINGS
 
 if TYPE_CHECKING:
     from unclip.evaluation.measures import FeatureSpace
@@ -41,11 +28,15 @@ HASHED = (".csv", ".json", ".jsonl", ".safetensors", ".txt")
 Data = Annotated[Path, typer.Option(metavar="DIR", help="A data set: of unclip data emoji, or of unclip data compose.")]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The JSON file to write.")]
 JudgeName = Annotated[
-    str, typer.Option(metavar="DIR", help="A CLIP that had no part in the model: a folder, a hub id, or the built-in.")
+    str,
+    typer.Option(
+        metavar="DIR",
+        help="A CLIP model that the measured model was not trained with: a folder, a hub id, or the built-in.",
+    ),
 ]
-NumSeen = Annotated[int, typer.Option(min=1, metavar="N", help="Captions to ask for that training knew.")]
+NumSeen = Annotated[int, typer.Option(min=1, metavar="N", help="Number of captions that were seen in training.")]
 NumHeldOut = Annotated[
-    int | None, typer.Option(min=0, metavar="N", help="Captions to ask for that were held out.", show_default="all")
+    int | None, typer.Option(min=0, metavar="N", help="Number of held-out captions.", show_default="all")
 ]
 Sheet = Annotated[
     Path | None,
@@ -61,36 +52,40 @@ Features = Annotated[
         show_default="none",
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, max=2**32, metavar="N", help="Of the choice of captions, and of the noise.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the files if they are there.")]
-PriorSteps = Annotated[int | None, options.steps("prior", "of the prior, which turns words into an idea")]
-PriorGuidance = Annotated[float | None, options.guidance("prior", "idea is pushed towards the caption")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**32, metavar="N", help="Seed of the choice of captions, and of the noise.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 
 
-def values(name: str, what: str) -> typer.models.OptionInfo:
-    """The option for the values of one setting that are swept."""
+def values(name: str) -> typer.models.OptionInfo:
+    """The option for the values of one setting in a sweep."""
+    row = SETTINGS[name]
     return typer.Option(
-        *options.names_of(name), metavar="LIST", help=f"{what}, with commas between.", show_default="the model's own"
+        *options.names_of(row.option),
+        metavar="LIST",
+        help=f"Values of {row.label}, separated by commas.",
+        show_default="the model's own",
     )
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What every measure is told on the command line."""
+    """Options of every measure."""
 
-    data: Path
-    out: Path
-    model: str
-    num_seen: int
-    num_held_out: int | None
-    seed: int
-    batch_size: int
-    overwrite: bool
-    judge: str | None = None
-    sheet: Path | None = None
+    data: Data
+    out: Out
+    model: options.Model = "unclip-emoji"
+    judge: JudgeName = BUILT_IN_JUDGE
+    num_seen: NumSeen = 200
+    num_held_out: NumHeldOut = None
+    sheet: Sheet = None
+    seed: Seed = 0
+    batch_size: options.BatchSize = 16
+    overwrite: Overwrite = False
 
     def numbers(self) -> dict[str, Any]:
-        """What the measure is told of them."""
+        """The arguments of a measure among them."""
         names = ("num_seen", "num_held_out", "batch_size", "seed")
         return {name: getattr(self, name) for name in names}
 
@@ -112,32 +107,40 @@ def prepare(
     pipeline_class: type[Any],
     needed: Sequence[str],
     asked: Asked,
-    machine: Machine,
+    precision: options.Precision,
     given: Mapping[str, Any],
-    sampler: options.SamplerName | None,
-    drawing: Mapping[str, Any] | None = None,
+    sampler: str | None,
+    *,
+    judged: bool = True,
+    quiet: bool,
 ) -> Subject:
-    """Load what a measure needs. `given` are the arguments of the pipeline's call, None for the model's own.
+    """Load what a measure needs.
 
-    `drawing` are those that only some priors have, left out where they are neither given nor the model's own.
+    Args:
+        name: of the measure.
+        pipeline_class: to measure.
+        needed: components that the model must have.
+        asked, precision, sampler, quiet: the command's options.
+        given: settings of the pipeline's call; None: the model's own.
+        judged: whether a judge is needed.
 
-    Raises: MissingFileError for a judge that is not there; CheckpointError for a model without the components `needed`,
-        before anything is loaded.
+    Raises: MissingFileError for a judge that does not exist; CheckpointError for a model without the components
+        `needed`, before anything is loaded.
     """
-    judge_folder = None if asked.judge is None else find_judge(asked.judge)
-    folder, index = find_model(asked.model, quiet=machine.quiet)
+    judge_folder = find_judge(asked.judge) if judged else None
+    session = Session(asked.model, precision, sampler=sampler, progress=not quiet)
     for component in needed:
-        if component not in index:
+        if component not in session.index:
             raise CheckpointError(f"{asked.model} has no {component}, so it cannot be measured by its {name}")
 
     from unclip.evaluation.retrieval import Judge
 
-    settings = call_settings(pipeline_class, folder, given, drawing)
-    pipe = load(pipeline_class, folder, machine, sampler)
+    settings = session.settings(pipeline_class, given)
+    pipe = session.pipeline(pipeline_class)
     pipe.set_progress_bar_config(disable=True)  # one bar for all is enough
     about: dict[str, Any] = {
         "unclip": __version__,
-        "model": model_name(asked.model),
+        "model": session.name,
         "data": asked.data.resolve().name,
         "num_seen": asked.num_seen,
         "num_held_out": asked.num_held_out,
@@ -145,18 +148,18 @@ def prepare(
         "settings": {
             **settings,
             "sampler": sampler_name(pipe),
-            "dtype": machine.dtype.value,
+            "dtype": precision.dtype.value,
             "batch_size": asked.batch_size,
         },
     }
     judge = None
-    if judge_folder is not None and asked.judge is not None:
+    if judge_folder is not None:
         judge = Judge.load(judge_folder, pipe.device)
         about |= {
             "judge": model_name(asked.judge),
             "judge_saw_all_concepts": saw_all_concepts(asked.judge, judge_folder),
         }
-    return Subject(pipe, folder, settings, judge, about)
+    return Subject(pipe, session.folder, settings, judge, about)
 
 
 def fingerprint(folder: Path, pattern: str = "**/*") -> str:
@@ -204,11 +207,11 @@ def sheet_paths(prefix: Path | None) -> list[Path]:
     return [] if prefix is None else [sheet_path(prefix, group) for group in GROUPS]
 
 
-def bar(machine: Machine, **words: Any) -> Callable[..., Any]:
-    """A progress bar for what it is called with, on a terminal alone."""
+def bar(quiet: bool, **words: Any) -> Callable[..., Any]:
+    """A progress bar, which is shown only on a terminal."""
     from tqdm import tqdm
 
-    return functools.partial(tqdm, disable=True if machine.quiet else None, **words)
+    return functools.partial(tqdm, disable=True if quiet else None, **words)
 
 
 def read_features(path: Path | None, device: Any) -> "FeatureSpace | None":
@@ -248,47 +251,49 @@ CHARTS = ("seconds", "prior-guidance", "decoder-guidance")
 
 @dataclass(frozen=True)
 class Lists:
-    """The values to sweep over as they were given, with commas between; None for the model's own."""
+    """Options of a sweep: the values of each setting, separated by commas; None for the model's own."""
 
-    prior_guidance: str | None
-    decoder_guidance: str | None
-    prior_steps: str | None
-    decoder_steps: str | None
-    super_res_steps: str | None
-    candidates: str | None
-    prior_temperature: str | None
-    prior_top_p: str | None
-    sampler: str | None
+    prior_steps: Annotated[str | None, values("prior_num_inference_steps")] = None
+    prior_guidance: Annotated[str | None, values("prior_guidance_scale")] = None
+    candidates: Annotated[str | None, values("num_prior_candidates")] = None
+    prior_temperature: Annotated[str | None, values("prior_temperature")] = None
+    prior_top_p: Annotated[str | None, values("prior_top_p")] = None
+    decoder_steps: Annotated[str | None, values("decoder_num_inference_steps")] = None
+    super_res_steps: Annotated[str | None, values("super_res_num_inference_steps")] = None
+    decoder_guidance: Annotated[str | None, values("decoder_guidance_scale")] = None
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help=f"Samplers, separated by commas: {', '.join(SAMPLERS)}.",
+            show_default="the model's own",
+        ),
+    ] = None
 
     def axes(self) -> dict[str, list[Any]]:
-        """The values of each setting that was given, by its name in a call.
+        """The given values of each setting, by its name in a call.
 
-        Raises: InputError for a value that is none, or out of its limits.
+        Raises: InputError for a value that is not a number within the setting's limits, or an unknown sampler.
         """
-        kinds: dict[str, tuple[str, Callable[[str, str], Any]]] = {
-            "prior_guidance": ("prior_guidance_scale", _scale),
-            "decoder_guidance": ("decoder_guidance_scale", _scale),
-            "prior_steps": ("prior_num_inference_steps", _count),
-            "decoder_steps": ("decoder_num_inference_steps", _count),
-            "super_res_steps": ("super_res_num_inference_steps", _count),
-            "candidates": ("num_prior_candidates", _count),
-            "prior_temperature": ("prior_temperature", _temperature),
-            "prior_top_p": ("prior_top_p", _top_p),
-            "sampler": ("sampler", _sampler),
-        }
         found: dict[str, list[Any]] = {}
-        for field, (name, read) in kinds.items():
-            text = getattr(self, field)
+        for row in SETTINGS.values():
+            text = getattr(self, row.option.removeprefix("--").replace("-", "_"))
             if text is not None:
-                option = f"--{field.replace('_', '-')}"
-                found[name] = [read(part.strip(), option) for part in text.split(",")]
+                found[row.name] = [row.parse(part.strip()) for part in text.split(",")]
+        if self.sampler is not None:
+            found["sampler"] = names = [part.strip() for part in self.sampler.split(",")]
+            for name in names:
+                if name not in SAMPLERS:
+                    raise InputError(f"--sampler has {name!r} in it; there are {', '.join(SAMPLERS)}")
         return found
 
 
-def run_sweep(lists: Lists, asked: Asked, machine: Machine, features: Path | None) -> tuple[dict[str, Any], list[Path]]:
-    """Sweep, writing the report after every point. Returns: what was found, and the charts' paths.
+def run_sweep(
+    lists: Lists, asked: Asked, precision: options.Precision, features: Path | None, *, quiet: bool
+) -> tuple[dict[str, Any], list[Path]]:
+    """Sweep, writing the report after every point. Returns: the results, and the charts' paths.
 
-    Raises: OutputExistsError when the report is there and is no sweep, or one of another model, data set or number.
+    Raises: OutputExistsError when the report exists and is not a sweep, or one of another model, data set or number.
     """
     axes = lists.axes()
     if not asked.overwrite:  # what cannot be is refused before anything is loaded
@@ -304,12 +309,13 @@ def run_sweep(lists: Lists, asked: Asked, machine: Machine, features: Path | Non
     read_records(asked.data)
     own = {name: None for name in ("prior_guidance_scale", "decoder_guidance_scale")}
     own |= {f"{stage}_num_inference_steps": None for stage in ("prior", "decoder", "super_res")}
-    subject = prepare("sweep", UnCLIPPipeline, ["prior"], asked, machine, own, None, drawing_settings())
+    own |= dict.fromkeys(PRIOR_SAMPLING)
+    subject = prepare("sweep", UnCLIPPipeline, ["prior"], asked, precision, own, None, quiet=quiet)
     assert subject.judge is not None
     defaults = {**subject.settings, SAMPLER: sampler_name(subject.pipe)}
     places = grid_of({name: [value] for name, value in defaults.items()} | axes)
     space = read_features(features, subject.pipe.device)
-    about = _about(subject, asked, machine, space)
+    about = _about(subject, asked, precision, space)
     finished = [] if asked.overwrite or not asked.out.exists() else _resumed(asked.out, about)
 
     def keep(found: dict[str, Any]) -> None:
@@ -325,8 +331,8 @@ def run_sweep(lists: Lists, asked: Asked, machine: Machine, features: Path | Non
         on_point=keep,
         **asked.numbers(),
         features=space,
-        progress=bar(machine, desc="drawing", unit="batch", leave=False),
-        points_progress=bar(machine, desc="settings", unit="point"),
+        progress=bar(quiet, desc="drawing", unit="batch", leave=False),
+        points_progress=bar(quiet, desc="settings", unit="point"),
     )
     keep(found)
     return found, write_charts(asked.out, found)
@@ -350,15 +356,14 @@ def _chart_path(out: Path, name: str) -> Path:
     return out.with_name(f"{out.stem}-{name}.svg")
 
 
-def _about(subject: Subject, asked: Asked, machine: Machine, space: Any) -> dict[str, Any]:
+def _about(subject: Subject, asked: Asked, precision: options.Precision, space: Any) -> dict[str, Any]:
     """What the report says, and what an earlier one must have said the same to be gone on with."""
     from unclip.data.folder import metadata_file
 
-    assert asked.judge is not None
     about = {key: value for key, value in subject.about.items() if key != "settings"}
     about |= {
         "features": None if space is None else space.name,
-        "dtype": machine.dtype.value,
+        "dtype": precision.dtype.value,
         "batch_size": asked.batch_size,
         "device": subject.pipe.device.type,
         "model_sha256": fingerprint(subject.folder),
@@ -390,44 +395,3 @@ def _points_of(out: Path) -> list[dict[str, Any]]:
         if isinstance(found, list) and all(isinstance(each, dict) and "settings" in each for each in found):
             return found
     raise OutputExistsError(f"{out} is there already and is no sweep; give --overwrite, or name another file")
-
-
-def _scale(text: str, option: str) -> float:
-    from unclip.diffusion.guidance import check_scale
-
-    return check_scale(_number(text, option), option)
-
-
-def _temperature(text: str, option: str) -> float:
-    from unclip.stages.prior import check_drawing
-
-    value = _number(text, option)
-    check_drawing(value, 1.0)
-    return value
-
-
-def _top_p(text: str, option: str) -> float:
-    from unclip.stages.prior import check_drawing
-
-    value = _number(text, option)
-    check_drawing(1.0, value)
-    return value
-
-
-def _number(text: str, option: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise InputError(f"{option} has {text!r} in it; give numbers with commas between, as 1,2,4") from None
-
-
-def _count(text: str, option: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= MAX_STEPS:
-        raise InputError(f"{option} has {text!r} in it; give whole numbers from 1 to {MAX_STEPS}, as 5,10,20")
-    return int(text)
-
-
-def _sampler(text: str, option: str) -> str:
-    if text not in list(SamplerName):
-        raise InputError(f"{option} has {text!r} in it; there are {', '.join(SamplerName)}")
-    return text

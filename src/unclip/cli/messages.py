@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import os
 import sys
 import traceback
@@ -31,6 +32,17 @@ def detail(text: str) -> None:
     """Something that only `--verbose` prints."""
     if says_more():
         _say(text)
+
+
+class _Details(logging.Handler):
+    """Passes log messages of the library to `detail`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        detail(record.getMessage())
+
+
+logging.getLogger("unclip").setLevel(logging.INFO)
+logging.getLogger("unclip").addHandler(_Details())
 
 
 def warn(text: str) -> None:

@@ -1,17 +1,73 @@
-"""The options that several commands share: names, limits, help texts, environment variables."""
+"""The options that several commands share, as dataclasses that `expanded` turns into parameters of a command."""
 
+import functools
+import inspect
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
 
+from unclip.checkpoints.recommended import Recommended
 from unclip.cli.messages import say_more
-from unclip.pipelines.session import Dtype, SamplerName
+from unclip.errors import InputError
+from unclip.pipelines import session
+from unclip.settings import SAMPLERS, SETTINGS
 
 MAX_SEED = 2**64 - 1
-MAX_STEPS = 1000
 MAX_BATCH = 1000
+
+
+class Dtype(StrEnum):
+    """The type of the weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def expanded(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with one parameter for each field of its dataclass parameters.
+
+    The fields are annotated with typer's options; a field that is not keeps its default. `command` is called with
+    instances of the dataclasses.
+    """
+    parameters: list[inspect.Parameter] = []
+    blocks: dict[str, tuple[Any, list[str]]] = {}
+
+    def add(name: str, annotation: Any, default: Any) -> None:
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+        )
+
+    hints = get_type_hints(command, include_extras=True)
+    for name, parameter in inspect.signature(command).parameters.items():
+        block = hints[name]
+        if not is_dataclass(block):
+            add(name, block, parameter.default)
+            continue
+        annotations = get_type_hints(block, include_extras=True)
+        shown = [field for field in fields(block) if get_origin(annotations[field.name]) is Annotated]
+        for field in shown:
+            add(
+                field.name,
+                annotations[field.name],
+                inspect.Parameter.empty if field.default is MISSING else field.default,
+            )
+        blocks[name] = block, [field.name for field in shown]
+
+    @functools.wraps(command)
+    def call(**given: Any) -> None:
+        built = {name: block(**{field: given.pop(field) for field in names}) for name, (block, names) in blocks.items()}
+        command(**built, **given)
+
+    del call.__wrapped__  # typer would read its signature
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return call
 
 
 def examples(*lines: str) -> str:
@@ -31,31 +87,18 @@ def shared(*names: str, **words: Any) -> typer.models.OptionInfo:
     return typer.Option(*names, envvar=variables, show_envvar=False, **words)
 
 
-def names_of(stage_option: str) -> list[str]:
-    """The names of a stage's option; the decoder's has the short one that people try first, as in `--steps`."""
-    return [f"--{stage_option}"] + [f"--{stage_option.removeprefix('decoder-')}"] * stage_option.startswith("decoder-")
+def setting(name: str, **words: Any) -> typer.models.OptionInfo:
+    """The option of a row of `unclip.settings.SETTINGS`."""
+    row = SETTINGS[name]
+    if row.kind is int and not row.per_stage:
+        words = {"min": row.low, "max": row.high, "metavar": "N", **words}
+    words = {"help": row.help, "show_default": f"the model's own, else {row.default:g}", **words}
+    return shared(*names_of(row.option), **words)
 
 
-def steps(name: str, what: str) -> typer.models.OptionInfo:
-    """The option for the number of steps of one stage."""
-    return shared(
-        *names_of(f"{name}-steps"),
-        min=1,
-        max=MAX_STEPS,
-        metavar="N",
-        help=f"Denoising steps {what}.",
-        show_default="the model's own",
-    )
-
-
-def guidance(name: str, what: str) -> typer.models.OptionInfo:
-    """The option for the guidance scale of one stage."""
-    return shared(
-        *names_of(f"{name}-guidance"),
-        metavar="SCALE",
-        help=f"How strongly the {what}; 1 or less turns guidance off.",
-        show_default="the model's own",
-    )
+def names_of(option: str) -> list[str]:
+    """The names of a setting's option; the decoder's settings have short ones too, such as --steps."""
+    return [option] + [option.replace("decoder-", "")] * ("decoder-" in option)
 
 
 def side(name: str, what: str, default: str) -> typer.models.OptionInfo:
@@ -63,22 +106,26 @@ def side(name: str, what: str, default: str) -> typer.models.OptionInfo:
     return shared(name, min=1, metavar="PX", help=what, show_default=default)
 
 
-def candidates(what: str, *, default: str = "the model's own, or 1") -> typer.models.OptionInfo:
-    """The option for the candidates of the prior."""
-    return shared("--candidates", min=1, max=1000, metavar="N", help=what, show_default=default)
-
-
 def steps_of_stages(text: str) -> int | list[int]:
     """ "7" as a number, "7,15" as one for each super-resolution stage.
 
-    Raises: BadParameter for anything else, or a number outside 1 to 1000.
+    Raises: BadParameter for anything else, or a number outside the limits.
     """
-    counts = [int(part) if part.isascii() and part.isdigit() else 0 for part in text.replace(" ", "").split(",")]
-    if not all(1 <= count <= MAX_STEPS for count in counts):
+    row = SETTINGS["super_res_num_inference_steps"]
+    try:
+        counts = [int(row.parse(part)) for part in text.replace(" ", "").split(",")]
+    except InputError:
         raise typer.BadParameter(
-            f"{text!r} is not a number from 1 to {MAX_STEPS}, nor such numbers with commas between"
-        )
+            f"{text!r} is not a number from {row.low} to {row.high}, nor a list of such numbers, as in 7,15"
+        ) from None
     return counts[0] if len(counts) == 1 else counts
+
+
+def sampler_of(text: str) -> str:
+    """The name of a sampler. Raises: BadParameter for an unknown one."""
+    if text not in SAMPLERS:
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(map(repr, SAMPLERS))}")
+    return text
 
 
 def size_of(text: str) -> tuple[int, int]:
@@ -87,15 +134,6 @@ def size_of(text: str) -> tuple[int, int]:
     if not found:
         raise typer.BadParameter(f"{text!r} is not a number of pixels, nor WIDTHxHEIGHT, such as 256 or 640x480")
     return int(found[1]), int(found[2] or found[1])
-
-
-def sides(size: Any, height: int | None, width: int | None) -> dict[str, int]:
-    """The sides that were given, by the names of a call's arguments. Raises: BadParameter for a side given twice."""
-    if size is not None and (height is not None or width is not None):
-        raise typer.BadParameter("give --size, or --height and --width")
-    if size is not None:
-        width, height = size
-    return {name: side for name, side in (("height", height), ("width", width)) if side is not None}
 
 
 def _quiet(ctx: typer.Context, value: bool) -> bool:
@@ -116,124 +154,80 @@ Seed = Annotated[
         min=0,
         max=MAX_SEED,
         metavar="N",
-        help="Seed of the first picture; the next one has N+1, and so on.",
-        show_default="a fresh one, which is told",
+        help="Seed of the first picture. The next one has N+1, and so on.",
+        show_default="a random one, which is printed",
     ),
 ]
-DecoderSteps = Annotated[int | None, steps("decoder", "of the decoder, which draws the small picture")]
-SuperResSteps = Annotated[
-    str | None,
-    shared(
-        "--super-res-steps",
-        parser=steps_of_stages,
-        metavar="N[,N]",
-        help="Denoising steps of super-resolution, which makes it large; with commas, of each of its stages.",
-        show_default="the model's own",
-    ),
+NumImages = Annotated[
+    int, typer.Option("--num-images", "-n", min=1, max=100_000, metavar="N", help="Number of pictures.")
 ]
-DecoderGuidance = Annotated[float | None, guidance("decoder", "small picture is pushed towards its conditions")]
-Candidates = Annotated[
-    int | None, candidates("Ideas that the prior draws for each picture; the one closest to the caption is kept.")
-]
-PriorTemperature = Annotated[
-    float | None,
-    shared(
-        "--prior-temperature",
-        metavar="T",
-        help="Of an autoregressive prior: below 1 its ideas are more typical, at 0 always the likeliest.",
-        show_default="the model's own, or 1",
-    ),
-]
-PriorTopP = Annotated[
-    float | None,
-    shared(
-        "--prior-top-p",
-        metavar="P",
-        help="Of an autoregressive prior: draw from the likeliest codes alone, whose chances make up P.",
-        show_default="the model's own, or 1",
-    ),
-]
-KeptGuidance = Annotated[
-    float | None,
-    shared(
-        *names_of("decoder-guidance"),
-        metavar="SCALE",
-        help="Guidance of inverting and decoding; 1 or less: none, which brings pictures back best.",
-        show_default="1",
-    ),
+NumImagesOfEach = Annotated[
+    int, typer.Option("--num-images", "-n", min=1, max=100_000, metavar="N", help="Pictures for each input.")
 ]
 Negative = Annotated[
     str | None,
-    shared("--negative", "--negative-prompt", metavar="TEXT", help="What guidance pushes away from: what not to show."),
+    shared("--negative", "--negative-prompt", metavar="TEXT", help="What the pictures should not show."),
 ]
 Caption = Annotated[
     bool,
     typer.Option(
-        "--caption", help="Take each argument that is not a file for a caption, even if it looks like a file's name."
+        "--caption", help="Treat each argument that is not a file as a caption, even if it looks like a file name."
     ),
 ]
+DecoderSteps = Annotated[int | None, setting("decoder_num_inference_steps")]
+SuperResSteps = Annotated[str | None, setting("super_res_num_inference_steps", parser=steps_of_stages, metavar="N[,N]")]
+DecoderGuidance = Annotated[float | None, setting("decoder_guidance_scale", metavar="SCALE")]
+InversionGuidance = Annotated[
+    float | None,
+    setting(
+        "decoder_guidance_scale",
+        metavar="SCALE",
+        help="Guidance scale of inversion and of the decoder. 1 or less turns guidance off, which reconstructs best.",
+        show_default="1",
+    ),
+]
+PriorSteps = Annotated[int | None, setting("prior_num_inference_steps")]
+PriorGuidance = Annotated[float | None, setting("prior_guidance_scale", metavar="SCALE")]
+Candidates = Annotated[int | None, setting("num_prior_candidates")]
+PriorTemperature = Annotated[float | None, setting("prior_temperature", metavar="T")]
+PriorTopP = Annotated[float | None, setting("prior_top_p", metavar="P")]
 Sampler = Annotated[
-    SamplerName | None,
+    str | None,
     shared(
         "--sampler",
+        parser=sampler_of,
         metavar="NAME",
-        help="How steps are taken: ancestral, ddim or dpm (good with few steps).",
+        help=f"Sampler of all stages: {', '.join(f'{row.name} ({row.help})' for row in SAMPLERS.values())}.",
         show_default="the model's own",
     ),
 ]
 DtypeOption = Annotated[
-    Dtype, shared("--dtype", metavar="TYPE", help="The weights' type: float32, bfloat16 or float16.")
+    Dtype, shared("--dtype", metavar="TYPE", help="Type of the weights: float32, bfloat16 or float16.")
 ]
 KeptDtype = Annotated[
     Dtype | None,
-    typer.Option("--dtype", metavar="TYPE", help="Write float32, bfloat16 or float16.", show_default="as they are"),
+    typer.Option(
+        "--dtype",
+        metavar="TYPE",
+        help="Type of the weights to write: float32, bfloat16 or float16.",
+        show_default="the type that they have",
+    ),
 ]
 Device = Annotated[
     str,
-    shared(
-        "--device", metavar="NAME", help="Where to compute: cpu, cuda, cuda:1, mps or xpu; auto: the best there is."
-    ),
-]
-Height = Annotated[int | None, side("--height", "Height of the pictures.", "the model's own")]
-Width = Annotated[int | None, side("--width", "Width of the pictures.", "the model's own")]
-Size = Annotated[
-    str | None,
-    shared(
-        "--size",
-        parser=size_of,
-        metavar="PX[xPX]",
-        help="Width and height of the pictures, as 256 or 640x480.",
-        show_default="the model's own",
-    ),
-]
-Tile = Annotated[
-    int | None,
-    shared(
-        "--tile",
-        min=1,
-        metavar="PX",
-        help="Super-resolution sees larger pictures in tiles of this side: less memory, slower.",
-        show_default="as a whole",
-    ),
-]
-CpuOffload = Annotated[
-    bool, shared("--cpu-offload", help="Keep only the network at work on the accelerator: less memory, slower.")
+    shared("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps or xpu; auto is the accelerator if there is one."),
 ]
 BatchSize = Annotated[
     int,
     shared(
-        "--batch-size", min=1, max=MAX_BATCH, metavar="N", help="Pictures computed at once; fewer need less memory."
+        "--batch-size", min=1, max=MAX_BATCH, metavar="N", help="Pictures computed at once. Fewer need less memory."
     ),
 ]
 OutFolder = Annotated[
     Path,
     shared("--out", "-o", metavar="PATH", help="Folder for the pictures, or a .png file for a single one."),
 ]
-Grid = Annotated[bool, shared("--grid", help="Also write a sheet of all pictures.")]
-OverwritePictures = Annotated[
-    bool, shared("--overwrite", help="Replace files of the same name; otherwise a number is added to the name.")
-]
-Json = Annotated[bool, shared("--json", help="Print JSON on stdout instead, one object a line.")]
+Json = Annotated[bool, shared("--json", help="Print one JSON object for each file instead of its path.")]
 Quiet = Annotated[
     bool,
     shared(
@@ -241,8 +235,133 @@ Quiet = Annotated[
         "-q/-v",
         callback=_quiet,
         show_default=False,
-        help="No progress bars and no notes, only warnings and errors; or also details: files, device, times.",
+        help="Print only warnings and errors; or print more: files, device, times.",
     ),
 ]
 NewFolder = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write.")]
-OverwriteFolder = Annotated[bool, typer.Option("--overwrite", help="Replace DIR as a whole if it is there.")]
+OverwriteFolder = Annotated[bool, typer.Option("--overwrite", help="Replace an existing DIR.")]
+
+
+class _Settings:
+    """Options that are rows of `unclip.settings.SETTINGS`."""
+
+    def given(self) -> dict[str, Recommended | None]:
+        """The values by the names of a call's arguments; None where the option is not given."""
+        options = {row.name: row.option.removeprefix("--").replace("-", "_") for row in SETTINGS.values()}
+        return {name: getattr(self, option) for name, option in options.items() if hasattr(self, option)}
+
+
+def refuse_prior_choice(given: Mapping[str, object], why: str) -> None:
+    """For a command whose prior does not run. Raises: InputError for a given setting of `PriorChoice`."""
+    for name in session.PRIOR_SAMPLING:
+        if given.get(name) is not None:
+            raise InputError(f"{why}, so the prior does not run: leave out {SETTINGS[name].option}")
+
+
+@dataclass(frozen=True)
+class Decoding(_Settings):
+    """Settings of the decoder and of super-resolution."""
+
+    decoder_steps: DecoderSteps = None
+    super_res_steps: SuperResSteps = None
+    decoder_guidance: DecoderGuidance = None
+
+
+@dataclass(frozen=True)
+class InversionDecoding(Decoding):
+    """The same for a picture that is inverted and decoded again."""
+
+    decoder_guidance: InversionGuidance = None
+
+
+@dataclass(frozen=True)
+class PriorChoice(_Settings):
+    """Which of its samples the prior takes."""
+
+    candidates: Candidates = None
+    prior_temperature: PriorTemperature = None
+    prior_top_p: PriorTopP = None
+
+
+@dataclass(frozen=True)
+class PriorSampling(_Settings):
+    """All settings of the prior."""
+
+    prior_steps: PriorSteps = None
+    prior_guidance: PriorGuidance = None
+    candidates: Candidates = None
+    prior_temperature: PriorTemperature = None
+    prior_top_p: PriorTopP = None
+
+
+@dataclass(frozen=True)
+class Sampling(Decoding, PriorSampling):
+    """All settings of sampling."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width and height of the pictures."""
+
+    size: Annotated[
+        str | None,
+        shared(
+            "--size",
+            parser=size_of,
+            metavar="PX[xPX]",
+            help="Width and height of the pictures, such as 256 or 640x480.",
+            show_default="the model's own",
+        ),
+    ] = None
+    height: Annotated[int | None, side("--height", "Height of the pictures.", "the model's own")] = None
+    width: Annotated[int | None, side("--width", "Width of the pictures.", "the model's own")] = None
+
+    @property
+    def sides(self) -> dict[str, int]:
+        """The given sides by the names of a call's arguments. Raises: BadParameter for a side that is given twice."""
+        height, width, size = self.height, self.width, self.size
+        if size is not None and (height is not None or width is not None):
+            raise typer.BadParameter("give --size, or --height and --width")
+        if isinstance(size, tuple):  # the parser's result
+            width, height = size
+        return {name: side for name, side in (("height", height), ("width", width)) if side is not None}
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where pictures go, and how many are made at once."""
+
+    out: OutFolder = Path(".")
+    grid: Annotated[bool, shared("--grid", help="Also write a sheet of all pictures.")] = False
+    overwrite: Annotated[
+        bool, shared("--overwrite", help="Replace existing files. Otherwise a number is added to the name.")
+    ] = False
+    as_json: Json = False
+    batch_size: BatchSize = 8
+
+
+@dataclass(frozen=True)
+class Precision(session.Compute):
+    """The device and the precision, for commands that need no more."""
+
+    dtype: DtypeOption = Dtype.float32
+    device: Device = "auto"
+
+
+@dataclass(frozen=True)
+class Compute(Precision):
+    """Where a model computes, and in which precision."""
+
+    cpu_offload: Annotated[
+        bool, shared("--cpu-offload", help="Keep only the active network on the accelerator: less memory, slower.")
+    ] = False
+    tile: Annotated[
+        int | None,
+        shared(
+            "--tile",
+            min=1,
+            metavar="PX",
+            help="Super-resolution works on tiles of this side: less memory for large pictures, slower.",
+            show_default="no tiles",
+        ),
+    ] = None

@@ -1,4 +1,4 @@
-"""Picture files: safe names, the texts in each file, sheets. No file is replaced unless asked."""
+"""Picture files, sheets and films: file names, metadata, and the loop that makes pictures in batches."""
 
 import json
 import os
@@ -10,22 +10,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unclip import __version__
 from unclip.checkpoints.files import atomic_file
 from unclip.cli.messages import detail, error, note
-from unclip.cli.options import MAX_SEED
-from unclip.cli.provenance import MADE_WITH, again
+from unclip.cli.options import MAX_SEED, Output
+from unclip.cli.provenance import replay
 from unclip.errors import InputError, MissingDependencyError, OutputExistsError, UnclipError
+from unclip.pipelines.session import MADE_WITH, png_texts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from PIL.PngImagePlugin import PngInfo
 
 MAX_SLUG_CHARACTERS = 60
 MAX_SLUG_BYTES = 120
@@ -49,40 +48,24 @@ def slug(text: str, *, empty: str = "picture") -> str:
     return name.encode(files, errors="ignore").decode(files).strip("-") or empty
 
 
-def png_texts(facts: Mapping[str, Any]) -> "PngInfo":
-    """What a picture file says of its making: a text a fact, settings as JSON, and the software."""
-    from PIL.PngImagePlugin import PngInfo
-
-    texts = PngInfo()
-    for name, value in facts.items():
-        if value is None:
-            continue
-        text = json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else str(value)
-        text = text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
-        if text.isascii():
-            texts.add_text(name, text)
-        else:
-            texts.add_itxt(name, text)
-    texts.add_text("Software", f"unclip {__version__}")
-    return texts
-
-
-class Album:
-    """Writes pictures into one folder, or one picture into the file of that name, and prints where.
+class PictureWriter:
+    """Writes files into one folder, or one file under a given name, and prints their paths.
 
     Args:
-        out: a folder; or, unless there is such a folder, a file's name that ends in `suffix`.
-        num_files: how many files are to be written, as far as that is known.
+        out: a folder; or, unless a folder has this name, a file name that ends in `suffix`.
+        num_files: how many files will be written at least.
+        keep: whether to keep the pictures for a sheet or a film.
         suffix: of the files, with a dot.
 
     Attributes:
-        preface: printed on stderr before the first path; None: nothing.
-        kept: the pictures so far, for a sheet; None: they are not kept.
         folder: where the files go.
-        file: the one file with `suffix`, where `out` is its name; other files go beside it.
+        file: the file that `out` names, if it names one; files with another suffix go beside it.
+        num_saved: how many files have been written.
+        seed_note: printed on stderr before the first path; None: nothing.
+        kept: the pictures so far; None: they are not kept.
 
-    Raises: InputError for a file's name where several files are to be written, or for a picture of another kind;
-        OutputExistsError for an existing file, unless it may be replaced.
+    Raises: InputError for a file name where several files will be written, or with the suffix of another kind of
+        picture; OutputExistsError for an existing file, unless it may be replaced.
     """
 
     def __init__(
@@ -90,7 +73,7 @@ class Album:
     ) -> None:
         self.overwrite, self.as_json = overwrite, as_json
         self.num_saved = 0
-        self.preface: str | None = None
+        self.seed_note: str | None = None
         self.kept: list[Image] | None = [] if keep else None
         self.file = out if _names_file(out, suffix) else None
         self._suffix = suffix
@@ -104,6 +87,23 @@ class Album:
         except (OSError, ValueError) as problem:
             raise InputError(f"--out {out} cannot be made: {_reason(problem)}") from problem
 
+    @classmethod
+    def of(cls, output: Output, num_pictures: int, *, film: bool = False) -> "PictureWriter":
+        """The writer that a command's options describe.
+
+        Args:
+            output: the options.
+            num_pictures: how many pictures the command makes at least, without the sheet.
+            film: whether a film will be made of them.
+        """
+        return cls(
+            output.out,
+            overwrite=output.overwrite,
+            as_json=output.as_json,
+            keep=output.grid or film,
+            num_files=num_pictures + output.grid,
+        )
+
     def save(self, image: "Image", stem: str, facts: Mapping[str, Any]) -> Path:
         """Write `stem.png`, whole or not at all, and return its path.
 
@@ -115,7 +115,7 @@ class Album:
     def write(self, stem: str, suffix: str, writer: Callable[[Path], None]) -> Path:
         """Have `writer` write the file `stem` + `suffix`, whole or not at all, and return its path.
 
-        Raises: InputError when it cannot be written, or the album is a file that is written already.
+        Raises: InputError when it cannot be written, or when `out` names one file and that is written already.
         """
         if self.file is not None and suffix == self._suffix and self.num_saved:
             raise InputError(_too_many(self.file, self.num_saved + 1))
@@ -126,18 +126,18 @@ class Album:
             except OutputExistsError:
                 if self.overwrite or path == self.file:
                     raise
-                continue  # it came into being meanwhile
+                continue  # another process has just made it
             except OSError as problem:
                 raise InputError(f"{path} cannot be written: {_reason(problem)}") from problem
             self.num_saved += 1
             return path
         raise AssertionError("there is always a free name")
 
-    def tell(self, path: Path, facts: Mapping[str, Any]) -> None:
+    def announce(self, path: Path, facts: Mapping[str, Any]) -> None:
         """Print the file's path on stdout, or a JSON object."""
-        if self.preface is not None:
-            note(self.preface)
-            self.preface = None
+        if self.seed_note is not None:
+            note(self.seed_note)
+            self.seed_note = None
         print(json.dumps({"path": str(path), **facts}) if self.as_json else path, flush=True)
 
     def save_sheet(
@@ -148,14 +148,14 @@ class Album:
         columns: int | None = None,
         labels: Sequence[str] | None = None,
     ) -> None:
-        """Write the sheet of all kept pictures, above their labels if there are any, as `stem-grid.png`; tell of it."""
+        """Write the sheet of all kept pictures as `stem-grid.png`, with labels if given, and print its path."""
         from unclip.images import grid, labelled
 
         if self.kept:
             facts, cards = {**facts, "grid": len(self.kept)}, self.kept
             if labels is not None:
                 cards = [labelled(image, label) for image, label in zip(cards, labels, strict=True)]
-            self.tell(self.save(grid(cards, columns=columns), f"{stem}-grid", facts), facts)
+            self.announce(self.save(grid(cards, columns=columns), f"{stem}-grid", facts), facts)
 
     def _free_names(self, stem: str, suffix: str) -> Iterator[Path]:
         """The paths to try: the plain name, then with a number."""
@@ -196,15 +196,15 @@ SOME_FAILED = 3
 
 
 @dataclass(frozen=True)
-class Wish:
-    """One picture to be made.
+class Job:
+    """One picture to make.
 
     Attributes:
-        given: a caption, or a picture.
+        given: a caption, a picture, a latent or a row number; None: nothing.
         seed: of this picture.
         name: the first part of its file name.
-        facts: what its file alone says of it; the seed and what all files say are added.
-        index: of the picture, among those that the command makes of one seed.
+        facts: metadata of this picture alone. The seed and the metadata of all pictures are added.
+        index: number of the picture among those that the command makes of one seed.
     """
 
     given: Any
@@ -214,71 +214,77 @@ class Wish:
     index: int = 0
 
 
-def chosen_seed(seed: int | None, album: Album, *, quiet: bool) -> int:
-    """The given seed, or a random one that is short enough to be typed; the album prints it unless `quiet`."""
+def chosen_seed(seed: int | None, writer: PictureWriter, *, quiet: bool) -> int:
+    """The given seed, or a random one that is short enough to type; the writer prints it unless `quiet`."""
     if seed is not None:
         return seed
     fresh = secrets.randbelow(2**32)
     if not quiet:
-        album.preface = f"seed {fresh}"
+        writer.seed_note = f"seed {fresh}"
     return fresh
 
 
 def picture_seed(first: int, index: int) -> int:
-    """The seed of picture `index`: one after another, and round from the largest to 0."""
+    """The seed of picture `index`: consecutive numbers; 0 follows the largest."""
     return (first + index) % (MAX_SEED + 1)
 
 
-def cut(wishes: Iterable[Wish], size: int) -> Iterator[list[Wish]]:
-    """Batches of `size`, the last maybe smaller."""
-    batch: list[Wish] = []
-    for wish in wishes:
-        batch.append(wish)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+def batched(jobs: Iterable[Job], size: int) -> Iterator[list[Job]]:
+    """Batches of `size`; the last may be smaller."""
+    jobs = iter(jobs)
+    while batch := list(islice(jobs, size)):
         yield batch
 
 
-def make_all(
-    batches: Iterable[list[Wish]], draw: Callable[[list[Wish]], "list[Image]"], album: Album, about: Mapping[str, Any]
+def run_jobs(
+    batches: Iterable[list[Job]],
+    draw: Callable[[list[Job]], "list[Image]"],
+    writer: PictureWriter,
+    metadata: Mapping[str, Any],
 ) -> None:
-    """Draw every batch and save it at once; `about` is what every file says.
+    """Make the pictures of every batch and save them at once.
 
-    When a picture is made again, only that one is saved: it is drawn at the same place of a batch of the same size.
+    When `unclip rerun` makes one picture again, only that picture is saved: at the same place in a batch of the same
+    size.
 
-    Raises: what `draw` and the album raise while nothing is made yet; typer.Exit(3), with the error told, after that.
+    Args:
+        batches: the jobs.
+        draw: makes the pictures of a batch.
+        writer: saves them.
+        metadata: of all pictures.
+
+    Raises: what `draw` and the writer raise before the first file is written; typer.Exit(3), with the error printed,
+        after that.
     """
-    picture = again()
+    picture = replay()
     if picture is not None and picture.only:
-        wish = next((wish for batch in batches for wish in batch if wish.index == picture.index), None)
-        if wish is None:
+        job = next((job for batch in batches for job in batch if job.index == picture.index), None)
+        if job is None:
             raise InputError(f"the command makes no picture {picture.index} of these inputs")
-        batches = [[wish] * picture.size]
+        batches = [[job] * picture.size]
     try:
         for batch in batches:
             start = time.monotonic()
             with within_memory(len(batch)):
                 images = draw(batch)
             detail(f"batch of {len(batch)}: {time.monotonic() - start:.1f} s")
-            _save(batch, images, album, about)
+            _save(batch, images, writer, metadata)
     except UnclipError as problem:
-        if not album.num_saved:
+        if not writer.num_saved:
             raise
         error(problem)
         raise typer.Exit(SOME_FAILED) from problem
 
 
-def finish(album: Album, num_failed: int) -> None:
-    """Leave with the right code when inputs failed that were told of already."""
+def exit_if_failed(writer: PictureWriter, num_failed: int) -> None:
+    """Exit with the right code when inputs failed, whose errors are printed already."""
     if num_failed:
-        raise typer.Exit(SOME_FAILED if album.num_saved else 1)
+        raise typer.Exit(SOME_FAILED if writer.num_saved else 1)
 
 
 @contextmanager
 def within_memory(batch_size: int) -> Iterator[None]:
-    """Raises: InputError that says what to do, when the device's memory does not hold what is done within."""
+    """Raises: InputError that says what to do when the device has too little memory for the block."""
     import torch
 
     try:
@@ -290,52 +296,58 @@ def within_memory(batch_size: int) -> Iterator[None]:
         ) from problem
 
 
-def _save(batch: list[Wish], images: "list[Image]", album: Album, about: Mapping[str, Any]) -> None:
-    """All files first, then the talk: a reader that goes away costs no picture."""
+def _save(batch: list[Job], images: "list[Image]", writer: PictureWriter, metadata: Mapping[str, Any]) -> None:
+    """Write all files before the first path is printed: a reader that closes stdout costs no picture."""
     saved = []
     try:
-        picture = again()
-        for place, (wish, image) in enumerate(zip(batch, images, strict=True)):
+        picture = replay()
+        for place, (job, image) in enumerate(zip(batch, images, strict=True)):
             if picture is not None and picture.only and place != picture.place:
                 continue
-            made = {**about[MADE_WITH], "index": wish.index, "batch": [place, len(batch)]}
-            facts = {**wish.facts, **about, "seed": wish.seed, MADE_WITH: made}
-            saved.append((album.save(image, f"{wish.name}-{wish.seed}", facts), facts))
-            if album.kept is not None:
-                album.kept.append(image)
+            made_with = {**metadata[MADE_WITH], "index": job.index, "batch": [place, len(batch)]}
+            facts = {**job.facts, **metadata, "seed": job.seed, MADE_WITH: made_with}
+            saved.append((writer.save(image, f"{job.name}-{job.seed}", facts), facts))
+            if writer.kept is not None:
+                writer.kept.append(image)
     finally:
         for path, facts in saved:
-            album.tell(path, facts)
+            writer.announce(path, facts)
 
 
 class FilmKind(StrEnum):
-    """What a film may be."""
+    """File formats of films."""
 
     gif = "gif"
     webp = "webp"
     mp4 = "mp4"
 
 
-Film = Annotated[
-    FilmKind | None,
-    typer.Option("--film", metavar="KIND", help="Also write the frames as a film: gif, webp or mp4 (needs PyAV)."),
-]
-FPS = Annotated[float, typer.Option("--fps", min=0.5, max=50, metavar="N", help="Frames a second of the film.")]
+@dataclass(frozen=True)
+class Film:
+    """Options of a film."""
+
+    film: Annotated[
+        FilmKind | None,
+        typer.Option("--film", metavar="KIND", help="Also write the frames as a film: gif, webp or mp4 (needs PyAV)."),
+    ] = None
+    fps: Annotated[
+        float, typer.Option("--fps", min=0.5, max=50, metavar="N", help="Frames per second of the film.")
+    ] = 10
 
 
-def check_writer(kind: FilmKind | None) -> None:
-    """Raises: MissingDependencyError when there is nothing that writes this kind, before anything is computed."""
+def check_film_kind(kind: FilmKind | None) -> None:
+    """Raises: MissingDependencyError when nothing here writes this kind."""
     if kind is FilmKind.mp4:
         try:
             import av  # noqa: F401  # type: ignore[import-not-found]
         except ImportError as problem:
             raise MissingDependencyError(
-                "an MP4 film needs PyAV: pip install av; or take --film gif or --film webp, which need nothing"
+                "an MP4 film needs PyAV: pip install av; or use --film gif or --film webp, which need nothing"
             ) from problem
 
 
 def film_writer(kind: FilmKind, frames: "list[Image]", fps: float) -> Callable[[Path], None]:
-    """Writes the frames, there and back again, as a loop that begins and ends at the first."""
+    """A function that writes the frames forwards and backwards, as a loop that starts and ends at the first."""
     loop = [*frames, *frames[-2:0:-1]]
     return {FilmKind.gif: _gif, FilmKind.webp: _webp, FilmKind.mp4: _mp4}[kind](loop, fps)
 
@@ -343,7 +355,7 @@ def film_writer(kind: FilmKind, frames: "list[Image]", fps: float) -> Callable[[
 def _gif(frames: "list[Image]", fps: float) -> Callable[[Path], None]:
     from PIL import Image
 
-    # One palette for all frames: with one each, still parts would change their colours from frame to frame.
+    # One palette for all frames: with a palette for each, parts that do not move would change their colours.
     strip = Image.new("RGB", (frames[0].width, frames[0].height * len(frames)))
     for place, frame in enumerate(frames):
         strip.paste(frame, (0, place * frame.height))

@@ -1,7 +1,4 @@
-"""`unclip probe`: what the dimensions of CLIP's space hold, the most telling first.
-
-Knows data sets, files and options; principal components are another module's affair.
-"""
+"""`unclip probe`: principal components of image embeddings, and pictures from some of them."""
 
 import itertools
 import os
@@ -13,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from unclip.checkpoints.hub import resolve
 from unclip.checkpoints.layout import PROBE_FILE
 from unclip.cli import options
 from unclip.cli.inputs import no_file, read_part
-from unclip.cli.latents import NO_GUIDANCE, Workbench, one_row
+from unclip.cli.latents import NO_GUIDANCE, ManipulationRun, one_row
 from unclip.cli.messages import error, note
-from unclip.cli.output import SOME_FAILED, Album
-from unclip.cli.provenance import Recorded
+from unclip.cli.output import SOME_FAILED, PictureWriter
+from unclip.cli.provenance import RecordedCommand
 from unclip.errors import DataError, ImageError, InputError
-from unclip.pipelines.session import Machine, decoder_settings, find_model
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,11 +43,13 @@ probe = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 @probe.callback()
 def probe_group() -> None:
-    """See what the principal components of the image embeddings hold."""
+    """See what the principal components of the image embeddings contain."""
 
 
 @probe.command("fit", epilog=FIT_EXAMPLES)
+@options.expanded
 def fit(
+    *,
     data: Annotated[
         str, typer.Argument(metavar="DATA", help="A data set: a folder, as of unclip data emoji, or tar shards.")
     ],
@@ -66,23 +65,22 @@ def fit(
     ] = None,
     model: options.Model = "unclip-emoji",
     num_components: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="How many to keep.", show_default="all")
+        int | None, typer.Option(min=1, metavar="N", help="Components to keep.", show_default="all")
     ] = None,
     num_pictures: Annotated[
         int | None,
-        typer.Option(min=2, metavar="N", help="Look at this many, drawn at random: faster.", show_default="all"),
+        typer.Option(min=2, metavar="N", help="Use only N pictures, chosen at random.", show_default="all"),
     ] = None,
     batch_size: options.BatchSize = 64,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it is there.")] = False,
-    dtype: options.DtypeOption = options.Dtype.float32,
-    device: options.Device = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing FILE.")] = False,
+    precision: options.Precision,
     quiet: options.Quiet = False,
 ) -> None:
     """Fit principal components to the embeddings of a data set's pictures.
 
-    DATA is a data set's folder (what it holds out is left out), any folder with picture files in it, or tar shards: a
-    folder of them, a pattern, URLs. Without --out the components become a part of
-    the model, if that is a folder of yours, and `unclip probe show` finds them there. The path is printed on stdout.
+    DATA is the folder of a data set (without the samples that it holds out), any folder with picture files, or tar
+    shards: a folder, a pattern, or URLs. Without --out the components are written into the model's folder, and `unclip
+    probe show` finds them there. The path is printed to stdout.
     """
     from unclip.checkpoints.tensor_file import SUFFIX
     from unclip.errors import OutputExistsError
@@ -93,55 +91,48 @@ def fit(
     if out.exists() and not overwrite:
         raise OutputExistsError(f"{out} exists already; use --overwrite, or another name")
     pictures = Pictures.of(data, num_pictures)
-    bench = Workbench.open(model, Machine(dtype, device, False, quiet), {}, guidance=NO_GUIDANCE)
-    components = bench.tool.fit_components(pictures.batches(batch_size), num_components)
+    run = ManipulationRun.open(model, precision, {}, guidance=NO_GUIDANCE, quiet=quiet)
+    components = run.manipulator.fit_components(pictures.batches(batch_size), num_components)
     count = pictures.num_read
-    about = {"model": bench.about["model"], "data": Path(data).resolve().name, "num_pictures": str(count)}
-    bench.tool.save_components(components, out, about=about, overwrite=overwrite)
+    about = {"model": run.metadata["model"], "data": Path(data).resolve().name, "num_pictures": str(count)}
+    run.manipulator.save_components(components, out, about=about, overwrite=overwrite)
     if not quiet:
         halves = int((components.explained < 0.5).sum()) + 1
-        note(f"{count} pictures; the first {halves} of {components.dim} dimensions hold half of the variance")
+        note(f"{count} pictures; the first {halves} of {components.dim} dimensions have half of the variance")
     print(out, flush=True)
     if pictures.num_failed:
         raise typer.Exit(SOME_FAILED)
 
 
-@probe.command("show", cls=Recorded, epilog=SHOW_EXAMPLES)
+@probe.command("show", cls=RecordedCommand, epilog=SHOW_EXAMPLES)
+@options.expanded
 def show(
-    image: Annotated[str, typer.Argument(metavar="IMAGE", help="A picture file, or a latent of: unclip invert.")],
+    *,
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="A picture file, or a file of `unclip invert`.")],
     pca: Annotated[
         Path | None,
         typer.Option(
-            "--pca", metavar="FILE", help="The components, of: unclip probe fit.", show_default="the model's own"
+            "--pca", metavar="FILE", help="Components from `unclip probe fit`.", show_default="the model's own"
         ),
     ] = None,
     model: options.Model = "unclip-emoji",
     dims: Annotated[
         str | None,
-        typer.Option(metavar="N,N,…", help="How many dimensions each picture has.", show_default="0, 1, 2, 4, … all"),
+        typer.Option(metavar="N,N,…", help="Number of dimensions of each picture.", show_default="0, 1, 2, 4, … all"),
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=options.MAX_SEED, metavar="N", help="Of super-resolution's noise.")
+        int, typer.Option(min=0, max=options.MAX_SEED, metavar="N", help="Seed of super-resolution's noise.")
     ] = 0,
-    decoder_steps: options.DecoderSteps = None,
-    super_res_steps: options.SuperResSteps = None,
-    decoder_guidance: options.KeptGuidance = None,
-    out: options.OutFolder = Path("."),
-    grid: options.Grid = False,
-    overwrite: options.OverwritePictures = False,
-    as_json: options.Json = False,
-    batch_size: options.BatchSize = 8,
-    dtype: options.DtypeOption = options.Dtype.float32,
-    device: options.Device = "auto",
-    cpu_offload: options.CpuOffload = False,
-    tile: options.Tile = None,
+    decoding: options.InversionDecoding,
+    output: options.Output,
+    compute: options.Compute,
     quiet: options.Quiet = False,
 ) -> None:
-    """Draw a picture from ever more of its embedding's principal components.
+    """Decode a picture from growing numbers of its embedding's principal components.
 
-    The noise is the picture's own throughout, found by inversion. With no component it is what the mean of all pictures
-    makes of that noise; with as many as the embedding has dimensions, the picture itself. The paths are printed on
-    stdout, one a line.
+    The picture is inverted and keeps its own noise throughout. Without components the embedding is the mean of all
+    pictures; with as many as the embedding has dimensions it is the picture's own. The paths are printed to stdout, one
+    on each line.
     """
     from unclip.models.pca import PrincipalComponents
 
@@ -149,39 +140,36 @@ def show(
     if part.kind == "caption":
         raise InputError(f"{no_file(image)}; probing starts from a picture")
     if pca is None:
-        pca = find_model(model, quiet=quiet)[0] / PROBE_FILE
+        pca = resolve(model) / PROBE_FILE
         if not pca.exists():
             raise InputError(f"{model} has no {PROBE_FILE}: give --pca, or fit components first: unclip probe fit DATA")
     counts = dimensions(dims, PrincipalComponents.load(pca))
-    album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid, num_files=len(counts) + grid)
-    given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
-    machine = Machine(dtype, device, cpu_offload, quiet, tile)
-    bench = Workbench.open(model, machine, given, parts=[part], guidance=NO_GUIDANCE)
-    components = bench.tool.load_components(pca)
+    writer = PictureWriter.of(output, len(counts))
+    run = ManipulationRun.open(model, compute, decoding.given(), parts=[part], guidance=NO_GUIDANCE, quiet=quiet)
+    components = run.manipulator.load_components(pca)
 
     from unclip.stages.manipulation import probe as reduced
 
-    latent = reduced(one_row(bench.latent(part, seed=seed), part), components, counts)
+    latent = reduced(one_row(run.latent(part, seed=seed), part), components, counts)
     about = {"image": part.name, "pca": pca.name}
     shown = [str(count) for count in counts]
-    bench.draw(
+    run.decode_rows(
         latent,
         [{**about, "dimensions": count} for count in counts],
-        album,
         f"{part.stem}-dims",
+        writer,
+        output,
         seed=seed,
-        batch_size=batch_size,
-        sheet=grid,
         whole={**about, "dimensions": ",".join(shown)},
         labels=shown,
     )
 
 
 def own_file(model: str) -> Path:
-    """Where a model keeps its components. Raises: InputError for a model that is no folder, or one that is not ours."""
+    """The file of components in a model's folder. Raises: InputError for a model that is not a writable folder."""
     folder = Path(model)
     if not folder.is_dir():
-        raise InputError(f"{model} is no folder of yours to write components into: give --out FILE")
+        raise InputError(f"{model} is not a folder, so components cannot be written into it: give --out FILE")
     if not os.access(folder, os.W_OK):
         raise InputError(f"the folder {model} cannot be written to: give --out FILE")
     return folder / PROBE_FILE
@@ -190,7 +178,7 @@ def own_file(model: str) -> Path:
 def dimensions(text: str | None, components: "PrincipalComponents") -> list[int]:
     """The counts that `--dims` names; by default 0, then powers of two, then all.
 
-    Raises: InputError for something that is no count of these components.
+    Raises: InputError for something that is not a number of these components.
     """
     most = components.num_components
     if text is None:
@@ -204,7 +192,7 @@ def dimensions(text: str | None, components: "PrincipalComponents") -> list[int]
 
 
 def drawn(items: Iterable[T], most: int | None) -> Iterable[T]:
-    """`most` of all items, each as likely as any other, in no order, however many there are; always the same ones.
+    """A uniform random sample of `most` items, in no particular order; the same one in every run. None: all items.
 
     Source: Vitter 1985, "Random sampling with a reservoir", algorithm R.
     """
@@ -221,12 +209,12 @@ def drawn(items: Iterable[T], most: int | None) -> Iterable[T]:
 
 @dataclass
 class Pictures:
-    """The pictures of a data set, of shards, or of a folder, once each; those that cannot be read are told of.
+    """The pictures of a data set, of shards, or of a folder, once each; errors of unreadable ones are printed.
 
     Attributes:
         data: as `unclip.data.samples.raw_samples` takes it; None for a folder without records.
         files: of such a folder.
-        most: how many are drawn at random, always the same; None for all.
+        most: how many are chosen at random; None for all.
         num_read, num_failed: so far.
     """
 
@@ -248,11 +236,11 @@ class Pictures:
             return cls(data, [], most)
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
         if not files:
-            raise DataError(f"{data} is no data set and has no pictures in it")
+            raise DataError(f"{data} is not a data set and has no pictures in it")
         return cls(None, files, most)
 
     def batches(self, size: int) -> "Iterator[list[Image]]":
-        """As many at once; the last may be fewer."""
+        """Batches of `size`; the last may be smaller."""
         from unclip.data.shards import Damage
 
         damage = Damage()

@@ -7,9 +7,11 @@ from typing import Annotated, Any
 import typer
 
 from unclip.cli import options
-from unclip.cli.provenance import ELSEWHERE, MADE_WITH, Again, Recorded, making_again, read_texts
+from unclip.cli.inputs import check_exists, looks_like_path
+from unclip.cli.provenance import ELSEWHERE, RecordedCommand, Replay, replaying
 from unclip.errors import InputError
-from unclip.pipelines.session import pick_device
+from unclip.pipelines.session import MADE_WITH, pick_device, read_texts
+from unclip.settings import SAMPLERS, SETTINGS
 
 EXAMPLES = options.examples(
     "unclip rerun a-red-apple-42.png",
@@ -18,14 +20,7 @@ EXAMPLES = options.examples(
 )
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 OPTIONS = {
-    "prior_num_inference_steps": "--prior-steps",
-    "decoder_num_inference_steps": "--decoder-steps",
-    "super_res_num_inference_steps": "--super-res-steps",
-    "prior_guidance_scale": "--prior-guidance",
-    "decoder_guidance_scale": "--decoder-guidance",
-    "num_prior_candidates": "--candidates",
-    "prior_temperature": "--prior-temperature",
-    "prior_top_p": "--prior-top-p",
+    **{row.name: row.option for row in SETTINGS.values()},
     "sampler": "--sampler",
     "height": "--height",
     "width": "--width",
@@ -34,29 +29,30 @@ OPTIONS = {
 }
 """The options by the names of the recorded settings."""
 SEVERAL = ("-n", "--num-images", "--frames", "--sweep", "--dims", "--grid", "--film")
-"""Given one of these, the whole command runs again, not the one picture."""
+"""With one of these options all pictures of the command are made."""
 OWN_DEFAULTS = ("out", "overwrite", "as_json", "cpu_offload", "quiet")
-"""The options of a command that may take the person's own defaults; others would change the picture."""
+"""Options that may come from the configuration file and the environment; others would change the picture."""
 
 
 def rerun(
     ctx: typer.Context,
-    picture: Annotated[Path, typer.Argument(metavar="PICTURE", help="A PNG file that unclip has made.")],
+    picture: Annotated[Path, typer.Argument(metavar="PICTURE", help="A PNG file that unclip made.")],
     inputs: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Folder of the pictures and latents that it was made of.",
+            help="Folder of the pictures and latents that it was made from.",
             show_default="the current folder, then that of PICTURE",
         ),
     ] = None,
 ) -> None:
-    """Make a picture again from the texts in its file.
+    """Make a picture again from the metadata in its file.
 
-    Every other option is passed on to the command that made it, and counts more than what the file says. A warning
-    names what differs now: the version of unclip or PyTorch, the device, the model's weights. If nothing differs, the
-    new file is the same, byte for byte. With -n, --frames, --sweep or --dims all pictures of the command are made.
+    All other options are passed on to the command that made the picture, and override the recorded ones. A warning
+    names what has changed: the version of unclip or PyTorch, the device, the model's weights. If nothing has, the new
+    file is identical, byte for byte. With -n, --frames, --sweep or --dims all pictures of the command are made.
     """
+    check_exists(picture)
     texts = read_texts(picture)
     made = _checked(texts, picture)
     root = ctx.find_root()
@@ -64,7 +60,7 @@ def rerun(
     path = made["command"].split(" ")
     for name in path:
         command = getattr(command, "commands", {}).get(name)
-    if not isinstance(command, Recorded):
+    if not isinstance(command, RecordedCommand):
         raise InputError(f"{picture} was made by {made['command']!r:.80}, which is not a command that makes pictures")
     folders = [Path(), picture.parent] if inputs is None else [inputs]
     arguments, positional = _arguments(command, texts, made, folders, ctx.args)
@@ -75,7 +71,7 @@ def rerun(
         if param.name not in OWN_DEFAULTS:
             param.envvar = None
     with (
-        making_again(Again(made, made["index"], place, size, only)),
+        replaying(Replay(made, made["index"], place, size, only)),
         command.make_context(
             " ".join(path), [*arguments, *ctx.args, "--", *positional], root, default_map=own
         ) as inner,
@@ -84,10 +80,7 @@ def rerun(
 
 
 def _checked(texts: Mapping[str, Any], picture: Path) -> dict[str, Any]:
-    """What the file says of how the picture was made.
-
-    Raises: InputError for a picture that does not say enough.
-    """
+    """The recorded command, options and environment. Raises: InputError when the file does not record enough."""
     if "grid" in texts:
         raise InputError(f"{picture} is a sheet of several pictures: name one of the pictures")
     made = texts.get(MADE_WITH) or _guessed(texts)
@@ -111,7 +104,7 @@ def _checked(texts: Mapping[str, Any], picture: Path) -> dict[str, Any]:
 
 
 def _guessed(texts: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The same of a picture from before version 0.2, which records no command; None where it cannot be known."""
+    """The same for a picture from before version 0.2, which records no command; None where it cannot be known."""
     settings = texts.get("settings", {})
     words = {name: texts[name] for name in ("prompt", "negative", "mask") if name in texts}
     edits = {"strength": "strength", "num_resamples": "resamples", "jump_length": "jump"}
@@ -149,8 +142,8 @@ def _arguments(
             continue
         if name in ("sampler", "height", "width") and recorded.get("keep_structure"):
             continue
-        if name == "sampler" and value not in options.SamplerName.__members__:
-            continue  # the stages' own, which differ
+        if name == "sampler" and value not in SAMPLERS:
+            continue  # the stages have different samplers
         found.append(f"{option}={','.join(map(str, value)) if isinstance(value, list) else value}")
     if "--device" not in given:
         found += _device(made.get("device", ""))
@@ -206,8 +199,6 @@ def _input(name: str, folders: list[Path]) -> str:
 
 def _part(text: str, folders: list[Path]) -> str:
     """A file's path or a caption, with its weight if it has one."""
-    from unclip.cli.inputs import looks_like_path
-
     head, colon, weight = text.rpartition(":")
     for name, rest in ((text, ""), (head, colon + weight)):
         for folder in folders:

@@ -1,10 +1,8 @@
-"""`unclip vary`: pictures that are like given ones.
-
-Knows picture files and options; the batches, the files and the model are other modules' affair.
-"""
+"""`unclip vary`: variations of given pictures."""
 
 from collections.abc import Iterator
-from functools import cache
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,18 +10,10 @@ import typer
 
 from unclip.checkpoints.tensor_file import PROMPT
 from unclip.cli import options
-from unclip.cli.inputs import check_can_vary, opened, plain
-from unclip.cli.output import Album, Wish, chosen_seed, cut, finish, make_all, picture_seed, slug
-from unclip.cli.provenance import MADE_WITH, made_with
-from unclip.pipelines.session import (
-    Machine,
-    call_settings,
-    decoder_settings,
-    find_model,
-    load,
-    model_name,
-    sampler_name,
-)
+from unclip.cli.inputs import check_can_vary, is_latent, opened, plain
+from unclip.cli.output import Job, PictureWriter, batched, chosen_seed, exit_if_failed, picture_seed, run_jobs, slug
+from unclip.cli.provenance import metadata
+from unclip.pipelines.session import Session, sampler_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,20 +27,19 @@ EXAMPLES = options.examples(
     "unclip vary cat.png --keep-structure --eta 0.5 -n 4",
 )
 
-
 DEFAULT_ETA = 0.7
 """Of --keep-structure: outlines and colours stay, details differ."""
 
 
+@options.expanded
 def vary(
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="A picture file; one or several.")],
+    *,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="One or more picture files.")],
     model: options.Model = "unclip-emoji",
-    num_images: Annotated[
-        int, typer.Option("--num-images", "-n", min=1, max=100_000, metavar="N", help="Variations of each picture.")
-    ] = 1,
+    num_images: options.NumImagesOfEach = 1,
     seed: options.Seed = None,
     prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="A caption that the decoder sees beside the picture.")
+        str | None, typer.Option(metavar="TEXT", help="A caption for the decoder, in addition to the picture.")
     ] = None,
     negative: options.Negative = None,
     keep_structure: Annotated[
@@ -62,111 +51,83 @@ def vary(
             min=0,
             max=1,
             metavar="SHARE",
-            help="With --keep-structure: fresh noise a step, from 0 (the picture again) to 1.",
+            help="With --keep-structure: fresh noise in each step, from 0 (the picture itself) to 1.",
             show_default=str(DEFAULT_ETA),
         ),
     ] = None,
-    decoder_steps: options.DecoderSteps = None,
-    super_res_steps: options.SuperResSteps = None,
-    decoder_guidance: options.DecoderGuidance = None,
+    size: options.Size,
     sampler: options.Sampler = None,
-    size: options.Size = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    out: options.OutFolder = Path("."),
-    grid: options.Grid = False,
-    overwrite: options.OverwritePictures = False,
-    as_json: options.Json = False,
-    batch_size: options.BatchSize = 8,
-    dtype: options.DtypeOption = options.Dtype.float32,
-    device: options.Device = "auto",
-    cpu_offload: options.CpuOffload = False,
-    tile: options.Tile = None,
+    decoding: options.Decoding,
+    output: options.Output,
+    compute: options.Compute,
     quiet: options.Quiet = False,
 ) -> None:
     """Make variations of pictures.
 
-    A variation shows what the given picture shows, drawn anew. Each becomes a PNG file named after the given file and
-    the seed. With --keep-structure its outlines stay too; a file of `unclip invert` may then stand for a picture. The
-    paths are printed on stdout, one a line.
+    A variation shows the same content in a new picture. Each becomes a PNG file named after the given file and the
+    seed. With --keep-structure the outlines stay too, and a file of `unclip invert` may be given instead of a picture.
+    The paths are printed to stdout, one on each line.
     """
     if eta is not None and not keep_structure:
         raise typer.BadParameter("--eta goes with --keep-structure")
     if keep_structure and (negative is not None or sampler is not None):
         raise typer.BadParameter("--keep-structure samples by DDIM, and has no --negative and no other --sampler")
-    sides = options.sides(size, height, width)
-    if keep_structure and sides:
+    if keep_structure and size.sides:
         raise typer.BadParameter(
             "--keep-structure makes pictures of the model's own size: leave out --size, --height, --width"
         )
-    from unclip.cli.inputs import is_latent
-    from unclip.cli.latents import NO_GUIDANCE, Keeper, recorded, recorded_tile, records
+    from unclip.cli.latents import NO_GUIDANCE, StructureVariations, recorded, recorded_tile, records
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
-    from unclip.pipelines.manipulation import Manipulator
 
-    folder, index = find_model(model, quiet=quiet)
-    check_can_vary(model, index)
-    given = decoder_settings(decoder_steps, super_res_steps, decoder_guidance)
+    given = decoding.given()
     failed: list[Path] = []
     prompt, negative = (None if text is None else plain(text) for text in (prompt, negative))
     if keep_structure:
         found = records((path for path in images if is_latent(path)), failed)
-        tile = recorded_tile(found, tile)
+        compute = replace(compute, tile=recorded_tile(found, compute.tile))
         known = {"decoder_guidance_scale": NO_GUIDANCE, **recorded(found, {**given, PROMPT: prompt})}
         prompt = known.get(PROMPT) if prompt is None else prompt
         given = {name: known.get(name) if value is None else value for name, value in given.items()}
-    settings = call_settings(UnCLIPImageVariationPipeline, folder, given)
-    album = Album(out, overwrite=overwrite, as_json=as_json, keep=grid, num_files=len(images) * num_images + grid)
-    seed = chosen_seed(seed, album, quiet=quiet)
-
-    machine = Machine(dtype, device, cpu_offload, quiet, tile)
-
-    @cache
-    def loaded() -> UnCLIPImageVariationPipeline:
-        return load(UnCLIPImageVariationPipeline, folder, machine, sampler)
+    session = Session(model, compute, sampler=sampler, progress=not quiet)
+    check_can_vary(model, session.index)
+    settings = session.settings(UnCLIPImageVariationPipeline, given) | size.sides
+    writer = PictureWriter.of(output, len(images) * num_images)
+    seed = chosen_seed(seed, writer, quiet=quiet)
 
     def latent(path: Path) -> "BipartiteLatent":
-        return Manipulator(loaded()).load(path)[0]
+        return session.manipulator().load(path)[0]
 
-    def wishes() -> Iterator[Wish]:
+    def jobs() -> Iterator[Job]:
         for one in opened(images, failed, latent if keep_structure else None):
             facts = {"image": plain(one.path.name)} | ({} if one.row is None else {"row": one.row})
             for copy in range(num_images):
                 name = f"{slug(plain(one.path.stem))}-variation"
-                yield Wish(one.given, picture_seed(seed, one.place * num_images + copy), name, facts, one.row or 0)
+                yield Job(one.given, picture_seed(seed, one.place * num_images + copy), name, facts, one.row or 0)
 
-    batches = cut(wishes(), batch_size)
+    batches = batched(jobs(), output.batch_size)
     first = next(batches, None)  # broken files are found before the weights are read
     if first is not None:
-        pipe = loaded()
+        pipe = session.pipeline(UnCLIPImageVariationPipeline)
+        sampled_by = "ddim" if keep_structure else sampler_name(pipe)
         about = {
             "prompt": prompt,
             "negative": negative,
-            "model": model_name(model),
-            "settings": {**settings, **sides, "sampler": sampler_name(pipe), **machine.facts},
-            MADE_WITH: made_with(pipe),
+            **metadata(session, pipe, {**settings, "sampler": sampled_by}),
         }
-
         if keep_structure:
             about["eta"] = DEFAULT_ETA if eta is None else eta
-            about["settings"]["sampler"] = "ddim"
-            keeper = Keeper(Manipulator(pipe), settings, prompt)
+        variations = StructureVariations(session.manipulator(), settings, prompt)
 
-        def draw(batch: list[Wish]) -> "list[Image]":
-            pictures, seeds = [wish.given for wish in batch], [wish.seed for wish in batch]
+        def draw(batch: list[Job]) -> "list[Image]":
+            pictures, seeds = [job.given for job in batch], [job.seed for job in batch]
             if keep_structure:
-                return keeper.vary(pictures, seeds, about["eta"])
-            return pipe(pictures, prompt=prompt, negative_prompt=negative, seed=seeds, **sides, **settings).images  # type: ignore[arg-type, union-attr, return-value]
+                return variations.make(pictures, seeds, about["eta"])
+            return pipe(pictures, prompt=prompt, negative_prompt=negative, seed=seeds, **settings).images  # type: ignore[union-attr, return-value]
 
-        make_all(_chain(first, batches), draw, album, about)
-        if grid:
+        run_jobs(chain([first], batches), draw, writer, about)
+        if output.grid:
             name = slug(plain(images[0].stem)) if len(images) == 1 else "pictures"
             columns = num_images if len(images) > 1 and num_images > 1 else None
             used = ", ".join(plain(path.name) for path in images if path not in failed)
-            album.save_sheet(f"{name}-variation-{seed}", {"image": used, **about, "seed": seed}, columns=columns)
-    finish(album, len(failed))
-
-
-def _chain(first: list[Wish], rest: Iterator[list[Wish]]) -> Iterator[list[Wish]]:
-    yield first
-    yield from rest
+            writer.save_sheet(f"{name}-variation-{seed}", {"image": used, **about, "seed": seed}, columns=columns)
+    exit_if_failed(writer, len(failed))

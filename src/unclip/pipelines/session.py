@@ -1,205 +1,209 @@
-"""A model made ready for a command: found, read, put on its device, with its settings.
+"""Sessions: a model's folder, settings, device and sampler, pipelines that share its parts, and picture metadata.
 
-Knows pipelines' folders and devices; knows not what is drawn. Called by the commands that draw.
+A session prints nothing and does not depend on the command line, so other programs can use it too.
 """
 
 import ctypes
 import inspect
+import json
+import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from unclip import __version__
 from unclip.checkpoints.files import read_json, safe_join
 from unclip.checkpoints.hub import resolve
 from unclip.checkpoints.layout import FURTHER_SUPER_RES
-from unclip.checkpoints.recommended import SCALES, Recommended, read_recommended
+from unclip.checkpoints.recommended import read_recommended
 from unclip.checkpoints.tensor_file import TILE
-from unclip.cli.messages import detail
 from unclip.errors import InputError
+from unclip.settings import SAMPLERS, SETTINGS
 
 if TYPE_CHECKING:
     import torch
+    from PIL.PngImagePlugin import PngInfo
 
     from unclip.diffusion.scheduler import Scheduler
     from unclip.pipelines.generation import GenerationPipeline
+    from unclip.pipelines.manipulation import Manipulator
     from unclip.pipelines.pipeline import Pipeline
 
+log = logging.getLogger(__name__)
 
-class Dtype(StrEnum):
-    """The weights' type."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class SamplerName(StrEnum):
-    """The ways to take the denoising steps."""
-
-    ancestral = "ancestral"
-    ddim = "ddim"
-    dpm = "dpm"
-
-
-DRAWING_OPTIONS = {
-    "num_prior_candidates": "--candidates",
-    "prior_temperature": "--prior-temperature",
-    "prior_top_p": "--prior-top-p",
-}
 STAGES = ("prior", "decoder", "super_res", *FURTHER_SUPER_RES)
+PRIOR_SAMPLING = ("num_prior_candidates", "prior_temperature", "prior_top_p")
+"""Settings that a call gets only where they are given or recommended: most models have no use for them."""
+MADE_WITH = "made_with"
+"""The PNG text that records the software, the device and the weights."""
 
 P = TypeVar("P", bound="GenerationPipeline")
 
 
 @dataclass(frozen=True)
-class Machine:
-    """How a model is loaded, and where it computes."""
+class Compute:
+    """Where a model computes, and in which precision.
 
-    dtype: Dtype
-    device: str
-    cpu_offload: bool
-    quiet: bool
+    Attributes:
+        dtype: type of the weights: "float32", "bfloat16" or "float16".
+        device: "cpu", "cuda", "cuda:1", "mps" or "xpu"; "auto" is the accelerator if there is one.
+        cpu_offload: whether only the active network is on the accelerator.
+        tile: side of super-resolution's tiles, in pixels; None: no tiles.
+    """
+
+    dtype: str = "float32"
+    device: str = "auto"
+    cpu_offload: bool = False
     tile: int | None = None
 
     @property
     def tile_fact(self) -> dict[str, int]:
-        """What pictures and latents say of the tile."""
+        """What the metadata of pictures and latents says of the tile."""
         return {} if self.tile is None else {TILE: self.tile}
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What pictures say of how they were computed."""
-        return {**self.tile_fact, "dtype": self.dtype.value}
+        """What the metadata of pictures says of the computation."""
+        return {**self.tile_fact, "dtype": str(self.dtype)}
 
 
-def find_model(name: str, *, quiet: bool) -> tuple[Path, dict[str, Any]]:
-    """A pipeline's folder, fetched from the hub if need be, and its model_index.json."""
-    silence_later(downloads=quiet)
-    folder = resolve(name)
-    detail(f"model: {folder}")
-    return folder, read_json(safe_join(folder, "model_index.json"))
+class Session:
+    """One model with its settings, and the pipelines that are loaded from it.
+
+    Opening a session reads no weights. Each kind of pipeline is loaded when it is first asked for, and uses the parts
+    that are loaded already. Several threads may use one session: loading is serialized, and calls of a pipeline change
+    nothing in it. `sampler_switch` does change the pipeline, for all threads.
+
+    Args:
+        model: a folder, a hub id, or a built-in name.
+        compute: device and precision.
+        sampler: a name in `unclip.settings.SAMPLERS`; None: each stage's own sampler.
+        progress: whether to show progress bars (only on a terminal).
+
+    Attributes:
+        name: of the model, as the metadata of pictures records it.
+        folder: of the model.
+        index: the content of its model_index.json.
+
+    Raises: MissingFileError or another CheckpointError as `resolve` and `read_json`.
+    """
+
+    def __init__(
+        self,
+        model: str = "unclip-emoji",
+        compute: Compute | None = None,
+        *,
+        sampler: str | None = None,
+        progress: bool = True,
+    ) -> None:
+        silence_later(downloads=not progress)
+        self.name = model_name(model)
+        self.folder = resolve(model)
+        log.info("model: %s", self.folder)
+        self.index: dict[str, Any] = read_json(safe_join(self.folder, "model_index.json"))
+        self.compute = compute or Compute()
+        self.sampler = sampler
+        self.progress = progress
+        self._pipelines: dict[type, GenerationPipeline] = {}
+        self._lock = threading.Lock()
+
+    def pipeline(self, kind: type[P]) -> P:
+        """The pipeline of a class, on its device, with the session's sampler.
+
+        Raises: InputError for a device that does not exist here; CheckpointError and ConfigError as `from_pretrained`.
+        """
+        with self._lock:
+            if kind not in self._pipelines:
+                self._pipelines[kind] = self._load(kind)
+            return cast(P, self._pipelines[kind])
+
+    def manipulator(self, *, captions: bool = False) -> "Manipulator":
+        """Inversion and manipulation with the session's model.
+
+        Args:
+            captions: whether captions are needed too, for which the prior is loaded.
+        """
+        from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
+        from unclip.pipelines.manipulation import Manipulator
+        from unclip.pipelines.text_to_image import UnCLIPPipeline
+
+        variation = self.pipeline(UnCLIPImageVariationPipeline)
+        return Manipulator(variation, self.pipeline(UnCLIPPipeline) if captions else None)
+
+    def settings(self, kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a pipeline's call: given values, else recommended ones, else the call's defaults.
+
+        Args:
+            kind: the pipeline's class.
+            given: by the names of the call's arguments; None: not given. Those in `PRIOR_SAMPLING` are left out when
+                they are neither given nor recommended.
+
+        Raises: InputError for a value that is outside the limits in `unclip.settings.SETTINGS`.
+        """
+        defaults = inspect.signature(kind.__call__).parameters
+        recommended = read_recommended(self.folder)
+        settings: dict[str, Any] = {}
+        for name, value in given.items():
+            if value is None and name in recommended:
+                value = recommended[name]
+            elif value is None and name in PRIOR_SAMPLING:
+                continue
+            elif value is None:
+                value = defaults[name].default
+            if name in SETTINGS:
+                for number in value if isinstance(value, list | tuple) else [value]:
+                    SETTINGS[name].check(number)
+            settings[name] = value
+        return settings
+
+    def metadata(
+        self, pipe: "Pipeline", settings: Mapping[str, Any], call: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """What the files of all pictures of a call say of the model, the settings, the software and the device.
+
+        Args:
+            pipe: the pipeline that makes the pictures.
+            settings: the arguments of the call.
+            call: what else to record under `MADE_WITH`, such as a command and its options.
+        """
+        made_with = {**(call or {}), **environment(pipe)}
+        return {"model": self.name, "settings": {**settings, **self.compute.facts}, MADE_WITH: made_with}
+
+    def _load(self, kind: type[P]) -> P:
+        where = pick_device(self.compute.device)
+        keep_freed_memory()
+        parts = {name: part for pipe in self._pipelines.values() for name, part in pipe.components.items()}
+        if self._pipelines:
+            shared = {name: part for name, part in parts.items() if name in kind.component_names()}
+            pipe = kind.from_pipe(next(iter(self._pipelines.values())), **shared)
+        else:
+            pipe = kind.from_pretrained(self.folder, torch_dtype=str(self.compute.dtype), own_clip=True)
+        if self.sampler is not None:
+            sampler_switch(pipe)(self.sampler)
+        if self.compute.tile is not None:
+            pipe.enable_super_res_tiling(self.compute.tile, max(1, self.compute.tile // 8))
+        if self.compute.cpu_offload:
+            pipe.enable_model_cpu_offload(device=None if self.compute.device == "auto" else where)
+        else:
+            pipe.to(where)
+        pipe.set_progress_bar_config(disable=None if self.progress else True, leave=False)  # None: only on a terminal
+        log.info("device: %s, weights: %s, sampler: %s", pipe.device, self.compute.dtype, sampler_name(pipe))
+        return pipe
 
 
 def model_name(name: str) -> str:
-    """The model as pictures name it: of a folder its own name alone, for where it lies is nobody's business."""
+    """The model as metadata records it: of a folder only its own name, without its place on this machine."""
     return Path(name).resolve().name if os.path.isdir(name) else name
-
-
-def decoder_settings(
-    decoder_steps: int | None, super_res_steps: Any, decoder_guidance: float | None
-) -> dict[str, Recommended | None]:
-    """The options of decoder and super-resolution under the names of a call's arguments, None where not given."""
-    return {
-        "decoder_num_inference_steps": decoder_steps,
-        "super_res_num_inference_steps": super_res_steps,
-        "decoder_guidance_scale": decoder_guidance,
-    }
-
-
-def stage_settings(
-    prior_steps: int | None,
-    decoder_steps: int | None,
-    super_res_steps: Any,
-    prior_guidance: float | None,
-    decoder_guidance: float | None,
-) -> dict[str, Recommended | None]:
-    """As `decoder_settings`, with the prior's."""
-    return {
-        "prior_num_inference_steps": prior_steps,
-        "decoder_num_inference_steps": decoder_steps,
-        "super_res_num_inference_steps": super_res_steps,
-        "prior_guidance_scale": prior_guidance,
-        "decoder_guidance_scale": decoder_guidance,
-    }
-
-
-def drawing_settings(
-    candidates: int | None = None, prior_temperature: float | None = None, prior_top_p: float | None = None
-) -> dict[str, Recommended | None]:
-    """How the prior draws, by its arguments' names; None for the model's own way."""
-    return {
-        "num_prior_candidates": candidates,
-        "prior_temperature": prior_temperature,
-        "prior_top_p": prior_top_p,
-    }
-
-
-def refuse_drawing(drawing: Mapping[str, Recommended | None]) -> None:
-    """For a command whose prior does not run. Raises: InputError when any of `drawing_settings` is given."""
-    given = [DRAWING_OPTIONS[name] for name, value in drawing.items() if value is not None]
-    if given:
-        raise InputError(f"the prior does not run here, as no caption is turned into an idea: leave out {given[0]}")
-
-
-def call_settings(
-    pipeline_class: type,
-    folder: Path,
-    given: Mapping[str, Recommended | None],
-    optional: Mapping[str, Recommended | None] | None = None,
-) -> dict[str, Recommended]:
-    """The arguments of a call, each as given, else as the model recommends, else the pipeline's own default.
-
-    Those of `optional` are left out where they are neither given nor recommended.
-
-    Raises: InputError for a guidance scale out of limits, before a weight is read.
-    """
-    from unclip.diffusion.guidance import check_scale
-
-    defaults = inspect.signature(pipeline_class.__call__).parameters
-    recommended = read_recommended(folder)
-    settings: dict[str, Recommended] = {}
-    for name, value in given.items():
-        own: Recommended = defaults[name].default
-        settings[name] = recommended.get(name, own) if value is None else value
-    for name, value in (optional or {}).items():
-        if value is not None or name in recommended:
-            settings[name] = recommended[name] if value is None else value
-    for name in SCALES:
-        if name in settings:
-            check_scale(settings[name], name)
-    return settings
-
-
-def load(pipeline_class: type[P], folder: Path, machine: Machine, sampler: SamplerName | None) -> P:
-    """The pipeline on its device, sampling as asked for, showing bars as asked for."""
-    import torch
-
-    where = pick_device(machine.device)
-    keep_freed_memory()
-    pipe = pipeline_class.from_pretrained(folder, torch_dtype=getattr(torch, machine.dtype), own_clip=True)
-    if sampler is not None:
-        sampler_switch(pipe)(sampler)
-    if machine.tile is not None:
-        pipe.enable_super_res_tiling(machine.tile, max(1, machine.tile // 8))
-    if machine.cpu_offload:
-        pipe.enable_model_cpu_offload(device=None if machine.device == "auto" else where)
-    else:
-        pipe.to(where)
-    detail(f"device: {pipe.device}, weights: {machine.dtype.value}, sampler: {sampler_name(pipe)}")
-    pipe.set_progress_bar_config(disable=machine.quiet or None, leave=False)  # None: only on a terminal
-    return pipe
-
-
-def sampler_switch(pipe: "Pipeline") -> Callable[[str], None]:
-    """What brings all stages of a pipeline to the sampler of a name, or back to its own (`sampler_name`)."""
-    own_name, own = sampler_name(pipe), _schedulers(pipe)
-
-    def use(name: str) -> None:
-        for component, scheduler in own.items():
-            other = scheduler if name == own_name else _sampler_class(SamplerName(name)).from_config(scheduler.config)
-            setattr(pipe, component, other)
-
-    return use
 
 
 def pick_device(name: str) -> "torch.device":
     """The device called `name`; "auto" is the accelerator if there is one.
 
-    Raises: InputError when the machine has no such device.
+    Raises: InputError when the machine does not have the device.
     """
     import torch
 
@@ -214,14 +218,110 @@ def pick_device(name: str) -> "torch.device":
     return torch.device(name)
 
 
+def sampler_switch(pipe: "Pipeline") -> Callable[[str], None]:
+    """A function that gives all stages of a pipeline the sampler of a name, or their own ones (`sampler_name`) again.
+
+    It raises: InputError for an unknown name.
+    """
+    own_name, own = sampler_name(pipe), _schedulers(pipe)
+
+    def use(name: str) -> None:
+        kind = None if name == own_name else _scheduler_class(name)
+        for component, scheduler in own.items():
+            setattr(pipe, component, scheduler if kind is None else kind.from_config(scheduler.config))
+
+    return use
+
+
 def sampler_name(pipe: "Pipeline") -> str:
-    """How the pipeline's stages sample: one name where they agree, else one a stage."""
+    """The sampler of the pipeline's stages: one name where they agree, else one for each stage."""
     names = [_short_name(scheduler) for scheduler in _schedulers(pipe).values()]
     return names[0] if len(set(names)) == 1 else ", ".join(names)
 
 
+def _schedulers(pipe: "Pipeline") -> dict[str, "Scheduler"]:
+    return {name: part for stage in STAGES if (part := pipe.components.get(name := f"{stage}_scheduler")) is not None}
+
+
+def _scheduler_class(name: str) -> "type[Scheduler]":
+    from unclip.diffusion import scheduler
+
+    if name not in SAMPLERS:
+        raise InputError(f"the sampler is {name!r}; it must be one of {', '.join(SAMPLERS)}")
+    return getattr(scheduler, SAMPLERS[name].scheduler)
+
+
+def _short_name(scheduler: "Scheduler") -> str:
+    names = (name for name in SAMPLERS if isinstance(scheduler, _scheduler_class(name)))
+    return next(names, type(scheduler).__name__)
+
+
+def environment(pipe: "Pipeline") -> dict[str, str]:
+    """What a picture depends on besides its settings: software, device, and a fingerprint of the networks."""
+    import torch
+    from torch import nn
+
+    from unclip.checkpoints.tensor_file import fingerprint
+
+    names = sorted(name for name in pipe.components if "encoder" not in name)
+    parts = [pipe.components[name] for name in names]
+    return {
+        "unclip": __version__,
+        "torch": torch.__version__,
+        "device": _device_words(pipe.device),
+        "model_fingerprint": fingerprint(part.state_dict() for part in parts if isinstance(part, nn.Module)),
+    }
+
+
+def _device_words(device: "torch.device") -> str:
+    import torch
+
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.backends.cpu.get_cpu_capability()})" if device.type == "cpu" else device.type
+
+
+def png_texts(facts: Mapping[str, Any]) -> "PngInfo":
+    """The metadata of a picture as PNG texts: one for each fact but None (mappings as JSON), and the software."""
+    from PIL.PngImagePlugin import PngInfo
+
+    texts = PngInfo()
+    for name, value in facts.items():
+        if value is None:
+            continue
+        text = json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else str(value)
+        text = text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
+        if text.isascii():
+            texts.add_text(name, text)
+        else:
+            texts.add_itxt(name, text)
+    texts.add_text("Software", f"unclip {__version__}")
+    return texts
+
+
+def read_texts(path: Path) -> dict[str, Any]:
+    """The texts of a picture's file, as `png_texts` made them; settings that are not JSON are left out.
+
+    Raises: ImageError as `open_image`.
+    """
+    from PIL import Image
+
+    from unclip.images import open_image
+
+    open_image(path)
+    with Image.open(path) as image:
+        texts: dict[str, Any] = {str(name): text for name, text in image.info.items() if isinstance(text, str)}
+    for name in ("settings", MADE_WITH):
+        if name in texts:
+            try:
+                texts[name] = json.loads(texts[name])
+            except (ValueError, RecursionError):
+                del texts[name]
+    return texts
+
+
 def silence(*, downloads: bool) -> None:
-    """Keep transformers' own bars and advice off the terminal, and the hub's bars too if asked."""
+    """Turn off progress bars and advice of transformers, and the download bars of the hub client if asked."""
     from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging
 
@@ -232,34 +332,12 @@ def silence(*, downloads: bool) -> None:
 
 
 def silence_later(*, downloads: bool) -> None:
-    """As `silence`, without importing what may never be needed: what is not there yet finds the wish when it comes."""
+    """As `silence`, without imports: a library that is imported later reads the environment variables set here."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if downloads:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if "transformers" in sys.modules or (downloads and "huggingface_hub" in sys.modules):
         silence(downloads=downloads)
-
-
-def _schedulers(pipe: "Pipeline") -> dict[str, "Scheduler"]:
-    return {name: part for stage in STAGES if (part := pipe.components.get(name := f"{stage}_scheduler")) is not None}
-
-
-def _sampler_class(name: SamplerName) -> "type[Scheduler]":
-    from unclip.diffusion import scheduler
-
-    kinds: dict[SamplerName, type[Scheduler]] = {
-        SamplerName.ancestral: scheduler.UnCLIPScheduler,
-        SamplerName.ddim: scheduler.DDIMScheduler,
-        SamplerName.dpm: scheduler.DPMSolverMultistepScheduler,
-    }
-    return kinds[name]
-
-
-def _short_name(scheduler: "Scheduler") -> str:
-    for name in SamplerName:
-        if isinstance(scheduler, _sampler_class(name)):
-            return name.value
-    return type(scheduler).__name__
 
 
 # <malloc.h> of the GNU C library.
@@ -270,12 +348,12 @@ GROW_BY = 64 * 2**20
 
 
 def keep_freed_memory() -> bool:
-    """Have the GNU C library keep large freed blocks, where it would give each back to the kernel and fetch it anew.
+    """Make the GNU C library keep large freed blocks instead of returning them to the kernel.
 
-    A tensor of 32 MiB and more is otherwise mapped afresh at every step, and the kernel fills its pages with zeros
-    first: a fifth of a training step on two cores. The process's memory stays at its peak until it ends.
+    Otherwise each tensor of 32 MiB or more is mapped again at every step, and the kernel fills its pages with zeros
+    first. That took a fifth of a training step on two cores. The process's memory stays at its peak until it ends.
 
-    Returns: whether it took; elsewhere than under that library nothing happens.
+    Returns: whether the setting was made. With another C library nothing happens.
     """
     if not sys.platform.startswith("linux"):
         return False
