@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unclip.pipelines import text_to_image as text_to_image_module
+from unclip.pipelines import steps as steps_module
 
 from .conftest import FEW_STEPS
 
@@ -167,13 +167,13 @@ def test_how_the_prior_draws(edit, photo, mask, model, tmp_path, monkeypatch, co
     more = [mask if part == "MASK" else part for part in more]
     folder = shutil.copytree(model, tmp_path / "recommending")
     (folder / "generation_defaults.json").write_text('{"num_prior_candidates": 4}')
-    asked, original = [], text_to_image_module.sample_best
+    asked, original = [], steps_module.sample_best
 
     def spy(*given, num_candidates, **named):
         asked.append(num_candidates)
         return original(*given, num_candidates=num_candidates, **named)
 
-    monkeypatch.setattr(text_to_image_module, "sample_best", spy)
+    monkeypatch.setattr(steps_module, "sample_best", spy)
     for options, wanted in (((), 4), (("--candidates", 3), 3)):
         done = edit(command, photo, *more, "--prompt", "a cat", *options, "--json", model=folder)
         assert json.loads(done.out)["settings"]["num_prior_candidates"] == wanted

@@ -20,7 +20,7 @@ from unclip.cli.probe import drawn
 from unclip.errors import InputError
 from unclip.images import open_image
 from unclip.models.pca import PrincipalComponents
-from unclip.pipelines import text_to_image as text_to_image_module
+from unclip.pipelines import steps as steps_module
 from unclip.pipelines.manipulation import Manipulator
 from unclip.pipelines.session import Compute
 from unclip.stages.manipulation import even_places
@@ -542,13 +542,13 @@ CAPTIONS = {
 
 @pytest.mark.parametrize("command", CAPTIONS.values(), ids=CAPTIONS)
 def test_how_the_prior_draws(run, recommending, monkeypatch, command):
-    asked, original = [], text_to_image_module.sample_best
+    asked, original = [], steps_module.sample_best
 
     def spy(*given, num_candidates, **more):
         asked.append(num_candidates)
         return original(*given, num_candidates=num_candidates, **more)
 
-    monkeypatch.setattr(text_to_image_module, "sample_best", spy)
+    monkeypatch.setattr(steps_module, "sample_best", spy)
     is_edit = command[0] == "edit"  # a difference takes one, whatever is recommended for pictures
     for more, model, wanted in (((), recommending, 1 if is_edit else 4), (("--candidates", 3), recommending, 3)):
         done = run(*command, *more, "--json", model=model)

@@ -204,6 +204,7 @@ def test_compiled_code_gives_the_same_picture(own_pipeline, name):
     torch.testing.assert_close(draw(own_pipeline), plain, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_compiled_components_are_accepted_shared_and_saved_as_plain_ones(own_pipeline, tmp_path):
     plain, made = draw(own_pipeline), fingerprint(own_pipeline)
     own_pipeline.save_pretrained(tmp_path / "plain")

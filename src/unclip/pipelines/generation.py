@@ -100,6 +100,9 @@ class GenerationPipeline(Pipeline):
             ("text_proj.time_embed_dim", proj.time_embed_dim, "decoder's", decoder.embedding_width),
             *cascade.fits(decoder, stages),
         ]
+        if (encoder := self.components.get("image_encoder")) is not None:
+            width = encoder.config.projection_dim
+            fits.append(("image_encoder.projection_dim", width, "text_proj.clip_embeddings_dim", dim))
         networks: list[tuple[str, Any, Scheduler]] = [("decoder", decoder, self.decoder_scheduler)]
         for stage, part in stages.items():
             networks.append((f"{stage}_first", part.first.config, part.scheduler))

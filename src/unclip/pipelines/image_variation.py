@@ -18,7 +18,6 @@ from unclip.pipelines.arguments import (
     check_output_type,
     noise_source,
 )
-from unclip.pipelines.cascade import check_fits
 from unclip.pipelines.generation import GenerationPipeline
 from unclip.pipelines.steps import Call, decode, encode, enlarge, finish
 
@@ -51,9 +50,6 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
 
     def check(self) -> None:
         super().check()
-        wanted = self.text_proj.config.clip_embeddings_dim
-        width = self.image_encoder.config.projection_dim
-        check_fits([("image_encoder.projection_dim", width, "text_proj.clip_embeddings_dim", wanted)])
         ImageEncoder(self.image_encoder, self.feature_extractor).check()
 
     @torch.no_grad()

@@ -113,7 +113,7 @@ class StageRun(Generic[Condition]):
         sampler: takes the denoising steps.
         timesteps: descending.
         guidance_scale: guidance is on above 1.
-        latents: x_T; None: it is drawn.
+        latents: x_T; None: random.
         origin: a clean sample that is noised to the first timestep, where the path starts; None: it starts from x_T.
     """
 
@@ -190,8 +190,8 @@ class PriorRun:
     Attributes:
         prior: the prior with its sampler.
         guidance_scale: guidance is on above 1.
-        latents: the noise of the first candidate; None: it is drawn.
-        num_candidates: how many embeddings are drawn for each caption, of which one is kept.
+        latents: the noise of the first candidate; None: random.
+        num_candidates: how many embeddings are sampled for each caption; one is kept.
         captions_per_choice: how many consecutive captions keep the candidate of the same number; see `closest`.
     """
 

@@ -138,7 +138,7 @@ class AutoregressivePriorStage:
         text, dtype = condition.text, self.prior.dtype
         return self.prior(codes, dots, text.embeds.to(dtype), text.hidden_states.to(dtype), text.mask)
 
-    def _tell(self, on_step: OnStep, k: int, codes: list[Tensor]) -> None:
+    def _report(self, on_step: OnStep, k: int, codes: list[Tensor]) -> None:
         so_far, count = self.prior.decode(torch.stack(codes, dim=1)), self.prior.config.num_components
         if on_step(StepInfo(k, count, count - 1 - k, so_far, so_far)) is not None:
             raise InputError("the codes of an autoregressive prior cannot be replaced; on_step must return None")
