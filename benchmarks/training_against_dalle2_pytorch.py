@@ -129,7 +129,7 @@ def prior_module(settings: dict):
     from unclip.stages.stage import PriorCondition
     from unclip.training.conditions import batch_text
     from unclip.training.diffusion import StageModule
-    from unclip.training.task import OWN_PROCESSES
+    from unclip.training.recipe import TASKS
 
     prior = PriorTransformer(
         num_attention_heads=settings["width"] // 64,
@@ -139,7 +139,7 @@ def prior_module(settings: dict):
         num_embeddings=settings["tokens"],
     )
     prior.initialize_for_training()
-    stage = PriorStage(prior, OWN_PROCESSES["prior"])
+    stage = PriorStage(prior, TASKS["prior"].process)
     return StageModule(stage, lambda b: PriorCondition(batch_text(b)), "simple", prior=prior)
 
 
@@ -151,7 +151,7 @@ def decoder_module(settings: dict):
     from unclip.stages.stage import DecoderCondition
     from unclip.training.conditions import batch_text
     from unclip.training.diffusion import StageModule
-    from unclip.training.task import OWN_PROCESSES
+    from unclip.training.recipe import TASKS
 
     decoder = UNet2DConditionModel(
         sample_size=settings["size"],
@@ -173,7 +173,7 @@ def decoder_module(settings: dict):
         clip_embeddings_dim=settings["width"], time_embed_dim=4 * 32, cross_attention_dim=192
     )
     text_proj.initialize_for_training()
-    stage = DecoderStage(decoder, text_proj, OWN_PROCESSES["decoder"])
+    stage = DecoderStage(decoder, text_proj, TASKS["decoder"].process)
     return StageModule(
         stage,
         lambda b: DecoderCondition(batch_text(b), b["image_embedding"], b["given"]),

@@ -13,7 +13,7 @@ from unclip import UnCLIPImageVariationPipeline, UnCLIPPipeline
 from unclip.errors import CheckpointError, ConfigError, InputError, MissingFileError, OutputExistsError
 from unclip.training.assemble import PARTS, assemble
 from unclip.training.clip import ClipTask
-from unclip.training.diffusion import DecoderTask, PriorTask, SuperResTask
+from unclip.training.task import make_task
 from unclip.training.trainer import Trainer
 
 FEW = {"decoder_num_inference_steps": 2, "super_res_num_inference_steps": 2}
@@ -28,14 +28,14 @@ def write_run(task, folder):
 def runs(tmp_path, tiny, clip_model):
     """A run of each stage, not trained at all."""
     shutil.copytree(clip_model, tmp_path / "clip" / "model")
-    last = SuperResTask(tiny("super_res", section={"only_last_step": True}))
+    last = make_task(tiny("super_res", section={"only_last_step": True}))
     with torch.no_grad():
         last.network.conv_out.bias.fill_(0.5)
     return {
         "clip": tmp_path / "clip",
-        "prior": write_run(PriorTask(tiny("prior")), tmp_path / "prior"),
-        "decoder": write_run(DecoderTask(tiny("decoder")), tmp_path / "decoder"),
-        "super_res_first": write_run(SuperResTask(tiny("super_res")), tmp_path / "super_res"),
+        "prior": write_run(make_task(tiny("prior")), tmp_path / "prior"),
+        "decoder": write_run(make_task(tiny("decoder")), tmp_path / "decoder"),
+        "super_res_first": write_run(make_task(tiny("super_res")), tmp_path / "super_res"),
         "super_res_last": write_run(last, tmp_path / "super_res_last"),
     }
 
@@ -73,7 +73,7 @@ def test_one_network_for_all_of_super_resolution(runs, tmp_path):
 
 def test_one_stage_anew_in_a_model(runs, tmp_path, tiny):
     assemble(**runs, out=tmp_path / "old")
-    decoder = write_run(DecoderTask(tiny("decoder", seed=8)), tmp_path / "decoder_more")
+    decoder = write_run(make_task(tiny("decoder", seed=8)), tmp_path / "decoder_more")
     assemble(**{name: tmp_path / "old" for name in runs} | {"decoder": decoder}, out=tmp_path / "new")
     for name in ("decoder", "text_proj", "prior", "image_encoder", "super_res_last"):
         old, new = (next((tmp_path / which / name).glob("*.safetensors")).read_bytes() for which in ("old", "new"))
@@ -126,7 +126,7 @@ def test_stages_that_do_not_fit(runs, tmp_path, tiny):
 def test_a_last_step_of_another_process(runs, tmp_path, tiny, changes, words):
     process = dataclasses.replace(tiny("super_res").super_res.process, **changes)
     recipe = tiny("super_res", section={"only_last_step": True, "process": process})
-    runs["super_res_last"] = write_run(SuperResTask(recipe), tmp_path / "other")
+    runs["super_res_last"] = write_run(make_task(recipe), tmp_path / "other")
     with pytest.raises(ConfigError, match=rf"super_res_last \(.*other\) share a scheduler, .*: {words}"):
         assemble(**runs, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -136,13 +136,13 @@ def test_a_last_step_that_was_to_be_drawn_otherwise(runs, tmp_path, tiny):
     """The variance and the clipping are the sampler's affair, and there may be a network without a scheduler."""
     process = dataclasses.replace(tiny("super_res").super_res.process, variance_type="fixed_small", clip_range=2.0)
     recipe = tiny("super_res", section={"only_last_step": True, "process": process})
-    runs["super_res_last"] = write_run(SuperResTask(recipe), tmp_path / "other")
+    runs["super_res_last"] = write_run(make_task(recipe), tmp_path / "other")
     assemble(**runs, out=tmp_path / "out")
     shutil.rmtree(runs["super_res_last"] / "model" / "super_res_scheduler")
     assemble(**runs, out=tmp_path / "again")
 
 
-KINDS = {"prior": PriorTask, "decoder": DecoderTask}
+UNDER_CLIP = ("prior", "decoder")
 
 
 @pytest.fixture
@@ -154,39 +154,39 @@ def other_clip(tmp_path, tiny):
 @pytest.fixture
 def trained(runs, tmp_path, tiny):
     """The same with a state: prior and decoder have been trained."""
-    for stage, kind in KINDS.items():
+    for stage in UNDER_CLIP:
         recipe = tiny(stage, steps=1, batch_size=4)
-        Trainer(kind(recipe), recipe, tmp_path / f"{stage}_run").run()
-    return runs | {stage: tmp_path / f"{stage}_run" for stage in KINDS}
+        Trainer(make_task(recipe), recipe, tmp_path / f"{stage}_run").run()
+    return runs | {stage: tmp_path / f"{stage}_run" for stage in UNDER_CLIP}
 
 
 def test_runs_under_another_clip(trained, runs, tmp_path, other_clip):
     assemble(**trained, out=tmp_path / "right")
-    for stage in KINDS:
+    for stage in UNDER_CLIP:
         one = runs | {stage: trained[stage], "clip": other_clip}
-        with pytest.raises(ConfigError, match=rf"{stage} \(.*_run\) was trained under another CLIP .*other_clip"):
+        with pytest.raises(ConfigError, match=rf"{stage} \(.*_run\) was trained with another CLIP .*other_clip"):
             assemble(**one, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     # A model's folder does not say it, an assembled one's CLIP is the same, and a broken state says nothing.
-    models = {stage: trained[stage] / "model" for stage in KINDS}
+    models = {stage: trained[stage] / "model" for stage in UNDER_CLIP}
     assemble(**trained | models | {"clip": other_clip}, out=tmp_path / "unknown")
     assemble(**trained | {"clip": tmp_path / "right"}, out=tmp_path / "again")
-    for stage in KINDS:
+    for stage in UNDER_CLIP:
         (trained[stage] / "state" / "state.json").write_text("{")
     assemble(**trained | {"clip": other_clip}, out=tmp_path / "broken")
 
 
-@pytest.mark.parametrize("stage", list(KINDS))
+@pytest.mark.parametrize("stage", list(UNDER_CLIP))
 def test_a_start_under_another_clip(trained, tmp_path, tiny, other_clip, stage):
     section = {"clip": other_clip / "model"}
     start = trained[stage] / "model"
-    with pytest.warns(UserWarning, match="was trained under another CLIP .* must learn the new space"):
-        KINDS[stage](tiny(stage, start_from=start, section=section))
-    KINDS[stage](tiny(stage, start_from=start))
+    with pytest.warns(UserWarning, match="was trained with another CLIP .* must adapt to the new one"):
+        UNDER_CLIP[stage](tiny(stage, start_from=start, section=section))
+    UNDER_CLIP[stage](tiny(stage, start_from=start))
     assemble(**trained, out=tmp_path / "whole")
-    with pytest.warns(UserWarning, match="whole was trained under another CLIP"):
-        KINDS[stage](tiny(stage, start_from=tmp_path / "whole", section=section))
-    KINDS[stage](tiny(stage, start_from=tmp_path / "whole"))
+    with pytest.warns(UserWarning, match="whole was trained with another CLIP"):
+        UNDER_CLIP[stage](tiny(stage, start_from=tmp_path / "whole", section=section))
+    UNDER_CLIP[stage](tiny(stage, start_from=tmp_path / "whole"))
 
 
 # ---- further super-resolution stages ----
@@ -198,7 +198,7 @@ def more(tmp_path, tiny):
     runs = []
     for seed, size in ((21, 64), (22, 128)):
         model = tiny("super_res").super_res.model | {"sample_size": size}
-        task = SuperResTask(tiny("super_res", seed=seed, section={"model": model, "crop_size": 16}))
+        task = make_task(tiny("super_res", seed=seed, section={"model": model, "crop_size": 16}))
         runs.append(write_run(task, tmp_path / f"to_{size}"))
     return runs
 

@@ -11,15 +11,14 @@ from safetensors.torch import load_file
 from unclip import AutoregressivePrior, UnCLIPPipeline
 from unclip.errors import ConfigError
 from unclip.training.assemble import assemble
-from unclip.training.diffusion import DecoderTask, SuperResTask
-from unclip.training.prior_autoregressive import AutoregressivePriorTask
+from unclip.training.task import make_task
 from unclip.training.trainer import step_generator
 
 FEW = {"decoder_num_inference_steps": 2, "super_res_num_inference_steps": 2}
 
 
 def task_of(tiny, **section):
-    return AutoregressivePriorTask(tiny("prior_autoregressive", section=section))
+    return make_task(tiny("prior_autoregressive", section=section))
 
 
 def test_texts_and_dot_products_are_dropped_at_the_stated_rates(tiny):
@@ -76,7 +75,7 @@ def test_a_start_keeps_its_codes(tiny, tmp_path):
     first = task_of(tiny)
     first.stage.prior.code_low.sub_(1.0)
     first.save(tmp_path)
-    second = AutoregressivePriorTask(tiny("prior_autoregressive", seed=9, start_from=tmp_path))
+    second = make_task(tiny("prior_autoregressive", seed=9, start_from=tmp_path))
     saved = load_file(tmp_path / "prior" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(value, saved[name]) for name, value in second.stage.prior.state_dict().items())
 
@@ -102,13 +101,13 @@ def test_settings_outside_their_limits(tiny):
 def test_assembled_into_a_model_that_draws(tiny, tmp_path, clip_model):
     shutil.copytree(clip_model, tmp_path / "clip" / "model")
     recipes = {
-        "prior": (AutoregressivePriorTask, "prior_autoregressive"),
-        "decoder": (DecoderTask, "decoder"),
-        "super_res_first": (SuperResTask, "super_res"),
+        "prior": "prior_autoregressive",
+        "decoder": "decoder",
+        "super_res_first": "super_res",
     }
     runs = {"clip": tmp_path / "clip"}
-    for name, (kind, stage) in recipes.items():
-        kind(tiny(stage)).save(tmp_path / name / "model")
+    for name, stage in recipes.items():
+        make_task(tiny(stage)).save(tmp_path / name / "model")
         runs[name] = tmp_path / name
     assemble(**runs, out=tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model_index.json").read_text())

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 import unclip
-from unclip.cli.train import make_task
 from unclip.errors import ConfigError, UnclipError
-from unclip.training.recipe import LoraSettings, ProcessRecipe, read_recipe
-from unclip.training.task import OWN_PROCESSES, process_of, settled
+from unclip.training.recipe import TASKS, LoraSettings, ProcessRecipe, read_recipe
+from unclip.training.task import make_task, process_of, settled
 from unclip.training.trainer import Trainer, step_generator
 
 STARTS = pytest.mark.parametrize(
@@ -61,7 +60,7 @@ def test_what_the_recipe_does_not_state_is_the_models(tiny, model, tmp_path, sta
     recipe = tiny(stage, start_from=folder, lora=lora, section={"process": SILENT})
     task = make_task(recipe)
     assert task.stage.process == first.stage.process == process_of(V_IN_FULL)
-    assert task.stage.process != OWN_PROCESSES[stage]
+    assert task.stage.process != TASKS[stage].process
     assert loss(task) == pytest.approx(loss(first), rel=1e-6)
     task.save(tmp_path / "again")
     name = f"{stage}_scheduler"
@@ -75,9 +74,9 @@ def test_another_process_than_the_models_is_refused_by_name(tiny, model, stage, 
     _, folder = model(stage)
     other = ProcessRecipe(prediction_type="epsilon", variance_type="fixed_small_log", clip_range=1.0)
     words = (
-        rf"the recipe's {stage}\.process is not the one .*model was trained under \({stage}_scheduler\): "
+        rf"the recipe's {stage}\.process differs from .* \({stage}_scheduler\): "
         r"prediction_type is 'v_prediction' there and 'epsilon' here; clip_range is 3\.0 there and 1\.0 here\. "
-        "Leave these settings out"
+        "Remove these settings"
     )
     with pytest.raises(ConfigError, match=words):
         make_task(tiny(stage, start_from=folder, lora=lora, section={"process": other}))
@@ -117,7 +116,7 @@ def test_where_the_model_says_nothing_the_recipe_holds_as_ever(tiny, model):
     stated = ProcessRecipe(prediction_type="sample")
     recipe = tiny("super_res", start_from=folder, section={"process": stated})
     rewrite(folder, "super_res", _class_name="PNDMScheduler")
-    wanted = dataclasses.replace(OWN_PROCESSES["super_res"], prediction_type="sample")
+    wanted = dataclasses.replace(TASKS["super_res"].process, prediction_type="sample")
     assert make_task(recipe).stage.process == wanted
     (folder / "super_res_scheduler" / "scheduler_config.json").unlink()
     (folder / "super_res_scheduler").rmdir()

@@ -127,7 +127,7 @@ def test_two_processes_with_further_settings(place, setting, launcher):
 
 PARTING = """
 import pathlib, sys
-from unclip.cli.train import make_task
+from unclip.training.task import make_task
 from unclip.training.recipe import read_recipe
 from unclip.training.trainer import Trainer
 recipe = read_recipe(pathlib.Path(sys.argv[1]), steps=1, shard=sys.argv[2] == "sharded")
@@ -157,7 +157,7 @@ TABLES = """
 import pathlib, sys
 import torch
 from accelerate import PartialState
-from unclip.cli.train import make_task
+from unclip.training.task import make_task
 from unclip.training.recipe import read_recipe
 task = make_task(read_recipe(pathlib.Path(sys.argv[1])))
 torch.save(task.stage.prior.dot_edges, f"edges-{PartialState().process_index}.pt")

@@ -134,7 +134,7 @@ def test_the_recipe_as_plain_data(read):
             "seed is 18446744073709551616; it must be from 0 to 18,446,744,073,709,551,615",
         ),
         (PRIOR + "ema_decay = 1.0\n[prior]", r"ema_decay is 1\.0; it must be from 0 to below 1"),
-        (PRIOR + "batch_size = 10\naccumulation = 3\n[prior]", "no multiple of accumulation 3"),
+        (PRIOR + "batch_size = 10\naccumulation = 3\n[prior]", "not a multiple of accumulation 3"),
         (PRIOR + "max_skipped_share = 1.01\n[prior]", r"max_skipped_share is 1\.01; it must be from 0 to 1"),
         (PRIOR + "save_every_s = nan\n[prior]", "save_every_s is nan"),
         (PRIOR + "[optimizer]\nlearning_rate = inf\n[prior]", r"optimizer\.learning_rate is inf"),
@@ -157,7 +157,7 @@ LORA = PRIOR + 'start_from = "m"\n[prior]\n[lora]\n'
     ("text", "words"),
     [
         (PRIOR + "batch_size = 1000000000000\n[prior]", "batch_size is 1000000000000; it must be from 1 to"),
-        (PRIOR + "steps = 100000000000000000000\n[prior]", "it must be finite, and of 64 bits"),
+        (PRIOR + "steps = 100000000000000000000\n[prior]", "it must be finite and have at most 64 bits"),
         (PRIOR + f"steps = {'9' * 400}\n[prior]", "steps is a number of 1329 bits"),
         (PRIOR + f"steps = {'9' * 5000}\n[prior]", "not valid TOML"),
         (PRIOR + "steps = -5\n[prior]", "steps is -5"),

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTForImageClassification
 
 from unclip.errors import CheckpointError, ConfigError, MissingFileError, WeightsError
-from unclip.training.diffusion import SuperResTask
 from unclip.training.losses import absolute_error, perceptual_loss
 from unclip.training.recipe import ProcessRecipe, SuperResSettings
+from unclip.training.task import make_task
 from unclip.training.trainer import Trainer, step_generator
 
 LAST = {"only_last_step": True}
@@ -20,7 +20,7 @@ MIN_SNR = ProcessRecipe(weighting="min_snr")
 
 
 def save_resnet(folder) -> None:
-    """A random image model of transformers that is no CLIP."""
+    """A random image model of transformers that is not a CLIP."""
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -77,7 +77,7 @@ def test_a_network_whose_file_lacks_weights(tmp_path):
     lost = next(name for name in tensors if "layers.0" in name and name.endswith("convolution.weight"))
     del tensors[lost]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(WeightsError, match=f"lacks 1 weights that its config.json has .{lost}"):
+    with pytest.raises(WeightsError, match=f"lacks 1 weights of the model in its config.json .{lost}"):
         perceptual_loss(tmp_path, 1.0)
 
 
@@ -110,7 +110,7 @@ def test_the_last_network_learns(tiny, clip_model, tmp_path, kind):
     section = LAST | {"last_loss": kind, "process": ProcessRecipe(prediction_type="sample")}
     section |= {"features": clip_model} if kind == "perceptual" else {}
     recipe = tiny("super_res", section=section, steps=60, log_every_steps=1)
-    task = SuperResTask(recipe)
+    task = make_task(recipe)
     names = set(task.module.state_dict())
     Trainer(task, recipe, tmp_path).run()
     assert all(name.startswith("network.") for name in names)  # the features' network is not trained, nor kept
@@ -122,7 +122,7 @@ def test_the_last_network_learns(tiny, clip_model, tmp_path, kind):
 
 
 def test_the_loss_is_of_the_clean_picture_as_it_would_be_drawn(tiny):
-    task = SuperResTask(tiny("super_res", section=LAST | {"last_loss": "l1"}))
+    task = make_task(tiny("super_res", section=LAST | {"last_loss": "l1"}))
     with torch.no_grad():
         for parameter in task.module.parameters():
             parameter.add_(0.02)
@@ -140,11 +140,11 @@ def test_the_loss_is_of_the_clean_picture_as_it_would_be_drawn(tiny):
     ("settings", "words"),
     [
         ({"last_loss": "l1"}, "set only_last_step"),
-        (LAST | {"last_loss": "perceptual"}, "go together"),
-        (LAST | {"features": "x"}, "go together"),
+        (LAST | {"last_loss": "perceptual"}, "need each other"),
+        (LAST | {"features": "x"}, "need each other"),
         (LAST | {"perceptual_weight": -1.0}, "perceptual_weight"),
-        (LAST | {"last_loss": "l1", "process": MIN_SNR}, "'min_snr', which weighs .* 'l1' has no use for it"),
-        (LAST | {"last_loss": "perceptual", "features": "x", "process": MIN_SNR}, "'perceptual' has no use for it"),
+        (LAST | {"last_loss": "l1", "process": MIN_SNR}, "'min_snr', but .* 'l1' has no weighting"),
+        (LAST | {"last_loss": "perceptual", "features": "x", "process": MIN_SNR}, "'perceptual' has no weighting"),
     ],
 )
 def test_settings_that_do_not_fit(settings, words):
@@ -153,11 +153,11 @@ def test_settings_that_do_not_fit(settings, words):
 
 
 def test_what_is_no_image_model(tmp_path):
-    with pytest.raises(MissingFileError, match=r"has no config\.json: name the folder of a CLIP"):
+    with pytest.raises(MissingFileError, match=r"has no config\.json; it must be the folder of a CLIP"):
         perceptual_loss(tmp_path, 1.0)
     save_resnet(tmp_path / "resnet")
     (tmp_path / "resnet" / "config.json").write_text('{"model_type": "nothing"}')
-    with pytest.raises(CheckpointError, match="holds no image model that transformers reads"):
+    with pytest.raises(CheckpointError, match="does not contain an image model that transformers can load"):
         perceptual_loss(tmp_path / "resnet", 1.0)
 
 

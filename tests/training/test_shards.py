@@ -12,15 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from unclip.cli.train import make_task
 from unclip.data.batches import ShardSource
 from unclip.data.shards import ShardStream, about, read_shard, write_shard, write_shards
 from unclip.errors import ConfigError, DataError, OutputExistsError
 from unclip.training import task as task_module
 from unclip.training.clip import ClipTask
 from unclip.training.conditions import Captioned, FrozenClip
-from unclip.training.diffusion import DecoderTask, PriorTask
 from unclip.training.embedding import embed
+from unclip.training.task import make_task
 from unclip.training.trainer import Trainer, step_generator
 
 STAGES = pytest.mark.parametrize("stage", ["clip", "prior", "decoder", "super_res"])
@@ -110,20 +109,20 @@ def test_a_run_that_goes_on_does_not_count_its_shards_again(sharded, tmp_path, m
 
 def test_a_clip_that_goes_on_keeps_its_tokenizer(sharded, tmp_path, monkeypatch, request):
     recipe = sharded("clip", steps=2, sample_every_steps=100)
-    first = closing(request, ClipTask(recipe, tmp_path))
+    first = closing(request, ClipTask(recipe, run=tmp_path))
     Trainer(first, recipe, tmp_path).run()
     with monkeypatch.context() as without:
         without.setattr(ShardSource, "all_captions", lambda source: pytest.fail("read again"))
-        again = closing(request, ClipTask(recipe, tmp_path))
+        again = closing(request, ClipTask(recipe, run=tmp_path))
     assert again.tokenizer.get_vocab() == first.tokenizer.get_vocab()
     assert again.fingerprint == first.fingerprint
     for caption in ("a red circle", "Grün: 12 €"):
         assert again.tokenizer(caption)["input_ids"] == first.tokenizer(caption)["input_ids"]
     assert Trainer(again, recipe, tmp_path).step == 2
     smaller = sharded("clip", section={"vocabulary_size": 520})
-    assert len(closing(request, ClipTask(smaller, tmp_path)).tokenizer) == 520
+    assert len(closing(request, ClipTask(smaller, run=tmp_path)).tokenizer) == 520
     (tmp_path / "model" / "tokenizer" / "tokenizer.json").write_text("{")
-    assert closing(request, ClipTask(recipe, tmp_path)).fingerprint == first.fingerprint  # learned again
+    assert closing(request, ClipTask(recipe, run=tmp_path)).fingerprint == first.fingerprint  # learned again
 
 
 @STAGES
@@ -140,9 +139,9 @@ def test_the_recipe_says_how_much_may_be_broken(sharded, request):
 
 
 def test_a_prior_learns_from_embeddings_alone(tiny, pictures, tmp_path, request):
-    width = PriorTask(tiny("prior")).clip.width
+    width = make_task(tiny("prior")).clip.width
     data = pack(pictures, tmp_path / "embedded", embedding=width)
-    task = closing(request, PriorTask(tiny("prior", data=data)))
+    task = closing(request, make_task(tiny("prior", data=data)))
     everything = task.source.examples(100).embeddings
     assert everything.shape == (48, width)
     torch.testing.assert_close(task.stage.prior.clip_mean[0], everything.mean(dim=0))
@@ -152,7 +151,7 @@ def test_a_prior_learns_from_embeddings_alone(tiny, pictures, tmp_path, request)
     assert batch["x0"].std().item() == pytest.approx(1, abs=0.2)
     other = pack(pictures, tmp_path / "other", embedding=width + 1)
     with pytest.raises(ConfigError, match="they are of another CLIP"):
-        PriorTask(tiny("prior", data=other))
+        make_task(tiny("prior", data=other))
 
 
 @pytest.mark.parametrize("stage", ["clip", "decoder", "super_res"])
@@ -168,7 +167,7 @@ def test_shards_where_some_samples_have_a_picture_and_some_an_embedding(pictures
     packed = pack(pictures, tmp_path / "packed")
     (packed / "00000.tar").rename(tmp_path / "mixed" / "00001.tar")
     with pytest.raises(DataError, match=r"have no picture, others have no embedding, .* --keep-pictures"):
-        closing(request, PriorTask(tiny("prior", data=tmp_path / "mixed")))
+        closing(request, make_task(tiny("prior", data=tmp_path / "mixed")))
 
 
 def test_processes_draw_rows_and_noise_of_their_own(sharded, monkeypatch, request):
@@ -176,7 +175,7 @@ def test_processes_draw_rows_and_noise_of_their_own(sharded, monkeypatch, reques
     for rank in range(2):
         place = type("Place", (), {"process_index": rank, "num_processes": 2, "device": torch.device("cpu")})
         monkeypatch.setattr(task_module, "PartialState", lambda cpu, place=place: place)
-        task = closing(request, DecoderTask(sharded("decoder")))
+        task = closing(request, make_task(sharded("decoder")))
         trainer = object.__new__(Trainer)
         trainer.task, trainer.recipe, trainer.step = task, sharded("decoder", batch_size=8), 0
         trainer.accelerator = place
@@ -187,7 +186,7 @@ def test_processes_draw_rows_and_noise_of_their_own(sharded, monkeypatch, reques
 
 
 def test_of_a_stream_few_pictures_are_in_memory_at_once(sharded, monkeypatch, request):
-    task = closing(request, PriorTask(sharded("prior")))
+    task = closing(request, make_task(sharded("prior")))
     whole = task.data.embeddings(task.source.examples(100))
     asked = []
     embeddings = task.data.embeddings
@@ -201,7 +200,7 @@ def test_of_a_stream_few_pictures_are_in_memory_at_once(sharded, monkeypatch, re
 
 def test_a_decoder_without_jitter_looks_for_no_spread(sharded, monkeypatch, request):
     def batch(noise: float) -> dict:
-        task = closing(request, DecoderTask(sharded("decoder", section={"embedding_noise": noise})))
+        task = closing(request, make_task(sharded("decoder", section={"embedding_noise": noise})))
         return task.batch(0, 8, step_generator(0, 0))
 
     jittered = batch(0.1)
@@ -262,7 +261,7 @@ def test_embeddings_computed_once_are_those_computed_each_time(
     rows = task.source.examples(100)
     assert bool(rows.images) == keep_pictures
     found = dict(zip(rows.captions, rows.embeddings, strict=True))
-    live = closing(request, DecoderTask(tiny("decoder", data=packed)))
+    live = closing(request, make_task(tiny("decoder", data=packed)))
     rows = live.source.examples(100)
     wanted = dict(zip(rows.captions, live.data.embeddings(rows), strict=True))
     assert found.keys() == wanted.keys()
@@ -299,7 +298,7 @@ def test_embeddings_of_another_clip_of_the_same_width(pictures, clip_model, tiny
 
 
 def test_embeddings_that_do_not_say_their_clip_are_taken(pictures, tiny, tmp_path, request):
-    task = closing(request, PriorTask(tiny("prior", data=pack(pictures, tmp_path / "in", embedding=32))))
+    task = closing(request, make_task(tiny("prior", data=pack(pictures, tmp_path / "in", embedding=32))))
     rows = task.source.examples(8)
     assert rows.clips == frozenset()
     assert task.data.embeddings(rows) is rows.embeddings

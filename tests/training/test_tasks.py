@@ -19,20 +19,13 @@ from unclip.pipelines.clip import read_clip
 from unclip.training import conditions, diffusion
 from unclip.training.clip import ClipTask, retrieval_ranks, shift_and_zoom
 from unclip.training.conditions import text_batch
-from unclip.training.diffusion import DecoderTask, PriorTask, SuperResTask, degrade
-from unclip.training.prior_autoregressive import AutoregressivePriorTask
-from unclip.training.recipe import SuperResSettings
+from unclip.training.diffusion import degrade
+from unclip.training.recipe import TASKS, SuperResSettings
+from unclip.training.task import make_task
 from unclip.training.trainer import step_generator
 
 from ..rounding import TIMES, UNIT
 
-TASKS = {
-    "clip": ClipTask,
-    "prior": PriorTask,
-    "prior_autoregressive": AutoregressivePriorTask,
-    "decoder": DecoderTask,
-    "super_res": SuperResTask,
-}
 STAGES = pytest.mark.parametrize("stage", list(TASKS))
 
 
@@ -46,7 +39,7 @@ def mean_loss(task, seeds=range(1000, 1008)) -> float:
 
 @STAGES
 def test_it_learns(tiny, stage):
-    task = TASKS[stage](tiny(stage))
+    task = make_task(tiny(stage))
     optimizer = torch.optim.AdamW(task.module.parameters(), lr=2e-3)
     before = mean_loss(task)
     for step in range(60):
@@ -60,7 +53,7 @@ def test_it_learns(tiny, stage):
 
 @STAGES
 def test_batches_and_weights_are_functions_of_the_seed(tiny, stage):
-    one, other = TASKS[stage](tiny(stage)), TASKS[stage](tiny(stage))
+    one, other = make_task(tiny(stage)), make_task(tiny(stage))
     for (name, mine), theirs in zip(one.module.state_dict().items(), other.module.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs), name
     other.batch(0, 8, step_generator(3, 0))  # what was drawn before does not matter
@@ -73,7 +66,7 @@ def test_batches_and_weights_are_functions_of_the_seed(tiny, stage):
 
 @STAGES
 def test_a_process_encodes_its_own_rows_alone(tiny, stage, monkeypatch):
-    task = TASKS[stage](tiny(stage))
+    task = make_task(tiny(stage))
     own = torch.tensor([5, 1, 6])
     every = task.batch(3, 8, step_generator(0, 3))
     encoded = []
@@ -96,7 +89,7 @@ def test_the_frozen_clip_lies_where_is_computed(tiny, stage, monkeypatch):
         monkeypatch.setattr(kind, "to", lambda module, device: moved.append((type(module), device)) or module)
     device = torch.device("cpu", 0)
     monkeypatch.setattr(conditions, "computing_device", lambda: device)
-    TASKS[stage](tiny(stage))
+    make_task(tiny(stage))
     assert moved == [(CLIPTextModelWithProjection, device), (CLIPVisionModelWithProjection, device)]
 
 
@@ -109,7 +102,7 @@ def test_the_frozen_clip_lies_where_it_is_asked_to(clip_model, monkeypatch):
 
 @STAGES
 def test_what_is_saved_loads_again(tiny, stage, tmp_path):
-    task = TASKS[stage](tiny(stage))
+    task = make_task(tiny(stage))
     with torch.no_grad():
         for parameter in task.module.parameters():
             parameter.add_(0.01)
@@ -154,7 +147,7 @@ def assert_same(one: nn.Module, other: nn.Module) -> None:
 @STAGES
 def test_sheets(tiny, stage, tmp_path, monkeypatch):
     monkeypatch.setattr(diffusion, "SHEET_STEPS", 2)
-    task = TASKS[stage](tiny(stage))
+    task = make_task(tiny(stage))
     task.sample_sheet(tmp_path / "0001.png")
     if stage in ("clip", "prior", "prior_autoregressive"):
         text = (tmp_path / "0001.txt").read_text()
@@ -262,14 +255,14 @@ def test_the_first_weights_hang_on_the_recipes_seed_alone(tiny, stage):
     states = []
     for seed, chance in ((0, 1), (0, 2), (1, 1)):
         torch.manual_seed(chance)
-        states.append(TASKS[stage](tiny(stage, seed=seed)).module.state_dict())
+        states.append(make_task(tiny(stage, seed=seed)).module.state_dict())
     first, again, other = states
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
     assert not all(torch.equal(tensor, other[name]) for name, tensor in first.items())
 
 
 def test_whitening(tiny):
-    task = PriorTask(tiny("prior"))
+    task = make_task(tiny("prior"))
     weights = task.data.source.weights / task.data.source.weights.sum()
     whitened = task.stage.prior.whiten(task.data.table)
     mean = (weights[:, None] * whitened).sum(0)
@@ -285,14 +278,14 @@ def test_whitening(tiny):
 
 
 def test_the_prior_drops_captions_at_the_stated_rate(tiny):
-    task = PriorTask(tiny("prior", section={"text_drop": 0.25}))
+    task = make_task(tiny("prior", section={"text_drop": 0.25}))
     assert dropped(task, 2000) == pytest.approx(0.25, abs=0.04)
-    assert dropped(PriorTask(tiny("prior", section={"text_drop": 0.0})), 200) == 0
-    assert dropped(PriorTask(tiny("prior", section={"text_drop": 1.0})), 200) == 1
+    assert dropped(make_task(tiny("prior", section={"text_drop": 0.0})), 200) == 0
+    assert dropped(make_task(tiny("prior", section={"text_drop": 1.0})), 200) == 1
 
 
 def test_the_decoder_drops_captions_and_embeddings_each_for_itself(tiny):
-    task = DecoderTask(tiny("decoder", section={"text_drop": 0.5, "image_drop": 0.2}))
+    task = make_task(tiny("decoder", section={"text_drop": 0.5, "image_drop": 0.2}))
     batch = task.batch(0, 2000, step_generator(0, 0))
     empty = is_empty(task, batch)
     gone = ~batch["given"]
@@ -311,7 +304,7 @@ def is_empty(task, batch):
 
 @pytest.mark.parametrize("stage", ["prior", "decoder"])
 def test_padding_is_left_out_and_changes_nothing(tiny, stage):
-    task = TASKS[stage](tiny(stage, section={"text_drop": 0.2}))
+    task = make_task(tiny(stage, section={"text_drop": 0.2}))
     with torch.no_grad():
         for parameter in task.module.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
@@ -336,8 +329,8 @@ def test_padding_is_left_out_and_changes_nothing(tiny, stage):
 
 
 def test_embeddings_are_jittered_by_their_spread(tiny):
-    plain = DecoderTask(tiny("decoder", section={"embedding_noise": 0.0})).batch(0, 2000, step_generator(0, 0))
-    task = DecoderTask(tiny("decoder", section={"embedding_noise": 0.5}))
+    plain = make_task(tiny("decoder", section={"embedding_noise": 0.0})).batch(0, 2000, step_generator(0, 0))
+    task = make_task(tiny("decoder", section={"embedding_noise": 0.5}))
     jitter = task.batch(0, 2000, step_generator(0, 0))["image_embedding"] - plain["image_embedding"]
     torch.testing.assert_close(jitter.std(dim=0), 0.5 * task.spread[0], rtol=0.1, atol=1e-6)
     # everything else is drawn alike
@@ -346,21 +339,21 @@ def test_embeddings_are_jittered_by_their_spread(tiny):
 
 def test_without_a_clip(tiny, tmp_path):
     with pytest.raises(ConfigError, match="train that stage first"):
-        PriorTask(tiny("prior", section={"clip": tmp_path}))
+        make_task(tiny("prior", section={"clip": tmp_path}))
 
 
 def test_learned_variance_needs_twice_the_channels(tiny):
     recipe = tiny("decoder")
     process = dataclasses.replace(recipe.decoder.process, variance_type="learned_range")
     with pytest.raises(ConfigError, match=r"out_channels is 3.*needs 6"):
-        DecoderTask(tiny("decoder", section={"process": process}))
+        make_task(tiny("decoder", section={"process": process}))
     model = recipe.decoder.model | {"out_channels": 6}
-    task = DecoderTask(tiny("decoder", section={"process": process, "model": model}))
+    task = make_task(tiny("decoder", section={"process": process, "model": model}))
     assert task.module(task.batch(0, 4, step_generator(0, 0)))["loss"].isfinite()
 
 
 def test_a_time_embedding_of_a_width_of_its_own(tiny):
-    task = DecoderTask(tiny("decoder", section={"model": tiny("decoder").decoder.model | {"time_embedding_dim": 40}}))
+    task = make_task(tiny("decoder", section={"model": tiny("decoder").decoder.model | {"time_embedding_dim": 40}}))
     assert task.stage.text_proj.config.time_embed_dim == 40
     assert task.module(task.batch(0, 2, step_generator(0, 0)))["loss"].isfinite()
 
@@ -408,7 +401,7 @@ def test_degrade_adds_noise_up_to_a_strength():
 
 
 def test_crops_lie_where_their_enlarged_twins_lie(tiny):
-    task = SuperResTask(tiny("super_res", section={"noise": 0.0, "blur_share": 0.0}))
+    task = make_task(tiny("super_res", section={"noise": 0.0, "blur_share": 0.0}))
     batch = task.batch(0, 16, step_generator(0, 0))
     assert batch["x0"].shape == batch["enlarged"].shape == (16, 3, 16, 16)
     near = (batch["x0"] - batch["enlarged"]).pow(2).mean()
@@ -417,7 +410,7 @@ def test_crops_lie_where_their_enlarged_twins_lie(tiny):
 
 
 def test_the_last_step_alone(tiny, tmp_path):
-    task = SuperResTask(tiny("super_res", section={"only_last_step": True}))
+    task = make_task(tiny("super_res", section={"only_last_step": True}))
     assert task.batch(0, 8, step_generator(0, 0))["t"].eq(0).all()
     task.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["super_res_last", "super_res_scheduler"]
@@ -440,7 +433,7 @@ def test_a_further_stage_is_super_resolution_of_larger_pictures(tiny, tmp_path):
         "low_res_size": 128,
         "crop_size": 64,
     }
-    task = SuperResTask(tiny("super_res", data=data, section=settings))
+    task = make_task(tiny("super_res", data=data, section=settings))
     optimizer = torch.optim.AdamW(task.module.parameters(), lr=2e-3)
     losses = []
     for step in range(40):
@@ -467,11 +460,11 @@ NETWORKS = {
 
 @pytest.mark.parametrize("stage", list(NETWORKS))
 def test_a_model_to_start_from(tiny, tmp_path, stage):
-    first = TASKS[stage](tiny(stage))
+    first = make_task(tiny(stage))
     if stage == "prior":
         first.stage.prior.clip_mean.add_(1.0)  # the whitening is what it learned with, not this data's
     first.save(tmp_path)
-    task = TASKS[stage](tiny(stage, seed=99, start_from=tmp_path))
+    task = make_task(tiny(stage, seed=99, start_from=tmp_path))
     saved = {}
     for name in NETWORKS[stage]:
         file = tmp_path / name / "diffusion_pytorch_model.safetensors"
@@ -491,19 +484,19 @@ def test_a_model_to_start_from(tiny, tmp_path, stage):
 
 def test_a_last_step_to_start_from(tiny, tmp_path):
     for last in (False, True):
-        SuperResTask(tiny("super_res", seed=1 + last, section={"only_last_step": last})).save(tmp_path)
-        task = SuperResTask(tiny("super_res", section={"only_last_step": True}, start_from=tmp_path))
+        make_task(tiny("super_res", seed=1 + last, section={"only_last_step": last})).save(tmp_path)
+        task = make_task(tiny("super_res", section={"only_last_step": True}, start_from=tmp_path))
         name = "super_res_last" if last else "super_res_first"
         assert_same(task.network, unclip.UNet2DModel.from_pretrained(tmp_path / name))
 
 
 def test_a_start_of_another_size(tiny, tmp_path):
-    SuperResTask(tiny("super_res")).save(tmp_path)
+    make_task(tiny("super_res")).save(tmp_path)
     model = tiny("super_res").super_res.model | {"layers_per_block": 3}
     with pytest.raises(ConfigError, match=r"super_res_first .*layers_per_block is \d there and 3 here"):
-        SuperResTask(tiny("super_res", section={"model": model}, start_from=tmp_path))
+        make_task(tiny("super_res", section={"model": model}, start_from=tmp_path))
 
 
 def test_crops_larger_than_the_picture(tiny):
     with pytest.raises(ConfigError, match="crop_size is 64"):
-        SuperResTask(tiny("super_res", section={"crop_size": 64}))
+        make_task(tiny("super_res", section={"crop_size": 64}))

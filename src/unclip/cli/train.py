@@ -4,9 +4,9 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,7 +16,6 @@ from unclip.pipelines.session import keep_freed_memory
 
 if TYPE_CHECKING:
     from unclip.training.recipe import Recipe
-    from unclip.training.task import Task
 
 TRAIN_EXAMPLES = options.examples(
     "unclip train recipes/emoji/clip.toml --out runs/clip",
@@ -61,9 +60,9 @@ def train(
     from tqdm import tqdm
 
     from unclip.pipelines.session import silence
-    from unclip.training.recipe import located, read_recipe
+    from unclip.training.recipe import read_recipe
     from unclip.training.sharding import asked_by_launcher
-    from unclip.training.task import settled
+    from unclip.training.task import make_task, settled
     from unclip.training.trainer import Trainer
 
     if out is None and not dry_run:
@@ -76,7 +75,7 @@ def train(
         return
     first = is_first()
     progress = functools.partial(tqdm, disable=None) if first and not quiet else None
-    trainer = Trainer(make_task(located(settings), progress, run=out), settings, out)
+    trainer = Trainer(make_task(settings, progress, run=out), settings, out)
     if trainer.accelerator.mixed_precision != settings.precision and first and not quiet:
         note("this CPU has no instructions for bfloat16: training in float32, which is faster here")
     if trainer.step and first and not quiet:
@@ -109,10 +108,10 @@ def is_first() -> bool:
 
 def tell_cost(recipe: "Recipe") -> None:
     """Print what a run of this recipe takes; of several processes, all of which must call it, the first one does."""
-    from unclip.training.dry_run import rehearse
-    from unclip.training.recipe import located
+    from unclip.training.dry_run import measure_cost
+    from unclip.training.task import make_task
 
-    cost = rehearse(make_task(located(recipe)), recipe)
+    cost = measure_cost(make_task(recipe), recipe)
     if not is_first():
         return
     whole = ", of all shards" if cost.is_sharded else ""
@@ -142,29 +141,6 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes:.0f} min"
     return f"{minutes // 60:.0f} h {minutes % 60:02.0f} min"
-
-
-def make_task(recipe: "Recipe", progress: Callable[..., Any] | None = None, *, run: Path | None = None) -> "Task":
-    """What the recipe trains; the models that it names must be folders (`located`).
-
-    Args:
-        recipe: of the run.
-        progress: wraps an iterable, as `tqdm` does, where making it takes long.
-        run: the run's folder, where it may have begun.
-    """
-    if recipe.stage == "clip":
-        from unclip.training.clip import ClipTask
-
-        return ClipTask(recipe, progress, run)
-    if recipe.stage == "prior_autoregressive":
-        from unclip.training.prior_autoregressive import AutoregressivePriorTask
-
-        return AutoregressivePriorTask(recipe, progress)
-    from unclip.training.diffusion import DecoderTask, PriorTask, SuperResTask
-
-    if recipe.stage == "prior":
-        return PriorTask(recipe, progress)
-    return DecoderTask(recipe, progress) if recipe.stage == "decoder" else SuperResTask(recipe)
 
 
 def assemble(

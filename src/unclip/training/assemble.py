@@ -1,7 +1,4 @@
-"""Put trained stages together into one pipeline folder.
-
-Knows runs' folders and the layout of a pipeline; trains nothing. Called by `unclip assemble`.
-"""
+"""Assembles trained stages into a model folder."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -23,7 +20,7 @@ from unclip.pipelines.text_to_image import UnCLIPPipeline
 from unclip.training.state import clip_of_run
 from unclip.training.task import KEYS, process_in
 
-# Component → (which run it comes from, its folder there, its class).
+# Component → (its run, its folder there, its class).
 PARTS = {
     "text_encoder": ("clip", "text_encoder", "CLIPTextModelWithProjection"),
     "tokenizer": ("clip", "tokenizer", "CLIPTokenizer"),
@@ -40,7 +37,7 @@ PARTS = {
 }
 
 SAMPLING_KEYS = ("variance_type", "clip_range")
-"""What of a process says how to draw, and not what a network's output means."""
+"""The settings of a process that concern sampling, and not the meaning of a network's output."""
 
 
 def assemble(
@@ -57,25 +54,25 @@ def assemble(
     files: Mapping[str, Path] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write one folder that both pipelines load, from the stages' runs.
+    """Write a model folder for both pipelines from the runs of the stages.
 
     Args:
-        clip, prior, decoder, super_res_first: each a run's folder (with `model/` in it), or a model to take it from,
-            by its folder or its name; the CLIP may be transformers' own `CLIPModel`.
-        super_res_last: another one for the last step; without it the first network does all steps.
-        super_res_more: a run for each further super-resolution stage, in the order in which they enlarge; with a
-            number, for pictures of so many pixels a side whatever size it was trained for (the networks have none).
-        out: the folder to make.
-        dtype: of the weights on disk; as they are when left out.
-        defaults: what `generate` takes unless told otherwise (`decoder_guidance_scale`, …).
-        files: texts to lay beside the components: name → file.
-        overwrite: replace `out`, at once and whole.
+        clip, prior, decoder, super_res_first: the folder of a run (which contains `model/`), or a model with the stage,
+            by its folder or its name. The CLIP may be a `CLIPModel` of transformers.
+        super_res_last: another network for the last step. By default, the first network does all steps.
+        super_res_more: a run for each further super-resolution stage, in order. With a number, the stage's output has
+            this side in pixels, whatever its training size.
+        out: the folder to create.
+        dtype: of the saved weights; by default unchanged.
+        defaults: recommended settings (`decoder_guidance_scale`, …).
+        files: further files: name → source.
+        overwrite: replace `out` atomically.
 
     Raises:
-        MissingFileError: a run has no model yet, or a model lacks the stage.
-        OutputExistsError: `out` is there.
-        ConfigError: the stages do not fit one another: by their sizes, by the process that both networks of
-            super-resolution must share, or by the CLIP that a run's state says it was trained under.
+        MissingFileError: a run has no model yet, or a model does not have the stage.
+        OutputExistsError: `out` exists.
+        ConfigError: the stages do not fit together: their sizes, the process that both networks of super-resolution
+            share, or the CLIP with which they were trained.
     """
     runs = {"clip": clip, "prior": prior, "decoder": decoder, "super_res_first": super_res_first}
     runs["super_res_last"] = super_res_last or super_res_first
@@ -91,7 +88,7 @@ def assemble(
         components |= _further(super_res_more)
         _check_shared_scheduler(super_res_first, runs["super_res_last"])
         _check_clip(clip, {"prior": prior, "decoder": decoder})
-        for pipeline in (UnCLIPPipeline, UnCLIPImageVariationPipeline):  # they check what fits what
+        for pipeline in (UnCLIPPipeline, UnCLIPImageVariationPipeline):  # they check that the components fit together
             pipeline(**{name: part for name, part in components.items() if name in pipeline.component_names()})
         for name, component in components.items():
             if isinstance(component, nn.Module) and dtype is not None:
@@ -106,7 +103,7 @@ def assemble(
 
 
 def _parts(prior: Path) -> dict[str, tuple[str, str, str]]:
-    """`PARTS`, for the kind of prior that lies in this folder: an autoregressive one has no scheduler."""
+    """`PARTS` for the prior in this folder: an autoregressive prior has no scheduler."""
     config = prior / "prior" / "config.json"
     if not config.is_file() or read_json(config).get("_class_name") != "AutoregressivePrior":
         return PARTS
@@ -115,9 +112,9 @@ def _parts(prior: Path) -> dict[str, tuple[str, str, str]]:
 
 
 def _further(runs: Sequence[Path | tuple[Path, int]]) -> dict[str, Any]:
-    """The further super-resolution stages' components: of a run, or of the same stage in a model, or of its first.
+    """The components of the further super-resolution stages, from runs or from the stages of models.
 
-    Raises: InputError for more than there can be.
+    Raises: InputError for too many stages.
     """
     if len(runs) > len(FURTHER_SUPER_RES):
         raise InputError(f"there are {len(runs)} further super-resolution stages; at most {len(FURTHER_SUPER_RES)}")
@@ -135,7 +132,7 @@ def _further(runs: Sequence[Path | tuple[Path, int]]) -> dict[str, Any]:
 
 
 def _check_shared_scheduler(first: Path, last: Path) -> None:
-    """Raises: ConfigError where the network of the last step learned another process than the scheduler's."""
+    """Raises: ConfigError when the network of the last step was trained with another process."""
     name = "super_res_scheduler"
     one, other = (process_in(_model(run), name) for run in (first, last))
     if one is None or other is None:
@@ -147,21 +144,21 @@ def _check_shared_scheduler(first: Path, last: Path) -> None:
     ]
     if apart:
         raise ConfigError(
-            f"super_res_first ({first}) and super_res_last ({last}) share a scheduler, but were trained under two "
-            f"processes: {'; '.join(apart)}. Train one of them under the other's, or leave super_res_last out"
+            f"super_res_first ({first}) and super_res_last ({last}) share a scheduler, but were trained with different "
+            f"processes: {'; '.join(apart)}. Train one with the process of the other, or remove super_res_last"
         )
 
 
 def _check_clip(clip: Path, runs: Mapping[str, Path]) -> None:
-    """Raises: ConfigError where a run was trained under another CLIP. A model's folder does not say its own."""
+    """Raises: ConfigError when a run was trained with another CLIP. For a model, this is not known."""
     known = {stage: found for stage, run in runs.items() if (found := clip_of_run(run)) is not None}
     own = fingerprint_of(_model(clip)) if known else ""
     for stage, found in known.items():
         if found != own:
             raise ConfigError(
-                f"{stage} ({runs[stage]}) was trained under another CLIP ({found[:12]}…) than the one in {clip} "
-                f"({own[:12]}…), or under the same one saved otherwise. Name the CLIP that it was trained under; to "
-                f"take it all the same, name {runs[stage] / 'model'}"
+                f"{stage} ({runs[stage]}) was trained with another CLIP ({found[:12]}…) than the one in {clip} "
+                f"({own[:12]}…), or with the same one saved differently. Use that CLIP, or give "
+                f"{runs[stage] / 'model'} to use it anyway"
             )
 
 

@@ -1,7 +1,4 @@
-"""Train a byte-pair tokenizer for a CLIP text encoder on a data set's captions.
-
-Knows captions and transformers' `CLIPTokenizer`; knows no network. Called by the CLIP task.
-"""
+"""The CLIP task: tokenizer, contrastive loss, optional losses from a teacher, and the encoders."""
 
 import dataclasses
 import hashlib
@@ -10,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,26 +40,22 @@ from unclip.training.sharding import share_of
 from unclip.training.task import Batch, Sourced, computing_device, of_rows, source_of
 from unclip.training.teacher import Lessons, read_phrases
 
-if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
-
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def train_tokenizer(captions: Iterable[str], *, vocabulary_size: int, context_length: int) -> "CLIPTokenizer":
-    """A `CLIPTokenizer` whose merges are learned from `captions`.
+def train_tokenizer(captions: Iterable[str], *, vocabulary_size: int, context_length: int) -> CLIPTokenizer:
+    """Train a byte-pair `CLIPTokenizer` on `captions`.
 
-    Every byte is in the vocabulary, alone and at a word's end, so no text is ever unknown.
+    The vocabulary contains every byte, alone and at the end of a word, so it covers all texts.
 
     Args:
-        captions: the texts to learn from.
-        vocabulary_size: at most this many tokens; fewer when the texts have no more to merge.
-        context_length: the longest sequence in tokens, the start and end token included.
+        captions: the training texts.
+        vocabulary_size: the largest number of tokens. It is not reached if the texts have too few pairs to merge.
+        context_length: the longest sequence in tokens, including the start and end tokens.
 
-    Raises: ConfigError when the vocabulary is smaller than the bytes.
+    Raises: ConfigError when the vocabulary is too small for the bytes.
     """
     from tokenizers import pre_tokenizers, trainers
-    from transformers import CLIPTokenizer
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bytes_alone = [*alphabet, *(byte + "</w>" for byte in alphabet)]
@@ -74,8 +67,8 @@ def train_tokenizer(captions: Iterable[str], *, vocabulary_size: int, context_le
         captions,
         trainers.BpeTrainer(
             vocab_size=vocabulary_size,
-            # Named as special they get their numbers first, always the same: numbers decide between pairs that are
-            # equally frequent, and else hang on a hash table's order, which changes from run to run.
+            # As special tokens, the bytes get the first numbers, in a fixed order. Numbers break ties between equally
+            # frequent pairs; otherwise they depend on the order of a hash table, which differs between runs.
             special_tokens=bytes_alone,
             end_of_word_suffix="</w>",
             show_progress=False,
@@ -93,7 +86,7 @@ WIDTHS = {
     "text_config": "clip.projection_dim (or clip.text_config.hidden_size) and clip.text_heads",
     "image_config": "clip.image_width and clip.image_heads",
 }
-"""What an encoder's width and heads are called in a recipe."""
+"""The names of an encoder's width and heads in a recipe."""
 FURTHER = {
     "hidden_size": Limits(1, MAX_CHANNELS),
     "intermediate_size": Limits(1, 4 * MAX_CHANNELS),
@@ -102,24 +95,23 @@ FURTHER = {
     "initializer_range": Limits(0.0, 10.0),
     "initializer_factor": Limits(0.0, 10.0),
 }
-"""Limits of the settings of an encoder that have no name of their own in a recipe."""
+"""Limits of the settings in [clip.text_config] and [clip.image_config]."""
 LENGTH_GROUPS = 4
-"""Into how many parts, by length, a batch's texts are cut for the text encoder."""
+"""The texts of a batch are encoded in this number of groups of similar length."""
 SHOWN_ROWS = 1024
-"""How many pictures retrieval is tried on for a sheet."""
+"""Number of pictures for the retrieval figures of a sample sheet."""
 
 
 class ContrastivePair(nn.Module):
     """Text and image encoder with the contrastive loss of CLIP (Radford et al. 2021, arXiv 2103.00020).
 
-    Pictures of one index in a batch are all positives of its captions. `reconstruction_weight` adds a small head,
-    thrown away after training, that reads a 16×16 thumbnail out of the image embedding: it makes the embedding keep
-    colours and layout, which is what a decoder draws from.
+    A batch may contain a picture several times; all its rows are positives of its captions. The negatives of a caption
+    are the other pictures in the same piece of the batch, over all processes, so accumulation reduces their number.
 
-    A caption's negatives are the pictures of its own piece of the batch, of all processes: with accumulation there are
-    fewer of them.
+    With `reconstruction_weight`, a small head predicts a 16×16 thumbnail from the image embedding, so that the
+    embedding keeps colours and layout for the decoder. The head is not saved.
 
-    With `taught` there are two more losses, for phrases that no picture has as its caption.
+    With `taught`, there are two more losses for phrases that are not captions.
     """
 
     def __init__(
@@ -131,7 +123,9 @@ class ContrastivePair(nn.Module):
     ):
         super().__init__()
         self.text, self.image = text, image
-        self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))  # no scalar: those cannot be sharded
+        self.logit_scale = nn.Parameter(
+            torch.tensor([math.log(1 / 0.07)])
+        )  # one dimension, because scalars cannot be sharded
         self.reconstruction_weight = reconstruction_weight
         width = image.config.projection_dim
         if reconstruction_weight:
@@ -142,9 +136,12 @@ class ContrastivePair(nn.Module):
         self.taught = taught
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """`pixels` [batch, 3, size, size], `input_ids` [batch, tokens], `index` [batch]: which picture a row shows.
+        """The losses and metrics of a batch.
 
-        Of a locked image encoder `image_embeds` [batch, width] in place of pixels; and what `Taught` takes.
+        Args:
+            batch: `pixels` [batch, 3, size, size], or `image_embeds` [batch, width] of a frozen image encoder;
+                `input_ids` [batch, tokens]; `index` [batch], the number of each row's picture; and the input of
+                `Taught`, if it is used.
         """
         own_embeds = batch.get("image_embeds")
         if own_embeds is None:
@@ -176,11 +173,11 @@ class ContrastivePair(nn.Module):
         return metrics
 
     def _read(self, input_ids: Tensor) -> Tensor:
-        """Text embeddings [batch, width], those of about one length computed together: less padding is read."""
+        """Text embeddings [batch, width]. Texts of similar length are encoded together to reduce padding."""
         if len(input_ids) < LENGTH_GROUPS or input_ids.is_meta:
             return self.text(input_ids=input_ids).text_embeds.float()
         end = self.text.config.eos_token_id
-        lengths = (input_ids == end).int().argmax(dim=1)  # type: ignore[union-attr] + 1
+        lengths = input_ids.eq(end).int().argmax(dim=1) + 1
         order = lengths.argsort()
         groups = [
             self.text(input_ids=input_ids[rows, : int(lengths[rows[-1]])]).text_embeds.float()
@@ -190,14 +187,14 @@ class ContrastivePair(nn.Module):
 
     @torch.no_grad()
     def keep_limits(self) -> None:
-        """Above its limit, where it makes no difference, the temperature would have no gradient that leads back."""
+        """Clamp the logit scale. Above its limit, it would have no gradient."""
         share_of(self.logit_scale).clamp_(max=MAX_LOGIT_SCALE)
 
 
 class Taught(nn.Module):
-    """What a text embedding learns of a teacher: its distribution over pictures, and its own embedding by a head.
+    """The losses of phrases: the teacher's distribution over pictures, and its embedding, predicted by a head.
 
-    `bank` [num_pictures, width] are the pictures' embeddings. The head is thrown away after training.
+    `bank` [num_pictures, width] contains the embeddings of the pictures. The head is not saved.
     """
 
     def __init__(self, settings: TeacherSettings, bank: Tensor, teacher_width: int):
@@ -207,7 +204,7 @@ class Taught(nn.Module):
         self.head = nn.Linear(bank.shape[1], teacher_width)
 
     def forward(self, embeds: Tensor, scale: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """`embeds` [batch, width] of phrases; `pictures`, `shares` [batch, k] and `taught` [batch, teacher's width]."""
+        """`embeds` are text embeddings [batch, width]; `batch` has `pictures`, `shares` [batch, k] and `taught`."""
         embeds = F.normalize(embeds, dim=-1)
         logits = scale * embeds @ self.bank.T  # type: ignore[operator]
         pictures = batch["pictures"].long()
@@ -224,10 +221,10 @@ class Taught(nn.Module):
 
 
 def of_all_processes(rows: Tensor) -> Tensor:
-    """The rows of all processes, in their order; gradients find their way back to the process that a row is of."""
+    """The rows of all processes, in the order of the processes. Gradients return to the process of the row."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return rows
-    if rows.is_meta:  # of a trial, which has the shapes of a step and asks no other process
+    if rows.is_meta:  # in `try_step`, which must not communicate
         return torch.cat([rows] * torch.distributed.get_world_size())
     if not rows.requires_grad:
         parts = [torch.empty_like(rows) for _ in range(torch.distributed.get_world_size())]
@@ -237,9 +234,9 @@ def of_all_processes(rows: Tensor) -> Tensor:
 
 
 class ClipTask(Sourced):
-    """Trains a CLIP: from scratch, its tokenizer first, or the one in `recipe.start_from`, which keeps its own.
+    """Trains a new CLIP with a new tokenizer, or the CLIP in `recipe.start_from` with its tokenizer.
 
-    In the folder of a `run` that goes on lies the tokenizer that it began with, which is taken again.
+    A resumed run uses the tokenizer in the folder `run`.
     """
 
     def __init__(self, recipe: Recipe, progress: Callable[..., Any] | None = None, run: Path | None = None):
@@ -279,11 +276,11 @@ class ClipTask(Sourced):
             image = locked.image_encoder.requires_grad_(False)
             if text.config.projection_dim != image.config.projection_dim:
                 raise ConfigError(
-                    f"clip.projection_dim is {text.config.projection_dim}; the image encoder in {settings.image_from} "
-                    f"gives {image.config.projection_dim} numbers"
+                    f"clip.projection_dim is {text.config.projection_dim}, but the image encoder in "
+                    f"{settings.image_from} has {image.config.projection_dim}"
                 )
             if not isinstance(self.source, FolderSource):
-                raise ConfigError("clip.image_from needs folders as data, whose pictures are embedded once")
+                raise ConfigError("clip.image_from needs data in folders; it does not support shards")
             assert settings.image_from is not None
             clip = FrozenClip(settings.image_from)
             self.table = clip.embeddings_of(self.source.of_size(self.image_size), progress)
@@ -346,7 +343,7 @@ class ClipTask(Sourced):
 
     @torch.no_grad()
     def sample_sheet(self, path: Path) -> None:
-        """Writes `path` with the suffix .txt: retrieval among some pictures, trained and held out."""
+        """Write retrieval figures for trained and held-out pictures to `path` with the suffix .txt."""
         lines = []
         for name in ("trained", "held out"):
             rows = self.source.examples(SHOWN_ROWS, held_out=name == "held out")
@@ -358,9 +355,9 @@ class ClipTask(Sourced):
 
 
 def retrieval_ranks(module: ContrastivePair, tokenizer, captions: list[str], images: Tensor) -> Tensor:
-    """For each picture, at which place (0 is first) its own caption comes among all of them.
+    """The rank of each picture's own caption among all captions, from 0.
 
-    `images` are as the image encoder wants them: see `normalized`.
+    `images` must be preprocessed by `normalized`.
     """
     embeds, texts, device = [], [], module.logit_scale.device
     for start in range(0, len(captions), 256):
@@ -374,16 +371,16 @@ def retrieval_ranks(module: ContrastivePair, tokenizer, captions: list[str], ima
 def fresh_encoders(
     settings: ClipSettings, tokenizer: CLIPTokenizer
 ) -> tuple[CLIPTextModelWithProjection, CLIPVisionModelWithProjection]:
-    """Text and image encoder with weights drawn from torch's own generator.
+    """Text and image encoders with random weights from torch's default generator.
 
-    Raises: ConfigError when a width is no multiple of what it is cut into, or for a further setting that is none.
+    Raises: ConfigError when a size is not a multiple of its part, or for a wrong setting of transformers.
     """
     vocabulary = tokenizer.get_vocab()
     return _fresh(settings, size=len(tokenizer), start=vocabulary[START], end=vocabulary[END])
 
 
 def blank_encoders(settings: ClipSettings) -> tuple[CLIPTextModelWithProjection, CLIPVisionModelWithProjection]:
-    """As `fresh_encoders` with the largest vocabulary that the tokenizer may come to."""
+    """As `fresh_encoders`, with the largest possible vocabulary."""
     size = settings.vocabulary_size
     return _fresh(settings, size=size, start=size - 2, end=size - 1)
 
@@ -422,15 +419,17 @@ def _fresh(
 
 
 def _config(kind: type, named: dict[str, Any], further: dict[str, Any], section: str, width: int) -> Any:
-    """The configuration of an encoder of class `kind`: what has a name in the recipe, and what its `section` says.
+    """The configuration of an encoder, of class `kind`: the settings `named` in [clip], and those of its own section.
 
-    Raises: ConfigError for a key that is unknown or has a name of its own in [clip], and for a value that is none.
+    Raises: ConfigError for a key that is unknown or is set in [clip], or for an invalid value.
     """
     known = {name for name in kind().to_dict() if name not in PretrainedConfig().to_dict() and name != "model_type"}
     for key in further:
         if key in named or key not in known:
             free = ", ".join(sorted(known - named.keys()))
-            raise ConfigError(f"clip.{section}.{key} cannot be set; of {kind.__name__} these can: {free}")
+            raise ConfigError(
+                f"clip.{section}.{key} cannot be set; it may have these settings of {kind.__name__}: {free}"
+            )
     settings = {"hidden_size": width, "intermediate_size": 4 * width} | named | further
     for name, limits in FURTHER.items():
         value = settings.get(name, limits.low)
@@ -452,7 +451,7 @@ def _config(kind: type, named: dict[str, Any], further: dict[str, Any], section:
 
 
 def _learned_tokenizer(source: Source, recipe: Recipe) -> CLIPTokenizer:
-    """Of the captions, and of the teacher's phrases, if there are any."""
+    """A tokenizer trained on the captions, and on the teacher's phrases if there are any."""
     settings, texts = recipe.clip, source.all_captions()
     assert settings is not None
     if recipe.teacher is not None and recipe.teacher.phrases is not None:
@@ -461,13 +460,13 @@ def _learned_tokenizer(source: Source, recipe: Recipe) -> CLIPTokenizer:
 
 
 def known_words(tokenizer: CLIPTokenizer) -> dict[int, str]:
-    """The rows of the tokens that are more than a byte, and the words, or parts of words, that they stand for."""
+    """The words, or parts of words, of the tokens with more than one byte, by the number of the token."""
     texts = {row: token.removesuffix("</w>") for token, row in tokenizer.get_vocab().items()}
     return {row: text for row, text in texts.items() if len(text) > 1 and text not in (START, END)}
 
 
 def _tokenizer_of(run: Path, settings: ClipSettings) -> CLIPTokenizer | None:
-    """The tokenizer of a run that is gone on from; None when there is none, or none of these settings."""
+    """The tokenizer of a resumed run; None if there is none, or it has other settings."""
     try:
         before = read_json(run / "recipe.json", allow_infinity=True)["clip"]
         wanted = {key: getattr(settings, key) for key in ("vocabulary_size", "context_length")}
@@ -479,9 +478,9 @@ def _tokenizer_of(run: Path, settings: ClipSettings) -> CLIPTokenizer | None:
 
 
 def _start(folder: Path, settings: ClipSettings) -> PretrainedClip:
-    """The CLIP to go on from.
+    """The CLIP to start from.
 
-    Raises: ConfigError when the recipe says a size that it has not.
+    Raises: ConfigError when the recipe sets another size.
     """
     clip = read_clip(folder)
     text, image = clip.text_encoder.config, clip.image_encoder.config
@@ -504,7 +503,9 @@ def _start(folder: Path, settings: ClipSettings) -> PretrainedClip:
     ]
     other += [f"[clip.{name}] is stated" for name in ("text_config", "image_config") if getattr(settings, name)]
     if other:
-        raise ConfigError(f"the recipe's CLIP is not the one in {folder}: {'; '.join(other)}. Leave these settings out")
+        raise ConfigError(
+            f"the recipe's CLIP differs from the one in {folder}: {'; '.join(other)}. Remove these settings"
+        )
     return clip
 
 
@@ -513,7 +514,7 @@ def _encoders(clip: PretrainedClip) -> tuple[CLIPTextModelWithProjection, CLIPVi
 
 
 def image_processor(size_px: int) -> CLIPImageProcessorPil:
-    """The preprocessing of a CLIP trained here: resized, squashed where not square, pixels to [-1, 1]."""
+    """The preprocessing of a CLIP trained here: resized to a square without cropping, pixels in [-1, 1]."""
     return CLIPImageProcessorPil(
         size={"height": size_px, "width": size_px},
         do_center_crop=False,
@@ -524,7 +525,7 @@ def image_processor(size_px: int) -> CLIPImageProcessorPil:
 
 
 def shift_and_zoom(images: Tensor, generator: torch.Generator, *, shift: float = 0.08, zoom: float = 0.12) -> Tensor:
-    """Each picture moved by up to `shift` of its side and scaled by up to ±`zoom`, white where it left its place."""
+    """Pictures shifted by up to `shift` of their side and scaled by up to ±`zoom`, on a white background."""
     batch = len(images)
     draws = torch.rand(3, batch, generator=generator) * 2 - 1
     scale = 1 + zoom * draws[0]

@@ -1,7 +1,4 @@
-"""Pictures as a CLIP's image encoder wants them.
-
-Knows preprocessors' settings; knows neither recipe nor task. Called by the tasks.
-"""
+"""The frozen CLIP of prior and decoder: preprocessing, embeddings, and batches of embeddings with captions."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,9 +24,9 @@ from unclip.training.teacher import taught
 
 
 def normalized(pixels: Tensor, feature_extractor: BaseImageProcessor) -> Tensor:
-    """Pictures [batch, 3, size, size] in [-1, 1] in the range, and with the mean and spread, that an encoder wants."""
+    """Pictures [batch, 3, size, size] in [-1, 1], rescaled and normalised by the settings of `feature_extractor`."""
     settings: Any = feature_extractor
-    white = 255 * (settings.rescale_factor if settings.do_rescale else 1)  # 1, in every CLIP that was published
+    white = 255 * (settings.rescale_factor if settings.do_rescale else 1)  # 1 in all published CLIPs
     if not settings.do_normalize:
         return (pixels + 1) * (white / 2)
     return scaled(pixels, settings.image_mean, settings.image_std, white)
@@ -38,26 +35,26 @@ def normalized(pixels: Tensor, feature_extractor: BaseImageProcessor) -> Tensor:
 def scaled(
     pixels: Tensor, mean: float | Sequence[float], spread: float | Sequence[float], white: float = 1.0
 ) -> Tensor:
-    """Pictures in [-1, 1] less a mean and divided by a spread, which are those of colours in [0, `white`].
+    """Pictures in [-1, 1], normalised by the mean and standard deviation of colours in [0, `white`].
 
-    Each of the two is one number, or one a channel.
+    `mean` and `spread` are numbers, or sequences with a number per channel.
     """
     middle, unit = (pixels.new_tensor(values).reshape(-1, 1, 1) / white for values in (mean, spread))
     return pixels * (0.5 / unit) + (0.5 - middle) / unit  # exactly the pixels where both are 0.5
 
 
 LENGTH_STEP = 8
-"""A batch's captions are padded to a multiple of so many tokens: few shapes to compile for, and even ones."""
+"""The captions of a batch are padded to a multiple of this number of tokens, which limits the number of shapes."""
 AT_ONCE = 128
-"""Pictures that are embedded together."""
+"""Batch size of the image encoder."""
 SPREAD_ROWS = 4096
-"""Of a stream, how many rows its embeddings' mean and spread are taken from."""
+"""Number of rows of a stream from which the mean and spread of the embeddings are computed."""
 
 
 class FrozenClip:
-    """The CLIP that prior and decoder live in: captions are encoded on demand, pictures once at the start.
+    """The CLIP in whose embedding space prior and decoder are trained.
 
-    It lies on `device`, or where the run computes.
+    Its device is `device`, or by default that of the run.
     """
 
     def __init__(self, folder: Path | str, device: torch.device | str | None = None):
@@ -78,22 +75,22 @@ class FrozenClip:
             self.empty = self.text.encode([""])
 
     def one_width(self) -> int:
-        """Numbers of a token and of an embedding alike.
+        """The width of tokens and embeddings.
 
-        Raises: ConfigError when they differ.
+        Raises: ConfigError when the two widths differ.
         """
         tokens = self.text.text_encoder.config.hidden_size
         if tokens != self.width:
             raise ConfigError(
-                f"the CLIP in {self.folder} has tokens of {tokens} numbers and embeddings of {self.width}; the "
-                "diffusion prior and the decoder take a CLIP where both are alike"
+                f"the CLIP in {self.folder} has tokens of width {tokens} and embeddings of width {self.width}; the "
+                "diffusion prior and the decoder need equal widths"
             )
         return self.width
 
     def warn_of_start(self, start: Path | str | None) -> None:
-        """Warn where the networks that training begins with are of another CLIP's space, as far as that is known.
+        """Warn when the model `start` was trained with another CLIP, if its CLIP is known.
 
-        A run's state says it of its `model/`, and a whole model's folder has its CLIP.
+        It is known for the `model/` of a run, and for a complete model.
         """
         if start is None:
             return
@@ -103,25 +100,25 @@ class FrozenClip:
             known = fingerprint_of(model)
         if known is not None and known != self.fingerprint:
             warnings.warn(
-                f"the model in {start} was trained under another CLIP ({known[:12]}…) than the one in {self.folder} "
-                f"({self.fingerprint[:12]}…), or under the same one saved otherwise: it must learn the new space first",
+                f"the model in {start} was trained with another CLIP ({known[:12]}…) than the one in {self.folder} "
+                f"({self.fingerprint[:12]}…), or with the same one saved differently: it must adapt to the new one",
                 stacklevel=3,
             )
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        """Image embeddings [num_pictures, width], on the CPU, of pictures at the encoder's own size, in [-1, 1]."""
+        """Image embeddings [num_pictures, width], on the CPU, of pictures in [-1, 1] at the size of the encoder."""
         parts = (normalized(part.to(self.device), self.feature_extractor) for part in images.split(AT_ONCE))
         return torch.cat([self.image_encoder(pixel_values=part).image_embeds.cpu() for part in parts])
 
     def embeddings_of(self, pictures: CaptionedPictures, progress: Callable[..., Any] | None = None) -> Tensor:
-        """Image embeddings [num_pictures, width] of a whole folder; computed once and remembered for later runs."""
+        """Image embeddings [num_pictures, width] of the pictures of a folder. They are cached on disk."""
         encoder = f"{self.fingerprint} {self._pixels_as}"
         return known_embeddings(pictures, self.embed, self.width, encoder, progress=progress)
 
 
 class Captioned:
-    """Draws batches of (embedding, caption) with the caption dropped now and then. Shared by prior and decoder."""
+    """Batches of image embeddings and captions for prior and decoder. Captions are dropped with `text_drop`."""
 
     def __init__(
         self,
@@ -135,7 +132,7 @@ class Captioned:
         self.source = source_of(recipe, tuple(dict.fromkeys((clip.image_size, *sizes_px))))
         if recipe.teacher is not None:
             self.source = taught(recipe.teacher, self.source, device=clip.device, progress=progress)
-        # A folder's embeddings are computed once, those of shards when they are drawn, unless they lie there.
+        # The embeddings of a folder are computed once; those of shards for each batch, unless the shards contain them.
         self.table: Tensor | None = None
         if isinstance(self.source, FolderSource):
             self.table = clip.embeddings_of(self.source.of_size(clip.image_size), progress)
@@ -143,9 +140,9 @@ class Captioned:
     def draw(
         self, step: int, batch_size: int, generator: torch.Generator, own: Tensor | None = None
     ) -> tuple[Rows, Tensor, TextEmbedding]:
-        """Rows of the data set, their image embeddings on the CPU, and those of their captions where CLIP computes.
+        """Rows of the data set, their image embeddings on the CPU, and their text embeddings on CLIP's device.
 
-        With `own` captions of the rows of these numbers alone are encoded.
+        With `own`, only the captions of the rows with these indices are encoded.
         """
         rows = self.source.draw(step, batch_size, generator)
         keep = torch.rand(batch_size, generator=generator) >= self.text_drop
@@ -157,7 +154,7 @@ class Captioned:
     def embeddings(self, rows: Rows) -> Tensor:
         """Image embeddings [batch, width].
 
-        Raises: ConfigError when those that lie in the data are not of this CLIP's width, or are said to be of another.
+        Raises: ConfigError when the embeddings in the data are of another CLIP.
         """
         if self.table is not None:
             return self.table[rows.index]
@@ -165,41 +162,41 @@ class Captioned:
             return self.clip.embed(rows.pictures(self.clip.image_size))
         if rows.embeddings.shape[1] != self.clip.width:
             raise ConfigError(
-                f"the embeddings in the data have {rows.embeddings.shape[1]} numbers, the CLIP's have "
+                f"the embeddings in the data have width {rows.embeddings.shape[1]}, those of the CLIP "
                 f"{self.clip.width}: they are of another CLIP"
             )
         if others := rows.clips - {self.clip.fingerprint}:
             raise ConfigError(
                 f"the data were embedded with another CLIP ({min(others)[:12]}…) than the one in {self.clip.folder} "
-                f"({self.clip.fingerprint[:12]}…): embed them again with this one (unclip data embed), or name the one "
-                "that they were embedded with"
+                f"({self.clip.fingerprint[:12]}…): embed them again with this CLIP (unclip data embed), or use the "
+                "other one in the recipe"
             )
         return rows.embeddings
 
     def known(self) -> tuple[Tensor, Tensor]:
-        """Embeddings [count, width], and how often each is drawn [count], 1 in all: of a stream some of them."""
+        """Embeddings [count, width] and their probabilities [count]; for a stream, a sample of them."""
         if isinstance(self.source, FolderSource) and self.table is not None:
             return self.table, self.source.weights / self.source.weights.sum()
         embeddings = torch.cat([self.embeddings(part) for part in self.source.examples_in_parts(SPREAD_ROWS, AT_ONCE)])
         return embeddings, torch.full((len(embeddings),), 1 / len(embeddings))
 
     def spread(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation [1, width] of the embeddings that are drawn."""
+        """Mean and standard deviation [1, width] of the embeddings, weighted as they are sampled."""
         embeddings, weights = self.known()
         weights = weights[:, None]
         mean = (weights * embeddings).sum(0, keepdim=True)
         return mean, (weights * (embeddings - mean) ** 2).sum(0, keepdim=True).sqrt().clamp_min(1e-6)
 
 
-def tell_cosines(path: Path, drawn: Tensor, true: Tensor) -> None:
-    """A prior's sample sheet, `path` with the suffix .txt: cosine of drawn and true embeddings, and of wrong pairs."""
+def write_cosines(path: Path, drawn: Tensor, true: Tensor) -> None:
+    """Write the mean cosine similarity of sampled and true embeddings, and of wrong pairs, to `path` as .txt."""
     right, wrong = (F.cosine_similarity(drawn, other, dim=-1).mean() for other in (true, true.roll(1, 0)))
-    told = f"cosine to the true embedding {right:.3f}, to another's {wrong:.3f}\n"
-    path.with_suffix(".txt").write_text(told, encoding="utf-8")
+    text = f"cosine to the true embedding {right:.3f}, to another's {wrong:.3f}\n"
+    path.with_suffix(".txt").write_text(text, encoding="utf-8")
 
 
 def text_batch(text: TextEmbedding) -> Batch:
-    """A caption's embedding as a trainer's batch carries it: without the padding that no caption of the batch needs."""
+    """Text embeddings as entries of a batch, without unnecessary padding."""
     longest = int(text.mask.any(dim=0).nonzero().max()) + 1
     longest = min(-longest // LENGTH_STEP * -LENGTH_STEP, text.mask.shape[1])
     return {
@@ -210,7 +207,7 @@ def text_batch(text: TextEmbedding) -> Batch:
 
 
 def blank_text(clip: FrozenClip, rows: int) -> Batch:
-    """What `text_batch` makes of `rows` captions of full length, on the meta device."""
+    """As `text_batch` for `rows` captions of full length, on the meta device."""
     one = {
         "text_embeds": clip.empty.embeds,
         "text_hidden_states": clip.empty.hidden_states,
@@ -220,5 +217,5 @@ def blank_text(clip: FrozenClip, rows: int) -> Batch:
 
 
 def batch_text(batch: Batch) -> TextEmbedding:
-    """What `text_batch` was made of, less the padding."""
+    """The text embeddings in a batch: the inverse of `text_batch`."""
     return TextEmbedding(batch["text_embeds"], batch["text_hidden_states"], batch["text_mask"])

@@ -1,7 +1,4 @@
-"""The diffusion tasks: prior, decoder and super-resolution, trained through the stages that sampling uses.
-
-Knows stages, conditions and data; knows neither optimizer nor schedule of the run. Called by the trainer.
-"""
+"""The diffusion tasks: prior, decoder and super-resolution. They train the stages that sampling uses."""
 
 import dataclasses
 from collections.abc import Callable
@@ -26,27 +23,27 @@ from unclip.stages.decoder import DecoderStage
 from unclip.stages.prior import PriorStage
 from unclip.stages.stage import DecoderCondition, PriorCondition, SuperResCondition, sample, size_px
 from unclip.stages.super_res import SuperResStage, enlarge
-from unclip.training.conditions import Captioned, FrozenClip, batch_text, blank_text, tell_cosines, text_batch
+from unclip.training.conditions import Captioned, FrozenClip, batch_text, blank_text, text_batch, write_cosines
 from unclip.training.dry_run import built, try_step
 from unclip.training.lora import adapt, merged, write_adapter
 from unclip.training.losses import absolute_error, perceptual_loss
 from unclip.training.recipe import DecoderSettings, PriorSettings, Recipe, SuperResSettings
-from unclip.training.task import Batch, Sourced, of_rows, process_of, scheduler_of, settled, source_of
+from unclip.training.task import Batch, Sourced, of_rows, process_of, scheduler_of, source_of
 
 SHEET_PICTURES = 48
 SHEET_STEPS = 20
 
 
 def write_network(network: nn.Module, folder: Path, name: str) -> None:
-    """Write component `name`, adapters merged into it, and the adapters alone beside it, if there are any."""
+    """Write the component `name` with merged adapters, and its adapters, if any, in a separate folder."""
     write_component(merged(network), folder / name, variant=None)
     write_adapter(network, folder / f"{name}_lora")
 
 
 class StageModule(nn.Module):
-    """A stage's networks with its loss: what is sampled is what is trained.
+    """The networks of a stage and its loss.
 
-    `of_x0`, if there is one, is the loss in place of the process's own: of the clean sample as predicted, and as it is.
+    `of_x0`, if set, replaces the loss of the process; it takes the predicted and the true clean samples.
     """
 
     def __init__(
@@ -64,12 +61,12 @@ class StageModule(nn.Module):
         self.of_x0: Callable[[Tensor, Tensor], dict[str, Tensor]] | None = None
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """`x0` and `noise` of the stage's shape, `t` [batch], and whatever the stage's condition is built from."""
+        """`batch` has `x0` and `noise` of the stage's shape, `t` [batch], and the entries of the stage's condition."""
         process = self.stage.process
         x0, noise, t = batch["x0"], batch["noise"], batch["t"]
         x_t = process.add_noise(x0, noise, t)
         output = self.stage.prepare(self.condition(batch))(x_t, t)
-        if self.of_x0 is not None:  # not clipped: what lies outside must be told so
+        if self.of_x0 is not None:  # without clipping, which has no gradient outside the range
             return self.of_x0(dataclasses.replace(process, clip_range=None).predict(output, x_t, t).x0, x0)
         return {"loss": process.loss(output, x0, noise, x_t, t, weighting=self.weighting).mean()}
 
@@ -78,9 +75,9 @@ N = TypeVar("N", bound=Component)
 
 
 def first_network(cls: type[N], name: str, settings: dict[str, Any], recipe: Recipe) -> N:
-    """What training begins with: component `name` of `recipe.start_from`, or a fresh network of these settings.
+    """The network to train: the component `name` of `recipe.start_from`, or a new network with these settings.
 
-    Raises: ConfigError when the recipe's settings are not those of the network it starts from.
+    Raises: ConfigError when the recipe's settings differ from those of the component.
     """
     if recipe.start_from is None:
         network = built(lambda: cls(**settings), recipe, f"the network {name} of [{recipe.stage}.model]")
@@ -92,20 +89,20 @@ def first_network(cls: type[N], name: str, settings: dict[str, Any], recipe: Rec
     other = [f"{key} is {found[key]!r} there and {asked[key]!r} here" for key in settings if found[key] != asked[key]]
     if other:
         raise ConfigError(
-            f"the recipe's {name} is not the one in {recipe.start_from}: {'; '.join(other)}. Leave these settings out, "
-            "or leave start_from out"
+            f"the recipe's {name} differs from the one in {recipe.start_from}: {'; '.join(other)}. Remove these "
+            "settings, or remove start_from"
         )
     return network.train()
 
 
 def put_adapters(network: nn.Module, recipe: Recipe) -> None:
-    """As the recipe has it: adapters in the network, or nothing."""
+    """Add adapters to a network if the recipe has [lora]."""
     if recipe.lora is not None:
         adapt(network, recipe.lora, recipe.seed)
 
 
 def noised(x0: Tensor, num_timesteps: int, generator: torch.Generator | None) -> Batch:
-    """x0 with the noise and the timesteps that a step trains on, where x0 lies; there the generator must be."""
+    """x0 with random noise and timesteps, on the device of x0, which must be that of the generator."""
     return {
         "x0": x0,
         "noise": torch.randn(x0.shape, generator=generator, device=x0.device),
@@ -114,10 +111,9 @@ def noised(x0: Tensor, num_timesteps: int, generator: torch.Generator | None) ->
 
 
 class PriorTask(Sourced):
-    """Caption → whitened image embedding, mean-squared error on x0 (paper §2.2)."""
+    """Trains the diffusion prior: caption → whitened image embedding, mean squared error of x0 (paper §2.2)."""
 
-    def __init__(self, recipe: Recipe, progress: Callable[..., Any] | None = None):
-        recipe = settled(recipe)
+    def __init__(self, recipe: Recipe, progress: Callable[..., Any] | None = None, run: Path | None = None):
         assert recipe.prior is not None
         self.settings: PriorSettings = recipe.prior
         self.clip = FrozenClip(self.settings.clip)
@@ -134,7 +130,7 @@ class PriorTask(Sourced):
         try_step(self.module, self._blank, recipe)
         self.data = Captioned(recipe, self.clip, self.settings.text_drop, progress=progress)
         self.source = self.data.source
-        if recipe.start_from is None:  # else its whitening is part of what it learned
+        if recipe.start_from is None:  # otherwise the network keeps its whitening
             mean, std = self.data.spread()
             prior.clip_mean.copy_(mean)
             prior.clip_std.copy_(std)
@@ -157,18 +153,18 @@ class PriorTask(Sourced):
         write_component(scheduler_of(self.stage.process), folder / "prior_scheduler", variant=None)
 
     def sample_sheet(self, path: Path) -> None:
-        """Writes `path` with the suffix .txt: cosine of sampled and true embeddings, and of a wrong pairing."""
+        """See `write_cosines`."""
         rows = self.source.examples(SHEET_PICTURES)
         text = self.clip.text.encode(rows.captions)
         drawn = draw_stage(self.module, self.stage, PriorCondition(text), PriorCondition(self.clip.empty), scale=2.0)
-        tell_cosines(path, drawn, self.data.embeddings(rows))
+        write_cosines(path, drawn, self.data.embeddings(rows))
 
 
 @torch.no_grad()
 def forget_text(text_proj: UnCLIPTextProjModel, empty: TextEmbedding) -> None:
-    """Have every caption give what the empty one gives, whatever its text encoder; its own part can be learned anew.
+    """Make the output for every caption equal to that for the empty one, so that another text encoder can be learned.
 
-    `empty` is the empty caption of the text encoder that `text_proj` was trained with.
+    `empty` is the empty caption, encoded by the text encoder with which `text_proj` was trained.
     """
     tokens = empty.hidden_states[0][empty.mask[0]].to(text_proj.embedding_proj.weight.device)
     for layer, read in (
@@ -181,10 +177,9 @@ def forget_text(text_proj: UnCLIPTextProjModel, empty: TextEmbedding) -> None:
 
 
 class DecoderTask(Sourced):
-    """Image embedding and caption → small picture (paper §2.1)."""
+    """Trains the decoder: image embedding and caption → small picture (paper §2.1)."""
 
-    def __init__(self, recipe: Recipe, progress: Callable[..., Any] | None = None):
-        recipe = settled(recipe)
+    def __init__(self, recipe: Recipe, progress: Callable[..., Any] | None = None, run: Path | None = None):
         assert recipe.decoder is not None
         self.settings: DecoderSettings = recipe.decoder
         self.clip = FrozenClip(self.settings.clip)
@@ -246,7 +241,7 @@ class DecoderTask(Sourced):
         write_component(scheduler_of(self.stage.process), folder / "decoder_scheduler", variant=None)
 
     def sample_sheet(self, path: Path) -> None:
-        """Pictures decoded from true embeddings, without caption; below each row the real ones."""
+        """Write pictures decoded from true embeddings without captions, with the real pictures below."""
         rows = self.source.examples(SHEET_PICTURES)
         real = rows.pictures(self.size_px)
         empty = self.clip.empty.select([0] * len(real))
@@ -257,10 +252,9 @@ class DecoderTask(Sourced):
 
 
 class SuperResTask(Sourced):
-    """Small picture → large picture, trained on crops; the small one is degraded as the paper does (§2.1)."""
+    """Trains super-resolution: degraded small picture → large picture, on crops (paper §2.1)."""
 
-    def __init__(self, recipe: Recipe):
-        recipe = settled(recipe)
+    def __init__(self, recipe: Recipe, progress: Callable[..., Any] | None = None, run: Path | None = None):
         assert recipe.super_res is not None
         self.settings: SuperResSettings = recipe.super_res
         start = "super_res_first"
@@ -271,8 +265,8 @@ class SuperResTask(Sourced):
         self.size_px = size_px(network.config.sample_size)
         if self.settings.crop_size > self.size_px:
             raise ConfigError(
-                f"super_res.crop_size is {self.settings.crop_size}, the network's pictures have {self.size_px} pixels: "
-                "make it no larger"
+                f"super_res.crop_size is {self.settings.crop_size}; it must be at most {self.size_px}, the size of the "
+                "network's pictures"
             )
         process = process_of(self.settings.process)
         self.stage = SuperResStage(network, network, process)
@@ -313,7 +307,7 @@ class SuperResTask(Sourced):
         write_component(scheduler_of(self.stage.process), folder / "super_res_scheduler", variant=None)
 
     def sample_sheet(self, path: Path) -> None:
-        """Held-out pictures, if there are any: enlarged by bicubic, by the network, and real."""
+        """Write pictures, held-out ones if possible: enlarged bicubically, enlarged by the network, and real."""
         held_out, trained = (self.source.examples(8, held_out=held) for held in (True, False))
         large = (held_out if held_out.captions else trained).pictures(self.size_px)
         small = degrade(large, self.settings, torch.Generator().manual_seed(0))
@@ -329,7 +323,7 @@ def _last_loss(settings: SuperResSettings) -> Callable[[Tensor, Tensor], dict[st
 
 
 class _EnlargedStage:
-    """Super-resolution on crops: the condition is the crop of the enlarged picture itself."""
+    """Super-resolution on crops: the condition is a crop of the enlarged picture."""
 
     def __init__(self, stage: SuperResStage):
         self.process, self.network = stage.process, stage.first
@@ -339,7 +333,7 @@ class _EnlargedStage:
 
 
 def degrade(large: Tensor, settings: SuperResSettings, generator: torch.Generator) -> Tensor:
-    """The small picture that super-resolution must enlarge: blurred now and then (3×3 Gaussian), shrunk, noised."""
+    """Small pictures as input of super-resolution: shrunk, sometimes blurred (3×3 Gaussian), with noise."""
     small = F.interpolate(large, size=(settings.low_res_size,) * 2, mode="area")
     edge = torch.exp(torch.tensor(-0.5 / settings.blur_sigma**2))
     line = torch.stack([edge, torch.ones(()), edge])
@@ -356,7 +350,7 @@ def degrade(large: Tensor, settings: SuperResSettings, generator: torch.Generato
 def draw_stage(
     module: nn.Module, stage: Any, condition: Any, null: Any, *, scale: float = 1.0, num_steps: int = SHEET_STEPS
 ) -> Tensor:
-    """Samples for a sheet, computed where `module` lies and returned to the CPU: the same noise every time."""
+    """Samples for a sample sheet with fixed noise, computed on the device of `module` and returned to the CPU."""
     device = next(module.parameters()).device
     return sample(
         stage,

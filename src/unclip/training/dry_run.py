@@ -1,7 +1,7 @@
-"""Whether a run's settings fit together and fit into memory, found out before any data are read.
+"""Checks of a run's settings before data are read, and the measured cost of its steps.
 
-A step is computed on the meta device, which has shapes and no memory: settings that do not fit each other fail there at
-once, and what the step would keep for its backward pass can be counted.
+A step on PyTorch's meta device, which has shapes but no memory, shows whether the settings fit together and how much
+memory the backward pass needs.
 """
 
 import resource
@@ -25,23 +25,23 @@ from unclip.training.task import Batch, Sourced, Task, check_room, computing_dev
 from unclip.training.trainer import Trainer, step_generator
 
 STATE_COPIES = 4
-"""Of each number in a network that is trained, at least: weight, gradient, the optimizer's and the average."""
+"""Minimum number of values per trained parameter: weight, gradient, optimizer state and average."""
 
 SURE_SHARE = 0.8
-"""Of the counted bytes, what a step surely needs: kernels differ in what they keep."""
+"""Share of the counted bytes that a step needs with any kernel; kernels differ in what they save."""
 
 N = TypeVar("N", bound=nn.Module)
 
 
 def built(make: Callable[[], N], recipe: Recipe, what: str) -> N:
-    """The network that `make` makes, once it is known that it can be trained in this machine's memory.
+    """Build a network, unless it is too large to be trained in this machine's memory.
 
     Args:
         make: builds the network on torch's default device.
         recipe: of the run.
-        what: names it in messages.
+        what: the network's name in messages.
 
-    Raises: ConfigError when the memory does not suffice.
+    Raises: ConfigError when the network is too large.
     """
     with torch.device("meta"):
         check_parameters(make(), recipe, what)
@@ -49,7 +49,7 @@ def built(make: Callable[[], N], recipe: Recipe, what: str) -> N:
 
 
 def check_parameters(module: nn.Module, recipe: Recipe, what: str) -> None:
-    """Raises: ConfigError when `module`, all of which is trained, is too large for this machine's memory."""
+    """Raises: ConfigError when training all of `module` needs more memory than this machine has."""
     count = sum(parameter.numel() for parameter in module.parameters())
     check_room(
         4 * count * (1 if recipe.shard else STATE_COPIES),
@@ -60,15 +60,15 @@ def check_parameters(module: nn.Module, recipe: Recipe, what: str) -> None:
 
 
 def try_step(module: nn.Module, batch: Callable[[int], Batch], recipe: Recipe, *, large: Batch | None = None) -> None:
-    """Compute a step of a task without memory.
+    """Try a step of a task on the meta device.
 
     Args:
-        module: the task's, wherever its weights lie.
-        batch: makes a batch of so many rows on the meta device.
+        module: of the task, on any device.
+        batch: makes a batch of the given number of rows on the meta device.
         recipe: of the run.
-        large: a batch that the networks must be able to read too, beside those they are trained on.
+        large: another batch that the networks must accept.
 
-    Raises: ConfigError when the networks cannot read such a batch, or a step needs more memory than there is.
+    Raises: ConfigError when the networks do not accept a batch, or a step needs more memory than is available.
     """
     for tried in (batch(2), large):
         if tried is None:
@@ -77,12 +77,12 @@ def try_step(module: nn.Module, batch: Callable[[int], Batch], recipe: Recipe, *
             kept_bytes(module, tried)
         except (UnclipError, RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ConfigError(
-                f"the networks of [{recipe.stage}] do not fit what they are given: {error!s:.300}. Check their settings"
+                f"the networks of [{recipe.stage}] do not fit their inputs: {error!s:.300}. Check their settings"
             ) from error
     rows = -(-recipe.batch_size // (recipe.accumulation * num_processes()))
     try:
         kept = kept_bytes(module, batch(rows))
-    except RuntimeError:  # more than 64 bits can count
+    except RuntimeError:  # the count exceeds 64 bits
         kept = 2**63
     share = SURE_SHARE / 2 if recipe.precision != "no" or recipe.compile else SURE_SHARE
     check_room(
@@ -94,10 +94,10 @@ def try_step(module: nn.Module, batch: Callable[[int], Batch], recipe: Recipe, *
 
 
 def kept_bytes(module: nn.Module, batch: Batch) -> int:
-    """Bytes that the forward pass of `module` keeps for the backward pass, besides the weights; nothing is computed.
+    """The bytes that the forward pass of `module` saves for the backward pass, without the weights.
 
     Args:
-        module: a task's.
+        module: of a task.
         batch: on the meta device.
     """
     on_meta = {
@@ -110,7 +110,7 @@ def kept_bytes(module: nn.Module, batch: Batch) -> int:
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            kept[storage._cdata] = storage  # held, so that no other gets its number
+            kept[storage._cdata] = storage  # keeps the storage alive, so that its address is unique
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -123,18 +123,19 @@ WARM_UP_STEPS = 1
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run takes.
+    """The size of a run's networks, and the memory and time that it needs.
 
     Attributes:
-        parameters: of each network, by name.
-        trained: of all, those that change.
-        state_bytes: weights, gradients, optimizer state and moving average together, of all shards where there are any.
-        peak_bytes: the most memory that the process (on an accelerator: the device) held while a step was computed.
-        read_px: sides that the data set's pictures are made square at, in pixels.
-        trained_px: sides of the pictures in a batch, which may be crops; none where a batch holds embeddings alone.
-        step_s: seconds a step takes.
-        steps: how many the recipe asks for; batch_size: pictures in each.
-        is_sharded: whether each process holds only its share of what `state_bytes` counts.
+        parameters: number of parameters by network.
+        trained: number of trained parameters.
+        state_bytes: memory of weights, gradients, optimizer state and moving average, over all shards.
+        peak_bytes: peak memory of the process (on an accelerator: of the device) in a step.
+        read_px: sides of the pictures read from the data set, in pixels.
+        trained_px: sides of the pictures or crops in a batch, in pixels; empty if it contains only embeddings.
+        step_s: seconds per step.
+        steps: number of steps in the recipe.
+        batch_size: pictures per step.
+        is_sharded: whether each process has only a shard of the state.
     """
 
     parameters: dict[str, int]
@@ -150,23 +151,23 @@ class Cost:
 
     @property
     def total_s(self) -> float:
-        """Seconds for the whole run, without saving and sample sheets."""
+        """Seconds for all steps, without saving and sample sheets."""
         return self.step_s * self.steps
 
 
-def rehearse(task: Task, recipe: Recipe, *, num_steps: int = 3) -> Cost:
-    """Take a few steps in a folder that is thrown away, and measure them.
+def measure_cost(task: Task, recipe: Recipe, *, num_steps: int = 3) -> Cost:
+    """Take a few steps in a temporary folder, and measure them.
 
-    Raises: whatever the run itself would raise so early.
+    Raises: the same errors as the first steps of the run.
     """
     with tempfile.TemporaryDirectory(prefix="unclip-dry-run-") as folder:
         trainer = Trainer(task, recipe, Path(folder))
         for _ in range(WARM_UP_STEPS):
             trainer.take_step()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(num_steps):
             trainer.take_step()
-        step_s = (time.perf_counter() - begun) / num_steps
+        step_s = (time.perf_counter() - start) / num_steps
         tensors = [*task.module.parameters(), *trainer.ema.values()]
         tensors += [p for p in task.module.parameters() if p.requires_grad]  # their gradients
         for state in trainer.optimizer.state.values():
@@ -192,7 +193,7 @@ def _read_px(task: Task) -> tuple[int, ...]:
 
 
 def _trained_px(task: Task, recipe: Recipe, step: int) -> tuple[int, ...]:
-    """Of the next batch, so that a stream just goes on."""
+    """Sides of the pictures in the next batch."""
     batch = task.batch(step, recipe.batch_size, step_generator(recipe.seed, step))
     return tuple(sorted({values.shape[-1] for values in batch.values() if values.dim() == 4}))
 

@@ -1,7 +1,4 @@
-"""CLIP image embeddings of a whole data set, computed once and kept as shards.
-
-Knows CLIP and shards; knows no diffusion. Called by `unclip data embed`.
-"""
+"""Writes a data set with its CLIP image embeddings as tar shards."""
 
 import io
 import itertools
@@ -34,42 +31,41 @@ def embed(
     device: torch.device | str = "cpu",
     progress: Callable[..., Any] | None = None,
 ) -> Damage:
-    """Write shards with each sample's captions and CLIP image embedding, for training of a prior (or a decoder).
+    """Write shards with the captions and the CLIP image embedding of each sample, to train a prior or a decoder.
 
-    The sample's .json says by a fingerprint which CLIP the embedding is of.
+    The .json of a sample contains the fingerprint of the CLIP.
 
-    The folder `out` appears once it is whole. Until then its shards lie in `unfinished_folder(out)`, and the same call
-    goes on from them: it reads the samples that they were made of again, to see that they are the same, and computes
-    the others.
+    The folder `out` appears when it is complete. Until then, its shards are in `unfinished_folder(out)`. The same call
+    resumes from them: it reads their samples again to check that they did not change, and computes the rest.
 
     Args:
         data: a folder or shards.
         clip: a model's folder with `image_encoder` and `text_encoder`, or a `CLIPModel`.
-        out: the folder to make.
-        keep_pictures: copy the pictures too, which a decoder needs.
-        per_shard: samples of which a shard is made.
-        max_skipped_share: of the samples, and of the shards, that may be broken; they are listed as by `samples.pack`.
-            With more, the unfinished shards stay.
-        batch_size: pictures embedded at once.
+        out: the folder to create.
+        keep_pictures: also copy the pictures, which a decoder needs.
+        per_shard: samples per shard.
+        max_skipped_share: the share of samples, and of shards, that may be unreadable; they are listed as by
+            `samples.pack`. If there are more, the unfinished shards are kept.
+        batch_size: batch size of the image encoder.
         keys: as for `samples.raw_samples`.
-        device: where they are embedded.
+        device: the device of the image encoder.
         progress: wraps an iterable, as `tqdm` does.
 
-    Returns: how many samples there were, and what could not be read.
+    Returns: the number of samples, and those that could not be read.
 
     Raises:
-        DataError: the data set is not there, nothing in it can be read, too much cannot, or the samples are not those
-            that unfinished shards were made of.
-        OutputExistsError: `out` is there already, or was begun otherwise.
+        DataError: the data set is missing, all or too many of its samples are unreadable, or its samples differ from
+            those of the unfinished shards.
+        OutputExistsError: `out` exists, or was started with other settings.
     """
     encoder, damage = FrozenClip(clip, device), Damage()
     pixels_as = json.loads(encoder.feature_extractor.to_json_string())
     asked = {"clip": encoder.fingerprint, "feature_extractor": pixels_as}
     shards = Unfinished(out, asked | {"keep_pictures": keep_pictures, "per_shard": per_shard})
     samples = raw_samples(data, damage, keys=keys)
-    told = iter(progress(samples, desc="embedding", unit="sample") if progress else samples)
+    stream = iter(progress(samples, desc="embedding", unit="sample") if progress else samples)
     for number in itertools.count():
-        portion = Portion(told, per_shard)
+        portion = Portion(stream, per_shard)
         broken = shards.known(number, portion)
         if broken is None:
             broken = {}
@@ -87,7 +83,7 @@ def embed(
 def _embedded(
     samples: Iterable[RawSample], encoder: FrozenClip, keep_pictures: bool, broken: dict[str, str], batch_size: int
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Parts of the samples that can be read; the others go into `broken`."""
+    """Shard entries of the readable samples. The others are added to `broken`."""
     stream = iter(samples)
     while batch := list(itertools.islice(stream, batch_size)):
         yield from _batch(batch, encoder, keep_pictures, broken)
@@ -111,7 +107,7 @@ def _batch(
     for (raw, sample), embedding in zip(good, encoder.embed(pixels.float() / 127.5 - 1), strict=True):
         content = io.BytesIO()
         np.save(content, embedding.numpy().astype(np.float16))
-        said = about(raw) | {"captions": sample.captions, CLIP: encoder.fingerprint}
-        told = json.dumps(said).encode()  # plain ASCII: half a character in it stays what it is
+        entry = about(raw) | {"captions": sample.captions, CLIP: encoder.fingerprint}
+        entry_json = json.dumps(entry).encode()  # ASCII, which preserves lone surrogates
         pictures = {name: raw.parts[name] for name in IMAGE_EXTENSIONS if keep_pictures and name in raw.parts}
-        yield raw.key, {**pictures, "json": told, EMBEDDING: content.getvalue()}
+        yield raw.key, {**pictures, "json": entry_json, EMBEDDING: content.getvalue()}

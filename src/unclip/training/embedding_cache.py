@@ -1,8 +1,7 @@
-"""CLIP image embeddings of a folder's pictures, computed once and remembered for the next run.
+"""A cache on disk for the CLIP image embeddings of a folder of pictures.
 
-Prior, decoder, and a run that goes on need the same numbers; with CLIP's own passes they cost minutes for some ten
-thousand pictures. They lie in the user's cache, under a name made of the pictures and of the CLIP; deleting them only
-costs time. Knows no task. Called by the conditions of prior and decoder.
+Prior, decoder and resumed runs use the same embeddings, which take minutes to compute for ten thousand pictures. The
+file name is a hash of the pictures and of the CLIP. Deleting the cache is safe.
 """
 
 import hashlib
@@ -21,13 +20,13 @@ from unclip.data.folder import CaptionedPictures
 from unclip.errors import UnclipError
 
 PART = 128
-"""Pictures that are embedded at once."""
+"""Batch size of the image encoder."""
 MIN_PICTURES = 256
-"""Of fewer it is not worth a file."""
+"""Embeddings of fewer pictures are not cached."""
 
 
 def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/unclip/embeddings`, or that under `~/.cache`."""
+    """`$XDG_CACHE_HOME/unclip/embeddings`; the default of the variable is `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unclip" / "embeddings"
 
 
@@ -39,21 +38,21 @@ def known_embeddings(
     *,
     progress: Callable[..., Any] | None = None,
 ) -> Tensor:
-    """float32 [num_pictures, width], read if they are known, else computed and remembered.
+    """Embeddings float32 [num_pictures, width] from the cache, or else computed and cached.
 
     Args:
-        pictures: at the encoder's own size.
+        pictures: at the size of the encoder.
         embed: [batch, 3, size, size] in [-1, 1] → [batch, width].
         width: of an embedding.
-        fingerprint: of the encoder's weights and of its preprocessing.
+        fingerprint: identifies the encoder's weights and preprocessing.
         progress: wraps an iterable, as `tqdm` does.
     """
     path = cache_folder() / f"{_name_of(pictures, fingerprint)}.safetensors"
     if (known := _read(path, (len(pictures), width))) is not None:
         return known
     rows = torch.arange(len(pictures)).split(PART)
-    told = progress(rows, desc="embedding the pictures", unit="batch") if progress else rows
-    embeddings = torch.cat([embed(pictures.images(part)).float() for part in told])
+    parts = progress(rows, desc="embedding the pictures", unit="batch") if progress else rows
+    embeddings = torch.cat([embed(pictures.images(part)).float() for part in parts])
     if len(pictures) >= MIN_PICTURES:
         _remember(path, embeddings)
     return embeddings
@@ -66,7 +65,7 @@ def _name_of(pictures: CaptionedPictures, fingerprint: str) -> str:
 
 
 def _read(path: Path, shape: tuple[int, int]) -> Tensor | None:
-    """What lies there; None if nothing does, or nothing whole."""
+    """The cached embeddings; None if they are missing or damaged."""
     try:
         known = load_file(path).get("embeddings")
     except (OSError, SafetensorError):
@@ -76,7 +75,7 @@ def _read(path: Path, shape: tuple[int, int]) -> Tensor | None:
 
 
 def _remember(path: Path, embeddings: Tensor) -> None:
-    """Keep them if there is room; a cache that cannot be written costs the next run its time, not this one its life."""
+    """Write the cache file. A failure is ignored: the next run computes the embeddings again."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as draft:

@@ -1,7 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) in a network, through peft, and out of it again.
-
-Knows networks' linear layers by name; knows no task. Called by the tasks.
-"""
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) by peft: adding, merging and writing them."""
 
 import copy
 from pathlib import Path
@@ -17,9 +14,9 @@ N = TypeVar("N", bound=nn.Module)
 
 
 def adapt(network: N, settings: LoraSettings, seed: int) -> N:
-    """Freeze a network and put adapters, which alone are trained, beside its linear layers. Changes `network` itself.
+    """Freeze a network, and add adapters to its linear layers, in place. Only the adapters are trained.
 
-    Fresh adapters add nothing: the network computes what it did.
+    New adapters do not change the network's output.
 
     Raises:
         MissingDependencyError: peft is not installed.
@@ -42,12 +39,12 @@ def adapt(network: N, settings: LoraSettings, seed: int) -> N:
 
 
 def is_adapted(network: nn.Module) -> bool:
-    """Whether there are adapters in it."""
+    """Whether a network has adapters."""
     return any(name.endswith("base_layer") for name, _ in network.named_modules())
 
 
 def merged(network: N) -> N:
-    """A copy with the adapters added into the weights, in the network's own layout; the network itself without any."""
+    """A copy of a network with its adapters merged into the weights; the network itself if it has none."""
     if not is_adapted(network):
         return network
     plain = copy.deepcopy(network)
@@ -61,7 +58,7 @@ def merged(network: N) -> N:
 
 
 def write_adapter(network: nn.Module, folder: Path) -> None:
-    """The adapters alone, in peft's layout (`adapter_config.json` and weights); nothing where there are none."""
+    """Write a network's adapters, if it has any, in the layout of peft (`adapter_config.json` and weights)."""
     if not is_adapted(network):
         return
     from safetensors.torch import save_file

@@ -1,7 +1,4 @@
-"""Losses on the clean picture itself, for the network of super-resolution's last step: L1, and perceptual.
-
-Knows frozen image networks of transformers; knows neither noise nor recipe. Called by the super-resolution task.
-"""
+"""Losses on the clean picture for the last step of super-resolution: absolute error, and perceptual."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -21,26 +18,26 @@ from unclip.pipelines.clip import is_whole_clip, read_clip
 from unclip.training.conditions import normalized, scaled
 
 Hidden = Sequence[Tensor]
-"""A network's hidden states, one a layer: [batch, tokens, width] or [batch, channels, height, width]."""
+"""Hidden states of a network by layer: [batch, tokens, width] or [batch, channels, height, width]."""
 
 
 def absolute_error(found: Tensor, wanted: Tensor) -> dict[str, Tensor]:
-    """Mean absolute difference of pictures [batch, 3, height, width], as `loss`."""
+    """The mean absolute difference of pictures [batch, 3, height, width], as `loss`."""
     return {"loss": (found - wanted).abs().mean()}
 
 
 @dataclass(frozen=True)
 class PerceptualLoss:
-    """Absolute difference of pixels, plus `weight` times the distance of a frozen network's features.
+    """The absolute difference of pixels, plus `weight` times the distance between features of a frozen network.
 
-    The features of every layer are scaled to unit length along their channels and compared by squared difference
+    The features of each layer are normalised along the channels and compared by squared difference
     (Zhang et al. 2018, arXiv 1801.03924, eq. 1, without their learned weights).
 
     Attributes:
-        network: frozen; no part of what is trained or saved.
-        features: the network, pictures [batch, 3, height, width] in [-1, 1] → its hidden states. It holds no network of
-            its own: a copy of the loss computes with the copy of `network`.
-        weight: of the features' distance.
+        network: the frozen network. It is not saved.
+        features: (network, pictures [batch, 3, height, width] in [-1, 1]) → hidden states. It takes the network as an
+            argument, so that a copy of the loss uses its own copy of the network.
+        weight: weight of the feature distance.
     """
 
     network: nn.Module
@@ -48,7 +45,7 @@ class PerceptualLoss:
     weight: float
 
     def __call__(self, found: Tensor, wanted: Tensor) -> dict[str, Tensor]:
-        """`loss`, and its parts `l1` and `perceptual`, of pictures in [-1, 1]."""
+        """`loss` and its parts `l1` and `perceptual`, for pictures in [-1, 1]."""
         self.network.to(found.device)
         with torch.no_grad():
             right = self.features(self.network, wanted)
@@ -59,16 +56,16 @@ class PerceptualLoss:
 
 
 def perceptual_loss(folder: Path, weight: float) -> PerceptualLoss:
-    """The loss with the features of a CLIP's image encoder, or of any other image model that transformers reads.
+    """The loss with features of a CLIP's image encoder, or of another image model that transformers loads.
 
     Args:
-        folder: a CLIP in either layout, or a model's `config.json` and safetensors; its pictures' mean and spread are
-            those of its `preprocessor_config.json`, 0.5 without one.
-        weight: of the features' distance beside that of pixels.
+        folder: a CLIP in either layout, or the `config.json` and safetensors of a model. The mean and standard
+            deviation of its pictures are read from `preprocessor_config.json`, and default to 0.5.
+        weight: weight of the feature distance relative to the pixel error.
 
     Raises:
-        ConfigError: the model has no hidden states to compare.
-        CheckpointError: it is not there, or broken.
+        ConfigError: the model returns no hidden states.
+        CheckpointError: the model is missing or broken.
     """
     if (folder / "text_encoder").is_dir() or is_whole_clip(folder):
         clip = read_clip(folder)
@@ -85,7 +82,7 @@ def perceptual_loss(folder: Path, weight: float) -> PerceptualLoss:
             pixels = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
         hidden = network(pixel_values=ready(pixels), output_hidden_states=True).hidden_states
         if not hidden:
-            raise ConfigError(f"the model in {folder} gives no hidden states; name a CLIP, or another image model")
+            raise ConfigError(f"the model in {folder} returns no hidden states; use a CLIP, or another image model")
         return hidden
 
     return PerceptualLoss(network, features, weight)
@@ -95,7 +92,9 @@ def _image_model(folder: Path) -> tuple[Any, Sequence[float], Sequence[float]]:
     from transformers import AutoModel
 
     if not (folder / "config.json").is_file():
-        raise MissingFileError(f"{folder} has no config.json: name the folder of a CLIP, or of another image model")
+        raise MissingFileError(
+            f"{folder} has no config.json; it must be the folder of a CLIP, or of another image model"
+        )
     for name, tensor in read_tensors(open_weights(folder, stem="model")):
         check_finite(tensor, name, str(folder))
     try:
@@ -103,16 +102,18 @@ def _image_model(folder: Path) -> tuple[Any, Sequence[float], Sequence[float]]:
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{folder} holds no image model that transformers reads: {error}") from error
-    # A classifier's checkpoint has no pooling layer for the plain model; the hidden states do not need it.
+        raise CheckpointError(
+            f"{folder} does not contain an image model that transformers can load: {error}"
+        ) from error
+    # The checkpoint of a classifier has no pooling layer; hidden states do not need it.
     missing = sorted(name for name in map(str, about_weights["missing_keys"]) if not name.startswith("pooler."))
     if missing:
-        raise WeightsError(f"{folder} lacks {len(missing)} weights that its config.json has ({missing[0]}…)")
+        raise WeightsError(f"{folder} lacks {len(missing)} weights of the model in its config.json ({missing[0]}…)")
     return network, *_mean_and_spread(folder)
 
 
 def _mean_and_spread(folder: Path) -> tuple[Sequence[float], Sequence[float]]:
-    """Of each channel, as `preprocessor_config.json` has them; 0.5 where there is none."""
+    """The mean and standard deviation of each channel in `preprocessor_config.json`; 0.5 without the file."""
     path = folder / "preprocessor_config.json"
     about = read_json(path) if path.is_file() else {}
     if about.get("do_normalize") is False:
@@ -120,7 +121,7 @@ def _mean_and_spread(folder: Path) -> tuple[Sequence[float], Sequence[float]]:
     found = (about.get(name, 0.5) for name in ("image_mean", "image_std"))
     mean, spread = (numbers(values if isinstance(values, list) else [values] * 3, 3) for values in found)
     if min(spread) <= 0:
-        raise ConfigError(f"image_std is {spread!r} in {path}; pictures are divided by it, so it must be above 0")
+        raise ConfigError(f"image_std is {spread!r} in {path}; it must be above 0")
     return mean, spread
 
 

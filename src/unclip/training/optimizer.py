@@ -1,7 +1,4 @@
-"""Muon: momentum whose matrices are made orthogonal, and AdamW for what is no matrix.
-
-Knows parameters and groups; knows no network. Called by the trainer.
-"""
+"""The optimizers AdamW and Muon, and the learning rate of a step."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -17,21 +14,21 @@ from unclip.training.recipe import OptimizerRecipe, Recipe
 QUINTIC = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 MATCH_ADAM = 0.2
-"""The root mean square of AdamW's updates: so the same rates and decays do for both (2502.16982, §2.2)."""
+"""The root mean square of AdamW's updates, so that both take the same learning rates (arXiv 2502.16982, §2.2)."""
 
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) with the scaling of Liu et al. 2025 (arXiv 2502.16982); AdamW for the other parameters.
 
-    A kernel [out, in, h, w] is taken as the matrix [out, in · h · w].
+    A kernel [out, in, h, w] is treated as the matrix [out, in · h · w].
 
     Args:
-        groups: parameter groups; one with `matrices=True` holds tensors of two dimensions or more and takes Muon's
-            steps, one without takes AdamW's.
-        lr: learning rate, for both kinds.
-        momentum: of Muon, applied after Nesterov.
-        betas, eps: AdamW's.
-        weight_decay: decoupled, for both kinds; a group may have its own.
+        groups: parameter groups. Muon updates the groups with `matrices=True`, whose tensors have two or more
+            dimensions; AdamW updates the others.
+        lr: learning rate of both.
+        momentum: Nesterov momentum of Muon.
+        betas, eps: of AdamW.
+        weight_decay: decoupled weight decay of both; a group may set its own.
     """
 
     def __init__(
@@ -49,7 +46,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Take one step along the gradients that are there."""
+        """Update the parameters that have gradients."""
         assert closure is None
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
@@ -68,9 +65,9 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(p)
             momentum = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
             assert p.grad is not None
-            matrix = p.grad.lerp(momentum, group["momentum"]).flatten(1)  # Nesterov's look ahead
+            matrix = p.grad.lerp(momentum, group["momentum"]).flatten(1)  # Nesterov momentum
             alike[matrix.shape[0], matrix.shape[1]].append((p, matrix))
-        for (rows, columns), members in alike.items():  # those of one shape together: few large products
+        for (rows, columns), members in alike.items():  # matrices of one shape are stacked: fewer products
             updates = orthogonal(torch.stack([matrix for _, matrix in members]))
             rate = group["lr"] * MATCH_ADAM * max(rows, columns) ** 0.5
             for (p, _), update in zip(members, updates, strict=True):
@@ -92,10 +89,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """For each of [number, rows, columns], about the nearest matrix with orthonormal rows or columns.
+    """Approximately the nearest matrices with orthonormal rows or columns, [number, rows, columns].
 
-    In bfloat16, or in float32 where the CPU only emulates bfloat16. Five steps of the Newton-Schulz iteration: singular
-    values end between about 0.7 and 1.2.
+    Five steps of the Newton-Schulz iteration; the singular values end between about 0.7 and 1.2. It computes in
+    bfloat16, or in float32 on a CPU that only emulates bfloat16.
     """
     a, b, c = QUINTIC
     x = matrices.to(torch.float32 if is_emulated(torch.bfloat16, matrices.device) else torch.bfloat16)
@@ -110,10 +107,10 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 def split_parameters(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for `Muon`: hidden matrices and kernels; embeddings and matrices with a thin side; single vectors.
+    """Parameter groups for `Muon`: hidden matrices and kernels; embeddings and thin matrices; vectors.
 
-    Embeddings and what has a side below 16 (the layer that puts out colours) take AdamW's steps, as do vectors, which
-    do not decay.
+    AdamW updates embeddings, matrices with a side below 16 (such as the output layer), and vectors. Vectors have no
+    weight decay.
     """
     hidden, edges, vectors = [], [], []
     for name, p in module.named_parameters():
@@ -134,11 +131,11 @@ def split_parameters(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 FUSED = ("cpu", "cuda")
-"""Where AdamW's step passes over the weights once, not once an operation."""
+"""Devices with a fused AdamW step."""
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, constant, then linear to zero over the last `decay_share` of the steps."""
+    """The learning rate of a step: linear warm-up, constant, then linear decay to zero in the last `decay_share`."""
     optimizer = recipe.optimizer
     warm = min(1.0, (step + 1) / max(1, optimizer.warmup_steps))
     left = (recipe.steps - step) / max(1.0, optimizer.decay_share * recipe.steps)
@@ -146,7 +143,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 
 def make_optimizer(module: nn.Module, recipe: OptimizerRecipe) -> torch.optim.Optimizer:
-    """What the recipe asks for. Matrices and kernels decay; biases, norms' scales and single vectors do not."""
+    """The optimizer of a recipe. Only parameters with two or more dimensions have weight decay."""
     settings: dict[str, Any] = {"lr": recipe.learning_rate, "betas": (recipe.beta1, recipe.beta2), "eps": recipe.eps}
     if recipe.name == "muon":
         return Muon(split_parameters(module, recipe.weight_decay), **settings)

@@ -1,7 +1,4 @@
-"""The task of the autoregressive prior: caption → codes of the image embedding, by teacher forcing (paper §2.2).
-
-Knows the stage, its codes and the data; knows neither optimizer nor schedule of the run. Called by the trainer.
-"""
+"""The task of the autoregressive prior: caption → codes of the image embedding, by teacher forcing (paper §2.2)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,20 +13,20 @@ from unclip.models.pca import PrincipalComponents
 from unclip.models.prior_autoregressive import AutoregressivePrior, dot_product
 from unclip.stages.prior import AutoregressivePriorStage
 from unclip.stages.stage import PriorCondition
-from unclip.training.conditions import Captioned, FrozenClip, batch_text, blank_text, tell_cosines, text_batch
+from unclip.training.conditions import Captioned, FrozenClip, batch_text, blank_text, text_batch, write_cosines
 from unclip.training.diffusion import SHEET_PICTURES, first_network, put_adapters, write_network
 from unclip.training.dry_run import try_step
 from unclip.training.recipe import AutoregressivePriorSettings, Recipe
 from unclip.training.task import Batch, Sourced
 
 FITTED_ROWS = 16_384
-"""How many draws of embeddings the components are fitted to."""
+"""Number of sampled embeddings to which the principal components are fitted."""
 DOT_BATCHES, DOT_BATCH_SIZE = 32, 128
-"""How many captions with their pictures the dot product's buckets are taken from."""
+"""Batches, and captions per batch, from which the buckets of the dot product are computed."""
 
 
 class CodeModule(nn.Module):
-    """The prior with its loss, the mean of −log p over codes: nats a component."""
+    """The prior and its loss: the mean of −log p per code, in nats."""
 
     def __init__(self, stage: AutoregressivePriorStage):
         super().__init__()
@@ -37,15 +34,15 @@ class CodeModule(nn.Module):
         self.stage = stage
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """`codes` [batch, num_components], `dot_codes` [batch], and the caption's embedding."""
+        """`batch` has `codes` [batch, num_components], `dot_codes` [batch], and the text embeddings."""
         found = self.stage.log_likelihood(PriorCondition(batch_text(batch)), batch["dot_codes"], batch["codes"])
         return {"loss": -found.mean()}
 
 
 class AutoregressivePriorTask(Sourced):
-    """Caption → codes of the image embedding's principal components (paper §2.2)."""
+    """Trains the autoregressive prior: caption → codes of the image embedding's principal components (paper §2.2)."""
 
-    def __init__(self, recipe: Recipe, progress: Callable[..., Any] | None = None):
+    def __init__(self, recipe: Recipe, progress: Callable[..., Any] | None = None, run: Path | None = None):
         assert recipe.prior_autoregressive is not None
         self.settings: AutoregressivePriorSettings = recipe.prior_autoregressive
         self.clip = FrozenClip(self.settings.clip)
@@ -63,13 +60,13 @@ class AutoregressivePriorTask(Sourced):
         self.stage = AutoregressivePriorStage(prior)
         self.module = CodeModule(self.stage)
         try_step(self.module, self._blank, recipe)
-        # A text is dropped here, with its dot product.
+        # `batch` drops captions itself, together with their dot products.
         self.data = Captioned(recipe, self.clip, text_drop=0.0, progress=progress)
         self.source = self.data.source
         self.jitter = torch.zeros(prior.pca_components.shape)
         if recipe.start_from is None or self.settings.code_noise:
             embeddings, weights = self.data.known()
-            if recipe.start_from is None:  # else its codes are the language that it learned
+            if recipe.start_from is None:  # otherwise the network keeps its codes
                 self._fit_codes(prior, embeddings, weights, recipe.seed)
             coordinates = (embeddings - prior.pca_mean) @ prior.pca_components.T
             spread = (weights @ (coordinates - weights @ coordinates).square()).sqrt()
@@ -87,21 +84,21 @@ class AutoregressivePriorTask(Sourced):
         _, embeddings, text = self.data.draw(step, batch_size, generator, own)
         every = torch.arange(batch_size) if own is None else own
         embeddings, draws = embeddings[every], torch.rand(2, batch_size, generator=generator)[:, every]
-        kept, told = draws[0] >= self.settings.text_drop, draws[1] >= self.settings.dot_drop
+        has_text, has_dot = draws[0] >= self.settings.text_drop, draws[1] >= self.settings.dot_drop
         prior = self.stage.prior
         device = prior.pca_mean.device
         dot_codes = prior.dot_code(text.embeds.to(device), embeddings.to(device)).cpu()
         jitter = torch.randn(batch_size, len(self.jitter), generator=generator)[every] @ self.jitter
         codes = prior.encode((embeddings + jitter).to(device)).cpu()
-        text = self.clip.empty.join(text).select(torch.where(kept, torch.arange(1, len(every) + 1), 0))
-        dot_codes = dot_codes.where(kept & told, prior.no_dot_code)
+        text = self.clip.empty.join(text).select(torch.where(has_text, torch.arange(1, len(every) + 1), 0))
+        dot_codes = dot_codes.where(has_text & has_dot, prior.no_dot_code)
         return text_batch(text) | {"codes": codes, "dot_codes": dot_codes}
 
     def save(self, folder: Path) -> None:
         write_network(self.stage.prior, folder, "prior")
 
     def sample_sheet(self, path: Path) -> None:
-        """Writes `path` with the suffix .txt: cosine of sampled and true embeddings, and of a wrong pairing."""
+        """See `write_cosines`."""
         rows = self.source.examples(SHEET_PICTURES)
         device = self.stage.prior.pca_mean.device
         text = self.clip.text.encode(rows.captions).to(device)
@@ -111,7 +108,7 @@ class AutoregressivePriorTask(Sourced):
             null=PriorCondition(self.clip.empty.select([0] * len(text)).to(device)),
             guidance_scale=2.0,
         )
-        tell_cosines(path, drawn.cpu(), self.data.embeddings(rows))
+        write_cosines(path, drawn.cpu(), self.data.embeddings(rows))
 
     @torch.no_grad()
     def _fit_codes(self, prior: AutoregressivePrior, embeddings: Tensor, weights: Tensor, seed: int) -> None:
@@ -122,6 +119,6 @@ class AutoregressivePriorTask(Sourced):
         for step in range(DOT_BATCHES):
             _, images, text = self.data.draw(step, DOT_BATCH_SIZE, generator)
             dots.append(dot_product(text.embeds.cpu(), images))
-        # Of shards each process draws others, and all must have the same codes: the first one's.
+        # With shards, each process has other rows. All processes use the values of the first one.
         (found,) = broadcast_object_list([torch.cat(dots)])
         prior.fit_codes(components, embeddings[weights > 0], found)

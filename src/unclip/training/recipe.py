@@ -1,8 +1,4 @@
-"""A training run as one typed TOML file.
-
-Knows every setting and its limits; knows nothing of how a step is taken. Called by the trainer, the tasks and
-`unclip train`.
-"""
+"""The recipe of a training run: a TOML file with typed settings, their limits and defaults; and the table of tasks."""
 
 import dataclasses
 import importlib.util
@@ -20,29 +16,24 @@ from unclip.checkpoints.hub import is_name, resolve
 from unclip.data.batches import NUM_WORKERS
 from unclip.data.folder import MAX_SKIPPED_SHARE
 from unclip.data.shards import check_ranges
+from unclip.diffusion.process import DiffusionProcess
 from unclip.errors import CheckpointError, ConfigError, DataError, MissingDependencyError
 from unclip.models.component import MAX_CHANNELS, MAX_LAYERS
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
-ADAPTABLE = ("prior", "prior_autoregressive", "decoder")
-"""The stages that [lora] is for."""
-TEACHABLE = ("clip", "prior", "decoder")
-"""The stages that [teacher] is for."""
-
-
 MAX_RECIPE_BYTES, MAX_LINE = 2**16, 2**14
-"""Of a recipe's file, and of its lines, in characters: Python's parser takes time in the square of a dotted name."""
+"""Limits of a recipe's file in bytes and of a line in characters: parsing dotted names is quadratic."""
 MAX_DEPTH = 16
 MAX_SIDE_PX = 8192
 LEAST_VOCABULARY = 514
-"""Of a tokenizer: every byte, alone and at the end of a word, and the start and end tokens."""
+"""The smallest vocabulary of a tokenizer: each byte, alone and at a word's end, and the start and end tokens."""
 MAX_TEXT = 4096
-"""Of a text in a recipe, in characters: as long as a path may be."""
+"""The longest text in a recipe, in characters."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The numbers that a setting may be, or how many entries a list may have."""
+    """The range of a number, or of the length of a list."""
 
     low: float = 0
     high: float = math.inf
@@ -50,7 +41,7 @@ class Limits:
     below: bool = False
 
     def allow(self, value: float) -> bool:
-        """Whether `value` is one of them; NaN never is."""
+        """Whether `value` is in the range. NaN is not."""
         is_high = value > self.low if self.above else value >= self.low
         return is_high and (value < self.high if self.below else value <= self.high)
 
@@ -60,8 +51,7 @@ class Limits:
 
 
 FREE = "free"
-"""Marks a setting of a stage, or of its adapters, that may change when a run goes on: the others belong to what the
-weights were trained as."""
+"""Marks a setting of a stage or of [lora] that may change when a run is resumed. The other settings are fixed."""
 
 Count = Annotated[int, Limits(1, 1_000_000_000)]
 Width = Annotated[int, Limits(1, MAX_CHANNELS)]
@@ -74,7 +64,7 @@ FreeWeight = Annotated[float, Limits(0, 1_000_000), FREE]
 
 
 class Section:
-    """A part of a recipe. Its annotations say the limits of its numbers."""
+    """A part of a recipe. The annotations of its fields contain their limits."""
 
     SECTION: ClassVar[str] = ""
 
@@ -92,8 +82,8 @@ class Section:
                     raise ConfigError(f"{where} is {value}; it must be {limits}")
 
 
-def settled_settings(recipe: "Recipe") -> dict[str, Any]:
-    """The settings of the stage and of its adapters that a run keeps, by their full names ("clip.text_heads")."""
+def fixed_settings(recipe: "Recipe") -> dict[str, Any]:
+    """The settings of the stage and of [lora] that a run must keep, by their full names ("clip.text_heads")."""
     kept: dict[str, Any] = {}
     for name in (recipe.stage, "lora"):
         section = getattr(recipe, name)
@@ -106,10 +96,12 @@ def settled_settings(recipe: "Recipe") -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class OptimizerRecipe(Section):
-    """The optimizer, with a linear warm-up, a constant rate and a linear decay over the last part of the run.
+    """The optimizer. Its learning rate warms up linearly, is constant, and decays linearly.
 
     Attributes:
-        name: "adamw"; or "muon", which takes AdamW's steps for what is no hidden matrix. The same rates do for both.
+        name: "adamw" or "muon". Muon updates hidden matrices; the other parameters are updated as by AdamW. The same
+            learning rates suit both.
+        decay_share: the share of the steps in which the learning rate decays.
     """
 
     SECTION: ClassVar[str] = "optimizer"
@@ -127,9 +119,9 @@ class OptimizerRecipe(Section):
 
 @dataclass(frozen=True)
 class ProcessRecipe(Section):
-    """What a stage learns to undo: see `unclip.diffusion.DiffusionProcess`, which has the same names.
+    """The diffusion process of a stage, with the names of `unclip.diffusion.DiffusionProcess`.
 
-    None is what the recipe does not state; `unclip.training.task.settled` says what that comes to.
+    None means that the recipe does not set a value; `unclip.training.task.settled` replaces it by the default.
     """
 
     SECTION: ClassVar[str] = "process"
@@ -146,13 +138,15 @@ class ProcessRecipe(Section):
 
 @dataclass(frozen=True)
 class ClipSettings(Section):
-    """CLIP (contrastive) training: the encoders' sizes and the tokenizer's.
+    """CLIP (contrastive) training: the sizes of the encoders and of the tokenizer.
 
-    `weight_power` flattens how often pictures are drawn (0: all alike). `include_held_out` is for a judge, which must
-    know the concepts that the generating model was never shown. `text_config` and `image_config` are for what has no
-    name of its own here, by the keys of transformers' `CLIPTextConfig` and `CLIPVisionConfig`. `image_from` names a
-    CLIP whose image encoder is taken and stays as it is, so that the text encoder alone is trained (locked-image
-    tuning, arXiv 2111.07991); what was trained in its space stays usable.
+    Attributes:
+        weight_power: exponent of the pictures' sampling weights; with 0, all pictures are equally likely.
+        include_held_out: also train on held-out concepts, for a CLIP that evaluates generated pictures.
+        image_from: a CLIP (a folder or a name) whose image encoder is used unchanged, so that only the text encoder is
+            trained (locked-image tuning, arXiv 2111.07991). Models trained in its embedding space stay usable.
+        text_config, image_config: further settings, by the keys of transformers' `CLIPTextConfig` and
+            `CLIPVisionConfig`.
     """
 
     SECTION: ClassVar[str] = "clip"
@@ -178,13 +172,19 @@ class ClipSettings(Section):
         super().__post_init__()
         if self.image_from is not None and self.reconstruction_weight:
             raise ConfigError(
-                "clip.reconstruction_weight trains the image encoder, which clip.image_from keeps as it is"
+                "clip.reconstruction_weight trains the image encoder, but clip.image_from freezes it: remove one"
             )
 
 
 @dataclass(frozen=True)
 class PriorSettings(Section):
-    """Diffusion prior: its CLIP (a folder or a name), its network, how often its text is dropped (paper §2.2)."""
+    """Diffusion prior (paper §2.2).
+
+    Attributes:
+        clip: the frozen CLIP, a folder or a name.
+        model: settings of the network.
+        text_drop: the probability that the caption is dropped.
+    """
 
     SECTION: ClassVar[str] = "prior"
 
@@ -196,11 +196,15 @@ class PriorSettings(Section):
 
 @dataclass(frozen=True)
 class AutoregressivePriorSettings(Section):
-    """Autoregressive prior (paper §2.2): where its CLIP lies, its network, and how often text and dot product go.
+    """Autoregressive prior (paper §2.2).
 
-    A dropped text takes its dot product along; `dot_drop` is how often that goes alone, so that a caption which is
-    nobody's (a negative one) can be read without it. `code_noise` jitters each component before it becomes a code, in
-    units of its spread: a code says its bucket and no more, and neighbours are as good.
+    Attributes:
+        clip: the frozen CLIP, a folder or a name.
+        model: settings of the network.
+        text_drop: the probability that the caption and the dot product are dropped.
+        dot_drop: the probability that the dot product alone is dropped. It is needed for negative prompts, which have
+            no dot product.
+        code_noise: noise added to each component before quantization, in standard deviations of the component.
     """
 
     SECTION: ClassVar[str] = "prior_autoregressive"
@@ -214,11 +218,16 @@ class AutoregressivePriorSettings(Section):
 
 @dataclass(frozen=True)
 class DecoderSettings(Section):
-    """Decoder: its CLIP (a folder or a name), its networks, how often embedding and caption are dropped (paper §2.1).
+    """Decoder (paper §2.1).
 
-    `embedding_noise` jitters the image embedding, in units of each dimension's spread, so that the decoder forgives a
-    prior that is a little off. With `forget_text` a decoder that was trained with another text encoder (that of the
-    model `start_from`) begins as if every caption were empty, and learns the new one's captions from there.
+    Attributes:
+        clip: the frozen CLIP, a folder or a name.
+        model, text_proj: settings of the networks.
+        text_drop, image_drop: the probabilities that the caption and the image embedding are dropped.
+        embedding_noise: noise added to the image embedding, in standard deviations of each dimension. It makes the
+            decoder robust against errors of the prior.
+        forget_text: the decoder of `start_from` was trained with another text encoder: start as if every caption were
+            empty, and learn captions from there.
     """
 
     SECTION: ClassVar[str] = "decoder"
@@ -235,11 +244,17 @@ class DecoderSettings(Section):
 
 @dataclass(frozen=True)
 class SuperResSettings(Section):
-    """Super-resolution: its network, the input's size, and how the low-resolution input is degraded (paper §2.1).
+    """Super-resolution (paper §2.1).
 
-    With `only_last_step` the network of timestep 0 alone is trained, by `last_loss`: the process's own ("mse"), the
-    absolute error of the picture ("l1"), or that and `perceptual_weight` times the distance of the features that the
-    frozen network `features` (a CLIP's folder or name, or another image model's) has of it ("perceptual").
+    Attributes:
+        model: settings of the network.
+        low_res_size, crop_size: side of the input, and of the training crops of the output, in pixels.
+        blur_sigma, blur_share, noise: degradation of the input: the blur's standard deviation in pixels, the share of
+            blurred pictures, and the largest standard deviation of the added noise.
+        only_last_step: train only the network of timestep 0.
+        last_loss: its loss: that of the process ("mse"), the absolute error of the picture ("l1"), or "perceptual": the
+            absolute error plus `perceptual_weight` times the distance between features of a frozen network.
+        features: the frozen network: a CLIP (a folder or a name), or the folder of another image model.
     """
 
     SECTION: ClassVar[str] = "super_res"
@@ -260,24 +275,29 @@ class SuperResSettings(Section):
         super().__post_init__()
         if self.last_loss != "mse" and not self.only_last_step:
             raise ConfigError(
-                f"super_res.last_loss is {self.last_loss!r}, which is for the last step's network: set only_last_step, "
-                "or leave it out"
+                f"super_res.last_loss {self.last_loss!r} is for the network of the last step: set only_last_step, or "
+                "remove last_loss"
             )
         if self.last_loss != "mse" and self.process.weighting != "simple":
             raise ConfigError(
-                f"super_res.process.weighting is {self.process.weighting!r}, which weighs the process's own loss; "
-                f"super_res.last_loss {self.last_loss!r} has no use for it: leave one of them out"
+                f"super_res.process.weighting is {self.process.weighting!r}, but super_res.last_loss "
+                f"{self.last_loss!r} has no weighting: remove one of them"
             )
         if (self.last_loss == "perceptual") != (self.features is not None):
             raise ConfigError(
                 "super_res.last_loss 'perceptual' and super_res.features (the folder of a CLIP, or of another image "
-                "model) go together"
+                "model) need each other: set both, or neither"
             )
 
 
 @dataclass(frozen=True)
 class LoraSettings(Section):
-    """Low-rank adapters instead of whole weights: their rank, their scale (alpha / rank), and which layers get one."""
+    """Low-rank adapters (LoRA), trained in place of the full weights.
+
+    Attributes:
+        alpha: the adapters are scaled by alpha / rank.
+        targets: names of the layers that get an adapter.
+    """
 
     SECTION: ClassVar[str] = "lora"
 
@@ -296,17 +316,17 @@ class LoraSettings(Section):
 
 @dataclass(frozen=True)
 class TeacherSettings(Section):
-    """A sentence encoder that says which pictures a phrase is close to, and phrases for it to read.
+    """A sentence encoder as a teacher: it selects pictures for phrases that are not captions.
 
     Attributes:
-        encoder: a folder that transformers' `AutoModel` and `AutoTokenizer` read.
-        phrases: a text file of one phrase a line, or of JSON objects with `text`, and maybe `means` (texts that the
-            teacher reads instead) and `concepts` (of the data set). Without it, the pictures' captions are the phrases.
-        share: of the rows of a prior's or a decoder's batch, how many are phrases with pictures drawn by the teacher.
-        temperature: by which similarities (cosines) are divided before they become a distribution over pictures.
-        named_bonus: what is added to the similarity of a picture whose concept the phrase names.
-        weight, similarity_weight: of CLIP's losses: the cross-entropy with the teacher's distribution over pictures,
-            and one minus the cosine to the teacher's own embedding, which a small head reads out of the text's.
+        encoder: a folder that transformers' `AutoModel` and `AutoTokenizer` load.
+        phrases: a text file with one phrase per line, or one JSON object per line with `text` and optionally `means`
+            (texts that the teacher reads instead) and `concepts` (of the data set). Default: the captions.
+        share: the share of phrases in a batch of a prior or a decoder; the other rows are captions.
+        temperature: the cosine similarities are divided by it before the softmax over pictures.
+        named_bonus: added to the similarity of a picture if the phrase names its concept.
+        weight, similarity_weight: weights of two losses of CLIP: the cross-entropy with the teacher's distribution over
+            pictures, and one minus the cosine similarity to the teacher's embedding, which a small head predicts.
     """
 
     SECTION: ClassVar[str] = "teacher"
@@ -321,29 +341,81 @@ class TeacherSettings(Section):
 
 
 @dataclass(frozen=True)
+class TaskRow:
+    """What a recipe can train: a row of `TASKS`.
+
+    Attributes:
+        settings: the class of the stage's section in a recipe. Its `SECTION` is the name of the stage.
+        task: the task's class as "module:class"; `unclip.training.task.make_task` imports it.
+        process: the default diffusion process; None if the stage has none.
+        sections: the optional sections that a recipe for this stage may have.
+        uses_clip: whether the networks are trained in the embedding space of a frozen CLIP.
+    """
+
+    settings: type[Section]
+    task: str
+    process: DiffusionProcess | None = None
+    sections: tuple[str, ...] = ()
+    uses_clip: bool = False
+
+
+TASKS = {
+    row.settings.SECTION: row
+    for row in (
+        TaskRow(ClipSettings, "unclip.training.clip:ClipTask", sections=("teacher",)),
+        TaskRow(
+            PriorSettings,
+            "unclip.training.diffusion:PriorTask",
+            DiffusionProcess(prediction_type="sample", clip_range=5.0),
+            sections=("lora", "teacher"),
+            uses_clip=True,
+        ),
+        TaskRow(
+            AutoregressivePriorSettings,
+            "unclip.training.prior_autoregressive:AutoregressivePriorTask",
+            sections=("lora",),
+            uses_clip=True,
+        ),
+        TaskRow(
+            DecoderSettings,
+            "unclip.training.diffusion:DecoderTask",
+            DiffusionProcess(variance_type="learned_range"),
+            sections=("lora", "teacher"),
+            uses_clip=True,
+        ),
+        TaskRow(SuperResSettings, "unclip.training.diffusion:SuperResTask", DiffusionProcess()),
+    )
+}
+"""The training tasks by the name of their stage."""
+
+
+@dataclass(frozen=True)
 class Recipe(Section):
     """One training run.
 
     Attributes:
-        stage: which network is trained; the section of that name must be there, the others must not.
-        data: a folder of captioned pictures, or a list of such; or tar shards: a folder, a glob, URLs with {000..041}.
-        start_from: a model's folder, or its name on the hub; training goes on from its networks of this stage instead
-            of fresh ones, under the diffusion process that they learned. A CLIP keeps its sizes and its tokenizer.
-        steps: optimizer steps in all; batch_size: pictures a step, over all processes and accumulations.
+        stage: which network is trained: a name in `TASKS`. The recipe must have the section of that name, and no
+            section of another stage.
+        data: a folder of captioned pictures, or a list of folders; or tar shards: a folder, a glob, or a URL with
+            {000..041}.
+        start_from: a model's folder, or its name on the hub. Training starts from its networks of this stage, with
+            their diffusion process. A CLIP keeps its sizes and its tokenizer.
+        steps: total number of optimizer steps.
+        batch_size: pictures per step, over all processes and accumulations.
         precision: "no" is float32.
-        compile: compile the networks first (torch.compile): minutes at the start, then faster steps where it helps.
-        shard: cut weights, gradients, optimizer state and average over the processes (FSDP), if there are several.
-        image_key: under which the data's metadata name a picture; the usual ones are known.
-        caption_key: under which they, or the .json of a shard's samples, give the caption; the usual ones are known.
-        max_skipped_share: of the pictures or samples that may be broken.
-        reader_workers: threads of a process that decode the samples of shards, ahead of the step that needs them.
-        trackers: what metrics go to beside metrics.jsonl: "tensorboard", "wandb", "trackio".
-        lora: train adapters in the network of `start_from` (a prior or decoder) and leave its own weights.
-        teacher: for a CLIP (with clip.image_from), a prior or a decoder, trained on folders.
-        ema_decay: of the weights that are kept; warmed up as (1 + step) / (10 + step).
+        compile: compile the networks with torch.compile; this takes minutes at the start.
+        shard: shard weights, gradients, optimizer state and average over the processes (FSDP), if there are several.
+        image_key: the key of a picture's file name in the metadata; common keys are recognised.
+        caption_key: the key of the caption in the metadata, or in a sample's .json; common keys are recognised.
+        max_skipped_share: the share of pictures or samples that may be unreadable.
+        reader_workers: threads per process that decode the samples of shards.
+        trackers: where metrics are sent, in addition to metrics.jsonl: "tensorboard", "wandb", "trackio".
+        ema_decay: decay of the moving average of the weights, at most (1 + step) / (10 + step).
+        lora: train adapters in the network of `start_from`, and keep its weights.
+        teacher: only for data in folders; a CLIP also needs clip.image_from.
     """
 
-    stage: Literal["clip", "prior", "prior_autoregressive", "decoder", "super_res"]
+    stage: str
     data: Path | str | tuple[Path | str, ...]
     start_from: Path | str | None = None
     steps: Count = 10_000
@@ -373,39 +445,43 @@ class Recipe(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for stage in typing.get_args(Recipe.__annotations__["stage"]):
+        if self.stage not in TASKS:
+            raise ConfigError(f"stage is {self.stage!r:.80}; it must be one of {', '.join(map(repr, TASKS))}")
+        for stage in TASKS:
             if (getattr(self, stage) is not None) != (stage == self.stage):
                 verb = "needs" if stage == self.stage else "must not have"
                 raise ConfigError(f"a recipe for stage {self.stage!r} {verb} a section [{stage}]")
-        if self.lora and (self.stage not in ADAPTABLE or not self.start_from):
-            raise ConfigError("[lora] is for prior and decoder, and needs start_from: a model to adapt")
-        if self.teacher and self.stage not in TEACHABLE:
-            raise ConfigError(f"[teacher] is for the stages {', '.join(TEACHABLE)}, not {self.stage!r}")
+        for section in ("lora", "teacher"):
+            allowed = [stage for stage, task in TASKS.items() if section in task.sections]
+            if getattr(self, section) and self.stage not in allowed:
+                raise ConfigError(f"[{section}] is for the stages {', '.join(allowed)}, not {self.stage!r}")
+        if self.lora and not self.start_from:
+            raise ConfigError("[lora] needs start_from: a model to adapt")
         if self.teacher and self.clip and self.clip.image_from is None:
-            raise ConfigError("[teacher] needs clip.image_from: a CLIP whose pictures' embeddings stay as they are")
+            raise ConfigError("[teacher] needs clip.image_from: a CLIP whose image encoder is frozen")
         if self.decoder and self.decoder.forget_text and self.start_from is None:
-            raise ConfigError("decoder.forget_text is for a decoder that was trained before: name it with start_from")
+            raise ConfigError("decoder.forget_text needs start_from: a decoder that was trained before")
         if self.shard and self.optimizer.name == "muon":
-            raise ConfigError("shard cuts the matrices that optimizer.name 'muon' needs whole; take 'adamw' with it")
+            raise ConfigError("shard does not work with optimizer.name 'muon', which needs whole matrices; use 'adamw'")
         if self.shard and self.precision == "fp16":
-            raise ConfigError("shard goes with precision 'bf16' or 'no'; fp16's loss scale is not shared among shards")
+            raise ConfigError("shard does not work with precision 'fp16'; use 'bf16' or 'no'")
         for name in self.trackers:
             if name not in TRACKERS:
                 raise ConfigError(f"trackers has {name!r}; it may have {', '.join(TRACKERS)}")
             if importlib.util.find_spec(name) is None:
                 raise MissingDependencyError(f"the tracker {name!r} is not installed: pip install {name}")
         if self.batch_size % self.accumulation:
-            raise ConfigError(f"batch_size {self.batch_size} is no multiple of accumulation {self.accumulation}")
+            raise ConfigError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
 
 
 def read_recipe(path: Path, **overrides: Any) -> Recipe:
-    """Read a recipe; relative paths in it are taken from the file's own folder.
+    """Read a recipe. Relative paths in it are relative to the folder of the file.
 
     Args:
         path: the TOML file.
-        overrides: top-level settings that replace the file's (`steps=100`, say); None leaves the file's.
+        overrides: top-level settings that replace those of the file (for example, `steps=100`), unless None.
 
-    Raises: ConfigError for a missing or broken file, an unknown key, and a value of a wrong type or outside its limits.
+    Raises: ConfigError for a missing or broken file, an unknown key, or a value of a wrong type or outside its limits.
     """
     path = Path(path)
     try:
@@ -421,7 +497,7 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
         raise ConfigError(f"the recipe {path} is not UTF-8 text (at byte {error.start})") from error
     except RecursionError as error:
         raise ConfigError(f"the recipe {path} is nested too deeply") from error
-    except ValueError as error:  # tomllib's own, and Python's for a number of thousands of digits
+    except ValueError as error:  # of tomllib, or of Python for a number with thousands of digits
         raise ConfigError(f"the recipe {path} is not valid TOML: {error!s:.200}") from error
     _check_plain(table)
     table |= {key: value for key, value in overrides.items() if value is not None}
@@ -429,7 +505,7 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
 
 
 def _check_plain(table: dict[str, Any]) -> None:
-    """Raises: ConfigError for what no setting can be: infinite, above 64 bits, very long, nested deeply, or a date."""
+    """Raises: ConfigError for a value that no setting takes: infinite, too large, too long, too nested, or a date."""
     found: list[tuple[str, Any, int]] = [(key, value, 1) for key, value in table.items()]
     while found:
         where, value, depth = found.pop()
@@ -443,16 +519,16 @@ def _check_plain(table: dict[str, Any]) -> None:
             if len(value) > MAX_TEXT:
                 raise ConfigError(f"{where} is a text of {len(value):,} characters; at most {MAX_TEXT:,} are allowed")
         elif not isinstance(value, int | float):
-            raise ConfigError(f"{where} is a date or a time; no setting is one")
+            raise ConfigError(f"{where} is a date or a time; no setting takes one")
         elif not math.isfinite(value) if isinstance(value, float) else abs(value) > 2**64:
             shown = f"{value}" if isinstance(value, float) else f"a number of {value.bit_length()} bits"
-            raise ConfigError(f"{where} is {shown}; it must be finite, and of 64 bits at most")
+            raise ConfigError(f"{where} is {shown}; it must be finite and have at most 64 bits")
 
 
 def located(recipe: Recipe) -> Recipe:
-    """The recipe with models that it names, on the hub or built in, as the folders they lie in.
+    """The recipe with the folders of models in place of their names; they are downloaded if necessary.
 
-    Raises: CheckpointError when a name's model cannot be had.
+    Raises: CheckpointError when a model is not available.
     """
     changes: dict[str, Any] = {}
     if isinstance(recipe.start_from, str):
@@ -466,7 +542,7 @@ def located(recipe: Recipe) -> Recipe:
 
 
 def _build(kind: type, table: dict[str, Any], base: Path, where: str, default: Any = None) -> Any:
-    """A section of class `kind`: its table laid over `default`, if there is one, else over the class's own defaults."""
+    """A section of class `kind`. What its table does not set comes from `default`, or else from the class."""
     fields = {f.name for f in dataclasses.fields(kind)}
     for key in table:
         if key not in fields:
@@ -487,7 +563,7 @@ def _build(kind: type, table: dict[str, Any], base: Path, where: str, default: A
 
 
 def _value(hint: Any, value: Any, base: Path, where: str, default: Any = None) -> Any:
-    """A setting of type `hint`; a section says only what differs from `default`, if that is one."""
+    """A setting of type `hint`. For a section, `default` supplies what its table does not set."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         choices = [choice for choice in typing.get_args(hint) if choice is not type(None)]
         return _value(choices[0], value, base, where, default)
@@ -531,7 +607,7 @@ def _value(hint: Any, value: Any, base: Path, where: str, default: Any = None) -
 
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain JSON-able data, for the run folder."""
+    """The recipe as JSON data, for the run's folder."""
     return _plain(recipe)
 
 
@@ -547,7 +623,7 @@ def _plain(section: Section) -> dict[str, Any]:
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one, its keys with dots."""
+    """Nested tables as one table with dotted keys."""
     single: dict[str, Any] = {}
     for key, value in table.items():
         single |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

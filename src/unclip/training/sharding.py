@@ -1,8 +1,4 @@
-"""Weights cut into shards over a run's processes (FSDP), and put together again.
-
-Knows modules, tensors and torch's `fully_shard`; knows neither recipe nor task. Called by the trainer, the run's state
-and `unclip train`.
-"""
+"""Sharding of weights over the processes of a run with PyTorch's FSDP."""
 
 import copy
 import os
@@ -21,16 +17,16 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from unclip.models.layers import AddedKeyValueAttention, PriorBlock, ResnetBlock
 
 UNITS = (PriorBlock, ResnetBlock, AddedKeyValueAttention, CLIPEncoderLayer)
-"""What is gathered for as long as it computes, one after another; the rest of a module is one unit more."""
+"""The modules that are gathered one at a time while they compute. The rest of a module is another unit."""
 
 LAUNCHER_FLAG = "ACCELERATE_USE_FSDP"
 
 
 def asked_by_launcher() -> bool:
-    """Whether `accelerate launch --use_fsdp` started this process. It is asked once: the flag is taken down.
+    """Whether `accelerate launch --use_fsdp` started this process. The call removes the launcher's flag.
 
-    Left up, accelerate would wrap the module itself (on accelerators only, and blind for what is no forward), and
-    transformers would leave the frozen CLIP without weights in every process but the first.
+    With the flag set, accelerate would wrap the module itself (only on accelerators, and only its `forward`), and
+    transformers would not load the frozen CLIP's weights except in the first process.
     """
     asked = parse_flag_from_env(LAUNCHER_FLAG)
     os.environ.pop(LAUNCHER_FLAG, None)
@@ -38,16 +34,16 @@ def asked_by_launcher() -> bool:
 
 
 def sharded(module: nn.Module, device: torch.device) -> nn.Module:
-    """A copy of a module of which each process holds its share of every trained parameter, on `device`.
+    """A copy of a module on `device` in which each process has a shard of every trained parameter.
 
-    Its parameters have the names and the (whole) shapes of the module's. Frozen ones stay whole: they have neither
-    gradient nor optimizer state. To be called by all processes, which must hold the same weights.
+    Names and shapes of the parameters do not change. Frozen parameters are not sharded, because they have no gradient
+    and no optimizer state. All processes must call it with the same weights.
     """
-    # It warns of writing into what a unit returns, which none of ours does: their results are added, never added to.
+    # The warning concerns in-place changes of a unit's output. Our networks make none.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     module = copy.deepcopy(module)
-    for parameter in module.parameters():  # channels-last kernels cannot be cut
+    for parameter in module.parameters():  # channels-last kernels cannot be sharded
         parameter.data = parameter.data.contiguous()
     how: dict[str, Any] = {"mesh": mesh, "ignored_params": {p for p in module.parameters() if not p.requires_grad}}
     for parameter in how["ignored_params"]:
@@ -56,7 +52,7 @@ def sharded(module: nn.Module, device: torch.device) -> nn.Module:
         fully_shard(unit, **how)
         if hasattr(unit, "prepare"):
             register_fsdp_forward_method(unit, "prepare")
-    fully_shard(module, **how)  # it changes the copy itself
+    fully_shard(module, **how)  # changes the copy in place
     return module
 
 
@@ -66,18 +62,18 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def leave_group(module: nn.Module) -> None:
-    """Have a module of shards, which is used no more, hold the processes' group no longer.
+    """Release the process group of a sharded module that is no longer used.
 
-    Its meshes hold it, and so does what torch remembers of operations on shards. There is no public way.
+    The device meshes and PyTorch's caches of sharded operations refer to the group. There is no public API for it.
     """
     for mesh in {parameter.device_mesh for parameter in module.parameters() if isinstance(parameter, DTensor)}:
         getattr(mesh, "_pg_registry", {}).clear()
     for name in ("_clear_sharding_prop_cache", "_clear_fast_path_sharding_prop_cache"):
-        getattr(debug, name, lambda: None)()  # not every version has both
+        getattr(debug, name, lambda: None)()  # not in every version of PyTorch
 
 
 def share_of(tensor: Tensor) -> Tensor:
-    """What this process holds of it: memory of its own, not a copy."""
+    """This process's shard of a tensor, without a copy."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -87,12 +83,12 @@ def shares_of(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of it, gathered from all processes, which must all call this."""
+    """The whole tensor, gathered from all processes, which must all call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shared_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor cut as `like` is, if that is cut and of the same shape; else the tensor itself."""
+    """A whole tensor sharded like `like`; the tensor itself if `like` is not sharded or has another shape."""
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
     return cast(Tensor, distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements))

@@ -1,8 +1,4 @@
-"""What lies in a run's folder: the state to resume from, the model, the log.
-
-Knows files and tensors by name; knows neither task nor step. Called by the trainer, and by whoever takes a model out of
-a run.
-"""
+"""The folder of a run: the state to resume from, the model, and the logs."""
 
 import contextlib
 import importlib.metadata
@@ -24,14 +20,11 @@ from torch import Tensor, nn
 from unclip import __version__
 from unclip.checkpoints.files import TEMPORARY_PREFIX, atomic_file, atomic_folder, file_size, read_json, write_json
 from unclip.errors import CheckpointError, ConfigError, TrainingError
-from unclip.training.recipe import MAX_TEXT, Recipe, as_dict, flat, settled_settings
+from unclip.training.recipe import MAX_TEXT, TASKS, Recipe, as_dict, fixed_settings, flat
 from unclip.training.sharding import shared_like
 
-UNDER_CLIP = ("prior", "prior_autoregressive", "decoder")
-"""The stages whose fingerprint is that of a CLIP."""
-
 LISTS_LIMIT_BYTES = 2**30
-"""Of a file that lists samples: there may be a million."""
+"""The largest file that lists samples; there may be a million of them."""
 
 
 def _is_count(value: object) -> bool:
@@ -56,7 +49,7 @@ def _is_text(value: object) -> bool:
 
 STATE_OF_ADAMW = {"step", "exp_avg", "exp_avg_sq"}
 STATE_OF_MUON = {"momentum"}
-"""What an optimizer keeps of a parameter: Muon of a hidden matrix, AdamW of any."""
+"""The state of a parameter in an optimizer. Muon uses that of AdamW except for hidden matrices."""
 
 FITS: dict[str, Callable[[Any], bool]] = {
     "step": _is_count,
@@ -69,11 +62,11 @@ FITS: dict[str, Callable[[Any], bool]] = {
     "settings": lambda value: isinstance(value, dict),
     "num_optimizer_tensors": _is_count,
 }
-"""What the values of state.json can be."""
+"""Checks of the values of state.json."""
 
 
 def versions() -> dict[str, str]:
-    """What computes here: Python, the machine's kind, and the libraries whose arithmetic a run depends on."""
+    """The versions of Python, of the platform, and of the libraries that compute a run."""
     found = {"unclip": __version__, "torch": str(torch.__version__)}
     found |= {name: importlib.metadata.version(name) for name in ("accelerate", "transformers")}
     return {**found, "python": platform.python_version(), "platform": platform.platform()}
@@ -81,16 +74,16 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything that the next steps of a run depend on.
+    """The state of a run from which it is resumed.
 
     Attributes:
-        step: how many steps are done.
-        log: sums of the metrics since the last row of the log, and over how many steps.
+        step: the number of completed steps.
+        log: sums of the metrics since the last row of the log, and the number of steps in them.
         module: the module's state dict.
-        ema: the moving average of what is trained.
-        optimizer: its state, from `optimizer_tensors`.
-        scaler: of float16's loss scale; None with another precision.
-        counts: samples in each shard of the data that was read to its end.
+        ema: the moving average of the trained parameters.
+        optimizer: the state of the optimizer, by `optimizer_tensors`.
+        scaler: the state of float16's loss scaler; None with another precision.
+        counts: the number of samples in each shard that was read to its end.
     """
 
     step: int
@@ -104,7 +97,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one run. `state/` and `model/` are only ever replaced whole."""
+    """The folder of a run. `state/` and `model/` are replaced atomically."""
 
     path: Path
 
@@ -122,14 +115,14 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Within it, no other trainer may work here. The lock goes with the process, however that ends.
+        """A context in which no other trainer can use the folder. The lock ends with the process.
 
-        Raises: TrainingError when another one does, or the folder cannot be made.
+        Raises: TrainingError when another trainer uses the folder, or it cannot be created.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise TrainingError(f"{self.path} cannot be made: {error}; name another run folder") from error
+            raise TrainingError(f"{self.path} cannot be created: {error}; choose another run folder") from error
         try:
             import fcntl
         except ImportError:  # not on Windows
@@ -142,25 +135,23 @@ class RunFolder:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError as error:
                     raise TrainingError(
-                        f"another process trains in {self.path}; wait, or name another folder"
+                        f"another process trains in {self.path}; wait, or choose another folder"
                     ) from error
             yield
         finally:
             os.close(handle)
 
     def start(self, recipe: Recipe, step: int) -> None:
-        """Note the recipe and the versions, drop what a killed run logged after the step that is gone on from, and
-        clear its drafts.
-        """
+        """Write the recipe and the versions. Remove temporary files and later log rows of a killed run."""
         for left in self.path.glob(f"{TEMPORARY_PREFIX}*"):
-            if not left.name.endswith("-old"):  # that may be the only whole one there is
+            if not left.name.endswith("-old"):  # it may be the only complete copy
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         write_json(self.path / "recipe.json", as_dict(recipe))
         self._note_versions(step)
         if not step:
             self.skipped_samples.unlink(missing_ok=True)
         if self.metrics.exists():
-            file_size(self.metrics)  # of a regular file: another one may wait for ever
+            file_size(self.metrics)  # refuses a file that is not regular, which could block
             lines = self.metrics.read_bytes().splitlines(keepends=True)
             kept = [line for line in lines if _logged_step(line, default=step + 1) <= step]
             if kept != lines:
@@ -173,7 +164,7 @@ class RunFolder:
             log.write(json.dumps(row) + "\n")
 
     def run_id(self, step: int) -> str:
-        """By what a tracker knows this run again when it goes on; drawn anew where it begins, kept in run_id."""
+        """The run's identifier for trackers. It is generated at step 0, and kept in the file run_id."""
         path = self.path / "run_id"
         with contextlib.suppress(OSError, UnicodeDecodeError, CheckpointError):
             file_size(path)
@@ -186,41 +177,41 @@ class RunFolder:
         return drawn
 
     def note_skipped(self, skipped: Mapping[str, str]) -> dict[str, str]:
-        """Add to skipped.json what of the data could not be read, with the reason; no file where all could.
+        """Add samples that could not be read, with the reasons, to skipped.json. Without any, the file is not created.
 
-        Returns: all that it lists now, of the run's earlier parts too.
+        Returns: everything that the file lists.
         """
         every: dict[str, str] = {}
-        with contextlib.suppress(CheckpointError):  # there is none yet, or no whole one
+        with contextlib.suppress(CheckpointError):  # missing or incomplete
             found = read_json(self.skipped_samples, limit_bytes=LISTS_LIMIT_BYTES)
             every = {name: why for name, why in found.items() if isinstance(why, str)}
-        # A name in a tar need not be UTF-8, a file of JSON must.
+        # A name in a tar may not be UTF-8, but JSON must be.
         new = {name.encode(errors="replace").decode(): why for name, why in skipped.items()}
         if new.items() - every.items():
             write_json(self.skipped_samples, every | new)
         return every | new
 
     def _note_versions(self, step: int) -> None:
-        """Add to versions.json what computes from this step on, unless that is what computed before."""
+        """Add the versions to versions.json if they differ from the previous ones."""
         before: list[dict[str, Any]] = []
         path = self.path / "versions.json"
         if step:
-            with contextlib.suppress(CheckpointError):  # there is none, or no whole one
+            with contextlib.suppress(CheckpointError):  # missing or incomplete
                 found = read_json(path)
                 before = found.get("runs", [])
             if not isinstance(before, list) or not all(isinstance(run, dict) for run in before):
-                raise CheckpointError(f"{path} does not list the runs' versions: remove it")
+                raise CheckpointError(f"{path} is not a list of versions: remove it")
         now = versions()
         if not before or {key: before[-1].get(key) for key in now} != now:
             write_json(path, {"runs": [*before, {"from_step": step, **now}]})
 
     def sample_path(self, step: int) -> Path:
-        """Where the sheet of a step goes."""
+        """The path of the sample sheet of a step."""
         (self.path / "samples").mkdir(exist_ok=True)
         return self.path / "samples" / f"{step:07d}.png"
 
     def save_state(self, snapshot: Snapshot, recipe: Recipe, fingerprint: str) -> None:
-        """Replace `state/`, once the new one is complete."""
+        """Write `state/`; the previous one is replaced when the new one is complete."""
         about = {
             "step": snapshot.step,
             "seed": recipe.seed,
@@ -229,7 +220,7 @@ class RunFolder:
             "fingerprint": fingerprint,
             "optimizer": recipe.optimizer.name,
             "num_optimizer_tensors": len(snapshot.optimizer),
-            "settings": settled_settings(recipe),
+            "settings": fixed_settings(recipe),
         }
         if snapshot.scaler is not None:
             about["scaler"] = snapshot.scaler
@@ -244,26 +235,26 @@ class RunFolder:
             write_json(draft / "state.json", about)
 
     def new_model(self) -> contextlib.AbstractContextManager[Path]:
-        """A folder to write the model into; it replaces `model/` at the end, if nothing went wrong."""
+        """A context with a temporary folder, which replaces `model/` at the end unless there is an error."""
         return atomic_folder(self.path / "model", overwrite=True)
 
     def last_checkpoint(self) -> str:
-        """What there is to go on from, in words."""
+        """A phrase for messages: which checkpoint exists."""
         try:
-            return f"the checkpoint of step {read_json(self.state / 'state.json')['step']} in {self.state} is whole"
+            return f"the checkpoint of step {read_json(self.state / 'state.json')['step']} in {self.state} is complete"
         except (CheckpointError, KeyError, OSError):
             return "there is no checkpoint yet"
 
     def read_state(self, recipe: Recipe, module: nn.Module, fingerprint: str) -> Snapshot | None:
-        """The state to go on from; None when there is none.
+        """The state to resume from; None if there is none.
 
         Args:
-            recipe: what is to be trained.
-            module: what it describes.
-            fingerprint: the task's.
+            recipe: of the run.
+            module: the module of its task.
+            fingerprint: of its task.
 
         Raises:
-            ConfigError: the state is that of another network.
+            ConfigError: the state belongs to another network.
             CheckpointError: a file is missing or damaged.
         """
         for folder in (self.state, self.path / "model", self.path / "samples"):
@@ -275,8 +266,8 @@ class RunFolder:
         step, seed, stage = about["step"], about["seed"], about["stage"]
         if stage != recipe.stage or seed != recipe.seed:
             raise ConfigError(
-                f"{self.state} is of a run with stage {stage!r:.80} and seed {seed}, the recipe has "
-                f"{recipe.stage!r} and {recipe.seed}: name another run folder"
+                f"{self.state} belongs to a run with stage {stage!r:.80} and seed {seed}, but the recipe has "
+                f"{recipe.stage!r} and {recipe.seed}: choose another run folder"
             )
         changed = self._changed_settings(recipe, about.get("settings") or {})
         tensors = {name: self._read(name) for name in ("module", "ema", "optimizer")}
@@ -290,31 +281,31 @@ class RunFolder:
         if optimizer != recipe.optimizer.name:
             raise self._other_run([f"optimizer.name was {optimizer!r:.80} and is {recipe.optimizer.name!r}"])
         if stage == "clip" and "fingerprint" not in about:
-            raise self._other_run(["it does not say which tokenizer it was trained with"])
+            raise self._other_run(["its state does not identify the tokenizer"])
         if about.get("fingerprint", fingerprint) != fingerprint:
-            what = "captions of the data set, which the tokenizer comes from," if stage == "clip" else "CLIP"
-            raise self._other_run([f"the {what} changed since"])
+            what = "captions of the data set, from which the tokenizer is built," if stage == "clip" else "CLIP"
+            raise self._other_run([f"the {what} changed"])
         if about.get("num_optimizer_tensors", len(tensors["optimizer"])) != len(tensors["optimizer"]):
             raise self._damaged("optimizer.safetensors", "lacks tensors")
         log = about.get("log") or {"sums": {}, "num_summed": 0}
         return Snapshot(step, log, **tensors, scaler=about.get("scaler"), counts=self._counts())
 
     def _about(self) -> dict[str, Any]:
-        """What state.json says, each value of its type."""
+        """The content of state.json, with checked types."""
         about = read_json(self.state / "state.json")
         for key in ("step", "seed", "stage"):
             if key not in about:
                 raise self._damaged("state.json", f"lacks {key!r}")
         for key, fits in FITS.items():
             if key in about and not fits(about[key]):
-                raise self._damaged("state.json", f"has {key} {about[key]!r:.80}, which no run can have")
+                raise self._damaged("state.json", f"has the invalid value {about[key]!r:.80} for {key}")
         return about
 
     def _damaged(self, name: str, what: str) -> CheckpointError:
-        return CheckpointError(f"{self.state / name} {what}: remove {self.state} to begin again from step 0")
+        return CheckpointError(f"{self.state / name} {what}: remove {self.state} to start again from step 0")
 
     def _counts(self) -> dict[str, int]:
-        """Of shards.json; without a whole one the shards are counted again."""
+        """The content of shards.json. If it is missing or broken, the shards are counted again."""
         try:
             found = read_json(self.state / "shards.json", limit_bytes=LISTS_LIMIT_BYTES)["num_samples"]
             return {name: count for name, count in found.items() if type(count) is int and count >= 0}
@@ -323,36 +314,36 @@ class RunFolder:
 
     def _read(self, name: str) -> dict[str, Tensor]:
         path = self.state / f"{name}.safetensors"
-        file_size(path)  # of a regular file: another one may wait for ever
+        file_size(path)  # refuses a file that is not regular, which could block
         try:
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
             raise self._damaged(path.name, f"cannot be read ({error})") from error
         for key, tensor in tensors.items():
             if not tensor.isfinite().all():
-                raise self._damaged(path.name, f"has values in {key} that are not finite")
+                raise self._damaged(path.name, f"has values that are not finite in {key}")
         return tensors
 
     def _changed_settings(self, recipe: Recipe, before: Mapping[str, Any]) -> list[str]:
-        """The settings of the stage and of its adapters that a run keeps and that were others.
+        """Descriptions of the fixed settings that differ from the recipe.
 
-        `before` are those of the state; older ones have none. Those of recipe.json must agree with the recipe too.
+        `before` are the settings in state.json, which is empty in old runs. recipe.json is compared too.
         """
-        told = [before]
+        earlier = [before]
         with contextlib.suppress(CheckpointError, RecursionError):
             written = read_json(self.path / "recipe.json", allow_infinity=True)
-            told.append(flat({name: written.get(name) or {} for name in (recipe.stage, "lora")}))
-        now = json.loads(json.dumps(settled_settings(recipe)))
+            earlier.append(flat({name: written.get(name) or {} for name in (recipe.stage, "lora")}))
+        now = json.loads(json.dumps(fixed_settings(recipe)))
 
         def is_stated(key: str, before: Mapping[str, Any]) -> bool:
-            """Whether it stands on both sides; in a table of a network's settings what is not stated counts too."""
+            """Whether both sides have the setting. In a table of network settings, a missing setting counts too."""
             section, _, rest = key.partition(".")
             is_of_table = isinstance(getattr(getattr(recipe, section, None), rest.partition(".")[0], None), dict)
             return (key in before and key in now) or (is_of_table and bool(before))
 
         changed = [
             f"{key} was {before.get(key)!r:.80} and is {now.get(key)!r:.80}"
-            for before in told
+            for before in earlier
             for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key) and is_stated(key, before)
         ]
@@ -366,31 +357,31 @@ class RunFolder:
         if wrong:
             name = wrong[0]
             there, here = (_kind(each.get(name)) for each in (kinds, needed))
-            raise self._other_run([f"{name} has {there} there and {here} by the recipe", *changed])
+            raise self._other_run([f"{name} has {there} there and {here} in the recipe", *changed])
 
     def _other_run(self, reasons: list[str]) -> ConfigError:
         return ConfigError(
-            f"{self.state} is of another network than the recipe's: {'; '.join(reasons)}. Name another run folder, or "
-            "put the recipe back"
+            f"{self.state} belongs to another network than the recipe: {'; '.join(reasons)}. Choose another run "
+            "folder, or restore the recipe"
         )
 
 
 def clip_of_run(run: Path) -> str | None:
-    """The fingerprint of the CLIP that a run's prior or decoder was trained under; None where its state does not say.
+    """The fingerprint of the CLIP with which a run's prior or decoder was trained; None if it is unknown.
 
     Args:
-        run: the folder that has `model/` and `state/`; a model's folder says nothing.
+        run: the folder with `model/` and `state/`.
     """
     try:
         about = read_json(run / "state" / "state.json")
     except CheckpointError:
         return None
-    is_under_clip = about.get("stage") in UNDER_CLIP
-    return str(about["fingerprint"]) if is_under_clip and about.get("fingerprint") else None
+    task = TASKS.get(str(about.get("stage")))
+    return str(about["fingerprint"]) if task is not None and task.uses_clip and about.get("fingerprint") else None
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by names "index/key"."""
+    """The optimizer's state as tensors named "index/key"."""
     return {
         f"{index}/{name}": value
         for index, entry in optimizer.state_dict()["state"].items()
@@ -401,14 +392,14 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], parameters: Sequence[Tensor]
 ) -> None:
-    """The inverse of `optimizer_tensors`; rates and betas stay as they are.
+    """The inverse of `optimizer_tensors`. Learning rates and betas do not change.
 
     Args:
-        optimizer: whose state is set.
-        tensors: whole ones; they are cut, and laid out in memory, as the parameter is that they are of.
-        parameters: of all groups, in their order.
+        optimizer: its state is set.
+        tensors: whole tensors. They get the sharding and the memory layout of their parameters.
+        parameters: of all groups, in order.
 
-    Raises: CheckpointError for a state that the optimizer cannot have of these parameters.
+    Raises: CheckpointError for a state that does not fit these parameters.
     """
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     state: dict[int, dict[str, Tensor]] = {}
@@ -420,9 +411,9 @@ def restore_optimizer(
         is_single = name == "step"
         is_sound = value.dtype == torch.float32 and value.shape == (() if is_single else parameter.shape)
         if not is_sound or (is_single and value <= 0) or (name == "exp_avg_sq" and (value < 0).any()):
-            raise CheckpointError(f"the optimizer's state has values in {key!r:.80} that it cannot have")
+            raise CheckpointError(f"the optimizer's state has invalid values in {key!r:.80}")
         own = shared_like(value, parameter)
-        if not is_single:  # a fused step takes one layout for parameter and state alike
+        if not is_single:  # a fused step needs the layout of the parameter
             own = torch.empty_like(parameter.detach()).copy_(own)
         state.setdefault(int(index), {})[name] = own
     for index, entry in state.items():
@@ -439,7 +430,7 @@ def _kind(found: tuple[tuple[int, ...], torch.dtype] | None) -> str:
 
 
 def _logged_step(line: bytes, *, default: int) -> int:
-    """Which step a row of the log is of; `default` for a line that is none, as a killed process may leave it."""
+    """The step of a row of the log; `default` for a damaged line, which a killed process may leave."""
     try:
         return int(json.loads(line)["step"]) if line.endswith(b"\n") else default
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):

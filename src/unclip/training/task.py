@@ -1,10 +1,7 @@
-"""The diffusion process of a run: as the recipe states it, as the model that it starts from has it, or the stage's own.
-
-Knows recipes and schedulers' files; knows no network. Called by the diffusion tasks, by `unclip train` and by
-`unclip assemble`.
-"""
+"""The interface of training tasks, the diffusion process of a recipe, and the device and data that a task uses."""
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -25,31 +22,25 @@ from unclip.diffusion.process import DiffusionProcess
 from unclip.diffusion.scheduler import CONFIG_NAME, DDIMScheduler, DPMSolverMultistepScheduler, UnCLIPScheduler
 from unclip.errors import ConfigError
 from unclip.models.kernels import is_emulated
-from unclip.training.recipe import ProcessRecipe, Recipe
-
-OWN_PROCESSES = {
-    "prior": DiffusionProcess(prediction_type="sample", clip_range=5.0),
-    "decoder": DiffusionProcess(variance_type="learned_range"),
-    "super_res": DiffusionProcess(),
-}
-"""What a stage of a diffusion is trained under if nobody says anything."""
+from unclip.training.recipe import TASKS, ProcessRecipe, Recipe, located
 
 KEYS = tuple(field.name for field in dataclasses.fields(DiffusionProcess))
-"""What belongs to the network that was trained; a recipe's `weighting` does not."""
+"""The settings that belong to a trained network; `weighting` of a recipe does not."""
 
 SCHEDULERS = {cls.__name__: cls for cls in (UnCLIPScheduler, DDIMScheduler, DPMSolverMultistepScheduler)}
 
 
 def settled(recipe: Recipe) -> Recipe:
-    """The recipe with its stage's process in full; a second time changes nothing.
+    """The recipe with every setting of its diffusion process.
 
-    What it does not state is the process of the model that it starts from; where there is none, the stage's own.
+    Values that the recipe does not set come from the model in `start_from`, or else from the stage's default process.
+    A settled recipe does not change.
 
     Raises:
-        ConfigError: it states another process than that model's.
-        CheckpointError: the model cannot be had, or its scheduler cannot be read.
+        ConfigError: the recipe sets another process than that of the model in `start_from`.
+        CheckpointError: the model is not available, or its scheduler cannot be read.
     """
-    own = OWN_PROCESSES.get(recipe.stage)
+    own = TASKS[recipe.stage].process
     if own is None:
         return recipe
     settings = getattr(recipe, recipe.stage)
@@ -69,12 +60,12 @@ def settled(recipe: Recipe) -> Recipe:
 
 
 def process_of(recipe: ProcessRecipe) -> DiffusionProcess:
-    """The process that a settled recipe describes."""
+    """The process of a settled recipe."""
     return DiffusionProcess(**{key: getattr(recipe, key) for key in KEYS})
 
 
 def scheduler_of(process: DiffusionProcess) -> UnCLIPScheduler:
-    """The scheduler that is saved beside a network trained on this process."""
+    """The scheduler that is saved with a network trained on this process."""
     return UnCLIPScheduler(
         num_train_timesteps=process.num_timesteps,
         beta_schedule=process.beta_schedule,
@@ -88,9 +79,9 @@ def scheduler_of(process: DiffusionProcess) -> UnCLIPScheduler:
 
 
 def process_in(model: Path, name: str) -> DiffusionProcess | None:
-    """That of the model's scheduler `name`; None where it has none, or one of a class that is not known here.
+    """The process of the scheduler `name` of a model; None without a scheduler, or if its class is unknown.
 
-    Raises: ConfigError for one that is not implemented.
+    Raises: ConfigError for a process that is not implemented.
     """
     if not (model / name / CONFIG_NAME).is_file():
         return None
@@ -112,73 +103,87 @@ def _check_agreement(stated: dict[str, object], found: DiffusionProcess, recipe:
     ]
     if other:
         raise ConfigError(
-            f"the recipe's {recipe.stage}.process is not the one that the model in {recipe.start_from} was trained "
-            f"under ({name}): {'; '.join(other)}. Leave these settings out, or leave start_from out"
+            f"the recipe's {recipe.stage}.process differs from the process of the model in {recipe.start_from} "
+            f"({name}): {'; '.join(other)}. Remove these settings, or remove start_from"
         )
 
 
 Batch = dict[str, Tensor]
 
 DRAWN_BYTES = 9
-"""Of a colour value of a picture that is drawn: a byte as it is read, and two float32."""
+"""Memory for a colour value of a picture in a batch, in bytes: a byte as read, and two float32 values."""
 
 
 class Task(Protocol):
-    """What is trained. All randomness of a step is drawn into its batch, so a step is a function of (seed, step)."""
+    """What is trained. The batch contains all randomness of a step, so a step is a function of (seed, step)."""
 
     @property
     def is_local(self) -> bool:
-        """Whether `batch` gives this process's rows alone; else it gives the same for all, which are shared out."""
+        """Whether `batch` returns only rows of this process. Otherwise all processes get the same batch."""
         ...
 
     @property
     def module(self) -> nn.Module:
-        """Its forward takes a batch and returns named scalars, `loss` among them."""
+        """The trained module. Its forward takes a batch and returns named scalars, including `loss`."""
         ...
 
     @property
     def skipped(self) -> Mapping[str, str]:
-        """What of the data could not be read so far, with the reason."""
+        """The samples that could not be read so far, with the reason."""
         ...
 
     @property
     def counts(self) -> dict[str, int]:
-        """Samples in each shard of the data, as far as known; what is laid in before need not be counted."""
+        """The number of samples in each shard, as far as known. Shards with a known number are not counted again."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Of what the weights mean nothing without: a tokenizer's vocabulary, the CLIP whose space is learned."""
+        """Identifies what the weights depend on: the tokenizer's vocabulary, or the CLIP."""
         ...
 
     def batch(self, step: int, batch_size: int, generator: torch.Generator, own: Tensor | None = None) -> Batch:
-        """What the step trains on: tensors that all have `batch_size` rows; with `own`, the rows of these numbers."""
+        """The data of a step: tensors with `batch_size` rows; with `own`, only the rows with these indices."""
         ...
 
     def reading(self, should_stop: Callable[[], bool]) -> AbstractContextManager[None]:
-        """Within it a wait for data ends with Cancelled once `should_stop`; after it nothing is read ahead."""
+        """A context in which waiting for data raises Cancelled once `should_stop()`. It ends reading ahead."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Write the module's networks in the ecosystem's layout."""
+        """Write the networks in the layout of diffusers and transformers."""
         ...
 
     def sample_sheet(self, path: Path) -> None:
-        """Draw a picture of what the networks can do now, or write a text (with the suffix .txt) that says it."""
+        """Write a picture of sampled results, or a text file with figures (with the suffix .txt)."""
         ...
 
 
 @runtime_checkable
 class Limited(Protocol):
-    """A task's module some of whose parameters have limits."""
+    """A module with limits for some of its parameters."""
 
     def keep_limits(self) -> None:
-        """Bring them back after an optimizer step, each process what it holds of them."""
+        """Clamp the parameters after an optimizer step; each process clamps its shard."""
         ...
 
 
+def make_task(recipe: Recipe, progress: Callable[..., Any] | None = None, *, run: Path | None = None) -> Task:
+    """The task that a recipe describes.
+
+    Args:
+        recipe: of the run. Models that it names are downloaded if necessary.
+        progress: wraps an iterable, as `tqdm` does, where preparation takes long.
+        run: the run's folder, which may contain an interrupted run.
+
+    Raises: UnclipError when a setting does not fit the data, a named model, or this machine.
+    """
+    module, _, name = TASKS[recipe.stage].task.partition(":")
+    return getattr(importlib.import_module(module), name)(located(settled(recipe)), progress, run)
+
+
 class Sourced:
-    """A task that draws from a data set."""
+    """The part of a task that its data set answers."""
 
     source: Source
 
@@ -199,52 +204,52 @@ class Sourced:
 
 
 def computes_on_cpu() -> bool:
-    """Whether training runs on the CPU: there is nothing else, or accelerate was told so."""
+    """Whether training runs on the CPU: there is no accelerator, or ACCELERATE_USE_CPU is set."""
     return not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def mixed_precision(precision: str) -> str:
-    """What a recipe's `precision` comes to here: "bf16" is "no" (float32) on a CPU that would only emulate it."""
+    """The precision to compute in: a recipe's `precision`, but float32 ("no") on a CPU that only emulates bfloat16."""
     emulated = precision == "bf16" and computes_on_cpu() and is_emulated(torch.bfloat16, torch.device("cpu"))
     return "no" if emulated else precision
 
 
 def computing_device() -> torch.device:
-    """Where this process of a run computes."""
+    """The device of this process."""
     return cast(torch.device, PartialState(cpu=computes_on_cpu()).device)
 
 
 def num_processes() -> int:
-    """Of this run."""
+    """The number of processes of this run."""
     return PartialState(cpu=computes_on_cpu()).num_processes
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that is free on `device`."""
+    """Free memory of `device`."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
 
 
 def check_room(needed_bytes: int, device: torch.device, what: str, remedy: str) -> None:
-    """Raises: ConfigError when `device` has not so many bytes free. `what` and `remedy` are parts of its message."""
+    """Raises: ConfigError when `device` has less free memory. `what` and `remedy` are parts of the message."""
     free = available_bytes(device)
     if needed_bytes > free:
         raise ConfigError(
-            f"{what} at least {needed_bytes / 2**30:,.1f} GiB of memory are needed, and {free / 2**30:,.1f} GiB are "
-            f"available: {remedy}"
+            f"{what} at least {needed_bytes / 2**30:,.1f} GiB of memory are needed, but only {free / 2**30:,.1f} GiB "
+            f"are available: {remedy}"
         )
 
 
 def of_rows(batch: Batch, own: Tensor | None) -> Batch:
-    """The rows of these numbers; all where there are none."""
+    """The rows with the indices `own`; all rows if it is None."""
     return batch if own is None else {name: value[own] for name, value in batch.items()}
 
 
 def source_of(recipe: Recipe, sizes_px: tuple[int, ...], **how: Any) -> Source:
-    """The recipe's data set, as this process of a run reads it.
+    """The data set of a recipe, for this process.
 
-    Raises: ConfigError when memory does not hold the pictures of a batch.
+    Raises: ConfigError when the pictures of a batch do not fit into memory.
     """
     place = PartialState(cpu=computes_on_cpu())
     check_room(

@@ -1,8 +1,7 @@
-"""A sentence encoder as a teacher: which pictures a phrase is close to, by what the encoder thinks of their captions.
+"""A sentence encoder as a teacher: it selects pictures for phrases by their similarity to the pictures' captions.
 
-A text tower learns the teacher's sense of words from phrases that no picture has as its caption; a prior and a decoder
-are trained on such phrases with pictures drawn by the same distribution. The teacher reads each text once; what it says
-lies in the user's cache, in parts, so that a run that was stopped goes on from there.
+CLIP's text encoder learns the teacher's distribution over pictures for phrases that are not captions. Prior and decoder
+are trained on such phrases with pictures sampled from it. The teacher's embeddings are cached on disk in parts.
 """
 
 import hashlib
@@ -29,22 +28,22 @@ from unclip.training.embedding_cache import cache_folder
 from unclip.training.recipe import TeacherSettings
 
 AT_ONCE = 256
-"""Texts that the teacher reads together."""
+"""Batch size of the teacher."""
 PART = 16_384
-"""Texts of one file in the cache."""
+"""Texts per cache file."""
 MAX_TOKENS = 64
 TOKEN_SPREAD = 0.02
-"""Standard deviation of the numbers in a new CLIP's table of tokens."""
+"""Standard deviation of a new CLIP's token embeddings."""
 NUM_COMPARED, NUM_PICTURES = 48, 24
-"""How many pictures of each phrase are kept by similarity alone, and of these by similarity and weight."""
+"""Number of pictures per phrase that are selected by similarity, and then by similarity and weight."""
 
 
 class Teacher:
-    """A sentence encoder in transformers' format: the mean of its last layer's tokens, normalised.
+    """A sentence encoder in transformers' format. An embedding is the normalised mean of the last layer's tokens.
 
-    That is how Sentence-BERT reads (arXiv 1908.10084, §3), and most encoders that were trained like it.
+    This is the pooling of Sentence-BERT (arXiv 1908.10084, §3).
 
-    Raises: ConfigError when the folder does not hold an encoder and its tokenizer.
+    Raises: ConfigError when the folder does not contain an encoder and its tokenizer.
     """
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu"):
@@ -53,7 +52,7 @@ class Teacher:
             self.encoder: Any = AutoModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"teacher.encoder is {folder}, which transformers cannot read as an encoder: {error}"
+                f"teacher.encoder is {folder}, which transformers cannot load as an encoder: {error}"
             ) from error
         self.device = torch.device(device)
         self.dtype = torch.float32 if is_emulated(torch.bfloat16, self.device) else torch.bfloat16
@@ -67,7 +66,9 @@ class Teacher:
     def read(self, texts: Sequence[str]) -> Tensor:
         """Normalised embeddings float16 [num_texts, width], on the CPU."""
         found: list[Tensor | None] = [None] * len(texts)
-        order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # of one length together: little padding
+        order = sorted(
+            range(len(texts)), key=lambda row: len(texts[row])
+        )  # similar lengths together, to reduce padding
         for start in range(0, len(order), AT_ONCE):
             rows = order[start : start + AT_ONCE]
             tokens = self.tokenizer(
@@ -85,9 +86,9 @@ class Teacher:
         return torch.stack([embed for embed in found if embed is not None])
 
     def words(self, texts: Sequence[str], width: int) -> Tensor:
-        """First values for a text encoder's table of tokens, float32 [num_texts, width]: alike words are alike.
+        """Initial token embeddings for a text encoder, float32 [num_texts, width], in which similar words are similar.
 
-        The teacher's embeddings, turned to their `width` principal axes, as spread out as CLIP's tables are at first.
+        They are the teacher's embeddings projected onto `width` principal axes, scaled to CLIP's initial spread.
         """
         embeds = self.read(texts).float()
         axes = torch.linalg.svd(embeds - embeds.mean(dim=0), full_matrices=False)[2][:width]
@@ -96,7 +97,7 @@ class Teacher:
         return found * (TOKEN_SPREAD / found.square().mean().sqrt())
 
     def read_once(self, texts: Sequence[str], progress: Callable[..., Any] | None = None) -> Tensor:
-        """As `read`, for many texts: what was read in an earlier run is taken from the cache."""
+        """As `read`, for many texts, with a cache on disk."""
         parts = [texts[start : start + PART] for start in range(0, len(texts), PART)]
         found = []
         for part in progress(parts, desc="reading by the teacher", unit="part") if progress else parts:
@@ -109,12 +110,12 @@ class Teacher:
 
 
 def teacher_folder() -> Path:
-    """Where it lies what a teacher has read: `teacher` beside the remembered embeddings of pictures."""
+    """The cache folder of the teacher's embeddings: `teacher`, beside that of the pictures' embeddings."""
     return cache_folder().parent / "teacher"
 
 
 def _remembered(path: Path, compute: Callable[[], dict[str, Tensor]], count: int) -> dict[str, Tensor]:
-    """What lies there if it is whole, else what `compute` gives, kept there if there is room."""
+    """The content of a cache file; if it is missing or damaged, the result of `compute`, which is cached."""
     try:
         known = load_file(path)
         if all(len(value) == count and value.isfinite().all() for value in known.values()):
@@ -127,13 +128,13 @@ def _remembered(path: Path, compute: Callable[[], dict[str, Tensor]], count: int
         with atomic_file(path) as draft:
             save_file({name: value.contiguous() for name, value in found.items()}, draft)
     except (OSError, SafetensorError, UnclipError):
-        pass  # a cache that cannot be written costs the next run its time
+        pass  # the next run computes it again
     return found
 
 
 @dataclass(frozen=True)
 class Phrase:
-    """A line of a corpus: what is typed, what the teacher reads for it, and the concepts that its source names."""
+    """A line of a corpus: the text, the texts that the teacher reads in its place, and the concepts that it names."""
 
     text: str
     means: tuple[str, ...]
@@ -141,9 +142,9 @@ class Phrase:
 
 
 def read_phrases(path: Path) -> Iterator[Phrase]:
-    """The lines of a corpus: JSON objects with `text`, and maybe `means` and `concepts`; or plain text.
+    """The lines of a corpus: plain text, or JSON objects with `text` and optionally `means` and `concepts`.
 
-    Raises: DataError for a file that cannot be read, or a line that is not such an object.
+    Raises: DataError for a file that cannot be read, or for an invalid line.
     """
     try:
         with open(path, encoding="utf-8") as lines:
@@ -165,18 +166,19 @@ def _phrase(line: str, where: str) -> Phrase:
         raise DataError(f"{where} is not a JSON object with a text: {error!r}") from error
     texts = [text, *means, *concepts] if isinstance(means, list) and isinstance(concepts, list) else [None]
     if not means or not all(isinstance(each, str) and each.strip() for each in texts):
-        raise DataError(f"{where} needs a text; its means and concepts, if there are any, must be lists of texts")
+        raise DataError(f"{where} needs a text; means and concepts, if given, must be lists of texts")
     return Phrase(text, tuple(means), tuple(concepts))
 
 
 class Lessons:
-    """Phrases, with the teacher's embedding of each and its distribution over pictures.
+    """Phrases with the teacher's embeddings and its distributions over pictures.
 
     Attributes:
-        teacher: who read them.
+        teacher: the teacher.
         texts: the phrases.
-        lesson: int [num_phrases]; phrases of one meaning share a row of the following.
-        pictures: int32 [num_lessons, k], rows of the source's pictures; shares: float32 [num_lessons, k], 1 in all.
+        lesson: int [num_phrases], the row of each phrase in the following tables. Phrases with one meaning share a row.
+        pictures: int32 [num_lessons, k], indices of the source's pictures.
+        shares: float32 [num_lessons, k], their probabilities.
         embeddings: float16 [num_lessons, width], normalised.
     """
 
@@ -211,13 +213,13 @@ class Lessons:
         return len(self.texts)
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[list[str], Tensor]:
-        """Phrases, each as likely as another, and their rows among the lessons [count]."""
+        """Random phrases, and their rows in the tables [count]."""
         rows = torch.randint(len(self.texts), (count,), generator=generator)
         return [self.texts[row] for row in rows.tolist()], self.lesson[rows]
 
 
 class _Bank:
-    """The pictures that phrases are compared with, by their captions."""
+    """The pictures with whose captions phrases are compared."""
 
     def __init__(self, records: Sequence[Record], named_bonus: float):
         self.named_bonus = named_bonus
@@ -240,10 +242,10 @@ class _Bank:
         teacher: Teacher,
         progress: Callable[..., Any] | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The closest pictures of each lesson (what it means, and which concepts it names); remembered for later runs.
+        """The closest pictures of each lesson, which is its meanings and the concepts that it names. They are cached.
 
-        Returns: similarities float32 [num_lessons, k], that of a picture being its most similar caption's; their
-            pictures int32 [num_lessons, k]; and the teacher's embeddings float16 [num_lessons, width], normalised.
+        Returns: the similarities float32 [num_lessons, k], each that of the picture's most similar caption; the
+            pictures int32 [num_lessons, k]; and the teacher's normalised embeddings float16 [num_lessons, width].
         """
         digest = hashlib.sha256(f"{self.fingerprint} {teacher.fingerprint} {json.dumps(lessons)}".encode())
         path = teacher_folder() / f"{digest.hexdigest()}.safetensors"
@@ -264,7 +266,7 @@ class _Bank:
         found: dict[str, list[Tensor]] = {"similar": [], "pictures": [], "embeddings": []}
         for part in progress(parts, desc="comparing with the captions", unit="part") if progress else parts:
             mean = torch.stack([read[[place[text] for text in means]].float().mean(dim=0) for means, _ in part])
-            similar = (captions @ mean.to(teacher.dtype).T).float()  # a row a caption: rows are taken fast
+            similar = (captions @ mean.to(teacher.dtype).T).float()  # a row per caption, because selecting rows is fast
             best = similar[self.captions[:, 0]]
             for column in self.captions.T[1:]:
                 torch.maximum(best, similar[column], out=best)
@@ -280,7 +282,7 @@ class _Bank:
 
 
 def _all_phrases(settings: TeacherSettings, records: Sequence[Record]) -> Iterator[Phrase]:
-    """Those of the corpus; without one, the captions of the pictures."""
+    """The phrases of the corpus; without one, the captions."""
     if settings.phrases is not None:
         yield from read_phrases(settings.phrases)
         return
@@ -295,17 +297,17 @@ def taught(
     device: torch.device | str = "cpu",
     progress: Callable[..., Any] | None = None,
 ) -> "TaughtSource":
-    """The data set with phrases beside its captions.
+    """The data set with phrases in addition to its captions.
 
-    Raises: ConfigError when it is not of folders.
+    Raises: ConfigError when the data are not in folders.
     """
     if not isinstance(source, FolderSource):
-        raise ConfigError("[teacher] needs folders as data, whose captions the teacher compares a phrase with")
+        raise ConfigError("[teacher] needs data in folders; it does not support shards")
     return TaughtSource(source, Lessons(settings, source, device=device, progress=progress), settings.share)
 
 
 class TaughtSource(FolderSource):
-    """A data set some of whose captions are replaced by phrases, and their pictures by ones that the teacher chose."""
+    """A data set in which some rows are phrases with pictures selected by the teacher."""
 
     def __init__(self, source: FolderSource, lessons: Lessons, share: float):
         self.__dict__.update(source.__dict__)  # the same pictures, which are not read twice

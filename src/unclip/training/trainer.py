@@ -1,7 +1,4 @@
-"""A run is asked to stop by a signal, and may take its time.
-
-Knows signals alone. Called by the trainer.
-"""
+"""The trainer: it runs the steps of one recipe and saves, logs, samples, stops and resumes."""
 
 import contextlib
 import gc
@@ -32,9 +29,9 @@ from unclip.training.task import Batch, Limited, Task, computes_on_cpu, mixed_pr
 
 @contextmanager
 def first_signal(ask: Callable[[int], None]) -> Iterator[None]:
-    """Within it, the first SIGINT or SIGTERM calls `ask` with its number; a second one does what it did before.
+    """A context in which the first SIGINT or SIGTERM calls `ask` with its number. A second one has its usual effect.
 
-    Does nothing in a thread other than the main one, which alone may take signals.
+    It does nothing outside the main thread, because only that one can handle signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -55,24 +52,24 @@ def first_signal(ask: Callable[[int], None]) -> Iterator[None]:
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """Raises: ConfigError for a tracker that the installed accelerate is too old for."""
+    """Raises: ConfigError for a tracker that the installed accelerate does not support."""
     known = [kind.value for kind in LoggerType]
     for name in names:
         if name not in known:
             raise ConfigError(
                 f"trackers has {name!r}, which accelerate {accelerate.__version__} does not know: "
-                "pip install --upgrade accelerate, or leave it out"
+                "pip install --upgrade accelerate, or remove it"
             )
 
 
 def start_trackers(accelerator: Accelerator, recipe: Recipe, folder: Path, run_id: str | None) -> None:
-    """Tell the recipe's trackers its settings.
+    """Start the trackers of a recipe with its settings.
 
     Args:
-        accelerator: made with them.
-        recipe: the run's.
-        folder: the run's, whose name is that of the run.
-        run_id: the same for all parts of a run that was interrupted, so that they stay one run for the tracker.
+        accelerator: created with these trackers.
+        recipe: of the run.
+        folder: the run's folder; its name is the name of the run.
+        run_id: identifies the run, also after it is resumed.
     """
     settings = flat(as_dict(recipe))
     plain = {name: v if isinstance(v, int | float | str) else str(v) for name, v in settings.items()}
@@ -85,37 +82,37 @@ def start_trackers(accelerator: Accelerator, recipe: Recipe, folder: Path, run_i
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
-    """The source of all randomness of one step: the same whether the run was interrupted or not."""
+    """The random generator of a step. It depends only on the seed and the step."""
     return torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
 
 
 def own_rows(batch_size: int, *, num_processes: int, rank: int, num_pieces: int) -> Tensor:
-    """Numbers of the rows of a batch that one process computes, piece after piece of gradient accumulation.
+    """Indices of the rows of a batch that one process computes, in the order of the pieces of gradient accumulation.
 
-    All rows of all processes together are the batch, each once, and all pieces are of one size: so the mean of their
-    losses, and of their gradients, is that of the batch.
+    Each row belongs to one process, and all pieces have the same size. Therefore the mean over pieces and processes is
+    the mean over the batch.
 
-    Raises: ConfigError when the rows cannot be shared out evenly.
+    Raises: ConfigError when the rows cannot be split evenly.
     """
     count = num_processes * num_pieces
     if batch_size % count:
         raise ConfigError(
-            f"a batch of {batch_size} cannot be shared out evenly among {num_processes} processes with "
+            f"a batch of {batch_size} cannot be split evenly among {num_processes} processes with "
             f"accumulation {num_pieces}: make batch_size a multiple of {count}"
         )
     return torch.arange(batch_size).view(num_pieces, num_processes, -1)[:, rank].flatten()
 
 
 class Trainer:
-    """Runs one recipe in one folder, from its last checkpoint if it has one.
+    """Runs a recipe in a folder, starting from the folder's checkpoint if there is one.
 
-    The folder holds `recipe.json`, `versions.json`, `metrics.jsonl`, `samples/`, `state/` (to resume from) and `model/`
-    (the moving average in the ecosystem's layout). A step depends on the recipe, its seed and its number alone, so a
-    run that was interrupted gives the weights of one that was not.
+    The folder contains `recipe.json`, `versions.json`, `metrics.jsonl`, `samples/`, `state/` (to resume from) and
+    `model/` (the moving average, in the layout of diffusers and transformers). A step depends only on the recipe, its
+    seed and the number of the step, so a resumed run gives the same weights as an uninterrupted one.
 
     Raises:
-        ConfigError: the folder holds a run of another network, processes see different folders, or this machine cannot
-            do what the recipe asks.
+        ConfigError: the folder contains a run of another network, the processes see different folders, or this machine
+            does not support a setting of the recipe.
         CheckpointError: the folder's state is broken.
     """
 
@@ -128,19 +125,18 @@ class Trainer:
                 mixed_precision=mixed_precision(recipe.precision),
                 log_with=list(recipe.trackers) or None,
                 project_dir=folder,
-                # The recipe alone says it, and a step counts its pieces itself: a launcher's number would divide the
-                # loss once more.
+                # `_train_step` accumulates by the recipe; a number set by a launcher would divide the loss again.
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             )
         except ValueError as error:
-            raise ConfigError(f"precision {recipe.precision!r} is not to be had here: {error}") from error
-        set_seed(recipe.seed % 2**32)  # NumPy takes no larger ones
+            raise ConfigError(f"precision {recipe.precision!r} is not available here: {error}") from error
+        set_seed(recipe.seed % 2**32)  # the limit of NumPy
         snapshot = self.run_folder.read_state(recipe, task.module, task.fingerprint)
         self._check_same_step(0 if snapshot is None else snapshot.step)
         if snapshot is not None:
             task.module.load_state_dict(snapshot.module)
             task.counts.update(snapshot.counts)
-        self.weights = task.module  # what the optimizer changes
+        self.weights = task.module  # the module that the optimizer updates
         if recipe.shard and self.accelerator.num_processes > 1:
             self.weights = sharded(task.module, self.accelerator.device)
         if recipe.compile:
@@ -152,14 +148,14 @@ class Trainer:
             self.module, self.optimizer = self.accelerator.prepare(task.module, optimizer)
         self.ema = {name: p.detach().clone() for name, p in self.weights.named_parameters() if p.requires_grad}
         self.step = 0
-        self.skipped: dict[str, str] = {}  # of all processes, and of the run's earlier parts: at the last save
-        self._sums: dict[str, float] = {}  # of the metrics since the last row of the log
+        self.skipped: dict[str, str] = {}  # of all processes and the whole run, at the last save
+        self._sums: dict[str, float] = {}  # sums of the metrics since the last row of the log
         self._num_summed = 0
-        self.stopped_by: int | None = None  # the signal that asked this process to stop
-        self._told_to_stop = False  # all processes, by one that was asked
+        self.stopped_by: int | None = None  # the signal that this process received
+        self._all_stop = False  # a process received a signal, and all processes know it
         self._save_is_due = False
         if snapshot is not None:
-            self._go_on_from(snapshot)
+            self._resume(snapshot)
 
     @property
     def folder(self) -> Path:
@@ -172,18 +168,18 @@ class Trainer:
         progress: Callable[..., Any] | None = None,
         on_log: Callable[[int, Mapping[str, float]], None] | None = None,
     ) -> None:
-        """Train to the recipe's last step. The first SIGINT or SIGTERM saves and returns, a second one kills.
+        """Train to the last step. The first SIGINT or SIGTERM saves and returns; a second one kills the process.
 
-        Of several processes none stops while it waits for data: the others wait for its step.
+        With several processes, a process that waits for data does not stop, because the others wait for its step.
 
         Args:
-            progress: makes a bar, as `tqdm` does.
-            on_log: takes a step's number and what is logged then: means since the last time, and `pictures_per_s`.
+            progress: makes a progress bar, as `tqdm` does.
+            on_log: called with the step and the logged row: means since the previous row, and `pictures_per_s`.
 
-        Raises: TrainingError when the loss is no longer a number, the folder cannot be written, or another process
-            trains in it; the last checkpoint stays as it was.
+        Raises: TrainingError when the loss is not finite, the folder cannot be written, or another process trains in
+            it. The last checkpoint is kept.
         """
-        is_finished = self.step >= self.recipe.steps  # then it is left as it is
+        is_finished = self.step >= self.recipe.steps  # then nothing is written
         with contextlib.ExitStack() as stack:
             if self._is_main:
                 stack.enter_context(self.run_folder.locked())
@@ -200,25 +196,25 @@ class Trainer:
             stack.enter_context(self.task.reading(lambda: self._stop))
             stack.enter_context(first_signal(self._ask_to_stop))
             if not is_finished:
-                with self._noting_damage(), contextlib.suppress(Cancelled):  # told to stop while it waited for data
+                with self._recording_skipped(), contextlib.suppress(Cancelled):  # stopped while it waited for data
                     self._loop(bar, on_log)
                 self.save()
 
     def _check_same_step(self, step: int) -> None:
-        """Raises: ConfigError where processes do not see one folder: each would go on from another step."""
+        """Raises: ConfigError when the processes see different folders, and would resume from different steps."""
         steps = set(gather_object([step])) if self.accelerator.num_processes > 1 else {step}
         if len(steps) > 1:
             raise ConfigError(
                 f"{self.folder} is at step {min(steps)} for one process and at {max(steps)} for another: all machines "
-                "of a run need one folder that they share"
+                "of a run need a shared folder"
             )
 
     def save(self) -> None:
-        """Write the state to resume from and the averaged model; each replaces the old one only when whole.
+        """Write the state to resume from, and the averaged model. Each replaces the previous one when it is complete.
 
-        To be called by all processes; the first one writes.
+        All processes must call it; the first one writes.
 
-        Raises: TrainingError when the disk is full or a folder cannot be written; the old ones stay as they were.
+        Raises: TrainingError when the disk is full or a folder cannot be written. The previous ones are kept.
         """
         log = {"sums": self._sums, "num_summed": self._num_summed}
         module, ema = self._gathered(self.weights.state_dict()), self._gathered(self.ema)
@@ -228,14 +224,14 @@ class Trainer:
         if not self._is_main:
             return
         with self._writing():
-            with self._carrying(ema), self.run_folder.new_model() as draft:
+            with self._with_weights(ema), self.run_folder.new_model() as draft:
                 self.task.save(draft)
             self.skipped = self.run_folder.note_skipped(skipped)
-            # Last, so that a state of the last step means that the model is the last one too.
+            # Last, so that a state of the last step implies that the model is complete.
             self.run_folder.save_state(snapshot, self.recipe, self.task.fingerprint)
 
     def _gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All of each, in the first process; one after another, so that the others need no room for them."""
+        """The whole tensors, in the first process only. They are gathered one by one to save memory."""
         found = {}
         for name, tensor in tensors.items():
             value = whole(tensor)
@@ -244,19 +240,19 @@ class Trainer:
         return found
 
     def _merged(self, own: Mapping[str, Any]) -> dict[str, Any]:
-        """What all processes have by name; each reads shards of its own. To be called by all."""
+        """The union of the tables of all processes, which must all call it."""
         merged: dict[str, Any] = {}
         for part in gather_object([dict(own)]):
             merged |= part
         return merged
 
     @contextlib.contextmanager
-    def _carrying(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within it, the task's module carries these values, where steps are computed, in evaluation mode."""
+    def _with_weights(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """A context in which the task's module has these weights, on the training device and in evaluation mode."""
         module = self.task.module
         own = {name: p.detach().clone() for name, p in module.named_parameters() if name in values}
         before = next(module.parameters()).device
-        module.to(self.accelerator.device)  # a sharded module's original waits in the host's memory
+        module.to(self.accelerator.device)  # the original of a sharded module is in host memory
         _assign(module, values)
         module.eval()
         try:
@@ -272,8 +268,8 @@ class Trainer:
 
     @property
     def _stop(self) -> bool:
-        """Whether to take no further step. Of several processes none stops alone: the others would wait for it."""
-        return self._told_to_stop if self.accelerator.num_processes > 1 else self.stopped_by is not None
+        """Whether to stop before the next step. Several processes stop together; otherwise some would wait for ever."""
+        return self._all_stop if self.accelerator.num_processes > 1 else self.stopped_by is not None
 
     def _loop(self, bar: Any, on_log: Callable[[int, Mapping[str, float]], None] | None) -> None:
         recipe = self.recipe
@@ -290,8 +286,8 @@ class Trainer:
             row = {name: total / self._num_summed for name, total in self._sums.items()}
             row["pictures_per_s"] = timed * recipe.batch_size / max(now - logged_at, 1e-9)
             if bar is not None:
-                told = {"loss": f"{row['loss']:.4f}", "pictures/s": f"{row['pictures_per_s']:.1f}"}
-                bar.set_postfix(told, refresh=False)
+                shown = {"loss": f"{row['loss']:.4f}", "pictures/s": f"{row['pictures_per_s']:.1f}"}
+                bar.set_postfix(shown, refresh=False)
                 bar.update(1)
             if self.step % recipe.log_every_steps == 0 or self.step == recipe.steps:
                 self._log(row)
@@ -305,10 +301,10 @@ class Trainer:
                 saved_at = time.monotonic()
 
     def take_step(self) -> dict[str, float]:
-        """One optimizer step. Returns: its metrics.
+        """Take one optimizer step. Returns: its metrics.
 
-        Raises: TrainingError when the loss or a gradient is no number, or memory does not suffice; weights, optimizer
-            and average are as before.
+        Raises: TrainingError when the loss or a gradient is not finite, or memory is exhausted. Weights, optimizer and
+            average do not change then.
         """
         try:
             metrics = self._train_step()
@@ -317,15 +313,15 @@ class Trainer:
                 raise
             recipe = self.recipe
             raise TrainingError(
-                f"memory does not hold a step of batch_size {recipe.batch_size} with accumulation "
-                f"{recipe.accumulation}: lower the first, or raise the second ({error!s:.200})"
+                f"a step of batch_size {recipe.batch_size} with accumulation {recipe.accumulation} does not fit into "
+                f"memory: lower batch_size, or raise accumulation ({error!s:.200})"
             ) from error
         self.step += 1
         return metrics
 
     def _train_step(self) -> dict[str, float]:
         recipe, accelerator = self.recipe, self.accelerator
-        torch.manual_seed((recipe.seed * 1_000_003 + self.step) % 2**63)  # for what a network draws itself, as dropout
+        torch.manual_seed((recipe.seed * 1_000_003 + self.step) % 2**63)  # for dropout
         batch = self._batch()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, self.step)
@@ -352,35 +348,35 @@ class Trainer:
         return totals
 
     def _batch(self) -> Batch:
-        """What this process computes of the step's batch."""
+        """The part of the step's batch that this process computes."""
         size, seed, pieces = self.recipe.batch_size, self.recipe.seed, self.recipe.accumulation
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         own = own_rows(size, num_processes=world, rank=rank, num_pieces=pieces)
         if self.task.is_local:
-            generator = step_generator(seed + rank * 7_919, self.step)  # each draws noise of its own
+            generator = step_generator(seed + rank * 7_919, self.step)  # each process has its own noise
             return self.task.batch(self.step, size // world, generator)
         return self.task.batch(self.step, size, step_generator(seed, self.step), own if world > 1 else None)
 
     def _mean(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Over all processes: so they log the whole batch, and what one of them met, or was asked, all do."""
+        """The means over all processes. Requests to stop or save are also shared, so that all processes follow them."""
         if self.accelerator.num_processes == 1:
             return metrics
         asked = [float(self.stopped_by is not None), float(self._save_is_due)]
-        told = torch.tensor([*metrics.values(), *asked], device=self.accelerator.device)
-        found: Tensor = self.accelerator.reduce(told, "mean")  # pyright: ignore[reportAssignmentType]
+        values = torch.tensor([*metrics.values(), *asked], device=self.accelerator.device)
+        found: Tensor = self.accelerator.reduce(values, "mean")  # pyright: ignore[reportAssignmentType]
         *means, asked_to_stop, asked_to_save = found.tolist()
-        self._told_to_stop, self._save_is_due = asked_to_stop > 0, asked_to_save > 0
+        self._all_stop, self._save_is_due = asked_to_stop > 0, asked_to_save > 0
         return dict(zip(metrics, means, strict=True))
 
     def _check_finite(self, loss: float, norm: Any) -> None:
-        """Before the weights are touched: a gradient that is no number would spoil them, and then the checkpoint."""
+        """Called before the update, because a gradient that is not finite would destroy the weights."""
         wrong = None if math.isfinite(loss) else f"the loss is {loss}"
-        # With float16 the scaler itself skips a step whose gradient overflowed.
+        # With float16, the scaler skips a step whose gradient overflows.
         if wrong is None and self.accelerator.scaler is None and norm is not None and not math.isfinite(float(norm)):
             wrong = f"the gradient's norm is {float(norm)}"
         if wrong is not None:
             raise TrainingError(
-                f"{wrong} at step {self.step}; {self.run_folder.last_checkpoint()}: lower the learning rate, or look "
+                f"{wrong} at step {self.step}; {self.run_folder.last_checkpoint()}. Lower the learning rate, or look "
                 "for a broken picture, and run again"
             )
 
@@ -392,7 +388,7 @@ class Trainer:
             shares_of(self.ema.values()), shares_of(trained), 1 - decay
         )
 
-    def _go_on_from(self, snapshot: Snapshot) -> None:
+    def _resume(self, snapshot: Snapshot) -> None:
         for name, value in snapshot.ema.items():
             own = self.ema[name]
             share_of(own).copy_(share_of(shared_like(value, own)))
@@ -400,7 +396,9 @@ class Trainer:
         restore_optimizer(self.optimizer, snapshot.optimizer, parameters)
         if self.accelerator.scaler is not None and snapshot.scaler:
             if snapshot.scaler.keys() != self.accelerator.scaler.state_dict().keys():
-                raise CheckpointError(f"{self.run_folder.state / 'state.json'} has another scaler than float16 needs")
+                raise CheckpointError(
+                    f"{self.run_folder.state / 'state.json'} does not have the loss scaler of float16"
+                )
             self.accelerator.scaler.load_state_dict(snapshot.scaler)
         self.step = snapshot.step
         self._sums, self._num_summed = snapshot.log["sums"], snapshot.log["num_summed"]
@@ -420,15 +418,15 @@ class Trainer:
     def _sample(self) -> None:
         ema = self._gathered(self.ema)
         if self._is_main:
-            with self._writing(), self._carrying(ema), torch.no_grad():
+            with self._writing(), self._with_weights(ema), torch.no_grad():
                 self.task.sample_sheet(self.run_folder.sample_path(self.step))
 
     def _leave(self) -> None:
-        """Close the trackers and the processes' group.
+        """Close the trackers and the process group.
 
-        DDP's reducer must go before the group: whoever drops the group last waits for its thread, and that may wait for
-        the interpreter's lock; the group's own Python object lets go of the lock, the reducer does not. Shards hold the
-        group too, and would still when the interpreter ends.
+        DDP's reducer must be freed before the group. The last owner of the group waits for the group's thread, which
+        may need the interpreter's lock; the Python object releases the lock, but the reducer does not. Sharded
+        parameters own the group too, and would keep it until the interpreter ends.
         """
         if is_sharded(self.weights):
             leave_group(self.weights)
@@ -442,18 +440,18 @@ class Trainer:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Within it, a file that cannot be written stops the run with a message that says what is left."""
+        """A context in which a file that cannot be written raises TrainingError, whose message names the checkpoint."""
         try:
             yield
         except (OSError, SafetensorError) as error:
             raise TrainingError(
                 f"{self.folder} cannot be written at step {self.step}: {error}; {self.run_folder.last_checkpoint()}: "
-                "make room on the disk, or see to the folder's rights, and run again"
+                "make room on the disk, or check the folder's permissions, and run again"
             ) from error
 
     @contextlib.contextmanager
-    def _noting_damage(self) -> Iterator[None]:
-        """Within it, a run that its data end says in skipped.json what of them this process could not read."""
+    def _recording_skipped(self) -> Iterator[None]:
+        """A context in which a DataError is raised only after skipped.json lists what this process could not read."""
         try:
             yield
         except DataError:

@@ -2,8 +2,9 @@
 
 import pytest
 
-from unclip.cli.train import duration, make_task
-from unclip.training.dry_run import rehearse
+from unclip.cli.train import duration
+from unclip.training.dry_run import measure_cost
+from unclip.training.task import make_task
 
 
 @pytest.mark.parametrize("stage", ["clip", "prior", "decoder", "super_res"])
@@ -11,7 +12,7 @@ def test_figures(tiny, stage, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     recipe = tiny(stage, steps=500, batch_size=8)
     task = make_task(recipe)
-    cost = rehearse(task, recipe, num_steps=2)
+    cost = measure_cost(task, recipe, num_steps=2)
     assert not list(tmp_path.iterdir())
     trained = [p for p in task.module.parameters() if p.requires_grad]
     assert cost.trained == sum(p.numel() for p in trained)
