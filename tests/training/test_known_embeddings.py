@@ -1,11 +1,15 @@
 """What is embedded once is not embedded again, and nothing that lies in the cache can do harm."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unclip.data.folder import CaptionedPictures, Record
 from unclip.training import embedding_cache as module
+from unclip.training.conditions import FrozenClip
 from unclip.training.embedding_cache import MIN_PICTURES, cache_folder, known_embeddings
 
 WIDTH = 4
@@ -98,3 +102,23 @@ def test_progress_is_told(empty_cache):
 
     known_embeddings(some(), Encoder(), WIDTH, "a", progress=progress)
     assert told == ["embedding the pictures"]
+
+
+def test_another_text_encoder_has_the_same_embeddings(empty_cache, clip_model, tmp_path, monkeypatch):
+    size = FrozenClip(clip_model).image_size
+    pictures = CaptionedPictures(
+        [Record(f"{i}.png", ("a dot",)) for i in range(MIN_PICTURES)], torch.zeros(MIN_PICTURES, 3, size, size).byte()
+    )
+    other = shutil.copytree(clip_model, tmp_path / "other")
+    changed = shutil.copytree(clip_model, tmp_path / "changed")
+    for folder, part in ((other, "text_encoder"), (changed, "image_encoder")):
+        path = folder / part / "model.safetensors"
+        save_file({name: value + 1 for name, value in load_file(path).items()}, path, {"format": "pt"})
+    embedded = []
+    embed = FrozenClip.embed
+    monkeypatch.setattr(FrozenClip, "embed", lambda clip, images: embedded.append(clip) or embed(clip, images))
+    first, second, third = (FrozenClip(folder) for folder in (clip_model, other, changed))
+    assert first.fingerprint != second.fingerprint
+    assert torch.equal(first.embeddings_of(pictures), second.embeddings_of(pictures))
+    third.embeddings_of(pictures)
+    assert set(embedded) == {first, third}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import diffusers
 import numpy as np
@@ -20,7 +21,7 @@ from unclip.training import conditions, diffusion
 from unclip.training.clip import ClipTask, retrieval_ranks, shift_and_zoom
 from unclip.training.conditions import text_batch
 from unclip.training.diffusion import degrade
-from unclip.training.recipe import TASKS, SuperResSettings
+from unclip.training.recipe import TASKS, SuperResSettings, read_recipe
 from unclip.training.task import make_task
 from unclip.training.trainer import step_generator
 
@@ -500,3 +501,45 @@ def test_a_start_of_another_size(tiny, tmp_path):
 def test_crops_larger_than_the_picture(tiny):
     with pytest.raises(ConfigError, match="crop_size is 64"):
         make_task(tiny("super_res", section={"crop_size": 64}))
+
+
+def test_a_decoder_forgets_its_text(tiny, tmp_path):
+    model = tmp_path / "model"
+    first = make_task(tiny("decoder"))
+    first.save(model)
+    for part in ("text_encoder", "image_encoder", "tokenizer", "feature_extractor"):
+        shutil.copytree(first.clip.folder / part, model / part)
+    with torch.no_grad():
+        for parameter in first.module.parameters():
+            parameter.normal_(std=0.1)
+    first.save(model)
+    task = make_task(tiny("decoder", start_from=model, section={"forget_text": True}))
+    text = task.clip.text.encode(["a red circle", "a blue bar", ""])
+    condition = {"image_embeddings": torch.zeros(3, task.clip.width), "given": None}
+    tokens, addition = task.stage.text_proj(
+        **condition, prompt_embeds=text.embeds, text_encoder_hidden_states=text.hidden_states
+    )
+    _, wanted = first.stage.text_proj(
+        **condition, prompt_embeds=text.embeds, text_encoder_hidden_states=text.hidden_states
+    )
+    torch.testing.assert_close(addition, wanted[2:].expand(3, -1))  # as of the empty caption
+    torch.testing.assert_close(tokens[0], tokens[2])
+    loss = task.module(task.batch(0, 8, step_generator(0, 0)))["loss"]
+    loss.backward()
+    assert task.stage.text_proj.embedding_proj.weight.grad.abs().sum() > 0
+
+
+def test_nothing_to_forget(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text('stage = "decoder"\ndata = "d"\n[decoder]\nforget_text = true\n')
+    with pytest.raises(ConfigError, match=r"decoder\.forget_text is for a decoder that was trained before"):
+        read_recipe(path)
+
+
+def test_texts_of_one_length_together(tiny):
+    task = make_task(tiny("clip"))
+    texts = ["red", "a red circle", "a picture of a blue bar", "", "a bar", "a picture of an orange circle"]
+    for pad in (task.tokenizer.pad_token_id, 0):  # as most tokenizers pad, and as some do
+        ids = task.tokenizer(texts, padding=True, return_tensors="pt")
+        ids = ids["input_ids"].masked_fill(ids["attention_mask"] == 0, pad)
+        torch.testing.assert_close(task.module._read(ids), task.module.text(input_ids=ids).text_embeds)

@@ -176,8 +176,8 @@ class ContrastivePair(nn.Module):
         """Text embeddings [batch, width]. Texts of similar length are encoded together to reduce padding."""
         if len(input_ids) < LENGTH_GROUPS or input_ids.is_meta:
             return self.text(input_ids=input_ids).text_embeds.float()
-        end = self.text.config.eos_token_id
-        lengths = input_ids.eq(end).int().argmax(dim=1) + 1
+        is_padding = (input_ids == input_ids[:, -1:]).flip(1).cumprod(dim=1)  # at the end, one token again and again
+        lengths = input_ids.shape[1] - is_padding.sum(dim=1) + 1
         order = lengths.argsort()
         groups = [
             self.text(input_ids=input_ids[rows, : int(lengths[rows[-1]])]).text_embeds.float()
@@ -291,7 +291,7 @@ class ClipTask(Sourced):
             self.lessons = Lessons(recipe.teacher, self.source, device=computing_device(), progress=progress)
             taught = Taught(recipe.teacher, self.table, self.lessons.embeddings.shape[1])
             if start is None:
-                words: Tensor = text.get_input_embeddings().weight  # type: ignore[assignment]
+                words: Any = text.get_input_embeddings().weight
                 rows = known_words(self.tokenizer)
                 words.data[list(rows)] = self.lessons.teacher.words(list(rows.values()), words.shape[1])
         self.module = ContrastivePair(text, image, settings.reconstruction_weight, taught)

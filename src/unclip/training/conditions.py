@@ -1,5 +1,7 @@
 """The frozen CLIP of prior and decoder: preprocessing, embeddings, and batches of embeddings with captions."""
 
+import hashlib
+import json
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ from unclip.data.batches import Rows
 from unclip.data.folder import CaptionedPictures
 from unclip.data.source import FolderSource
 from unclip.errors import ConfigError
-from unclip.pipelines.clip import fingerprint_of, read_clip
+from unclip.pipelines.clip import PretrainedClip, fingerprint_of, read_clip
 from unclip.training.embedding_cache import known_embeddings
 from unclip.training.recipe import Recipe
 from unclip.training.state import clip_of_run
@@ -47,6 +49,8 @@ LENGTH_STEP = 8
 """The captions of a batch are padded to a multiple of this number of tokens, which limits the number of shapes."""
 AT_ONCE = 128
 """Batch size of the image encoder."""
+OF_THE_FILE = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "architectures")
+"""Keys of an encoder's configuration that describe how it was saved."""
 SPREAD_ROWS = 4096
 """Number of rows of a stream from which the mean and spread of the embeddings are computed."""
 
@@ -70,7 +74,7 @@ class FrozenClip:
         self.context: int = text.max_position_embeddings
         self.image_size = clip.image_size
         self.fingerprint = clip.fingerprint
-        self._pixels_as = f"{clip.image_encoder.config.to_json_string()}{clip.feature_extractor.to_json_string()}"
+        self._image_side = _image_side(clip)
         with torch.no_grad():
             self.empty = self.text.encode([""])
 
@@ -113,8 +117,18 @@ class FrozenClip:
 
     def embeddings_of(self, pictures: CaptionedPictures, progress: Callable[..., Any] | None = None) -> Tensor:
         """Image embeddings [num_pictures, width] of the pictures of a folder. They are cached on disk."""
-        encoder = f"{self.fingerprint} {self._pixels_as}"
-        return known_embeddings(pictures, self.embed, self.width, encoder, progress=progress)
+        return known_embeddings(pictures, self.embed, self.width, self._image_side, progress=progress)
+
+
+def _image_side(clip: PretrainedClip) -> str:
+    """A text that identifies the image encoder and its preprocessing, whatever the text encoder and the saved type."""
+    digest = hashlib.sha256()
+    for name, value in clip.image_encoder.state_dict().items():
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.float().cpu().numpy().tobytes())
+    config: Any = clip.image_encoder.config
+    settings = {key: value for key, value in config.to_dict().items() if key not in OF_THE_FILE}
+    return f"{digest.hexdigest()} {json.dumps(settings, sort_keys=True)} {clip.feature_extractor.to_json_string()}"
 
 
 class Captioned:
