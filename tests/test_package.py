@@ -1,5 +1,6 @@
 """The package as a whole: what it exports, and what importing it costs."""
 
+import importlib
 import importlib.metadata
 import inspect
 import re
@@ -10,6 +11,8 @@ import pytest
 
 import unclip
 from unclip import errors
+from unclip.diffusion import scheduler
+from unclip.settings import SAMPLERS
 
 ALL = [
     "AutoregressivePrior",
@@ -55,7 +58,7 @@ ALL = [
 
 
 def test_all_is_what_it_was():
-    assert unclip.__all__ == ALL
+    assert sorted(unclip.__all__) == ALL
     assert dir(unclip) == ALL
 
 
@@ -71,7 +74,12 @@ def test_every_name_has_a_home_and_a_type_checkers_import():
     source = inspect.getsource(unclip)
     block = source[source.index("if TYPE_CHECKING:") : source.index("__version__ =")]
     for name, home in unclip._HOMES.items():
-        assert re.search(rf"from unclip\.{re.escape(home)} import \(?[^()]*\b{name}\b", block), name
+        star = f"from unclip.{home} import *" in block and name in importlib.import_module(f"unclip.{home}").__all__
+        assert star or re.search(rf"from unclip\.{re.escape(home)} import \(?[^()]*\b{name}\b", block), name
+
+
+def test_every_sampler_has_a_scheduler():
+    assert {row.scheduler for row in SAMPLERS.values()} == set(scheduler.__all__) == set(scheduler.SCHEDULERS)
 
 
 def test_a_star_import_gives_them_all():

@@ -1,6 +1,6 @@
 """unclip: an open implementation of unCLIP (DALL·E 2, arXiv 2204.06125).
 
-Names resolve when they are first used, so that importing the package is instant.
+Names are imported on first use, so importing the package is fast.
 
     from unclip import UnCLIPPipeline
     pipe = UnCLIPPipeline.from_pretrained("unclip-emoji")
@@ -10,9 +10,11 @@ Names resolve when they are first used, so that importing the package is instant
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from unclip.settings import SAMPLERS
+
 if TYPE_CHECKING:
     from unclip.diffusion.process import DiffusionProcess
-    from unclip.diffusion.scheduler import DDIMScheduler, DPMSolverMultistepScheduler, UnCLIPScheduler
+    from unclip.diffusion.scheduler import *  # noqa: F403 (its __all__ is read by type checkers)
     from unclip.errors import (
         Cancelled,
         CheckpointError,
@@ -52,8 +54,6 @@ _HOMES = {
     "Cancelled": "errors",
     "CheckpointError": "errors",
     "ConfigError": "errors",
-    "DDIMScheduler": "diffusion.scheduler",
-    "DPMSolverMultistepScheduler": "diffusion.scheduler",
     "DataError": "errors",
     "DiffusionProcess": "diffusion.process",
     "ImageError": "errors",
@@ -74,7 +74,6 @@ _HOMES = {
     "UnCLIPImageVariationPipeline": "pipelines.image_variation",
     "UnCLIPInpaintPipeline": "pipelines.inpaint",
     "UnCLIPPipeline": "pipelines.text_to_image",
-    "UnCLIPScheduler": "diffusion.scheduler",
     "UnCLIPTextInterpolationPipeline": "pipelines.interpolation",
     "UnCLIPTextProjModel": "models.text_proj",
     "UnclipError": "errors",
@@ -85,7 +84,9 @@ _HOMES = {
     "interpolate": "stages.manipulation",
     "path_at": "stages.manipulation",
     "recorded_settings": "pipelines.model_files",
+    **{row.scheduler: "diffusion.scheduler" for row in SAMPLERS.values()},
 }
+"""The module of each public name."""
 
 __all__ = [
     "AutoregressivePrior",
@@ -93,8 +94,6 @@ __all__ = [
     "Cancelled",
     "CheckpointError",
     "ConfigError",
-    "DDIMScheduler",
-    "DPMSolverMultistepScheduler",
     "DataError",
     "DiffusionProcess",
     "ImageError",
@@ -115,7 +114,6 @@ __all__ = [
     "UnCLIPImageVariationPipeline",
     "UnCLIPInpaintPipeline",
     "UnCLIPPipeline",
-    "UnCLIPScheduler",
     "UnCLIPTextInterpolationPipeline",
     "UnCLIPTextProjModel",
     "UnclipError",
@@ -128,6 +126,7 @@ __all__ = [
     "path_at",
     "recorded_settings",
 ]
+__all__ += [row.scheduler for row in SAMPLERS.values()]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
@@ -139,4 +138,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted(__all__)

@@ -1,4 +1,4 @@
-"""Numbers as arguments: Python's, numpy's, torch's and any other kind, checked against limits."""
+"""Checks numeric arguments of any kind (Python, NumPy, torch) against limits."""
 
 import math
 import operator
@@ -10,12 +10,12 @@ from unclip.errors import InputError, UnclipError
 
 
 def plain(value: Any) -> Any:
-    """A number of any kind as Python's int or float; any other value, booleans too, as it is.
+    """A number of any kind as a Python int or float; other values, including booleans, are returned unchanged.
 
-    A number is what has `__index__` or `__float__`, or an array or tensor with one such element.
+    A number is anything with `__index__` or `__float__`, or an array or tensor with one such element.
     """
     try:
-        if callable(item := getattr(value, "item", None)):  # of arrays, tensors and numpy's scalars
+        if callable(item := getattr(value, "item", None)):  # arrays, tensors and NumPy scalars
             value = item()
         if isinstance(value, bool | str):
             return value
@@ -44,13 +44,13 @@ def whole(
     """`value` as an int.
 
     Args:
-        value: an integer of any kind; a float is refused even if it has no fraction, and so is a boolean.
-        name: how the message calls it.
+        value: an integer of any kind. Floats and booleans are refused, even floats without a fraction.
+        name: the name in the error message.
         low, high: the limits, both included.
-        unit: what the message says that it must be.
-        error: the class to raise.
+        unit: the noun in the error message.
+        error: the class of the error.
 
-    Raises: `error` if it is not an integer, or outside the limits.
+    Raises: `error` if it is not an integer, or is outside the limits.
     """
     number = plain(value)
     if type(number) is not int or number < low or (high is not None and number > high):
@@ -69,7 +69,7 @@ def real(
     below: bool = False,
     error: type[UnclipError] = InputError,
 ) -> float:
-    """`value` as a finite float; arguments as of `whole`.
+    """`value` as a finite float. Arguments as in `whole`.
 
     Args:
         above, below: whether the lower and the upper limit are excluded.
@@ -84,9 +84,9 @@ def real(
 
 
 def reals(values: object, name: str, low: float = -math.inf, high: float = math.inf) -> list[float]:
-    """One number or several as a list of finite floats; arguments as of `real`, and `name` is in the plural.
+    """One or more numbers as a list of finite floats. Arguments as in `real`; `name` is a plural noun.
 
-    Raises: InputError if there is none, or one is not such a number.
+    Raises: InputError if the list is empty, or an element is not such a number.
     """
     each = several(values)
     try:
@@ -99,15 +99,15 @@ def reals(values: object, name: str, low: float = -math.inf, high: float = math.
 
 
 def _wanted(low: float, high: float, above: bool = False, below: bool = False) -> str:
-    """The numbers within these limits, in words."""
+    """A description of the limits."""
     first = "" if low == -math.inf else f" above {low:g}" if above else f" from {low:g}"
     last = "" if high == math.inf else f" to below {high:g}" if below else f" to {high:g}"
     return f"number{first}{last}" if first or last else "finite number"
 
 
 def shown(value: object) -> str:
-    """A value in a message: its representation in one line, at most 100 characters of it."""
+    """The representation of a value for an error message: one line, at most 100 characters."""
     try:
         return " ".join(repr(value).split())[:100]
-    except Exception:  # of an integer with thousands of digits, or by a class of a user
+    except Exception:  # an integer with thousands of digits, or a faulty __repr__
         return f"a value of type {type(value).__name__}"

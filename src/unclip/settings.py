@@ -1,6 +1,7 @@
-"""The settings of sampling in one table, and the samplers by name.
+"""The table of sampling settings, and the table of samplers.
 
-Call arguments, command-line options, recommended values, sweeps and chart labels read these rows. It loads no torch.
+Call arguments, command-line options, recommended values, sweeps and chart labels are taken from these rows.
+This module does not import torch.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from unclip.numbers import real, whole
 
 MAX_STEPS = 1000
 MAX_SCALE = 1000.0
-"""Far above any useful guidance scale; a larger one is a mistake."""
+"""Far above any useful guidance scale; a larger value is a mistake."""
 MAX_CANDIDATES = 1000
 MAX_TEMPERATURE = 100.0
 
@@ -29,7 +30,7 @@ class Setting:
         help: the help text of the option.
         kind: int or float.
         low, high: the limits, both allowed unless `above`.
-        default: the value of a call that neither the caller nor the model sets.
+        default: the value if neither the caller nor the model sets one.
         above: whether a value must lie above `low`.
         per_stage: whether a list with one value for each super-resolution stage is accepted.
         of_prior: whether the setting belongs to the prior.
@@ -57,7 +58,7 @@ class Setting:
 
         Args:
             value: anything with `__index__` (an int setting) or `__float__`.
-            name: what the message calls it; the argument's name by default.
+            name: the name in the error message; the argument's name by default.
 
         Raises: InputError unless it is a number within the limits.
         """
@@ -155,18 +156,33 @@ SETTINGS: Mapping[str, Setting] = {
 
 @dataclass(frozen=True)
 class SamplerRow:
-    """A sampler: its name on the command line, its scheduler class in `unclip.diffusion.scheduler`, and its help."""
+    """One sampler.
+
+    A new sampler needs a row here, and its sampler and scheduler classes in `unclip.diffusion.scheduler`.
+
+    Attributes:
+        name: the name on the command line.
+        scheduler: the scheduler class, in `unclip.diffusion.scheduler` and in model folders.
+        help: the description on the command line.
+        equivalents: the classes of diffusers that sample in the same way.
+    """
 
     name: str
     scheduler: str
     help: str
+    equivalents: tuple[str, ...]
 
 
 SAMPLERS: Mapping[str, SamplerRow] = {
     row.name: row
     for row in (
-        SamplerRow("ancestral", "UnCLIPScheduler", "Karlo's"),
-        SamplerRow("ddim", "DDIMScheduler", "deterministic"),
-        SamplerRow("dpm", "DPMSolverMultistepScheduler", "good with few steps"),
+        SamplerRow(
+            "ancestral",
+            "UnCLIPScheduler",
+            "Karlo's",
+            ("UnCLIPScheduler", "DDPMScheduler", "DDPMParallelScheduler"),
+        ),
+        SamplerRow("ddim", "DDIMScheduler", "deterministic", ("DDIMScheduler", "DDIMParallelScheduler")),
+        SamplerRow("dpm", "DPMSolverMultistepScheduler", "good with few steps", ("DPMSolverMultistepScheduler",)),
     )
 }

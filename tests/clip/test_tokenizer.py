@@ -304,7 +304,7 @@ def test_sides_in_a_tokenizer_json_are_transformers_or_refused(tmp_path, section
 def test_files_that_are_broken(tmp_path):
     folder = folder_of(tmp_path / "broken")
     (folder / "merges.txt").write_text("a b c\n")
-    with pytest.raises(ConfigError, match="no pair"):
+    with pytest.raises(ConfigError, match="not a pair"):
         CaptionTokenizer.from_pretrained(folder)
     (folder / "merges.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(CheckpointError):

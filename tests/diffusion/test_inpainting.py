@@ -9,10 +9,10 @@ from unclip.diffusion.process import DiffusionProcess
 from unclip.diffusion.sampler import (
     AncestralSampler,
     DDIMSampler,
-    DPMSolverPlusPlus2MSampler,
     InpaintingSampler,
     Sampler,
 )
+from unclip.diffusion.scheduler import DPMSolverPlusPlus2MSampler
 from unclip.errors import InputError
 
 PROCESS = DiffusionProcess(prediction_type="sample", clip_range=None)
@@ -147,7 +147,7 @@ def test_one_draw_a_step_and_one_a_way_up() -> None:
 
 def test_a_step_without_its_noise() -> None:
     sampler = InpaintingSampler(SAMPLERS[1], X0, KEPT)
-    with pytest.raises(InputError, match="needs noise for what is kept"):
+    with pytest.raises(InputError, match="needs noise, but none was given"):
         sampler.step(PROCESS.predict(X0, X0, 500), X0, 500, 100)
 
 
@@ -194,5 +194,5 @@ def test_counts_outside_their_limits(num_resamples, jump_length) -> None:
 
 @pytest.mark.parametrize("kept", [KEPT.float(), KEPT[:, :, :3], torch.ones(7, dtype=torch.bool), KEPT[None, None]])
 def test_what_is_kept_must_fit(kept: Tensor) -> None:
-    with pytest.raises(InputError, match="what is kept"):
+    with pytest.raises(InputError, match="the mask of known elements"):
         InpaintingSampler(SAMPLERS[0], X0, kept)

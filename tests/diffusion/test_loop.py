@@ -6,7 +6,8 @@ from torch import Tensor
 
 from unclip.diffusion.loop import NoiseSource, StepInfo, run
 from unclip.diffusion.process import DiffusionProcess
-from unclip.diffusion.sampler import AncestralSampler, DDIMInversionSampler, DDIMSampler, DPMSolverPlusPlus2MSampler
+from unclip.diffusion.sampler import AncestralSampler, DDIMInversionSampler, DDIMSampler
+from unclip.diffusion.scheduler import DPMSolverPlusPlus2MSampler
 from unclip.errors import Cancelled, ConfigError, InputError
 
 PROCESS = DiffusionProcess()

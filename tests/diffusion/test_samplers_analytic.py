@@ -14,9 +14,9 @@ from unclip.diffusion.sampler import (
     AncestralSampler,
     DDIMInversionSampler,
     DDIMSampler,
-    DPMSolverPlusPlus2MSampler,
     Sampler,
 )
+from unclip.diffusion.scheduler import DPMSolverPlusPlus2MSampler
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from unclip.diffusion.loop import NoiseSource, run
-from unclip.diffusion.sampler import AncestralSampler, DDIMSampler, DPMSolverPlusPlus2MSampler
+from unclip.diffusion.sampler import AncestralSampler, DDIMSampler
 from unclip.diffusion.scheduler import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverPlusPlus2MSampler,
     Scheduler,
     SchedulerOutput,
     UnCLIPScheduler,

@@ -14,11 +14,15 @@ from unclip.diffusion.sampler import (
     AncestralSampler,
     DDIMInversionSampler,
     DDIMSampler,
-    DPMSolverPlusPlus2MSampler,
     Sampler,
 )
 from unclip.diffusion.schedule import BETA_SCHEDULES, SPACINGS, spaced_timesteps
-from unclip.diffusion.scheduler import DDIMScheduler, DPMSolverMultistepScheduler, UnCLIPScheduler
+from unclip.diffusion.scheduler import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverPlusPlus2MSampler,
+    UnCLIPScheduler,
+)
 
 processes = st.builds(
     DiffusionProcess,

@@ -1,8 +1,4 @@
-"""Which settings a CLIP's config.json and its preprocessor's may have: those honoured, and those that mean nothing.
-
-Knows the files of transformers' CLIP and what they have held since the first; builds nothing and imports none of it.
-Called before a CLIP is read, and when one is converted.
-"""
+"""Checks the settings of a CLIP and of its image preprocessor: those implemented, and those without effect."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,25 +13,25 @@ HONOURED = {
     "layer_norm_eps", "attention_dropout", "initializer_range", "initializer_factor", "logit_scale_init_value",
     "pad_token_id", "bos_token_id", "eos_token_id",
 }  # fmt: skip
-"""What the encoders of CLIP are built by, and trained."""
+"""Settings of CLIP's encoders and of their training."""
 
 DESCRIPTIVE = {
     "architectures", "transformers_version", "dtype", "torch_dtype", "attn_implementation", "output_attentions",
     "output_hidden_states", "chunk_size_feed_forward", "tie_word_embeddings", "tie_encoder_decoder",
     "tf_legacy_loss",
-    # of old files; no CLIP ever read it: its dropout is `attention_dropout`
+    # of old files, never read by CLIP: its dropout is `attention_dropout`
     "dropout",
     # of classifiers and of tokenizers
     "id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params",
     "tokenizer_class", "prefix", "sep_token_id", "decoder_start_token_id",
-    # of models that write texts: until its version 5, transformers wrote these into every configuration
+    # of text generation: before version 5, transformers wrote these into every configuration
     "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample", "early_stopping",
     "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "forced_bos_token_id",
     "forced_eos_token_id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups",
     "num_beams", "num_return_sequences", "output_scores", "remove_invalid_values", "repetition_penalty",
     "return_dict_in_generate", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p", "use_cache",
 }  # fmt: skip
-"""Settings with which CLIP's encoders compute the same, whatever the value."""
+"""Settings that have no effect on CLIP's encoders at any value."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "model_type": ("clip", "clip_text_model", "clip_vision_model"),
@@ -50,7 +46,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
     "auto_map": (None, {}),
 }
-"""Settings that would change results and are not implemented, each with the values that ask for nothing."""
+"""Settings that would change results and are not implemented, each with its neutral values."""
 
 SIZE_LIMITS = {
     "hidden_size": 16_384,
@@ -77,14 +73,14 @@ MAX_PREPROCESSED_PX = 4096
 
 HALVES = ("text_config", "vision_config")
 OLD_HALVES = {"text_config_dict": "text_config", "vision_config_dict": "vision_config"}
-"""Where the first files of a whole CLIP said its sizes again; transformers lets these overrule the others."""
+"""Old names of the inner configurations; in transformers these take precedence."""
 
 PROCESSOR_HONOURED = {
     "do_resize", "size", "resample", "default_to_square", "do_center_crop", "crop_size", "do_rescale",
     "rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb", "do_pad", "pad_size",
 }  # fmt: skip
 PROCESSOR_DESCRIPTIVE = {
-    # how pictures come in and tensors come out, which the caller of a preprocessor says
+    # input and output formats, which the caller of a preprocessor chooses
     "processor_class", "input_data_format", "return_tensors", "device", "disable_grouping", "image_seq_length",
 }  # fmt: skip
 _PROCESSORS = ("CLIPFeatureExtractor", "CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil")
@@ -102,7 +98,7 @@ def check_clip_settings(settings: Mapping[str, Any], where: str) -> None:
 
     Either encoder's configuration, or a whole CLIP's with both. Keys with a leading _ are skipped.
 
-    Raises: ConfigError naming the setting; also for a whole CLIP whose two accounts of an encoder differ.
+    Raises: ConfigError naming the setting; also if a whole CLIP has two different configurations of an encoder.
     """
     whole = {*HALVES, *OLD_HALVES}
     _check({key: value for key, value in settings.items() if key not in whole}, HONOURED | DESCRIPTIVE, NEUTRAL, where)
@@ -125,9 +121,9 @@ def check_clip_settings(settings: Mapping[str, Any], where: str) -> None:
 def read_image_processor_settings(folder: Path) -> dict[str, Any]:
     """The settings of the CLIP image preprocessor in `folder`, checked.
 
-    They lie in preprocessor_config.json, or, as transformers 5 saves a whole CLIP's, in processor_config.json.
+    They are in preprocessor_config.json, or, for a whole CLIP saved by transformers 5, in processor_config.json.
 
-    Raises: MissingFileError when neither is there; ConfigError naming a setting that would change results and is not
+    Raises: MissingFileError if neither exists; ConfigError naming a setting that would change results and is not
     implemented.
     """
     combined = safe_join(folder, "processor_config.json")
@@ -144,9 +140,9 @@ def read_image_processor_settings(folder: Path) -> dict[str, Any]:
 
 
 def max_length_of(settings: Mapping[str, Any], where: str) -> int | None:
-    """`model_max_length` of a tokenizer's settings, in tokens; None where they do not limit it.
+    """`model_max_length` of a tokenizer's settings, in tokens; None if they set no limit.
 
-    Raises: ConfigError for anything but a whole number from 3 (a token, and one at either end).
+    Raises: ConfigError unless it is a whole number from 3 (start, one token, end).
     """
     limit = settings.get("model_max_length")
     if limit is not None and (type(limit) not in (int, float) or limit != limit // 1 or limit < 3):
@@ -155,7 +151,7 @@ def max_length_of(settings: Mapping[str, Any], where: str) -> int | None:
 
 
 def check_image_processor_values(settings: Mapping[str, Any], where: str) -> None:
-    """Raises: ConfigError for a setting of an image preprocessor whose value pictures cannot be prepared with."""
+    """Raises: ConfigError for an unusable value of an image preprocessor's setting."""
     for key, value in settings.items():
         if key in _SWITCHES and value is not None and not isinstance(value, bool):
             raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be true or false")
@@ -193,8 +189,8 @@ _PROCESSOR_VALUES: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     "image_mean": ("do_normalize", lambda value: _are_channels(value, -1e4, 1e4), "three numbers from -10000 to 10000"),
     "image_std": ("do_normalize", lambda value: _are_channels(value, 1e-6, 1e4), "three numbers from 1e-6 to 10000"),
 }
-"""For each setting the switch that makes use of it (without it, null is possible), a check of its value, and in words
-what the value must be."""
+"""For each setting: the switch that enables it (null is allowed if it is off), a check, and the allowed values in
+words."""
 _SWITCHES = {
     "do_resize",
     "do_center_crop",
@@ -223,7 +219,7 @@ def _check(settings: Mapping[str, Any], known: set[str], neutral: Mapping[str, t
 
 
 def _check_value(key: str, value: Any, where: str) -> None:
-    """Raises: ConfigError for a value that CLIP's encoders cannot have."""
+    """Raises: ConfigError for an unusable value of an encoder's setting."""
     if key in SIZE_LIMITS and not (type(value) is int and 1 <= value <= SIZE_LIMITS[key]):
         raise ConfigError(f"{key} in {where} is {value!r:.80}; it must be a whole number from 1 to {SIZE_LIMITS[key]}")
     if key in TOKENS and value is not None:

@@ -1,8 +1,4 @@
-"""From a caption, or a picture, to CLIP's space.
-
-Knows CLIP's parts, transformers' or unclip's own, and imports neither; knows nothing of diffusion. Called by pipelines,
-training and evaluation.
-"""
+"""Encodes captions and pictures into CLIP's embedding space, with transformers' encoders or unclip's own."""
 
 import re
 import threading
@@ -29,14 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batched:
-    """A value whose tensors (and nested values) all have the batch as their first dimension."""
+    """Base of values whose tensors (and nested values) all have the batch as first dimension."""
 
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are."""
+        """The device of its tensors."""
         return getattr(self, fields(self)[0].name).device
 
     def join(self, *others: Self) -> Self:
@@ -48,11 +44,11 @@ class Batched:
         return type(self)(**joined)
 
     def repeat(self, count: int) -> Self:
-        """Every row `count` times in a row: [a, b] becomes [a, a, b, b] for two pictures a prompt."""
+        """Each row `count` times: [a, b] becomes [a, a, b, b] for two pictures per prompt."""
         return self._map(lambda value: value.repeat_interleave(count, dim=0))
 
     def select(self, rows: Tensor | Sequence[int] | slice) -> Self:
-        """The rows of these indices."""
+        """The rows with these indices."""
         return self._map(lambda value: value[rows])
 
     def to(self, device: torch.device | str) -> Self:
@@ -66,7 +62,7 @@ class Batched:
 
 @dataclass(frozen=True)
 class TextEmbedding(Batched):
-    """A caption as CLIP's text encoder sees it.
+    """Captions encoded by CLIP's text encoder.
 
     Attributes:
         embeds: [batch, embedding_dim], the projected embedding.
@@ -83,7 +79,7 @@ MAX_PROMPT_CHARACTERS = 100_000
 
 _SPECIAL_TOKEN = re.compile(r"<\|(startoftext|endoftext)\|>", re.IGNORECASE | re.ASCII)
 
-# A tokenizer keeps padding and truncation as state from call to call: two threads in it would change each other's.
+# A tokenizer keeps padding and truncation as state between calls, so only one thread at a time may use it.
 _tokenizing = threading.Lock()
 
 
@@ -98,10 +94,10 @@ class TextEncoder:
         """Encode captions, each padded to the whole context. Equal captions are encoded once.
 
         Args:
-            prompts: any text; what does not fit the context is cut off, with a warning that names it.
-            device: where the encoder runs and the result lies; its own by default.
+            prompts: any text; text that does not fit the context is cut off, with a warning that shows it.
+            device: the device of the computation and the result; the encoder's own by default.
 
-        Raises: InputError for something that is not a string, or of over 100,000 characters.
+        Raises: InputError for a value that is not a string, or has over 100,000 characters.
         """
         for prompt in prompts:
             check_prompt(prompt)
@@ -147,7 +143,7 @@ class ImageEncoder:
     feature_extractor: "BaseImageProcessor | PicturePreprocessor"
 
     def check(self) -> None:
-        """Raises: ConfigError when the preprocessing's sizes are absurd, or not those that the encoder takes."""
+        """Raises: ConfigError if the preprocessing's sizes are unusable, or differ from the encoder's."""
         size = self.image_encoder.config.image_size
         made: tuple[object, object] = (size, size)
         for switch, setting in (("do_resize", "size"), ("do_center_crop", "crop_size")):
@@ -198,7 +194,7 @@ class ImageEncoder:
 
 
 def check_prompt(prompt: object) -> None:
-    """Raises: InputError unless `prompt` is a string of characters, of a sane length."""
+    """Raises: InputError unless `prompt` is a valid string of at most 100,000 characters."""
     if not isinstance(prompt, str):
         raise InputError(f"a prompt must be a string, not {type(prompt).__name__}: {prompt!r:.100}")
     if len(prompt) > MAX_PROMPT_CHARACTERS:
@@ -211,8 +207,8 @@ def check_prompt(prompt: object) -> None:
 
 
 def _plain(prompt: str) -> str:
-    """The prompt as text alone: a special token written out by a person must not end the caption early.
+    """The prompt with special tokens broken up, so that a user's "<|endoftext|>" does not end the caption early.
 
-    In capitals neither: some folders' tokenizers look for special tokens after they have made all letters small.
+    Capitals count too: some tokenizers look for special tokens after conversion to lower case.
     """
     return _SPECIAL_TOKEN.sub(r"< |\1| >", prompt)

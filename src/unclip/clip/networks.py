@@ -1,7 +1,6 @@
-"""CLIP's two encoders, of captions and of pictures, each with its projection into the shared space.
+"""CLIP's text encoder and image encoder, each with its projection into the shared space.
 
-Knows neither captions nor picture files, only token numbers and pixels. Called where transformers' classes, which give
-the same numbers and hold the same weights, take too long to import: by the command line.
+They have the weights and outputs of transformers' classes, but import much faster.
 """
 
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from unclip.models.component import ANYTHING, MAX_LAYERS, Component, ModelConfig
 from unclip.models.kernels import Conv2d, Embedding, Linear, attention
 
 OLD_END_OF_TEXT = 2
-"""What configurations of before 2023 say for the end of text, whatever it was; they mean the largest number."""
+"""The eos_token_id in configurations from before 2023. The end of text is then the largest token number."""
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -35,7 +34,7 @@ C = TypeVar("C", bound=ModelConfig)
 _NEUTRAL: dict[str, Any] = {
     "architectures": ANYTHING,
     "attention_dropout": (0, 0.0, None),
-    "dropout": ANYTHING,  # of old files; nothing ever read it
+    "dropout": ANYTHING,  # of old files, never read
     "dtype": ANYTHING,
     "initializer_factor": ANYTHING,
     "initializer_range": ANYTHING,
@@ -46,7 +45,7 @@ _NEUTRAL: dict[str, Any] = {
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _EncoderConfig(ModelConfig):
-    """What both encoders are described by."""
+    """Settings of both encoders."""
 
     hidden_size: int
     intermediate_size: int
@@ -122,7 +121,7 @@ class CLIPImageEncoderConfig(_EncoderConfig):
 
     @property
     def num_patches(self) -> int:
-        """Of one picture; pixels that make no whole patch are left out."""
+        """Number of patches of a picture; incomplete patches at the border are left out."""
         return (self.image_size // self.patch_size) ** 2
 
     def approximate_parameters(self) -> int:
@@ -132,7 +131,7 @@ class CLIPImageEncoderConfig(_EncoderConfig):
 
 
 class CLIPTextEncoderOutput(NamedTuple):
-    """What `CLIPTextEncoder` gives.
+    """Output of `CLIPTextEncoder`.
 
     Attributes:
         text_embeds: [batch, projection_dim], not normalised.
@@ -144,7 +143,7 @@ class CLIPTextEncoderOutput(NamedTuple):
 
 
 class CLIPImageEncoderOutput(NamedTuple):
-    """What `CLIPImageEncoder` gives.
+    """Output of `CLIPImageEncoder`.
 
     Attributes:
         image_embeds: [batch, projection_dim], not normalised.
@@ -262,10 +261,10 @@ class _ImageTransformer(nn.Module):
 
 
 class _Encoder(Component[C]):
-    """What both encoders' folders share: they are transformers', so that its classes read what these wrote."""
+    """Base of both encoders. Their folders have the format of transformers, so its classes can read them."""
 
     ecosystem_class: ClassVar[str]
-    """Transformers' class that gives the same."""
+    """The class of transformers with the same output."""
     weights_stem: ClassVar = "model"
     tables: ClassVar = ("position_ids",)
 
@@ -277,7 +276,7 @@ class CLIPTextEncoder(_Encoder[CLIPTextEncoderConfig]):
     """CLIP's causal text transformer, whose token at the end of the text is projected into the shared space.
 
     Its config.json and weights are those of transformers' `CLIPTextModelWithProjection`, and so are its outputs, up to
-    rounding; nothing of transformers is imported. For encoding alone: there is no dropout.
+    rounding; transformers is not imported. It is for inference only and has no dropout.
 
     Source: Radford et al., arXiv 2103.00020 §2.4.
     """
@@ -294,7 +293,7 @@ class CLIPTextEncoder(_Encoder[CLIPTextEncoderConfig]):
 
         Args:
             input_ids: token numbers, integer [batch, tokens].
-            attention_mask: [batch, tokens], 0 or false where a token must not be seen; None: all are.
+            attention_mask: [batch, tokens], 0 or false for masked tokens; None: no token is masked.
 
         Raises: InputError for other shapes, or more tokens than there are positions.
         """
@@ -311,7 +310,7 @@ class CLIPTextEncoder(_Encoder[CLIPTextEncoderConfig]):
         return CLIPTextEncoderOutput(self.text_projection(pooled), tokens)
 
     def _end_of_text(self, input_ids: Tensor) -> Tensor:
-        """The place of the first end-of-text token in each row [batch]; 0 where there is none."""
+        """The index of the first end-of-text token in each row [batch]; 0 if there is none."""
         if self.config.eos_token_id == OLD_END_OF_TEXT:
             return input_ids.argmax(dim=1)
         return (input_ids == self.config.eos_token_id).int().argmax(dim=1)
@@ -321,7 +320,7 @@ class CLIPImageEncoder(_Encoder[CLIPImageEncoderConfig]):
     """CLIP's vision transformer, whose class token is projected into the shared space.
 
     Its config.json and weights are those of transformers' `CLIPVisionModelWithProjection`, and so are its outputs, up
-    to rounding; nothing of transformers is imported. For encoding alone: there is no dropout.
+    to rounding; transformers is not imported. It is for inference only and has no dropout.
 
     Source: Radford et al., arXiv 2103.00020 §2.4.
     """
@@ -337,7 +336,7 @@ class CLIPImageEncoder(_Encoder[CLIPImageEncoderConfig]):
         """Encode pictures.
 
         Args:
-            pixel_values: [batch, num_channels, image_size, image_size], normalised as the model wants it.
+            pixel_values: [batch, num_channels, image_size, image_size], normalised as the model expects.
 
         Raises: InputError for another shape.
         """
@@ -350,9 +349,9 @@ class CLIPImageEncoder(_Encoder[CLIPImageEncoderConfig]):
 
 
 def _causal_bias(tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """What hides later tokens, and those that `mask` [batch, tokens] leaves out: [1 or batch, 1, tokens, tokens].
+    """The attention bias [1 or batch, 1, tokens, tokens] that hides later tokens and masked ones.
 
-    The lowest finite number, not minus infinity: a row that sees nothing must not become NaN.
+    It is the lowest finite number, not minus infinity, so that a fully masked row does not become NaN.
     """
     count = tokens.shape[1]
     seen = torch.ones(count, count, dtype=torch.bool, device=tokens.device).tril()[None, None]

@@ -1,7 +1,6 @@
-"""Pictures → the pixels that CLIP's image encoder takes: resized, cropped, normalised.
+"""Prepares pictures for CLIP's image encoder: resizes, crops and normalises them.
 
-Knows PIL pictures and the settings of transformers' `CLIPImageProcessor`, whose numbers it gives; imports nothing of
-transformers. Called where that would take too long: by the command line.
+The output equals that of transformers' `CLIPImageProcessor`, but this module imports much faster.
 """
 
 import math
@@ -21,25 +20,25 @@ from unclip.errors import ConfigError
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of the pictures that OpenAI's CLIP was trained on: what a folder means that names none."""
+"""Statistics of the training pictures of OpenAI's CLIP: the defaults of image_mean and image_std."""
 
 _ALWAYS = {"do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "do_pad": None, "pad_size": None}
-# What says who wrote the file, or how fast it is to be done, but not what.
+# Names of classes, which do not change the result.
 _NAMES = ("feature_extractor_type", "image_processor_type", "processor_class")
 
 
 @dataclass(frozen=True)
 class PicturePreprocessor:
-    """Makes pixels of pictures, called as transformers' image processors are.
+    """Converts pictures to pixels, with the call arguments of transformers' image processors.
 
     Attributes:
-        do_resize: whether pictures are resized to `size` first.
-        size: {"shortest_edge": px}, which keeps the shape, or {"height": px, "width": px}.
+        do_resize: whether pictures are first resized to `size`.
+        size: {"shortest_edge": px}, which keeps the aspect ratio, or {"height": px, "width": px}.
         resample: PIL's number of the filter; 3 is bicubic.
-        do_center_crop: whether the middle is cut out then, and filled up with black where there is less.
+        do_center_crop: whether the centre is then cropped, with black padding if the picture is smaller.
         crop_size: {"height": px, "width": px}.
-        rescale_factor: what values from 0 to 255 are multiplied by.
-        image_mean, image_std: of each of the three channels; subtracted, and divided by, after that.
+        rescale_factor: the factor of values from 0 to 255.
+        image_mean, image_std: for each of the three channels; applied after rescaling.
     """
 
     do_resize: bool
@@ -53,9 +52,9 @@ class PicturePreprocessor:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """As preprocessor_config.json in `folder` says.
+        """Read preprocessor_config.json in `folder`.
 
-        Raises: ConfigError for a setting that is not implemented, so that transformers' class must read it;
+        Raises: ConfigError for a setting that is not implemented (transformers' class must then be used);
             CheckpointError for a file that cannot be read.
         """
         return cls._from_settings(read_json(safe_join(folder, "preprocessor_config.json")))
@@ -82,7 +81,7 @@ class PicturePreprocessor:
         return made
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write preprocessor_config.json, as transformers' class reads it too."""
+        """Write preprocessor_config.json, which transformers can read."""
         settings = {**vars(self), "size": dict(self.size), "crop_size": dict(self.crop_size)}
         always = {name: value for name, value in _ALWAYS.items() if value is not None}
         write_json(
@@ -93,7 +92,7 @@ class PicturePreprocessor:
     def __call__(self, images: Sequence[Image.Image], return_tensors: str = "pt") -> dict[str, Tensor]:
         """`pixel_values` of pictures of mode RGB: float32 [batch, 3, height, width].
 
-        Raises: ValueError for pictures that come out in different sizes.
+        Raises: ValueError if the results have different sizes.
         """
         pixels = np.stack([self._prepared(image) for image in images])
         return {"pixel_values": torch.from_numpy(pixels)}
@@ -117,7 +116,7 @@ class PicturePreprocessor:
 
 
 def _middle(values: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The middle of [old height, old width, 3] as [height, width, 3], on black where the picture is smaller."""
+    """The centre of [old height, old width, 3] as [height, width, 3], padded with black if the picture is smaller."""
     for axis, side in ((0, height), (1, width)):
         old = values.shape[axis]
         start = (old - side) // 2
@@ -137,7 +136,7 @@ def _switch(value: Any) -> bool:
 
 
 def _sides(value: Any, names: tuple[str, ...]) -> dict[str, int]:
-    """A size by side; one number is for all of `names`."""
+    """A size as a mapping; a single number applies to all of `names`."""
     sides = dict.fromkeys(names, value) if type(value) is int else value
     kinds = ({"height", "width"}, {"shortest_edge"} & set(names))
     if not isinstance(sides, Mapping) or set(sides) not in kinds or not all(type(px) is int for px in sides.values()):
@@ -147,7 +146,7 @@ def _sides(value: Any, names: tuple[str, ...]) -> dict[str, int]:
 
 def _filter(value: Any) -> int:
     if type(value) is not int or value not in list(Image.Resampling):
-        raise ConfigError(f"resample = {value!r:.80} in preprocessor_config.json is no filter of PIL's")
+        raise ConfigError(f"resample = {value!r:.80} in preprocessor_config.json is not a filter of PIL")
     return value
 
 

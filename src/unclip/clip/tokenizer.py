@@ -1,7 +1,7 @@
-"""CLIP's tokenizer, read from a folder by the `tokenizers` library alone.
+"""CLIP's tokenizer, read from a folder with the `tokenizers` library only.
 
-Knows captions and the files of transformers' `CLIPTokenizer`, whose numbers it gives; imports nothing of transformers.
-Called where that would take too long: by the command line. A folder that asks for more is refused, not guessed at.
+The output equals that of transformers' `CLIPTokenizer`, but this module imports much faster. Folders with settings
+that are not implemented are refused.
 """
 
 import re
@@ -21,9 +21,9 @@ from unclip.errors import ConfigError, InputError, MissingFileError
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 UNLIMITED = 10**30
-"""`model_max_length` of a folder that names none."""
+"""`model_max_length` if a folder does not set it."""
 
-# How a caption falls into pieces before any merge: special tokens, English endings, words, single digits, the rest.
+# Splits a caption before merging: special tokens, English contractions, words, single digits, the rest.
 PIECES = "|".join(
     [
         re.escape(START),
@@ -42,7 +42,7 @@ PIECES = "|".join(
 )
 
 _SPECIAL = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-# Settings that change no number here, by the values at which they do not; None: at every value.
+# Settings without effect here, with their neutral values; None: every value.
 _NEUTRAL: dict[str, tuple[Any, ...] | None] = {
     "add_prefix_space": (False,),
     "additional_special_tokens": ([], None),
@@ -71,17 +71,17 @@ _PLAIN = ("lstrip", "rstrip", "single_word")
 
 
 class CaptionTokenizer:
-    """Captions → CLIP's token numbers: lower case, byte pairs, the start and the end of the text around them.
+    """Converts captions to CLIP's token numbers: lower case, byte pairs, with start and end tokens.
 
-    It is called as transformers' tokenizers are, with the arguments that encoders use. Special tokens that a caption
-    spells out are read as text. It keeps nothing from call to call, so several threads may share one.
+    Call arguments are those of transformers' tokenizers that encoders use. Special tokens written in a caption are
+    treated as text. A tokenizer keeps no state between calls, so several threads may share it.
 
     Args:
-        vocabulary: token → number; holds the two special tokens.
-        merges: pairs of tokens, in the order in which they merge.
-        model_max_length: tokens that the text encoder reads.
+        vocabulary: token → number; contains the two special tokens.
+        merges: pairs of tokens, in the order of merging.
+        model_max_length: number of tokens that the text encoder reads.
 
-    Raises: ConfigError for a vocabulary or merges that are none.
+    Raises: ConfigError for an invalid vocabulary or invalid merges.
     """
 
     def __init__(
@@ -99,8 +99,8 @@ class CaptionTokenizer:
                 end_of_word_suffix=WORD_END,
                 fuse_unk=False,
             )
-        except Exception as problem:  # the library raises bare ones
-            raise ConfigError(f"this is no vocabulary of CLIP's: {problem!r:.200}") from problem
+        except Exception as problem:  # the library raises plain exceptions
+            raise ConfigError(f"this is not a vocabulary of CLIP: {problem!r:.200}") from problem
         self._tokenizer = Tokenizer(model)
         self._tokenizer.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -117,8 +117,8 @@ class CaptionTokenizer:
     def from_pretrained(cls, folder: str | Path) -> Self:
         """The tokenizer of a folder: tokenizer.json, or vocab.json and merges.txt, with their settings.
 
-        Raises: ConfigError where the folder asks for what is not implemented (tokens besides CLIP's, padding on the
-            left, say), so that transformers' class must read it; CheckpointError for files that cannot be read.
+        Raises: ConfigError for a setting that is not implemented, such as further tokens or padding on the left
+            (transformers' class must then be used); CheckpointError for files that cannot be read.
         """
         folder = Path(folder)
         settings = _optional_json(safe_join(folder, "tokenizer_config.json"))
@@ -138,7 +138,7 @@ class CaptionTokenizer:
         return made
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write vocab.json, merges.txt and the settings, as transformers' classes read them too."""
+        """Write vocab.json, merges.txt and the settings, which transformers can read."""
         folder = output_folder(folder)
         settings: dict[str, Any] = {"tokenizer_class": "CLIPTokenizer", **_SPECIAL}
         if self.model_max_length < UNLIMITED:
@@ -167,18 +167,18 @@ class CaptionTokenizer:
         return_tensors: str | None = None,
         verbose: bool = True,
     ) -> dict[str, Any]:
-        """Token numbers, and which of them are the caption's.
+        """Token numbers, and a mask of the caption's own tokens.
 
         Args:
             text: one caption, or several.
-            padding: "max_length" fills each up with end-of-text tokens to `max_length`, True to the longest.
+            padding: "max_length" pads with end-of-text tokens to `max_length`, True to the longest caption.
             max_length: tokens, the special ones included; the model's by default.
-            truncation: leave out what exceeds `max_length`; the end-of-text token stays.
-            add_special_tokens: put start and end around each.
+            truncation: cut off tokens beyond `max_length`; the end-of-text token stays.
+            add_special_tokens: add the start and end tokens.
             return_tensors: "pt" gives integer tensors [batch, tokens]; None gives lists, for one caption one list.
-            verbose: has no effect; transformers' tokenizers have it.
+            verbose: no effect; an argument of transformers' tokenizers.
 
-        Returns: `input_ids`, and `attention_mask` with 1 for the caption's and 0 for padding.
+        Returns: `input_ids`, and `attention_mask` with 1 for the caption's tokens and 0 for padding.
 
         Raises: InputError for rows of different lengths as a tensor.
         """
@@ -195,7 +195,7 @@ class CaptionTokenizer:
         rows = [row + [self.eos_token_id] * (length - len(row)) for row in rows]
         if return_tensors == "pt":
             if len({len(row) for row in rows}) > 1:
-                raise InputError("captions of different lengths make no tensor: ask for padding and truncation")
+                raise InputError("captions of different lengths cannot form a tensor: set padding and truncation")
             return {"input_ids": _tensor(rows), "attention_mask": _tensor(masks)}
         if isinstance(text, str):
             return {"input_ids": rows[0], "attention_mask": masks[0]}
@@ -242,7 +242,7 @@ def _check_plain(token: Mapping[str, Any], file: str) -> None:
 
 
 def _check_added(added: Any, vocabulary: Mapping[str, int]) -> None:
-    """Raises: ConfigError for a token that is not one of the two, with the vocabulary's number."""
+    """Raises: ConfigError for a token that is not one of the two special tokens with its number."""
     for number, token in added.items() if isinstance(added, Mapping) else [("?", None)]:
         content = token.get("content") if isinstance(token, Mapping) else None
         if not isinstance(token, Mapping) or content not in (START, END) or str(number) != str(vocabulary[content]):
@@ -253,9 +253,9 @@ def _check_added(added: Any, vocabulary: Mapping[str, int]) -> None:
 def _read_whole(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges of a tokenizer.json.
 
-    Of its other settings transformers' class honours only the sides that are cut and padded.
+    Of its other settings, transformers' class uses only the sides of truncation and padding.
 
-    Raises: ConfigError where one of these is not the right side.
+    Raises: ConfigError unless both are on the right.
     """
     parsed = read_json(path)
     for section in ("truncation", "padding"):
@@ -264,17 +264,17 @@ def _read_whole(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
             raise ConfigError(f"{section} in {path} is {value!r:.200}; only the direction Right is implemented")
     model = parsed.get("model")
     if not isinstance(model, dict) or model.get("type") != "BPE":
-        raise ConfigError(f"{path} holds no byte-pair encoding")
+        raise ConfigError(f"{path} does not contain a byte-pair encoding")
     vocabulary, merges, added = model.get("vocab"), model.get("merges"), parsed.get("added_tokens", [])
     if not (isinstance(vocabulary, dict) and isinstance(merges, list) and isinstance(added, list)):
         raise ConfigError(f"{path} has no vocabulary, merges and added tokens")
     pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
     if any(len(pair) != 2 for pair in pairs):
-        raise ConfigError(f"{path} has a merge that is no pair")
+        raise ConfigError(f"{path} has a merge that is not a pair")
     try:
         _check_added({token["id"]: token for token in added}, vocabulary)
     except (KeyError, TypeError) as problem:
-        raise ConfigError(f"{path} has an added token that is none: {problem!r:.80}") from problem
+        raise ConfigError(f"{path} has an invalid added token: {problem!r:.80}") from problem
     return vocabulary, pairs  # type: ignore[return-value]
 
 
@@ -285,5 +285,5 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
         raise MissingFileError(f"{path} cannot be read: {problem}") from problem
     pairs = [tuple(line.rstrip("\r").split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
     if any(len(pair) != 2 for pair in pairs):
-        raise ConfigError(f"{path} has a line that is no pair")
+        raise ConfigError(f"{path} has a line that is not a pair")
     return pairs  # type: ignore[return-value]

@@ -1,8 +1,4 @@
-"""Where random numbers come from: one generator for a batch, or one for every image.
-
-Does not know what the noise is for, nor the schedule.
-Pipelines make one `NoiseSource` a call; the loop and the first x_T draw from it in order.
-"""
+"""The sampling loop, and the source of its noise: one generator for a batch, or one for each image."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,18 +14,18 @@ _SEED_END = 2**64
 
 
 class NoiseSource:
-    """Standard normal noise, in the order and by the calls of the reference.
+    """Standard normal noise, drawn in the same order as in the reference.
 
-    One generator makes each draw for the whole batch at once, so the same seed gives the reference's picture. A list
-    gives every image its own generator, so picture i does not depend on the batch it is made in. Noise is drawn on
-    the generator's own device and then moved; a CPU generator therefore gives the same noise everywhere.
+    One generator draws for the whole batch at once, so a seed gives the reference's picture. A list gives every image
+    its own generator, so a picture does not depend on its batch. Noise is drawn on the generator's device and then
+    moved; a CPU generator therefore gives the same noise everywhere.
 
     Args:
-        generator: None for torch's global generator, one generator, or a list with one an image.
+        generator: None for torch's global generator, one generator, or a list with one for each image.
         batch_size: number of images, 1 or more.
 
     Raises:
-        InputError: the list's length is not `batch_size`, or something in it is no generator.
+        InputError: the list's length is not `batch_size`, or an element is not a generator.
     """
 
     def __init__(self, generator: torch.Generator | Sequence[torch.Generator] | None, batch_size: int) -> None:
@@ -46,11 +42,11 @@ class NoiseSource:
         self._batch_size = batch_size
 
     def draw(self, shape: Sequence[int], device: torch.device | str) -> Tensor:
-        """The next noise, always float32, so that one seed gives one picture whatever the network's dtype.
+        """The next noise. It is always float32, so a seed gives the same noise for every dtype of the network.
 
         Args:
             shape: [batch, ...], with the source's batch size.
-            device: where the noise is wanted.
+            device: the device of the result.
 
         Raises:
             InputError: `shape` is for another number of images.
@@ -63,11 +59,11 @@ class NoiseSource:
         return _randn(shape, self._generator, device)
 
     def branches(self, count: int) -> "list[NoiseSource]":
-        """Further sources, independent of this one and of each other, which leave this one where it is.
+        """Further sources, independent of each other. This source does not advance.
 
-        Branch k is the same however many are asked for, and a generator gives the same branches in the same state. An
-        image with its own generator has its own branches, whatever batch it is in. Of torch's global generator there
-        is only one: its branches are that one itself, and drawing from them moves it.
+        Branch k does not depend on `count`, and a generator in the same state gives the same branches. An image with
+        its own generator has its own branches, whatever its batch. For torch's global generator, every branch is that
+        generator itself, so drawing from it does advance it.
         """
         if self._generator is None:
             return [self] * count
@@ -78,7 +74,7 @@ class NoiseSource:
 
 
 def _branches(generator: torch.Generator, count: int) -> list[torch.Generator]:
-    """Generators seeded by a copy of this one in its present state."""
+    """Generators with seeds drawn from a copy of this one."""
     copy = torch.Generator(generator.device)
     copy.set_state(generator.get_state())
     seeds = [int(torch.randint(2**63 - 1, (), generator=copy, device=copy.device)) for _ in range(count)]
@@ -92,15 +88,15 @@ def _randn(shape: tuple[int, ...], generator: torch.Generator | None, device: to
 
 
 def generators_from_seed(seed: int | Sequence[int], batch_size: int) -> list[torch.Generator]:
-    """One CPU generator an image.
+    """One CPU generator for each image.
 
     Args:
-        seed: a whole number from 0 to 2^64 - 1: image i takes seed + i (modulo 2^64), so it is the first image of that
-            seed. Or a sequence or array of one such number an image.
+        seed: a whole number from 0 to 2^64 - 1: image i takes seed + i (modulo 2^64), so it equals the first image of
+            that seed. Or a sequence or array with one such number for each image.
         batch_size: number of images, 1 or more.
 
     Raises:
-        InputError: a seed is no integer or outside its limits, or there are more or fewer of them than images.
+        InputError: a seed is not an integer or is outside its limits, or the number of seeds is not that of images.
     """
     given = several(seed)
     if given is not None:
@@ -113,7 +109,7 @@ def generators_from_seed(seed: int | Sequence[int], batch_size: int) -> list[tor
 
 
 def following_seed(seed: object, index: int) -> int:
-    """The seed `index` places after this one, and round from the largest to 0. Raises: InputError as above."""
+    """seed + index modulo 2^64. Raises: InputError, see `generators_from_seed`."""
     return (_check_seed(seed) + index) % _SEED_END
 
 
@@ -122,22 +118,22 @@ def _check_seed(seed: object) -> int:
 
 
 Denoiser = Callable[[Tensor, int], Tensor]
-"""(x_t float32, t) -> the network's raw output; casts to the network's dtype itself."""
+"""(x_t float32, t) -> the network's raw output; casts x_t to the network's dtype."""
 
 Progress = Callable[[Sequence[tuple[int, int]]], Iterable[tuple[int, int]]]
-"""Wraps what the loop goes over, as tqdm does."""
+"""Wraps the steps of the loop, as tqdm does."""
 
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What a callback is told after a step.
+    """The argument of a callback after a step.
 
     Attributes:
-        index: of the step, from 0.
-        num_steps: of the whole run.
+        index: the step's index, from 0.
+        num_steps: the number of steps of the run.
         t: the timestep that the step started from.
         x: the state after the step, float32.
-        x0: what the network took the clean sample for, float32: a preview.
+        x0: the predicted clean sample, float32: a preview.
     """
 
     index: int
@@ -148,7 +144,7 @@ class StepInfo:
 
 
 OnStep = Callable[[StepInfo], Tensor | None]
-"""Told of every step; may return a tensor to go on with in place of x, and may raise `Cancelled`."""
+"""Called after every step. It may return a tensor that replaces x, and may raise `Cancelled`."""
 
 
 def run(
@@ -161,28 +157,27 @@ def run(
     progress: Progress | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Walk `x` along `timesteps`: one call of `denoiser` a step.
+    """Run the sampler on `x` along `timesteps`, with one call of `denoiser` for each step.
 
-    Noise is drawn after the network's forward, and only where the sampler needs it, which is the reference's order.
-    Where `timesteps` descend and yet a step starts above the end of the one before, the way up to it is the forward
-    process (RePaint, Lugmayr et al. 2201.09865, section 4.2): no forward of the network, one draw of noise, and the
-    sampler's memory starts anew.
-    Gradients are the caller's affair: wrap the call in `torch.no_grad()` unless they are wanted.
+    Noise is drawn after the network's forward, and only where the sampler needs it, as in the reference.
+    If a step of a descending path starts above the end of the previous one, the forward process leads up to it
+    (RePaint, Lugmayr et al. 2201.09865, section 4.2): one draw of noise without a forward of the network, and the
+    sampler's memory is reset. Gradients are not disabled here.
 
     Args:
         denoiser: (x_t, t) -> output.
-        sampler: takes the steps, and holds the process that reads the outputs.
+        sampler: takes the steps, and holds the process that interprets the outputs.
         timesteps: in the sampler's direction, descending to the clean sample (ascending for an inversion).
-        x: the state at the first timestep, [batch, ...]; brought to float32.
-        noise: where the steps' noise comes from.
+        x: the state at the first timestep, [batch, ...]; converted to float32.
+        noise: the source of the steps' noise.
         progress: wraps the steps, as tqdm does.
-        on_step: told of every step.
+        on_step: called after every step.
 
     Returns:
         The state after the last step, float32.
 
     Raises:
-        InputError: `timesteps` is no path for this sampler, or a callback returned something of another shape, or
+        InputError: `timesteps` do not suit the sampler, or a callback returned a value of another shape or a value
             that is not finite.
         Cancelled: raised by `on_step`, never by the loop.
     """
@@ -211,7 +206,7 @@ def _replaced(x: Tensor, replacement: Tensor | None) -> Tensor:
     if replacement.is_meta:
         raise InputError("on_step returned a tensor on the meta device, where tensors have no values")
     replacement = replacement.to(device=x.device, dtype=x.dtype)
-    # What was already lost before is not the callback's doing: whoever takes the result says so.
+    # If x was not finite before, the callback is not the cause; the caller reports that.
     if not replacement.isfinite().all() and x.isfinite().all():
         raise InputError(f"on_step returned a tensor that holds NaN or infinity in {x.dtype}; it must be finite")
     return replacement

@@ -1,8 +1,4 @@
-"""The diffusion process: what noise does to a sample, and what a network's output says about it.
-
-Does not know which network or sampler uses it, what a sample shows, or where the noise comes from.
-Training asks it for x_t, the target and the loss; the loop asks it for x0; samplers ask it for weights.
-"""
+"""The diffusion process: adding noise, interpreting a network's output, and the training loss."""
 
 import math
 from dataclasses import dataclass
@@ -24,17 +20,17 @@ _MIN_SNR_GAMMA = 5.0  # Hang et al. 2303.09556
 _LEAST_VARIANCE = 1e-20
 
 MAX_CLIP_RANGE = 1e6
-"""Far above any clean sample; what lies beyond is a mistake."""
+"""Far above any clean sample; a larger value is a mistake."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network's output says about x_t. All float32, all of x_t's shape.
+    """A network's output for x_t, converted. All tensors are float32, of x_t's shape.
 
     Attributes:
         x0: the clean sample, inside the process's clipping range.
         noise: the noise that leads from this `x0` to x_t: x_t = alpha * x0 + sigma * noise.
-        log_variance: of a learned variance the network's raw fraction, -1 for the posterior's variance and 1 for
+        log_variance: for a learned variance, the network's raw fraction, -1 for the posterior's variance and 1 for
             beta; `DiffusionProcess.log_variance` maps it. None for a fixed variance.
     """
 
@@ -47,7 +43,7 @@ class Posterior(NamedTuple):
     """q(x_next | x_t, x0) for two timesteps, as Python floats (Ho et al. 2006.11239, eq. 6 and 7).
 
     The mean is `x0_weight` * x0 + `x_t_weight` * x_t. `beta` is the variance that was added between the two
-    timesteps, recomputed where timesteps are skipped; `variance` is what is left of it when x0 is known.
+    timesteps, recomputed where timesteps are skipped; `variance` is the variance given x0.
     """
 
     x0_weight: float
@@ -64,21 +60,21 @@ def check_clip_range(limit: object) -> None:
 
 @dataclass(frozen=True)
 class DiffusionProcess:
-    """A schedule, and what the network predicts. Immutable; no module, so nothing of it is in a state dict.
+    """A noise schedule with a prediction type. Immutable, and not a module.
 
-    Tables are float64; tensors are brought to float32 before any arithmetic and stay there, whatever the network's
-    dtype. Wherever a method takes `t`, it is a Python int (then the tables are read as Python floats and no device
-    is waited for) or a LongTensor [batch]. Sample tensors are [batch, ...], with the channels second.
+    Tables are float64. Tensors are converted to float32 before any arithmetic, whatever the network's dtype. A
+    timestep `t` is a Python int (the tables are then read as Python floats, without waiting for a device) or a
+    LongTensor [batch]. Sample tensors are [batch, ...], with the channels second.
 
     Attributes:
         num_timesteps: noise levels; timestep 0 has the least noise.
         beta_schedule: "squaredcos_cap_v2", "linear" or "scaled_linear".
         beta_start, beta_end: first and last beta of the linear schedules; the cosine schedule ignores them.
         prediction_type: "epsilon" (the noise), "sample" (x0) or "v_prediction" (Salimans & Ho 2202.00512, app. D).
-        variance_type: of a reverse step. "fixed_small" is the posterior's variance, "fixed_small_log" the same but
-            at least 1e-20, "fixed_large" beta, and "learned_range" between the two (Nichol & Dhariwal 2102.09672,
-            eq. 15), where the network puts out twice the channels.
-        clip_range: predicted x0 is clamped to [-clip_range, clip_range]; None leaves it.
+        variance_type: the variance of a reverse step. "fixed_small" is the posterior's variance, "fixed_small_log" the
+            same but at least 1e-20, "fixed_large" beta, and "learned_range" between the two (Nichol & Dhariwal
+            2102.09672, eq. 15), where the network has twice the output channels.
+        clip_range: predicted x0 is clamped to [-clip_range, clip_range]; None means no clamping.
 
     Raises:
         ConfigError: a field is unknown or outside its limits.
@@ -103,23 +99,23 @@ class DiffusionProcess:
         if self.variance_type not in VARIANCE_TYPES:
             raise ConfigError(f"variance_type is {self.variance_type!r}; it must be one of {', '.join(VARIANCE_TYPES)}")
         check_clip_range(self.clip_range)
-        _ = self.tables  # an unusable schedule is refused here, not at the first step
+        _ = self.tables  # refuses an unusable schedule here, not at the first step
 
     @property
     def tables(self) -> Tables:
-        """The schedule's float64 numbers, shared by every process with the same schedule."""
+        """The schedule's float64 tables, shared by all processes with the same schedule."""
         return schedule.tables(self.num_timesteps, self.beta_schedule, self.beta_start, self.beta_end)
 
     @property
     def learns_variance(self) -> bool:
-        """Whether the network puts out twice the channels of a sample."""
+        """Whether the network's output has twice the channels of a sample."""
         return self.variance_type == "learned_range"
 
     def spaced_timesteps(self, num_steps: int) -> tuple[int, ...]:
         """`num_steps` timesteps evenly from the last down to 0, as Karlo spaces them; one step is (last,).
 
         Raises:
-            InputError: `num_steps` is no integer in 1..num_timesteps.
+            InputError: `num_steps` is not an integer from 1 to num_timesteps.
         """
         return schedule.spaced_timesteps(self.num_timesteps, num_steps)
 
@@ -129,7 +125,7 @@ class DiffusionProcess:
         """x_t = alpha * x0 + sigma * noise (Ho et al. 2006.11239, eq. 4), float32.
 
         Raises:
-            InputError: `noise` has another shape than `x0`, or `t` is no timestep.
+            InputError: the shapes of `noise` and `x0` differ, or `t` is not a timestep.
         """
         if noise.shape != x0.shape:
             raise InputError(f"noise has shape {tuple(noise.shape)}; it must be the sample's, {tuple(x0.shape)}")
@@ -137,12 +133,12 @@ class DiffusionProcess:
         return alpha * x0.float() + sigma * noise.float()
 
     def renoise(self, x: Tensor, t: int, t_up: int, noise: Tensor) -> Tensor:
-        """x at `t_up` from x at `t` below it: q(x_up | x_t), the forward process from there on; float32.
+        """x at `t_up` from x at `t` below it: q(x_up | x_t), the forward process; float32.
 
         The product of the steps of Ho et al. 2006.11239, eq. 2. `t` -1 is the clean sample.
 
         Raises:
-            InputError: `noise` has another shape than `x`, or not -1 <= t < t_up < num_timesteps.
+            InputError: the shapes of `noise` and `x` differ, or not -1 <= t < t_up < num_timesteps.
         """
         if noise.shape != x.shape:
             raise InputError(f"noise has shape {tuple(noise.shape)}; it must be the sample's, {tuple(x.shape)}")
@@ -150,7 +146,7 @@ class DiffusionProcess:
         return math.sqrt(1 - beta) * x.float() + math.sqrt(beta) * noise.float()
 
     def target(self, x0: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
-        """What the network should put out for x_t = add_noise(x0, noise, t), without the variance half; float32."""
+        """The training target for x_t = add_noise(x0, noise, t), without the variance half; float32."""
         if self.prediction_type == "epsilon":
             return noise.float()
         if self.prediction_type == "sample":
@@ -161,19 +157,19 @@ class DiffusionProcess:
     # ---- reverse: from the network's output to x0 ----
 
     def predict(self, output: Tensor, x_t: Tensor, t: int | Tensor) -> Prediction:
-        """Read a network's output.
+        """Convert a network's output to x0 and noise.
 
-        Where x0 is clipped, the noise is recomputed from x_t and the clipped x0 (what the ecosystem calls
-        `use_clipped_model_output`), so that the two always agree. Ancestral sampling reads x0 only.
+        Where x0 is clipped, the noise is recomputed from x_t and the clipped x0 (`use_clipped_model_output` in
+        diffusers), so the two are always consistent. Ancestral sampling uses x0 only.
 
         Args:
             output: of x_t's shape, or with twice its channels for a learned variance.
-            x_t: the noisy sample that went in.
+            x_t: the network's input.
             t: its timestep.
 
         Raises:
-            InputError: `output` has the wrong shape (a learned variance without its channels, say), or `t` is no
-                timestep.
+            InputError: `output` has the wrong shape (for example without the channels of a learned variance), or `t` is
+                not a timestep.
         """
         output, fraction = self._split(output, x_t)
         x_t = x_t.float()
@@ -215,7 +211,7 @@ class DiffusionProcess:
         """Log of the variance of the reverse step t -> t_next: a number, or a tensor if the network learned it.
 
         Raises:
-            InputError: the variance is learned and the prediction has none, or the timesteps are no step.
+            InputError: the variance is learned and the prediction has none, or not -1 <= t_next < t.
         """
         posterior = self.posterior(t, t_next)
         small = math.log(max(posterior.variance, _LEAST_VARIANCE))
@@ -257,17 +253,17 @@ class DiffusionProcess:
         """Mean-squared error of each sample, float32 [batch]; with a learned variance, the hybrid loss.
 
         The hybrid adds `vlb_weight` * num_timesteps * L_t, an estimate of the whole variational bound in bits a
-        dimension (Nichol & Dhariwal 2102.09672, eq. 16). The mean in it is behind a stop-gradient, so it teaches
-        the variance alone. L_0 is the likelihood of pictures with 256 even levels in [-1, 1] (Ho et al. 2006.11239,
+        dimension (Nichol & Dhariwal 2102.09672, eq. 16). The mean in it is behind a stop-gradient, so it trains
+        only the variance. L_0 is the likelihood of pictures with 256 even levels in [-1, 1] (Ho et al. 2006.11239,
         eq. 13); the other terms are Gaussian divergences (2102.09672, eq. 6), of the unclipped x0.
 
         Args:
             output: the network's, of x_t's shape or with twice its channels.
             x0, noise, x_t: the clean sample, its noise, and `add_noise` of the two.
             t: timestep, int or LongTensor [batch].
-            weighting: "simple" weighs every timestep alike (2006.11239, eq. 14); "min_snr" weighs the error of x0
+            weighting: "simple" weights all timesteps equally (2006.11239, eq. 14); "min_snr" weights the error of x0
                 by min(snr, 5), whatever the network predicts (Hang et al. 2303.09556, section 3.4).
-            vlb_weight: 0 or more; 0 leaves the variance untaught.
+            vlb_weight: 0 or more; 0 does not train the variance.
 
         Raises:
             InputError: a shape, `t` or `weighting` is wrong.
@@ -300,7 +296,7 @@ class DiffusionProcess:
         guess = self._unclipped().predict(output, x_t, t).x0
         small = self._at("min_log_variance", t, x_t)
         log_variance = _between(fraction, small, self._at("max_log_variance", t, x_t))
-        # Both means share x_t's part, so their difference is that of x0 alone: exact where x_t's part is large.
+        # x_t contributes equally to both means, so their difference depends on x0 only; this avoids cancellation.
         gap = self._at("x0_weight", t, x_t) * (x0 - guess)
         divergence = 0.5 * (
             log_variance - small + torch.exp(small - log_variance) + gap**2 * torch.exp(-log_variance) - 1
@@ -357,7 +353,7 @@ class DiffusionProcess:
             raise InputError(
                 f"timesteps are {t.dtype} of shape {tuple(t.shape)}; they must be int64 or int32 of shape [batch]"
             )
-        # Only where looking is free: on a device it would wait for everything before it.
+        # Only on the CPU: on another device the check would wait for all pending work.
         if t.device.type == "cpu" and bool(((t < 0) | (t >= self.num_timesteps)).any()):
             raise InputError(
                 f"timesteps go from {int(t.min())} to {int(t.max())}; they must be from 0 to {self.num_timesteps - 1}"
@@ -375,10 +371,10 @@ def _mean(x: Tensor) -> Tensor:
 
 
 def _level_log_likelihood(x0: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Log-probability of the level, one of 256 in [-1, 1], that x0 stands on (Ho et al. 2006.11239, eq. 13)."""
+    """Log-probability of x0's level, one of 256 in [-1, 1] (Ho et al. 2006.11239, eq. 13)."""
     below = torch.special.ndtr((x0 - 1 / 255 - mean) / std)
     above = torch.special.ndtr((x0 + 1 / 255 - mean) / std)
-    # The outermost levels reach to infinity.
+    # The outermost levels extend to infinity.
     below = torch.where(x0 < -0.999, 0.0, below)
     above = torch.where(x0 > 0.999, 1.0, above)
     return torch.log((above - below).clamp(min=1e-12))

@@ -1,8 +1,4 @@
-"""Noise schedules: how much of the picture is left at each timestep, as float64 tables.
-
-Knows nothing of networks, predictions or samplers: numbers in, numbers out.
-`process` reads the tables; the schedulers of `scheduler` choose a spacing.
-"""
+"""Noise schedules as float64 tables, and the spacing of timesteps."""
 
 import functools
 import math
@@ -17,14 +13,14 @@ from unclip.numbers import real, whole
 BETA_SCHEDULES = ("squaredcos_cap_v2", "linear", "scaled_linear")
 SPACINGS = ("linspace", "leading", "trailing")
 
-# Beyond this the signal is lost in float32 and x0 = (x_t - sigma * noise) / alpha divides by nothing.
+# Below this the signal is lost in float32, and x0 = (x_t - sigma * noise) / alpha divides by zero.
 _LEAST_ALPHA_CUMPROD = 1e-20
 _MOST_TIMESTEPS = 100_000
 
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """The numbers of one schedule; every field has one float64 entry a timestep.
+    """The tables of one schedule; every field has one float64 entry for each timestep.
 
     Attributes:
         betas: the variance that timestep t adds, in (0, 1).
@@ -33,9 +29,9 @@ class Tables:
         sigma: square root of 1 - `alphas_cumprod`.
         snr: alpha^2 / sigma^2.
         half_log_snr: log(alpha / sigma), the time of DPM-Solver (Lu et al. 2211.01095).
-        x0_weight: what the clean sample counts for in the mean of q(x_{t-1} | x_t, x0) (2006.11239, eq. 7).
-        min_log_variance: log of that distribution's variance. Timestep 0 has none and takes timestep 1's, as in
-            Nichol & Dhariwal 2102.09672.
+        x0_weight: the weight of the clean sample in the mean of q(x_{t-1} | x_t, x0) (2006.11239, eq. 7).
+        min_log_variance: log of that distribution's variance. At timestep 0 that is zero;
+            timestep 1's value is used there, as in Nichol & Dhariwal 2102.09672.
         max_log_variance: log of beta.
     """
 
@@ -50,7 +46,7 @@ class Tables:
     max_log_variance: tuple[float, ...]
 
     def on(self, name: str, device: torch.device) -> Tensor:
-        """Field `name` as a float32 tensor [num_timesteps] on `device`, made once and kept."""
+        """Field `name` as a float32 tensor [num_timesteps] on `device`, cached."""
         return _on_device(self, name, device)
 
 
@@ -60,7 +56,7 @@ def _on_device(tables: Tables, name: str, device: torch.device) -> Tensor:
 
 
 def _cosine_betas(num_timesteps: int) -> list[float]:
-    # Nichol & Dhariwal 2102.09672, eq. 17, with s = 0.008; betas are cut at 0.999 as the paper says.
+    # Nichol & Dhariwal 2102.09672, eq. 17, with s = 0.008; betas are clipped at 0.999 as in the paper.
     def alpha_bar(step: int) -> float:
         return math.cos((step / num_timesteps + 0.008) / 1.008 * math.pi / 2) ** 2
 
@@ -82,7 +78,7 @@ def _betas(num_timesteps: int, beta_schedule: str, beta_start: float, beta_end: 
 
 
 LEAST_BETA = 1e-12
-"""With less noise a step, 1 - beta is hardly another number than 1."""
+"""With a smaller beta, 1 - beta is rounded to almost 1."""
 
 
 def check_schedule(num_timesteps: object, beta_schedule: object, beta_start: object, beta_end: object) -> None:
@@ -96,11 +92,11 @@ def check_schedule(num_timesteps: object, beta_schedule: object, beta_start: obj
 
 @functools.lru_cache(maxsize=32)
 def tables(num_timesteps: int, beta_schedule: str, beta_start: float, beta_end: float) -> Tables:
-    """The tables of a schedule, computed in float64 once for each set of arguments.
+    """The tables of a schedule, computed in float64 and cached.
 
     Args:
         num_timesteps: from 1 to 100,000.
-        beta_schedule: "squaredcos_cap_v2" (cosine; `beta_start` and `beta_end` play no part), "linear" (even steps),
+        beta_schedule: "squaredcos_cap_v2" (cosine; `beta_start` and `beta_end` are ignored), "linear" (even steps),
             or "scaled_linear" (even steps of the square root).
         beta_start: the first beta, in (0, 1).
         beta_end: the last beta, in (0, 1).
@@ -150,15 +146,15 @@ def spaced_timesteps(
     """`num_steps` different timesteps, descending.
 
     Args:
-        num_timesteps: of the training.
-        num_steps: in 1..`num_timesteps`; as many steps as timesteps is every timestep, whatever the rule.
+        num_timesteps: the number of training timesteps.
+        num_steps: from 1 to `num_timesteps`; `num_timesteps` gives every timestep, whatever the spacing.
         spacing: "linspace", evenly from the last timestep to 0 (Karlo's; one step is the last timestep alone);
-            "leading", multiples of a whole stride from 0 up; "trailing", even strides down from the last timestep.
-        includes_zero: False makes one step more and leaves out its timestep 0, as the ecosystem's DPM-Solver does
-            for "linspace" and "leading" ("trailing" is the same either way).
+            "leading", multiples of an integer stride from 0 up; "trailing", even strides down from the last timestep.
+        includes_zero: False computes one timestep more and leaves out timestep 0, as DPM-Solver in diffusers does for
+            "linspace" and "leading" ("trailing" is the same either way).
 
     Raises:
-        InputError: `num_steps` is no integer, or outside its limits.
+        InputError: `num_steps` is not an integer, or is outside its limits.
         ConfigError: `spacing` is unknown.
     """
     num_steps = check_num_steps(num_steps, num_timesteps)

@@ -1,11 +1,12 @@
-"""What the ecosystem's schedulers share: settings, files, timesteps, and a step's bookkeeping.
+"""Schedulers with the interface of diffusers: settings, files, timesteps, and steps of hand-written loops.
 
-Does not know which sampler takes the step. Its state (timesteps, the last step) serves hand-written loops alone.
-`scheduler` builds the three public classes on it; pipelines take any `Scheduler`.
+Pipelines use only the immutable parts of a scheduler: its process, its sampler and its timesteps.
 """
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -15,11 +16,15 @@ from torch import Tensor
 from unclip.diffusion import scheduler_config as _settings
 from unclip.diffusion.loop import NoiseSource
 from unclip.diffusion.process import DiffusionProcess, check_clip_range
-from unclip.diffusion.sampler import AncestralSampler, DDIMSampler, DPMSolverPlusPlus2MSampler, Memory, Sampler
+from unclip.diffusion.sampler import AncestralSampler, DDIMSampler, Memory, Sampler
 from unclip.diffusion.schedule import SPACINGS, spaced_timesteps
 from unclip.diffusion.scheduler_config import SchedulerConfig
 from unclip.errors import ConfigError, InputError
 from unclip.numbers import plain, whole
+from unclip.settings import SAMPLERS
+
+__all__ = ["DDIMScheduler", "DPMSolverMultistepScheduler", "UnCLIPScheduler"]
+"""The scheduler of each row of `settings.SAMPLERS`."""
 
 CONFIG_NAME = "scheduler_config.json"
 
@@ -39,14 +44,14 @@ class SchedulerOutput(NamedTuple):
 
 
 class Scheduler:
-    """What the three schedulers share. Make one of them, not this.
+    """Base class of the schedulers.
 
-    Pipelines ask for `process`, `spaced_timesteps` and `sampler`, none of which ever change.
+    Pipelines use `process`, `spaced_timesteps` and `sampler`, which never change.
 
     Attributes:
         config: the settings, read-only, as a mapping and as attributes.
-        timesteps: LongTensor, descending: every timestep until `set_timesteps` chooses.
-        num_inference_steps: what `set_timesteps` was told; None before.
+        timesteps: LongTensor, descending; every timestep before `set_timesteps` is called.
+        num_inference_steps: the argument of the last `set_timesteps`; None before.
     """
 
     order: ClassVar[int] = 1
@@ -85,9 +90,9 @@ class Scheduler:
     def _take_path(self, path: tuple[int, ...], device: torch.device | str | None) -> None:
         self._path = path
         self._timesteps = torch.tensor(path, dtype=torch.long, device=device)
-        self._last: tuple[int, Memory] | None = None  # where the last step led, and what its sampler remembers
+        self._last: tuple[int, Memory] | None = None  # the end of the last step, and the sampler's memory
 
-    # ---- what never changes: pipelines rely on these ----
+    # ---- the immutable part, which pipelines use ----
 
     @property
     def config(self) -> SchedulerConfig:
@@ -104,10 +109,10 @@ class Scheduler:
         return self._sampler
 
     def spaced_timesteps(self, num_steps: int) -> tuple[int, ...]:
-        """The timesteps of a sampling in `num_steps`, descending, by the scheduler's rule.
+        """The timesteps for `num_steps` steps, descending, spaced as the settings say.
 
         Raises:
-            InputError: `num_steps` is no integer in 1..num_train_timesteps.
+            InputError: `num_steps` is not an integer from 1 to num_train_timesteps.
         """
         return spaced_timesteps(
             self._process.num_timesteps,
@@ -131,17 +136,17 @@ class Scheduler:
         return self._timesteps
 
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Choose `timesteps`, on `device`, and forget the steps so far.
+        """Set `timesteps`, on `device`, and reset the memory of previous steps.
 
         Raises:
-            InputError: `num_inference_steps` is no integer in 1..num_train_timesteps.
+            InputError: `num_inference_steps` is not an integer from 1 to num_train_timesteps.
         """
         path = self.spaced_timesteps(num_inference_steps)
         self.num_inference_steps = len(path)
         self._take_path(path, device)
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
-        """`sample` as it is: these processes keep the variance, so there is nothing to scale."""
+        """Return `sample` unchanged: these processes preserve the variance, so no scaling is needed."""
         return sample
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
@@ -151,9 +156,9 @@ class Scheduler:
         return self._process.add_noise(original_samples, noise, timesteps).to(original_samples.dtype)
 
     def _next(self, t: int) -> int:
-        """Where a step from `t` leads if nobody says."""
+        """The default next timestep after `t`."""
         if t not in self._path:
-            raise InputError(f"timestep {t} is none of the scheduler's timesteps; pass prev_timestep with it")
+            raise InputError(f"timestep {t} is not one of the scheduler's timesteps; pass prev_timestep with it")
         place = self._path.index(t) + 1
         return self._path[place] if place < len(self._path) else -1
 
@@ -172,14 +177,14 @@ class Scheduler:
         t = whole(timestep, "the timestep", 0, count - 1)
         if prev_timestep is None:
             t_next = self._next(t)
-        else:  # the ecosystem's loops end at any number below 0
+        else:  # loops written for diffusers end at any number below 0
             t_next = max(whole(prev_timestep, "prev_timestep", -count, count - 1), -1)
         prediction = self._process.predict(model_output, sample, t)
         if noise is not None:
             noise = _given_noise(noise, generator, sample)
         elif sampler.needs_noise(t, t_next):
             noise = NoiseSource(generator, sample.shape[0]).draw(sample.shape, sample.device)
-        # A step that does not go on where the last one ended begins a new run.
+        # A step that does not continue from the previous one starts a new run.
         memory = self._last[1] if self._last is not None and self._last[0] == t else None
         x, memory = sampler.step(prediction, sample, t, t_next, memory, noise)
         self._last = (t_next, memory)
@@ -192,33 +197,32 @@ class Scheduler:
     def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Self:
         """A scheduler with the settings of `config`, which may be another scheduler's.
 
-        The process is kept: schedule, prediction, variance and clipping, also where `config` left them at the
-        defaults of its own class (named by its "_class_name"; without one, the settings that UnCLIPScheduler alone has
-        are its). Karlo's even spacing of timesteps is kept too. Settings in `config` of a sibling's way of sampling and
-        names that begin with "_" are ignored.
+        The process is kept: schedule, prediction type, variance and clipping. Where `config` leaves them out, they are
+        the defaults of its own class, which "_class_name" names; without a name, settings that only UnCLIPScheduler
+        has identify it. Karlo's even spacing of timesteps is kept too. Sampling settings of other schedulers are
+        ignored, as are names that begin with "_".
 
         Args:
             config: a scheduler's `config`, or the content of a scheduler_config.json.
             overrides: settings of this class that replace those of `config`.
 
         Raises:
-            ConfigError: a setting is unknown, not implemented, or outside its limits; or an override is of a sibling's
-                way of sampling.
+            ConfigError: a setting is unknown, not implemented, or outside its limits; or an override is a sampling
+                setting of another scheduler.
         """
         if not isinstance(config, Mapping):
             raise ConfigError(f"the configuration is {type(config).__name__}; pass a scheduler's config, or a dict")
         known = {*cls._defaults(), *cls._neutral}
         _settings.check_overrides(cls.__name__, known, cls._foreign, overrides)
         inherited: dict[str, object] = {}
-        siblings = {one.__name__: one for one in Scheduler.__subclasses__()}
-        source = siblings.get("UnCLIPScheduler" if _settings.is_unclip(config) else str(config.get("_class_name")))
+        source = SCHEDULERS.get("UnCLIPScheduler" if _settings.is_unclip(config) else str(config.get("_class_name")))
         if source is not None and source is not cls:
             defaults = source._defaults()
             inherited = {name: defaults[name] for name in _settings.PROCESS_SETTINGS}
             inherited["timestep_spacing"] = defaults.get("timestep_spacing", "linspace")
         given = {**inherited, **config, **overrides}
         if given.get("variance_type", ...) is None:
-            del given["variance_type"]  # of those for whom it plays no part
+            del given["variance_type"]  # from a scheduler that does not use it
         own = _settings.own_settings(cls.__name__, known, given)
         return cls(**own)
 
@@ -239,19 +243,19 @@ class Scheduler:
         token: str | None = None,
         **overrides: Any,
     ) -> Self:
-        """`from_config` of the scheduler_config.json in a folder, or in a repository on the hub.
+        """Create a scheduler from scheduler_config.json in a folder, or in a repository on the hub.
 
         Args:
             name_or_folder: a folder, or a repository's name.
-            subfolder: the scheduler's folder inside it, "decoder_scheduler", say.
+            subfolder: the scheduler's folder inside it, for example "decoder_scheduler".
             revision, cache_dir, local_files_only, token: where and how to look on the hub.
-            overrides: settings that replace those of the file; and the ecosystem's further arguments, which are ignored
-                with one warning, or refused.
+            overrides: settings that replace those of the file; other arguments of diffusers are ignored with one
+                warning, or refused.
 
         Raises:
             InputError: an argument is refused.
-            CheckpointError: the file is not there or cannot be read.
-            ConfigError: as `from_config`.
+            CheckpointError: the file is missing or cannot be read.
+            ConfigError: see `from_config`.
         """
         from unclip.checkpoints.asked import settled
         from unclip.checkpoints.files import read_json, safe_join
@@ -270,17 +274,20 @@ class Scheduler:
         return cls.from_config(read_json(safe_join(folder, file), allow_infinity=True), **overrides)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write scheduler_config.json into `folder`, which is made if it is not there.
+        """Write scheduler_config.json into `folder`, which is created if it does not exist.
 
         Raises:
-            InputError, OutputExistsError: `folder` is no possible name, or a file.
+            InputError, OutputExistsError: `folder` is not a possible name, or is a file.
         """
         from unclip.checkpoints.files import output_folder, write_json
 
         folder = output_folder(folder)
         entries = dict(self._config)
         if self._process.beta_schedule == "squaredcos_cap_v2":
-            del entries["beta_start"], entries["beta_end"]  # they mean nothing to it, and Karlo's files have none
+            del (
+                entries["beta_start"],
+                entries["beta_end"],
+            )  # the cosine schedule ignores them, and Karlo's files do not have them
         write_json(folder / CONFIG_NAME, entries)
 
 
@@ -291,19 +298,8 @@ def _given_noise(noise: object, generator: Generators, sample: Tensor) -> Tensor
             f"variance_noise is {what}; it must be floating and of the sample's shape {tuple(sample.shape)}"
         )
     if generator is not None:
-        raise InputError("generator and variance_noise are both given; pass one of them, as both say what the noise is")
+        raise InputError("generator and variance_noise are both given; pass one of them")
     return noise.to(sample.device, torch.float32)
-
-
-__all__ = [
-    "DDIMScheduler",
-    "DPMSolverMultistepScheduler",
-    "Scheduler",
-    "SchedulerOutput",
-    "UnCLIPScheduler",
-    "converted",
-    "is_foreign",
-]
 
 
 class UnCLIPScheduler(Scheduler):
@@ -317,7 +313,7 @@ class UnCLIPScheduler(Scheduler):
         prediction_type: "epsilon", "sample" or "v_prediction".
         beta_schedule: "squaredcos_cap_v2", "linear" or "scaled_linear".
         beta_start, beta_end: of the linear schedules.
-        unused: settings of the ecosystem's schedulers that unclip does not implement, at their neutral values.
+        unused: settings of diffusers' class that unclip does not implement, at their neutral values.
 
     Raises:
         ConfigError: a setting is unknown, not implemented, or outside its limits.
@@ -358,7 +354,7 @@ class UnCLIPScheduler(Scheduler):
         return AncestralSampler(self._process)
 
     def _next(self, t: int) -> int:
-        # The reference goes to the neighbour unless told otherwise; but the end of the path is its end.
+        # As in Karlo, the default is the neighbour; after the last timestep comes the clean sample.
         return -1 if t == self._path[-1] else t - 1
 
     def step(
@@ -373,11 +369,11 @@ class UnCLIPScheduler(Scheduler):
         """One step of a hand-written loop.
 
         Args:
-            model_output: the network's, of sample's shape or, with a learned variance, twice its channels.
+            model_output: the network's output, of sample's shape or, with a learned variance, with twice its channels.
             timestep: of `sample`.
             sample: [batch, channels, ...].
-            prev_timestep: where to go; None is `timestep` - 1, and clean from the last of `timesteps`.
-            generator: for the noise: None, one, or a list of one an image.
+            prev_timestep: the next timestep; by default `timestep` - 1, or the clean sample after the last timestep.
+            generator: for the noise: None, one generator, or a list with one for each image.
             return_dict: False gives a plain tuple.
 
         Raises:
@@ -387,20 +383,20 @@ class UnCLIPScheduler(Scheduler):
 
 
 class DDIMScheduler(Scheduler):
-    """DDIM (Song et al. 2010.02502). Names and defaults are the ecosystem's, with `variance_type` and `eta` added.
+    """DDIM (Song et al. 2010.02502). Names and defaults are those of diffusers, with `variance_type` and `eta` added.
 
-    Where x0 is clipped the noise is recomputed from it, which the ecosystem calls `use_clipped_model_output`.
+    Where x0 is clipped, the noise is recomputed from it, which diffusers calls `use_clipped_model_output`.
 
     Args:
         num_train_timesteps: noise levels of the training.
         beta_start, beta_end: of the linear schedules.
         beta_schedule: "linear", "scaled_linear" or "squaredcos_cap_v2".
-        clip_sample, clip_sample_range: whether and to what predicted x0 is clamped.
+        clip_sample, clip_sample_range: whether predicted x0 is clamped, and to which range.
         prediction_type: "epsilon", "sample" or "v_prediction".
         timestep_spacing: "leading", "linspace" (Karlo's) or "trailing"; see `spaced_timesteps` of `schedule`.
-        variance_type: "learned_range" if the network has learned a variance, which is split off and ignored.
+        variance_type: "learned_range" if the network predicts a variance, which is split off and ignored.
         eta: from 0 (deterministic) to 1 (as noisy as ancestral sampling).
-        unused: settings of the ecosystem's class that unclip does not implement, at their neutral values.
+        unused: settings of diffusers' class that unclip does not implement, at their neutral values.
 
     Raises:
         ConfigError: a setting is unknown, not implemented, or outside its limits.
@@ -454,19 +450,19 @@ class DDIMScheduler(Scheduler):
         *,
         prev_timestep: int | Tensor | None = None,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """One step of a hand-written loop; the order of arguments is the ecosystem's.
+        """One step of a hand-written loop; the order of arguments is that of diffusers.
 
         Args:
-            model_output: the network's, of sample's shape or, with a learned variance, twice its channels.
+            model_output: the network's output, of sample's shape or, with a learned variance, with twice its channels.
             timestep: of `sample`.
             sample: [batch, channels, ...].
             eta: replaces the setting for this step; None keeps it.
-            use_clipped_model_output: None or True, as the noise is always consistent with the clipped x0; False only
-                where nothing is clipped and it makes no difference.
-            generator: for the noise: None, one, or a list of one an image.
-            variance_noise: the noise itself, of sample's shape, in place of a generator's.
+            use_clipped_model_output: None or True, as the noise is always consistent with the clipped x0; False is
+                accepted only where nothing is clipped.
+            generator: for the noise: None, one generator, or a list with one for each image.
+            variance_noise: the noise itself, of sample's shape, instead of a generator.
             return_dict: False gives a plain tuple.
-            prev_timestep: where to go; None is the next of `timesteps`.
+            prev_timestep: the next timestep; by default the next of `timesteps`.
 
         Raises:
             InputError: a shape or a timestep is wrong, or noise comes from two sources.
@@ -475,7 +471,7 @@ class DDIMScheduler(Scheduler):
         if use_clipped_model_output is False and self._process.clip_range is not None:
             raise ConfigError(
                 "use_clipped_model_output=False is not implemented where clip_sample is on: leave it out, "
-                "or make the scheduler with clip_sample=False"
+                "or create the scheduler with clip_sample=False"
             )
         sampler = self._sampler if eta is None else DDIMSampler(self._process, eta)
         return self._step(
@@ -483,11 +479,57 @@ class DDIMScheduler(Scheduler):
         )
 
 
+@dataclass(frozen=True)
+class _LastPrediction:
+    """Memory of `DPMSolverPlusPlus2MSampler`: the prediction of the previous step."""
+
+    x0: Tensor
+    half_log_snr: float
+
+
+@dataclass(frozen=True)
+class DPMSolverPlusPlus2MSampler(Sampler):
+    """DPM-Solver++(2M), deterministic, predicting x0 (Lu et al. 2211.01095, algorithm 2).
+
+    The first step is first order, since it has no previous step. The last step, to the clean sample, gives x0. The
+    solver is most accurate on timesteps that leave out 0, because the step down to 0 is long in log-SNR.
+
+    Args:
+        process: its variance type has no effect; a learned variance is split off and ignored.
+        order: 2; or 1, which is DDIM.
+
+    Raises:
+        ConfigError: `order` is neither.
+    """
+
+    order: int = 2
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "order", whole(self.order, "the solver's order", 1, 2, error=ConfigError))
+
+    def step(self, prediction, x_t, t, t_next, memory=None, noise=None):
+        """See `Sampler.step`."""
+        self.process.posterior(t, t_next)  # checks the direction
+        if t_next < 0:
+            return prediction.x0, None
+        tables = self.process.tables
+        now = tables.half_log_snr[t]
+        width = tables.half_log_snr[t_next] - now
+        x0 = prediction.x0
+        if self.order == 2 and memory is not None:
+            # 2211.01095, algorithm 2: D = (1 + 1 / 2r) x0 - 1 / 2r x0_before, r the ratio of the two widths.
+            weight = 0.5 * width / (now - memory.half_log_snr)
+            x0 = (1 + weight) * x0 - weight * memory.x0
+        # The update of the same algorithm; with x0 in place of D it is DDIM's.
+        x = tables.sigma[t_next] / tables.sigma[t] * x_t.float() - tables.alpha[t_next] * math.expm1(-width) * x0
+        return x, _LastPrediction(prediction.x0, now)
+
+
 class DPMSolverMultistepScheduler(Scheduler):
     """DPM-Solver++ (Lu et al. 2211.01095), multistep, predicting x0, deterministic.
 
-    Names and defaults are the ecosystem's, with clipping added (off by default). Its timesteps leave out 0 for
-    "linspace" and "leading", where the step down to it would be a long one for this solver.
+    Names and defaults are those of diffusers, with clipping added (off by default). Its timesteps leave out 0 for
+    "linspace" and "leading", because the step down to 0 is too long for this solver.
 
     Args:
         num_train_timesteps: noise levels of the training.
@@ -496,9 +538,9 @@ class DPMSolverMultistepScheduler(Scheduler):
         solver_order: 1 or 2.
         prediction_type: "epsilon", "sample" or "v_prediction".
         timestep_spacing: "linspace", "leading" or "trailing"; see `spaced_timesteps` of `schedule`.
-        variance_type: "learned_range" if the network has learned a variance, which is split off and ignored.
-        clip_sample, clip_sample_range: whether and to what predicted x0 is clamped.
-        unused: settings of the ecosystem's class that unclip does not implement, at their neutral values.
+        variance_type: "learned_range" if the network predicts a variance, which is split off and ignored.
+        clip_sample, clip_sample_range: whether predicted x0 is clamped, and to which range.
+        unused: settings of diffusers' class that unclip does not implement, at their neutral values.
 
     Raises:
         ConfigError: a setting is unknown, not implemented, or outside its limits.
@@ -551,38 +593,32 @@ class DPMSolverMultistepScheduler(Scheduler):
         *,
         prev_timestep: int | Tensor | None = None,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """As `DDIMScheduler.step`; `generator` and `variance_noise` play no part, as the solver is deterministic."""
+        """As `DDIMScheduler.step`; `generator` and `variance_noise` have no effect, as the solver is deterministic."""
         return self._step(self._sampler, model_output, timestep, sample, prev_timestep, None, return_dict)
 
 
-FOREIGN: dict[str, type[Scheduler]] = {
-    "DDIMParallelScheduler": DDIMScheduler,
-    "DDIMScheduler": DDIMScheduler,
-    "DDPMParallelScheduler": UnCLIPScheduler,
-    "DDPMScheduler": UnCLIPScheduler,
-    "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler,
-    "UnCLIPScheduler": UnCLIPScheduler,
-}
-"""The ecosystem's classes by name, and what samples as they do."""
+SCHEDULERS: dict[str, type[Scheduler]] = {row.scheduler: globals()[row.scheduler] for row in SAMPLERS.values()}
+EQUIVALENTS = {name: SCHEDULERS[row.scheduler] for row in SAMPLERS.values() for name in row.equivalents}
+"""The schedulers of diffusers by class name, and the scheduler here that samples in the same way."""
 
 
 def is_foreign(value: object) -> bool:
-    """Whether it is a scheduler of the ecosystem's."""
+    """Whether it is a scheduler of diffusers."""
     ours = type(value).__module__.partition(".")[0] != "diffusers"
     return not ours and hasattr(value, "set_timesteps") and isinstance(getattr(value, "config", None), Mapping)
 
 
 def converted(scheduler: Any, replaced: Scheduler | None = None) -> Scheduler:
-    """A scheduler that samples as one of the ecosystem's does.
+    """A scheduler that samples in the same way as a scheduler of diffusers.
 
-    One that was built by `from_config` from a scheduler of unclip keeps its even spacing of timesteps and its kind of
-    variance, as unclip's own `from_config` does. Where x0 is clipped the noise is recomputed from it.
+    If that was built by `from_config` from a scheduler of unclip, the even spacing of timesteps and the variance type
+    are kept, as in unclip's own `from_config`. Where x0 is clipped, the noise is recomputed from it.
 
     Args:
         scheduler: see `is_foreign`.
-        replaced: the scheduler in whose place it comes; says the kind of variance where the ecosystem's class does not.
+        replaced: the scheduler that it replaces; gives the variance type where the class of diffusers does not.
 
-    Raises: ConfigError for a class that unclip has no sampler for, or a setting that it does not implement.
+    Raises: ConfigError for a class without an equivalent sampler, or a setting that is not implemented.
     """
     name, config = type(scheduler).__name__, scheduler.config
     settings = {**config, "_class_name": name}
@@ -591,7 +627,7 @@ def converted(scheduler: Any, replaced: Scheduler | None = None) -> Scheduler:
         settings["variance_type"] = None if replaced is None else replaced.config["variance_type"]
     elif "_class_name" in config and "timestep_spacing" in defaults and "variance_type" not in defaults:
         settings["timestep_spacing"] = "linspace"
-    cls, spacing = FOREIGN.get(name), settings.get("timestep_spacing", "linspace")
+    cls, spacing = EQUIVALENTS.get(name), settings.get("timestep_spacing", "linspace")
     if cls is None:
         raise ConfigError(f"unclip does not have the sampler of diffusers' {name}")
     if name.startswith("DDPM") and spacing != "linspace":

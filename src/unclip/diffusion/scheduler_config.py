@@ -1,8 +1,4 @@
-"""Settings of schedulers: what a scheduler_config.json may say, and which of it a scheduler can follow.
-
-Does not know what the settings do: names, values and verdicts only.
-`scheduler` reads its constructors' and its files' settings with it.
-"""
+"""The settings of schedulers that scheduler_config.json may contain, and checks of those that are not implemented."""
 
 import math
 from collections.abc import Mapping
@@ -20,12 +16,12 @@ PROCESS_SETTINGS = (
     "clip_sample",
     "clip_sample_range",
 )
-"""What every scheduler shares: it belongs to the trained network, not to the way of sampling."""
+"""The settings of all schedulers: they belong to the trained network, not to the sampler."""
 
 Neutral = Mapping[str, tuple[object, ...] | None]
-"""The ecosystem's settings that unclip does not implement, and the values at which they change nothing.
+"""Settings of diffusers that unclip does not implement, with the values that have no effect.
 
-None stands for every value: the setting does nothing as long as its neighbours are neutral.
+None means every value: the setting has no effect while the others are neutral.
 """
 
 NEUTRAL_EVERYWHERE: Neutral = {
@@ -41,7 +37,7 @@ NEUTRAL_DPM_SOLVER: Neutral = {
     "steps_offset": (0,),
     "algorithm_type": ("dpmsolver++",),
     "solver_type": ("midpoint",),
-    # The last step goes to no noise at all, which is of first order however these stand.
+    # The last step goes to the clean sample, which is first order at any value of these.
     "lower_order_final": (True, False),
     "euler_at_final": (True, False),
     "use_karras_sigmas": (False,),
@@ -59,18 +55,18 @@ NEUTRAL_DPM_SOLVER: Neutral = {
 _ELSEWHERE = {*NEUTRAL_DDIM, *NEUTRAL_DPM_SOLVER, "timestep_spacing", "eta", "solver_order"}
 
 _METHODS = ("algorithm_type", "solver_type")
-"""What chooses among a solver's methods: to another way of sampling no value of it is neutral."""
+"""Settings that select a solver's method: for another sampler, no value of them is neutral."""
 
 FOREIGN_NEUTRAL: Neutral = {
     name: values for name, values in {**NEUTRAL_DDIM, **NEUTRAL_DPM_SOLVER}.items() if name not in _METHODS
 }
-"""Settings of the siblings, at the values that ask for nothing of a class that does not have them."""
+"""Settings of the other schedulers, with the values that have no effect for a class without them."""
 
 
 class SchedulerConfig(dict[str, Any]):
-    """A scheduler's settings, and its class as "_class_name". Cannot be changed; entries are attributes too.
+    """A scheduler's settings, and its class as "_class_name". Read-only; entries are attributes too.
 
-    A dict, because the ecosystem's `from_config` takes no other mapping.
+    It is a dict because `from_config` of diffusers takes no other mapping.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -79,10 +75,12 @@ class SchedulerConfig(dict[str, Any]):
         return self[name]
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"{name} cannot be set: make another scheduler with from_config(config, {name}=...)")
+        raise AttributeError(f"{name} cannot be set: create another scheduler with from_config(config, {name}=...)")
 
     def _refuse(self, *given: object, **named: object) -> NoReturn:
-        raise TypeError("a scheduler's config cannot be changed: make another scheduler with from_config(config, ...)")
+        raise TypeError(
+            "a scheduler's config cannot be changed: create another scheduler with from_config(config, ...)"
+        )
 
     __setitem__ = __delitem__ = clear = pop = popitem = _refuse
     __ior__ = setdefault = update = _refuse  # type: ignore[assignment]
@@ -95,10 +93,10 @@ class SchedulerConfig(dict[str, Any]):
 
 
 def check_neutral(class_name: str, neutral: Neutral, settings: Mapping[str, object]) -> None:
-    """Accept settings that `class_name` does not implement, as long as they change nothing.
+    """Check that settings that `class_name` does not implement have no effect.
 
     Raises:
-        ConfigError: one of them is not at a neutral value, or is not in `neutral` at all.
+        ConfigError: a setting is not in `neutral`, or is not at a neutral value.
     """
     for name, value in settings.items():
         if name not in neutral:
@@ -111,39 +109,37 @@ def check_neutral(class_name: str, neutral: Neutral, settings: Mapping[str, obje
 
 
 def own_settings(class_name: str, known: set[str], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The `known` ones of `settings`: without private ones ("_...") and those of the class's siblings.
+    """The `known` settings, without private names ("_...") and settings of other schedulers.
 
-    What belongs to a sibling's way of sampling is dropped at any value; what would change the process is known to
-    every class.
+    Sampling settings of other schedulers are dropped at any value; every class knows those of the process.
 
     Raises:
-        ConfigError: a setting is unknown to all.
+        ConfigError: a setting is unknown to all schedulers.
     """
     for name in settings:
         if name not in known and name not in _ELSEWHERE and not name.startswith("_"):
             raise ConfigError(
-                f"{name!r} is no setting of {class_name} or its siblings; remove it from the configuration"
+                f"{name!r} is not a setting of {class_name} or the other schedulers; remove it from the configuration"
             )
     return {name: value for name, value in settings.items() if name in known}
 
 
 def check_overrides(class_name: str, known: set[str], neutral: Neutral, overrides: Mapping[str, object]) -> None:
-    """Accept what a caller wrote beside a configuration: `known` settings, and others that ask for nothing.
+    """Check settings that a caller gives in addition to a configuration.
 
-    `own_settings` drops a sibling's settings from a configuration, which was written for that sibling; what the caller
-    wrote for this class must not vanish.
+    `own_settings` drops settings of other schedulers from a configuration. A caller's own settings must not be dropped.
 
     Raises:
-        ConfigError: a setting is unknown, or a sibling's at a value that `class_name` would not follow.
+        ConfigError: a setting is unknown, or is another scheduler's, at a value that `class_name` does not implement.
     """
     check_neutral(class_name, neutral, {name: value for name, value in overrides.items() if name not in known})
 
 
 def is_unclip(config: Mapping[str, object]) -> bool:
-    """Whether settings that do not name their class are a whole UnCLIPScheduler's.
+    """Whether settings without a class name are those of an UnCLIPScheduler.
 
-    Of the ecosystem's classes it alone has a kind of variance and nothing of another's: no spacing of timesteps above
-    all. A `config` that was never in a file says no class.
+    It is the only class of diffusers that has a variance type and no spacing of timesteps. A `config` that was never
+    written to a file has no class name.
     """
     names = {name for name in config if not name.startswith("_")}
     return "_class_name" not in config and config.get("variance_type") is not None and names <= {*PROCESS_SETTINGS}

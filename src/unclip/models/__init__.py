@@ -1,7 +1,4 @@
-"""The networks: prior, decoder, super-resolution, and the projection between CLIP and the decoder.
-
-They know no noise, no schedule and no pipeline. Stages and training call them.
-"""
+"""The networks: prior, decoder, super-resolution, and the projection between CLIP and the decoder."""
 
 from unclip.models.component import Component, ModelConfig
 from unclip.models.prior import PriorConfig, PriorPrefix, PriorTransformer, PriorTransformerOutput

@@ -1,7 +1,4 @@
-"""What describes a network: frozen, checked before anything is allocated, and a mapping as well as an object.
-
-Knows the kinds of checks but no particular network. Called by the networks' own configurations.
-"""
+"""Base classes of the networks and of their configurations: checks, initialization, reading and writing."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -170,9 +167,9 @@ class Component(nn.Module, Generic[C]):
 
     config_class: ClassVar[type[ModelConfig]]
     weights_stem: ClassVar[str] = "diffusion_pytorch_model"
-    """How the file of weights is called, without its ending."""
+    """The name of the file of weights, without its ending."""
     tables: ClassVar[tuple[str, ...]] = ()
-    """Endings of the names of what files hold beside the weights, and nobody needs."""
+    """Endings of the names of tensors in files that are not weights and are skipped."""
     config: C
 
     def __init__(self, config: ModelConfig | Mapping[str, Any] | None = None, /, **settings: Any) -> None:
@@ -183,7 +180,7 @@ class Component(nn.Module, Generic[C]):
         self.build(self.config)
 
     def build(self, config: C) -> None:
-        """Make the layers that `config` describes."""
+        """Create the layers that `config` describes."""
         raise NotImplementedError
 
     @classmethod
@@ -192,7 +189,7 @@ class Component(nn.Module, Generic[C]):
         return cls(config)
 
     def initialize_for_training(self, generator: torch.Generator | None = None) -> Self:
-        """Draw every weight anew, from `generator` if there is one, in a way that trains well from scratch."""
+        """Initialize every weight for training from scratch, with `generator` if it is given."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=5**0.5, generator=generator)
@@ -234,15 +231,15 @@ class Component(nn.Module, Generic[C]):
         variant: str | None = None,
         max_shard_size: int | str = "10GB",
     ) -> None:
-        """Write config.json and the weights, as safetensors, into `folder`, which is made if need be.
+        """Write config.json and the weights, as safetensors, into `folder`, which is created if it does not exist.
 
-        A model that is there already stays whole until the new weights are on the disk. Its config.json goes before
+        An existing model stays complete until the new weights are on the disk. Its config.json goes before
         its weights do, unless it says the same: a kill leaves the old model, the new one, or a folder without
         config.json, which does not load; never the weights of one with the configuration of the other.
 
         Raises:
             UnsafeFileError: `safe_serialization` is False: pickles can run code when read and are not written.
-            InputError, OutputExistsError: `folder` is no possible name, or a file.
+            InputError, OutputExistsError: `folder` is not a possible name, or is a file.
             OutputError: the disk is full, or the folder cannot be written; what was there stays as it was.
             InputError: the weights have no values (they lie on the meta device, and no offloading keeps them).
         """

@@ -1,6 +1,6 @@
-"""Linear layers, convolutions, tables, attention and normalisation, each by the way that is fastest where it runs.
+"""Linear layers, convolutions, embeddings, attention and normalisation, each with the fastest kernel for its device.
 
-The results are those of PyTorch's own functions, up to rounding. Knows no network. Called by the networks' layers.
+The results are those of PyTorch's own functions, up to rounding.
 """
 
 import functools
@@ -140,7 +140,7 @@ Forward and backward, float32, AVX2, one core: 1.3 to 1.8 times as fast as oneDN
 to 16,384 pixels; 1.0 times at 96 channels. Two cores: 1.3 to 2 times."""
 
 MAX_CHUNK_BYTES = 6 * 2**20
-"""Of transformed tiles at once, so that they stay in the processor's cache: 1.2 times as fast as a whole batch."""
+"""Limit of transformed tiles at a time, so that they fit the processor's cache: 1.2 times as fast as a whole batch."""
 
 INPUT = [
     [4, 0, -5, 0, 1, 0],

@@ -1,7 +1,4 @@
-"""Timesteps as vectors: sinusoidal features and the small network that follows them.
-
-Knows nothing of schedules: a timestep is any number. Called by the networks beside it.
-"""
+"""The layers of the networks: timestep embeddings, attention, transformer blocks and residual blocks."""
 
 import math
 from typing import Any, Literal, NamedTuple

@@ -1,8 +1,4 @@
-"""Principal components of embeddings: fitted from a stream, ordered by how much they vary (paper §2.2, §4).
-
-Knows vectors and their covariance; knows neither what they stand for nor a network. Called by probing and by
-whatever reads embeddings dimension by dimension, the most telling first.
-"""
+"""Principal components of embeddings, fitted batch by batch and ordered by variance (paper §2.2, §4)."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -60,12 +56,12 @@ class PrincipalComponents:
 
     @property
     def dim(self) -> int:
-        """Of the embeddings."""
+        """Dimension of the embeddings."""
         return self.mean.shape[0]
 
     @property
     def num_components(self) -> int:
-        """How many directions there are."""
+        """Number of components."""
         return self.components.shape[0]
 
     @property
@@ -91,7 +87,7 @@ class PrincipalComponents:
         Raises:
             DataError: there are fewer than two embeddings, they are all equal, one is not finite, or a batch has
                 another width or shape.
-            InputError: `num_components` is no count from 1 to dim.
+            InputError: `num_components` is not a whole number from 1 to dim.
         """
         count, mean, scatter = 0, torch.zeros(0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64)
         for batch in batches:
@@ -105,7 +101,7 @@ class PrincipalComponents:
             count, mean, scatter = _merged(count, mean, scatter, batch.detach().double().cpu())
         if count < 2:
             raise DataError(
-                f"there are {count} embeddings; principal components need 2 or more, and of use are hundreds"
+                f"there are {count} embeddings; principal components need 2 or more, and hundreds to be useful"
             )
         dim = len(mean)
         wanted = dim if num_components is None else whole(num_components, "num_components", 1, dim)
@@ -113,7 +109,7 @@ class PrincipalComponents:
         values, vectors = torch.linalg.eigh(covariance)
         values, rows = values.flip(0).clamp(min=0), vectors.flip(1).T
         if values[0] <= 0:
-            raise DataError(f"the {count} embeddings are all equal; there is no direction in which they vary")
+            raise DataError(f"the {count} embeddings are all equal; they have no variance")
         kept = min(wanted, count - 1)
         rows = rows[:kept]
         largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
@@ -176,8 +172,8 @@ class PrincipalComponents:
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read what `save` wrote.
 
-        Raises: as `read_tensor_file`; WeightsError too when shapes disagree, or the rows are no ordered orthonormal
-        basis.
+        Raises: as `read_tensor_file`; WeightsError too when shapes disagree, or the rows are not an ordered
+        orthonormal basis.
         """
         return cls.load_with_texts(path)[0]
 

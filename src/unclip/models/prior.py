@@ -1,7 +1,4 @@
-"""The diffusion prior: a transformer that predicts an image embedding from a text's encoding.
-
-Knows no noise and no schedule. Called by the prior's stage and by training.
-"""
+"""The diffusion prior: a transformer that predicts an image embedding from a text's encoding."""
 
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self
@@ -90,7 +87,7 @@ class PriorConfig(ModelConfig):
 
 
 class PriorTransformerOutput(NamedTuple):
-    """What `PriorTransformer` returns: `predicted_image_embedding` [batch, clip_embed_dim]."""
+    """Output of `PriorTransformer`: `predicted_image_embedding` [batch, clip_embed_dim]."""
 
     predicted_image_embedding: Tensor
 

@@ -1,8 +1,4 @@
-"""The autoregressive prior: an image embedding as a sequence of codes, predicted one by one from a text's encoding.
-
-Knows principal components, buckets and tokens; knows neither how a code is drawn nor guidance. Called by the prior's
-stage and by training.
-"""
+"""The autoregressive prior: an image embedding as a sequence of codes, predicted one by one from a text's encoding."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -21,7 +17,7 @@ from unclip.models.pca import PrincipalComponents
 MAX_TOKENS = 16_384
 SMALLEST_RANGE = 1e-12
 SMALLEST_VARIANCE = 1e-10
-"""Of the largest: below it there is only rounding."""
+"""Share of the largest variance; smaller values are rounding errors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +52,12 @@ class AutoregressivePriorConfig(ModelConfig):
 
     @property
     def prefix_length(self) -> int:
-        """How many tokens stand before the first code."""
+        """Number of tokens before the first code."""
         return self.num_embeddings + 2
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens are read; the last code is only predicted."""
+        """Number of input tokens; the last code is only predicted."""
         return self.prefix_length + self.num_components - 1
 
     def check(self) -> None:

@@ -1,7 +1,4 @@
-"""Text and image embeddings in the form that the decoder wants: context tokens and an addition to the time embedding.
-
-Knows neither CLIP nor the decoder's network. Called by the decoder's stage and by training.
-"""
+"""Projects text and image embeddings into the decoder's context tokens and time embedding."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Self

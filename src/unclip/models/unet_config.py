@@ -1,7 +1,4 @@
-"""The settings of the two UNets, with the ecosystem's keys and defaults.
-
-Knows what is implemented and what is not, and builds nothing. Called by the UNets.
-"""
+"""The settings of the two UNets, with the keys and defaults of diffusers."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar

@@ -1,8 +1,4 @@
-"""A CLIP from its folder, in either layout: a pipeline's components, or transformers' own `CLIPModel`.
-
-Knows both layouts and transformers' classes; knows neither recipe nor measure. Called by `unclip.training` and
-`unclip.evaluation`.
-"""
+"""Reads a CLIP from a folder: the components of a pipeline, or a `CLIPModel` of transformers."""
 
 import copy
 import hashlib
@@ -31,9 +27,9 @@ class PretrainedClip:
     """The parts of a CLIP.
 
     Attributes:
-        text_encoder, image_encoder, tokenizer, feature_extractor: as a pipeline has them.
-        logit_scale: logarithm of what its similarities are multiplied with; None where the folder does not say it.
-        fingerprint: of its weights.
+        text_encoder, image_encoder, tokenizer, feature_extractor: the components of a pipeline.
+        logit_scale: the logarithm of the factor of its similarities; None if the folder does not contain it.
+        fingerprint: SHA-256 of its files of weights.
     """
 
     text_encoder: CLIPTextModelWithProjection
@@ -51,16 +47,16 @@ class PretrainedClip:
 
     @property
     def context_length(self) -> int:
-        """Tokens that the text encoder takes, start and end included."""
+        """Number of tokens that the text encoder takes, start and end included."""
         return min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
 
     def components(self) -> dict[str, Any]:
-        """The parts by their names in a pipeline."""
+        """The parts by component name."""
         return {name: getattr(self, name) for name in COMPONENTS}
 
 
 def is_whole_clip(folder: Path) -> bool:
-    """Whether a folder holds transformers' `CLIPModel`: both encoders in one file of weights."""
+    """Whether a folder contains a `CLIPModel` of transformers, with both encoders in one file of weights."""
     try:
         return read_json(folder / "config.json").get("model_type") == "clip"
     except CheckpointError:
@@ -71,7 +67,7 @@ def read_clip(folder: Path) -> PretrainedClip:
     """Read a CLIP in float32.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the folder contains no CLIP.
         CheckpointError: a part is missing or broken.
     """
     parts, scale = read_parts(folder)
@@ -79,16 +75,16 @@ def read_clip(folder: Path) -> PretrainedClip:
 
 
 def fingerprint_of(folder: Path) -> str:
-    """Of the files of a CLIP's weights: the same CLIP saved otherwise (in half precision, say) has another."""
+    """SHA-256 of a CLIP's files of weights; the same CLIP in another precision has another fingerprint."""
     halves = [*folder.glob("text_encoder/*.safetensors"), *folder.glob("image_encoder/*.safetensors")]
     weights = halves if (folder / "text_encoder").is_dir() else folder.glob("*.safetensors")
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(weights))).hexdigest()
 
 
 def read_parts(folder: Path) -> tuple[dict[str, Any], float | None]:
-    """The parts of a CLIP by their names in a pipeline, and its `logit_scale`, as `read_clip`; nothing is hashed.
+    """The parts of a CLIP by component name, and its `logit_scale`, without computing a fingerprint.
 
-    Raises: as `read_clip`.
+    Raises: see `read_clip`.
     """
     if (folder / "text_encoder").is_dir():
         kinds = COMPONENTS.items()
@@ -98,7 +94,7 @@ def read_parts(folder: Path) -> tuple[dict[str, Any], float | None]:
         return _parts_of_whole(folder)
     raise ConfigError(
         f"{folder} holds no trained CLIP (neither text_encoder/ nor a config.json of transformers' CLIPModel): "
-        "train that stage first, or name another"
+        "train that stage first, or give another folder"
     )
 
 
@@ -107,7 +103,7 @@ def _parts_of_whole(folder: Path) -> tuple[dict[str, Any], float]:
         return read_component(folder, ".", kind, torch_dtype=None, variant=None)
 
     clip = read("CLIPModel")
-    # The two configurations inside may say another width: only the whole one's counts.
+    # The inner configurations may have another width; only that of the whole CLIP is used.
     text_config, image_config = copy.deepcopy(clip.config.text_config), copy.deepcopy(clip.config.vision_config)
     text_config.projection_dim = image_config.projection_dim = clip.config.projection_dim
     with torch.device("meta"):

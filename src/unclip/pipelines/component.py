@@ -1,13 +1,10 @@
-"""How each kind of component is read from a folder and written to one.
-
-Knows the classes that a model_index.json may name and what they need; knows no pipeline. Called by `pipeline.py`.
-"""
+"""Reads the components of a pipeline from a folder, and writes them to one."""
 
 import importlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,50 +28,75 @@ from unclip.checkpoints.weights import (
 from unclip.clip.config import HALVES, SIZE_LIMITS, check_clip_settings, max_length_of, read_image_processor_settings
 from unclip.clip.networks import CLIPImageEncoder, CLIPTextEncoder
 from unclip.errors import CheckpointError, ConfigError, MissingFileError, UnclipError, WeightsError
+from unclip.settings import SAMPLERS
 
-OURS = {
-    "AutoregressivePrior": "unclip.models.prior_autoregressive",
-    "PriorTransformer": "unclip.models.prior",
-    "UNet2DConditionModel": "unclip.models.unet",
-    "UNet2DModel": "unclip.models.unet",
-    "UnCLIPTextProjModel": "unclip.models.text_proj",
-    "UnCLIPScheduler": "unclip.diffusion.scheduler",
-    "DDIMScheduler": "unclip.diffusion.scheduler",
-    "DPMSolverMultistepScheduler": "unclip.diffusion.scheduler",
-}
-OURS_ALONE = ("AutoregressivePrior", "UnCLIPTextProjModel")
-"""What the ecosystem has no class for, or none that its loaders find by itself."""
-# Names in old folders → the class that reads them now.
-TRANSFORMERS = {
-    "CLIPTextModelWithProjection": "CLIPTextModelWithProjection",
-    "CLIPVisionModelWithProjection": "CLIPVisionModelWithProjection",
-    "CLIPModel": "CLIPModel",
-    "CLIPTokenizer": "CLIPTokenizer",
-    "CLIPTokenizerFast": "CLIPTokenizer",
-    "CLIPFeatureExtractor": "CLIPImageProcessorPil",
-    "CLIPImageProcessor": "CLIPImageProcessorPil",
-    "CLIPImageProcessorFast": "CLIPImageProcessorPil",
-    "CLIPImageProcessorPil": "CLIPImageProcessorPil",
-}
 
-OWN_CLIP = {
-    "CLIPTextModelWithProjection": ("unclip.clip.networks", "CLIPTextEncoder"),
-    "CLIPVisionModelWithProjection": ("unclip.clip.networks", "CLIPImageEncoder"),
-    "CLIPTokenizer": ("unclip.clip.tokenizer", "CaptionTokenizer"),
-    "CLIPImageProcessorPil": ("unclip.clip.preprocessing", "PicturePreprocessor"),
-}
-"""Transformers' class → unclip's own, by module and name, which reads the same folder and gives the same."""
+@dataclass(frozen=True)
+class ComponentRow:
+    """One class that a model_index.json may name.
+
+    Attributes:
+        name: the class name that is written.
+        library: the library that is written: "diffusers", "transformers" or "unclip" (a class that diffusers does not
+            have, or does not find by itself).
+        own: unclip's own class, as "module:class". It implements the component, or, for a class of transformers, reads
+            the same folder and computes the same. Empty if there is none.
+        reader: the class of transformers that reads it; empty for a class that unclip implements.
+        aliases: further class names in existing folders.
+        has_weights: whether it is read with a dtype and a variant.
+    """
+
+    name: str
+    library: str
+    own: str = ""
+    reader: str = ""
+    aliases: tuple[str, ...] = ()
+    has_weights: bool = True
+
+    def own_class(self) -> Any:
+        """The class that `own` names."""
+        module, _, name = self.own.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+def _clip(name: str, own: str = "", reader: str = "", aliases: tuple[str, ...] = ()) -> ComponentRow:
+    return ComponentRow(name, "transformers", own, reader or name, aliases)
+
+
+ROWS = (
+    ComponentRow("AutoregressivePrior", "unclip", "unclip.models.prior_autoregressive:AutoregressivePrior"),
+    ComponentRow("PriorTransformer", "diffusers", "unclip.models.prior:PriorTransformer"),
+    ComponentRow("UNet2DConditionModel", "diffusers", "unclip.models.unet:UNet2DConditionModel"),
+    ComponentRow("UNet2DModel", "diffusers", "unclip.models.unet:UNet2DModel"),
+    ComponentRow("UnCLIPTextProjModel", "unclip", "unclip.models.text_proj:UnCLIPTextProjModel"),
+    *(
+        ComponentRow(name, "diffusers", f"unclip.diffusion.scheduler:{name}", has_weights=False)
+        for name in (row.scheduler for row in SAMPLERS.values())
+    ),
+    _clip("CLIPTextModelWithProjection", "unclip.clip.networks:CLIPTextEncoder"),
+    _clip("CLIPVisionModelWithProjection", "unclip.clip.networks:CLIPImageEncoder"),
+    _clip("CLIPModel"),
+    _clip("CLIPTokenizer", "unclip.clip.tokenizer:CaptionTokenizer", aliases=("CLIPTokenizerFast",)),
+    _clip(
+        "CLIPImageProcessor",
+        "unclip.clip.preprocessing:PicturePreprocessor",
+        "CLIPImageProcessorPil",
+        ("CLIPFeatureExtractor", "CLIPImageProcessorFast", "CLIPImageProcessorPil"),
+    ),
+)
+_BY_NAME = {name: row for row in ROWS for name in (row.name, *row.aliases)}
+_BY_OWN = {row.own.partition(":")[2]: row for row in ROWS if row.own}
 
 TOKENIZER_JSON = ("tokenizer*.json", "vocab.json", "special_tokens_map.json", "added_tokens.json")
-"""What transformers' tokenizers read; tokenizer.json may have a version in its name."""
+"""The files that the tokenizers of transformers read; tokenizer.json may have a version in its name."""
 
 MORE_FILES = ("adapter_config.json", "processor_config.json")
-"""What transformers reads besides a part's own files; unclip's classes do not."""
+"""Further files that transformers reads, and unclip's own classes do not."""
 
-# Tables of 0, 1, 2, … that old files hold among the weights.
+# Constant tables (0, 1, 2, …) among the weights of old files.
 NO_WEIGHTS = ("position_ids",)
 
-# transformers' setting is one for the process: two threads would put back each other's.
+# The setting of transformers is global, so only one thread at a time may change it.
 _bars = threading.Lock()
 
 
@@ -87,46 +109,56 @@ def read_component(
     variant: str | None,
     own_clip: bool = False,
 ) -> Any:
-    """Read one component from `folder/name`; with `own_clip` by a class of `OWN_CLIP`, where that implements it.
+    """Read one component from `folder/name`.
 
-    Weights have the type `torch_dtype`, float32 for None, or that in the file for a text, "auto".
+    Args:
+        folder, name: the model's folder, and the component's folder inside it.
+        class_name: the class, as model_index.json names it.
+        torch_dtype: dtype of the weights; None for float32, "auto" for the dtype in the file.
+        variant: the variant of the weights, for example "fp16".
+        own_clip: read a part of CLIP by unclip's own class where that implements it; its import is faster.
 
-    Raises: CheckpointError (or ConfigError) that says which component failed, and why.
+    Raises: CheckpointError or ConfigError, which names the component.
     """
     try:
         place = safe_join(folder, name)
         if not place.is_dir():
             raise MissingFileError(f"{place} is not there")
-        dtype = _stored_type(class_name, place, variant) if isinstance(torch_dtype, str) else torch_dtype
-        if own_clip and (part := _read_own_clip(class_name, place, dtype, variant)) is not None:
+        row = _row(class_name)
+        dtype = _stored_type(row, place, variant) if isinstance(torch_dtype, str) else torch_dtype
+        if own_clip and (part := _read_own_clip(row, place, dtype, variant)) is not None:
             return part
-        return _reader(class_name)(place, dtype, variant)
+        if row.reader:
+            return _read_transformers(row.reader, place, dtype, variant)
+        if row.has_weights:
+            return row.own_class().from_pretrained(place, torch_dtype=dtype, variant=variant)
+        return row.own_class().from_pretrained(place)
     except UnclipError as error:
         raise type(error)(f"component {name!r} ({class_name}) cannot be loaded: {error}") from error
-    except Exception as error:  # transformers meets a broken file with errors of any kind
+    except Exception as error:  # transformers raises errors of any kind for a broken file
         raise CheckpointError(f"component {name!r} ({class_name}) cannot be loaded from {folder}: {error}") from error
 
 
 def parts_with_variant(folder: Path, names: Iterable[str], variant: str) -> set[str]:
-    """Those of the components in `folder` that have weights of that variant; the others are read as they are.
+    """The components in `folder` that have weights of that variant; the others are read without a variant.
 
-    Raises: MissingFileError when none has; CheckpointError for a variant that is no plain word.
+    Raises: MissingFileError if no component has them; CheckpointError for a variant that is not a plain word.
     """
     wanted = [name(stem, variant) for stem in (DEFAULT_STEM, TRANSFORMERS_STEM) for name in (file_name, index_name)]
     found = {name for name in names if any((safe_join(folder, name) / file).exists() for file in wanted)}
     if not found:
         raise MissingFileError(
-            f"{folder} has no {variant} weights; leave variant out, or look what it has: unclip info"
+            f"{folder} has no {variant} weights; leave variant out, or list the weights with: unclip info"
         )
     return found
 
 
 def write_component(component: Any, folder: Path, *, variant: str | None) -> None:
-    """Write one component into a folder of its own, as it was before it was offloaded or compiled."""
+    """Write one component into its own folder, without the wrappers of offloading and compilation."""
     component = original(component)
     with _no_bars() if _is_foreign(component) else nullcontext():
         if isinstance(component, nn.Module):
-            # Only of transformers' class: unclip's own classes look up what offloading keeps.
+            # Only for classes of transformers: unclip's own classes find offloaded weights themselves.
             given = {"state_dict": state_of(component)} if _is_foreign(component) else {}
             component.save_pretrained(folder, variant=variant, **given)  # type: ignore[operator]
         else:
@@ -134,34 +166,31 @@ def write_component(component: Any, folder: Path, *, variant: str | None) -> Non
 
 
 def index_entry(component: Any) -> list[str]:
-    """[library, class] as model_index.json names a component; the ecosystem's loaders know most of them."""
+    """[library, class] of a component, as model_index.json names it."""
     name = type(original(component)).__name__
-    if name in OURS:
-        return ["unclip" if name in OURS_ALONE else "diffusers", name]
-    name = {own: theirs for theirs, (_, own) in OWN_CLIP.items()}.get(name, name)
-    aliases = {"CLIPImageProcessorPil": "CLIPImageProcessor", "CLIPTokenizerFast": "CLIPTokenizer"}
-    return ["transformers", aliases.get(name, name)]
+    row = _BY_OWN.get(name) or _BY_NAME.get(name)
+    return ["transformers", name] if row is None else [row.library, row.name]
 
 
-def _stored_type(class_name: str, place: Path, variant: str | None) -> torch.dtype | None:
-    """The type of a component's weights in its file; None where it has none."""
-    if not (place / "config.json").exists():  # of a network, and of nothing else
+def _stored_type(row: ComponentRow, place: Path, variant: str | None) -> torch.dtype | None:
+    """The dtype of a component's weights in its file; None if it has no weights."""
+    if not (place / "config.json").exists():  # only networks have one
         return None
-    stem = TRANSFORMERS_STEM if class_name in TRANSFORMERS else DEFAULT_STEM
+    stem = TRANSFORMERS_STEM if row.reader else DEFAULT_STEM
     return stored_type(open_weights(place, stem=stem, variant=variant))
 
 
 def _is_foreign(component: Any) -> bool:
-    """Whether it is none of unclip's own."""
+    """Whether its class is not unclip's own."""
     return type(component).__module__.partition(".")[0] != "unclip"
 
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """No bars of transformers' own on stderr, one for every part; afterwards its setting is what it was."""
+    """Hide the progress bars of transformers, and restore its setting afterwards."""
     from transformers.utils import logging
 
-    # Not by `disable_progress_bar()`: that one changes the hub client's setting too, which could not be put back.
+    # `disable_progress_bar()` would also change the setting of the hub client, which could not be restored.
     with _bars:
         shown = logging.is_progress_bar_enabled()
         logging._tqdm_active = False
@@ -171,19 +200,14 @@ def _no_bars() -> Iterator[None]:
             logging._tqdm_active = shown
 
 
-def _reader(class_name: str) -> Callable[[Path, torch.dtype | None, str | None], Any]:
-    if class_name in OURS:
-        cls = getattr(importlib.import_module(OURS[class_name]), class_name)
-        if class_name.endswith("Scheduler"):
-            return lambda folder, dtype, variant: cls.from_pretrained(folder)
-        return lambda folder, dtype, variant: cls.from_pretrained(folder, torch_dtype=dtype, variant=variant)
-    if class_name in TRANSFORMERS:
-        return lambda folder, dtype, variant: _read_transformers(TRANSFORMERS[class_name], folder, dtype, variant)
-    raise ConfigError(f"unclip has no class {class_name!r}; it reads {', '.join(sorted([*OURS, *TRANSFORMERS]))}")
+def _row(class_name: str) -> ComponentRow:
+    if class_name not in _BY_NAME:
+        raise ConfigError(f"unclip has no class {class_name!r}; it reads {', '.join(sorted(_BY_NAME))}")
+    return _BY_NAME[class_name]
 
 
 def _read_transformers(name: str, folder: Path, dtype: torch.dtype | None, variant: str | None) -> Any:
-    """What transformers' class `name` reads."""
+    """Read a component by the class `name` of transformers."""
     with _no_bars():
         cls = getattr(importlib.import_module("transformers"), name)
         if "Model" in name:
@@ -193,15 +217,14 @@ def _read_transformers(name: str, folder: Path, dtype: torch.dtype | None, varia
         return _read_image_processor(cls, folder)
 
 
-def _read_own_clip(class_name: str, folder: Path, dtype: torch.dtype | None, variant: str | None) -> Any:
-    """What unclip's own class reads; None where there is none, or it cannot read the folder.
+def _read_own_clip(row: ComponentRow, folder: Path, dtype: torch.dtype | None, variant: str | None) -> Any:
+    """Read a part of CLIP by unclip's own class; None if there is none, or it cannot read the folder.
 
-    Transformers' class has the last word then: it may know a layout of older files, or else says what is wrong.
+    The class of transformers is used then: it may read the layout of older files, or explains what is wrong.
     """
-    module, name = OWN_CLIP.get(TRANSFORMERS.get(class_name, ""), (None, ""))
-    if module is None or any((folder / file).exists() for file in MORE_FILES):
+    if not (row.own and row.reader) or any((folder / file).exists() for file in MORE_FILES):
         return None
-    cls = getattr(importlib.import_module(module), name)
+    cls = row.own_class()
     try:
         if issubclass(cls, nn.Module):
             _check_clip_config(folder)
@@ -212,9 +235,9 @@ def _read_own_clip(class_name: str, folder: Path, dtype: torch.dtype | None, var
 
 
 def _read_tokenizer(cls: Any, folder: Path) -> Any:
-    """A tokenizer with the folder's vocabulary; without one, transformers would make up an empty one.
+    """A tokenizer with the folder's vocabulary; without vocabulary files, transformers would build an empty one.
 
-    What transformers reads is judged first, for of two equal keys it takes the last.
+    The files are checked first, because transformers accepts duplicate keys.
     """
     for pattern in TOKENIZER_JSON:
         for path in sorted(folder.glob(pattern)):
@@ -227,20 +250,20 @@ def _read_tokenizer(cls: Any, folder: Path) -> Any:
             if not (folder / name).is_file():
                 raise MissingFileError(f"{folder} has neither tokenizer.json nor {name}; download the model again")
     tokenizer = cls.from_pretrained(folder, local_files_only=True)
-    tried = tokenizer("a", padding="max_length", max_length=8, truncation=True)  # raises where it has no padding token
+    tried = tokenizer("a", padding="max_length", max_length=8, truncation=True)  # raises if it has no padding token
     if "attention_mask" not in tried:
-        raise ConfigError(f"the tokenizer in {folder} makes no attention_mask; its model_input_names must have it")
+        raise ConfigError(f"the tokenizer in {folder} gives no attention_mask; its model_input_names must contain it")
     return tokenizer
 
 
 def _read_image_processor(cls: Any, folder: Path) -> Any:
-    """An image processor whose settings are all honoured."""
+    """An image processor, after a check that all its settings are implemented."""
     read_image_processor_settings(folder)
     return cls.from_pretrained(folder, local_files_only=True)
 
 
 def _read_clip(cls: Any, folder: Path, dtype: torch.dtype | None, variant: str | None) -> Any:
-    """A transformers CLIP model, its configuration and the header of its weights checked before anything is built."""
+    """A CLIP model of transformers; its configuration and the header of its weights are checked first."""
     _check_clip_config(folder)
     index = open_weights(folder, stem="model", variant=variant)
     check_fit(_clip_shapes(cls, folder), index.without(NO_WEIGHTS), folder)
@@ -254,7 +277,7 @@ def _read_clip(cls: Any, folder: Path, dtype: torch.dtype | None, variant: str |
         local_files_only=True,
         output_loading_info=True,
     )
-    if missing := sorted(map(str, about["missing_keys"])):  # their values would be random
+    if missing := sorted(map(str, about["missing_keys"])):  # transformers would initialize them randomly
         raise WeightsError(f"{len(missing)} weights are missing in {folder} ({', '.join(missing[:3])}…)")
     return model.eval()
 
@@ -265,9 +288,9 @@ def _check_clip_config(folder: Path) -> None:
 
 
 def _clip_shapes(cls: Any, folder: Path) -> dict[str, tuple[int, ...]]:
-    """The weights of transformers' CLIP class `cls` by name, as the configuration in `folder` describes them.
+    """The shapes of the weights of transformers' CLIP class `cls`, for the configuration in `folder`.
 
-    They are those of unclip's own classes, which are built without memory.
+    They are taken from unclip's own classes, built on the meta device.
     """
     config = cls.config_class.from_pretrained(folder, local_files_only=True)
     halves = [getattr(config, name) for name in HALVES] if cls.__name__ == "CLIPModel" else [config]
