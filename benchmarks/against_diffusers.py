@@ -1,10 +1,10 @@
-"""Time each stage and the whole call against diffusers' retired unCLIP classes, both in one run, same weights.
+"""Time each stage and the whole call against diffusers' deprecated unCLIP classes, with the same weights.
 
     python benchmarks/against_diffusers.py                       # the built-in model: stages and the whole
     python benchmarks/against_diffusers.py --size karlo --dtype bfloat16 --repeats 2
 
-A stage is timed as its loop runs: prepare once, then steps; the figure is seconds a step over `--steps` steps. Ours and
-theirs take turns, and the median of the pairs' ratios is given, so that a noisy machine disturbs both alike.
+A stage is prepared once and then timed for `--steps` steps; the result is seconds per step. The two implementations
+alternate, and the median of the ratios of the pairs is reported, so that noise on the machine affects both equally.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def twins(name: str, network: torch.nn.Module) -> torch.nn.Module:
 
 
 def networks(size: str, dtype: torch.dtype):
-    """Component → a function that gives the network, one at a time in memory."""
+    """Functions that load each network by name, one at a time."""
     if size == "emoji":
         from unclip import UnCLIPPipeline
 
@@ -85,7 +85,7 @@ def networks(size: str, dtype: torch.dtype):
 
 
 def loop(prepare: Callable[[], Callable], x: torch.Tensor, path: range) -> Callable[[], None]:
-    """Our way: prepare once, then the steps."""
+    """The steps of our stage, after one preparation."""
 
     def run() -> None:
         denoiser = prepare()
@@ -96,7 +96,7 @@ def loop(prepare: Callable[[], Callable], x: torch.Tensor, path: range) -> Calla
 
 
 def caption(width: int, tokens: int):
-    """Null and given caption, random."""
+    """Random embeddings of an empty and a given caption."""
     from unclip.clip.encoders import TextEmbedding
 
     mask = torch.ones(2, tokens, dtype=torch.bool)
@@ -104,7 +104,7 @@ def caption(width: int, tokens: int):
 
 
 def prior_stage(build, process, dtype: torch.dtype, path: range, repeats: int) -> dict[str, float]:
-    """The prior, guided: two rows a picture."""
+    """The prior with guidance: two rows per picture."""
     from unclip.diffusion.guidance import guided
     from unclip.stages.prior import PriorStage
     from unclip.stages.stage import PriorCondition
@@ -123,7 +123,7 @@ def prior_stage(build, process, dtype: torch.dtype, path: range, repeats: int) -
 
 
 def decoder_stage(build, process, dtype: torch.dtype, path: range, repeats: int) -> dict[str, float]:
-    """The decoder with its text projection, guided: two rows a picture."""
+    """The decoder and its text projection with guidance: two rows per picture."""
     from unclip.diffusion.guidance import guided
     from unclip.stages.decoder import DecoderStage
     from unclip.stages.stage import DecoderCondition
@@ -152,7 +152,7 @@ def decoder_stage(build, process, dtype: torch.dtype, path: range, repeats: int)
 
 
 def super_res_stage(build, process, dtype: torch.dtype, path: range, repeats: int) -> dict[str, float]:
-    """Super-resolution, never guided."""
+    """Super-resolution, which has no guidance."""
     from unclip.stages.stage import SuperResCondition
     from unclip.stages.super_res import SuperResStage
 
@@ -174,7 +174,7 @@ STAGES = {"prior": prior_stage, "decoder": decoder_stage, "super-resolution": su
 
 @torch.no_grad()
 def stages(size: str, dtype: torch.dtype, steps: int, repeats: int, chosen: list[str]) -> dict[str, dict[str, float]]:
-    """Seconds a step of each chosen stage, for one picture."""
+    """Seconds per step of each chosen stage, for one picture."""
     from unclip import UnCLIPScheduler
 
     build, process, path = networks(size, dtype), UnCLIPScheduler().process, range(steps * 10, 0, -10)
@@ -200,14 +200,14 @@ def whole(dtype: torch.dtype, repeats: int) -> dict[str, float]:
     for name, network in ours.networks.items():
         if name != "text_encoder":
             parts[name] = twins(name, network)
-    # The reference knows no v-prediction; noise prediction costs the same.
+    # The reference does not support v-prediction; noise prediction costs the same.
     for name in ("prior_scheduler", "decoder_scheduler", "super_res_scheduler"):
         kind = "sample" if name == "prior_scheduler" else "epsilon"
         parts[name] = diffusers.UnCLIPScheduler(prediction_type=kind)
     from diffusers.pipelines.deprecated.unclip import UnCLIPPipeline as Theirs
 
     class Reference(Theirs):
-        """Its guidance splits a learned variance off; without one, it needs a second half to throw away."""
+        """Add a second half of channels: the reference's guidance expects a learned variance there."""
 
     theirs = Reference(**parts)
     theirs.set_progress_bar_config(disable=True)
@@ -233,10 +233,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["emoji", "karlo"], default="emoji")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--steps", type=int, help="steps a stage (default: 8, Karlo's size: 2)")
+    parser.add_argument("--steps", type=int, help="steps of each stage (default: 8, Karlo's size: 2)")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="which (default: all)")
-    parser.add_argument("--json", action="store_true", help="one JSON object in place of the table")
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=list(STAGES), help="stages to time (default: all)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
     steps = arguments.steps or (8 if arguments.size == "emoji" else 2)

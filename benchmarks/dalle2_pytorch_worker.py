@@ -1,4 +1,4 @@
-"""A process that trains DALLE2-pytorch's prior or decoder with its own trainer, one step whenever it is told to.
+"""A process that trains DALLE2-pytorch's prior or decoder with its own trainer, one step for each request.
 
 Started by `training_against_dalle2_pytorch.py` with the Python of an environment that has `dalle2-pytorch`. It reads a
 JSON object a line from stdin: first the settings, then {"steps": n}; and answers on stdout with {"parameters": n} and
@@ -19,11 +19,11 @@ NOT_NEEDED = (
     "torchvision.models", "x_clip", "coca_pytorch", "kornia", "kornia.filters", "kornia.augmentation",
     "vector_quantize_pytorch", "clip", "open_clip",
 )  # fmt: skip
-"""What the package imports for CLIPs, super-resolution and its VQGAN, and a prior or a first decoder never calls."""
+"""Imports of the package that a prior or a first decoder never uses."""
 
 
 class Absent(types.ModuleType):
-    """A module that is not there: any name in it is an empty class, so that `isinstance` of it is false."""
+    """A stand-in for a missing module. Every name in it is an empty class, so that `isinstance` is false."""
 
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):
@@ -32,7 +32,7 @@ class Absent(types.ModuleType):
 
 
 def stand_in() -> None:
-    """Put an `Absent` in place of what is not needed, so that it need not be installed."""
+    """Replace unneeded modules by `Absent`, so that they need not be installed."""
     for name in NOT_NEEDED:
         module = sys.modules[name] = Absent(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
@@ -40,7 +40,7 @@ def stand_in() -> None:
 
 
 def encodings(settings: dict):
-    """Of captions of the stated lengths: zeros are padding to this package."""
+    """Tokens of captions with the given lengths. Zeros are padding in this package."""
     import torch
 
     batch, tokens, width = (settings[name] for name in ("batch", "tokens", "width"))
@@ -62,7 +62,7 @@ def prior_step(settings: dict, accelerator):
     text, image, hidden = torch.randn(batch, width), torch.randn(batch, width), encodings(settings)
 
     def step() -> float:
-        # It scales the embeddings that it is given in place, so it gets a copy.
+        # The trainer scales its embeddings in place, so it gets a copy.
         loss = trainer(text_embed=text, text_encodings=hidden, image_embed=image.clone())
         trainer.update()
         return loss
@@ -95,7 +95,7 @@ def decoder_step(settings: dict, accelerator):
 
 
 def main() -> None:
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever the package prints is no answer
+    answers, sys.stdout = sys.stdout, sys.stderr  # so that output of the package is not read as an answer
     settings = json.loads(sys.stdin.readline())
     stand_in()
     import torch

@@ -1,18 +1,17 @@
-"""Do text differences change what they should, and only that? A judge that had no part in the model says so.
+"""Measure whether edits by text differences change the right attribute and nothing else, by an independent judge.
 
     python benchmarks/edits.py --data data/emoji --num-edits 100 --out benchmarks/results/edits.md
 
-Each edit takes a real picture of two attributes, a red heart say, and turns one of them by a text difference: "red
-heart" to "blue heart". The picture is inverted in as many steps as the model recommends, its embedding turned by each
-strength, and decoded from its own noise. Then an independent CLIP is asked two things:
+Each edit takes a real picture with two attributes, such as a red heart, and changes one of them by a text difference:
+"red heart" to "blue heart". The picture is inverted with the model's recommended number of steps. Its embedding is
+rotated by each strength and decoded from its own noise. Then an independent CLIP gives two answers:
 
-- changed: does it prefer the target caption to the source caption? Its bias is told by asking the same of the unedited
-  reconstruction.
-- kept: among the target's captions with every value of the other attribute ("blue heart", "blue circle", "blue
-  square"), is the right one first?
+- changed: whether it prefers the target caption to the source caption. The unedited reconstruction shows its bias.
+- kept: whether the right caption is first among the target captions with every value of the other attribute ("blue
+  heart", "blue circle", "blue square").
 
-Two ways to the difference are compared: of the prior's image embeddings for the two captions, and of the text
-embeddings themselves, as in the paper (arXiv 2204.06125, section 3.3).
+Two differences are compared: that of the prior's image embeddings for the two captions, and that of the text
+embeddings, as in the paper (arXiv 2204.06125, section 3.3).
 """
 
 import argparse
@@ -35,7 +34,7 @@ WAYS = {"prior": True, "text": False}
 
 @dataclass(frozen=True)
 class Family:
-    """Pictures of two attributes: `caption` joins a value of each, the edited one first."""
+    """Pictures with two attributes. `caption` joins a value of each, the edited one first."""
 
     name: str
     edited: tuple[str, ...]
@@ -43,7 +42,7 @@ class Family:
     caption: str = "{} {}"
 
     def captions(self, value: str) -> list[str]:
-        """Of one edited value with every other attribute."""
+        """The captions of one edited value with every value of the other attribute."""
         return [self.caption.format(value, other).strip() for other in self.other]
 
 
@@ -56,7 +55,7 @@ FAMILIES = (
 
 @dataclass(frozen=True)
 class Edit:
-    """One edit: of the picture `file`, from `source` to `target`; `rivals` are the target's captions, `own` its own."""
+    """An edit of the picture `file` from `source` to `target`. `rivals` are the captions that are ranked for "kept"."""
 
     family: str
     file: Path
@@ -66,7 +65,7 @@ class Edit:
 
 
 def all_edits(data: Path) -> Iterator[Edit]:
-    """Every edit of a picture that the data set has, in any style, to a caption that it has too in this style."""
+    """Every edit from a picture of the data set to a caption that the data set also has in the same style."""
     files = {(r.style, r.label): data / r.file_name for r in read_records(data) if not r.held_out}
     for (style, source), file in files.items():
         for family in FAMILIES:
@@ -82,7 +81,7 @@ def all_edits(data: Path) -> Iterator[Edit]:
 
 
 def choose(data: Path, count: int, seed: int) -> list[Edit]:
-    """`count` edits in a drawn order, the families taking turns; no picture twice as long as there are others."""
+    """`count` random edits, alternating between families; a picture is repeated only after all others were used."""
     found = list(all_edits(data))
     random.Random(seed).shuffle(found)
     times: Counter[Path] = Counter()
@@ -90,7 +89,7 @@ def choose(data: Path, count: int, seed: int) -> list[Edit]:
     for each in found:
         ranked[each.family].append((times[each.file], each))
         times[each.file] += 1
-    queues = [sorted(some, key=lambda pair: -pair[0]) for some in ranked.values()]  # taken from their ends
+    queues = [sorted(some, key=lambda pair: -pair[0]) for some in ranked.values()]  # edits are taken from the end
     chosen: list[Edit] = []
     while len(chosen) < count and any(queues):
         least = min(queue[-1][0] for queue in queues if queue)
@@ -106,10 +105,12 @@ def main() -> None:
     parser.add_argument("--num-edits", type=int, default=100)
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.3, 0.5, 0.7])
     parser.add_argument("--ways", nargs="+", choices=sorted(WAYS), default=["prior", "text"])
-    parser.add_argument("--candidates", type=int, default=1, help="of the prior, for both captions")
-    parser.add_argument("--small", action="store_true", help="judge the decoder's pictures, without super-resolution")
+    parser.add_argument("--candidates", type=int, default=1, help="prior candidates for both captions")
+    parser.add_argument("--small", action="store_true", help="judge the decoder's pictures without super-resolution")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sheet", type=Path, help="a PNG of the first edits, a row each: before, then each strength")
+    parser.add_argument(
+        "--sheet", type=Path, help="a PNG with one row for each of the first edits: unedited, then each strength"
+    )
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
 
@@ -148,7 +149,7 @@ def main() -> None:
 
 
 def table(asked, edits, changed, kept, strengths) -> str:
-    """The shares of the edits so far."""
+    """A Markdown table of the shares of the edits so far."""
     counts = ", ".join(f"{sum(e.family == f.name for e in edits)} of {f.name}" for f in FAMILIES)
     size = "the decoder's pictures" if asked.small else "finished pictures"
     lines = [

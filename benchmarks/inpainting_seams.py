@@ -1,6 +1,6 @@
-"""How visible inpainting's border is, beside naive pasting: the seam measure over eight pictures of the built-in model.
+"""Measure the visible seam of inpainting and of naive pasting, on eight pictures of the built-in model.
 
-python benchmarks/inpainting_seams.py          # about five minutes on one core; prints a line a method
+python benchmarks/inpainting_seams.py          # about five minutes on one core; prints one line for each method
 """
 
 import argparse
@@ -30,20 +30,20 @@ def main() -> None:
     ImageDraw.Draw(mask).ellipse((52, 20, 120, 108), fill=255)
     drawn = torch.from_numpy(np.array(mask) > 0)
 
-    def tell(name: str, images: list[Image.Image], cpu_s: float) -> None:
+    def report(name: str, images: list[Image.Image], cpu_s: float) -> None:
         values = [seam(to_tensor(image), drawn) for image in images]
         mean, median = statistics.mean(values), statistics.median(values)
         print(f"{name:<28} mean {mean:6.2f}  median {median:6.2f}  {cpu_s / len(images):5.1f} s each", flush=True)
 
     originals = text_to_image(THERE, seed=1, **pipe.recommended).images
-    tell("the pictures themselves", originals, 0)
+    report("original pictures", originals, 0)
     others = text_to_image(ASKED, seed=50, **pipe.recommended).images
-    tell("another picture pasted in", [Image.composite(*pair, mask) for pair in zip(others, originals, strict=True)], 0)
+    report("another picture, pasted", [Image.composite(*pair, mask) for pair in zip(others, originals, strict=True)], 0)
     for prompts, num_resamples in ((ASKED, 1), (ASKED, 2), (ASKED, 4), (None, 4)):
         started = time.process_time()
         results = pipe(prompts, originals, mask, seed=50, num_resamples=num_resamples, **pipe.recommended).images
         what = "another prompt" if prompts else "no prompt"
-        tell(f"{what}, {num_resamples} walks", results, time.process_time() - started)
+        report(f"{what}, {num_resamples} walks", results, time.process_time() - started)
 
 
 if __name__ == "__main__":

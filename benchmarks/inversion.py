@@ -1,11 +1,11 @@
-"""How near a picture comes back after inversion and decoding, against the number of steps: a Markdown table.
+"""Measure the reconstruction after inversion and decoding for several numbers of steps: a Markdown table.
 
     python benchmarks/inversion.py --data data/emoji --steps 20 50 250 --out benchmarks/results/inversion.md
 
-The pictures are spread evenly over the data set's plain ones. Each is inverted through the decoder under the empty
-caption and its own embedding, without guidance, and decoded again by DDIM with eta 0 under
-the same. PSNR is of pixels in [0, 1] at the decoder's size. Two ways are compared: DDIM's step taken upwards, and the
-fixed point of every step with two forwards each.
+The pictures are evenly spaced among the data set's plain ones. Each is inverted through the decoder with an empty
+caption and its own embedding, without guidance, and decoded by DDIM with eta 0 under the same conditions. PSNR is
+computed from pixels in [0, 1] at the decoder's size. Two methods are compared: DDIM steps in the upward direction, and
+fixed-point iteration of every step with two evaluations of the network.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from unclip.stages.stage import DecoderCondition, invert, sample
 
 
 def psnr(one: Tensor, other: Tensor) -> Tensor:
-    """In dB, of each picture [batch, 3, height, width] in [-1, 1]."""
+    """The PSNR in dB of each picture [batch, 3, height, width] in [-1, 1]."""
     return -10 * ((one - other) / 2).square().flatten(1).mean(dim=1).log10()
 
 
 def pictures(data: Path, count: int) -> list:
-    """Pictures of the plain style, spread over the data set in its order."""
+    """Pictures of the plain style, evenly spaced in the data set."""
     plain = [record for record in read_records(data) if record.style in ("", "flat") and not record.held_out]
     return [open_image(data / plain[place * len(plain) // count].file_name) for place in range(count)]
 

@@ -46,7 +46,7 @@ def write_folder(folder: Path) -> None:
 
 
 def karlo_networks():
-    """Component → a function that builds it with Karlo's configuration (facts: its published config files)."""
+    """Functions that build each component with Karlo's published configuration, by name."""
     from unclip import PriorTransformer, UnCLIPTextProjModel, UNet2DConditionModel, UNet2DModel
 
     widths, resnets = (320, 640, 960, 1280), "ResnetDownsampleBlock2D"
@@ -75,7 +75,7 @@ def karlo_networks():
 
 
 def karlo_schedulers():
-    """Component → scheduler with Karlo's settings."""
+    """Schedulers with Karlo's settings by name."""
     from unclip import UnCLIPScheduler
 
     return {
@@ -86,7 +86,7 @@ def karlo_schedulers():
 
 
 def draw(folder: Path, steps: int) -> dict[str, object]:
-    """Load the folder and make one picture, in this process."""
+    """Load the folder and make one picture in this process."""
     import torch
 
     from unclip import UnCLIPPipeline
@@ -112,15 +112,15 @@ def draw(folder: Path, steps: int) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2, help="steps a stage (default 2)")
-    parser.add_argument("--folder", type=Path, help="an existing Karlo-size folder to draw with (skips writing one)")
+    parser.add_argument("--steps", type=int, default=2, help="steps of each stage (default 2)")
+    parser.add_argument("--folder", type=Path, help="an existing folder of Karlo's size to use, instead of writing one")
     arguments = parser.parse_args()
     if arguments.folder:
         print(json.dumps(draw(arguments.folder, arguments.steps)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         write_folder(Path(scratch))
-        # In a process of its own, so that writing does not count towards the peak.
+        # In a new process, so that writing does not count towards the peak.
         again = [sys.executable, __file__, "--steps", str(arguments.steps), "--folder", scratch]
         subprocess.run(again, check=True)
 

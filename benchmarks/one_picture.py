@@ -1,8 +1,8 @@
-"""How long the built-in model takes for one picture: the call of a loaded pipeline, and a command from start to file.
+"""Time one picture of the built-in model: the call of a loaded pipeline, and the whole command.
 
     python benchmarks/one_picture.py
 
-Each is done `--repeats` times; minimum, median and maximum are printed, in seconds.
+Each is repeated `--repeats` times. Minimum, median and maximum are printed in seconds.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch
 
 
 def loaded(repeats: int) -> list[float]:
-    """Seconds a call at the model's recommended settings; the first call is not counted."""
+    """Seconds per call with the model's recommended settings, without the first call."""
     from unclip import UnCLIPPipeline
 
     pipe = UnCLIPPipeline.from_pretrained("unclip-emoji")
@@ -32,7 +32,7 @@ def loaded(repeats: int) -> list[float]:
 
 
 def commands(repeats: int) -> list[float]:
-    """Seconds from the start of `unclip generate` to its end, with the picture on the disk."""
+    """Seconds from the start to the end of `unclip generate`, including writing the file."""
     times = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(repeats):

@@ -1,13 +1,13 @@
-"""How smooth a path between two pictures, or two captions, is: a Markdown table.
+"""Measure the smoothness of paths between two pictures or two captions: a Markdown table.
 
     python benchmarks/paths.py --data data/emoji                     # about ten minutes on two cores
     python benchmarks/paths.py --data data/emoji --one-noise --drawings 2
 
-A jump is the root mean square of what two neighbouring frames differ by, in pixels of [0, 1] at the decoder's size.
-Told are the largest jump of a path over its median one, and how far the first and last frames are from what the ends
-decode to by themselves, for frames in equal turns (0 drawings) and placed after the path has been drawn so often. The
-pictures are the data set's plain ones, far from each other in it; each is inverted first. As in `unclip interpolate`,
-the decoder is guided between captions only.
+A jump is the root mean square difference of two neighbouring frames, in pixels of [0, 1] at the decoder's size. The
+table has the largest jump of a path divided by its median jump, and the distance of the first and the last frame from
+the decoded ends. The frames are in equal turns (0 drawings), or placed after the path was decoded that many times. The
+pictures are plain ones that are far from each other in the data set. Each is inverted first. As in `unclip
+interpolate`, the decoder uses guidance only between captions.
 """
 
 import argparse
@@ -33,10 +33,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="the emoji data set")
     parser.add_argument("--model", default="unclip-emoji")
-    parser.add_argument("--num-pairs", type=int, default=20, help="of pictures")
+    parser.add_argument("--num-pairs", type=int, default=20, help="pairs of pictures")
     parser.add_argument("--num-between", type=int, default=7, help="frames between the ends")
     parser.add_argument("--drawings", type=int, nargs="+", default=list(range(NUM_DRAWINGS + 1)))
-    parser.add_argument("--one-noise", action="store_true", help="frames keep the first end's noise")
+    parser.add_argument("--one-noise", action="store_true", help="keep the first end's noise in all frames")
     asked = parser.parse_args()
 
     tool = Manipulator.from_pretrained(asked.model)

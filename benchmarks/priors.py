@@ -1,7 +1,7 @@
-"""Both kinds of prior on the emoji set: likelihood, closeness to the true embedding, time, and what candidates bring.
+"""Compare both kinds of prior on the emoji set: likelihood, cosine to the true embedding, time and candidates.
 
-Prints a table in Markdown; `--out` also writes the numbers as JSON. Everything is measured on pictures that were
-trained on ("seen", drawn by their weight) and on concepts that were not ("held out").
+It prints Markdown tables; `--out` also writes the numbers as JSON. Everything is measured on concepts that were seen in
+training, sampled by their weight, and on concepts that were held out.
 
     python benchmarks/priors.py --data runs/emoji/data --autoregressive runs/emoji/prior_autoregressive/model
     python benchmarks/priors.py --data runs/emoji/data --autoregressive … --pictures 0      # without the judge
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unclip import AutoregressivePrior, DPMSolverMultistepScheduler, UnCLIPPipeline
 from unclip.data.batches import Rows
-from unclip.data.emoji.evaluation_set import Exam
+from unclip.data.emoji.evaluation_set import EvaluationSet
 from unclip.data.source import FolderSource
 from unclip.diffusion.loop import NoiseSource, generators_from_seed
 from unclip.evaluation.retrieval import Candidates, Judge
@@ -43,11 +43,11 @@ CANDIDATES = (1, 2, 4)
 SHOWN = ["lion", "rocket", "rose", "penguin", "sailboat", "red apple", "pizza", "butterfly"]
 """Captions of the sheet."""
 SMOOTHING = 1.0
-"""Added to each count of the unigram model, so that a code which was never seen has a chance too."""
+"""Added to each count of the unigram model, so that unseen codes have a probability above 0."""
 
 
 def unigram(codes: Tensor, weights: Tensor, num_buckets: int) -> Tensor:
-    """log p(code) of each component by itself, [num_components, num_buckets], from codes drawn by `weights`."""
+    """The unigram log p(code) of each component, [num_components, num_buckets], from codes sampled by `weights`."""
     share = weights / weights.sum() * len(codes)
     counts = torch.stack([torch.bincount(column, share, num_buckets) for column in codes.T]) + SMOOTHING
     return (counts / counts.sum(dim=1, keepdim=True)).log()
@@ -56,7 +56,7 @@ def unigram(codes: Tensor, weights: Tensor, num_buckets: int) -> Tensor:
 def likelihoods(
     prior: AutoregressivePrior, clip: FrozenClip, rows: Rows, embeddings: Tensor, alone: Tensor
 ) -> dict[str, float]:
-    """Mean −log p in nats a component, of the unigram model and of the prior told this much and that much."""
+    """Mean −log p in nats per component, of the unigram model and of the prior with different conditions."""
     stage, codes = AutoregressivePriorStage(prior), prior.encode(embeddings)
     text = clip.text.encode(rows.captions)
     untold = torch.full((len(codes),), prior.no_dot_code)
@@ -78,8 +78,8 @@ def likelihoods(
 
 
 def closeness(draw: Callable[[Any], Tensor], clip: FrozenClip, rows: Rows, embeddings: Tensor) -> dict[str, float]:
-    """Mean cosines of what a prior draws: with the picture's embedding, with another's, and with the caption's; and how
-    often its picture comes first among all of the group."""
+    """Mean cosines of a prior's samples with the picture's, another picture's and the caption's embedding; and how
+    often the right picture is the nearest of the group."""
     text = clip.text.encode(rows.captions)
     drawn = draw(text)
     scores = F.normalize(drawn, dim=-1) @ F.normalize(embeddings, dim=-1).T
@@ -92,7 +92,7 @@ def closeness(draw: Callable[[Any], Tensor], clip: FrozenClip, rows: Rows, embed
 
 
 def drawer(sampler: EmbeddingSampler, clip: FrozenClip, scale: float, num_candidates: int = 1) -> Callable:
-    """Text embeddings → image embeddings, row i by seed i, in batches of 64."""
+    """A function from text embeddings to image embeddings, in batches of 64; row i has seed i."""
 
     def draw(text) -> Tensor:
         parts = []
@@ -114,7 +114,7 @@ def drawer(sampler: EmbeddingSampler, clip: FrozenClip, scale: float, num_candid
 
 
 def seconds(draw: Callable[[Any], Tensor], clip: FrozenClip, batch_size: int, repeats: int = 3) -> dict[str, float]:
-    """Seconds an embedding: the least of some repeats on the clock, and of processor time."""
+    """Seconds per embedding: the minimum of several repeats, in wall time and in processor time."""
     text = clip.text.encode(["a red apple"]).select([0] * batch_size)
     walls, cpus = [], []
     for _ in range(repeats):
@@ -137,11 +137,11 @@ def judged(
 
     Picture i has the same noise whichever embedding it is made of, so one embedding makes one picture.
     """
-    exam = Exam.prepare(args.data, num_seen=args.pictures, num_held_out=args.pictures, seed=0)
-    candidates = Candidates.read_by(judge, exam.captions)
+    evaluation_set = EvaluationSet.prepare(args.data, num_seen=args.pictures, num_held_out=args.pictures, seed=0)
+    candidates = Candidates.read_by(judge, evaluation_set.captions)
     found: dict[str, dict[str, Any]] = {}
-    for group in exam.groups:
-        captions = exam.asked(group)
+    for group in evaluation_set.groups:
+        captions = evaluation_set.asked(group)
         found[group] = {"num": len(captions)}
         made: dict[tuple[int, tuple[float, ...]], Image.Image] = {}
         for count, draw in draws.items():
@@ -157,7 +157,7 @@ def judged(
 
 
 def draw_sheet(pipe: UnCLIPPipeline, samplers: dict[str, EmbeddingSampler], clip: FrozenClip, scale: float, path: Path):
-    """A row of pictures for each prior, all with the same noise, the best of four candidates."""
+    """A sheet with a row of pictures for each prior, with the same noise and the best of four candidates."""
     cards = []
     for kind, sampler in samplers.items():
         embeddings = drawer(sampler, clip, scale, max(CANDIDATES))(clip.text.encode(SHOWN))
@@ -281,15 +281,19 @@ def main() -> None:
     parser.add_argument(
         "--model", type=Path, default=ASSETS / "emoji", help="a pipeline's folder with a diffusion prior"
     )
-    parser.add_argument("--autoregressive", type=Path, required=True, help="the run's model/ folder")
+    parser.add_argument("--autoregressive", type=Path, required=True, help="the model/ folder of a training run")
     parser.add_argument("--judge", type=Path, default=ASSETS / "emoji-judge")
     parser.add_argument("--data", type=Path, required=True, help="the emoji data set")
-    parser.add_argument("--num", type=int, default=512, help="pictures of each group for likelihood and cosines")
-    parser.add_argument("--pictures", type=int, default=64, help="pictures of each group for the judge; 0: none")
-    parser.add_argument("--fast", action="store_true", help="pictures by DPM-Solver in 8 and 2 steps")
+    parser.add_argument(
+        "--num", type=int, default=512, help="number of pictures in each group for likelihood and cosines"
+    )
+    parser.add_argument(
+        "--pictures", type=int, default=64, help="number of pictures in each group for the judge; 0 for none"
+    )
+    parser.add_argument("--fast", action="store_true", help="make pictures with DPM-Solver in 8 and 2 steps")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--sheet", type=Path, help="a PNG: a row of pictures for each prior")
+    parser.add_argument("--sheet", type=Path, help="a PNG with a row of pictures for each prior")
     parser.add_argument("--out", type=Path, help="a JSON file for the numbers")
     args = parser.parse_args()
     with torch.no_grad():

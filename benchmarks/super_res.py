@@ -1,12 +1,12 @@
-"""How near super-resolution comes to real pictures that were made small: a Markdown table, beside bicubic resizing.
+"""Measure how well super-resolution restores reduced pictures, compared with bicubic resizing: a Markdown table.
 
     python benchmarks/super_res.py --data data/emoji                     # a minute on two cores
     python benchmarks/super_res.py --data data/emoji --model DIR
 
-The pictures are of concepts that were held out of training, in every style; each is averaged down to the decoder's
-size and enlarged again in as many steps as the model recommends. PSNR and SSIM are means, of pixels in [0, 1] at the
-size of the finished pictures. Noisy: with noise of a standard deviation of 0.05 of [-1, 1] on the small picture, as a
-decoder's slight errors are.
+The pictures show concepts that were held out of training, in every style. Each is reduced to the decoder's size by
+averaging and enlarged with the model's recommended number of steps. PSNR and SSIM are means over pixels in [0, 1] at
+the final size. In the rows called noisy, Gaussian noise with a standard deviation of 0.05 (of [-1, 1]) is added to the
+small picture, to imitate small errors of the decoder.
 """
 
 import argparse

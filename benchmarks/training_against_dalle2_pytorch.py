@@ -1,4 +1,4 @@
-"""Time training steps against DALLE2-pytorch's own trainer, both in one run, in turn, on the same random data.
+"""Time training steps against DALLE2-pytorch's own trainer, alternating, on the same random data.
 
     python -m venv /tmp/dalle2
     /tmp/dalle2/bin/pip install torch accelerate einops ema-pytorch rotary-embedding-torch pytorch-warmup \\
@@ -6,14 +6,14 @@
     /tmp/dalle2/bin/pip install --no-deps dalle2-pytorch
     python benchmarks/training_against_dalle2_pytorch.py --python /tmp/dalle2/bin/python --repeats 7
 
-A step is that of either trainer: noise drawn, forward, backward, gradients clipped, AdamW, moving average. Prior and
-decoder have the same number of parameters to 3 %, the same batch, picture size and precision. The texts' and pictures'
-embeddings are given: captions of 6 to 24 tokens, evenly, in CLIP's context of 77. Theirs computes the padding with
-learned tokens in its place; ours leaves out what no caption of the batch needs. The decoders have three levels of one
-block each, ours with the built-in model's widths, theirs with its usual ones (1, 2 and 4 times the first): of as many
-parameters it computes 2.8 GFLOP a picture, ours 2.6. Ours updates its average at every step, theirs at every tenth,
-which is its default. On a CPU that only emulates bfloat16 ours trains in float32 where "bf16" is asked for, and theirs
-takes minutes a step (`--batch 8` shortens them).
+A step consists of sampling noise, forward, backward, gradient clipping, AdamW and the moving average. Priors and
+decoders have the same number of parameters within 3 %, and the same batch, picture size and precision. The embeddings
+of texts and pictures are precomputed. Captions have 6 to 24 tokens, uniformly, in CLIP's context of 77. DALLE2-pytorch
+computes the padding with learned tokens; unclip omits tokens that no caption of the batch needs. The decoders have
+three levels with one block each. Ours has the built-in model's widths and computes 2.6 GFLOP per picture; theirs has
+its usual widths (1, 2 and 4 times the first) and computes 2.8 GFLOP. Ours updates the average at every step, theirs at
+every tenth, which is its default. On a CPU that only emulates bfloat16, ours trains in float32 for "bf16", and theirs
+takes minutes per step (use `--batch 8`).
 """
 
 import argparse
@@ -42,7 +42,7 @@ REST_S = 0.2
 
 
 class Theirs:
-    """DALLE2-pytorch's trainer in a process of its own."""
+    """DALLE2-pytorch's trainer in a separate process."""
 
     def __init__(self, process: subprocess.Popen, settings: dict):
         self.process = process
@@ -63,7 +63,7 @@ class Theirs:
 
 
 class Ours:
-    """Our trainer on a task whose data are random tensors."""
+    """Our trainer on a task with random tensors as data."""
 
     def __init__(self, settings: dict, folder: Path):
         from unclip.training.recipe import read_recipe
@@ -88,12 +88,12 @@ class Ours:
 
 
 def lengths(batch: int) -> list[int]:
-    """Tokens of each caption."""
+    """The number of tokens of each caption."""
     return [6 + row * 19 // batch for row in range(batch)]
 
 
 def random_task(settings: dict):
-    """What the trainer asks for, with random pictures, texts and embeddings."""
+    """A training task with random pictures, texts and embeddings."""
     import torch
 
     from unclip.clip.encoders import TextEmbedding
@@ -185,7 +185,7 @@ def decoder_module(settings: dict):
 
 @contextmanager
 def peer(python: str) -> Iterator[subprocess.Popen]:
-    """The worker's process; it ends with this block."""
+    """Start the worker process, and end it on exit."""
     worker = Path(__file__).parent / "dalle2_pytorch_worker.py"
     process = subprocess.Popen([python, str(worker)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
@@ -210,7 +210,7 @@ def compare(
         if abs(ours.parameters / theirs.parameters - 1) > SAME_PARAMETERS:
             sys.exit(f"{ours.parameters} and {theirs.parameters} parameters are not the same to {SAME_PARAMETERS:.0%}")
         turns = []
-        for _ in range(repeats + 1):  # the first one warms up
+        for _ in range(repeats + 1):  # the first is a warm-up
             turn = []
             for side in (ours, theirs):
                 time.sleep(REST_S)
@@ -227,14 +227,14 @@ def compare(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", required=True, help="the Python of an environment that has dalle2-pytorch")
-    parser.add_argument("--stage", choices=list(STAGES), action="append", help="both unless given")
-    parser.add_argument("--precision", choices=["no", "bf16"], action="append", help="both unless given")
-    parser.add_argument("--steps", type=int, default=1, help="steps a turn")
+    parser.add_argument("--python", required=True, help="the Python of an environment with dalle2-pytorch")
+    parser.add_argument("--stage", choices=list(STAGES), action="append", help="default: both")
+    parser.add_argument("--precision", choices=["no", "bf16"], action="append", help="default: both")
+    parser.add_argument("--steps", type=int, default=1, help="steps in a row")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--batch", type=int, help="in place of 128 for the prior and 64 for the decoder")
+    parser.add_argument("--batch", type=int, help="batch size (default: 128 for the prior, 64 for the decoder)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--json", action="store_true", help="one JSON object in place of the table")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     arguments = parser.parse_args()
     import torch
 

@@ -1,10 +1,10 @@
-"""Run every drawing command of the guides, each in a process of its own, and put its pictures into docs/images.
+"""Run the commands of the guides, each in a new process, and write their pictures to docs/images.
 
-Prints a table of the seconds from start to exit.
+It prints a table of the seconds from start to exit.
 
-python examples/guide_pictures.py --data data/emoji                          # all of them, in about ten minutes
-python examples/guide_pictures.py --data data/emoji --guide manipulations    # one guide's
-python examples/guide_pictures.py --data data/emoji --only edited blended    # those whose command names these
+python examples/guide_pictures.py --data data/emoji           # all guides, in about ten minutes
+python examples/guide_pictures.py --guide manipulations       # one guide; without --data, `probe fit` is left out
+python examples/guide_pictures.py --only generate edited      # only commands that contain one of these words
 """
 
 import argparse
@@ -21,20 +21,18 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from unclip import UnCLIPInpaintPipeline, UnCLIPPipeline
-from unclip.data.folder import read_records
 from unclip.images import grid, labelled, open_image
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 GUIDES = ("manipulations", "editing", "priors")
-SOURCES = {"cat.png": "cat face", "dog.png": "dog face", "heart.png": "red heart"}
 SHEET_WIDTH_PX = 900
 NAMES = {"path": "pictures"}
-"""What a sheet is called that a command writes into a folder of another name."""
+"""The names of sheets whose folder has another name."""
 CANDIDATES = ["lion-1", "rocket-2", "rose-3", "penguin-4", "sailboat-5"]
-# Pictures that several commands of a guide make together: rows of files and labels.
+# Figures made from the pictures of several commands: rows of files and labels.
 SHOWN = {
     "manipulations": {
-        "inverted.png": [[("cat.png", "the picture"), ("latents/cat-reconstruction.png", "out of its latents")]],
+        "inverted.png": [[("cat-face-1.png", "the picture"), ("latents/cat-face-1-reconstruction.png", "decoded")]],
     },
     "editing": {
         "inpaint.png": [
@@ -64,7 +62,7 @@ SHOWN = {
         ],
     },
 }
-# What is there, and what is asked for in the masked part; None: what is there already.
+# The picture, and the caption for its masked part; None: no caption.
 EDITS = [
     ("red apple", "green apple"), ("dog face", "cat face"), ("cat face", "tiger face"), ("lion", "dog face"),
     ("pizza", "pizza"), ("birthday cake", "cupcake"), ("rose", "sunflower"), ("fish", "whale"),
@@ -75,37 +73,37 @@ EDITS = [
 
 
 def commands(guide: str) -> list[list[str]]:
-    """The arguments of every `unclip` line in the guide's shell blocks but for trainings and what has placeholders."""
+    """The arguments of the `unclip` commands in the guide, without training, downloads and lines with placeholders."""
     text = (DOCS / "guides" / f"{guide}.md").read_text(encoding="utf-8")
     lines = "\n".join(re.findall(r"```(?:sh|console)\n(.*?)```", text, re.DOTALL)).replace("\\\n", "").splitlines()
     bare = [line.removeprefix("$ ") for line in lines]
     found = [shlex.split(line)[1:] for line in bare if line.startswith("unclip ")]
-    return [args for args in found if args[0] != "train" and not {"RUN", "DIR", "…"} & set(args)]
+    return [args for args in found if args[0] not in ("train", "data") and not {"RUN", "DIR", "…"} & set(args)]
 
 
 def half_mask() -> Image.Image:
-    """White, to be drawn anew, in the right half."""
+    """A mask that selects the right half."""
     mask = Image.new("L", (128, 128), "black")
     mask.paste("white", (64, 0, 128, 128))
     return mask
 
 
 def ellipse_mask() -> Image.Image:
-    """White in an ellipse right of the middle."""
+    """A mask that selects an ellipse right of the centre."""
     mask = Image.new("L", (128, 128), "black")
     ImageDraw.Draw(mask).ellipse((52, 20, 120, 108), fill="white")
     return mask
 
 
 def save(sheet: Image.Image, path: Path) -> None:
-    """Small enough for a repository: 256 colours, no wider than a page."""
+    """Save a small file: 256 colours, at most 900 pixels wide."""
     height = round(sheet.height * min(1, SHEET_WIDTH_PX / sheet.width))
     small = sheet.convert("RGB").resize((min(sheet.width, SHEET_WIDTH_PX), height), Image.Resampling.LANCZOS)
     small.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def publish(name: str, made: Path, images: Path) -> None:
-    """The sheet (and the film) of the command whose folder is `made`, as `name`."""
+    """Save the sheet and the animation in the folder `made` as `name`."""
     with Image.open(next(made.glob("*-grid.png"))) as sheet:
         save(sheet, images / f"{name}.png")
     for film in made.glob("*.webp"):
@@ -113,23 +111,23 @@ def publish(name: str, made: Path, images: Path) -> None:
 
 
 def compose(rows: list[list[tuple[str, str]]]) -> Image.Image:
-    """Pictures side by side with their labels, each in the size of the largest, pixels as they are."""
+    """Labelled pictures side by side, all enlarged to the largest size without interpolation."""
     opened = [(open_image(file), text) for row in rows for file, text in row]
     size = max((image.size for image, _ in opened), key=lambda size: size[1])
     cards = [(image.resize(size, Image.Resampling.NEAREST), text) for image, text in opened]
     return grid([labelled(image, text) if text else image for image, text in cards], columns=len(rows[0]), gap=8)
 
 
-def draw_guide(guide: str, data: Path, images: Path, only: list[str] | None) -> None:
-    """Run the guide's commands in a folder that is thrown away, and publish what they make."""
-    files = {record.label: record.file_name for record in read_records(data) if record.style == "flat"}
-    for name, label in SOURCES.items():
-        shutil.copy(data / files[label], name)
-    Path("data").mkdir()
-    Path("data/emoji").symlink_to(data)
+def draw_guide(guide: str, data: Path | None, images: Path, only: list[str] | None) -> None:
+    """Run the guide's commands in the current, temporary folder, and save their pictures."""
+    if data is not None:
+        Path("data").mkdir()
+        Path("data/emoji").symlink_to(data)
     half_mask().save("mask.png")
     for arguments in commands(guide):
         if only and not set(only) & set(arguments):
+            continue
+        if data is None and {"data/emoji", "pca.safetensors"} & set(arguments):
             continue
         begun = time.perf_counter()
         done = subprocess.run([sys.executable, "-m", "unclip", *arguments], capture_output=True, text=True)
@@ -145,7 +143,7 @@ def draw_guide(guide: str, data: Path, images: Path, only: list[str] | None) -> 
 
 
 def draw_twenty(images: Path) -> None:
-    """Twenty inpaintings: the picture, what is known of it, and the result."""
+    """Draw twenty examples of inpainting: the picture, its known part, and the result."""
     pipe = UnCLIPInpaintPipeline.from_pretrained("unclip-emoji")
     pipe.set_progress_bar_config(leave=False)
     mask = ellipse_mask()
@@ -162,11 +160,11 @@ def draw_twenty(images: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="the emoji data set")
-    parser.add_argument("--guide", choices=GUIDES, help="of this guide alone")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="only the commands with one of these words")
+    parser.add_argument("--data", type=Path, help="the emoji data set, which `unclip probe fit` needs")
+    parser.add_argument("--guide", choices=GUIDES, help="only this guide")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="only commands that contain one of these words")
     asked = parser.parse_args()
-    data, before = asked.data.resolve(), Path.cwd()
+    data, before = asked.data and asked.data.resolve(), Path.cwd()
     print("| command | seconds |\n|---|---|")
     for guide in [asked.guide] if asked.guide else GUIDES:
         images = DOCS / "images" / guide

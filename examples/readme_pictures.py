@@ -1,7 +1,7 @@
-"""Draw the pictures of the README with the built-in model.
+"""Make the pictures of the README with the built-in model.
 
 python examples/readme_pictures.py                                         # writes docs/images/*.png
-python examples/readme_pictures.py --evaluated sheet-held-out.png held-out # the first rows of a sheet of evaluate
+python examples/readme_pictures.py --evaluated sheet-held-out.png held-out # the first rows of an evaluation sheet
 """
 
 import argparse
@@ -20,7 +20,7 @@ CAPTIONS = [
     "red heart", "smiling face", "automobile", "rocket", "soccer ball",
 ]  # fmt: skip
 EVALUATED_ROWS_PX = 8 * (128 + 18 + 12) - 12
-"""Eight rows of cards, as `unclip evaluate` draws them."""
+"""The height of eight rows of a sheet of `unclip evaluate`."""
 VARIED = ["red apple", "dog face", "rocket"]
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="unclip-emoji")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "images", metavar="DIR")
-    parser.add_argument("--evaluated", nargs=2, metavar=("SHEET", "NAME"), help="publish a sheet, and draw nothing")
+    parser.add_argument("--evaluated", nargs=2, metavar=("SHEET", "NAME"), help="only save the first rows of a sheet")
     args = parser.parse_args()
     folder: Path = args.out
     folder.mkdir(parents=True, exist_ok=True)

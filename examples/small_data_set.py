@@ -1,8 +1,8 @@
-"""Make a folder of a few hundred captioned pictures out of the rendered emoji, to learn training on.
+"""Make a small data set of captioned pictures from the rendered emoji, to try training.
 
 python examples/small_data_set.py runs/emoji/data runs/small/data          # 200 of them
 
-What it writes is the least that training needs: pictures, and `metadata.jsonl` with `file_name` and `text`.
+It contains the minimum that training needs: pictures, and `metadata.jsonl` with `file_name` and `text`.
 """
 
 import argparse
@@ -14,8 +14,10 @@ from unclip.data.folder import read_records
 
 
 def choose(records: list, count: int) -> list:
-    """At most `count` pictures, evenly from the whole data set, and no two of one concept."""
-    concepts = {record.concept or record.file_name: record for record in reversed(records)}  # the first of each
+    """At most `count` records, evenly spaced in the data set, one for each concept."""
+    concepts = {
+        record.concept or record.file_name: record for record in reversed(records)
+    }  # the first record of each concept
     first = list(reversed(concepts.values()))
     count = min(count, len(first))
     return [first[place * len(first) // count] for place in range(count)]
@@ -24,7 +26,7 @@ def choose(records: list, count: int) -> list:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="a data set: unclip data emoji --out SOURCE")
-    parser.add_argument("out", type=Path, help="the folder to make")
+    parser.add_argument("out", type=Path, help="the folder to create")
     parser.add_argument("--count", type=int, default=200)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True)

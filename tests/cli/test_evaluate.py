@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 from PIL import Image
@@ -87,7 +88,7 @@ def test_nothing_is_overwritten_unasked(ask, tmp_path, name):
     sheet = ("--sheet", tmp_path / "s") if name != "report.json" else ()
     done = ask(*sheet, "-q")
     assert (done.code, done.out) == (1, "")
-    assert f"{name} is there already; give --overwrite" in done.err
+    assert f"{name} exists; give --overwrite" in done.err
     assert (tmp_path / name).read_text() == "mine"
     done = ask(*sheet, "--overwrite", "-q")
     assert done.code == 0, done.err
@@ -182,7 +183,7 @@ def test_variations_by_the_command_line(unclip, model, data, tmp_path):
     assert report["settings"]["decoder_num_inference_steps"] == 2
     again = unclip("evaluate", "variations", "--model", model, "--data", data, "--out", out, *few)
     assert again.code == 1
-    assert "is there already" in again.err
+    assert "exists; give --overwrite" in again.err
 
 
 def test_broken_pictures_by_the_command_line(unclip, model, data, tmp_path):
@@ -192,7 +193,7 @@ def test_broken_pictures_by_the_command_line(unclip, model, data, tmp_path):
     out = tmp_path / "prior.json"
     done = unclip("evaluate", "prior", "--model", model, "--data", data, "--out", out, "--prior-steps", "2", "-q")
     assert done.code == 0, done.err
-    assert "warning: 1 of the 101 pictures asked for" in done.err
+    assert "warning: 1 of the 101 chosen pictures" in done.err
     assert "gone.png" in done.err
     report = json.loads(out.read_text())["prior"]
     assert (report["num_skipped"], list(report["skipped"])) == (1, ["gone.png"])
@@ -248,7 +249,7 @@ def test_prior(unclip, model, data, tmp_path, variation):
     assert "judge" not in report
     again = unclip("evaluate", "prior", "--model", model, *where)
     assert (again.code, again.out) == (1, "")
-    assert "is there already" in again.err
+    assert "exists; give --overwrite" in again.err
     done = unclip("evaluate", "prior", "--model", variation, *where, "--overwrite")
     assert "has no prior" in done.err
 
@@ -337,6 +338,19 @@ def test_a_sweep_goes_on_where_it_stopped(swept, tmp_path, monkeypatch):
     assert [point["seconds_per_picture"] for point in found[::2]] == seconds
 
 
+def test_a_sweep_without_matplotlib_writes_no_charts(unclip, swept, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = swept("--decoder-steps", "1,2")
+    assert done.code == 0, done.err
+    assert done.err.count("warning: no charts will be written because matplotlib is not installed") == 1
+    assert [each["decoder_num_inference_steps"] for each in points(tmp_path / "sweep.json")] == [1, 2]
+    assert not list(tmp_path.glob("*.svg"))
+    assert unclip("evaluate", "report", tmp_path / "sweep.json", "--out", tmp_path / "page.html").code == 0
+    text = (tmp_path / "page.html").read_text()
+    assert "The charts are left out because matplotlib is not installed." in text
+    assert "<svg" not in text
+
+
 def test_candidates_are_swept(swept, tmp_path):
     done = swept("--candidates", "1,3", "--decoder-steps", "2")
     assert done.code == 0, done.err
@@ -383,7 +397,7 @@ def test_samplers_are_switched_and_put_back(own_pipeline):
         (("--prior-top-p", "0.5,2"), "--prior-top-p is 2"),
         (("--prior-temperature", "1,warm"), "--prior-temperature is 'warm'"),
         (("--prior-temperature", "0.5"), "diffusion prior"),
-        (("--sampler", "ddim,euler"), "--sampler has 'euler' in it; there are ancestral, ddim, dpm"),
+        (("--sampler", "ddim,euler"), "--sampler contains 'euler'; it must be one of ancestral, ddim, dpm"),
         (("--decoder-steps", ",".join(map(str, range(1, 1001))), "--sampler", "ddim,dpm"), "2000 combinations"),
     ],
 )
@@ -400,7 +414,7 @@ def test_a_sweep_replaces_nothing_else(swept, tmp_path, content):
     out.write_text(content)
     done = swept()
     assert (done.code, done.out) == (1, "")
-    assert "is no sweep" in done.err
+    assert "is not a report of a sweep" in done.err
     assert out.read_text() == content
 
 
@@ -408,7 +422,7 @@ def test_a_sweep_replaces_no_charts_of_another(swept, tmp_path):
     (tmp_path / "sweep-seconds.svg").write_text("mine")
     done = swept()
     assert (done.code, done.out) == (1, "")
-    assert "sweep-seconds.svg is there already" in done.err
+    assert "sweep-seconds.svg exists" in done.err
 
 
 # -- a user's own Inception, and the page ------------------------------------------------------------------------------
@@ -465,7 +479,7 @@ def test_a_page_of_nothing(unclip, tmp_path):
     (tmp_path / "x.json").write_text("{}")
     done = unclip("evaluate", "report", tmp_path / "x.json", "--out", tmp_path / "x.html")
     assert (done.code, done.out) == (1, "")
-    assert "no report of unclip evaluate" in done.err
+    assert "not a report of unclip evaluate" in done.err
     assert not (tmp_path / "x.html").exists()
     assert unclip("evaluate", "report", tmp_path / "missing.json", "--out", tmp_path / "x.html").code == 1
 
@@ -482,4 +496,4 @@ def test_wordings(unclip, model, data, tmp_path):
     assert [line.split()[0] for line in done.lines] == ["number", "all", "words", "chance"]
     again = unclip("evaluate", "wordings", *where, "--wordings", tmp_path / "list.json")
     assert again.code == 1
-    assert "is there already" in again.err
+    assert "exists; give --overwrite" in again.err

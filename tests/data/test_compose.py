@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from unclip.data.emoji.build import compose as module
+from unclip.data.emoji import compose as module
 from unclip.data.emoji.compose import (
     BACKGROUNDS,
     HUES,

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from unclip.data.emoji.build import build
+from unclip.data.emoji import build
 from unclip.data.emoji.phrases import PHRASES
 from unclip.data.folder import load_pictures, read_records
 from unclip.errors import DataError, MissingDependencyError, OutputExistsError
@@ -153,7 +153,7 @@ def test_a_package_without_its_file(packages, tmp_path, monkeypatch):
     content = tarball({"other.json": {}})
     (packages / build.LABELS.tarball).write_bytes(content)
     monkeypatch.setattr(build, "LABELS", replace(build.LABELS, sha256=hashlib.sha256(content).hexdigest()))
-    with pytest.raises(DataError, match=r"holds no file package/en/data\.json"):
+    with pytest.raises(DataError, match=r"does not contain package/en/data\.json"):
         build.build_emoji(tmp_path / "set", packages=packages)
 
 

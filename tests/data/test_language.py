@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from unclip.data.emoji.build import language
+from unclip.data.emoji import language
 from unclip.data.emoji.language import build_language, plain, plural
 from unclip.errors import DataError
 

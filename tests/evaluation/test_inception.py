@@ -130,7 +130,7 @@ def test_what_could_run_is_refused(tmp_path, name):
 
 
 def test_what_is_not_there(tmp_path):
-    with pytest.raises(MissingFileError, match="not there"):
+    with pytest.raises(MissingFileError, match="does not exist"):
         InceptionFeatures.load(tmp_path / "x.safetensors")
     with pytest.raises(MissingFileError, match=r"inception\.safetensors"):
         InceptionFeatures.load(tmp_path)

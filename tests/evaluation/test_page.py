@@ -141,12 +141,12 @@ def test_nothing_in_a_report_can_run(tmp_path):
 @pytest.mark.parametrize(
     ("report", "words"),
     [
-        ({}, "no report of unclip evaluate"),
-        ({"retrieval": 3}, "no report of unclip evaluate"),
-        ({"retrieval": {"seen": {"num": 2, "real": {}}}}, "no whole report of retrieval"),
-        ({"prior": {"seen": {"cosine": 3}}}, "no whole report of prior"),
-        ({"sweep": {"points": [{}], "real": {"seen": RATES}}}, "no whole report of sweep"),
-        ({"sweep": []}, "no report of unclip evaluate"),
+        ({}, "not a report of unclip evaluate"),
+        ({"retrieval": 3}, "not a report of unclip evaluate"),
+        ({"retrieval": {"seen": {"num": 2, "real": {}}}}, "not a complete retrieval report"),
+        ({"prior": {"seen": {"cosine": 3}}}, "not a complete prior report"),
+        ({"sweep": {"points": [{}], "real": {"seen": RATES}}}, "not a complete sweep report"),
+        ({"sweep": []}, "not a report of unclip evaluate"),
     ],
 )
 def test_what_is_no_report(report, words):

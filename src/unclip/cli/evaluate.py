@@ -67,7 +67,7 @@ class FewAsked(Asked):
 
 @dataclass(frozen=True)
 class WordingsAsked(Asked):
-    """Options of `wordings`: which captions are used is up to the list."""
+    """Options of `wordings`, which takes its captions from a list."""
 
     num_seen: int = 0
     num_held_out: int | None = 0
@@ -76,7 +76,7 @@ class WordingsAsked(Asked):
 
 @dataclass(frozen=True)
 class PriorAsked(Asked):
-    """Options of `prior`, which makes no pictures for a judge."""
+    """Options of `prior`, which needs no judge."""
 
     judge: str = BUILT_IN_JUDGE
     sheet: Path | None = None
@@ -123,7 +123,7 @@ def retrieval(
         **asked.numbers(),
         sheet=asked.sheet,
         features=space,
-        progress=measures.bar(quiet, desc="drawing", unit="batch"),
+        progress=measures.bar(quiet, desc="generating", unit="batch"),
         **subject.settings,
     )
     about = subject.about | ({"features": space.name} if space is not None else {})
@@ -140,12 +140,12 @@ def wordings(
         typer.Option(
             "--wordings",
             metavar="FILE",
-            help="JSON: {kind: {wording: [labels that are right]}}.",
+            help="A JSON file: {kind: {wording: [accepted labels]}}.",
             show_default="the built-in list, for emoji",
         ),
     ] = None,
     sheet: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the pictures on FILE.", show_default="no")
+        Path | None, typer.Option(metavar="FILE", help="Write a sheet of the pictures to FILE.", show_default="no")
     ] = None,
     sampler: options.Sampler = None,
     sampling: options.Sampling,
@@ -155,8 +155,8 @@ def wordings(
     """Generate pictures of free wordings ("a mug of hot coffee"); a judge names them.
 
     The judge ranks the captions of all concepts for each picture. The report has the share of pictures whose first
-    caption, or one of the first five, is right for the wording: for all wordings and for each kind. Several concepts
-    may be right for one wording.
+    caption, or one of the first five, is accepted for the wording: for all wordings and for each kind. A wording may
+    accept several concepts.
     """
     from unclip.evaluation.wordings import read_wordings
     from unclip.evaluation.wordings import wordings as measure
@@ -175,7 +175,7 @@ def wordings(
         batch_size=asked.batch_size,
         seed=asked.seed,
         sheet=sheet,
-        progress=measures.bar(quiet, desc="drawing", unit="batch"),
+        progress=measures.bar(quiet, desc="generating", unit="batch"),
         **subject.settings,
     )
     finish(asked, subject.about, "wordings", found)
@@ -208,7 +208,7 @@ def variations(
         asked.data,
         **asked.numbers(),
         sheet=asked.sheet,
-        progress=measures.bar(quiet, desc="drawing", unit="batch"),
+        progress=measures.bar(quiet, desc="generating", unit="batch"),
         **subject.settings,
     )
     finish(asked, subject.about, "variations", found)
@@ -255,7 +255,7 @@ def decoder(
     *,
     asked: FewAsked,
     captions: Annotated[
-        bool, typer.Option("--captions", help="Give the decoder the caption too, as text to image does.")
+        bool, typer.Option("--captions", help="Also give the decoder the caption, as in text to image.")
     ] = False,
     sampler: options.Sampler = None,
     decoding: options.Decoding,
@@ -300,9 +300,9 @@ def sweep(
 ) -> None:
     """Measure every combination of settings: quality and seconds.
 
-    Each setting takes a list of values, separated by commas; every combination uses the same captions and seeds. Charts
-    of quality against seconds and against guidance (.svg) are written beside the JSON file. The same command continues
-    a stopped sweep; finished combinations stay, and a longer list adds to them.
+    Each setting takes a list of values, separated by commas. Every combination uses the same captions and seeds. Charts
+    of quality against seconds and against guidance (.svg) are written beside the JSON file if matplotlib is installed.
+    The same command continues an interrupted sweep. Finished combinations are kept, and a longer list adds more.
     """
     found, charts = measures.run_sweep(lists, asked, precision, features, quiet=quiet)
     show("sweep", found)
@@ -323,8 +323,8 @@ def report(
 ) -> None:
     """Make one HTML page from several reports.
 
-    The page holds everything in one file: tables, charts of sweeps, and the sheets that the reports name, if they lie
-    in the report's folder or below it. It runs no scripts and loads nothing.
+    The page is a single file with tables, charts of sweeps, and the sheets of the reports that are in the report's
+    folder or below it. It runs no scripts and loads no other files.
     """
     from unclip.checkpoints.files import atomic_file, read_json
     from unclip.evaluation.report import page
@@ -341,7 +341,7 @@ def report(
 
 
 def finish(asked: Asked, about: dict[str, Any], name: str, found: dict[str, Any]) -> None:
-    """Write the report, and show its tables."""
+    """Write the report and print its tables."""
     measures.write_report(asked, about, name, found)
     show(name, found)
 

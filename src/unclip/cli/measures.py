@@ -1,4 +1,4 @@
-"""Options, models and reports of the commands of `unclip evaluate`."""
+"""Options, loading and reports shared by the commands of `unclip evaluate`."""
 
 import functools
 import hashlib
@@ -14,8 +14,9 @@ from unclip import __version__
 from unclip.checkpoints.files import read_json
 from unclip.checkpoints.hub import BUILT_IN_JUDGE, resolve
 from unclip.cli import options
+from unclip.cli.messages import warn
 from unclip.errors import CheckpointError, InputError, MissingFileError, OutputExistsError
-from unclip.pipelines.session import PRIOR_SAMPLING, Session, model_name, sampler_name, sampler_switch
+from unclip.pipelines.session import Session, model_name, sampler_name, sampler_switch
 from unclip.settings import SAMPLERS, SETTINGS
 
 if TYPE_CHECKING:
@@ -23,37 +24,39 @@ if TYPE_CHECKING:
     from unclip.evaluation.retrieval import Judge
 
 HASHED = (".csv", ".json", ".jsonl", ".safetensors", ".txt")
-"""The files that say which model or data set it is."""
+"""The files that identify a model or a data set."""
 
-Data = Annotated[Path, typer.Option(metavar="DIR", help="A data set: of unclip data emoji, or of unclip data compose.")]
+Data = Annotated[Path, typer.Option(metavar="DIR", help="A data set of unclip data emoji or unclip data compose.")]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The JSON file to write.")]
 JudgeName = Annotated[
     str,
     typer.Option(
         metavar="DIR",
-        help="A CLIP model that the measured model was not trained with: a folder, a hub id, or the built-in.",
+        help="A CLIP that the model was not trained with: a folder, a hub id, or the built-in one.",
     ),
 ]
-NumSeen = Annotated[int, typer.Option(min=1, metavar="N", help="Number of captions that were seen in training.")]
+NumSeen = Annotated[int, typer.Option(min=1, metavar="N", help="Number of captions seen in training.")]
 NumHeldOut = Annotated[
     int | None, typer.Option(min=0, metavar="N", help="Number of held-out captions.", show_default="all")
 ]
 Sheet = Annotated[
     Path | None,
     typer.Option(
-        metavar="PREFIX", help="Draw the pictures on PREFIX-seen.png and PREFIX-held-out.png.", show_default="no"
+        metavar="PREFIX",
+        help="Write sheets of the pictures to PREFIX-seen.png and PREFIX-held-out.png.",
+        show_default="no",
     ),
 ]
 Features = Annotated[
     Path | None,
     typer.Option(
         metavar="PATH",
-        help="Inception weights of your own, for distances in its space: a safetensors file, or its folder.",
+        help="Inception weights, for distances in its feature space: a safetensors file or its folder.",
         show_default="none",
     ),
 ]
 Seed = Annotated[
-    int, typer.Option(min=0, max=2**32, metavar="N", help="Seed of the choice of captions, and of the noise.")
+    int, typer.Option(min=0, max=2**32, metavar="N", help="Seed of the choice of captions and of the noise.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
 
@@ -85,21 +88,21 @@ class Asked:
     overwrite: Overwrite = False
 
     def numbers(self) -> dict[str, Any]:
-        """The arguments of a measure among them."""
+        """The options that are arguments of every measure."""
         names = ("num_seen", "num_held_out", "batch_size", "seed")
         return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model ready to be measured: its pipeline, the settings of its calls, and the judge, if one was asked for."""
+    """A loaded model: its pipeline, the settings of its calls, and the judge, if the measure needs one."""
 
     pipe: Any
     folder: Path
     settings: dict[str, Any]
     judge: "Judge | None"
     about: dict[str, Any]
-    """What the report says of all this."""
+    """The facts for the report."""
 
 
 def prepare(
@@ -114,18 +117,18 @@ def prepare(
     judged: bool = True,
     quiet: bool,
 ) -> Subject:
-    """Load what a measure needs.
+    """Load the model and the judge for a measure.
 
     Args:
-        name: of the measure.
-        pipeline_class: to measure.
+        name: name of the measure.
+        pipeline_class: class of the pipeline.
         needed: components that the model must have.
-        asked, precision, sampler, quiet: the command's options.
-        given: settings of the pipeline's call; None: the model's own.
+        asked, precision, sampler, quiet: options of the command.
+        given: settings of the pipeline's call; None for the model's own.
         judged: whether a judge is needed.
 
     Raises: MissingFileError for a judge that does not exist; CheckpointError for a model without the components
-        `needed`, before anything is loaded.
+        `needed`. Both are raised before anything is loaded.
     """
     judge_folder = find_judge(asked.judge) if judged else None
     session = Session(asked.model, precision, sampler=sampler, progress=not quiet)
@@ -137,7 +140,7 @@ def prepare(
 
     settings = session.settings(pipeline_class, given)
     pipe = session.pipeline(pipeline_class)
-    pipe.set_progress_bar_config(disable=True)  # one bar for all is enough
+    pipe.set_progress_bar_config(disable=True)
     about: dict[str, Any] = {
         "unclip": __version__,
         "model": session.name,
@@ -163,9 +166,9 @@ def prepare(
 
 
 def fingerprint(folder: Path, pattern: str = "**/*") -> str:
-    """What tells one model's files, or a data set's list, from another's: a SHA-256 over names and contents.
+    """The SHA-256 of the names and contents of a folder's files, to identify a model or a data set.
 
-    Raises: MissingFileError when no file fits the pattern.
+    Raises: MissingFileError if no file matches the pattern.
     """
     digest = hashlib.sha256()
     files = sorted(path for path in folder.glob(pattern) if path.is_file() and path.suffix in HASHED)
@@ -179,19 +182,19 @@ def fingerprint(folder: Path, pattern: str = "**/*") -> str:
 
 
 def refuse_to_overwrite(paths: Iterable[Path], *, overwrite: bool) -> None:
-    """Raises: OutputExistsError for an existing file, unless it may be replaced; and for a folder."""
+    """Raises: OutputExistsError for an existing file, unless `overwrite` is set, and for a folder."""
     for path in paths:
         if path.is_dir() or (path.exists() and not overwrite):
-            raise OutputExistsError(f"{path} is there already; give --overwrite, or name another file")
+            raise OutputExistsError(f"{path} exists; give --overwrite, or use another name")
 
 
 def refuse_outputs(asked: Asked) -> None:
-    """Raises: OutputExistsError as `refuse_to_overwrite`, for the report and its sheets."""
+    """Call `refuse_to_overwrite` for the report and its sheets."""
     refuse_to_overwrite((asked.out, *sheet_paths(asked.sheet)), overwrite=asked.overwrite)
 
 
 def write_report(asked: Asked, about: Mapping[str, Any], name: str, found: Mapping[str, Any]) -> None:
-    """Write what was found, and beside it which sheets were drawn, named as seen from the report's folder."""
+    """Write the report, with the paths of its sheets relative to its folder."""
     from unclip.checkpoints.files import write_json
 
     drawn = [path for path in sheet_paths(asked.sheet) if path.is_file()]
@@ -208,14 +211,14 @@ def sheet_paths(prefix: Path | None) -> list[Path]:
 
 
 def bar(quiet: bool, **words: Any) -> Callable[..., Any]:
-    """A progress bar, which is shown only on a terminal."""
+    """A progress bar that is shown only on a terminal."""
     from tqdm import tqdm
 
     return functools.partial(tqdm, disable=True if quiet else None, **words)
 
 
 def read_features(path: Path | None, device: Any) -> "FeatureSpace | None":
-    """The feature space of `--features`."""
+    """Load the feature space of `--features`."""
     if path is None:
         return None
     from unclip.evaluation.inception import InceptionFeatures
@@ -226,32 +229,28 @@ def read_features(path: Path | None, device: Any) -> "FeatureSpace | None":
 def find_judge(name: str) -> Path:
     """The folder of a judge.
 
-    Raises: MissingFileError when there is none of that name, or this installation has no built-in one.
+    Raises: MissingFileError if it does not exist, or the built-in judge is not installed.
     """
     try:
         return resolve(name)
     except MissingFileError as error:
-        raise MissingFileError(f"{error}; or name the folder of another judge with --judge") from error
+        raise MissingFileError(f"{error}; or give the folder of another judge with --judge") from error
 
 
 def saw_all_concepts(name: str, folder: Path) -> bool | None:
-    """Whether the judge was trained on pictures of every concept, the held-out ones too; None where nobody can tell."""
+    """Whether the judge was trained on all concepts, including the held-out ones; None if unknown."""
     if name == BUILT_IN_JUDGE and not Path(name).is_dir():
         return True  # recipes/emoji/judge.toml
-    recipe = folder.resolve().parent / "recipe.json"  # of a run's folder, which holds model/
+    recipe = folder.resolve().parent / "recipe.json"  # in the folder of a training run, which contains model/
     try:
         return bool(read_json(recipe)["clip"]["include_held_out"])
     except (CheckpointError, KeyError, TypeError):
         return None
 
 
-CHARTS = ("seconds", "prior-guidance", "decoder-guidance")
-"""What the charts of a sweep are called, after the report's own name."""
-
-
 @dataclass(frozen=True)
 class Lists:
-    """Options of a sweep: the values of each setting, separated by commas; None for the model's own."""
+    """Options of a sweep: comma-separated values of each setting; None for the model's own value."""
 
     prior_steps: Annotated[str | None, values("prior_num_inference_steps")] = None
     prior_guidance: Annotated[str | None, values("prior_guidance_scale")] = None
@@ -271,7 +270,7 @@ class Lists:
     ] = None
 
     def axes(self) -> dict[str, list[Any]]:
-        """The given values of each setting, by its name in a call.
+        """The given values of each setting by its argument name.
 
         Raises: InputError for a value that is not a number within the setting's limits, or an unknown sampler.
         """
@@ -284,32 +283,35 @@ class Lists:
             found["sampler"] = names = [part.strip() for part in self.sampler.split(",")]
             for name in names:
                 if name not in SAMPLERS:
-                    raise InputError(f"--sampler has {name!r} in it; there are {', '.join(SAMPLERS)}")
+                    raise InputError(f"--sampler contains {name!r}; it must be one of {', '.join(SAMPLERS)}")
         return found
 
 
 def run_sweep(
     lists: Lists, asked: Asked, precision: options.Precision, features: Path | None, *, quiet: bool
 ) -> tuple[dict[str, Any], list[Path]]:
-    """Sweep, writing the report after every point. Returns: the results, and the charts' paths.
+    """Run a sweep and write the report after every point. Returns: the results, and the paths of the charts.
 
-    Raises: OutputExistsError when the report exists and is not a sweep, or one of another model, data set or number.
+    Raises: OutputExistsError if the report exists and is not of a sweep with the same model, data set and numbers.
     """
+    from unclip.evaluation import charts
+
     axes = lists.axes()
-    if not asked.overwrite:  # what cannot be is refused before anything is loaded
+    if not asked.overwrite:  # checked before anything is loaded
         if asked.out.exists():
             _points_of(asked.out)
         else:
-            refuse_to_overwrite([_chart_path(asked.out, name) for name in CHARTS], overwrite=False)
+            refuse_to_overwrite([_chart_path(asked.out, name) for name in charts.NAMES], overwrite=False)
 
     from unclip.data.folder import read_records
     from unclip.evaluation.sweep import SAMPLER, grid_of, sweep
     from unclip.pipelines.text_to_image import UnCLIPPipeline
 
     read_records(asked.data)
-    own = {name: None for name in ("prior_guidance_scale", "decoder_guidance_scale")}
-    own |= {f"{stage}_num_inference_steps": None for stage in ("prior", "decoder", "super_res")}
-    own |= dict.fromkeys(PRIOR_SAMPLING)
+    with_charts = charts.can_draw()
+    if not with_charts:
+        warn("no charts will be written because matplotlib is not installed: pip install 'unclip[evaluation]'")
+    own = dict.fromkeys(SETTINGS)
     subject = prepare("sweep", UnCLIPPipeline, ["prior"], asked, precision, own, None, quiet=quiet)
     assert subject.judge is not None
     defaults = {**subject.settings, SAMPLER: sampler_name(subject.pipe)}
@@ -331,15 +333,15 @@ def run_sweep(
         on_point=keep,
         **asked.numbers(),
         features=space,
-        progress=bar(quiet, desc="drawing", unit="batch", leave=False),
+        progress=bar(quiet, desc="generating", unit="batch", leave=False),
         points_progress=bar(quiet, desc="settings", unit="point"),
     )
     keep(found)
-    return found, write_charts(asked.out, found)
+    return found, write_charts(asked.out, found) if with_charts else []
 
 
 def write_charts(out: Path, found: dict[str, Any]) -> list[Path]:
-    """`NAME-seconds.svg` and its like beside the report `NAME.json`."""
+    """Write the charts beside the report `NAME.json`: `NAME-seconds.svg` and so on."""
     from unclip.checkpoints.files import atomic_file
     from unclip.evaluation.charts import curves
 
@@ -357,7 +359,7 @@ def _chart_path(out: Path, name: str) -> Path:
 
 
 def _about(subject: Subject, asked: Asked, precision: options.Precision, space: Any) -> dict[str, Any]:
-    """Metadata of the report; a sweep continues only a report with the same metadata."""
+    """The facts of the report, which an earlier report must share to be continued."""
     from unclip.data.folder import metadata_file
 
     about = {key: value for key, value in subject.about.items() if key != "settings"}
@@ -374,19 +376,19 @@ def _about(subject: Subject, asked: Asked, precision: options.Precision, space: 
 
 
 def _resumed(out: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """The finished points of the sweep in `out`."""
+    """The finished points of the sweep in `out`. Raises: OutputExistsError if the facts differ."""
     before = read_json(out)
     for key, value in about.items():
         if key not in ("unclip", "model", "judge", "data") and before.get(key) != value:
             raise OutputExistsError(
-                f"{out} is of another sweep: its {key} is {before.get(key)!r}, now {value!r}; name another file, or "
+                f"{out} is of another sweep: its {key} is {before.get(key)!r}, now {value!r}; use another name, or "
                 "give --overwrite to start again"
             )
     return _points_of(out)
 
 
 def _points_of(out: Path) -> list[dict[str, Any]]:
-    """Raises: OutputExistsError when the file is not the report of a sweep."""
+    """The points in a report. Raises: OutputExistsError if the file is not a report of a sweep."""
     if not out.is_dir():
         try:
             found = read_json(out)["sweep"]["points"]
@@ -394,4 +396,4 @@ def _points_of(out: Path) -> list[dict[str, Any]]:
             found = None
         if isinstance(found, list) and all(isinstance(each, dict) and "settings" in each for each in found):
             return found
-    raise OutputExistsError(f"{out} is there already and is no sweep; give --overwrite, or name another file")
+    raise OutputExistsError(f"{out} exists and is not a report of a sweep; give --overwrite, or use another name")

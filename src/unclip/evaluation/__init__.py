@@ -1,7 +1,4 @@
-"""How good a model is: measures that a person can check, by networks that had no part in the drawing.
-
-Knows pipelines and metrics; trains nothing. Called by `unclip evaluate`.
-"""
+"""Measures of a model's quality, by networks that were not trained with it."""
 
 GROUPS = ("seen", "held_out")
-"""What training knew, and what it never met: every measure tells of both."""
+"""Captions that were seen in training, and captions that were held out. Every measure reports both."""

@@ -1,5 +1,6 @@
-"""The charts of a sweep: quality against seconds, and against guidance, as SVG documents (by matplotlib)."""
+"""Charts of a sweep as SVG documents, drawn by matplotlib: quality against seconds, and against guidance."""
 
+import importlib.util
 import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,11 +10,13 @@ from unclip.settings import SETTINGS
 
 LABELS = {name: setting.label for name, setting in SETTINGS.items()} | {"sampler": "sampler"}
 GUIDANCE = ("prior_guidance_scale", "decoder_guidance_scale")
+NAMES = ("seconds", *(LABELS[name].replace(" ", "-") for name in GUIDANCE))
+"""The charts that `curves` may return, by x axis."""
 STEPS = tuple(name for name in LABELS if name.endswith("_steps"))
 SPACES = {"distance": "judge's space", "feature_distance": "other space"}
-"""The distances of a point, by key, and the names of their feature spaces in charts."""
+"""The distances of a point by key, with the names of their feature spaces in charts."""
 LOG_FROM = 8
-"""The x axis is logarithmic where the largest number of seconds is this many times the smallest."""
+"""The x axis is logarithmic if the largest number of seconds is at least this many times the smallest."""
 MAX_LINES = 24
 DASHES = ("-", "--", ":")
 STYLE: dict[Any, Any] = {
@@ -24,7 +27,7 @@ STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9,
 }
-"""Text stays text, and the same numbers give the same file."""
+"""Keeps text as text, and gives the same file for the same numbers."""
 
 Point = dict[str, Any]
 """The result of one combination: "settings", "seconds_per_picture", and rates and distances by group."""
@@ -32,6 +35,11 @@ Line = tuple[str, list[tuple[float, Point]]]
 """A label, and points with their x, in ascending order."""
 Measure = tuple[str, Callable[[dict[str, Any]], float], float | None]
 """A title, the value in a point's rates, and the value of real pictures."""
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def varied(points: Sequence[Point]) -> dict[str, list[Any]]:
@@ -42,7 +50,7 @@ def varied(points: Sequence[Point]) -> dict[str, list[Any]]:
 
 
 def curves(found: Mapping[str, Any]) -> dict[str, str]:
-    """SVG documents by x axis: "seconds", and "prior-guidance" and "decoder-guidance" where they vary.
+    """SVG documents by x axis: "seconds" always, "prior-guidance" and "decoder-guidance" if they vary.
 
     Args:
         found: the result of `sweep`.
@@ -134,5 +142,5 @@ def _chart(found: Mapping[str, Any], lines: Sequence[Line], x_label: str, title:
 
 
 def _escaped(text: str) -> str:
-    """Without it matplotlib reads what stands between dollar signs as a formula."""
+    """Escape dollar signs: matplotlib reads text between two of them as a formula."""
     return text.replace("$", r"\$")

@@ -1,7 +1,6 @@
-"""A user's own Inception-V3 as a feature space: pool3's 2048 features, from safetensors alone.
+"""Inception-V3 as a feature space: the 2048 features of pool3, with weights from the user's safetensors file.
 
-Knows the published layout of the network (Szegedy et al. 1512.00567, figure 5 to 7 and table 1) and what a distance in
-its space may be called; downloads nothing. Called by `unclip evaluate` with --features.
+The layout of the network is that of Szegedy et al. (1512.00567), figures 5 to 7 and table 1.
 """
 
 from collections.abc import Sequence
@@ -23,16 +22,15 @@ if TYPE_CHECKING:
 INPUT_PX = 299
 FEATURES = 2048
 FID_CLASSES, IMAGENET_CLASSES = 1008, 1000
-"""How the two known sets of weights are told apart: by the outputs of their last layer, `fc`."""
+"""The outputs of the last layer, `fc`, in the two known sets of weights."""
 STEMS = ("inception", "model", "diffusion_pytorch_model")
 BATCH = 32
-
 
 Padding = int | tuple[int, int]
 
 
 class InceptionFeatures:
-    """An Inception-V3 that looks at pictures (`FeatureSpace`)."""
+    """An Inception-V3 that computes features of pictures (a `FeatureSpace`)."""
 
     def __init__(self, network: "Inception", name: str, *, is_fid: bool) -> None:
         self.network, self.name, self.is_fid = network.eval(), name, is_fid
@@ -41,18 +39,18 @@ class InceptionFeatures:
     def load(cls, path: Path, device: torch.device | str = "cpu") -> "InceptionFeatures":
         """Read a safetensors file, or a folder with inception.safetensors or model.safetensors (or shards of it).
 
-        Names and shapes are those of pytorch-fid and torchvision, which agree. Weights with an `fc` of 1008 outputs are
-        the ones that FID is defined with; those with 1000 are ImageNet's of torchvision, whose distance is another one.
+        Names and shapes are those of pytorch-fid and torchvision, which agree. FID is defined with the weights whose
+        `fc` has 1008 outputs. Torchvision's ImageNet weights have 1000 outputs and give another distance.
 
-        Raises: MissingFileError when there is no such file; UnsafeFileError for a pickle or TorchScript, which can run
+        Raises: MissingFileError if the file does not exist; UnsafeFileError for a pickle or TorchScript, which can run
             code; WeightsError for another layout, damaged weights, or weights without `fc`, which could be either.
         """
         index = _open(Path(path))
         classes = index["fc.weight"].shape[0] if "fc.weight" in index and index["fc.weight"].shape else None
         if classes not in (FID_CLASSES, IMAGENET_CLASSES):
             raise WeightsError(
-                f"{path} has no fc.weight of {FID_CLASSES} (FID's weights) or {IMAGENET_CLASSES} outputs "
-                "(torchvision's), so which Inception it is cannot be told; give the whole network"
+                f"{path} has no fc.weight with {FID_CLASSES} (FID's weights) or {IMAGENET_CLASSES} outputs "
+                "(torchvision's), so the kind of Inception is unknown; use a file of the whole network"
             )
         is_fid = classes == FID_CLASSES
         with torch.device("meta"):
@@ -65,7 +63,7 @@ class InceptionFeatures:
     def look(self, images: Sequence[Image.Image]) -> Tensor:
         """Features [num_images, 2048], on the CPU.
 
-        Pictures are brought to 299×299 by bilinear interpolation without antialiasing, as pytorch-fid does it.
+        Pictures are resized to 299×299 by bilinear interpolation without antialiasing, as in pytorch-fid.
         """
         device = self.network.Conv2d_1a_3x3.conv.weight.device
         found = []
@@ -81,7 +79,7 @@ class InceptionFeatures:
 
 
 class Norm(nn.Module):
-    """Batch norm by the running figures alone: no counter of training, which not every file has."""
+    """Batch norm with running statistics only. It has no batch counter, which some files do not contain."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -111,10 +109,10 @@ class ConvNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """Branches side by side, the last of them behind a pooling; their outputs are joined along the channels.
+    """Parallel branches, the last of them after a pooling; their outputs are concatenated along the channels.
 
-    The original network, and so FID's weights, leaves the border out of its averages, and takes the maximum in the last
-    block; torchvision's averages with the border as zeros, everywhere.
+    The original network, and therefore FID's weights, excludes the padding from its averages and takes the maximum in
+    the last block. Torchvision's network counts the padding as zeros and averages in every block.
     """
 
     def __init__(self, pooling: str) -> None:
@@ -122,7 +120,7 @@ class Block(nn.Module):
         self.pooling = pooling
 
     def pooled(self, x: Tensor) -> Tensor:
-        """What the pooling branch sees, of the size of x."""
+        """The input of the pooling branch, with the shape of x."""
         if self.pooling == "max":
             return F.max_pool2d(x, 3, stride=1, padding=1)
         return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=self.pooling == "average with border")
@@ -163,7 +161,7 @@ class BlockB(nn.Module):
 
 
 class BlockC(Block):
-    """17×17: 1×1, 7×7 in two halves, twice that, pooling."""
+    """17×17: 1×1, a factorised 7×7, two factorised 7×7, pooling."""
 
     def __init__(self, inputs: int, width: int, pooling: str) -> None:
         super().__init__(pooling)
@@ -204,7 +202,7 @@ class BlockD(nn.Module):
 
 
 class BlockE(Block):
-    """8×8: 1×1, a 3×3 split in two, a double one split in two, pooling."""
+    """8×8: 1×1, a 3×3 in two halves, a double 3×3 in two halves, pooling."""
 
     def __init__(self, inputs: int, pooling: str) -> None:
         super().__init__(pooling)
@@ -229,7 +227,7 @@ class Inception(nn.Module):
     """Pictures [batch, 3, 299, 299] in [-1, 1] → features [batch, 2048], the mean of the last block.
 
     Args:
-        fid: whether the poolings are those of FID's weights (see `Block`).
+        fid: whether to pool as FID's weights need (see `Block`).
     """
 
     def __init__(self, *, fid: bool) -> None:
@@ -267,19 +265,21 @@ def _open(path: Path) -> WeightsIndex:
         stem = next((s for s in STEMS if any(path.glob(f"{s}.safetensors*"))), STEMS[0])
         return open_weights(path, stem=stem)
     if not path.exists():
-        raise MissingFileError(f"{path} is not there; name a safetensors file of Inception-V3, or a folder with it")
+        raise MissingFileError(f"{path} does not exist; it must be a safetensors file of Inception-V3, or its folder")
     if path.suffix != ".safetensors":
         kind = (
-            "a pickle or TorchScript, which can run any code when read" if path.suffix in PICKLE_SUFFIXES else "unknown"
+            "a pickle or TorchScript, which can run code when it is read"
+            if path.suffix in PICKLE_SUFFIXES
+            else "unknown"
         )
         raise UnsafeFileError(
-            f"{path} is {kind}; only safetensors are read. A state dict that you trust: name it pytorch_model.bin in a "
-            "folder of its own, and give that to: unclip convert pickle FOLDER --out NEW"
+            f"{path} is {kind}; only safetensors are read. To convert a state dict that you trust, save it as "
+            "pytorch_model.bin in a new folder and run: unclip convert pickle FOLDER --out NEW"
         )
     tensors: dict[str, TensorInfo] = read_header(path)
     return WeightsIndex(tensors, (path,))
 
 
 def _is_used(name: str) -> bool:
-    """Whether pool3's features need a tensor: not the classifiers, not training's counters."""
+    """Whether pool3's features need a tensor. The classifiers and the batch counters are not needed."""
     return not name.startswith(("fc.", "AuxLogits.")) and not name.endswith(".num_batches_tracked")

@@ -1,7 +1,4 @@
-"""How much a picture is like another: in a CLIP's space, and pixel by pixel.
-
-Knows pictures and embeddings; knows not who made them. Called by the measures of variations and of the decoder.
-"""
+"""Similarity of pictures by embedding and by pixel, and distances between sets of pictures."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -19,13 +16,13 @@ from unclip.images import rgb
 SSIM_WINDOW_PX = 11
 SSIM_SIGMA = 1.5
 PSNR_LIMIT_DB = 100.0
-"""What equal pictures are given, whose ratio is infinite."""
+"""The PSNR of equal pictures, which would be infinite."""
 
 
 def cosines(made: Tensor, real: Tensor) -> tuple[float, float]:
     """Mean cosine of each row of `made` to its own row of `real`, and to all the others.
 
-    Both are [number, width], normalised. A single row has no other; its second figure is its first.
+    Both are [number, width] and normalised. For a single row, both values are the same.
     """
     count = len(made)
     own = (made * real).sum().item()
@@ -35,7 +32,7 @@ def cosines(made: Tensor, real: Tensor) -> tuple[float, float]:
 
 
 def difference(one: Image.Image, other: Image.Image) -> float:
-    """Mean absolute difference of pixels in [0, 1], at the size of the second."""
+    """Mean absolute difference of pixels in [0, 1], at the size of the second picture."""
     resized = one.convert("RGB").resize(other.size, Image.Resampling.LANCZOS)
     pair = [np.asarray(image.convert("RGB"), dtype=np.float64) for image in (resized, other)]
     return float(np.abs(pair[0] - pair[1]).mean() / 255)
@@ -44,13 +41,13 @@ def difference(one: Image.Image, other: Image.Image) -> float:
 def pixel_measures(real: Sequence[Image.Image], made: Sequence[Image.Image]) -> dict[str, float]:
     """Means over pairs of square pictures: `mae` and `psnr_db` of values in [0, 1], and `ssim`.
 
-    Real pictures are made square on white and brought to the size of the made ones, as training does it.
+    Real pictures are padded to squares with white and resized to the size of the generated ones, as in training.
 
-    Raises: InputError for no pairs, or for made pictures of several sizes.
+    Raises: InputError if the numbers differ, or the generated pictures have several sizes.
     """
     sizes = {image.size for image in made}
     if len(sizes) != 1 or len(real) != len(made):
-        raise InputError(f"{len(real)} and {len(made)} pictures of the sizes {sorted(sizes)} make no pairs of one size")
+        raise InputError(f"{len(real)} and {len(made)} pictures of the sizes {sorted(sizes)} are not pairs of one size")
     size_px = made[0].width
     one = torch.stack([square_pixels(rgb(image), size_px) for image in real]).double() / 255
     other = torch.stack([square_pixels(rgb(image), size_px) for image in made]).double() / 255
@@ -64,11 +61,11 @@ def pixel_measures(real: Sequence[Image.Image], made: Sequence[Image.Image]) -> 
 
 
 def ssim(one: Tensor, other: Tensor) -> Tensor:
-    """Structural similarity of each pair [batch] (Wang et al. 2004, eq. 13), over each colour and place.
+    """Structural similarity of each pair [batch] (Wang et al. 2004, eq. 13), averaged over channels and positions.
 
     Args:
-        one, other: [batch, channels, height, width] in [0, 1]. The window is Gaussian, 11 pixels wide (or as wide as a
-            smaller picture allows), of a standard deviation of 1.5 pixels.
+        one, other: [batch, channels, height, width] in [0, 1]. The window is Gaussian with a standard deviation of 1.5
+            pixels, and 11 pixels wide, or as wide as a smaller picture allows.
     """
     channels, side = one.shape[1], min(SSIM_WINDOW_PX, *one.shape[2:])
     place = torch.arange(side, dtype=one.dtype, device=one.device) - (side - 1) / 2
@@ -89,15 +86,15 @@ def ssim(one: Tensor, other: Tensor) -> Tensor:
 
 
 def seam(picture: Tensor, drawn: Tensor) -> float:
-    """The mean step from pixel to pixel across a region's border, over that inside and outside it; 1 is no seam.
+    """The mean step between pixels across a region's border, divided by the mean of all other steps.
 
-    A step is the absolute difference of two neighbours, right or below, averaged over channels.
+    A step is the absolute difference between a pixel and the one to its right or below, averaged over channels.
 
     Args:
         picture: float [channels, height, width].
-        drawn: bool [height, width], the region, of which some pixel has a neighbour outside.
+        drawn: bool [height, width], the region. At least one of its pixels has a neighbour outside it.
 
-    Returns: above 1 where the border's steps are larger than the others; infinity where only they are not 0.
+    Returns: 1 without a seam; more if the border's steps are larger than the others; infinity if the others are 0.
     """
     across, within = [], []
     for dim in (0, 1):
@@ -111,17 +108,16 @@ def seam(picture: Tensor, drawn: Tensor) -> float:
 
 JUDGES_SPACE = "the judge's image embeddings"
 
-
 Pair = tuple[Tensor, Tensor]
 """Features of two sets of pictures, each [number, width]."""
 
 
 class FeatureSpace(Protocol):
-    """A network that turns pictures into features, beside the judge.
+    """A network other than the judge that computes features of pictures.
 
     Attributes:
-        name: which network it is, in words.
-        is_fid: whether a Fréchet distance in it is what the literature calls FID.
+        name: a description of the network.
+        is_fid: whether the Fréchet distance in this space is FID.
     """
 
     name: str
@@ -133,11 +129,12 @@ class FeatureSpace(Protocol):
 
 
 def distances(looked: Pair, features: FeatureSpace | None = None, featured: Pair | None = None) -> dict[str, Any]:
-    """Fréchet and kernel distance of two sets of pictures, as a report has them; none for fewer than two pictures.
+    """Fréchet and kernel distance of two sets of pictures for a report; empty if a set has fewer than two.
 
     Args:
         looked: the judge's features of both sets.
-        features: a space beside the judge's, and `featured`, its features of both sets.
+        features: another feature space.
+        featured: its features of both sets.
 
     Returns: `distance` in the judge's space, and `feature_distance` in the other one.
     """
@@ -161,10 +158,10 @@ def _both(space: str, one: Tensor, other: Tensor, *, is_fid: bool) -> dict[str, 
 def frechet_distance(one: Tensor, other: Tensor) -> float:
     """Squared Fréchet distance of two Gaussians fitted to features [number, width] (Heusel et al. 1706.08500, eq. 6).
 
-    |m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½), in float64. It shrinks with the number of features: compare only figures of
-    equal numbers. It is called FID only where the features are those of Inception.
+    |m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^½), in float64. It decreases with the number of pictures, so compare only
+    sets of equal size. It is FID only if the features are those of FID's Inception.
 
-    Raises: InputError when a set has fewer than two rows, or the widths differ.
+    Raises: InputError if a set has fewer than two rows, or the widths differ.
     """
     one, other = _checked(one, other)
     gap = (one.mean(dim=0) - other.mean(dim=0)).square().sum()
@@ -177,9 +174,9 @@ def frechet_distance(one: Tensor, other: Tensor) -> float:
 def kernel_distance(one: Tensor, other: Tensor) -> float:
     """Squared maximum mean discrepancy with the kernel (x·y / width + 1)³, unbiased (Bińkowski et al. 1801.01401, §4).
 
-    About 0 for two samples of one distribution, whatever their numbers; it can be a little below.
+    About 0 for two samples of one distribution of any size; it can be slightly negative.
 
-    Raises: InputError when a set has fewer than two rows, or the widths differ.
+    Raises: InputError if a set has fewer than two rows, or the widths differ.
     """
     one, other = _checked(one, other)
 
@@ -202,6 +199,7 @@ def _factor(features: Tensor) -> Tensor:
 def _checked(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     if min(len(one), len(other)) < 2 or one.shape[1] != other.shape[1]:
         raise InputError(
-            f"{tuple(one.shape)} and {tuple(other.shape)} features cannot be compared: give each two rows of one width"
+            f"features of the shapes {tuple(one.shape)} and {tuple(other.shape)} cannot be compared: each needs two "
+            "rows or more, and both the same width"
         )
     return one.double(), other.double()

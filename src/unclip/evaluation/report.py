@@ -1,7 +1,4 @@
-"""Reports as tables: the rows of each measure, for the terminal and for the page alike.
-
-Knows what the measures return; knows neither terminals nor HTML. Called by the commands and by the report's page.
-"""
+"""Reports of the measures as tables, as an HTML page, and as sheets of pictures."""
 
 import base64
 import io
@@ -17,20 +14,20 @@ from PIL import Image
 from unclip.checkpoints.files import atomic_file, safe_join
 from unclip.errors import DataError, ImageError, UnsafeFileError
 from unclip.evaluation import GROUPS
-from unclip.evaluation.charts import curves
+from unclip.evaluation.charts import can_draw, curves
 from unclip.images import grid, labelled, open_image
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text: the first of each row says what it is, the others are figures."""
+    """Cells as text. The first cell of a row is its label, the others are values."""
 
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
 
     def __str__(self) -> str:
-        """In columns for a terminal, without the title."""
+        """The table in columns for a terminal, without the title."""
         lines = [self.head, *self.rows]
         widths = [max(len(line[column]) for line in lines) for column in range(len(self.head))]
         widths[0] = max(widths[0], 18)
@@ -41,7 +38,7 @@ class Table:
 
 
 def tables(name: str, found: Mapping[str, Any]) -> list[Table]:
-    """The tables of what the measure `name` returned; none for a measure that is not known."""
+    """The tables of the results of the measure `name`; none for an unknown measure."""
     return KINDS[name](found) if name in KINDS else []
 
 
@@ -166,7 +163,7 @@ def _settings(settings: Mapping[str, Any]) -> str:
 
 
 def _distances(found: Mapping[str, Any], group: str) -> dict[str, str]:
-    """The distances that the points have, with their heads."""
+    """The keys of the points' distances, with their column heads."""
     words = {"distance": "Fréchet", "feature_distance": "features'"}
     if any("fid" in point[group].get("feature_distance", {}) for point in found["points"]):
         words["feature_distance"] = "FID"
@@ -197,7 +194,7 @@ KINDS: dict[str, Callable[[Mapping[str, Any]], list[Table]]] = {
 """The measures that have tables, by the key of their report."""
 
 SIDE_LIMIT_PX = 1600
-"""Larger pictures are made smaller for the page."""
+"""Larger pictures are reduced for the page."""
 
 STYLE = """\
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1000px; margin: 2em auto; padding: 0 1em }
@@ -217,40 +214,42 @@ HEAD = """\
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 """
 MEANING = {
-    "retrieval": "Pictures were generated from captions, and a CLIP that had no part in the model ranked all captions "
-    "for each. The rows of real pictures are what this judge can find at best.",
+    "retrieval": "Pictures were generated from captions. A CLIP that the model was not trained with ranked all "
+    "captions for each picture. The rows of real pictures are the best that this judge can reach.",
     "wordings": "Pictures were generated from free wordings. The judge's first caption, or one of its first five, is "
-    "right when the list accepts it.",
+    "right if the list accepts it.",
     "variations": "Real pictures were varied. The judge ranked all captions for each variation.",
-    "prior": "The prior's embedding for a caption beside the true one of the picture with this caption, and what it "
-    "must beat: the caption's own embedding, another picture's, and the mean of all others.",
-    "decoder": "Pictures drawn from the true embedding of a real one: what is lost here no prior can bring back.",
-    "sweep": "The same captions from the same seeds, drawn with each combination of settings.",
+    "prior": "The prior's embedding for a caption is compared with the true embedding of the picture with this "
+    "caption. The baselines are the caption's own embedding, another picture's, and the mean of all others.",
+    "decoder": "Real pictures were reconstructed from their true embeddings. No prior can restore what is lost here.",
+    "sweep": "Pictures of the same captions were generated with the same seeds for each combination of settings.",
 }
+
+NO_CHARTS = '<p class="about">The charts are left out because matplotlib is not installed.</p>'
 
 
 def page(
     reports: Sequence[tuple[Path, Mapping[str, Any]]], *, title: str, pictures: Sequence[Path] = ()
 ) -> tuple[str, list[str]]:
-    """The page, and a sentence for each picture that a report names and that was left out.
+    """The page, and a message for each picture in a report that was left out.
 
     Args:
-        reports: each with the path that it was read from; pictures that it names are looked for in its folder.
-        title: of the page.
-        pictures: more of them, shown at the end.
+        reports: reports with their paths. The pictures of a report are searched for in its folder.
+        title: title of the page.
+        pictures: more pictures, shown at the end.
 
-    Raises: DataError for a JSON file that is no report of a measure; ImageError for one of `pictures`.
+    Raises: DataError for a JSON file that is not a report of a measure; ImageError for one of `pictures`.
     """
     body, left_out = [f"<h1>{escape(title)}</h1>"], []
     for path, report in reports:
         names = [name for name in KINDS if isinstance(report.get(name), Mapping)]
         if not names:
-            raise DataError(f"{path} is no report of unclip evaluate: it has none of {', '.join(KINDS)}")
+            raise DataError(f"{path} is not a report of unclip evaluate: it has none of {', '.join(KINDS)}")
         for name in names:
             try:
                 body += _section(name, report, path)
             except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-                raise DataError(f"{path} is no whole report of {name} ({error!r}); make it again") from error
+                raise DataError(f"{path} is not a complete {name} report ({error!r}); create it again") from error
         named = report.get("pictures", [])
         for each in named if isinstance(named, list) else []:
             try:
@@ -267,16 +266,16 @@ def _section(name: str, report: Mapping[str, Any], path: Path) -> list[str]:
     about = {key: value for key, value in report.items() if key not in (name, "pictures", "settings")}
     settings = report.get("settings", {})
     known = {key: value for key, value in {**about, **settings}.items() if value is not None}
-    told = [f"{key.replace('_', ' ')}: {_value(value)}" for key, value in known.items()]
+    facts = [f"{key.replace('_', ' ')}: {_value(value)}" for key, value in known.items()]
     title = f"{name.capitalize()}: {report.get('model', path.name)}"
     title += f" on {report['data']}" if "data" in report else ""
     parts = [f"<h2>{escape(title)}</h2>"]
     parts.append(f"<p>{escape(MEANING[name])}</p>")
-    parts.append(f'<p class="about">{escape(" · ".join(told))}</p>')
+    parts.append(f'<p class="about">{escape(" · ".join(facts))}</p>')
     for table in tables(name, found):
         parts.append(_table(table))
     if name == "sweep":
-        parts += curves(found).values()
+        parts += curves(found).values() if can_draw() else [NO_CHARTS]
     whole = escape(json.dumps(found, indent=1, ensure_ascii=False))
     parts.append(f"<details><summary>{escape(path.name)}</summary><pre>{whole}</pre></details>")
     return parts
@@ -291,7 +290,7 @@ def _table(table: Table) -> str:
 
 
 def _figure(path: Path, caption: str) -> str:
-    """The picture decoded and encoded anew: whatever else the file holds does not come along."""
+    """The picture, decoded and encoded again, so that no other content of its file is copied."""
     image = open_image(path)
     image.thumbnail((SIDE_LIMIT_PX, SIDE_LIMIT_PX))
     content = io.BytesIO()
@@ -310,16 +309,16 @@ def _value(value: Any) -> str:
 
 
 MAX_CARDS = 200
-"""Of a sheet with captions: more cannot be looked at."""
+"""Pictures on a sheet with captions."""
 
 
 def sheet_path(prefix: Path, group: str) -> Path:
-    """`PREFIX-seen.png` and `PREFIX-held-out.png`."""
+    """The file of a group's sheet: `PREFIX-seen.png` or `PREFIX-held-out.png`."""
     return prefix.with_name(f"{prefix.name}-{group.replace('_', '-')}.png")
 
 
 def draw_pairs(real: Sequence[Image.Image], made: Sequence[Image.Image], path: Path, *, columns: int = 12) -> None:
-    """Rows of real pictures, each above what was made of it."""
+    """Draw a sheet with rows of real pictures, each above the picture made from it."""
     size = made[0].size
     blank = Image.new("RGB", size, "white")
     cells = []
@@ -332,7 +331,7 @@ def draw_pairs(real: Sequence[Image.Image], made: Sequence[Image.Image], path: P
 def draw_cards(
     real: Sequence[Image.Image], made: Sequence[Image.Image], captions: Sequence[str], path: Path, *, columns: int = 4
 ) -> None:
-    """The real picture at the left of the made one, the caption below: the first 200, four in a row."""
+    """Draw a sheet with pairs of a real and a generated picture, each above its caption; at most `MAX_CARDS` pairs."""
     size = made[0].size
     cards = [
         labelled(grid([one.resize(size, Image.Resampling.LANCZOS), other], columns=2, gap=2), caption)
@@ -341,8 +340,8 @@ def draw_cards(
     _save(grid(cards, columns=columns, gap=12), path)
 
 
-def draw_told(made: Sequence[Image.Image], captions: Sequence[str], path: Path, *, columns: int = 8) -> None:
-    """Pictures with a caption below each, all of them."""
+def draw_captioned(made: Sequence[Image.Image], captions: Sequence[str], path: Path, *, columns: int = 8) -> None:
+    """Draw a sheet of pictures, each above its caption."""
     cards = [labelled(image, caption) for image, caption in zip(made, captions, strict=True)]
     _save(grid(cards, columns=columns, gap=8), path)
 

@@ -1,7 +1,4 @@
-"""The prior alone: how close the image embedding that it makes of a caption is to the true picture's.
-
-Knows the prior as a stage and the model's own CLIP; draws no picture. Called by `unclip evaluate prior`.
-"""
+"""Measures of single stages: the prior's image embeddings, and the decoder's reconstructions."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from unclip.data.emoji.evaluation_set import Exam, Progress, batches, check_counts
+from unclip.data.emoji.evaluation_set import EvaluationSet, Progress, batches, check_counts
 from unclip.evaluation.measures import cosines, pixel_measures
 from unclip.evaluation.report import draw_cards, sheet_path
 from unclip.evaluation.retrieval import Judge, ranks
@@ -35,40 +32,40 @@ def prior(
     prior_temperature: float = 1.0,
     prior_top_p: float = 1.0,
 ) -> dict[str, Any]:
-    """Compare the prior's sample for a caption with the embedding of the picture that has this caption.
+    """Compare the prior's sample for a caption with the embedding of the picture with this caption.
 
     Args:
-        pipeline: the model; prior, its scheduler and the text encoder are used.
-        own: the CLIP in whose space the prior works: the model's own.
+        pipeline: the model, of which the prior, its scheduler and the text encoder are used.
+        own: the model's own CLIP, in whose space the prior works.
         data: a data set; captions are chosen as for `retrieval`.
-        num_seen, num_held_out: how many captions of each group; fewer if there are fewer. None takes all.
-        batch_size: embeddings a call.
-        seed: of the choice, and of the first sample of each group.
-        progress: wraps the starts of the batches, as tqdm does.
+        num_seen, num_held_out: number of captions in each group; fewer if there are fewer. None for all.
+        batch_size: embeddings per call.
+        seed: seed of the choice of captions, and of the first sample of each group.
+        progress: wraps the iterable of batches, as `tqdm` does.
         prior_num_inference_steps, prior_guidance_scale, num_prior_candidates, prior_temperature, prior_top_p: as in the
-            pipeline's call. The sample that is measured is, of several candidates, the one that is kept.
+            pipeline's call. Of several candidates, the one that is kept is measured.
 
-    Returns: for "seen" and "held_out", beside what tells of the group:
-        cosine: to the true embedding, means of "prior" (the sample) and of what it must be better than: "text" (the
-            caption's own embedding), "other" (another picture's of the group, over all pairs), "mean" (of all other
-            seen pictures).
-        text_dot: with the caption's embedding, both normalised (a cosine): of the "prior"'s sample and of the "true"
-            embedding. A sample far above the true one is pushed too hard towards the words.
+    Returns: for "seen" and "held_out", with the description of the group:
+        cosine: mean cosine to the true embedding of "prior" (the sample) and of the baselines "text" (the caption's
+            own embedding), "other" (those of the group's other pictures) and "mean" (the mean of all other seen
+            pictures).
+        text_dot: mean cosine to the caption's embedding of the "prior"'s sample and of the "true" embedding. A sample
+            far above the true one follows the caption too strongly.
         norm: mean lengths of both, not normalised.
-        at_1, at_5: how often the true embedding is the sample's nearest, or among its five, of the group's.
+        at_1, at_5: how often the true embedding is the nearest of the group's to the sample, or among the nearest five.
 
-    Raises: InputError when a number is out of its limits; DataError when the data set cannot be used.
+    Raises: InputError if a number is outside its limits; DataError if the data set cannot be used.
     """
     check_counts(batch_size=batch_size)
-    exam = Exam.prepare(data, num_seen=num_seen, num_held_out=num_held_out, seed=seed)
-    result: dict[str, Any] = exam.left_out()
-    true_seen = own.embed(exam.pictures("seen")).float()
-    for name in exam.groups:
-        result[name] = exam.about(name)
-        asked = exam.asked(name)
+    evaluation_set = EvaluationSet.prepare(data, num_seen=num_seen, num_held_out=num_held_out, seed=seed)
+    result: dict[str, Any] = evaluation_set.left_out()
+    true_seen = own.embed(evaluation_set.pictures("seen")).float()
+    for name in evaluation_set.groups:
+        result[name] = evaluation_set.about(name)
+        asked = evaluation_set.asked(name)
         if not asked:
             continue
-        true = true_seen if name == "seen" else own.embed(exam.pictures(name)).float()
+        true = true_seen if name == "seen" else own.embed(evaluation_set.pictures(name)).float()
         drawn = []
         for rows, seeds in batches(len(asked), batch_size, seed=seed, progress=progress):
             embeddings = pipeline.embed_captions(
@@ -87,9 +84,9 @@ def prior(
 
 
 def mean_of_others(true: Tensor, seen: Tensor) -> Tensor:
-    """For each row of `true` the mean of all rows of `seen`, itself left out where `true` is `seen`.
+    """The mean of all normalised rows of `seen` for each row of `true`, without the row itself if `true` is `seen`.
 
-    Directions are averaged, not lengths. A single seen picture has no other: it gives itself.
+    For a single seen picture, it is that picture.
     """
     units = F.normalize(seen, dim=-1)
     total = units.sum(dim=0)
@@ -99,7 +96,7 @@ def mean_of_others(true: Tensor, seen: Tensor) -> Tensor:
 
 
 def compare(drawn: Tensor, true: Tensor, text: Tensor, mean: Tensor) -> dict[str, Any]:
-    """The figures of one group; all [number, width], row i of each belongs to caption i."""
+    """The results of one group. All arguments are [number, width]; row i belongs to caption i."""
 
     def cosine(one: Tensor, other: Tensor) -> float:
         return round(F.cosine_similarity(one, other).mean().item(), 4)
@@ -137,37 +134,37 @@ def decoder(
     progress: Progress = iter,
     **call: Any,
 ) -> dict[str, Any]:
-    """Reconstruct real pictures from their true embeddings, which shows what the decoder loses, whatever the prior.
+    """Reconstruct real pictures from their true embeddings. This shows the decoder's losses without the prior's.
 
     Args:
         pipeline: the model.
         own: the model's own CLIP, in whose space the embeddings lie.
-        judge: a CLIP that had no part in the model.
+        judge: a CLIP that the model was not trained with.
         data: a data set; pictures are chosen as for `retrieval`.
-        num_seen, num_held_out: how many pictures of each group; fewer if there are fewer. None takes all.
-        batch_size: pictures a call.
-        seed: of the choice, and of the first picture of each group.
-        captions: whether the decoder is told the caption too, as it is in text to image.
-        sheet: where to draw real pictures beside their decodes (`-seen.png`, `-held-out.png` are appended).
-        progress: wraps the starts of the batches, as tqdm does.
+        num_seen, num_held_out: number of pictures in each group; fewer if there are fewer. None for all.
+        batch_size: pictures per call.
+        seed: seed of the choice of pictures, and of the first picture of each group.
+        captions: whether the decoder also gets the caption, as in text to image.
+        sheet: prefix of the sheets with real and decoded pictures (`-seen.png`, `-held-out.png` are appended).
+        progress: wraps the iterable of batches, as `tqdm` does.
         call: arguments of the pipeline's call.
 
-    Returns: `captions`, and for "seen" and "held_out", beside what tells of the group:
-        own, judge: cosine of a picture and its decode in each CLIP's space, "decoded", and of a picture and another's
-            decode, "other", over all pairs.
-        small, large: pixel measures of the decoder's pictures and of the enlarged ones: see `pixel_measures`.
+    Returns: `captions`, and for "seen" and "held_out", with the description of the group:
+        own, judge: mean cosine in each CLIP's space of a picture and its own reconstruction ("decoded") and those of
+            other pictures ("other").
+        small, large: `pixel_measures` of the decoder's pictures and of the enlarged ones.
 
-    Raises: InputError when a number is out of its limits; DataError when the data set cannot be used.
+    Raises: InputError if a number is outside its limits; DataError if the data set cannot be used.
     """
     check_counts(batch_size=batch_size)
-    exam = Exam.prepare(data, num_seen=num_seen, num_held_out=num_held_out, seed=seed)
-    result: dict[str, Any] = {"captions": captions, **exam.left_out()}
-    for name in exam.groups:
-        result[name] = exam.about(name)
-        asked = exam.asked(name)
+    evaluation_set = EvaluationSet.prepare(data, num_seen=num_seen, num_held_out=num_held_out, seed=seed)
+    result: dict[str, Any] = {"captions": captions, **evaluation_set.left_out()}
+    for name in evaluation_set.groups:
+        result[name] = evaluation_set.about(name)
+        asked = evaluation_set.asked(name)
         if not asked:
             continue
-        real = exam.pictures(name)
+        real = evaluation_set.pictures(name)
         small: list[Image.Image] = []
         large: list[Image.Image] = []
         for rows, seeds in batches(len(real), batch_size, seed=seed, progress=progress):

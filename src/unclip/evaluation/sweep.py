@@ -1,7 +1,4 @@
-"""A sweep: the same captions drawn with many settings; quality beside the seconds that a picture takes.
-
-Knows pipelines and the measures of pictures; knows not where results are kept. Called by `unclip evaluate sweep`.
-"""
+"""Sweeps: quality and seconds per picture for many combinations of settings, with the same captions and seeds."""
 
 import itertools
 import time
@@ -12,7 +9,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from unclip.data.emoji.evaluation_set import Exam, Progress, batches, check_counts
+from unclip.data.emoji.evaluation_set import EvaluationSet, Progress, batches, check_counts
 from unclip.errors import InputError
 from unclip.evaluation.charts import Point
 from unclip.evaluation.measures import FeatureSpace, distances
@@ -20,32 +17,32 @@ from unclip.evaluation.retrieval import Candidates, Judge
 from unclip.pipelines.text_to_image import UnCLIPPipeline
 
 SAMPLER = "sampler"
-"""The setting that is no argument of a call: it exchanges the pipeline's schedulers."""
+"""The setting that selects the pipeline's schedulers. All others are arguments of its call."""
 MAX_POINTS = 1000
 
 Settings = Mapping[str, Any]
-"""A value for each argument of a call that is swept, and for `SAMPLER`."""
+"""Arguments of a call by name, and the value of `SAMPLER`."""
 
 
 def grid_of(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Every combination of the values of each axis, the last axis fastest; a value given twice counts once.
+    """Every combination of the axes' values. The last axis varies fastest, and repeated values count once.
 
     Raises: InputError for an axis without values, or more than 1,000 combinations.
     """
     for name, values in axes.items():
         if not values:
-            raise InputError(f"{name} has no values to sweep over; give at least one")
+            raise InputError(f"{name} has no values; give at least one")
     once = {name: list(dict.fromkeys(values)) for name, values in axes.items()}
     found = [dict(zip(once, values, strict=True)) for values in itertools.product(*once.values())]
     if len(found) > MAX_POINTS:
         raise InputError(
-            f"these lists make {len(found)} combinations; at most {MAX_POINTS} are swept: give fewer values"
+            f"these lists have {len(found)} combinations; at most {MAX_POINTS} are allowed: give fewer values"
         )
     return found
 
 
 def point_at(points: Iterable[Point], settings: Settings) -> Point | None:
-    """The finished point of these settings, if there is one."""
+    """The finished point with these settings, if there is one."""
     return next((point for point in points if point["settings"] == dict(settings)), None)
 
 
@@ -66,41 +63,44 @@ def sweep(
     progress: Progress = iter,
     points_progress: Callable[[Sequence[Settings]], Iterable[Settings]] = iter,
 ) -> dict[str, Any]:
-    """Draw the same captions from the same seeds at every place, and judge them.
+    """Generate and judge pictures of the same captions with the same seeds for every combination of settings.
 
     Args:
         pipeline: the model.
-        judge: a CLIP that had no part in it.
+        judge: a CLIP that the model was not trained with.
         data: a data set; captions are chosen as for `retrieval`.
-        places: settings, as `grid_of` gives them.
-        use_sampler: brings the pipeline to the sampler of that name.
-        finished: points of an earlier run with the same model, data and numbers; they are not computed again.
-        on_point: told all that was found so far after each new point.
-        num_seen, num_held_out: how many captions of each group; None takes all held-out ones.
-        batch_size: pictures a call.
-        seed: of the choice, and of the first picture of each group.
-        features: another space in which the distance from the real pictures is told.
-        progress, points_progress: wrap the batches of a point, and the places to go to.
+        places: combinations of settings, as `grid_of` returns them.
+        use_sampler: switches the pipeline to the sampler with this name.
+        finished: points of an earlier run with the same model, data and numbers. They are not computed again.
+        on_point: called after each new point with all results so far.
+        num_seen, num_held_out: number of captions in each group; None for all held-out captions.
+        batch_size: pictures per call.
+        seed: seed of the choice of captions, and of the first picture of each group.
+        features: another space in which to measure the distance from real pictures.
+        progress, points_progress: wrap the iterables of a point's batches and of the unfinished combinations.
 
     Returns: `num_captions` and chance; `real`, the rates of the real pictures by group; and `points` in the order of
-        `places` (those of `finished` that are not asked for come last): each with "settings", "seconds_per_picture"
-        (of drawing alone: loading and judging are not counted, nor is the first, warming batch), and by group "num",
-        at_1, at_5, clip_score and the distances from the real pictures.
+        `places`, then those of `finished` that are not in `places`. A point has "settings", "seconds_per_picture"
+        (without loading, judging and a warm-up batch), and for each group "num", `at_1`, `at_5`, `clip_score` and the
+        distances from the real pictures.
 
-    Raises: InputError when a number is out of its limits; DataError when the data set cannot be used.
+    Raises: InputError if a number is outside its limits; DataError if the data set cannot be used.
     """
     check_counts(batch_size=batch_size)
-    exam = Exam.prepare(data, num_seen=num_seen, num_held_out=num_held_out, seed=seed)
-    groups = [name for name, records in exam.groups.items() if records]
-    candidates = Candidates.read_by(judge, exam.captions)
-    real = {name: exam.pictures(name) for name in groups}
+    evaluation_set = EvaluationSet.prepare(data, num_seen=num_seen, num_held_out=num_held_out, seed=seed)
+    groups = [name for name, records in evaluation_set.groups.items() if records]
+    candidates = Candidates.read_by(judge, evaluation_set.captions)
+    real = {name: evaluation_set.pictures(name) for name in groups}
     looked = {name: judge.look(real[name]) for name in groups}
     featured = {name: features.look(real[name]) for name in groups} if features is not None else {}
     about: dict[str, Any] = {
         "num_captions": len(candidates.captions),
         **candidates.chance(),
-        **exam.left_out(),
-        "real": {name: {"num": len(real[name])} | candidates.rates(looked[name], exam.asked(name)) for name in groups},
+        **evaluation_set.left_out(),
+        "real": {
+            name: {"num": len(real[name])} | candidates.rates(looked[name], evaluation_set.asked(name))
+            for name in groups
+        },
     }
     done = list(finished)
 
@@ -114,12 +114,12 @@ def sweep(
         if SAMPLER in settings:
             use_sampler(settings[SAMPLER])
         if not warm:
-            pipeline(exam.asked(groups[0])[:batch_size], seed=seed, **call)
+            pipeline(evaluation_set.asked(groups[0])[:batch_size], seed=seed, **call)
             warm = True
         point: Point = {"settings": dict(settings)}
         seconds = 0.0
         for name in groups:
-            asked, made = exam.asked(name), []
+            asked, made = evaluation_set.asked(name), []
             for rows, seeds in batches(len(asked), batch_size, seed=seed, progress=progress):
                 start = time.perf_counter()
                 made += pipeline(asked[rows], seed=seeds, **call).images  # pyright: ignore
@@ -140,7 +140,7 @@ def judged(
     features: FeatureSpace | None,
     featured: Tensor | None,
 ) -> dict[str, Any]:
-    """The number, the rates and the distances of one group of pictures; `looked` and `featured` are of real ones."""
+    """The number, rates and distances of one group. `looked` and `featured` are features of its real pictures."""
     of_made = judge.look(made)
     pair = (features.look(made), featured) if features is not None and featured is not None else None
     rates = candidates.rates(of_made, asked)

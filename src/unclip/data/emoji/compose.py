@@ -1,7 +1,6 @@
-"""Pictures composed of single objects, with captions that say so: other colours, backgrounds, scenes of two.
+"""Compose pictures of single objects, with captions: other colours, backgrounds, scenes of two objects.
 
-Knows pictures with transparency and their records; knows nothing of training. It teaches that captions compose: "a
-purple apple", "a cat left of a star on a blue background". Called by `unclip data compose`.
+Training on them teaches that captions compose: "a purple apple", "a cat left of a star on a blue background".
 """
 
 import hashlib
@@ -29,35 +28,35 @@ BACKGROUNDS = {
 }  # fmt: skip
 COLOUR_WORDS = frozenset(HUES) | frozenset(BACKGROUNDS) | {"white", "gray", "light", "dark", "golden", "hollow"}
 LEFT_ALONE = frozenset({"person", "man", "woman", "people", "boy", "girl", "prohibited", "o’clock"})
-"""Words of what nobody asks for in another colour or beside another."""
+"""Words of labels that are not composed."""
 PLACES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 
 HUE_REACH = 45.0
-"""Degrees to either side of an object's own hue that are recoloured with it."""
+"""Pixels within this many degrees of an object's main hue are recoloured."""
 MIN_SHARE = 0.45
-"""Of an object's pixels, how many must have its own hue before it can be called another colour."""
+"""The share of an object's pixels that must have its main hue before it can be recoloured."""
 MIN_DIFFERENCE = 35.0
-"""Degrees from an object's own hue to that of the colour it is given."""
+"""The least distance in degrees between an object's main hue and its new one."""
 MAX_WORDS = 3
-"""Of a label: longer ones describe scenes of their own."""
+"""The length of a label. Longer labels describe whole scenes."""
 HELD_OUT_SHARE = 0.05
 HELD_OUT_SALT = "unclip-composed-1"
 
 STYLE = "composed"
-"""Of every record that is made here."""
+"""The style of every composed record."""
 KINDS = {"colour": 0.3, "background": 0.3, "colour on background": 0.1, "scene": 0.2, "scene on background": 0.1}
-"""How often each kind is made."""
+"""The share of each kind."""
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A picture with transparency, and the noun that it shows."""
+    """A picture with transparency, and a noun for the object that it shows."""
 
     record: Record
     image: Image.Image
     noun: str
     hue: float | None
-    """Its own hue in degrees, if it has one."""
+    """The object's main hue in degrees, if it has one."""
 
 
 def compose(
@@ -69,28 +68,27 @@ def compose(
     weight: float = 1.0,
     progress: Callable[..., Any] | None = None,
 ) -> dict[str, int]:
-    """Write a data set of composed pictures; the folder appears whole or not at all.
+    """Write a data set of composed pictures. The folder is created atomically.
 
-    Things are drawn by their weights. A colour or a neighbour that a hash of the names holds out is never met in
-    training: such pictures are marked as held out.
+    Objects are sampled by their weights. A hash of the names decides which combinations are held out of training.
 
     Args:
-        data: a folder of pictures with transparency and labels, as of `unclip data emoji`.
-        out: the folder to make.
-        count: pictures to make.
-        seed: of all choices.
-        weight: of each picture in training.
+        data: a folder of pictures with transparency and labels, such as that of `unclip data emoji`.
+        out: the folder to create.
+        count: number of pictures.
+        seed: seed of all choices.
+        weight: weight of each picture in training.
         progress: wraps an iterable, as `tqdm` does.
 
-    Returns: how many pictures of each kind, and how many are held out.
+    Returns: the number of pictures of each kind, and of held-out ones.
 
     Raises:
-        DataError: the data set is not there, or nothing in it can be composed.
-        OutputExistsError: `out` is there already.
+        DataError: the data set does not exist, or none of its pictures can be composed.
+        OutputExistsError: `out` exists.
     """
     things = list(read_things(data))
     if len(things) < 2:
-        raise DataError(f"{data} has {len(things)} pictures that can be composed; it takes labels and transparency")
+        raise DataError(f"{data} has {len(things)} pictures that can be composed; they need labels and transparency")
     draw = np.random.default_rng(seed)
     chances = np.array([thing.record.weight for thing in things])
     chances /= chances.sum()
@@ -112,7 +110,7 @@ def compose(
 
 
 def read_things(data: Path) -> Iterator[Thing]:
-    """What can be composed: short labels, no held-out concepts, and of them the unmarked style or the first."""
+    """The objects that can be composed: one picture of each trained concept with a short label."""
     seen: set[str] = set()
     for record in read_records(data):
         noun = noun_of(record.label)
@@ -120,16 +118,13 @@ def read_things(data: Path) -> Iterator[Thing]:
             continue
         seen.add(record.concept or record.file_name)
         rgba = open_image(safe_join(Path(data), record.file_name), keep_alpha=True).convert("RGBA")
-        if np.asarray(rgba)[..., 3].min() > 0:  # nothing to lay over anything
+        if np.asarray(rgba)[..., 3].min() > 0:  # no transparency
             continue
         yield Thing(record, rgba, noun, own_hue(rgba))
 
 
 def noun_of(label: str) -> str | None:
-    """A label as it stands in a sentence, or None for one that cannot: colours, long ones, names with signs.
-
-    "Red apple" is "apple", "cat face" is "cat".
-    """
+    """The noun of a label: "apple" of "Red apple", "cat" of "cat face"; None if it is too long or has other signs."""
     words = label.lower().split()
     while words and words[0] in COLOUR_WORDS:
         words = words[1:]
@@ -140,7 +135,7 @@ def noun_of(label: str) -> str | None:
 
 
 def own_hue(image: Image.Image) -> float | None:
-    """The hue in degrees that most of an object has; None for a grey, a dark, a many-coloured one."""
+    """The main hue of an object in degrees; None for a grey, dark or many-coloured object."""
     hue, vivid, opaque = _hues(image)
     if not vivid.any():
         return None
@@ -152,12 +147,12 @@ def own_hue(image: Image.Image) -> float | None:
 
 
 def recoloured(image: Image.Image, hue: float, colour: str) -> Image.Image:
-    """The object with the pixels of its own `hue` turned into `colour`; light, shade and other colours stay."""
+    """The object with the pixels of its main `hue` changed to `colour`. Light, shade and other colours are kept."""
     found, vivid, _ = _hues(image)
     chosen = vivid & (_distance(found, hue) <= HUE_REACH)
     hsv = np.asarray(image.convert("RGB").convert("HSV")).copy()
     turned = (found + HUES[colour] - hue) % 360
-    # Near the target hue, so that two hues of an object do not become two colours.
+    # Move closer to the target hue, so that shades of one object do not become two colours.
     turned = HUES[colour] + ((turned - HUES[colour] + 180) % 360 - 180) * 0.4
     hsv[..., 0] = np.where(chosen, (turned % 360) / 360 * 255, hsv[..., 0]).astype(np.uint8)
     if colour == "pink":
@@ -169,7 +164,7 @@ def recoloured(image: Image.Image, hue: float, colour: str) -> Image.Image:
 
 
 def on_background(image: Image.Image, colour: str | None) -> Image.Image:
-    """RGB: the object on a plain colour, a little smaller; on white at its size without one."""
+    """The object on a plain colour, slightly smaller, or on white in its own size if `colour` is None. RGB."""
     if colour is None:
         canvas = Image.new("RGBA", image.size, "white")
         canvas.alpha_composite(image)
@@ -182,7 +177,7 @@ def on_background(image: Image.Image, colour: str | None) -> Image.Image:
 
 
 def scene(first: Image.Image, second: Image.Image, place: str) -> Image.Image:
-    """RGBA: the first object `place` ("left of", "above", …) the second, each half as large."""
+    """The first object `place` ("left of", "above", …) the second, each about half as large. RGBA."""
     size = first.width
     half = round(size * 0.52)
     canvas = Image.new("RGBA", first.size, (255, 255, 255, 0))
@@ -195,20 +190,20 @@ def scene(first: Image.Image, second: Image.Image, place: str) -> Image.Image:
 
 
 def is_held_out(*names: str) -> bool:
-    """Whether a combination is kept out of training; decided by the names alone, so that it never changes."""
+    """Whether a combination is held out of training. It depends only on the names, so it never changes."""
     digest = hashlib.sha256(":".join([HELD_OUT_SALT, *names]).encode()).hexdigest()
     return int(digest[:8], 16) / 2**32 < HELD_OUT_SHARE
 
 
 def colours_for(thing: Thing) -> list[str]:
-    """The colours that an object can be given: none without a hue of its own, and never its own."""
+    """The colours that an object can be given: none if it has no main hue, and never its own colour."""
     if thing.hue is None:
         return []
     return [name for name, hue in HUES.items() if _distance(np.array(float(hue)), thing.hue) >= MIN_DIFFERENCE]
 
 
 def kind_of(caption: str) -> str | None:
-    """Which of `KINDS` a plain caption is of, read from its words alone; None for one that names no combination."""
+    """The kind (of `KINDS`) of a plain caption by its words; None if it names no combination."""
     background = re.fullmatch(rf"(.+) on an? (?:{'|'.join(BACKGROUNDS)}) background", caption)
     what = background[1] if background else caption
     if any(f" {place} " in what for place in PLACES):
@@ -221,7 +216,7 @@ def kind_of(caption: str) -> str | None:
 
 
 def with_article(noun: str) -> str:
-    """ "an apple"; as it is where it is of many."""
+    """The noun with its article, as in "an apple"; a plural is unchanged."""
     if noun.endswith("s") and not noun.endswith("ss"):
         return noun
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
@@ -230,7 +225,7 @@ def with_article(noun: str) -> str:
 def _made(
     things: Sequence[Thing], chances: np.ndarray, draw: np.random.Generator
 ) -> tuple[str, Image.Image, tuple[str, ...], bool]:
-    """Kind, picture, captions with the plain one first, and whether it is held out."""
+    """A composed picture: kind, picture, captions (the plain one first), and whether it is held out."""
     kind = str(draw.choice(list(KINDS), p=list(KINDS.values())))
     first = _thing(things, chances, draw, lambda thing: "colour" not in kind or bool(colours_for(thing)))
     background = str(draw.choice(list(BACKGROUNDS))) if "background" in kind else None
@@ -261,11 +256,11 @@ def _thing(
         thing = things[int(draw.choice(len(things), p=chances))]
         if fits(thing):
             return thing
-    raise DataError("too few pictures of the data set differ, or have a colour of their own that could be changed")
+    raise DataError("the data set has too few different pictures, or too few with a main colour that can be changed")
 
 
 def _hues(image: Image.Image) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Hue in degrees, which pixels have one worth naming, and which are opaque."""
+    """The hue in degrees, and masks of the vivid and of the opaque pixels."""
     hsv = np.asarray(image.convert("RGB").convert("HSV")).astype(np.float64)
     opaque = np.asarray(image)[..., 3] > 128
     vivid = opaque & (hsv[..., 1] > 70) & (hsv[..., 2] > 60)

@@ -1,7 +1,4 @@
-"""What a model is asked for: captions of a data set, those that training knew and those held out.
-
-Knows records and pictures; knows no network. Called by every measure.
-"""
+"""The evaluation set: captions of a data set that were seen in training, and captions that were held out."""
 
 import math
 import warnings
@@ -19,22 +16,22 @@ from unclip.errors import DataError, ImageError, InputError
 from unclip.images import MAX_PIXELS, open_image
 
 PLAIN_STYLE = "flat"
-"""The unmarked style of the emoji set: its plain captions are bare labels."""
+"""The default style of the emoji set. Its plain captions are bare labels."""
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
-"""Wraps the starts of batches, as tqdm does."""
+"""Wraps an iterable of batches, as `tqdm` does."""
 
 
 @dataclass(frozen=True)
-class Exam:
-    """Which captions are asked for, and among which a judge chooses.
+class EvaluationSet:
+    """The chosen concepts, and all concepts of the data set, whose captions a judge ranks.
 
     Attributes:
         data: the data set's folder.
-        concepts: one record a concept, or a composed caption: all of the data set.
-        groups: those asked for, "seen" and "held_out".
-        drawn: how the concepts of a group were chosen, in words.
-        skipped: files of those chosen that could not be read, with the reason; they are in no group.
+        concepts: one record for each concept or composed caption of the data set.
+        groups: the chosen records, by "seen" and "held_out".
+        drawn: a description of how the records of each group were chosen.
+        skipped: chosen files that could not be read, with the reasons. Their records are in no group.
     """
 
     data: Path
@@ -44,16 +41,16 @@ class Exam:
     skipped: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def prepare(cls, data: Path, *, num_seen: int, num_held_out: int | None = None, seed: int) -> "Exam":
-        """Choose by `seed` at most `num_seen` trained concepts, by their weight, and `num_held_out` others (None: all).
+    def prepare(cls, data: Path, *, num_seen: int, num_held_out: int | None = None, seed: int) -> "EvaluationSet":
+        """Choose at most `num_seen` concepts seen in training, by their weight, and `num_held_out` others (None: all).
 
-        Asked for are concepts that exist in the plain style (all of them, in a data set without it): the others were
-        never drawn without naming a style. But their captions stand among those that a judge chooses from.
+        Only concepts in the plain style are chosen, or all in a data set without this style. Captions of the other
+        concepts always name a style, but they are among those that a judge ranks.
 
-        The pictures of all that are chosen are tried: what cannot be read is left out, with a warning, up to the share
-        of a data set that training takes as broken.
+        The pictures of the chosen concepts are opened. Unreadable ones are left out with a warning, up to the share
+        that training allows.
 
-        Raises: InputError for a number out of its limits; DataError when the data set cannot be used; UnsafeFileError
+        Raises: InputError for a number outside its limits; DataError if the data set cannot be used; UnsafeFileError
             for a name that leads out of the folder.
         """
         check_counts(num_seen=num_seen)
@@ -67,7 +64,7 @@ class Exam:
             raise DataError("the data set has no concept that a model could have been trained on")
         generator = torch.Generator().manual_seed(seed)
         weights = torch.tensor([record.weight for record in seen], dtype=torch.float64)
-        # torch.multinomial takes at most 2^24 of them, far above a data set that is held in memory.
+        # torch.multinomial takes at most 2^24 weights, far more than a data set in memory has.
         chosen = torch.multinomial(weights, min(num_seen, len(seen)), generator=generator).tolist()
         held_out = [record for record in plain if record.held_out]
         drawn = {"seen": "by training weight, each concept once at most", "held_out": "all"}
@@ -76,15 +73,15 @@ class Exam:
             held_out, drawn["held_out"] = [held_out[i] for i in places.tolist()], "at random"
         drawn["held_out"] += " that exist in the unmarked style"
         groups, skipped = _readable(data, {"seen": [seen[i] for i in chosen], "held_out": held_out})
-        exam = cls(data, concepts, groups, drawn, skipped)
-        if exam.composed:
+        evaluation_set = cls(data, concepts, groups, drawn, skipped)
+        if evaluation_set.composed:
             drawn["seen"] = "at random, each caption once at most"
             drawn["held_out"] = drawn["held_out"].removesuffix(" that exist in the unmarked style")
-        return exam
+        return evaluation_set
 
     @property
     def captions(self) -> list[str]:
-        """The bare captions of all concepts, each once."""
+        """The distinct bare captions of all concepts."""
         return list(dict.fromkeys(bare_caption(record) for record in self.concepts))
 
     @property
@@ -93,18 +90,18 @@ class Exam:
         return all(record.style == COMPOSED_STYLE for record in self.concepts)
 
     def asked(self, group: str) -> list[str]:
-        """The bare captions of a group, in order."""
+        """The bare captions of a group."""
         return [bare_caption(record) for record in self.groups[group]]
 
     def pictures(self, group: str) -> list[Image.Image]:
-        """The real pictures of a group, in order, RGB, square on white as training sees them.
+        """The real pictures of a group in the same order: RGB, padded to squares with white as in training.
 
-        Raises: ImageError for one that cannot be read any more.
+        Raises: ImageError for a picture that can no longer be read.
         """
         return [squared(open_image(safe_join(self.data, record.file_name))) for record in self.groups[group]]
 
     def about(self, group: str) -> dict[str, object]:
-        """What a report says of a group: how many, how chosen, and how many were left out."""
+        """The description of a group in a report: its number, how it was chosen, and how many were left out."""
         found: dict[str, object] = {"num": len(self.groups[group]), "drawn": self.drawn[group]}
         if group == "held_out":
             held_out = [record for record in self.concepts if record.held_out]
@@ -115,12 +112,12 @@ class Exam:
         return found
 
     def left_out(self) -> dict[str, object]:
-        """What a report says of pictures that could not be read: their number, and why. Nothing if all could."""
+        """The unreadable pictures for a report: their number and the reasons; empty if all were readable."""
         return {"num_skipped": len(self.skipped), "skipped": self.skipped} if self.skipped else {}
 
 
 def squared(image: Image.Image) -> Image.Image:
-    """An RGB picture made square with white, at the size of its longer side, or of the largest square that is read."""
+    """An RGB picture padded to a square with white, of the longer side, or of the largest side that can be read."""
     if image.width == image.height:
         return image
     side = min(max(image.size), math.isqrt(MAX_PIXELS))
@@ -128,9 +125,9 @@ def squared(image: Image.Image) -> Image.Image:
 
 
 def _readable(data: Path, groups: dict[str, list[Record]]) -> tuple[dict[str, list[Record]], dict[str, str]]:
-    """The records whose pictures can be read, by group, and the files of the others, with the reason.
+    """The records with readable pictures by group, and the files of the others with the reasons.
 
-    Raises: DataError when too many cannot, or none of the seen ones can.
+    Raises: DataError if too many are unreadable, or all of the seen ones.
     """
     broken: dict[str, str] = {}
     for record in (record for records in groups.values() for record in records):
@@ -144,16 +141,18 @@ def _readable(data: Path, groups: dict[str, list[Record]]) -> tuple[dict[str, li
     kept = {name: [each for each in records if each.file_name not in broken] for name, records in groups.items()}
     count = sum(map(len, groups.values()))
     some = "; ".join(f"{name}: {why}" for name, why in list(broken.items())[:3])
-    told = f"{len(broken)} of the {count} pictures asked for in {data} cannot be read"
+    message = f"{len(broken)} of the {count} chosen pictures in {data} cannot be read"
     if not kept["seen"] or len(broken) > MAX_SKIPPED_SHARE * count:
-        limit = f"more than the {in_percent(MAX_SKIPPED_SHARE)} allowed" if kept["seen"] else "no seen one can"
-        raise DataError(f"{told}, {limit}: {some}")
-    warnings.warn(f"{told} and are skipped: {some}", stacklevel=4)
+        limit = (
+            f"more than the {in_percent(MAX_SKIPPED_SHARE)} allowed" if kept["seen"] else "none of the seen ones can"
+        )
+        raise DataError(f"{message}, {limit}: {some}")
+    warnings.warn(f"{message} and are skipped: {some}", stacklevel=4)
     return kept, broken
 
 
 def batches(count: int, batch_size: int, *, seed: int, progress: Progress = iter) -> Iterator[tuple[slice, list[int]]]:
-    """The rows of each batch, and a seed for each row: row i has seed + i, whatever the batch."""
+    """The rows of each batch with their seeds: row i has seed + i for every batch size."""
     for start in progress(range(0, count, batch_size)):
         end = min(start + batch_size, count)
         yield slice(start, end), list(range(seed + start, seed + end))
@@ -167,10 +166,10 @@ def check_counts(**counts: int) -> None:
 
 
 def concepts_of(records: Sequence[Record], plain_style: str = PLAIN_STYLE) -> list[Record]:
-    """One record a concept, and its bare caption alone: that of the plain style, or the first without the style's name.
+    """One record for each concept: that of the plain style, or the first.
 
-    Composed pictures of one caption are one concept, held out only if all of them are. Another record without a concept
-    is one of its own.
+    Composed pictures with the same caption are one concept, which is held out only if all of them are. Any other record
+    without a concept counts as its own concept.
     """
     found: dict[str, Record] = {}
     for place, record in enumerate(records):
@@ -186,6 +185,6 @@ def concepts_of(records: Sequence[Record], plain_style: str = PLAIN_STYLE) -> li
 
 
 def bare_caption(record: Record, plain_style: str = PLAIN_STYLE) -> str:
-    """The plain caption, without the name of a style that is not the plain one."""
+    """The plain caption without the name of its style."""
     caption = record.captions[0]
     return caption if record.style == plain_style else caption.removesuffix(f", {record.style} style")

@@ -1,7 +1,7 @@
 """Write a language corpus for the emoji data set: many wordings of what the pictures show, one JSON line each.
 
-A line has `text`, what a person might type. `means` (a list of texts) is what a teacher reads in its place, where an
-article, a size or a misspelling should change nothing. `concepts` are the concepts that the source of a word names.
+A line has `text`, which a person might type. `means` is a list of texts that a teacher reads instead, if an article, a
+size or a misspelling should not change the meaning. `concepts` are the concepts that the source gives for a word.
 The sources are pinned packages: Unicode's keywords (CLDR), emojibase, emojilib and WordNet.
 """
 
@@ -55,13 +55,13 @@ KIND_OF_FILE = {
 }  # fmt: skip
 """By WordNet's lexicographer files: nouns of what can be seen or felt."""
 RARE_FILES = (5, 6, 13, 18, 19)
-"""Of those, the ones whose nouns are taken though running text did not have them: animals, things, food, people."""
+"""The files whose nouns are used even without a count in running text: animals, things, food, people, weather."""
 MAX_CONCEPTS = 6
-"""A keyword of more concepts says too little about each."""
+"""A keyword that more concepts share is not used as a name for them."""
 GLOSS_WORDS = range(3, 10)
 
 SHARES = {"emoji": 0.5, "word": 0.32, "gloss": 0.04, "scene": 0.08, "mood": 0.06}
-"""How often a phrase is about a name of an emoji, a noun of WordNet, one's definition, two things, a thing's mood."""
+"""The shares of phrases: names of emoji, nouns of WordNet, their definitions, scenes of two things, and moods."""
 
 NEUTRAL = (
     "big", "small", "little", "tiny", "huge", "large", "old", "new", "nice", "pretty", "beautiful", "lovely",
@@ -102,7 +102,7 @@ MOODS = (
     "happy", "sad", "angry", "crying", "laughing", "sleepy", "scared", "smiling", "surprised", "sick", "dead",
     "dancing", "flying", "running",
 )  # fmt: skip
-"""What may change which emoji is meant, so that the teacher reads it."""
+"""Adjectives that may change which emoji is meant. The teacher reads them."""
 FRAMES = (
     "a picture of {}", "a drawing of {}", "an emoji of {}", "an image of {}", "a photo of {}", "an icon of {}",
     "a cartoon of {}", "draw {}", "{} please", "a painting of {}", "a sketch of {}", "just {}", "{}, emoji style",
@@ -147,7 +147,7 @@ class Name:
 
 @dataclass
 class Sense:
-    """A noun's first concrete sense in WordNet: its kind, its definition and how often it was met in running text."""
+    """A noun's first concrete sense in WordNet: its kind, its definition and its count in running text."""
 
     kind: str
     gloss: str
@@ -166,13 +166,13 @@ def build_language(
 ) -> int:
     """Write the corpus.
 
-    Words of held-out concepts do not occur in it, unless a concept that is trained on is called the same.
+    It contains no words of held-out concepts, unless a trained concept has the same name.
 
     Args:
         data: the folder of `unclip data emoji`.
         out: the file to write.
-        count: how many distinct phrases are asked for; fewer are written where the sources have no more.
-        seed: of all choices.
+        count: number of distinct phrases; fewer are written if the sources do not have enough.
+        seed: seed of all choices.
         left_out: wordings that must not occur, in any case, with any article.
         packages: a folder with the four tarballs; fetched with `npm pack` when left out.
 
@@ -213,13 +213,13 @@ def build_language(
 
 
 def plain(text: str) -> str:
-    """A wording in lower case, without the article before it and without punctuation: what is compared."""
+    """A wording in lower case without article and punctuation, for comparisons."""
     words = re.sub(r"[^\w\s’'-]", " ", text.lower()).split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words)
 
 
 class _Writer:
-    """Makes phrases of names, by chance."""
+    """Makes random phrases of names."""
 
     def __init__(
         self,
@@ -250,12 +250,12 @@ class _Writer:
         self._chosen: dict[str, Iterator[int]] = {}
 
     def names(self) -> Iterator[Name]:
-        """Every name of an emoji once, as it is."""
+        """Every name of an emoji once, unchanged."""
         for names in self.of_concept:
             yield from names
 
     def phrase(self) -> Name:
-        """One more phrase; it may have been made before."""
+        """A random phrase, which may repeat an earlier one."""
         what = list(SHARES)[self._pick("what", list(SHARES.values()))]
         if what == "gloss" and self.glosses:
             return self._sloppy(self.glosses[int(self.draw.integers(len(self.glosses)))])
@@ -275,7 +275,7 @@ class _Writer:
         of_keyword: dict[str, list[str]],
         senses: dict[str, Sense],
     ) -> list[Name]:
-        """The label first (as often as all others together), then phrases, captions and keywords."""
+        """The names of a concept: the label first, then its noun, phrases and keywords."""
         kind = KIND_OF_GROUP.get(entry.get("group", -1), "other")
         if kind == "animal" and entry.get("subgroup") in PLANT_SUBGROUPS:
             kind = "plant"
@@ -311,7 +311,7 @@ class _Writer:
         return Name(text, (text,), one.concepts + other.concepts if self.draw.random() < 0.5 else one.concepts)
 
     def _dressed(self, name: Name, *, plain: bool = False) -> Name:
-        """With adjectives, an article, a setting and a frame, or some of these; the meaning stays."""
+        """The name with random adjectives, article, setting and frame, which do not change the meaning."""
         chance = self.draw.random
         text = name.text
         if not name.is_noun:
@@ -323,7 +323,7 @@ class _Writer:
                     text = f"{self._any(fitting if fitting and chance() < 0.5 else NEUTRAL)} {text}"
             if name.colours and chance() < SHARE_COLOUR:
                 text = f"{self._any(name.colours)} {text}"
-            name = self.known.get(text, name)  # "old" and "man" make another emoji
+            name = self.known.get(text, name)  # "old man" is another emoji
         how = list(ARTICLES)[self._pick("article", list(ARTICLES.values()))]
         is_bare = how in ("", "s")
         if how == "a":
@@ -339,7 +339,7 @@ class _Writer:
         return replace(name, text=text)
 
     def _sloppy(self, name: Name) -> Name:
-        """Now and then with a letter wrong."""
+        """The name, sometimes misspelt."""
         if self.draw.random() >= SHARE_MISSPELT:
             return name
         words = name.text.split()
@@ -357,7 +357,7 @@ class _Writer:
         return choices[int(self.draw.random() * len(choices))]
 
     def _pick(self, name: str, chances: Sequence[float] | np.ndarray) -> int:
-        """A number drawn with these chances; thousands at a time, since one at a time is slow."""
+        """A random index with these probabilities. Thousands are drawn at a time, which is faster."""
         if (found := next(self._chosen.get(name, iter(())), None)) is None:
             self._chosen[name] = iter(self.draw.choice(len(chances), 10_000, p=chances).tolist())
             found = next(self._chosen[name])
@@ -378,7 +378,7 @@ def _word_name(word: str, sense: Sense) -> Name:
 
 
 def _concepts(records: Sequence[Record]) -> list[Record]:
-    """One record a concept: of the unmarked style, or the first."""
+    """One record for each concept: that of the flat style, or the first."""
     found: dict[str, Record] = {}
     for record in records:
         if record.concept and record.label and (record.concept not in found or record.style == "flat"):
@@ -387,7 +387,7 @@ def _concepts(records: Sequence[Record]) -> list[Record]:
 
 
 def _held_out_words(records: Sequence[Record]) -> re.Pattern[str] | None:
-    """Finds the names of held-out concepts in a text, but those that something trained on has too."""
+    """A pattern that finds names of held-out concepts which no trained concept has."""
     known = {text for record in records if not record.held_out for text in record.captions}
     names = {record.label.lower() for record in records if record.held_out}
     names |= {noun for name in names if (noun := noun_of(name))}
@@ -398,7 +398,7 @@ def _held_out_words(records: Sequence[Record]) -> re.Pattern[str] | None:
 
 
 def _keywords(folder: Path, entries: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
-    """Emoji code → its keywords in English, from all three sources, each once."""
+    """The distinct English keywords of each emoji code, from all three sources."""
     cldr = json.loads(member(folder, KEYWORDS, "annotations/en/annotations.json"))["annotations"]["annotations"]
     lib = json.loads(member(folder, MORE_KEYWORDS, "dist/emoji-en-US.json"))
     found: dict[str, list[str]] = {}
@@ -416,7 +416,7 @@ def _keywords(folder: Path, entries: Sequence[dict[str, Any]]) -> dict[str, list
 
 
 def _senses(folder: Path) -> dict[str, Sense]:
-    """Lower-case nouns of one or two words → their first concrete sense; named persons and places are left out."""
+    """The first concrete sense of each lower-case noun of one or two words, without named persons and places."""
     glosses: dict[str, tuple[int, str]] = {}
     for line in member(folder, WORDNET, "dict/data.noun").decode("utf-8").splitlines():
         if line.startswith("  "):

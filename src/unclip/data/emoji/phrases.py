@@ -1,7 +1,4 @@
-"""What people call things that the emoji standard calls otherwise, by the standard's English label.
-
-Words alone; knows no picture. Called by `unclip.data.emoji.build`, which makes captions of them.
-"""
+"""Everyday names for emoji, by their English labels in the standard. They become captions."""
 
 PHRASES: dict[str, tuple[str, ...]] = {
     # faces
@@ -292,4 +289,4 @@ PHRASES: dict[str, tuple[str, ...]] = {
     "telescope": ("a telescope for stars", "an astronomer's telescope"),
     "microscope": ("a lab microscope", "a scientist's microscope"),
 }
-"""Label → phrases that stand as captions by themselves."""
+"""Phrases by label; each is a complete caption."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unclip.data.emoji.evaluation_set import Exam, batches, concepts_of
+from unclip.data.emoji.evaluation_set import EvaluationSet, batches, concepts_of
 from unclip.data.folder import Record, load_pictures, square_pixels
 from unclip.errors import DataError, ImageError, InputError, UnsafeFileError
 
@@ -30,13 +30,13 @@ def scenes(tmp_path):
 
 
 def test_every_composed_caption_counts_once(scenes):
-    exam = Exam.prepare(scenes, num_seen=10, seed=0)
-    assert exam.composed
-    assert sorted(exam.asked("seen")) == ["a cat left of a star", "a red cat"]
-    assert exam.asked("held_out") == [f"a blue thing{n}" for n in range(3, 7)]
-    assert len(exam.captions) == 6
-    assert exam.about("held_out") == {"num": 4, "drawn": "all", "num_in_all": 4}
-    assert exam.about("seen") == {"num": 2, "drawn": "at random, each caption once at most"}
+    evaluation_set = EvaluationSet.prepare(scenes, num_seen=10, seed=0)
+    assert evaluation_set.composed
+    assert sorted(evaluation_set.asked("seen")) == ["a cat left of a star", "a red cat"]
+    assert evaluation_set.asked("held_out") == [f"a blue thing{n}" for n in range(3, 7)]
+    assert len(evaluation_set.captions) == 6
+    assert evaluation_set.about("held_out") == {"num": 4, "drawn": "all", "num_in_all": 4}
+    assert evaluation_set.about("seen") == {"num": 2, "drawn": "at random, each caption once at most"}
 
 
 def test_a_caption_that_training_saw_once_is_not_held_out():
@@ -49,48 +49,50 @@ def test_a_caption_that_training_saw_once_is_not_held_out():
 
 
 def test_some_of_the_held_out_ones(scenes):
-    chosen = [tuple(Exam.prepare(scenes, num_seen=2, num_held_out=2, seed=s).asked("held_out")) for s in range(12)]
-    assert chosen[0] == tuple(Exam.prepare(scenes, num_seen=2, num_held_out=2, seed=0).asked("held_out"))
+    chosen = [
+        tuple(EvaluationSet.prepare(scenes, num_seen=2, num_held_out=2, seed=s).asked("held_out")) for s in range(12)
+    ]
+    assert chosen[0] == tuple(EvaluationSet.prepare(scenes, num_seen=2, num_held_out=2, seed=0).asked("held_out"))
     assert all(len(set(each)) == 2 for each in chosen)
     assert len(set(chosen)) > 1
-    exam = Exam.prepare(scenes, num_seen=2, num_held_out=0, seed=0)
-    assert exam.about("held_out") == {"num": 0, "drawn": "at random", "num_in_all": 4}
-    assert Exam.prepare(scenes, num_seen=2, num_held_out=99, seed=0).drawn["held_out"] == "all"
+    evaluation_set = EvaluationSet.prepare(scenes, num_seen=2, num_held_out=0, seed=0)
+    assert evaluation_set.about("held_out") == {"num": 0, "drawn": "at random", "num_in_all": 4}
+    assert EvaluationSet.prepare(scenes, num_seen=2, num_held_out=99, seed=0).drawn["held_out"] == "all"
 
 
 def test_fewer_held_out_ones_leave_the_seen_ones_as_they_are(scenes):
-    asked = [Exam.prepare(scenes, num_seen=1, num_held_out=n, seed=4).asked("seen") for n in (None, 0, 2)]
+    asked = [EvaluationSet.prepare(scenes, num_seen=1, num_held_out=n, seed=4).asked("seen") for n in (None, 0, 2)]
     assert asked[0] == asked[1] == asked[2]
 
 
 def test_a_set_with_concepts_is_not_composed(tmp_path):
     rows = [composed(0, "a red cat"), {"file_name": "1.png", "captions": ["cat"], "concept": "cat", "style": "flat"}]
-    exam = Exam.prepare(write(tmp_path, rows), num_seen=9, seed=0)
-    assert not exam.composed
-    assert exam.asked("seen") == ["cat"]
-    assert exam.captions == ["a red cat", "cat"]
+    evaluation_set = EvaluationSet.prepare(write(tmp_path, rows), num_seen=9, seed=0)
+    assert not evaluation_set.composed
+    assert evaluation_set.asked("seen") == ["cat"]
+    assert evaluation_set.captions == ["a red cat", "cat"]
 
 
 @pytest.mark.parametrize("numbers", [{"num_seen": 0}, {"num_seen": 1, "num_held_out": -1}])
 def test_numbers(scenes, numbers):
     with pytest.raises(InputError, match="must be"):
-        Exam.prepare(scenes, **numbers, seed=0)
+        EvaluationSet.prepare(scenes, **numbers, seed=0)
 
 
 def test_too_many_pictures_that_cannot_be_read(scenes, tmp_path):
-    exam = Exam.prepare(scenes, num_seen=9, seed=0)
-    assert [image.size for image in exam.pictures("held_out")] == [(8, 8)] * 4
-    assert exam.left_out() == {}
+    evaluation_set = EvaluationSet.prepare(scenes, num_seen=9, seed=0)
+    assert [image.size for image in evaluation_set.pictures("held_out")] == [(8, 8)] * 4
+    assert evaluation_set.left_out() == {}
     (tmp_path / "3.png").write_bytes(b"no picture")
     with pytest.raises(ImageError, match=r"3\.png"):  # it was broken since
-        exam.pictures("held_out")
-    with pytest.raises(DataError, match=r"1 of the 6 pictures asked for .* more than the 1% allowed: 3\.png: .*3\.png"):
-        Exam.prepare(scenes, num_seen=9, seed=0)
+        evaluation_set.pictures("held_out")
+    with pytest.raises(DataError, match=r"1 of the 6 chosen pictures .* more than the 1% allowed: 3\.png: .*3\.png"):
+        EvaluationSet.prepare(scenes, num_seen=9, seed=0)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "../other.png", "text": "x"}')
     with pytest.raises(UnsafeFileError, match="leads out"):
-        Exam.prepare(tmp_path, num_seen=1, seed=0)
+        EvaluationSet.prepare(tmp_path, num_seen=1, seed=0)
     with pytest.raises(DataError):
-        Exam.prepare(tmp_path / "nowhere", num_seen=1, seed=0)
+        EvaluationSet.prepare(tmp_path / "nowhere", num_seen=1, seed=0)
 
 
 @pytest.fixture
@@ -102,20 +104,22 @@ def many(tmp_path):
 
 def test_a_few_pictures_that_cannot_be_read_are_left_out(many):
     (many / "7.png").write_bytes(b"no picture")
-    with pytest.warns(UserWarning, match=r"1 of the 121 pictures asked for .* are skipped: 7\.png: "):
-        exam = Exam.prepare(many, num_seen=1, seed=0)
-    assert (len(exam.pictures("seen")), len(exam.pictures("held_out"))) == (1, 119)
-    assert "thing 7" not in exam.asked("held_out")
-    assert "thing 7" in exam.captions
-    assert exam.about("held_out")["num"] == 119
-    assert exam.left_out()["num_skipped"] == 1
-    assert "7.png" in exam.left_out()["skipped"]["7.png"]
+    with pytest.warns(UserWarning, match=r"1 of the 121 chosen pictures .* are skipped: 7\.png: "):
+        evaluation_set = EvaluationSet.prepare(many, num_seen=1, seed=0)
+    assert (len(evaluation_set.pictures("seen")), len(evaluation_set.pictures("held_out"))) == (1, 119)
+    assert "thing 7" not in evaluation_set.asked("held_out")
+    assert "thing 7" in evaluation_set.captions
+    assert evaluation_set.about("held_out")["num"] == 119
+    assert evaluation_set.left_out()["num_skipped"] == 1
+    assert "7.png" in evaluation_set.left_out()["skipped"]["7.png"]
 
 
 def test_no_picture_that_training_knew_can_be_read(many):
     (many / "0.png").unlink()
-    with pytest.raises(DataError, match=r"1 of the 121 pictures .* cannot be read, no seen one can: 0\.png"):
-        Exam.prepare(many, num_seen=1, seed=0)
+    with pytest.raises(
+        DataError, match=r"1 of the 121 chosen pictures .* cannot be read, none of the seen ones can: 0\.png"
+    ):
+        EvaluationSet.prepare(many, num_seen=1, seed=0)
 
 
 @pytest.mark.parametrize("size", [(24, 10), (11, 30)])
@@ -123,7 +127,7 @@ def test_pictures_are_square_as_in_training(tmp_path, size):
     picture = Image.effect_noise(size, 90).convert("RGB")
     picture.save(tmp_path / "0.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "x"}')
-    (found,) = Exam.prepare(tmp_path, num_seen=1, seed=0).pictures("seen")
+    (found,) = EvaluationSet.prepare(tmp_path, num_seen=1, seed=0).pictures("seen")
     assert found.size == (max(size), max(size))
     assert found.getpixel((0, 0)) == (255, 255, 255)
     trained = load_pictures(tmp_path, 8).pixels[0]
