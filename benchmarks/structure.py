@@ -19,6 +19,9 @@ CONCERNS = {
 }
 """The names of an existing sampler, task and setting. Adding another one touches the files that contain them."""
 
+SHARED = ("options", "messages", "provenance", "defaults", "usage")
+"""Modules that `unclip.cli.main` imports and that define no command."""
+
 
 def code_lines(text: str) -> int:
     """The lines that hold code: no blank lines, comments or docstrings."""
@@ -95,7 +98,7 @@ def _is_command(trees: dict[str, ast.Module], name: str) -> bool:
     return (
         name.startswith("unclip.cli.")
         and name in imports(trees["unclip.cli.main"], set(trees)) | {"unclip.cli.evaluate"}
-        and name not in ("unclip.cli.options", "unclip.cli.messages")
+        and name.rpartition(".")[2] not in SHARED
     )
 
 

@@ -19,7 +19,7 @@ from unclip.data.batches import Source
 from unclip.data.folder import Keys
 from unclip.data.source import open_source
 from unclip.diffusion.process import DiffusionProcess
-from unclip.diffusion.scheduler import SCHEDULERS, UnCLIPScheduler
+from unclip.diffusion.scheduler import CONFIG_NAME, SCHEDULERS, UnCLIPScheduler
 from unclip.errors import ConfigError
 from unclip.models.kernels import is_emulated
 from unclip.training.recipe import TASKS, ProcessRecipe, Recipe, located
