@@ -76,7 +76,7 @@ def test_built_in_names_need_no_network(tmp_path, monkeypatch):
 def test_a_near_miss_is_told_what_was_meant(name):
     with pytest.raises(MissingFileError, match="did you mean 'unclip-emoji'"):
         resolve(name)
-    with pytest.raises(MissingFileError, match="built in are: unclip-emoji"):
+    with pytest.raises(MissingFileError, match="built-in models are: unclip-emoji"):
         resolve("something-else")
 
 

@@ -202,7 +202,7 @@ def test_a_files_names_are_divided_by_prefix():
     groups = karlo.split_by_prefix(state, ["a.", "b."])
     assert list(groups["a."]) == ["a.x"]
     assert list(groups["b."]) == ["b.y"]
-    with pytest.raises(WeightsError, match=r"1 names are of no known part \(\['b.y'\]\)"):
+    with pytest.raises(WeightsError, match=r"1 names belong to no known part \(\['b.y'\]\)"):
         karlo.split_by_prefix(state, ["a."])
     with pytest.raises(WeightsError, match=r"nothing is named \['c\.'\]"):
         karlo.split_by_prefix(state, ["a.", "b.", "c."])
