@@ -263,7 +263,7 @@ def test_a_download_and_what_can_go_wrong_with_it(tmp_path):
     assert gated[0] == "CheckpointError"
     assert "accept its terms" in gated[1]
     assert absent[0] == "MissingFileError"
-    assert "hub has no model of that name" in absent[1]
+    assert "hub has no public model of that name" in absent[1]
     assert revision[0] == "MissingFileError"
     assert "no revision 'v9'" in revision[1]
     assert empty[0] == "MissingFileError"
