@@ -140,7 +140,7 @@ def test_joining_heads_undoes_splitting_them(heads, head_dim, parts, tail):
 
 
 def test_a_wrong_head_width_is_said():
-    with pytest.raises(WeightsError, match="not a multiple of 3 parts"):
+    with pytest.raises(WeightsError, match="not a multiple of 3 x"):
         karlo.split_heads(torch.zeros(10), 3, 2, "qkv")
 
 
