@@ -129,7 +129,7 @@ def test_long_pictures(write, size):
 def test_empty_pictures(write, size):
     with pytest.raises(ImageError):
         open_image(write(png(*size)))
-    with pytest.raises(ImageError, match="there is nothing in it"):
+    with pytest.raises(ImageError, match="it is empty"):
         rgb(Image.new("RGB", size))
 
 
@@ -332,7 +332,7 @@ def test_floating_point_pixels(top, expected):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_pixels_that_are_no_numbers(value):
-    with pytest.raises(ImageError, match="not numbers"):
+    with pytest.raises(ImageError, match="NaN or infinite"):
         rgb(Image.fromarray(np.full((2, 2), value, dtype=np.float32)))
 
 
@@ -644,8 +644,8 @@ def test_what_a_pipeline_gives_as_arrays_is_taken():
         (np.zeros((2, 16, 16), np.uint8), r"shape \(2, 16, 16\)"),
         (np.zeros(5, np.uint8), r"shape \(5,\)"),
         (np.zeros((1, 1, 4, 4, 3), np.uint8), "of the shape"),
-        (np.zeros((0, 4, 4, 3), np.uint8), "there is nothing in it"),
-        (np.zeros((0, 4), np.uint8), "there is nothing in it"),
+        (np.zeros((0, 4, 4, 3), np.uint8), "it is empty"),
+        (np.zeros((0, 4), np.uint8), "it is empty"),
         (np.zeros((1, 101), np.uint8), "one side may be at most 100 times"),
         (np.broadcast_to(np.uint8(0), (20_000, 20_000, 3)), "at most 64,000,000 are read"),
         ([COLOURS, "cat.png"], "not a list with a str"),

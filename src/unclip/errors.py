@@ -1,23 +1,20 @@
-"""Every error that unclip raises on purpose.
+"""The exceptions of unclip. Each message states the value, the limit and the remedy.
 
-Knows nothing of the rest of the library; every other module may import it.
-Each message names the value, the limit and the remedy.
-
-    UnclipError
-    ├── InputError (ValueError)            an argument is wrong: its value, type, shape or width
-    │   └── ImageError                     a picture cannot be used: broken, too large, not an image
-    ├── ConfigError (ValueError)           a setting is unknown, out of its limits, or not implemented
-    ├── CheckpointError (ValueError)       a model on disk cannot be used
-    │   ├── MissingFileError (FileNotFoundError)   a folder, file or shard is not there
-    │   ├── UnsafeFileError                a pickle, or a path that leaves its folder
-    │   └── WeightsError                   truncated, overlapping, duplicate, NaN, missing or extra weights
-    ├── DataError (ValueError)             a data set or one of its samples cannot be used
-    ├── TrainingError (RuntimeError)       a training run cannot go on (a loss that is not a number, say)
-    ├── NonFiniteError (ArithmeticError)   what was computed is NaN or infinite, and no picture
-    ├── OutputError (OSError)               a file cannot be written: a full disk, no permission
-    ├── OutputExistsError (FileExistsError)        a file would be overwritten and nobody asked for it
-    ├── MissingDependencyError (ImportError)       an optional package is needed for what was asked
-    └── Cancelled                          a callback stopped the run
+UnclipError
+├── InputError (ValueError)            an argument is wrong: its value, type, shape or width
+│   └── ImageError                     a picture cannot be used: broken, too large, not an image
+├── ConfigError (ValueError)           a setting is unknown, out of its limits, or not implemented
+├── CheckpointError (ValueError)       a model on disk cannot be used
+│   ├── MissingFileError (FileNotFoundError)   a folder, file or shard is not there
+│   ├── UnsafeFileError                a pickle, or a path that leaves its folder
+│   └── WeightsError                   truncated, overlapping, duplicate, NaN, missing or extra weights
+├── DataError (ValueError)             a data set or one of its samples cannot be used
+├── TrainingError (RuntimeError)       a training run cannot go on (a loss that is not a number, say)
+├── NonFiniteError (ArithmeticError)   what was computed is NaN or infinite, and no picture
+├── OutputError (OSError)               a file cannot be written: a full disk, no permission
+├── OutputExistsError (FileExistsError)        a file would be overwritten and nobody asked for it
+├── MissingDependencyError (ImportError)       an optional package is needed for what was asked
+└── Cancelled                          a callback stopped the run
 """
 
 
@@ -30,11 +27,11 @@ class InputError(UnclipError, ValueError):
 
 
 class ImageError(InputError):
-    """A picture cannot be used: it is broken, too large, or no picture at all."""
+    """A picture cannot be used: it is broken, too large, or not a picture."""
 
 
 class ConfigError(UnclipError, ValueError):
-    """A setting is unknown, outside its limits, or one that unclip does not implement."""
+    """A setting is unknown, outside its limits, or not implemented."""
 
 
 class CheckpointError(UnclipError, ValueError):
@@ -42,11 +39,11 @@ class CheckpointError(UnclipError, ValueError):
 
 
 class MissingFileError(CheckpointError, FileNotFoundError):
-    """A folder, a file or a shard that a model needs is not there."""
+    """A folder, a file or a shard that a model needs does not exist."""
 
 
 class UnsafeFileError(CheckpointError):
-    """A pickle that nobody asked to convert, or a path that leaves its folder."""
+    """A pickle, or a path that leaves its folder."""
 
 
 class WeightsError(CheckpointError):
@@ -58,24 +55,24 @@ class DataError(UnclipError, ValueError):
 
 
 class TrainingError(UnclipError, RuntimeError):
-    """A training run cannot go on."""
+    """A training run cannot continue."""
 
 
 class NonFiniteError(UnclipError, ArithmeticError):
-    """What was computed is NaN or infinite: numbers exceeded their type, or what went in was too large."""
+    """A result is NaN or infinite: numbers exceeded the range of their type, or an input was too large."""
 
 
 class OutputError(UnclipError, OSError):
-    """A file or folder cannot be written: the disk is full, or there is no permission."""
+    """A file or folder cannot be written: the disk is full, or permission is missing."""
 
 
 class OutputExistsError(UnclipError, FileExistsError):
-    """A file or folder would be overwritten, and nobody asked for that."""
+    """A file or folder already exists, and overwriting was not requested."""
 
 
 class MissingDependencyError(UnclipError, ImportError):
-    """An optional package is needed for what was asked; the message names it."""
+    """An optional package is required; the message names it."""
 
 
-class Cancelled(UnclipError):  # noqa: N818  (it is no failure)
+class Cancelled(UnclipError):  # noqa: N818  (it is not a failure)
     """A callback stopped the run before its last step."""

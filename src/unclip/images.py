@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Pictures = Image.Image | np.ndarray | Sequence[Image.Image | np.ndarray]
-"""What stands for one picture or several: see `as_pictures`."""
+"""One or several pictures; see `as_pictures`."""
 MAX_PIXELS = 64_000_000
 MAX_ASPECT = 100
 FORMATS = {
@@ -46,10 +46,10 @@ FORMATS = {
     "AVIF": (".avif", ".avifs"),
     "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
 }
-"""The formats that are read, by Pillow's names, with the suffixes of their files."""
+"""The supported formats by Pillow's names, with their file suffixes."""
 PICTURE_SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 MAX_REPAIRED_BYTES = 256 * 2**20
-"""Size of the files in which metadata is searched for damage."""
+"""Size limit of the files from which damaged metadata is removed."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -60,9 +60,9 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes a picture upright, by its EXIF orientation."""
+"""The operation that makes a picture upright, by its EXIF orientation."""
 _ORIENTED = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
-"""Where Pillow keeps metadata that may hold an orientation."""
+"""Keys of Pillow's metadata that may hold an orientation."""
 _CHUNK_ROWS = 256
 _filters = threading.Lock()
 
@@ -70,13 +70,13 @@ _filters = threading.Lock()
 def open_image(file: str | Path | IO[bytes], name: str | None = None, *, keep_alpha: bool = False) -> Image.Image:
     """Open a picture file as RGB; its declared size is checked before anything is decoded.
 
-    Of several frames the first is taken. Damaged metadata is ignored.
+    The first of several frames is used. Damaged metadata is ignored.
 
     Args:
         file: a path, or an open file.
         name: the picture's name in messages; the path by default.
-        keep_alpha: return a picture with transparency as RGBA, upright too, with its colours as they are in the file
-            instead of on white.
+        keep_alpha: return a picture with transparency as upright RGBA, with the colours of the file, instead of on
+            white.
 
     Raises: ImageError for a missing, broken or truncated file, a file that is not a picture, or too many pixels.
     """
@@ -112,7 +112,7 @@ def _read(file: str | Path | IO[bytes], name: str, *, keep_alpha: bool) -> Image
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Ignore Pillow's warnings. Filters of warnings belong to all threads at once."""
+    """Ignore Pillow's warnings. The lock is needed since warning filters are shared by all threads."""
     with _filters, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -123,13 +123,13 @@ def _reason(error: Exception) -> str:
 
 
 def check_size(image: Image.Image, name: str = "the image") -> None:
-    """Raises: ImageError when a side is 0, the pixels are too many or the shape is too long."""
+    """Raises: ImageError when a side is 0, there are too many pixels, or the aspect ratio is too large."""
     _check_sides(*image.size, name)
 
 
 def _check_sides(width: int, height: int, name: str) -> None:
     if width < 1 or height < 1:
-        raise ImageError(f"{name} is {width}×{height} pixels: there is nothing in it")
+        raise ImageError(f"{name} is {width}×{height} pixels: it is empty")
     if width * height > MAX_PIXELS:
         raise ImageError(
             f"{name} has {width * height:,} pixels ({width}×{height}); at most {MAX_PIXELS:,} are read: make it smaller"
@@ -141,7 +141,7 @@ def _check_sides(width: int, height: int, name: str) -> None:
 
 
 def as_pictures(given: Pictures, name: str = "image", *, are_masks: bool = False) -> list[Image.Image]:
-    """Pictures or masks as people give them, as a list of PIL images.
+    """Convert pictures or masks of any supported kind to a list of PIL images.
 
     Args:
         given: a PIL image, a numpy array, or a list of them. An array is [height, width], [height, width, channels]
@@ -150,7 +150,7 @@ def as_pictures(given: Pictures, name: str = "image", *, are_masks: bool = False
         name: the argument's name in messages.
         are_masks: an array [batch, height, width] is a batch of masks, unless its last axis has 1 to 4 entries.
 
-    Raises: ImageError for anything else, or for an array of another type, shape or range.
+    Raises: ImageError for another kind of object, or an array of another type, shape or range.
     """
     parts = given if isinstance(given, Sequence) and not isinstance(given, str | bytes) else [given]
     if not parts:
@@ -170,7 +170,7 @@ def as_pictures(given: Pictures, name: str = "image", *, are_masks: bool = False
 
 
 def _levels(array: np.ndarray, name: str, *, are_masks: bool) -> list[np.ndarray]:
-    """An array of one or several pictures as arrays that PIL takes: uint8 [height, width] or [..., 2 to 4]."""
+    """Convert an array of one or several pictures to arrays for PIL: uint8 [height, width] or [..., 2 to 4]."""
     is_flat = array.ndim == 2 or (are_masks and array.ndim == 3 and array.shape[-1] not in (1, 2, 3, 4))
     batch = array[..., None] if is_flat else array
     batch = batch[None] if batch.ndim == 3 else batch
@@ -180,7 +180,7 @@ def _levels(array: np.ndarray, name: str, *, are_masks: bool) -> list[np.ndarray
             "[batch, height, width, channels], with 1 to 4 channels in the last axis"
         )
     if not len(batch):
-        raise ImageError(f"{name} is an array of the shape {array.shape}: there is nothing in it")
+        raise ImageError(f"{name} is an array of the shape {array.shape}: it is empty")
     _check_sides(batch.shape[2], batch.shape[1], name)
     if array.dtype != np.uint8:
         batch = _rounded(batch, name)
@@ -197,7 +197,7 @@ def _rounded(array: np.ndarray, name: str) -> np.ndarray:
         )
     if not np.isfinite(array).all():
         raise ImageError(f"{name} is an array with NaN or infinity")
-    levels = np.rint(array * np.float32(255))  # of float16 and float32 in float32
+    levels = np.rint(array * np.float32(255))  # float16 and float32 are computed in float32
     if levels.min() < 0 or levels.max() > 255:
         raise ImageError(
             f"{name} is an array of {array.dtype} with values from {array.min():.4g} to {array.max():.4g}; floating "
@@ -207,11 +207,11 @@ def _rounded(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """The picture upright and in RGB: EXIF orientation applied, transparency on white, 16 bits scaled, not clipped.
+    """The picture upright and in RGB: EXIF orientation applied, transparency on white, 16 bits scaled.
 
-    A colour profile (ICC) is not applied: the numbers are taken as sRGB.
+    Colour profiles (ICC) are not applied; values are interpreted as sRGB.
 
-    Raises: ImageError when it cannot be decoded, or its size is out of limits.
+    Raises: ImageError when it cannot be decoded, or its size is outside the limits.
     """
     check_size(image)
     with _decoding():
@@ -219,18 +219,18 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def alpha(image: Image.Image) -> Image.Image | None:
-    """The picture's transparency, upright, in mode L: 0 is fully transparent. None for a picture that has none.
+    """The picture's transparency, upright, in mode L: 0 is fully transparent. None for a picture without transparency.
 
-    Raises: ImageError when it cannot be decoded, or its size is out of limits.
+    Raises: ImageError when it cannot be decoded, or its size is outside the limits.
     """
     seen_through = rgba(image)
     return None if seen_through is None else seen_through.getchannel("A")
 
 
 def rgba(image: Image.Image) -> Image.Image | None:
-    """The picture upright and in RGBA, what its transparency hides too. None for a picture that has no transparency.
+    """The picture upright and in RGBA, including hidden colours. None for a picture without transparency.
 
-    Raises: ImageError when it cannot be decoded, or its size is out of limits.
+    Raises: ImageError when it cannot be decoded, or its size is outside the limits.
     """
     check_size(image)
     with _decoding():
@@ -277,34 +277,34 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if image.mode == "F":
         if not np.isfinite(values).all():
-            raise ImageError("the image has pixels that are not numbers")
+            raise ImageError("the image has pixels that are NaN or infinite")
         top = 1.0 if values.max(initial=0) <= 1.0 else 255.0
     else:
         top = 65535.0 if values.max(initial=0) > 255 or image.mode.startswith("I;16") else 255.0
     levels = np.empty(values.shape, np.uint8)
-    for row in range(0, len(values), _CHUNK_ROWS):  # float64 of the whole picture would be eight times its levels
+    for row in range(0, len(values), _CHUNK_ROWS):  # in parts, since float64 takes eight times the memory
         part = values[row : row + _CHUNK_ROWS].astype(np.float64)
         levels[row : row + _CHUNK_ROWS] = (part / top * 255).clip(0, 255).round()
     return Image.fromarray(levels)
 
 
-# ---- what Pillow does not do with a file ----
+# ---- orientation, colour keys and damaged metadata ----
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture decoded and turned as its EXIF orientation says, with a colour key that suits its pixels."""
+    """The picture decoded and rotated by its EXIF orientation, with a colour key that matches its pixels."""
     image = _keyed(image)
     turn = _turn(image)
     if turn is None:
         return image
     turned = image.transpose(turn)
-    for key in _ORIENTED:  # so that it is not turned again
+    for key in _ORIENTED:  # so that it is not rotated again
         turned.info.pop(key, None)
     return turned
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What makes the picture upright. Only the orientation is read, so other tags may be damaged."""
+    """The operation that makes the picture upright. Other EXIF tags may be damaged, since they are not read."""
     try:
         with _quiet():
             return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
@@ -313,9 +313,9 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _keyed(image: Image.Image) -> Image.Image:
-    """The picture decoded; a colour that stands for transparency (tRNS of PNG) is one of its own levels.
+    """The picture decoded, with its transparent colour (tRNS of PNG) converted to 8 bits.
 
-    Pillow leaves the colour as it is in the file, in 2, 4 or 16 bits, while it brings the pixels to 8.
+    Pillow converts pixels of 2, 4 or 16 bits to 8 bits, but not the transparent colour.
     """
     key = image.info.get("transparency")
     depth = None
@@ -333,7 +333,7 @@ def _keyed(image: Image.Image) -> Image.Image:
     if image.mode == "L" and isinstance(key, int):
         scaled = _grey_level(image, key, depth)
     elif image.mode == "RGB" and isinstance(key, tuple):
-        # Without its file the depth is not known; a larger number than 255 is of 16 bits.
+        # Without the file the depth is unknown; a number above 255 has 16 bits.
         scaled = tuple(k & 255 if depth or max(key) < 256 else k >> 8 for k in key)
     else:
         return image
@@ -351,7 +351,7 @@ def _load(image: Image.Image) -> None:
     finish = image.load_end
 
     def load_end() -> None:
-        """All tags are read when the pixels are there already."""
+        """Ignore errors in tags, which Pillow reads after the pixels."""
         with contextlib.suppress(Exception), _quiet():
             finish()
 
@@ -363,14 +363,16 @@ def _load(image: Image.Image) -> None:
 
 
 def _low_bytes(image: Image.Image) -> Image.Image:
-    """The lower 8 of each colour's 16 bits, of a PNG that is not decoded yet."""
+    """The lower 8 of the 16 bits of each colour, for a PNG that is not yet decoded."""
     assert image.fp is not None  # type: ignore[attr-defined]
     file = image.fp  # type: ignore[attr-defined]
     place = file.tell()
     with _quiet():
         twin = Image.open(file, formats=("PNG",))
     assert isinstance(twin, PngImagePlugin.PngImageFile)
-    twin.tile = [tile._replace(args="RGB;16L") for tile in twin.tile]  # takes each second byte for the upper one
+    twin.tile = [
+        tile._replace(args="RGB;16L") for tile in twin.tile
+    ]  # little-endian, so Pillow takes the lower byte for the upper one
     twin.load()
     file.seek(place)
     return twin
@@ -390,7 +392,7 @@ def _grey_level(image: Image.Image, key: int, depth: str | None) -> int:
     if depth is not None:
         bits = {"L;2": 2, "L;4": 4}.get(depth, 8)
     else:
-        # Decoded before, so that the depth is not known: the least one that allows the picture's levels and the key.
+        # The picture is decoded, so the depth is unknown: take the smallest one that fits its levels and the key.
         levels = [level for level, count in enumerate(image.histogram()) if count]
         steps = {2: 85, 4: 17, 8: 1}
         fitting = (bits for bits, step in steps.items() if key < 2**bits and not any(n % step for n in levels))
@@ -399,9 +401,9 @@ def _grey_level(image: Image.Image, key: int, depth: str | None) -> int:
 
 
 def _without_metadata(file: str | Path | IO[bytes]) -> bytes | None:
-    """The file's content without metadata that may keep it from being opened; None where there is none.
+    """The file's content without metadata that may be damaged; None where there is none.
 
-    The orientation stays, unless it is in what is damaged.
+    The orientation is kept, unless it is damaged.
     """
     if isinstance(file, str | Path):
         with open(file, "rb") as stream:
@@ -417,7 +419,7 @@ def _without_metadata(file: str | Path | IO[bytes]) -> bytes | None:
 
 
 def _cut_png(content: bytes) -> bytes:
-    """Critical chunks and transparency as they are, and EXIF with a right checksum."""
+    """Keep critical chunks, transparency, and EXIF with a corrected checksum."""
     kept, place = [content[:8]], 8
     while place + 8 <= len(content):
         length, kind = struct.unpack_from(">I4s", content, place)
@@ -431,7 +433,7 @@ def _cut_png(content: bytes) -> bytes:
 
 
 def _cut_jpeg(content: bytes) -> bytes:
-    """Without application segments but JFIF, EXIF and Adobe's, and without comments."""
+    """Remove comments and all application segments except JFIF, EXIF and Adobe."""
     kept, place = [content[:2]], 2
     while place + 4 <= len(content):
         prefix, marker, length = struct.unpack_from(">BBH", content, place)
@@ -444,7 +446,7 @@ def _cut_jpeg(content: bytes) -> bytes:
 
 
 def _cut_avif(content: bytes) -> bytes:
-    """With its EXIF marked as something unknown; AVIF has its orientation elsewhere."""
+    """Mark EXIF as an unknown item; AVIF stores its orientation elsewhere."""
     return re.sub(rb"(infe.{8})Exif", rb"\1skip", content, flags=re.DOTALL)
 
 
@@ -484,7 +486,7 @@ def to_square(image: Image.Image, size_px: int) -> "Tensor":
 
 
 def grid(images: list[Image.Image], *, columns: int | None = None, gap: int = 4) -> Image.Image:
-    """One sheet of pictures of one size, white between and behind them; about square unless `columns` is given."""
+    """A sheet of pictures of one size on white; about square unless `columns` is given."""
     columns = min(len(images), columns or math.ceil(math.sqrt(len(images))))
     rows = math.ceil(len(images) / columns)
     width, height = images[0].size
@@ -498,7 +500,7 @@ LABEL_PX = 18
 
 
 def labelled(image: Image.Image, text: str) -> Image.Image:
-    """The picture with its caption below, in one line, cut where it is too long."""
+    """The picture with its caption below it in one line, truncated to the width."""
     card = Image.new("RGB", (image.width, image.height + LABEL_PX), "white")
     card.paste(image)
     font = ImageFont.load_default(12)

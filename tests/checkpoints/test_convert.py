@@ -270,8 +270,8 @@ def make_bad(kind: str, path: Path, good: Path) -> None:
         ("truncated", (WeightsError, UnsafeFileError), "bad.ckpt"),
         ("noise", (WeightsError, UnsafeFileError), "bad.ckpt"),
         ("empty", WeightsError, "truncated"),
-        ("no dict", WeightsError, "no state dict"),
-        ("no tensors", WeightsError, "no state dict"),
+        ("no dict", WeightsError, "not a state dict"),
+        ("no tensors", WeightsError, "not a state dict"),
         ("other names", WeightsError, "net.x"),
         ("NaN", WeightsError, "proj_to_clip_embeddings.bias"),
     ],
@@ -315,7 +315,7 @@ def change_json(path: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("damage", "error", "match"),
     [
-        (lambda f: change_json(f / "config.json", projection_dim=99), WeightsError, "not of one model"),
+        (lambda f: change_json(f / "config.json", projection_dim=99), WeightsError, "belong to different models"),
         (lambda f: change_json(f / "config.json", projection_dim="x"), ConfigError, "projection_dim in .* is 'x'"),
         (lambda f: change_json(f / "config.json", text_config=3), ConfigError, r"text_config in .* is 3; it must"),
         (lambda f: (f / "config.json").unlink(), MissingFileError, "config.json"),
@@ -448,7 +448,7 @@ def test_variation_of_something_else_is_refused(converted, clip, tmp_path, nothi
     with pytest.raises(UnsafeFileError, match="link that leaves"):
         convert_text_to_image_to_variation(tmp_path / "model", out, clip=clip)
     (tmp_path / "model" / "model_index.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="names no decoder, text_encoder"):
+    with pytest.raises(CheckpointError, match="lacks decoder, text_encoder"):
         convert_text_to_image_to_variation(tmp_path / "model", out, clip=clip)
 
 

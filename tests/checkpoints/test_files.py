@@ -245,11 +245,11 @@ def test_a_folder_is_not_overwritten_unasked(tmp_path, old):
 def test_home_and_the_current_folder_are_never_replaced(tmp_path, old, monkeypatch):
     monkeypatch.chdir(old / "sub")
     for target in (old, ".", old / "sub"):
-        with pytest.raises(OutputExistsError, match="replaced as a whole"), atomic_folder(target, overwrite=True):
+        with pytest.raises(OutputExistsError, match="never replaced"), atomic_folder(target, overwrite=True):
             pytest.fail("must not get so far")
     monkeypatch.chdir("/")
     monkeypatch.setenv("HOME", str(old / "sub"))
-    with pytest.raises(OutputExistsError, match="replaced as a whole"), atomic_folder(old, overwrite=True):
+    with pytest.raises(OutputExistsError, match="never replaced"), atomic_folder(old, overwrite=True):
         pytest.fail("must not get so far")
     assert (old / "sub" / "old").exists()
 

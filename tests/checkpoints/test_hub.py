@@ -76,7 +76,7 @@ def test_built_in_names_need_no_network(tmp_path, monkeypatch):
 def test_a_near_miss_is_told_what_was_meant(name):
     with pytest.raises(MissingFileError, match="did you mean 'unclip-emoji'"):
         resolve(name)
-    with pytest.raises(MissingFileError, match="built in are: unclip-emoji"):
+    with pytest.raises(MissingFileError, match="built-in models are: unclip-emoji"):
         resolve("something-else")
 
 
@@ -263,7 +263,7 @@ def test_a_download_and_what_can_go_wrong_with_it(tmp_path):
     assert gated[0] == "CheckpointError"
     assert "accept its terms" in gated[1]
     assert absent[0] == "MissingFileError"
-    assert "hub has no model of that name" in absent[1]
+    assert "hub has no public model of that name" in absent[1]
     assert revision[0] == "MissingFileError"
     assert "no revision 'v9'" in revision[1]
     assert empty[0] == "MissingFileError"

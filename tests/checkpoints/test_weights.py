@@ -199,7 +199,7 @@ def test_a_buffer_that_no_file_fills_is_found(tmp_path):
     save_weights(tmp_path, Net().state_dict())
     module = on_meta()
     module.register_buffer("forgotten", torch.empty(1, device="meta"), persistent=False)
-    with pytest.raises(WeightsError, match="forgotten of Net are in no checkpoint"):
+    with pytest.raises(WeightsError, match="forgotten of Net are not part of a checkpoint"):
         load_into(module, tmp_path)
 
 
@@ -433,7 +433,7 @@ def test_shared_strided_and_empty_tensors_are_saved_by_value(tmp_path):
 
 @pytest.mark.parametrize("name", ["../a", "a/b", "", "a\0"])
 def test_bad_names_are_not_written(tmp_path, name):
-    with pytest.raises(WeightsError, match="no parameter's name"):
+    with pytest.raises(WeightsError, match="not a parameter's name"):
         save_weights(tmp_path / "new", {name: torch.ones(1)})
     assert not (tmp_path / "new").exists()
 

@@ -131,7 +131,7 @@ def test_what_exists_is_replaced_only_when_asked(pictures):
 def test_nothing_to_caption(pictures, tmp_path):
     with pytest.raises(DataError, match="is not a folder"):
         write_captions(tmp_path / "none")
-    with pytest.raises(DataError, match="has no pictures that can be used"):
+    with pytest.raises(DataError, match="has no usable pictures"):
         write_captions(tmp_path)
     root = pictures("0001.png")
     with pytest.raises(DataError, match=r"no picture in .* has a caption: 0001\.png: its name has no words"):

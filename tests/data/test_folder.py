@@ -353,7 +353,7 @@ def test_too_many_broken_pictures(folder):
         load_pictures(root, 8, max_skipped_share=0.1)
     with pytest.raises(DataError, match="1 of 1 pictures"):
         load_pictures(folder(entry("none.png")), 8)
-    with pytest.raises(DataError, match=r"1 of 1 pictures in .*, so there is none; the first: none\.png"):
+    with pytest.raises(DataError, match=r"1 of 1 pictures in .*, so none is left; the first: none\.png"):
         load_pictures(folder(entry("none.png")), 8, max_skipped_share=1.0)
 
 

@@ -148,5 +148,5 @@ def test_other_weights(tmp_path):
     with pytest.raises(WeightsError, match="missing"):
         InceptionFeatures.load(path)
     path.write_bytes(b"broken")
-    with pytest.raises(WeightsError, match="truncated"):
+    with pytest.raises(WeightsError, match="damaged"):
         InceptionFeatures.load(path)

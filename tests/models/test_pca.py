@@ -167,7 +167,7 @@ def test_no_file_and_no_safetensors(fitted, tmp_path):
         PrincipalComponents.load(tmp_path / "none.safetensors")
     path = fitted.save(tmp_path / "pca.safetensors")
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(WeightsError, match="truncated"):
+    with pytest.raises(WeightsError, match="damaged"):
         PrincipalComponents.load(path)
 
 

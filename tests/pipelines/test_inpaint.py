@@ -462,7 +462,7 @@ def test_wrong_arguments(edit, arguments, message):
 
 
 def test_a_picture_that_cannot_be_used(edit):
-    with pytest.raises(ImageError, match="there is nothing in it"):
+    with pytest.raises(ImageError, match="it is empty"):
         edit("a cat", Image.new("RGB", (0, 4)), MASK)
 
 

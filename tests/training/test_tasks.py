@@ -363,7 +363,7 @@ def test_everything_held_out(tiny, tmp_path, pictures):
     line = json.loads((pictures / "metadata.jsonl").read_text().splitlines()[0]) | {"held_out": True}
     (tmp_path / line["file_name"]).write_bytes((pictures / line["file_name"]).read_bytes())
     (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
-    with pytest.raises(DataError, match="none of 1 pictures is there to train on"):
+    with pytest.raises(DataError, match="none of 1 pictures can be used for training"):
         ClipTask(dataclasses.replace(tiny("clip"), data=tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""How a model is asked for: the types of weights, and the ecosystem's arguments that unclip does not have."""
+"""Check the arguments of `from_pretrained`: the type of the weights, and arguments that only diffusers has."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 AUTO = "auto"
-"""The type of weights that stands for the type in the file."""
+"""The value of `torch_dtype` that keeps the type in the file."""
 
 IGNORED = {
     "custom_revision": "no code of a model is run",
@@ -33,7 +33,7 @@ IGNORED = {
     "sess_options": "ONNX is not read",
     "trust_remote_code": "no code of a model is run",
 }
-"""Arguments of the ecosystem's `from_pretrained` that change nothing here, and why."""
+"""Arguments of diffusers' `from_pretrained` that have no effect here, with the reason."""
 
 REFUSED = {
     "custom_pipeline": "no code of a model is run; import the class instead, such as "
@@ -54,21 +54,21 @@ REFUSED = {
     "use_flashpack": "only safetensors are read",
     "use_onnx": "only safetensors are read",
 }
-"""Those that ask for something that unclip does not do, and what to do instead."""
+"""Arguments of diffusers' `from_pretrained` that unclip does not support, with the alternative."""
 
 ASKS_FOR_NOTHING: dict[str, tuple[object, ...]] = {"low_cpu_mem_usage": (None, True)}
-"""The values at which an argument is what happens anyway; for others None and False."""
+"""Values that request the normal behaviour. For other arguments these are None and False."""
 
 
 def settled(arguments: Mapping[str, Any], method: Any, others: Iterable[str] | None = ()) -> dict[str, Any]:
-    """Those of `arguments` that are left when the ecosystem's are ignored, with one warning, or refused.
+    """Remove the arguments that unclip ignores, with one warning, and return the rest.
 
     Args:
-        arguments: what a class's `from_pretrained` was given besides its own arguments.
+        arguments: the keyword arguments of `from_pretrained` that it does not define.
         method: that method.
-        others: the names that may be left; None: any.
+        others: further names that are allowed; None allows any.
 
-    Raises: InputError for one that is refused or unknown.
+    Raises: InputError for an argument that is unsupported or unknown.
     """
     where = f"{method.__self__.__name__}.{method.__name__}"
     left: dict[str, Any] = {}
@@ -96,13 +96,13 @@ def settled(arguments: Mapping[str, Any], method: Any, others: Iterable[str] | N
 
 
 def asked_type(torch_dtype: Any, use_safetensors: object = None) -> torch.dtype | str | None:
-    """The type that weights are asked to have: a type of torch's, `AUTO`, or None for float32.
+    """The requested type of the weights: a torch dtype, `AUTO`, or None for float32.
 
     Args:
-        torch_dtype: a floating type of torch's, or its name with or without "torch."; "auto"; or None.
-        use_safetensors: None and True are the same.
+        torch_dtype: a floating-point torch dtype, or its name with or without "torch."; "auto"; or None.
+        use_safetensors: None or True; both have the same effect.
 
-    Raises: InputError for another type; UnsafeFileError for `use_safetensors=False`.
+    Raises: InputError for any other type; UnsafeFileError for `use_safetensors=False`.
     """
     import torch
 
@@ -113,7 +113,7 @@ def asked_type(torch_dtype: Any, use_safetensors: object = None) -> torch.dtype 
     found = getattr(torch, torch_dtype.removeprefix("torch."), None) if isinstance(torch_dtype, str) else torch_dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise InputError(
-            f'torch_dtype is {torch_dtype!r}; it must be "auto", or a floating type of torch\'s or its name, such as '
+            f'torch_dtype is {torch_dtype!r}; it must be "auto", or a floating-point torch dtype or its name, such as '
             'torch.float16 or "bfloat16"'
         )
     return found

@@ -1,8 +1,4 @@
-"""Read JSON with suspicion, write files and folders whole or not at all, and keep names inside their folder.
-
-Does not know what any file means.
-Everything that saves or loads a model calls it.
-"""
+"""Read and check JSON, write files and folders atomically, and keep file names inside their folder."""
 
 import contextlib
 import ctypes
@@ -30,13 +26,14 @@ from unclip.errors import (
 )
 
 JSON_LIMIT_BYTES = 16 << 20
-"""Most that `read_json` reads unless told otherwise: a shard index of a very large model is about 1 MB."""
+"""The default size limit of `read_json`. The shard index of a very large model is about 1 MB."""
 
 NAME_LIMIT = 255
+"""Largest length of one part of a path, in bytes."""
 PATH_LIMIT = 1024
-"""Of a name that comes out of a file."""
+"""Largest length of a path that was read from a file."""
 OUTPUT_LIMIT = 4096
-"""Of a name that a person gives."""
+"""Largest length of an output path, in bytes."""
 TEMPORARY_PREFIX = ".unclip-tmp-"
 
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
@@ -51,16 +48,16 @@ def parse_json_object(
 ) -> dict[str, Any]:
     """The JSON object in `data`; `what` names it in messages.
 
-    Raises `error` for text that is not UTF-8 or not JSON, for anything but an object, and for what Python's parser lets
-    through: a key given twice, NaN and infinities (also as 1e999). With `allow_infinity` the words Infinity and
-    -Infinity are numbers, as the ecosystem's schedulers write them.
+    Raises `error` for text that is not UTF-8 or not JSON, for a value that is not an object, and for what Python's
+    parser accepts: duplicate keys, NaN and infinities (also as 1e999). With `allow_infinity` the words Infinity and
+    -Infinity are accepted, since diffusers' schedulers write them.
     """
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, value in pairs:
             if name in found:
-                raise error(f"{what} has the key {name[:80]!r} twice; which one holds cannot be known, so remove one")
+                raise error(f"{what} has the key {name[:80]!r} twice; remove one of them")
             found[name] = value
         return found
 
@@ -91,8 +88,8 @@ def read_json(
 ) -> dict[str, Any]:
     """The JSON object in the file `path`; `allow_infinity` as in `parse_json_object`.
 
-    Raises MissingFileError when there is no such file, CheckpointError when it is no regular file, larger than
-    `limit_bytes`, not JSON, not an object, or has duplicate keys or numbers that are not finite.
+    Raises MissingFileError when the file does not exist, CheckpointError when it is not a regular file, is larger than
+    `limit_bytes`, is not JSON, is not an object, or has duplicate keys or numbers that are not finite.
     """
     size_bytes = file_size(path)
     if size_bytes > limit_bytes:
@@ -101,7 +98,10 @@ def read_json(
 
 
 def file_size(path: str | os.PathLike[str]) -> int:
-    """Bytes of the regular file `path`; MissingFileError if there is none, CheckpointError if it is something else."""
+    """The size of the regular file `path` in bytes.
+
+    Raises MissingFileError when it does not exist, CheckpointError when it is not a regular file.
+    """
     try:
         found = os.stat(path)
     except (OSError, ValueError) as problem:
@@ -114,9 +114,9 @@ def file_size(path: str | os.PathLike[str]) -> int:
 
 
 def write_json(path: str | os.PathLike[str], obj: dict[str, Any]) -> None:
-    """Write `obj` to `path` as indented JSON, keys sorted, whole or not at all; an older file is replaced.
+    """Write `obj` to `path` as indented JSON with sorted keys. The write is atomic and replaces an existing file.
 
-    Raises ConfigError as `json_bytes`, and what `atomic_file` raises.
+    Raises what `json_bytes` and `atomic_file` raise.
     """
     data = json_bytes(obj, path)
     with atomic_file(path) as temporary:
@@ -126,7 +126,7 @@ def write_json(path: str | os.PathLike[str], obj: dict[str, Any]) -> None:
 def json_bytes(obj: dict[str, Any], path: str | os.PathLike[str]) -> bytes:
     """`obj` as `write_json` writes it to `path`.
 
-    Raises ConfigError for values that JSON cannot hold, NaN and infinities among them.
+    Raises ConfigError for values that JSON cannot represent, including NaN and infinities.
     """
     try:
         text = json.dumps(obj, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
@@ -135,25 +135,27 @@ def json_bytes(obj: dict[str, Any], path: str | os.PathLike[str]) -> bytes:
         raise ConfigError(f"{path} cannot be written as JSON: {problem}") from problem
 
 
-# -- whole or not at all -------------------------------------------------------------------------------------------
+# -- atomic writes -------------------------------------------------------------------------------------------------
 
 
 def output_path(path: str | os.PathLike[str]) -> Path:
-    """`path` as the place to write to, links followed; nothing is made yet.
+    """The output path `path` with links resolved; nothing is created.
 
-    Raises InputError for a name that no file can have: empty, with a NUL, or longer than 255 bytes a part.
+    Raises InputError for a path that is empty, contains a NUL, or is too long.
     """
     text = os.fspath(path)
     if not text or "\0" in text:
-        raise InputError(f"{_shown(path)} is no name to write to: it is empty, or has a NUL in it")
+        raise InputError(f"{_shown(path)} is not a valid output path: it is empty or contains a NUL")
     if len(os.fsencode(text)) > OUTPUT_LIMIT or any(len(os.fsencode(part)) > NAME_LIMIT for part in Path(text).parts):
         raise InputError(f"{_shown(path)} is longer than {NAME_LIMIT} bytes a part or {OUTPUT_LIMIT} in all")
     return Path(os.path.realpath(text))
 
 
 def output_folder(path: str | os.PathLike[str]) -> Path:
-    """`path` as a folder to write into, made if need be. Raises as `output_path`, OutputExistsError for a file, and
-    OutputError when it cannot be made."""
+    """Create the folder `path` if it does not exist, and return it.
+
+    Raises what `output_path` raises, OutputExistsError for a file, and OutputError when it cannot be created.
+    """
     target = output_path(path)
     for place in (target, *target.parents):
         if place.exists():
@@ -167,7 +169,7 @@ def output_folder(path: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Within it, a full disk or a missing permission raises OutputError, which names `path` and the reason."""
+    """Turn write errors, such as a full disk or a missing permission, into OutputError with `path` and the reason."""
     try:
         yield
     except (UnclipError, BrokenPipeError):
@@ -184,7 +186,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 def atomic_file(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`, with its suffix; at the end it is synced and takes the name `path`.
 
-    On an error the temporary file is removed and `path` is as it was. Missing parent folders are made. Raises
+    On an error the temporary file is removed and `path` is unchanged. Missing parent folders are created. Raises
     OutputExistsError when `path` is a folder, or exists and `overwrite` is False; OutputError when the disk is full or
     a folder cannot be written; InputError as `output_path`.
     """
@@ -210,12 +212,12 @@ def atomic_file(path: str | os.PathLike[str], overwrite: bool = True) -> Iterato
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; at the end all in it is synced and it takes the name `path`.
+    """Yield a temporary folder beside `path`; at the end its files are synced and it takes the name `path`.
 
-    On an error the temporary folder is removed and `path` is as it was; a killed process leaves at most a folder whose
-    name starts with `.unclip-tmp-`. With `overwrite` an existing folder is replaced as a whole, never merged, and only
-    once the new one is complete. Raises OutputExistsError when `path` is a file, a folder with something in it (unless
-    `overwrite`), or the home or current folder or one above it, which is never replaced; OutputError when the disk is
+    On an error the temporary folder is removed and `path` is unchanged; a killed process leaves at most a folder whose
+    name starts with `.unclip-tmp-`. With `overwrite` an existing folder is replaced, not merged, and only after the new
+    one is complete. Raises OutputExistsError when `path` is a file, a folder that is not empty (unless `overwrite`),
+    or the home or current folder or one of their parents, which are never replaced; OutputError when the disk is
     full or a folder cannot be written; InputError as `output_path`.
     """
     target = output_path(path)
@@ -230,7 +232,7 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
                 for name in names:
                     sync(Path(root, name))
                 sync(Path(root))
-            _check_folder_target(target, path, overwrite)  # it may have come into being meanwhile
+            _check_folder_target(target, path, overwrite)  # another process may have created it since
             _put_folder(temporary, target)
             sync(target.parent)
         finally:
@@ -244,18 +246,18 @@ def _check_folder_target(target: Path, path: str | os.PathLike[str], overwrite: 
         raise OutputExistsError(f"{path} is a file; name a folder")
     if any(target.iterdir()) and not overwrite:
         raise OutputExistsError(_exists(path))
-    for kind, find in (("current", Path.cwd), ("home", Path.home)):  # also when it is empty
-        with contextlib.suppress(FileNotFoundError, RuntimeError):  # there is none
+    for kind, find in (("current", Path.cwd), ("home", Path.home)):  # even an empty one
+        with contextlib.suppress(FileNotFoundError, RuntimeError):  # the folder does not exist
             kept = find()
             if target == kept or target in kept.parents:
                 raise OutputExistsError(
-                    f"{path} {'is' if target == kept else 'contains'} the {kind} folder, and would be replaced as a "
-                    "whole; name a new folder"
+                    f"{path} {'is' if target == kept else 'contains'} the {kind} folder, which is never "
+                    "replaced; name a new folder"
                 )
 
 
 def _put_folder(temporary: Path, target: Path) -> None:
-    """Give `temporary` the name `target`; what stood there ends up under the name `temporary`, or is gone."""
+    """Rename `temporary` to `target`. An existing folder takes the name `temporary` or is removed."""
     if not target.exists():
         os.rename(temporary, target)
     elif not any(target.iterdir()):
@@ -273,7 +275,7 @@ def _put_folder(temporary: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step of the kernel; False where that is not to be had."""
+    """Swap two paths atomically (renameat2); False where the system does not support it."""
     if not sys.platform.startswith("linux"):
         return False
     try:
@@ -284,7 +286,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _rename_new(temporary: Path, target: Path, path: str | os.PathLike[str]) -> None:
-    """Rename, but fail if `target` exists; a link decides that in one step where the file system has links."""
+    """Rename, but fail if `target` exists. A hard link makes this atomic where the file system supports links."""
     try:
         os.link(temporary, target)
     except FileExistsError as problem:
@@ -296,7 +298,7 @@ def _rename_new(temporary: Path, target: Path, path: str | os.PathLike[str]) -> 
 
 
 def sync(path: Path) -> None:
-    """Have the system write `path` to the disk; folders cannot be synced everywhere, so that may fail in silence."""
+    """Flush `path` to the disk. Errors for folders are ignored, since not every system can sync a folder."""
     is_folder = path.is_dir()
     if is_folder and os.name == "nt":
         return
@@ -314,14 +316,14 @@ def sync(path: Path) -> None:
 
 
 def safe_join(folder: str | os.PathLike[str], name: str) -> Path:
-    """`folder`/`name` for a name that comes out of a file; it need not exist.
+    """`folder`/`name` for a name that was read from a file; it does not have to exist.
 
-    Raises UnsafeFileError for an empty, absolute or very long name, one with `..`, a backslash or NUL, and for a
-    symbolic link that leaves the folder. In a snapshot of the hub's cache, links may lead anywhere into that model's
-    own cache folder, because its snapshots are made of links to `blobs/`.
+    Raises UnsafeFileError for a name that is empty, absolute, very long, or has `..`, a backslash or a NUL, and for a
+    symbolic link out of the folder. In a snapshot of the hub's cache, links to any place in the cache folder of that
+    model are allowed, because snapshots consist of links to `blobs/`.
     """
     if not isinstance(name, str) or not name:
-        raise UnsafeFileError(f"a file name must be a text that is not empty, not {name!r}")
+        raise UnsafeFileError(f"a file name must be a string that is not empty, not {name!r}")
     shown = _shown(name)
     if "\0" in name or "\\" in name:
         raise UnsafeFileError(f"the file name {shown} has a NUL or a backslash in it")
@@ -357,4 +359,4 @@ def _reason(problem: OSError | ValueError) -> str:
 
 
 def _exists(path: str | os.PathLike[str]) -> str:
-    return f"{path} exists already; ask for overwriting, or name another place"
+    return f"{path} exists already; allow overwriting, or name another path"

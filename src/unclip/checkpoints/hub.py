@@ -1,7 +1,6 @@
-"""Turn the name of a model into a folder: a folder, a built-in model, or `owner/name` on the hub.
+"""Find the folder of a model by name: a local folder, a built-in model, or `owner/name` on the hub.
 
-Does not know what is in the folder, and never asks the hub for a pickle.
-Called by every from_pretrained and by the command line; importing it loads neither torch nor the hub's client.
+Pickles are never downloaded.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from unclip.errors import CheckpointError, InputError, MissingDependencyError, M
 
 BUILT_IN_JUDGE = "unclip-emoji-judge"
 BUILT_IN = {"unclip-emoji": "emoji", BUILT_IN_JUDGE: "emoji-judge"}
-"""Reserved model names, and their folders under `unclip/assets`; they need no network."""
+"""Reserved model names, and their folders under `unclip/assets`. They need no download."""
 
 SUFFIXES = (".json", ".txt", ".safetensors")
 NAME_LIMIT = 1024
@@ -44,11 +43,11 @@ def resolve(
     variant: str | None = None,
     allow_patterns: Sequence[str] | None = None,
 ) -> Path:
-    """The folder of a model: an existing folder itself, a built-in model's, or one downloaded from the hub.
+    """The folder of a model: an existing folder, the folder of a built-in model, or a download from the hub.
 
-    Only .json, .txt and .safetensors files are downloaded (of these, those that match `allow_patterns` if given); with
-    `variant` that variant's weights where there are any, else the plain ones. Raises InputError when it is no text,
-    MissingFileError when nothing has that name, CheckpointError for whatever else keeps the hub from giving it.
+    Only .json, .txt and .safetensors files are downloaded (if `allow_patterns` is given, only those that match it).
+    `variant` selects the weights of that variant where they exist, otherwise the plain weights. Raises InputError when
+    the name is not a string, MissingFileError when no model has that name, CheckpointError when the download fails.
     """
     name = _checked(name_or_path)
     if os.path.isdir(name):
@@ -58,24 +57,24 @@ def resolve(
     if os.path.exists(name):
         raise CheckpointError(f"{name} is a file; name the model's folder. Original .ckpt files: unclip convert karlo")
     if not is_name(name):
-        raise MissingFileError(f"{_shown(name)} is no folder, and no owner/name on the hub{_suggestion(name)}")
+        raise MissingFileError(f"{_shown(name)} is not a folder, and not an owner/name on the hub{_suggestion(name)}")
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
         raise CheckpointError(f"revision is {revision[:80]!r}; it must be a branch, a tag or a commit")
     return _download(name, revision, cache_dir, local_files_only, token, variant, allow_patterns)
 
 
 def is_name(text: str) -> bool:
-    """Whether it could name a model that is no folder: a built-in one's name, or `owner/name`."""
+    """Whether `text` is the name of a built-in model or has the form `owner/name`."""
     return text in BUILT_IN or (_HUB_ID.fullmatch(text) is not None and ".." not in text)
 
 
 def pick_files(
     names: Sequence[str], variant: str | None = None, allow_patterns: Sequence[str] | None = None
 ) -> list[str]:
-    """Those of a repository's files that a model needs: no pickles, and one set of weights a folder.
+    """The files of a repository that a model needs: no pickles, and one set of weights per folder.
 
-    Weights beside a model_index.json belong to no component and are left out, but for principal components. Raises
-    MissingFileError when `variant` is given and no folder has it.
+    Weights beside a model_index.json do not belong to a component. They are skipped, except for principal components.
+    Raises MissingFileError when `variant` is given and no folder has it.
     """
     kept: list[str] = []
     weights: dict[tuple[str, str], dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
@@ -107,12 +106,12 @@ def _checked(name_or_path: str | os.PathLike[str]) -> str:
     except TypeError:
         name = None
     if not isinstance(name, str):
-        raise InputError(f"a model is named by a text or a path, not by {type(name_or_path).__name__}")
+        raise InputError(f"a model is named by a string or a path, not by {type(name_or_path).__name__}")
     if not name.strip():
-        raise MissingFileError("a model's name may not be empty; name a folder, a built-in model, or owner/name")
+        raise MissingFileError("a model's name must not be empty; name a folder, a built-in model, or owner/name")
     if "\0" in name or len(name) > NAME_LIMIT:
         raise MissingFileError(
-            f"{_shown(name)} has a NUL in it or more than {NAME_LIMIT} characters; no model has that name"
+            f"{_shown(name)} contains a NUL or has more than {NAME_LIMIT} characters; no model has that name"
         )
     return name
 
@@ -130,7 +129,7 @@ def _suggestion(name: str) -> str:
     close = difflib.get_close_matches(name.lower(), BUILT_IN, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; built in are: {', '.join(BUILT_IN)}"
+    return f"; the built-in models are: {', '.join(BUILT_IN)}"
 
 
 def _shown(name: str) -> str:
@@ -163,7 +162,7 @@ def _download(
                 raise
             except Exception as problem:  # the transport's own errors differ between versions of the hub's client
                 unreachable = problem
-        if names is None:  # the loader says what else is missing; a part of the repository is all we ever fetch
+        if names is None:  # offline: use the cached files, of which the loader reports the missing ones
             return Path(
                 huggingface_hub.snapshot_download(
                     name, revision=revision, cache_dir=place, local_files_only=True, allow_patterns=["model_index.json"]
@@ -171,7 +170,7 @@ def _download(
             )
         patterns = [glob.escape(file) for file in pick_files(names, variant, allow_patterns)]
         if not patterns:
-            raise MissingFileError(f"{name} on the hub has none of {', '.join(SUFFIXES)} that could be used")
+            raise MissingFileError(f"{name} on the hub has no usable files ({', '.join(SUFFIXES)})")
         return Path(
             huggingface_hub.snapshot_download(
                 name, revision=revision, cache_dir=place, token=token, allow_patterns=patterns
@@ -184,10 +183,10 @@ def _download(
             f"{name} is gated: accept its terms on https://huggingface.co/{name}, then `hf auth login` or pass token="
         ) from problem
     except errors.RevisionNotFoundError as problem:
-        raise MissingFileError(f"{name} has no revision {revision!r}; leave it out for the newest") from problem
+        raise MissingFileError(f"{name} has no revision {revision!r}; omit it for the newest") from problem
     except errors.RepositoryNotFoundError as problem:
         raise MissingFileError(
-            f"{name} is no folder here, and the hub has no model of that name or hides it{_suggestion(name)}. "
+            f"{name} is not a folder, and the hub has no public model of that name{_suggestion(name)}. "
             "A private model needs token= or `hf auth login`"
         ) from problem
     except errors.LocalEntryNotFoundError as problem:

@@ -1,7 +1,6 @@
 """Rename the original Karlo weights to the folder layout's names, and back.
 
-Knows names and shapes; knows no file and no network. One table a network serves both directions.
-Called by convert.py; whoever wants Karlo's own layout back calls the `export_` functions.
+Each network has one table of names, which serves both directions.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ _RESNET = (
 
 @dataclass(frozen=True)
 class _Rule:
-    """One original tensor and what it becomes: one tensor, or parts by head; `point` marks a width-1 convolution."""
+    """One original tensor and its targets: one tensor, or parts by head; `point` marks a width-1 convolution."""
 
     source: str
     targets: tuple[str, ...]
@@ -83,10 +82,10 @@ class _Rule:
 
 
 def split_heads(tensor: Tensor, num_parts: int, head_dim: int, name: str = "the tensor") -> list[Tensor]:
-    """The parts (q, k, v) of rows [heads · parts · head_dim, …] that lie head by head, each [heads · head_dim, …]."""
+    """The parts (q, k, v) of rows [heads · parts · head_dim, …], interleaved by head, each [heads · head_dim, …]."""
     if tensor.shape[0] % (num_parts * head_dim):
         raise WeightsError(
-            f"{name} has {tensor.shape[0]} rows, no multiple of {num_parts} parts x {head_dim} a head; which head_dim?"
+            f"{name} has {tensor.shape[0]} rows, not a multiple of {num_parts} x {head_dim} per head; check head_dim"
         )
     by_head = tensor.reshape(-1, num_parts, head_dim, *tensor.shape[1:])
     return [by_head[:, part].reshape(-1, *tensor.shape[1:]) for part in range(num_parts)]
@@ -108,7 +107,7 @@ def convert_prior(
 ) -> dict[str, Tensor]:
     """The prior's weights by the folder layout's names; `mean` and `std` [embedding_dim] (or [1, …]) whiten embeddings.
 
-    Raises WeightsError, with names, when a tensor is missing, left over, or of a shape that cannot be.
+    Raises WeightsError, with names, when a tensor is missing, left over, or has an impossible shape.
     """
     source = _under(state_dict, prefix)
     converted = _apply(_prior_rules(_count(source, r"transformer\.resblocks\.(\d+)\.")), source, head_dim, "prior")
@@ -134,7 +133,7 @@ def export_prior(
 
 
 def convert_text_projection(decoder_state_dict: Mapping[str, Tensor], *, prefix: str = "model.") -> dict[str, Tensor]:
-    """The text projection's weights, which Karlo keeps in the decoder's file; the decoder's own are passed over.
+    """The text projection's weights, which Karlo keeps in the decoder's file; the decoder's own weights are ignored.
 
     Raises WeightsError, with names, when a tensor is missing.
     """
@@ -143,14 +142,14 @@ def convert_text_projection(decoder_state_dict: Mapping[str, Tensor], *, prefix:
 
 
 def export_text_projection(state_dict: Mapping[str, Tensor], *, prefix: str = "model.") -> dict[str, Tensor]:
-    """The inverse of `convert_text_projection`; join it with the decoder's for Karlo's one file."""
+    """The inverse of `convert_text_projection`; join it with the decoder's weights to get Karlo's file."""
     return _unapply(_text_projection_rules(), state_dict, HEAD_DIM, prefix, "text projection")
 
 
 def convert_unet(
     state_dict: Mapping[str, Tensor], *, kind: UNetKind, prefix: str = "model.", head_dim: int = HEAD_DIM
 ) -> dict[str, Tensor]:
-    """A U-Net's weights by the folder layout's names; its numbers of blocks and resnets are found in the names.
+    """A U-Net's weights by the folder layout's names; the numbers of blocks and resnets come from the names.
 
     `kind` "decoder" has attention and shares its file with the text projection, which is passed over; "super_res" has
     none. Only names under `prefix` are looked at. Raises WeightsError, with names, for missing and left-over tensors.
@@ -161,7 +160,7 @@ def convert_unet(
     stride = min(upsamplers, default=num_blocks_in - 1) + 1  # resnets a block, and its downsampler
     if stride < 2 or num_blocks_in % stride:
         raise WeightsError(
-            f"the {kind} has {num_blocks_in} input blocks in groups of {stride}, which is no Karlo U-Net"
+            f"the {kind} has {num_blocks_in} input blocks in groups of {stride}, which is not a Karlo U-Net"
         )
     rules = _unet_rules(kind, num_blocks_in // stride, stride - 1)
     rules += _shortcut_rules(num_blocks_in // stride, stride - 1, source, "source")
@@ -180,7 +179,7 @@ def export_unet(
 
 
 def split_by_prefix(state_dict: Mapping[str, Tensor], prefixes: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-    """The tensors under each prefix, names kept whole; WeightsError when one is under none or a prefix has none."""
+    """The tensors under each prefix, with full names; WeightsError if a tensor or a prefix has no match."""
     groups: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
     left = []
     for name, value in state_dict.items():
@@ -191,7 +190,7 @@ def split_by_prefix(state_dict: Mapping[str, Tensor], prefixes: Iterable[str]) -
             groups[prefix][name] = value
     empty = [prefix for prefix, group in groups.items() if not group]
     if left or empty:
-        raise WeightsError(f"nothing is named {empty}…, and {len(left)} names are of no known part ({left[:4]})")
+        raise WeightsError(f"nothing is named {empty}…, and {len(left)} names belong to no known part ({left[:4]})")
     return groups
 
 
@@ -221,7 +220,7 @@ def _text_projection_rules() -> list[_Rule]:
 
 
 def _resnet_places(num_blocks: int, num_resnets: int) -> list[tuple[str, str]]:
-    """(original, folder layout) places of the resnets in the blocks; down- and upsamplers are not among them."""
+    """(original, folder layout) prefixes of the resnets in the blocks, without down- and upsamplers."""
     step = num_resnets + 1
     places = []
     for b in range(num_blocks):
@@ -231,7 +230,7 @@ def _resnet_places(num_blocks: int, num_resnets: int) -> list[tuple[str, str]]:
 
 
 def _unet_rules(kind: UNetKind, num_blocks: int, num_resnets: int) -> list[_Rule]:
-    """All of a U-Net but the shortcuts, which a resnet has only where its width changes."""
+    """The rules of a U-Net except shortcuts, which a resnet has only where its width changes."""
     has_attention, step = kind == "decoder", num_resnets + 1
     places = _resnet_places(num_blocks, num_resnets)
     attentions = []
@@ -319,5 +318,5 @@ def _matches(names: Iterable[str], pattern: str) -> list[re.Match[str]]:
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
-    """One more than the largest number that `pattern` finds."""
+    """One more than the largest number that matches `pattern`."""
     return 1 + max((int(found[1]) for found in _matches(names, pattern)), default=-1)

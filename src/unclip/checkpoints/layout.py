@@ -1,8 +1,4 @@
-"""What a pipeline's folder says besides weights: components, classes, and configurations found from tensors' shapes.
-
-Does not know the networks that it describes, only their names, shapes and published settings.
-Called by convert.py.
-"""
+"""The layout of a pipeline's folder: components, classes, and configurations derived from the shapes of weights."""
 
 from __future__ import annotations
 
@@ -19,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 API_VERSION = "0.26.3"
-"""The version of the folder layout that is written, as `_diffusers_version`."""
+"""The value of `_diffusers_version` in written folders: the version of the layout."""
 
 PRIOR_CLIP_RANGE = 10.0
 """Range to which Karlo's own code clamps the prior's prediction; the published diffusers folders say 5."""
@@ -55,12 +51,12 @@ TEXT_TO_IMAGE = ("prior", "prior_scheduler", *SHARED)
 VARIATION = (*SHARED, "feature_extractor", "image_encoder")
 
 PROBE_FILE = "probe.safetensors"
-"""Principal components of the image embeddings, which may lie beside a pipeline's components."""
+"""Principal components of the image embeddings, an optional file beside a pipeline's components."""
 
 FURTHER_SUPER_RES = tuple(f"super_res_{number}" for number in range(2, 10))
-"""Super-resolution stages beyond the first (256 → 1024 px, say), by the start of their components' names."""
+"""Super-resolution stages beyond the first (such as 256 → 1024 px), the prefixes of their components."""
 FURTHER = tuple(f"{stage}_{part}" for stage in FURTHER_SUPER_RES for part in ("first", "last", "scheduler"))
-"""Components that any pipeline's folder may have besides; loaders that know nothing of them pass over their names."""
+"""Optional components of every pipeline's folder. Loaders that do not know them ignore them."""
 
 
 def model_index(class_name: str, components: Iterable[str]) -> dict[str, Any]:
@@ -73,7 +69,7 @@ def model_index(class_name: str, components: Iterable[str]) -> dict[str, Any]:
 
 
 def scheduler_configs(prior_clip_range: float = PRIOR_CLIP_RANGE) -> dict[str, dict[str, Any]]:
-    """scheduler_config.json of Karlo's three schedulers by component name."""
+    """The contents of scheduler_config.json of Karlo's three schedulers, by component name."""
     kinds = {
         "prior_scheduler": ("fixed_small_log", "sample", prior_clip_range),
         "decoder_scheduler": ("learned_range", "epsilon", 1.0),
@@ -104,7 +100,7 @@ def prior_config(state: Mapping[str, Tensor], head_dim: int) -> dict[str, Any]:
         "num_layers": _count(state, "transformer_blocks."),
         "embedding_dim": embedding_dim,
         "num_embeddings": state["positional_embedding"].shape[1] - 4,
-        "additional_embeddings": 4,  # text embedding, timestep, noisy image embedding, the place of the answer
+        "additional_embeddings": 4,  # text embedding, timestep, noisy image embedding, the position of the output
         "dropout": 0.0,
     }
 
@@ -159,7 +155,7 @@ def check_widths(
     clip: Mapping[str, Any],
     time_embed_dim: int,
 ) -> None:
-    """Raise WeightsError when the components, told by their configurations, do not fit each other."""
+    """Raise WeightsError when the configurations of the components do not fit together."""
     facts = (
         ("the prior's embedding", prior["embedding_dim"], "the text encoder's", clip["projection_dim"]),
         ("the prior's embedding", prior["embedding_dim"], "the text encoder's hidden", clip["hidden_size"]),
@@ -175,7 +171,9 @@ def check_widths(
     )
     for one, width, other, other_width in facts:
         if width != other_width:
-            raise WeightsError(f"{one} width is {width}, {other} width {other_width}; these files are not of one model")
+            raise WeightsError(
+                f"{one} width is {width}, {other} width {other_width}; these files belong to different models"
+            )
 
 
 def _unet_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -184,7 +182,7 @@ def _unet_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
     doubled = state[first + "time_emb_proj.weight"].shape[0] == 2 * state[first + "conv1.weight"].shape[0]
     widths = [state[f"down_blocks.{b}.resnets.0.conv1.weight"].shape[0] for b in range(num_blocks)]
     time_width = state["time_embedding.linear_1.weight"].shape[0]
-    # The published folders leave it to the default, which is Karlo's: only another width has to be said.
+    # The published folders omit the default, which is Karlo's width; only another width is written.
     own_time_width = {} if time_width == 4 * widths[0] else {"time_embedding_dim": time_width}
     return {
         **own_time_width,
@@ -214,9 +212,9 @@ class ProbeFile:
     """A folder's `probe.safetensors`.
 
     Attributes:
-        content: of the file.
-        image_encoder: the fingerprint of the image encoder whose embeddings the components are of; empty where the file
-            does not say it, or is damaged, which whoever reads the components is told.
+        content: the bytes of the file.
+        image_encoder: the fingerprint of the image encoder of the components; empty where the file does not state it
+            or is damaged (reading the components then raises).
     """
 
     content: bytes
@@ -224,12 +222,14 @@ class ProbeFile:
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """That of a folder; None where there is none. Raises: CheckpointError for a file that is absurdly large."""
+        """The file of a folder; None where there is none. Raises: CheckpointError for a file that is too large."""
         path = safe_join(folder, PROBE_FILE)
         if not path.exists():
             return None
         if file_size(path) > LIMIT_BYTES:
-            raise CheckpointError(f"{path} has more than {LIMIT_BYTES:,} bytes; no principal components do: remove it")
+            raise CheckpointError(
+                f"{path} has more than {LIMIT_BYTES:,} bytes; too many for principal components: remove it"
+            )
         return cls(path.read_bytes(), _image_encoder(path))
 
     def write(self, folder: Path) -> None:
@@ -237,7 +237,7 @@ class ProbeFile:
         (folder / PROBE_FILE).write_bytes(self.content)
 
     def may_be_of(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether it is of the image encoder with these weights, or does not say of which."""
+        """Whether it belongs to the image encoder with these weights, or does not state its image encoder."""
         return may_be_of(self.image_encoder, [state])
 
 

@@ -1,7 +1,6 @@
-"""One small safetensors file of a named kind: tensors, and a few words on where they come from.
+"""Single safetensors files with a kind, a version and text metadata, such as principal components and latents.
 
-Knows the container, a kind and its version; knows not what the tensors mean. Called by the classes that save
-themselves as one file: principal components, bipartite latents.
+The module also computes fingerprints of weights.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".safetensors"
 LIMIT_BYTES = 4 << 30
-"""More than any such file holds; what is larger is another thing."""
+"""The size limit of such a file, far above any real one."""
 
 
 def write_tensor_file(
@@ -36,18 +35,19 @@ def write_tensor_file(
     about: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write `tensors` as the file `path`, whole or not at all, and return its path.
+    """Write `tensors` to the file `path` atomically, and return the path.
 
     Args:
-        path: ends in .safetensors; missing folders are made.
-        tensors: by name, any device.
-        kind: what the file is, a word; `version`: of that kind, from 1.
-        about: texts by name, kept beside the tensors.
+        path: ends in .safetensors; missing folders are created.
+        tensors: by name, on any device.
+        kind: the kind of file, one word.
+        version: the version of the format of this kind, from 1.
+        about: metadata, texts by name.
 
     Raises:
         CheckpointError: `path` does not end in .safetensors.
-        WeightsError: a tensor is not finite, or its name is none that a file may hold.
-        OutputExistsError: the file is there and `overwrite` is false.
+        WeightsError: a tensor is not finite, or its name is not allowed in a file.
+        OutputExistsError: the file exists and `overwrite` is false.
     """
     from safetensors.torch import save_file
 
@@ -58,7 +58,7 @@ def write_tensor_file(
     for name, tensor in tensors.items():
         check_tensor_name(name, kind)
         check_finite(tensor, name, kind)
-        kept[name] = tensor.detach().cpu().contiguous().clone()  # the format has no notion of shared memory
+        kept[name] = tensor.detach().cpu().contiguous().clone()  # the format cannot express shared memory
     metadata = {**(about or {}), "kind": kind, "version": str(version)}
     with atomic_file(path, overwrite=overwrite) as draft:
         save_file(kept, draft, metadata=metadata)
@@ -68,19 +68,20 @@ def write_tensor_file(
 def read_tensor_file(
     path: str | os.PathLike[str], *, kind: str, version: int, names: Mapping[str, bool]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and texts of a file that `write_tensor_file` wrote.
+    """Read the tensors and metadata of a file from `write_tensor_file`.
 
     Args:
         path: the file.
-        kind: what it must be; `version`: the latest that the caller understands.
-        names: the tensors that such a file may hold, and whether it must.
+        kind: the required kind.
+        version: the latest supported version.
+        names: the allowed tensors, and whether each one is required.
 
-    Returns: float32 tensors on the CPU by name, and the texts (without kind and version).
+    Returns: float32 tensors on the CPU by name, and the metadata without kind and version.
 
     Raises:
-        MissingFileError: there is no such file.
-        CheckpointError: it is another kind of file, or of a version that is newer.
-        WeightsError: it is damaged, lacks a tensor or has one too many, or one is no finite floating-point tensor.
+        MissingFileError: the file does not exist.
+        CheckpointError: it is another kind of file, or a newer version.
+        WeightsError: it is damaged, lacks a tensor, has another, or one that is not floating-point or not finite.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -120,22 +121,22 @@ def _check_names(path: Path, found: set[str], names: Mapping[str, bool], kind: s
     extra = sorted(found - set(names))
     if lacking or extra:
         problems = [f"lacks {', '.join(lacking)}"] if lacking else []
-        problems += [f"has {', '.join(extra)[:200]}, which it should not"] if extra else []
-        raise WeightsError(f"{path} is no whole file of {kind!r}: it {' and '.join(problems)}")
+        problems += [f"has {', '.join(extra)[:200]}, which are not part of this kind"] if extra else []
+        raise WeightsError(f"{path} is not a valid file of kind {kind!r}: it {' and '.join(problems)}")
 
 
 RECORDED = ("decoder_num_inference_steps", "super_res_num_inference_steps", "decoder_guidance_scale")
-"""Numbers, by the names of a call's arguments, as JSON."""
+"""Settings of an inversion that are stored as JSON numbers, by the names of the call's arguments."""
 TILE = "super_res_tile_px"
-"""Side of super-resolution's tiles, as JSON; left out where it saw pictures as a whole."""
+"""Side of the tiles of super-resolution, as JSON; omitted where pictures were not tiled."""
 PROMPT = "prompt"
-"""A caption that the decoder saw too, as it is; left out where it saw none."""
+"""The caption given to the decoder, as plain text; omitted where there was none."""
 
 
 def record_texts(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Settings as a latent's file has them; None is left out.
+    """The settings of an inversion as metadata of a latent's file; None is omitted.
 
-    Raises: InputError for a name that is none of the above, or a value of a wrong type.
+    Raises: InputError for an unknown name, or a value of the wrong type.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     names = (*RECORDED, TILE, PROMPT)
@@ -153,47 +154,47 @@ def record_texts(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read_record(about: Mapping[str, str], where: str) -> dict[str, Any]:
-    """The settings among the texts of a latent's file, by the names above; what it does not say is left out.
+    """The settings of an inversion from the metadata of a latent's file; those that it lacks are omitted.
 
     Args:
-        about: all texts of the file.
-        where: how messages call it.
+        about: the metadata of the file.
+        where: the name of the file in messages.
 
-    Raises: CheckpointError for a text that is no number.
+    Raises: CheckpointError for a text that is not a number.
     """
     texts = {name: about[name] for name in (*RECORDED, TILE) if name in about}
     try:
         found = _checked({name: json.loads(text) for name, text in texts.items()}, where)
     except (ValueError, RecursionError) as problem:
-        raise CheckpointError(f"{where} says it was inverted with {texts!s:.200}, which are no numbers") from problem
+        raise CheckpointError(f"{where} has the inversion settings {texts!s:.200}, which are not numbers") from problem
     return found | ({PROMPT: about[PROMPT]} if PROMPT in about else {})
 
 
 def _checked(numbers: dict[str, Any], where: str) -> dict[str, Any]:
-    """The same, as Python's own numbers. Raises: ConfigError for a value of a wrong type."""
+    """The settings as Python numbers. Raises: ConfigError for a value of the wrong type."""
     tile = {TILE: whole(numbers[TILE], f"{where}: {TILE}", error=ConfigError)} if TILE in numbers else {}
     return check_recommended({name: value for name, value in numbers.items() if name != TILE}, where) | tile
 
 
 VALUES = 64
-"""Of each tensor, about."""
+"""Approximate number of values of each tensor that go into a fingerprint."""
 THRESHOLD = 257 * 2.0**-25
-"""Halfway between two neighbours in float16 and in bfloat16 too, so that rounding to either leads no value across."""
+"""Halfway between two neighbouring values in float16 and in bfloat16, so rounding moves no value across it."""
 OLD_THRESHOLD = 0.0
-"""Of files from before: a very small value is 0 in float16."""
+"""The threshold of older files. Very small values round to 0 in float16 and so change the fingerprint."""
 
 
 def fingerprint(states: Iterable[Mapping[str, Tensor]]) -> str:
-    """A text that tells the weights of some networks, by name, from any other's.
+    """A short text that identifies the weights of some networks, given as state dicts.
 
-    It says of some values of each tensor whether they are above a threshold, which rounding to a smaller type leaves.
-    Empty where weights are away (offloaded layer by layer).
+    It is a hash of whether sampled values of each tensor are above a threshold, which does not change when weights are
+    rounded to a smaller type. It is empty where weights are on the meta device (sequential offloading).
     """
     return _digest(states, THRESHOLD)
 
 
 def may_be_of(made: str, states: Iterable[Mapping[str, Tensor]]) -> bool:
-    """Whether a fingerprint is of these networks, or it cannot be known: it is empty, or weights are away."""
+    """Whether a fingerprint belongs to these networks, or this is unknown (no fingerprint, or weights on meta)."""
     states = list(states)
     own = [_digest(states, threshold) for threshold in (THRESHOLD, OLD_THRESHOLD)]
     return not made or not own[0] or made in own

@@ -1,8 +1,4 @@
-"""Read and judge the header of a safetensors file: names, types, shapes and places of its tensors.
-
-Does not read weights and needs no torch; the checks are ours because the safetensors package leaves some out.
-Called by weights.py before a file is opened for reading, and by whoever only wants to know what a file holds.
-"""
+"""Read, check and write weights in safetensors files: headers, shard indexes, state dicts."""
 
 from __future__ import annotations
 
@@ -34,18 +30,17 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-HEADER_LIMIT_BYTES = 100_000_000
 NAME_LIMIT = 512
 SIZE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
-"""Bytes an element takes, by the format's name of its type; types that are not here are refused."""
+"""Bytes per element by the type's name in the format. Other types are refused."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a safetensors header says of one tensor: the type (`F32`, `BF16`, …), the shape, the file that holds it."""
+    """One tensor in a safetensors header: its type (`F32`, `BF16`, …), its shape, and its file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -61,83 +56,56 @@ def check_tensor_name(name: str, where: str) -> None:
     bad = not name or len(name) > NAME_LIMIT or ".." in name or any(c in "/\\" or not c.isprintable() for c in name)
     if bad:
         raise WeightsError(
-            f"{where} has a tensor named {name[:80]!r}, which is no parameter's name; the file is refused"
+            f"{where} has a tensor named {name[:80]!r}, which is not a parameter's name; the file is refused"
         )
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
-    """The tensors of the safetensors file `path` in the order in which they lie there.
+    """The tensors of the safetensors file `path` in file order.
 
-    Raises MissingFileError when it is not there, and WeightsError for a header that is absurdly large, is no JSON,
-    names a tensor twice, or has path-like names, unknown types, sizes that do not follow from shapes, tensors that
-    overlap or leave gaps, and for a file that is shorter or longer than its header says.
+    The safetensors package checks types, shapes, offsets and the size of the file. This function also refuses duplicate
+    keys, names that look like paths, and types that are not in `SIZE_BYTES`.
+
+    Raises MissingFileError when the file does not exist, and WeightsError when it is damaged or not accepted.
     """
+    from safetensors import SafetensorError, safe_open
+
     path = Path(path)
     size_bytes = file_size(path)
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > size_bytes - 8:
-            raise WeightsError(f"{path} is truncated ({size_bytes} bytes) or is no safetensors file; download it again")
-        if not 2 <= length <= HEADER_LIMIT_BYTES:
-            raise WeightsError(f"{path} has a header of {length} bytes; at most {HEADER_LIMIT_BYTES} are read")
-        raw = file.read(length)
-    entries = parse_json_object(raw, f"the header of {path}", WeightsError)
-    metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise WeightsError(f"{path} has metadata that are not texts by name; the file is refused")
-    spans = [_span(name, entry, path) for name, entry in entries.items()]
-    spans.sort(key=lambda span: (span[0], span[1]))
-    end_of_last = 0
-    for begin, end, name, _ in spans:
-        if begin != end_of_last:
-            what = "overlaps the tensor before it" if begin < end_of_last else "leaves a gap before it"
-            raise WeightsError(f"{path}: {name} begins at byte {begin} and {what}, which ends at {end_of_last}")
-        end_of_last = end
-    data_bytes = size_bytes - 8 - length
-    if end_of_last != data_bytes:
-        what = "truncated" if end_of_last > data_bytes else "longer than it says"
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except (SafetensorError, OSError, ValueError) as problem:
         raise WeightsError(
-            f"{path} is {what}: {data_bytes} bytes of weights, the header says {end_of_last}; get it again"
-        )
-    return {name: info for _, _, name, info in spans}
-
-
-def _span(name: str, entry: Any, path: Path) -> tuple[int, int, str, TensorInfo]:
-    """(begin, end, name, info) of one entry of the header, judged by itself."""
-    check_tensor_name(name, str(path))
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise WeightsError(f"{path}: {name} must have dtype, shape and data_offsets, and nothing else")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in SIZE_BYTES:
-        raise WeightsError(f"{path}: {name} has the type {str(dtype)[:40]!r}; known are {', '.join(SIZE_BYTES)}")
-    if not _are_counts(shape) or len(shape) > 16:
-        raise WeightsError(f"{path}: {name} has the shape {str(shape)[:80]}; it must be a list of counts")
-    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise WeightsError(f"{path}: {name} has the data_offsets {str(offsets)[:80]}; they must be [begin, end]")
-    info = TensorInfo(dtype, tuple(shape), path)
-    if offsets[1] - offsets[0] != info.nbytes:
-        raise WeightsError(f"{path}: {name} takes {offsets[1] - offsets[0]} bytes; {dtype} {shape} needs {info.nbytes}")
-    return offsets[0], offsets[1], name, info
-
-
-def _are_counts(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 48 for value in values)
+            f"{path} ({size_bytes} bytes) is damaged or not a safetensors file: {problem}; download it again"
+        ) from problem
+    with path.open("rb") as file:
+        raw = file.read(int.from_bytes(file.read(8), "little"))
+    entries = parse_json_object(raw, f"the header of {path}", WeightsError)
+    entries.pop("__metadata__", None)
+    for name, entry in entries.items():
+        check_tensor_name(name, str(path))
+        if entry["dtype"] not in SIZE_BYTES:
+            raise WeightsError(f"{path}: {name} has the type {entry['dtype']!r}; known are {', '.join(SIZE_BYTES)}")
+        if len(entry["shape"]) > 16 or max(entry["shape"], default=0) >= 1 << 48:  # torch cannot hold it
+            raise WeightsError(f"{path}: {name} has the shape {str(entry['shape'])[:80]}, which is not supported")
+    ordered = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
+    return {name: TensorInfo(entry["dtype"], tuple(entry["shape"]), path) for name, entry in ordered}
 
 
 T = TypeVar("T")
 
 _COMPILED = "_orig_mod"
-"""Where `torch.compile` keeps the module that it wraps; it is also part of the names of that module's weights."""
+"""The attribute in which `torch.compile` keeps the wrapped module; it is part of the names of the weights."""
 
 
 def original(value: T) -> T:
-    """The module that `torch.compile(module)` was made of; any other value as it is."""
+    """The module that `torch.compile` wrapped; any other value unchanged."""
     return original(value._modules[_COMPILED]) if _COMPILED in getattr(value, "_modules", ()) else value  # type: ignore
 
 
 def plain_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a network by the names that it has when neither it nor a part of it is compiled."""
+    """The state dict of a network, with the names of its uncompiled form."""
     return {_plain(name): value for name, value in module.state_dict().items()}
 
 
@@ -146,15 +114,15 @@ def _plain(name: str) -> str:
 
 
 def offload_hooks(module: nn.Module) -> tuple[Any, ...]:
-    """accelerate's hooks on one module (not on those inside it): what offloading works by."""
+    """accelerate's offloading hooks on one module, without those of its submodules."""
     hook = vars(module).get("_hf_hook")
     return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a network, with the weights that sequential offloading keeps for it in place of empty ones.
+    """The state dict of a network, including weights that sequential offloading keeps elsewhere.
 
-    Raises: InputError when weights have no values: nothing keeps them.
+    Raises: InputError when weights are on the meta device and have no values.
     """
     state = plain_state_dict(module)
     for path, part in module.named_modules():
@@ -166,9 +134,8 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
     empty = [name for name, value in state.items() if value.is_meta]
     if empty:
         raise InputError(
-            f"{len(empty)} weights of {type(original(module)).__name__} ({empty[0]}, say) lie on the meta device, "
-            "where they have no values: before they are saved, load them, or call the remove_all_hooks() of a pipeline "
-            "that is offloaded"
+            f"{len(empty)} weights of {type(original(module)).__name__} (such as {empty[0]}) lie on the meta device "
+            "and have no values: load them before saving, or call remove_all_hooks() on an offloaded pipeline"
         )
     return state
 
@@ -177,16 +144,16 @@ DEFAULT_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".th", ".pkl")
 
-_READ_GROUP_BYTES = 256 << 20  # a file is mapped anew after so many bytes, so that originals leave memory
+_READ_GROUP_BYTES = 256 << 20  # a file is mapped again after this many bytes, which frees memory
 _CHECK_ELEMENTS = 1 << 22
 
 
-# -- what is there -------------------------------------------------------------------------------------------------
+# -- indexes ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class WeightsIndex(Mapping[str, TensorInfo]):
-    """The tensors of one set of weights by name, in file order; headers are read and judged, weights are not read."""
+    """The tensors of one set of weights by name, in file order. Only headers are read."""
 
     tensors: Mapping[str, TensorInfo]
     files: tuple[Path, ...]
@@ -205,13 +172,13 @@ class WeightsIndex(Mapping[str, TensorInfo]):
         return sum(info.nbytes for info in self.tensors.values())
 
     def without(self, endings: tuple[str, ...]) -> WeightsIndex:
-        """These tensors but those whose names end with one of `endings`."""
+        """The index without tensors whose names end with one of `endings`."""
         kept = {name: info for name, info in self.tensors.items() if not name.endswith(endings)}
         return WeightsIndex(kept, self.files)
 
 
 def file_name(stem: str = DEFAULT_STEM, variant: str | None = None) -> str:
-    """`stem.safetensors` or `stem.VARIANT.safetensors`; CheckpointError for a variant that is no plain word."""
+    """`stem.safetensors` or `stem.VARIANT.safetensors`; CheckpointError for a variant that is not a plain word."""
     return f"{stem}{_dotted(variant)}.safetensors"
 
 
@@ -294,7 +261,7 @@ def _nothing_found(folder: Path, stem: str, variant: str | None) -> CheckpointEr
 
 
 def stored_type(index: WeightsIndex) -> torch.dtype | None:
-    """The floating type that takes most of the weights' memory; None if there is none."""
+    """The floating-point type of the largest part of the weights by size; None if there is none."""
     import torch
 
     types = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -307,7 +274,7 @@ def stored_type(index: WeightsIndex) -> torch.dtype | None:
 
 
 def read_tensors(index: WeightsIndex) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) in file order, on the CPU, mapped from the file; nothing is checked for NaN here."""
+    """Yield (name, tensor) in file order, on the CPU, mapped from the file. Values are not checked."""
     from safetensors import SafetensorError, safe_open
 
     for path, names in _groups(index):
@@ -348,7 +315,7 @@ def check_finite(tensor: Tensor, name: str, where: str = "the weights") -> None:
 
 
 def checked_cast(tensor: Tensor, dtype: torch.dtype, name: str, where: str = "the weights") -> Tensor:
-    """`tensor` in `dtype`; WeightsError when it is not finite, or is not any more in that type."""
+    """`tensor` in `dtype`; WeightsError when it is not finite, or overflows in that type."""
     cast = tensor.to(dtype)
     try:
         check_finite(cast, name, where)
@@ -367,13 +334,13 @@ def load_into(
     dtype: torch.dtype | None = None,
     passed_over: tuple[str, ...] = (),
 ) -> None:
-    """Fill `module`, usually built on the meta device, with the weights in `folder`; all of it or nothing.
+    """Fill `module`, usually built on the meta device, with the weights in `folder`.
 
-    Names and shapes are compared before any weight is read. Floating tensors become `dtype`, or the type that the
-    module has for them, and take its kernels' memory layout; requires_grad stays as it is. At most about one copy of
-    the weights is in memory: those that keep their type stay mapped from the file, privately, so the file may be
-    replaced (as unclip always does it) but not changed in place while the module lives; unless the module's kernels are
-    channels-last, which no file has. What the file holds under names that end with one of `passed_over` is not read.
+    Names and shapes are compared before any weight is read; on an error the module is unchanged. Floating-point tensors
+    become `dtype`, or the module's type for them, and take the memory layout of its kernels; requires_grad does not
+    change. Memory holds about one copy of the weights: those that keep their type stay mapped from the file, so the
+    file may be replaced but not changed in place while the module exists. In a channels-last module all weights are
+    copied. Tensors whose names end with one of `passed_over` are not read.
     Raises what `open_weights` raises, and WeightsError when names or shapes differ, or a weight is not finite.
     """
     fill(module, open_weights(folder, stem=stem, variant=variant).without(passed_over), folder, dtype=dtype)
@@ -382,7 +349,7 @@ def load_into(
 def fill(
     module: nn.Module, index: WeightsIndex, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None
 ) -> None:
-    """`load_into` for weights that are already open; `folder` is how messages call their place."""
+    """`load_into` for weights that are already open; `folder` is their name in messages."""
     wanted = module.state_dict(keep_vars=True)
     check_fit({name: tuple(value.shape) for name, value in wanted.items()}, index, folder)
     relaid = any(_is_channels_last(value) for value in wanted.values())
@@ -394,25 +361,23 @@ def fill(
         if dtype is not None and target.is_floating_point:
             target = dtype
         loaded[name] = checked_cast(tensor, target, name, str(folder))
-        if relaid:  # then all are copied: a single tensor that stays mapped would keep its whole file in memory
+        if relaid:  # copy all: one mapped tensor would keep the whole file in memory
             loaded[name] = _copied(loaded[name], wanted[name])
     module.load_state_dict(loaded, strict=True, assign=True)
     left = [name for name, value in (*module.named_parameters(), *module.named_buffers()) if value.is_meta]
     if left:
-        raise WeightsError(
-            f"{_some(left)} of {type(module).__name__} are in no checkpoint and were never given a value"
-        )
+        raise WeightsError(f"{_some(left)} of {type(module).__name__} are not part of a checkpoint and have no value")
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
-    """Whether it is a kernel in channels-last order; in a file none is."""
+    """Whether it is a kernel in channels-last order."""
     import torch
 
     return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def _copied(tensor: Tensor, like: Tensor) -> Tensor:
-    """A copy in memory of its own, laid out as `like`."""
+    """A copy with the memory layout of `like`."""
     import torch
 
     return tensor.clone(memory_format=torch.channels_last if _is_channels_last(like) else torch.contiguous_format)
@@ -449,13 +414,13 @@ def save_weights(
     max_shard_size: int | str = "10GB",
     before_replacing: Callable[[], None] = lambda: None,
 ) -> tuple[Path, ...]:
-    """Write weights into `folder` (made if need be) and return the files, in shards where they exceed `max_shard_size`.
+    """Write weights into `folder`, in shards above `max_shard_size`, and return the files.
 
-    Every file appears whole or not at all, and files of an earlier save with this stem and variant go once the new ones
-    stand. A kill while shards that replace others get their names leaves a folder that does not load rather than a
-    mixture; where even that may not be, write inside `atomic_folder`. `before_replacing` is called once, when all new
-    files are whole on the disk and none has its name yet. Raises WeightsError, before anything is written,
-    for weights that are not finite or names that no file may hold.
+    The folder is created if it does not exist. Each file is written atomically; files of an earlier save with this stem
+    and variant are removed afterwards. If the process is killed while shards replace others, the folder does not load,
+    but never holds a mixture; write inside `atomic_folder` to avoid this too. `before_replacing` is called once, after
+    all new files are on the disk and before the first is renamed. Raises WeightsError, before anything is written, for
+    weights that are not finite or names that are not allowed.
     """
     for name, tensor in state_dict.items():
         check_tensor_name(name, "the state dict")
@@ -492,8 +457,8 @@ def _save_shards(
     index = folder / index_name(stem, variant)
     weight_map = {name: path.name for names, path in zip(shards, paths, strict=True) for name in names}
     total_bytes = sum(state_dict[name].nbytes for name in state_dict)
-    with contextlib.ExitStack() as renames:  # all is written and on the disk before the first file gets its name
-        draft = renames.enter_context(atomic_file(index))  # the first to be written is the last to be renamed
+    with contextlib.ExitStack() as renames:  # all files are on the disk before the first is renamed
+        draft = renames.enter_context(atomic_file(index))  # renamed last
         draft.write_bytes(json_bytes({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, index))
         for names, path in zip(shards, paths, strict=True):
             draft = renames.enter_context(atomic_file(path))
@@ -501,7 +466,7 @@ def _save_shards(
             sync(draft)
         before_replacing()
         if any(path.exists() for path in paths):
-            index.unlink(missing_ok=True)  # its shards are about to change under it
+            index.unlink(missing_ok=True)  # its shards are about to be replaced
     return [*paths, index]
 
 
@@ -513,7 +478,7 @@ def _save(state_dict: Mapping[str, Tensor], names: list[str], path: Path) -> Non
     for name in names:
         tensor = state_dict[name].detach().cpu().contiguous()
         address = tensor.untyped_storage().data_ptr()
-        tensors[name] = tensor.clone() if address in seen else tensor  # the format has no notion of shared weights
+        tensors[name] = tensor.clone() if address in seen else tensor  # the format cannot express shared weights
         seen.add(address)
     save_file(tensors, path, metadata={"format": "pt"})
 
@@ -531,11 +496,11 @@ def _plan(state_dict: Mapping[str, Tensor], limit_bytes: int) -> list[list[str]]
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes in `size`: a count, or text such as "10GB", "500MB" (decimal) or "2GiB" (binary)."""
+    """Bytes in `size`: a number, or a string such as "10GB", "500MB" (decimal) or "2GiB" (binary)."""
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
     found = re.fullmatch(r"(\d{1,15})\s*([A-Z]*)", str(plain(size)).strip().upper())
     if not found or found[2] not in units or int(found[1]) == 0:
-        raise CheckpointError(f'max_shard_size is {size!r}; give bytes, or a text such as "500MB" or "10GB"')
+        raise CheckpointError(f'max_shard_size is {size!r}; give bytes, or a string such as "500MB" or "10GB"')
     return int(found[1]) * units[found[2]]
 
 

@@ -1,7 +1,4 @@
-"""A batch as a data set gives it, and what every data set does.
-
-Knows pixels and captions; knows neither folders nor shards. Called by both, and by the training tasks.
-"""
+"""Training batches, the interface of data sources, and the source that streams shards."""
 
 import contextlib
 import hashlib
@@ -27,14 +24,14 @@ PLAIN_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Rows:
-    """A batch as a data set gives it.
+    """A batch of a data source.
 
     Attributes:
-        captions: one a row.
-        images: by size in pixels, float32 [batch, 3, size, size] in [-1, 1]; none where a row has no picture.
-        index: [batch]; rows of one number show one picture.
-        embeddings: CLIP image embeddings [batch, width] that lay in the data, if they did.
-        clips: fingerprints of the CLIPs that these are of, as far as the data say it.
+        captions: one per row.
+        images: by size in pixels, float32 [batch, 3, size, size] in [-1, 1]; empty if a row has no picture.
+        index: [batch]; rows with the same number show the same picture.
+        embeddings: CLIP image embeddings [batch, width] from the data; None if a row has none.
+        clips: fingerprints of the CLIP models of the embeddings, where the data state them.
     """
 
     captions: list[str]
@@ -44,7 +41,7 @@ class Rows:
     clips: frozenset[str] = frozenset()
 
     def pictures(self, size_px: int) -> Tensor:
-        """The images of a size, where they are needed.
+        """The images of one size.
 
         Raises: DataError when a row has none.
         """
@@ -58,19 +55,19 @@ class Rows:
 
 
 class Source(Protocol):
-    """A data set as the tasks see it."""
+    """The interface of a data set for training tasks."""
 
     is_local: bool
-    """Whether a batch holds the rows of this process alone; else every process draws the same batch, for all."""
+    """Whether a batch holds only the rows of this process; otherwise every process draws the same full batch."""
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Pictures, samples and shards that could not be read so far, with the reason."""
+        """Pictures, samples and shards that could not be read so far, with the reasons."""
         ...
 
     @property
     def counts(self) -> dict[str, int]:
-        """Samples in each shard that was read to its end; what is laid in before need not be counted."""
+        """Number of samples of each shard that was read completely. A resumed run may set them."""
         ...
 
     def draw(self, step: int, count: int, generator: torch.Generator) -> Rows:
@@ -78,30 +75,30 @@ class Source(Protocol):
         ...
 
     def examples(self, count: int, *, held_out: bool = False) -> Rows:
-        """At most `count` rows with their plain captions, the same ones every time.
+        """At most `count` rows with their plain captions, always the same ones.
 
-        With `held_out`, of what is kept out of training; there may be none.
+        With `held_out`, rows that are kept out of training; there may be none.
         """
         ...
 
     def examples_in_parts(self, count: int, size: int) -> Iterator[Rows]:
-        """The same as `examples`, `size` rows at a time."""
+        """The rows of `examples`, `size` at a time."""
         ...
 
     def all_captions(self) -> Iterator[str]:
-        """What a tokenizer is to learn from."""
+        """All captions, for training a tokenizer."""
         ...
 
     def reading(self, should_stop: Callable[[], bool]) -> contextlib.AbstractContextManager[None]:
-        """Within it a wait for data ends with Cancelled once `should_stop`; after it nothing is read ahead.
+        """A context in which waiting for data raises Cancelled when `should_stop` returns true.
 
-        What is drawn later is the same.
+        Prefetching stops at its end. Later draws are not affected.
         """
         ...
 
 
 def choose_captions(choices: Sequence[Sequence[str]], generator: torch.Generator) -> list[str]:
-    """A caption for each row: the first, plain one half the time, else any."""
+    """A caption for each row: the first (plain) one with probability `PLAIN_SHARE`, otherwise any of them."""
     chances = torch.rand(2, len(choices), generator=generator).tolist()
     return [
         texts[0] if is_plain < PLAIN_SHARE else texts[int(which * len(texts))]
@@ -110,30 +107,31 @@ def choose_captions(choices: Sequence[Sequence[str]], generator: torch.Generator
 
 
 MIN_JUDGED = 200
-"""Samples that must have been read before a share of broken ones says anything."""
+"""The share of broken samples is computed of at least this many samples."""
 MAX_DAMAGED_SHARDS = 0.5
-"""Of all shards; a damaged one gives the samples before its damage."""
+"""Largest share of damaged shards. A damaged shard still gives the samples before the damage."""
 NUM_WORKERS = 2
 """Threads that decode the samples of a stream."""
 
 
 class ShardSource:
-    """Tar shards, streamed and decoded ahead of the step that needs them.
+    """Tar shards that are streamed and decoded in the background.
 
-    Step number n takes the n-th batch of an endless shuffled order, so a run that goes on sees what it would have seen.
-    A row that cannot be decoded is replaced by another of its batch, and where that has none, by the next of the order.
+    Step n takes the n-th batch of an endless shuffled order, so a resumed run continues with the same batches. A row
+    that cannot be decoded is replaced by another row of its batch, or by the next readable sample in the order.
 
     Args:
-        shards: as `shards.expand` takes them.
-        sizes: pictures are made square with white and resized to each of these.
-        seed: of the order.
-        rank, world: this process's number, and how many there are: each reads its own shards.
-        max_skipped_share: of the samples that may be broken; of the shards at least half may be.
-        weight_power: of a sample's weight, in how often it is drawn.
+        shards: see `shards.expand`.
+        sizes: pictures are padded to squares with white and resized to each of these.
+        seed: the seed of the order.
+        block: see `ShardStream`.
+        rank, world: the number of this process and the number of processes; each reads its own shards.
+        max_skipped_share: largest share of broken samples. At least half of the shards may be damaged.
+        weight_power: a sample is drawn in proportion to its weight to this power.
         num_workers: threads that decode.
-        caption_key: of the caption in a sample's .json; None for the usual ones.
+        caption_key: the key of the caption in a sample's .json; None for the usual keys.
 
-    Raises: DataError when the shards are not there or hold nothing.
+    Raises: DataError when there are no shards.
     """
 
     is_local = True
@@ -161,9 +159,9 @@ class ShardSource:
         self._examples.counts = self.stream.counts
         self._decoders = ThreadPoolExecutor(num_workers, thread_name_prefix="unclip-decode")
         self._ahead: Ahead[list[Sample]] | None = None
-        self._next = (-1, 0)  # where the batch ahead begins, and its size
+        self._next = (-1, 0)  # position and size of the prefetched batch
         self._should_stop: Callable[[], bool] | None = None
-        self._told = 0
+        self._num_warned = 0
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -176,20 +174,20 @@ class ShardSource:
     def draw(self, step: int, count: int, generator: torch.Generator) -> Rows:
         position = step * count
         if self._ahead is None or self._next != (position, count):
-            self._read_no_further()
+            self._stop_prefetch()
             self._ahead = Ahead(self._batches(position, count), self._is_to_stop)
         try:
             samples = next(self._ahead)
         except BaseException:
-            self._read_no_further()
+            self._stop_prefetch()
             raise
         self._next = (position + count, count)
-        self._tell()
+        self._warn_of_skipped()
         captions = choose_captions([sample.captions for sample in samples], generator)
         return self._rows(samples, captions)
 
     def examples(self, count: int, *, held_out: bool = False) -> Rows:
-        if held_out:  # shards of their own would have to say so
+        if held_out:  # shards have no held-out samples
             return Rows([], {size: torch.zeros(0, 3, size, size) for size in self.sizes}, torch.zeros(0).long())
         return next(self.examples_in_parts(count, count))
 
@@ -209,7 +207,7 @@ class ShardSource:
             try:
                 yield from read_captions(recaptioned(raw, self.caption_key))
             except DataError:
-                continue  # named when it is drawn
+                continue  # reported when it is drawn
 
     @contextlib.contextmanager
     def reading(self, should_stop: Callable[[], bool]) -> Iterator[None]:
@@ -218,14 +216,14 @@ class ShardSource:
             yield
         finally:
             self._should_stop = None
-            self._read_no_further()
+            self._stop_prefetch()
 
     def close(self) -> None:
-        """Let the threads end; one that hangs in a server's answer is not waited for."""
-        self._read_no_further()
+        """End the threads, without waiting for one that is blocked by a server."""
+        self._stop_prefetch()
         self._decoders.shutdown(cancel_futures=True)
 
-    def _read_no_further(self) -> None:
+    def _stop_prefetch(self) -> None:
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
@@ -241,14 +239,14 @@ class ShardSource:
     def _batch(self, samples: "_Order", count: int) -> list[Sample]:
         raw = list(itertools.islice(samples, count))
         found = list(self._decoders.map(self._decode, raw))
-        self._judge(raw, found)
+        self._check_damage(raw, found)
         good = [sample for sample in found if isinstance(sample, Sample)] or [self._next_good(samples)]
         return [s if isinstance(s, Sample) else good[place % len(good)] for place, s in enumerate(found)]
 
-    def _judge(self, raw: Sequence[RawSample], found: Sequence[Sample | DataError]) -> None:
-        """Note what could not be read.
+    def _check_damage(self, raw: Sequence[RawSample], found: Sequence[Sample | DataError]) -> None:
+        """Record what could not be read.
 
-        Raises: DataError when that is too much by now.
+        Raises: DataError when it exceeds the allowed share.
         """
         damage = self.stream.damage
         for sample, reason in zip(raw, found, strict=True):
@@ -264,7 +262,7 @@ class ShardSource:
             raise DataError(f"{shards} of {len(self.stream.shards)} shards are damaged; {self._some()}")
 
     def _next_good(self, samples: "_Order") -> Sample:
-        """The next sample of the order that can be read; it keeps its turn.
+        """The next readable sample in the order, without consuming it.
 
         Raises: DataError when there is none, or too many before it cannot be read.
         """
@@ -273,12 +271,12 @@ class ShardSource:
             found = self._decode(raw)
             if isinstance(found, Sample):
                 return found
-            self._judge([raw], [found])
+            self._check_damage([raw], [found])
             met.add(raw.name)
-            # Three times as many as there are, so a whole epoch lies between; a block drawn by weight repeats some.
+            # Enough samples to span a whole epoch, although a block drawn by weight repeats some.
             if count >= 3 * len(met) + 2 * self.stream.block:
                 break
-        raise DataError(f"of {len(met)} samples none can be read: {self._some()}")
+        raise DataError(f"none of {len(met)} samples can be read: {self._some()}")
 
     def _decode(self, raw: RawSample) -> Sample | DataError:
         try:
@@ -301,15 +299,15 @@ class ShardSource:
     def _some(self) -> str:
         return "; ".join(f"{name}: {why}" for name, why in list(self.skipped.items())[:3])
 
-    def _tell(self) -> None:
-        new = list(self.skipped.items())[self._told :]
-        self._told += len(new)
+    def _warn_of_skipped(self) -> None:
+        new = list(self.skipped.items())[self._num_warned :]
+        self._num_warned += len(new)
         for name, why in new:
             warnings.warn(f"skipped {name}: {why}", stacklevel=3)
 
 
 class _Order:
-    """Samples one after another, where one may look ahead without taking any."""
+    """An iterator of samples with lookahead."""
 
     def __init__(self, samples: Iterable[RawSample]) -> None:
         self._samples = iter(samples)
@@ -322,7 +320,7 @@ class _Order:
         return self._seen.popleft() if self._seen else next(self._samples)
 
     def ahead(self) -> Iterator[RawSample]:
-        """The samples that come next; each still comes when it is its turn."""
+        """The next samples, without consuming them."""
         yield from tuple(self._seen)
         for sample in self._samples:
             self._seen.append(sample)
@@ -330,5 +328,5 @@ class _Order:
 
 
 def _number(name: str) -> int:
-    """The same for the same picture in every process; a name in a tar need not be UTF-8."""
+    """A number that is the same in every process. A name in a tar may not be UTF-8."""
     return int.from_bytes(hashlib.sha256(name.encode(errors="surrogatepass")).digest()[:7])

@@ -21,19 +21,19 @@ _SERIAL_WORDS = {
     *("am", "at", "copy", "dcim", "dsc", "dscf", "dscn", "edited", "file", "frame", "gopr", "image", "img", "mvi", "p"),
     *("photo", "pic", "picture", "pm", "pxl", "sam", "screen", "screenshot", "shot", "untitled", "vid", "wa"),
 }
-"""Words of names that a camera or a program gives; a person's have others."""
+"""Words in file names that cameras and programs generate."""
 _HASH = re.compile(r"(?=.*\d)[0-9a-f-]{12,}", re.IGNORECASE)
 
 
 @dataclass
 class Captioned:
-    """The captions that were written.
+    """The result of `write_captions`.
 
     Attributes:
-        file: the metadata.
+        file: the metadata file.
         records: one for each picture with a caption.
-        counts: how many of them have their captions from which origin.
-        left_out: pictures without a caption, and lines of a CSV without a picture, with the reason.
+        counts: the number of records by the origin of their captions.
+        left_out: pictures without a caption, and lines of a CSV without a picture, with the reasons.
     """
 
     file: Path
@@ -53,32 +53,31 @@ def write_captions(
     """Write metadata.jsonl into a folder, for the pictures in it and in folders below it. Hidden files are ignored.
 
     Args:
-        folder: of the pictures.
-        origin: "texts" for the file NAME.txt (or NAME.jpg.txt) beside a picture, one caption a line; "names" for the
-            picture's file name (see `captions_of_names`); "folders" for the name of the folder that it lies in. None
-            takes the text where a picture has one, else the file name.
-        csv: a file like metadata.csv or metadata.jsonl to take the captions from instead. It names pictures relative to
-            `folder` or to the folder of the file itself, with or without their extension, or by absolute paths. Several
-            lines of one picture are its captions, in their order.
-        keys: names of its columns.
+        folder: the folder of the pictures.
+        origin: "texts" for the file NAME.txt (or NAME.jpg.txt) beside a picture, one caption per line; "names" for the
+            picture's file name (see `captions_of_names`); "folders" for the name of its folder. None takes the text
+            file where a picture has one, otherwise the file name.
+        csv: a file like metadata.csv or metadata.jsonl with the captions, used instead of `origin`. It names pictures
+            relative to `folder` or to the folder of the file itself, with or without their extension, or by
+            absolute paths. Several
+            lines of one picture become its captions, in their order.
+        keys: the names of its columns.
         overwrite: replace an existing metadata.jsonl.
 
     Raises:
         DataError: the folder or the CSV cannot be read, or no picture has a caption.
-        OutputExistsError: the folder has metadata already, unless `overwrite`.
+        OutputExistsError: the folder already has metadata, unless `overwrite`.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; name a folder of pictures")
     for existing in (folder / name for name in METADATA):
         if existing.exists() and not overwrite and not (csv is not None and existing.resolve() == csv.resolve()):
-            raise OutputExistsError(
-                f"{existing} exists already; give --overwrite to have a new {METADATA[0]} read in its place"
-            )
+            raise OutputExistsError(f"{existing} exists already; give --overwrite to use a new {METADATA[0]} instead")
     found = Captioned(folder / METADATA[0])
     pictures = list(_usable(folder, found))
     if not pictures:
-        raise DataError(f"{folder} has no pictures that can be used{_some(found)}")
+        raise DataError(f"{folder} has no usable pictures{_some(found)}")
     if csv is not None:
         _read_csv(csv, folder, pictures, keys, found)
     else:
@@ -91,16 +90,16 @@ def write_captions(
 
 
 def captions_of_names(names: Sequence[str]) -> list[str | None]:
-    """The caption that each file name gives: its words. None for a name without words.
+    """The captions from file names: their words. None for a name without words.
 
     Underscores become spaces; in a name with neither spaces nor underscores, so do hyphens, dots and plus signs. A
-    number at the end is dropped where it only tells pictures apart: in brackets, with a leading zero, or where the
-    folder has another picture whose name differs in that number alone. So "red_apple-02.png" gives "red apple", and
-    "boeing_747.jpg" keeps its number unless there is a "boeing_737.jpg". Names that a camera or a program gives, such
+    number at the end is dropped where it only distinguishes pictures: in brackets, with a leading zero, or where the
+    folder has another picture whose name differs only in that number. So "red_apple-02.png" gives "red apple", and
+    "boeing_747.jpg" keeps its number unless there is a "boeing_737.jpg". Names generated by cameras and programs, such
     as IMG_2041, 00017 and 3f9a04b1c2d4, have no words.
 
     Args:
-        names: of all pictures, with the folders before them.
+        names: the paths of all pictures, relative to one folder.
     """
     paths = [PurePosixPath(name) for name in names]
     stems = [unquote(path.stem) for path in paths]

@@ -21,10 +21,10 @@ from unclip.errors import DataError, ImageError, UnsafeFileError
 from unclip.images import FORMATS, MAX_PIXELS, open_image
 
 MAX_SKIPPED_SHARE = 0.01
-"""How much of a data set may be broken, unless said otherwise."""
+"""Default largest share of broken samples in a data set."""
 METADATA = ("metadata.jsonl", "metadata.csv")
 WEIGHT_LIMITS = (1e-12, 1e12)
-"""The least and the largest weight, but for 0."""
+"""The smallest and the largest weight besides 0."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Keys:
     """The keys under which metadata name a picture and its captions.
 
     Attributes:
-        image: of the picture's file; None stands for the first present of file_name, image, image_path, path, filename.
-        caption: of the caption, or of a list of captions; None stands for the first of captions, text, caption and
+        image: the key of the picture's file; None: the first present of file_name, image, image_path, path, filename.
+        caption: the key of the caption, or of a list of captions; None means the first of captions, text, caption and
             prompt that has one.
     """
 
@@ -42,12 +42,12 @@ class Keys:
 
     @property
     def images(self) -> tuple[str, ...]:
-        """The keys for a picture, in the order in which they are tried."""
+        """The keys for a picture, in order of precedence."""
         return ("file_name", "image", "image_path", "path", "filename") if self.image is None else (self.image,)
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """The keys for captions, in the order in which they are tried."""
+        """The keys for captions, in order of precedence."""
         return ("captions", "text", "caption", "prompt") if self.caption is None else (self.caption,)
 
     def in_lower_case(self) -> "Keys":
@@ -76,9 +76,9 @@ class CaptionedPictures:
     """Pictures at one size with their records.
 
     Attributes:
-        records: one a picture.
+        records: one per picture.
         pixels: uint8 [num_pictures, 3, size_px, size_px], on white where the file is transparent.
-        skipped: files that could not be read, by their path, with the reason.
+        skipped: files that could not be read, by path, with the reasons.
     """
 
     records: list[Record]
@@ -94,15 +94,15 @@ class CaptionedPictures:
         return CaptionedPictures([self.records[i] for i in chosen], self.pixels[chosen], self.skipped)
 
     def split(self, *, need_training: bool = True) -> tuple["CaptionedPictures", "CaptionedPictures"]:
-        """The pictures to train on and those of held-out concepts (maybe none).
+        """The pictures to train on and those of held-out concepts, which may be none.
 
-        Raises: DataError when there is none to train on, unless `need_training` is false.
+        Raises: DataError when there are none to train on, unless `need_training` is false.
         """
         training, held_out = (self.where([r.held_out is held for r in self.records]) for held in (False, True))
         if need_training and not any(r.weight for r in training.records):
             raise DataError(
-                f"none of {len(self)} pictures is there to train on: all are held out, or of weight 0 (see held_out "
-                "and weight in the metadata)"
+                f"none of {len(self)} pictures can be used for training: all are held out or have weight 0 (see "
+                "held_out and weight in the metadata)"
             )
         return training, held_out
 
@@ -113,7 +113,7 @@ class CaptionedPictures:
 
 
 def join(parts: Sequence[CaptionedPictures]) -> CaptionedPictures:
-    """Pictures of several data sets, of one size, as one."""
+    """Join the pictures of several data sets at one size."""
     records = [record for part in parts for record in part.records]
     skipped = {name: why for part in parts for name, why in part.skipped.items()}
     return CaptionedPictures(records, torch.cat([part.pixels for part in parts]), skipped)
@@ -122,7 +122,7 @@ def join(parts: Sequence[CaptionedPictures]) -> CaptionedPictures:
 def metadata_file(folder: Path) -> Path:
     """The file that describes the pictures of `folder`: metadata.jsonl or, without one, metadata.csv.
 
-    Raises: DataError when there is neither; the message says how to make one.
+    Raises: DataError when there is neither; the message explains how to create one.
     """
     folder = Path(folder)
     for name in METADATA:
@@ -144,7 +144,7 @@ def metadata_file(folder: Path) -> Path:
 
 
 def picture_files(folder: Path) -> Iterator[str]:
-    """Names of the picture files in `folder` and below it, relative to it and in order; hidden ones are left out."""
+    """Names of the picture files in `folder` and below it, relative to it and in order; hidden files are skipped."""
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -164,16 +164,16 @@ def read_records(folder: Path) -> list[Record]:
 
 
 def read_metadata(path: Path, folder: Path, keys: Keys = USUAL_KEYS) -> tuple[list[Record], dict[str, str]]:
-    """The records of a metadata file, and its lines that cannot be used, with the reason.
+    """The records of a metadata file, and its unusable lines with the reasons.
 
     Each line describes one picture: a JSON object or, in a file named .csv, a row under the names of the columns.
-    Unknown keys are ignored, as the imagefolder convention wants. A key whose value is null or an empty field counts as
-    absent.
+    Unknown keys are ignored, following the imagefolder convention. A key whose value is null or an empty field counts
+    as absent.
 
     Args:
         path: the file.
-        folder: what the names of pictures are relative to.
-        keys: under which the picture and its captions stand. Names of columns may be in upper or lower case.
+        folder: the folder to which names of pictures are relative.
+        keys: the keys of the picture and its captions. Names of columns are not case-sensitive.
 
     Raises: DataError for a file that cannot be read, or is empty.
     """
@@ -193,9 +193,9 @@ def read_metadata(path: Path, folder: Path, keys: Keys = USUAL_KEYS) -> tuple[li
 
 
 def texts_of(entry: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
-    """The captions under the first of `keys` that has any: a text, or a list of which the blank ones are left out.
+    """The captions under the first of `keys` that has any: a text, or a list without its blank texts.
 
-    Raises: DataError for a text with half a character, which JSON can express and UTF-8 cannot.
+    Raises: DataError for a text with an unpaired surrogate, which JSON can express and UTF-8 cannot.
     """
     for key in keys:
         value = entry.get(key)
@@ -207,10 +207,9 @@ def texts_of(entry: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
 
 
 def weight_in(entry: Mapping[str, Any]) -> float:
-    """How often a picture is drawn relative to others: `weight`, 1 where there is none.
+    """How often a picture is drawn relative to others: `weight`, by default 1.
 
-    Raises: DataError for anything but 0 or a number within `WEIGHT_LIMITS`: float32 holds such numbers, their squares
-        and their sums.
+    Raises: DataError unless it is 0 or a number within `WEIGHT_LIMITS`, whose squares and sums fit into float32.
     """
     weight = entry.get("weight")
     if weight is None:
@@ -248,7 +247,7 @@ def _json_entry(line: str) -> dict[str, Any]:
 def _csv_rows(path: Path, keys: Keys) -> Iterator[tuple[int, tuple[list[str], list[str]]]]:
     """The number of each row's last line, with the names of the columns and the row's fields."""
     text = _text(path)
-    for separator in ",;\t":  # the one with which the first line names a picture and a caption
+    for separator in ",;\t":  # the one with which the header names a picture and a caption
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
         try:
             header = [name.strip().lower() for name in next(reader, [])]
@@ -271,8 +270,8 @@ def _csv_rows(path: Path, keys: Keys) -> Iterator[tuple[int, tuple[list[str], li
 def _csv_entry(header: list[str], fields: list[str]) -> dict[str, Any]:
     if len(fields) != len(header):
         raise DataError(
-            f"it has {len(fields)} columns and the first line has {len(header)}; a caption that holds the separator "
-            "must stand in double quotes"
+            f"it has {len(fields)} columns and the first line has {len(header)}; a caption with the separator "
+            "must be in double quotes"
         )
     entry: dict[str, Any] = {name: field for name, field in zip(header, fields, strict=True) if field.strip()}
     if "weight" in entry:
@@ -312,9 +311,9 @@ def _check_unicode(*texts: str) -> None:
 
 
 def _spelled(folder: Path, name: str) -> str:
-    """The name with /, and its accents as the file has them: composed or decomposed (Unicode's NFC or NFD).
+    """The name with /, in the Unicode form of the existing file (NFC or NFD).
 
-    Raises: DataError for half a character.
+    Raises: DataError for an unpaired surrogate.
     """
     name = name.replace("\\", "/")
     if name.isascii():
@@ -333,7 +332,7 @@ def _spelled(folder: Path, name: str) -> str:
 def load_pictures(
     folder: Path, size_px: int, *, keys: Keys = USUAL_KEYS, max_skipped_share: float = MAX_SKIPPED_SHARE
 ) -> CaptionedPictures:
-    """Read every picture of a data set at one size: `load_sizes` for one."""
+    """Read every picture of a data set at one size; see `load_sizes`."""
     return load_sizes(folder, [size_px], keys=keys, max_skipped_share=max_skipped_share)[0]
 
 
@@ -343,14 +342,14 @@ def load_sizes(
     """Read every picture of a data set once, at several sizes.
 
     Args:
-        folder: has `metadata.jsonl` or `metadata.csv`, and the files it names.
-        sizes_px: pictures are made square by padding with white, then resized (antialiased) to each.
-        keys: under which the picture and its captions stand in the metadata.
-        max_skipped_share: broken pictures and lines are skipped and named, up to this share of all.
+        folder: a folder with `metadata.jsonl` or `metadata.csv` and the pictures.
+        sizes_px: pictures are padded to squares with white, then resized (antialiased) to each size.
+        keys: the keys of the picture and its captions in the metadata.
+        max_skipped_share: broken pictures and lines are skipped and reported, up to this share of all.
 
     Returns: the same records for each size.
 
-    Raises: DataError when more are broken, or a name leads out of the folder. A warning names what was skipped.
+    Raises: DataError when more are broken, or a name leads out of the folder. A warning lists what was skipped.
     """
     folder = Path(folder)
     path = metadata_file(folder)
@@ -376,15 +375,15 @@ def load_sizes(
 
 
 def _check_share(folder: Path, num_kept: int, broken: Mapping[str, str], max_skipped_share: float) -> None:
-    """Warn of what is broken.
+    """Warn of broken pictures.
 
-    Raises: DataError when that is more than the share of all, or everything.
+    Raises: DataError when they exceed the allowed share, or no picture is left.
     """
     if not num_kept or len(broken) > max_skipped_share * (num_kept + len(broken)):
         first = next(iter(broken.items()))
         raise DataError(
             f"{len(broken)} of {num_kept + len(broken)} pictures in {folder} cannot be read, "
-            f"{f'more than the {in_percent(max_skipped_share)} allowed' if num_kept else 'so there is none'}; "
+            f"{f'more than the {in_percent(max_skipped_share)} allowed' if num_kept else 'so none is left'}; "
             f"the first: {first[0]}: {first[1]}"
         )
     if broken:
@@ -400,7 +399,7 @@ def in_percent(share: float) -> str:
 def read_pixels(file: Path | IO[bytes], name: str, sizes_px: Iterable[int]) -> dict[int, Tensor]:
     """`square_pixels` of a picture file at several sizes.
 
-    Raises: ImageError when it cannot be read, or does not fit into memory.
+    Raises: ImageError when it cannot be read, or there is not enough memory.
     """
     image = open_image(file, name)
     try:

@@ -1,7 +1,6 @@
-"""Make pipeline folders out of other things: original Karlo files, a text-to-image folder, a folder of pickles.
+"""Convert original Karlo files, text-to-image folders and folders of pickles to pipeline folders.
 
-Does not know the networks; it moves tensors from names to names, and is the only place that reads a pickle.
-Called by `unclip convert`.
+No other module reads pickles.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special
 PAD_TOKEN = "!"
 """Karlo pads prompts with this token, whose id is 0."""
 CLIP_IMAGE_SIZE_PX = 224
-"""What transformers' CLIP takes for the size of pictures where its configuration says nothing."""
+"""The default picture size of transformers' CLIP."""
 
 _PICKLE = re.compile(
     r"(?P<stem>diffusion_pytorch_model|pytorch_model)(?:\.(?P<variant>[A-Za-z0-9_]+))?(?:-\d{5}-of-\d{5})?\.bin"
@@ -75,14 +74,14 @@ def convert_karlo(
         prior, decoder, super_res: the original checkpoints; pickles are read with weights_only.
         stats: (mean, std) of the image embeddings, Karlo's `ViT-L-14_stats.th`.
         clip: folder or hub id of the CLIP model in transformers' layout (`openai/clip-vit-large-patch14`).
-        variant: written into the weights' file names, for example "fp16" together with `dtype`.
-        dtype: type of the floating weights written; None keeps each file's.
-        overwrite: replace an existing `out`, as a whole.
-        prior_clip_range: to what the prior's prediction is clamped: 10 in Karlo's code, 5 in the published folders.
+        variant: part of the weights' file names, for example "fp16" together with `dtype`.
+        dtype: type of the floating-point weights; None keeps the type of each file.
+        overwrite: replace an existing `out`.
+        prior_clip_range: limit of the prior's prediction: 10 in Karlo's code, 5 in the published folders.
         head_dim: width of an attention head, 64 in Karlo.
 
-    Raises MissingFileError, UnsafeFileError (a pickle with more than tensors), WeightsError (other names, shapes or
-    widths than Karlo's), InputError (`prior_clip_range`) or OutputExistsError; `out` is as it was then.
+    Raises MissingFileError, UnsafeFileError (a pickle with more than tensors), WeightsError (names, shapes or
+    widths that are not Karlo's), InputError (`prior_clip_range`) or OutputExistsError; `out` is then unchanged.
     """
     if not 0 < prior_clip_range < float("inf"):
         raise InputError(f"prior_clip_range is {prior_clip_range}; it must be a number above 0")
@@ -124,7 +123,7 @@ def convert_karlo(
 
 
 def _write_text_encoder(clip: Path, draft: Path, save: Any) -> dict[str, Any]:
-    """The text half of a CLIP folder, and its tokenizer padding as Karlo's does; returns the configuration."""
+    """Write the text model of a CLIP folder and its tokenizer, with Karlo's padding; return the configuration."""
     folder = clip / "text_encoder" if (clip / "text_encoder").is_dir() else clip
     config = _half_config(folder, "text", "CLIPTextModelWithProjection")
     save("text_encoder", _half_weights(folder, ("text_model.", "text_projection.")), TRANSFORMERS_STEM)
@@ -146,7 +145,7 @@ def _write_text_encoder(clip: Path, draft: Path, save: Any) -> dict[str, Any]:
 
 
 def _half_config(folder: Path, half: str, class_name: str) -> dict[str, Any]:
-    """config.json of the text or vision model out of a whole CLIP's, or its own as it is."""
+    """The config.json of the text or vision model, taken from that of a whole CLIP if needed."""
     config = read_json(safe_join(folder, "config.json"))
     check_clip_settings(config, str(folder / "config.json"))
     inner = config.get(f"{half}_config")
@@ -155,7 +154,7 @@ def _half_config(folder: Path, half: str, class_name: str) -> dict[str, Any]:
         config = {**inner, "projection_dim": width, "model_type": f"clip_{half}_model", "architectures": [class_name]}
     lacking = [key for key in ("hidden_size", "projection_dim") if not isinstance(config.get(key), int)]
     if lacking or config.get("model_type") != f"clip_{half}_model":
-        raise CheckpointError(f"{folder / 'config.json'} describes no CLIP {half} model with projection")
+        raise CheckpointError(f"{folder / 'config.json'} does not describe a CLIP {half} model with projection")
     return {"max_position_embeddings": 77, **config} if half == "text" else config
 
 
@@ -180,19 +179,18 @@ def convert_text_to_image_to_variation(
 ) -> Path:
     """Write the `UnCLIPImageVariationPipeline` folder `out` and return it.
 
-    It has the parts of the text-to-image `folder` but the prior, and the image encoder and preprocessor of `clip` (a
-    folder or hub id in transformers' layout). Weights of the parts are hard links where the file system has them, and
-    are never loaded. Pictures that are not square are squashed, as Karlo's own code does it; with `crop` the
-    preprocessor stays CLIP's, which keeps their centre. What the folder recommends for the parts goes along, and its
-    principal components if they are of this very image encoder. Raises as `convert_karlo` does, and ConfigError for
-    recommendations that are none.
+    It consists of the components of the text-to-image `folder` except the prior, and of the image encoder and
+    preprocessor of `clip` (a folder or hub id in transformers' layout). Weights are hard-linked where the file system
+    supports it. Pictures that are not square are squashed, as in Karlo's own code; with `crop` the preprocessor of CLIP
+    is kept, which crops the centre. Recommended settings are copied, and so are principal components that belong to
+    this image encoder. Raises what `convert_karlo` raises, and ConfigError for invalid recommended settings.
     """
     source, clip_folder = resolve(folder), resolve(clip)
     index = read_json(safe_join(source, "model_index.json"))
     lacking = [name for name in layout.SHARED if name not in index]
     if lacking:
         raise CheckpointError(
-            f"{source / 'model_index.json'} names no {', '.join(lacking)}; is it a text-to-image folder?"
+            f"{source / 'model_index.json'} lacks {', '.join(lacking)}; is it a text-to-image folder?"
         )
     shared = (*layout.SHARED, *(name for name in layout.FURTHER if name in index))
     with atomic_folder(out, overwrite=overwrite) as draft:
@@ -228,7 +226,7 @@ def convert_text_to_image_to_variation(
 
 
 def _link_files(source: Path, target: Path, suffixes: tuple[str, ...] = (".json", ".txt", ".safetensors")) -> None:
-    """Link weights and copy texts from one folder to another; sub-folders and other files stay behind."""
+    """Link weights and copy text files from one folder to another; other files and subfolders are skipped."""
     if not source.is_dir():
         raise MissingFileError(f"{source} is not a folder; the model is not complete")
     for entry in sorted(source.iterdir()):
@@ -241,7 +239,7 @@ def _link_files(source: Path, target: Path, suffixes: tuple[str, ...] = (".json"
                 os.link(file, target / entry.name)
                 continue
             except OSError:
-                pass  # another file system, or one without links
+                pass  # another file system, or one without hard links
         shutil.copyfile(file, target / entry.name)
 
 
@@ -249,10 +247,10 @@ def _link_files(source: Path, target: Path, suffixes: tuple[str, ...] = (".json"
 
 
 def convert_pickle(folder: StrPath, out: StrPath, *, overwrite: bool = False) -> Path:
-    """Write `out` as a copy of the pipeline or component `folder` in which every .bin is a .safetensors, and return it.
+    """Copy the pipeline or component `folder` to `out` with every .bin converted to .safetensors, and return `out`.
 
-    Calling it is the consent to read the pickles, still with weights_only. Raises MissingFileError when there are none,
-    UnsafeFileError for one that holds more than tensors, WeightsError for a broken one, OutputExistsError.
+    Pickles are read with weights_only. Raises MissingFileError when there are none, UnsafeFileError for one that holds
+    more than tensors, WeightsError for a broken one, OutputExistsError.
     """
     source = Path(folder)
     if not source.is_dir():
@@ -268,7 +266,7 @@ def convert_pickle(folder: StrPath, out: StrPath, *, overwrite: bool = False) ->
 
 
 def _convert_folder(source: Path, target: Path) -> int:
-    """Convert one component's folder; returns how many sets of weights were pickles."""
+    """Convert the folder of one component; return the number of converted sets of weights."""
     _link_files(source, target)
     sets: dict[tuple[str, str | None], dict[str, Tensor]] = {}
     for entry in sorted(source.iterdir()):
@@ -279,7 +277,7 @@ def _convert_folder(source: Path, target: Path) -> int:
             continue
         stem = TRANSFORMERS_STEM if found["stem"] == "pytorch_model" else found["stem"]
         if (source / file_name(stem, found["variant"])).exists():
-            continue  # the same weights are there already without a pickle
+            continue  # the weights also exist as safetensors
         state = sets.setdefault((stem, found["variant"]), {})
         more = _read(safe_join(source, entry.name))
         twice = state.keys() & more.keys()
@@ -295,7 +293,7 @@ def _convert_folder(source: Path, target: Path) -> int:
 
 
 def _read(path: StrPath) -> dict[str, Tensor]:
-    """The tensors of an original checkpoint by name, out of its "state_dict" if it has one."""
+    """The tensors of an original checkpoint by name, from its "state_dict" if it has one."""
     import torch
 
     path = Path(path)
@@ -307,29 +305,31 @@ def _read(path: StrPath) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
     ):
-        raise WeightsError(f"{path} is no state dict: names and tensors, or those under 'state_dict'")
+        raise WeightsError(f"{path} is not a state dict, and has none under 'state_dict'")
     return dict(state)
 
 
 def _read_pickle(path: Path) -> Any:
-    """What torch saved in `path`, restricted to tensors and plain containers."""
+    """The object that torch saved in `path`, restricted to tensors and plain containers."""
     import torch
 
     file_size(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch remarks on pickle protocols, which no user can do anything about
+            warnings.simplefilter("ignore")  # torch warns about pickle protocols, which users cannot change
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as problem:
         raise UnsafeFileError(
-            f"{path} holds more than tensors, or is no checkpoint, and is not read: {str(problem)[:200]}"
+            f"{path} is not read; it holds more than tensors or is not a checkpoint: {str(problem)[:200]}"
         ) from problem
-    except Exception as problem:  # broken bytes can break the unpickler in any way
-        raise WeightsError(f"{path} is truncated or no checkpoint: {str(problem)[:200]}. Get it again") from problem
+    except Exception as problem:  # the unpickler raises many kinds of errors on damaged files
+        raise WeightsError(
+            f"{path} is truncated or not a checkpoint: {str(problem)[:200]}. Download it again"
+        ) from problem
 
 
 def _read_stats(path: StrPath) -> tuple[Tensor, Tensor]:
-    """(mean, std) of the image embeddings, each [embedding_dim], out of a saved pair or a .safetensors."""
+    """(mean, std) of the image embeddings, each [embedding_dim], from a saved pair or a .safetensors file."""
     import torch
 
     path = Path(path)
@@ -348,7 +348,7 @@ def _read_stats(path: StrPath) -> tuple[Tensor, Tensor]:
 
 
 def _under(path: StrPath, prefix: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint all of whose names start with `prefix`."""
+    """The tensors of a checkpoint in which all names start with `prefix`."""
     return karlo.split_by_prefix(_read(path), [prefix])[prefix]
 
 
