@@ -181,12 +181,12 @@ def test_a_start_under_another_clip(trained, tmp_path, tiny, other_clip, stage):
     section = {"clip": other_clip / "model"}
     start = trained[stage] / "model"
     with pytest.warns(UserWarning, match="was trained with another CLIP .* must adapt to the new one"):
-        UNDER_CLIP[stage](tiny(stage, start_from=start, section=section))
-    UNDER_CLIP[stage](tiny(stage, start_from=start))
+        make_task(tiny(stage, start_from=start, section=section))
+    make_task(tiny(stage, start_from=start))
     assemble(**trained, out=tmp_path / "whole")
     with pytest.warns(UserWarning, match="whole was trained with another CLIP"):
-        UNDER_CLIP[stage](tiny(stage, start_from=tmp_path / "whole", section=section))
-    UNDER_CLIP[stage](tiny(stage, start_from=tmp_path / "whole"))
+        make_task(tiny(stage, start_from=tmp_path / "whole", section=section))
+    make_task(tiny(stage, start_from=tmp_path / "whole"))
 
 
 # ---- further super-resolution stages ----
