@@ -17,6 +17,8 @@ from torch import nn
 torch.set_num_threads(int(os.environ.get("UNCLIP_TEST_THREADS", "1")))
 # A shell's background job is started with Ctrl-C ignored; the tests of Ctrl-C are of processes that are not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 
 CONTEXT = 11  # with four extra tokens 15: no level of the decoder has as many pixels
 FEW = {"prior_num_inference_steps": 2, "decoder_num_inference_steps": 2, "super_res_num_inference_steps": 2}

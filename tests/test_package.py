@@ -122,13 +122,13 @@ def test_an_error_can_be_named_without_torch():
 
 def tree(text):
     """name → (parent, bases beside it), as a docstring draws them."""
-    found, path = {}, []
+    found, path, margin = {}, [], text.index("UnclipError") - text.rindex("\n", 0, text.index("UnclipError")) - 1
     for line in text.splitlines():
         drawn = re.match(r"^[\s│]*(?:[├└]── )?(?P<name>[A-Z]\w+)(?: \((?P<also>\w+)\))?(?:\s|$)", line)
         if drawn is None or not ("──" in line or line.strip() == "UnclipError"):
             continue
-        depth = drawn.start("name") // 4
-        path = [*path[: depth - 1], drawn["name"]]
+        depth = (drawn.start("name") - margin) // 4
+        path = [*path[:depth], drawn["name"]]
         found[drawn["name"]] = (path[-2] if len(path) > 1 else None, drawn["also"])
     return found
 

@@ -9,9 +9,9 @@ UnclipError
 │   ├── UnsafeFileError                a pickle, or a path that leaves its folder
 │   └── WeightsError                   truncated, overlapping, duplicate, NaN, missing or extra weights
 ├── DataError (ValueError)             a data set or one of its samples cannot be used
-├── TrainingError (RuntimeError)       a training run cannot go on (a loss that is not a number, say)
+├── TrainingError (RuntimeError)       a training run cannot go on (a loss that is not a number)
 ├── NonFiniteError (ArithmeticError)   what was computed is NaN or infinite, and no picture
-├── OutputError (OSError)               a file cannot be written: a full disk, no permission
+├── OutputError (OSError)              a file cannot be written: a full disk, no permission
 ├── OutputExistsError (FileExistsError)        a file would be overwritten and nobody asked for it
 ├── MissingDependencyError (ImportError)       an optional package is needed for what was asked
 └── Cancelled                          a callback stopped the run

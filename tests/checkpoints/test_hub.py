@@ -267,7 +267,7 @@ def test_a_download_and_what_can_go_wrong_with_it(tmp_path):
     assert revision[0] == "MissingFileError"
     assert "no revision 'v9'" in revision[1]
     assert empty[0] == "MissingFileError"
-    assert "has none of .json" in empty[1]
+    assert "has no usable files (.json" in empty[1]
     assert variant[0] == "MissingFileError"
     assert "there are: fp16" in variant[1]
     assert broken[0] == "MissingFileError"

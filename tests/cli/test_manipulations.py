@@ -162,7 +162,7 @@ def test_latents_found_in_other_tiles_are_not_decoded_alike(run, files):
     latent.save("wordy.safetensors", about={**about, "super_res_tile_px": "-1"})
     done = run("vary", "wordy.safetensors", "dog.png", *KEEP)
     assert (done.code, len(done.lines)) == (3, 1)
-    assert "no numbers" in done.err
+    assert "not numbers" in done.err
 
 
 def test_latents_found_in_other_steps_are_not_decoded_alike(run):
@@ -231,7 +231,7 @@ def test_bad_latents_fail_alone(run, files):
     assert all(any(name in line for line in errors) for name in bad)
     assert (alone := run("vary", "junk.safetensors", *KEEP)).code == 1
     assert "junk.safetensors" in alone.err
-    assert "no numbers" in run("interpolate", "wordy.safetensors", "dog.png").err
+    assert "not numbers" in run("interpolate", "wordy.safetensors", "dog.png").err
 
 
 def test_the_suffix_of_a_latent_in_capitals(run):

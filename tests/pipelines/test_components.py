@@ -490,7 +490,7 @@ def test_nothing_is_overwritten_without_overwrite(tiny_pipeline, copied):
 def test_invalid_folder_names(tiny_pipeline, tmp_path, monkeypatch, part, name):
     monkeypatch.chdir(tmp_path)
     saved = tiny_pipeline if part == "pipeline" else getattr(tiny_pipeline, part)
-    with pytest.raises(InputError, match=r"no name to write to|bytes a part"):
+    with pytest.raises(InputError, match=r"not a valid output path|bytes a part"):
         saved.save_pretrained(name)
     (tmp_path / "file").write_text("mine")
     for place in ("file", "file/below"):
@@ -1058,7 +1058,7 @@ def test_recommended_settings_are_saved_with_a_model(tiny_pipeline, tmp_path):
 def test_lists_are_for_the_stages_of_super_resolution(tiny_pipeline, tmp_path, wrong):
     tiny_pipeline.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "generation_defaults.json").write_text(wrong)
-    with pytest.raises(ConfigError, match="whole number"):
+    with pytest.raises(ConfigError, match=r"whole number|empty list"):
         UnCLIPPipeline.from_pretrained(tmp_path / "model")
 
 

@@ -185,7 +185,7 @@ def test_inverting_under_guidance_undoes_guided_sampling(stages, tiny_pipeline):
     guided = invert(stages["prior"], condition, x0, null=null, guidance_scale=3.0, **more)
     assert plain.shape == x0.shape
     assert (plain - guided).abs().max() > 1e-3
-    with pytest.raises(InputError, match="two timesteps"):
+    with pytest.raises(InputError, match="two or more ascending timesteps"):
         invert(stages["prior"], condition, x0, timesteps=(999,))
 
 

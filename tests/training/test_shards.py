@@ -284,7 +284,7 @@ def test_embeddings_of_another_clip_of_the_same_width(pictures, clip_model, tiny
     ClipTask(tiny("clip", seed=9)).save(tmp_path / "other")
     packed = pack(pictures, tmp_path / "in", copies=1)
     embed(packed, tmp_path / "other", tmp_path / "of_other", keep_pictures=True)
-    words = r"the data were embedded with another CLIP \(.*: embed them again with this one \(unclip data embed\)"
+    words = r"the data were embedded with another CLIP \(.*: embed them again with this CLIP \(unclip data embed\)"
     # A decoder that asks for no spread meets them at its first step.
     plain = {"embedding_noise": 0.0} if stage == "decoder" else {}
     recipe = tiny(stage, data=tmp_path / "of_other", section=plain)

@@ -532,7 +532,7 @@ def test_a_decoder_forgets_its_text(tiny, tmp_path):
 def test_nothing_to_forget(tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_text('stage = "decoder"\ndata = "d"\n[decoder]\nforget_text = true\n')
-    with pytest.raises(ConfigError, match=r"decoder\.forget_text is for a decoder that was trained before"):
+    with pytest.raises(ConfigError, match=r"decoder\.forget_text needs start_from"):
         read_recipe(path)
 
 
