@@ -531,10 +531,10 @@ def test_the_built_in_model_fills_a_region_without_a_seam():
     pipe.set_progress_bar_config(disable=True)
     text_to_image = UnCLIPPipeline.from_pipe(pipe)
     text_to_image.set_progress_bar_config(disable=True)
-    original, other = text_to_image(["dog face", "cat face"], seed=1, **pipe.recomfilled).images
+    original, other = text_to_image(["dog face", "cat face"], seed=1, **pipe.recommended).images
     mask = Image.new("L", (128, 128), 0)
     mask.paste(255, (56, 24, 112, 104))
-    result = pipe(None, original, mask, seed=4, num_resamples=2, **pipe.recomfilled).images[0]
+    result = pipe(None, original, mask, seed=4, num_resamples=2, **pipe.recommended).images[0]
     drawn = torch.from_numpy(np.asarray(mask) > 0)
     there = changed(np.asarray(result), original)
     assert not there[~drawn.numpy()].any()
