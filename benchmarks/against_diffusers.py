@@ -187,8 +187,8 @@ def stages(size: str, dtype: torch.dtype, steps: int, repeats: int, chosen: list
 def whole(dtype: torch.dtype, repeats: int) -> dict[str, float]:
     """The built-in model's whole call, at the reference's default steps and guidance.
 
-    The reference cannot do without a learned variance, which this model has not: its decoder's output is doubled, at no
-    cost, and it is told to predict noise. What it draws is nothing, what it computes is the same.
+    The reference needs a learned variance, which this model does not have. So its decoder's output is doubled, at no
+    cost, and it predicts noise. Its pictures are meaningless, but the computation is the same.
     """
     import diffusers
 

@@ -105,7 +105,7 @@ class PictureWriter:
         )
 
     def save(self, image: "Image", stem: str, facts: Mapping[str, Any]) -> Path:
-        """Write `stem.png`, whole or not at all, and return its path.
+        """Write `stem.png`, atomically, and return its path.
 
         Raises: InputError when it cannot be written (a full disk, say).
         """
@@ -113,7 +113,7 @@ class PictureWriter:
         return self.write(stem, ".png", lambda draft: image.save(draft, format="PNG", pnginfo=texts))
 
     def write(self, stem: str, suffix: str, writer: Callable[[Path], None]) -> Path:
-        """Have `writer` write the file `stem` + `suffix`, whole or not at all, and return its path.
+        """Have `writer` write the file `stem` + `suffix`, atomically, and return its path.
 
         Raises: InputError when it cannot be written, or when `out` names one file and that is written already.
         """

@@ -137,7 +137,7 @@ def _embedding(content: bytes) -> Tensor:
 
 CELL_PX = 128
 PACKED_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-"""Of the pictures that are packed into shards as they are."""
+"""Suffixes of pictures that are packed into shards without conversion."""
 CHECK_PX = 8
 """Side to which a picture is made when only its being whole matters."""
 
@@ -215,7 +215,7 @@ def pack(
     keys: Keys = USUAL_KEYS,
     progress: Callable[..., Any] | None = None,
 ) -> Damage:
-    """Write a data set as tar shards; the folder appears whole or not at all.
+    """Write a data set as tar shards; the folder is written atomically.
 
     Every picture is decoded, to see whether it is whole; what is written is its file as it was (see `raw_samples`).
 

@@ -1,7 +1,4 @@
-"""Shards that take long to make, kept as they come: a run that was stopped goes on after the last whole one.
-
-Knows files, samples and what was asked; knows not what is computed. Called by `unclip.training.embedding`.
-"""
+"""Write shards so that an interrupted run resumes after the last complete shard."""
 
 import hashlib
 import itertools
@@ -49,7 +46,7 @@ class Portion:
 class Unfinished:
     """The shards that are made for a folder `out`, one of each portion of the samples, or none where nothing is good.
 
-    A shard is written whole or not at all, and counts once the state beside it says what it was made of.
+    A shard is written atomically. It counts once the state file beside it records its source.
 
     Args:
         out: the folder to be; there is none yet, or an empty one.
@@ -85,7 +82,7 @@ class Unfinished:
             first = sum(earlier["num_samples"] for earlier in self.portions[:number])
             raise DataError(
                 f"the data are not those that {self.folder} was begun with: they differ from sample {first:,} on; "
-                "remove that folder to begin anew"
+                "remove that folder to start again"
             )
         return done["broken"]
 

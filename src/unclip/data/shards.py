@@ -1,7 +1,4 @@
-"""Items made in a thread of their own while the one before is used.
-
-Knows threads; knows nothing of what the items are. Called where shards are read and batches are made of them.
-"""
+"""Read and write tar shards in the layout of webdataset, and prepare items in a background thread."""
 
 import bz2
 import contextlib
@@ -62,7 +59,7 @@ class Ahead(Iterator[T]):
     def __next__(self) -> T:
         item, error = self._wait()
         if error is not None:
-            self._made.put((None, error))  # whoever asks again is told again
+            self._made.put((None, error))  # every later call raises it too
             raise error
         self._asked.put(True)
         return item
@@ -135,14 +132,14 @@ class Damage:
         broken: the reason, by the name of a picture, sample or shard.
         num_read: samples in all, the broken ones too.
         shards: names in `broken` that are whole shards: cut off, damaged or not there.
-        mended: those of them that were read whole later, as after a failure of the network that passed.
+        recovered: the shards among them that were read completely later, for example after a network failure.
         num_shards: in all, where they are counted.
     """
 
     broken: dict[str, str] = field(default_factory=dict)
     num_read: int = 0
     shards: set[str] = field(default_factory=set)
-    mended: set[str] = field(default_factory=set)
+    recovered: set[str] = field(default_factory=set)
     num_shards: int = 0
 
     @property
@@ -153,16 +150,16 @@ class Damage:
     @property
     def num_broken_shards(self) -> int:
         """Shards that could not be read when they were last."""
-        return len(self.shards) - len(self.mended)
+        return len(self.shards) - len(self.recovered)
 
     def note_shard(self, shard: str, reason: str | None) -> None:
         """Note how a shard was read: whole, or broken for a reason."""
         if reason is not None:
-            self.mended.discard(shard)
+            self.recovered.discard(shard)
             self.shards.add(shard)
             self.broken[shard] = reason
         elif shard in self.shards:
-            self.mended.add(shard)
+            self.recovered.add(shard)
 
     def some(self) -> str:
         """The first three, for a message."""

@@ -76,7 +76,7 @@ def compose(
         data: a folder of pictures with transparency and labels, such as that of `unclip data emoji`.
         out: the folder to create.
         count: number of pictures.
-        seed: seed of all choices.
+        seed: random seed.
         weight: weight of each picture in training.
         progress: wraps an iterable, as `tqdm` does.
 

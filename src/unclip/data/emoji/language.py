@@ -172,7 +172,7 @@ def build_language(
         data: the folder of `unclip data emoji`.
         out: the file to write.
         count: number of distinct phrases; fewer are written if the sources do not have enough.
-        seed: seed of all choices.
+        seed: random seed.
         left_out: wordings that must not occur, in any case, with any article.
         packages: a folder with the four tarballs; fetched with `npm pack` when left out.
 
