@@ -15,6 +15,8 @@ UnclipError
 ├── OutputExistsError (FileExistsError)        a file would be overwritten and nobody asked for it
 ├── MissingDependencyError (ImportError)       an optional package is needed for what was asked
 └── Cancelled                          a callback stopped the run
+
+UnknownCaptionWarning (UserWarning)    a caption is not close to anything that the model knows
 """
 
 
@@ -76,3 +78,7 @@ class MissingDependencyError(UnclipError, ImportError):
 
 class Cancelled(UnclipError):  # noqa: N818  (it is not a failure)
     """A callback stopped the run before its last step."""
+
+
+class UnknownCaptionWarning(UserWarning):
+    """A caption is not close to anything that the model knows."""

@@ -148,3 +148,10 @@ def test_plural(one, many):
 
 def test_glasses_stay():
     assert (plural("glasses"), plural("glass")) == ("glasses", "glasses")
+
+
+def test_nonsense_has_no_meaning(build):
+    corpus = build()
+    nonsense = [text for text, line in corpus.items() if line.get("means") == []]
+    assert len(nonsense) > 10
+    assert not any(word in text.split() for text in nonsense for word in ("poodle", "dog", "apple"))

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from unclip.checkpoints.layout import PROBE_FILE
+from unclip.checkpoints.layout import CONCEPTS_FILE, PROBE_FILE
 from unclip.errors import CheckpointError, InputError, MissingDependencyError, MissingFileError
 
 BUILT_IN_JUDGE = "unclip-emoji-judge"
@@ -95,7 +95,7 @@ def pick_files(
     if variant is not None and variant not in there:
         raise MissingFileError(f"there are no {variant} weights; there are: {', '.join(sorted(there)) or 'plain ones'}")
     for (folder, stem), sets in weights.items():
-        if folder or "model_index.json" not in names or f"{stem}.safetensors" == PROBE_FILE:
+        if folder or "model_index.json" not in names or f"{stem}.safetensors" in (PROBE_FILE, CONCEPTS_FILE):
             kept += sets.get(variant, sets.get(None, []))
     return kept
 

@@ -1,7 +1,8 @@
 """Write a language corpus for the emoji data set: many wordings of what the pictures show, one JSON line each.
 
 A line has `text`, which a person might type. `means` is a list of texts that a teacher reads instead, if an article, a
-size or a misspelling should not change the meaning. `concepts` are the concepts that the source gives for a word.
+size or a misspelling should not change the meaning. It is empty for nonsense, of which a model must not be sure.
+`concepts` are the concepts that the source gives for a word.
 The sources are pinned packages: Unicode's keywords (CLDR), emojibase, emojilib and WordNet.
 """
 
@@ -22,6 +23,7 @@ from unclip.data.emoji.build import LABELS, STYLE_WEIGHTS, Package, fetch, hexco
 from unclip.data.emoji.compose import COLOUR_WORDS, noun_of, with_article
 from unclip.data.emoji.phrases import PHRASES
 from unclip.data.folder import Record, read_records
+from unclip.data.nonsense import Nonsense
 from unclip.errors import DataError
 
 KEYWORDS = Package(
@@ -60,8 +62,8 @@ MAX_CONCEPTS = 6
 """A keyword that more concepts share is not used as a name for them."""
 GLOSS_WORDS = range(3, 10)
 
-SHARES = {"emoji": 0.5, "word": 0.32, "gloss": 0.04, "scene": 0.08, "mood": 0.06}
-"""The shares of phrases: names of emoji, nouns of WordNet, their definitions, scenes of two things, and moods."""
+SHARES = {"emoji": 0.47, "word": 0.31, "gloss": 0.04, "scene": 0.07, "mood": 0.06, "nonsense": 0.05}
+"""The shares of phrases: names of emoji, nouns of WordNet, their definitions, scenes of two things, moods, nonsense."""
 
 NEUTRAL = (
     "big", "small", "little", "tiny", "huge", "large", "old", "new", "nice", "pretty", "beautiful", "lovely",
@@ -247,6 +249,9 @@ class _Writer:
             for word, sense in senses.items()
             if len(sense.gloss.split()) in GLOSS_WORDS
         ]
+        words = [word for names in self.of_concept for name in names for word in name.text.split()]
+        words += [word for text in (*senses, *(sense.gloss for sense in senses.values())) for word in text.split()]
+        self.nonsense = Nonsense(words, self.draw)
         self._chosen: dict[str, Iterator[int]] = {}
 
     def names(self) -> Iterator[Name]:
@@ -261,6 +266,8 @@ class _Writer:
             return self._sloppy(self.glosses[int(self.draw.integers(len(self.glosses)))])
         if what == "scene":
             return self._scene()
+        if what == "nonsense":
+            return self._dressed(Name(self.nonsense.words(), (), kind="other"))
         name = self._word() if what == "word" and self.words else self._emoji_name()
         if what == "mood" and name.is_noun and name.kind in ("animal", "person", "face", "food", "weather"):
             text = with_article(f"{self._any(MOODS)} {name.text}")
