@@ -15,8 +15,6 @@ UnclipError
 ├── OutputExistsError (FileExistsError)        a file would be overwritten and nobody asked for it
 ├── MissingDependencyError (ImportError)       an optional package is needed for what was asked
 └── Cancelled                          a callback stopped the run
-
-UnknownCaptionWarning (UserWarning)    a caption is not close to anything that the model knows
 """
 
 

