@@ -64,7 +64,8 @@ _TURNS = {
 _ORIENTED = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 """Keys of Pillow's metadata that may hold an orientation."""
 _CHUNK_ROWS = 256
-_filters = threading.Lock()
+WARNING_FILTERS = threading.Lock()
+"""Held while warning filters are changed, since all threads share them."""
 
 
 def open_image(file: str | Path | IO[bytes], name: str | None = None, *, keep_alpha: bool = False) -> Image.Image:
@@ -112,8 +113,8 @@ def _read(file: str | Path | IO[bytes], name: str, *, keep_alpha: bool) -> Image
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Ignore Pillow's warnings. The lock is needed since warning filters are shared by all threads."""
-    with _filters, warnings.catch_warnings():
+    """Ignore Pillow's warnings."""
+    with WARNING_FILTERS, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 

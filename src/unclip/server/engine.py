@@ -1,0 +1,583 @@
+"""The engine: a bounded queue of requests, and one worker for each device that computes them in batches.
+
+Pictures of several requests are computed together when their model, kind, size and settings are the same. Each picture
+has its own seed, so it does not depend on its batch but for rounding.
+
+A cancelled request gets no results, and a batch stops after its step when all of its requests are cancelled. Until
+then, the rows of a cancelled request stay in the batch: another batch size would change how the other pictures are
+rounded.
+"""
+
+import json
+import logging
+import math
+import threading
+import time
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from PIL import Image
+
+from unclip.errors import Cancelled, UnclipError
+from unclip.images import WARNING_FILTERS, to_pil
+from unclip.pipelines import cascade
+from unclip.pipelines.generation import GenerationPipeline
+from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
+from unclip.pipelines.inpaint import UnCLIPInpaintPipeline
+from unclip.pipelines.session import MADE_WITH, Compute, Session, sampler_name, sampler_switch
+from unclip.pipelines.text_to_image import UnCLIPPipeline
+from unclip.stages.stage import Size
+
+log = logging.getLogger(__name__)
+
+KINDS: Mapping[str, type[GenerationPipeline]] = {
+    "generate": UnCLIPPipeline,
+    "decode": UnCLIPImageVariationPipeline,
+    "inpaint": UnCLIPInpaintPipeline,
+}
+"""The pipeline of each kind of request: pictures of captions, of embeddings (or pictures), and edits by a mask."""
+FIRST_GUESS_S = 2.0
+"""Seconds for a picture, before the first one is measured."""
+MAX_RETRY_AFTER_S = 600
+
+
+class QueueFullError(UnclipError):
+    """The queue is full. `retry_after_s` is when there will be room, as a whole number of seconds."""
+
+    def __init__(self, retry_after_s: int) -> None:
+        super().__init__(f"the queue is full; try again in {retry_after_s} s")
+        self.retry_after_s = retry_after_s
+
+
+class ClosedError(UnclipError):
+    """The server is stopping."""
+
+
+class MemoryExhaustedError(UnclipError):
+    """The device has too little memory, also for half of the batch."""
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One picture to make.
+
+    Attributes:
+        seed: of the picture.
+        prompt, negative: captions; None: the empty one.
+        image: the picture to embed or to edit.
+        mask: of the same size as the picture.
+        embedding: float32 [embedding_dim], instead of a picture.
+    """
+
+    seed: int
+    prompt: str | None = None
+    negative: str | None = None
+    image: Image.Image | None = None
+    mask: Image.Image | None = None
+    embedding: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Made:
+    """One finished picture.
+
+    Attributes:
+        image: the picture, in the size that the model makes.
+        seed: of the picture.
+        warnings: messages about its caption.
+        facts: metadata for its file.
+    """
+
+    image: Image.Image
+    seed: int
+    warnings: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoising step of a request's pictures.
+
+    Attributes:
+        stage: "prior", "decoder", "super_res" and so on.
+        index: the step, from 0.
+        num_steps: the steps of this run of the stage.
+        rows: the request's pictures that took the step, by their numbers.
+        previews: makes the predicted pictures of these rows; they are empty in the prior.
+    """
+
+    stage: str
+    index: int
+    num_steps: int
+    rows: Sequence[int]
+    previews: Callable[[], list[Image.Image]]
+
+
+@dataclass(eq=False)
+class Work:
+    """One request: pictures to make, or a function to run with the model.
+
+    Attributes:
+        model: the model's name.
+        kind: a key of `KINDS`; of a function any name.
+        rows: the pictures; of a function none.
+        settings: arguments of the pipeline's call.
+        sampler: the name of a sampler; None: the model's own.
+        shape: height and width whose ratio the pictures get; None: the model's own square.
+        on_step: is called on the worker's thread after each step.
+        function: is called with the model and a function that tells whether to stop, instead of making pictures.
+        future: the list of `Made`, or the function's result.
+    """
+
+    model: str
+    kind: str
+    rows: Sequence[Row] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    sampler: str | None = None
+    shape: Size | None = None
+    on_step: Callable[[Step], None] | None = None
+    function: "Callable[[Model, Callable[..., Any]], Any] | None" = None
+    future: "Future[Any]" = field(default_factory=Future)
+    started: bool = False
+    cancelled: bool = False
+    made: dict[int, Made] = field(default_factory=dict)
+    num_taken: int = 0
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        first = self.rows[0] if self.rows else None
+        given: list[Any] = [self.model, self.kind, self.sampler, self.shape, dict(self.settings)]
+        if self.kind == "inpaint" and first is not None and first.image is not None:
+            given += [first.image.size, first.mask is None, first.prompt is None]
+        self.key = json.dumps(given, sort_keys=True) if first is not None else str(id(self))
+
+    @property
+    def size(self) -> int:
+        """How many pictures the queue counts it as."""
+        return max(1, len(self.rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Consecutive rows of one request in one batch."""
+
+    work: Work
+    first: int
+    count: int
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        return self.work.rows[self.first : self.first + self.count]
+
+
+class Model:
+    """One model on one device, used by one thread.
+
+    Args:
+        name: the name in requests.
+        folder: a folder, a hub id, or a built-in name.
+        compute: device and precision.
+    """
+
+    def __init__(self, name: str, folder: str, compute: Compute) -> None:
+        self.name = name
+        self.session = Session(folder, compute, progress=False)
+        self._loaded: dict[str, tuple[GenerationPipeline, str, Callable[[str], None]]] = {}
+        self._about: dict[str, dict[str, Any]] = {}
+
+    def lacks(self, kind: str) -> list[str]:
+        """The components that the model needs for a kind of request and does not have."""
+        cls = KINDS[kind]
+        index = self.session.index
+        return [name for name in cls.COMPONENTS if index.get(name) in (None, [None, None]) and name not in cls.OPTIONAL]
+
+    def load(self) -> None:
+        """Read the weights for the first kind of request that the model can answer."""
+        self.pipeline(next((kind for kind in KINDS if not self.lacks(kind)), "generate"))
+
+    def pipeline(self, kind: str) -> Any:
+        """The pipeline of a kind."""
+        if kind not in self._loaded:
+            pipe = self.session.pipeline(KINDS[kind])
+            self._loaded[kind] = pipe, sampler_name(pipe), sampler_switch(pipe)
+        return self._loaded[kind][0]
+
+    def unload(self) -> None:
+        """Free the weights; the next request reads them again."""
+        self.session = Session(str(self.session.folder), self.session.compute, progress=False)
+        self._loaded.clear()
+        self._about.clear()
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of the loaded weights."""
+        networks = {id(net): net for pipe, *_ in self._loaded.values() for net in pipe.networks.values()}
+        return sum(p.numel() * p.element_size() for net in networks.values() for p in net.parameters())
+
+    @contextmanager
+    def sampled_by(self, kind: str, sampler: str | None) -> Iterator[Any]:
+        """The pipeline of a kind, with a sampler until the end of the block. Raises: InputError for an unknown name."""
+        pipe = self.pipeline(kind)
+        _, own, switch = self._loaded[kind]
+        if sampler is not None:
+            switch(sampler)
+        try:
+            yield pipe
+        finally:
+            switch(own)
+
+    @torch.no_grad()
+    def make(self, work: Work, rows: Sequence[Row], on_step: Callable[..., Any]) -> list[Made]:
+        """Make pictures of several requests, whose settings are those of `work`. Raises: as the pipelines."""
+        with self.sampled_by(work.kind, work.sampler) as pipe:
+            call = dict(work.settings)
+            if work.shape is not None and work.shape[0] != work.shape[1]:
+                own = list(pipe.sizes().values())[-1][0]
+                multiple = cascade.side_multiple(pipe.decoder, pipe.cascade)
+                call["height"], call["width"] = cascade.fitted_size(own, multiple, work.shape)
+            about = self._facts(work.kind, pipe, call)
+            call["negative_prompt"] = [row.negative or "" for row in rows]
+            call["seed"] = [row.seed for row in rows]
+            call["callback_on_step_end"] = on_step
+            prompts: list[str] | None = [row.prompt or "" for row in rows]
+            if work.kind == "decode":
+                call["image_embeddings"] = self._embeddings(pipe, rows)
+            elif work.kind == "inpaint":
+                call["image"] = [row.image for row in rows]
+                call["mask_image"] = None if rows[0].mask is None else [row.mask for row in rows]
+                prompts = None if rows[0].prompt is None else prompts
+            images = pipe(prompt=prompts, **call).images
+            notes = {caption: self.notes(pipe, caption) for caption in {row.prompt for row in rows} if caption}
+        return [
+            Made(
+                image,
+                row.seed,
+                notes.get(row.prompt or "", ()),
+                {"prompt": row.prompt, "negative": row.negative, **about, "seed": row.seed},
+            )
+            for image, row in zip(images, rows, strict=True)
+        ]
+
+    def notes(self, pipe: GenerationPipeline, caption: str) -> tuple[str, ...]:
+        """Warnings about a caption: that it is unknown, or was cut off."""
+        with WARNING_FILTERS, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pipe.report_unknown([caption], pipe.caption_encoder.encode([caption], pipe.device))
+        return tuple(str(each.message) for each in caught if issubclass(each.category, UserWarning))
+
+    def _embeddings(self, pipe: UnCLIPImageVariationPipeline, rows: Sequence[Row]) -> torch.Tensor:
+        pictures = {id(row.image): row.image for row in rows if row.image is not None}
+        found: dict[int, torch.Tensor] = {}
+        if pictures:
+            embedded = pipe.embed_images(list(pictures.values()))
+            pipe.maybe_free_model_hooks()
+            found = dict(zip(pictures, embedded.float().cpu(), strict=True))
+        return torch.stack([found[id(row.image)] if row.embedding is None else row.embedding for row in rows])
+
+    def _facts(self, kind: str, pipe: GenerationPipeline, call: Mapping[str, Any]) -> dict[str, Any]:
+        """Metadata of pictures; the fingerprint of the weights is computed once."""
+        if kind not in self._about:
+            self._about[kind] = self.session.metadata(pipe, {})
+        about = self._about[kind]
+        settings = {**call, "sampler": sampler_name(pipe), **about["settings"]}
+        return {"model": about["model"], "settings": settings, MADE_WITH: about[MADE_WITH]}
+
+
+class Models:
+    """The models of one device: loaded when they are first asked for, and unloaded when memory is short."""
+
+    def __init__(self, folders: Mapping[str, str], compute: Compute, max_bytes: float | None) -> None:
+        self.each = {name: Model(name, folder, compute) for name, folder in folders.items()}
+        self._used: OrderedDict[str, Model] = OrderedDict()
+        self._max_bytes = max_bytes
+
+    def get(self, name: str) -> Model:
+        """The model, as the one used last."""
+        self._used[name] = self.each[name]
+        self._used.move_to_end(name)
+        return self._used[name]
+
+    def make_room(self) -> None:
+        """Unload the models used least recently until the rest fits the limit; the one used last stays."""
+        if self._max_bytes is None:
+            return
+        while len(self._used) > 1 and sum(model.num_bytes for model in self._used.values()) > self._max_bytes:
+            name, model = self._used.popitem(last=False)
+            log.info("unloading model %s", name)
+            model.unload()
+
+
+class Engine:
+    """Takes requests and computes them, in the order in which they arrive.
+
+    Args:
+        folders: the models' folders by their names; the first one is loaded at the start.
+        computes: device and precision of each worker.
+        max_batch: pictures computed at once by a worker.
+        max_queue: pictures that may wait or be computed. A single request is always accepted by an idle engine.
+        max_model_bytes: size limit of a device's loaded models; None: no limit.
+
+    Attributes:
+        on_batch: is called with the size and the seconds of each batch.
+        load_error: why the first model cannot be loaded; None while it can.
+
+    Raises: CheckpointError for a folder that is not a model.
+    """
+
+    def __init__(
+        self,
+        folders: Mapping[str, str],
+        computes: Sequence[Compute],
+        *,
+        max_batch: int = 8,
+        max_queue: int = 64,
+        max_model_bytes: float | None = None,
+    ) -> None:
+        self.max_batch, self.max_queue = max_batch, max_queue
+        self.on_batch: Callable[[int, float], None] = lambda size, seconds: None
+        self.load_error: str | None = None
+        self._workers = [Models(folders, compute, max_model_bytes) for compute in computes]
+        self._first = next(iter(folders))
+        self._changed = threading.Condition()
+        self._queue: deque[Work] = deque()
+        self._num_running = 0
+        self._running: set[Work] = set()
+        self._num_loaded = 0
+        self._closed = False
+        self._seconds = FIRST_GUESS_S
+        self._threads = [
+            threading.Thread(target=self._serve, args=(models,), name=f"unclip-worker-{number}", daemon=True)
+            for number, models in enumerate(self._workers)
+        ]
+
+    def start(self) -> None:
+        """Start the workers, which load the first model."""
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the first model is loaded on every device, and requests are accepted."""
+        return self._num_loaded == len(self._workers) and not self._closed
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the engine accepts no more requests."""
+        return self._closed
+
+    @property
+    def models(self) -> Mapping[str, Model]:
+        """The models of the first device, for what needs no weights."""
+        return self._workers[0].each
+
+    @property
+    def num_pending(self) -> int:
+        """How many pictures wait or are computed."""
+        return self._num_running + sum(work.size - work.num_taken for work in self._queue)
+
+    def submit(self, work: Work) -> Work:
+        """Queue a request. Raises: QueueFullError, ClosedError."""
+        with self._changed:
+            if self._closed:
+                raise ClosedError("the server is stopping")
+            pending = self.num_pending
+            if pending and pending + work.size > self.max_queue:
+                over = pending + work.size - self.max_queue
+                wait = math.ceil(over * self._seconds / len(self._workers))
+                raise QueueFullError(min(MAX_RETRY_AFTER_S, max(1, wait)))
+            self._queue.append(work)
+            self._changed.notify()
+        return work
+
+    def cancel(self, work: Work) -> None:
+        """Stop a request; those in the same batch go on. A finished one does not change."""
+        with self._changed:
+            work.cancelled = True
+            if work in self._queue:
+                self._queue.remove(work)
+            work.future.cancel()
+
+    def position(self, work: Work) -> int:
+        """How many requests are before this one; 0 when it is computed or finished."""
+        with self._changed:
+            return self._queue.index(work) + bool(self._num_running) if work in self._queue and not work.started else 0
+
+    def close(self, timeout_s: float = 0.0) -> None:
+        """Accept no more requests, finish the others within the time, and cancel what is left."""
+        end = time.monotonic() + timeout_s
+        with self._changed:
+            self._closed = True
+            while (self._queue or self._num_running) and time.monotonic() < end:
+                self._changed.wait(max(0.01, min(0.5, end - time.monotonic())))
+            left = [*self._queue, *self._running]
+        for work in left:
+            self.cancel(work)
+        with self._changed:
+            self._changed.notify_all()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(timeout=10)
+
+    # ---- the workers ----
+
+    def _serve(self, models: Models) -> None:
+        try:
+            models.get(self._first).load()
+            self._num_loaded += 1
+        except Exception as error:
+            log.exception("the model %s cannot be loaded", self._first)
+            self.load_error = str(error)
+        while (parts := self._take()) is not None:
+            self._compute(models, parts)
+            with self._changed:
+                self._num_running -= sum(part.count for part in parts)
+                self._running -= {part.work for part in parts}
+                self._changed.notify_all()
+
+    def _take(self) -> list[Part] | None:
+        """The next batch: rows of the first request, and of others that can be computed with them. None at the end."""
+        with self._changed:
+            while not self._queue:
+                if self._closed:
+                    return None
+                self._changed.wait()
+            key = self._queue[0].key
+            parts: list[Part] = []
+            room = self.max_batch
+            for work in [work for work in self._queue if work.key == key]:
+                count = min(room, work.size - work.num_taken)
+                if count:
+                    parts.append(Part(work, work.num_taken, count))
+                    work.num_taken += count
+                    work.started = True
+                    room -= count
+                if work.num_taken == work.size:
+                    self._queue.remove(work)
+                if not room:
+                    break
+            self._num_running += sum(part.count for part in parts)
+            self._running |= {part.work for part in parts}
+            return parts
+
+    def _compute(self, models: Models, parts: list[Part], *, halved: bool = False) -> None:
+        """Compute a batch and hand over its results.
+
+        When a batch of several requests fails, each one is computed alone, so that only the one at fault fails. When
+        memory is exhausted, both halves are computed.
+        """
+        problem = self._try(models, parts)
+        if problem is None:
+            return
+        again: list[list[Part]] = []
+        if _is_memory(problem):
+            free_memory()
+            if not halved:
+                again = halves(parts)
+            problem = MemoryExhaustedError("the device has too little memory for this request; ask for fewer pictures")
+        elif len(parts) > 1:
+            again = [[part] for part in parts]
+        for each in again:
+            self._compute(models, each, halved=halved or isinstance(problem, MemoryExhaustedError))
+        if not again:
+            for part in parts:
+                self._finish(part.work, problem)
+
+    def _try(self, models: Models, parts: list[Part]) -> Exception | None:
+        """Compute a batch. Returns: the error, without its traceback, which would hold the batch's memory."""
+        parts = [part for part in parts if not part.work.cancelled]
+        if not parts:
+            return None
+        work, start = parts[0].work, time.monotonic()
+
+        def on_step(pipe: Any, index: int, t: int, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
+            if all(part.work.cancelled for part in parts):
+                return {"stop": True}
+            first = 0
+            for part in parts:
+                if part.work.on_step is not None and not part.work.cancelled:
+                    try:
+                        part.work.on_step(_step(part, first, index, state))
+                    except Exception:  # it must not fail the others in the batch
+                        log.exception("a preview failed")
+                first += part.count
+            return None
+
+        try:
+            model = models.get(work.model)
+            if work.function is not None:
+                result = work.function(model, on_step)
+                self._finish(work, result)
+            else:
+                made = iter(model.make(work, [row for part in parts for row in part.rows], on_step))
+                for part in parts:
+                    for number in range(part.first, part.first + part.count):
+                        part.work.made[number] = next(made)
+                    if len(part.work.made) == part.work.size:
+                        self._finish(part.work, [part.work.made[number] for number in range(part.work.size)])
+            models.make_room()
+        except Cancelled:
+            return None
+        except Exception as error:
+            if not isinstance(error, UnclipError) and not _is_memory(error):
+                log.exception("a request failed")
+            return error.with_traceback(None)
+        size, seconds = sum(part.count for part in parts), time.monotonic() - start
+        self.on_batch(size, seconds)
+        if work.function is None:
+            self._seconds += 0.3 * (seconds / size - self._seconds)
+        return None
+
+    def _finish(self, work: Work, result: Any) -> None:
+        with self._changed:
+            if work in self._queue:  # the rest of a request that failed
+                self._queue.remove(work)
+            if work.future.done():
+                return
+            if isinstance(result, Exception):
+                work.future.set_exception(result)
+            else:
+                work.future.set_result(result)
+
+
+def _step(part: Part, first: int, index: int, state: Mapping[str, Any]) -> Step:
+    def previews() -> list[Image.Image]:
+        x0 = state["x0"]
+        return to_pil(x0[first : first + part.count]) if x0.ndim == 4 else []
+
+    numbers = range(part.first, part.first + part.count)
+    return Step(state["stage"], index, state["num_steps"], numbers, previews)
+
+
+def halves(parts: Sequence[Part]) -> list[list[Part]]:
+    """A batch as two batches; a single picture stays one, and cannot be halved."""
+    total = sum(part.count for part in parts)
+    left, right = [], []
+    room = total // 2
+    for part in parts:
+        head = min(room, part.count)
+        room -= head
+        if head:
+            left.append(Part(part.work, part.first, head))
+        if part.count > head:
+            right.append(Part(part.work, part.first + head, part.count - head))
+    return [left, right] if left and right else []
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether the device or the machine has too little memory."""
+    words = ("not enough memory", "can't allocate memory", "out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(each in str(error).lower() for each in words)
+    )
+
+
+def free_memory() -> None:
+    """Return cached memory of the accelerator, if there is one."""
+    if torch.accelerator.is_available():
+        torch.accelerator.memory.empty_cache()
