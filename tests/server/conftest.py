@@ -38,6 +38,7 @@ def no_variables_of_a_person() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(("UNCLIP_SERVER_", "OPENAI_"))]:
             patch.delenv(name)
+        patch.setenv("UNCLIP_CONFIG", os.devnull)
         yield
 
 

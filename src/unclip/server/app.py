@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import secrets
+import socket
 import sys
 import time
 import warnings
@@ -288,6 +289,16 @@ class JsonLines(logging.Formatter):
         return json.dumps({**facts, **getattr(record, "facts", {})})
 
 
+class Server(uvicorn.Server):
+    """A server that logs its address when it listens."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            log.info("listening", extra={"facts": {"url": f"http://{f'[{host}]' if ':' in host else host}:{port}"}})
+
+
 def serve(settings: ServerSettings) -> None:
     """Serve until SIGTERM or SIGINT, then finish the running requests. Raises: as `make_app`."""
     handler = logging.StreamHandler(sys.stderr)
@@ -307,8 +318,7 @@ def serve(settings: ServerSettings) -> None:
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
         server_header=False,
     )
-    log.info("serving", extra={"facts": {"host": settings.host, "port": settings.port, "models": settings.models}})
     try:
-        uvicorn.Server(config).run()
+        Server(config).run()
     except KeyboardInterrupt:  # uvicorn raises the signal again after a clean stop
         log.info("stopped")

@@ -434,7 +434,12 @@ class Engine:
             log.exception("the model %s cannot be loaded", self._first)
             self.load_error = str(error)
         while (parts := self._take()) is not None:
-            self._compute(models, parts)
+            try:
+                self._compute(models, parts)
+            except Exception as error:
+                log.exception("a batch failed")
+                for part in parts:
+                    self._finish(part.work, error.with_traceback(None))
             with self._changed:
                 self._num_running -= sum(part.count for part in parts)
                 self._running -= {part.work for part in parts}

@@ -42,6 +42,8 @@ KINDS: Mapping[str, type[PictureRequest]] = {
 }
 FINAL = ("completed", "failed", "cancelled")
 MAX_LISTED = 100
+MAX_KEPT = 2000
+"""Finished jobs, of which the oldest are removed."""
 MAX_EVENTS = 1000
 POLL_S = 1.0
 PICTURES = ("image", "images", "mask", "embeddings")
@@ -270,10 +272,12 @@ class Jobs:
         self._jobs.pop(job.id, None)
 
     def _sweep(self) -> None:
-        """Remove the records of finished jobs that are too old."""
+        """Remove the finished jobs that are too old or too many."""
         oldest = time.time() - self._service.settings.keep_s
-        for job in [job for job in self._jobs.values() if job.created < oldest and job.status in FINAL]:
-            self._forget(job)
+        finished = [job for job in self._jobs.values() if job.status in FINAL]
+        for place, job in enumerate(finished):
+            if job.created < oldest or len(finished) - place > MAX_KEPT:
+                self._forget(job)
 
 
 def _is_plain(value: object) -> bool:
