@@ -12,7 +12,7 @@ EXAMPLES = options.examples(
     "unclip serve",
     "unclip serve --model mine=models/mine --model unclip-emoji --port 8080",
     "unclip serve --host 0.0.0.0 --api-keys-file keys.txt",
-    "UNCLIP_SERVER_API_KEYS=$(openssl rand -hex 24) unclip serve --host 0.0.0.0",
+    "unclip serve --device cuda:0 --device cuda:1 --dtype bfloat16",
 )
 PACKAGES = ("fastapi", "starlette", "uvicorn", "python_multipart", "prometheus_client", "pydantic", "pydantic_settings")
 
