@@ -12,11 +12,15 @@ import httpx2
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from unclip.errors import ConfigError, OutputError
 from unclip.pipelines.session import Session
+from unclip.server import jobs
 from unclip.server.app import JsonLines, model_folders
+from unclip.server.contract import EmbeddingRequest
 from unclip.server.engine import KINDS
 from unclip.server.results import Results
 from unclip.server.settings import make_settings
@@ -415,3 +419,25 @@ def test_models_by_name(serve, model_folder):
         assert opened(answers[0]["data"][0]).tobytes() == opened(answers[1]["data"][0]).tobytes()
     with pytest.raises(ConfigError, match="two models"):
         model_folders([str(model_folder), str(model_folder)])
+
+
+# ---- any fields ----
+
+ODD = [None, True, 0, -1, 1, 2, 1.5, 1e30, float("nan"), 10**30, "", "x", "1", "auto", "a\0", [], [1], ["x"], {}, {"a": 1}]  # fmt: skip  # noqa: E501
+FIELDS = ["image", "mask", "from", "to", "type"]
+FIELDS += sorted({name for kind in (*jobs.KINDS.values(), EmbeddingRequest) for name in kind.model_fields})
+ROUTES = ["images/generations", "images/edits", "images/variations", "images/decode", "embeddings", "jobs"]
+
+
+@given(
+    path=st.sampled_from(ROUTES),
+    fields=st.dictionaries(st.sampled_from(FIELDS), st.sampled_from(ODD), max_size=4),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+def test_no_field_makes_the_server_fail(http, path, fields):
+    known = {"prompt": "a cat", "input": "a cat", "embeddings": [[0.5] * 16]}
+    content = json.dumps({**known, **fields})
+    answer = http.post(f"/v1/{path}", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code in (200, 202, 400, 404), (answer.text, fields)
+    if answer.status_code >= 400:
+        assert answer.json()["error"]["message"]

@@ -342,7 +342,7 @@ class Service:
     ) -> Answer:
         """The answer; of a repeated request with the same Idempotency-Key, the first one's.
 
-        A request with a key goes on when its client leaves, since the client can ask again.
+        A request with a key is not cancelled when its client leaves, since the client can ask again.
 
         Raises: ApiError for a key that another request had.
         """

@@ -303,9 +303,10 @@ def serve(settings: ServerSettings) -> None:
     """Serve until SIGTERM or SIGINT, then finish the running requests. Raises: as `make_app`."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
+    for logger, level in ((log, logging.INFO), (logging.getLogger("uvicorn"), logging.WARNING)):
+        logger.addHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = False
     # Warnings about captions become fields of answers; printed, they would show prompts in the log.
     warnings.simplefilter("ignore", UserWarning)
     app = make_app(settings)

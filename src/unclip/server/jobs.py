@@ -46,8 +46,6 @@ MAX_KEPT = 2000
 """Finished jobs, of which the oldest are removed."""
 MAX_EVENTS = 1000
 POLL_S = 1.0
-PICTURES = ("image", "images", "mask", "embeddings")
-"""Fields that a job's record leaves out."""
 
 
 @dataclass(eq=False)
@@ -120,10 +118,10 @@ class Jobs:
         self._jobs = dict(sorted(self._jobs.items(), key=lambda item: item[1].created))
         self._sweep()
 
-    def post(self, owner: str, kind: str, request: PictureRequest, work: Work, given: Mapping[str, Any]) -> Job:
+    def post(self, owner: str, kind: str, request: PictureRequest, work: Work) -> Job:
         """Queue a job. Raises: QueueFullError, ClosedError."""
         self._sweep()
-        kept = {name: value for name, value in given.items() if name not in PICTURES and _is_plain(value)}
+        kept = request.model_dump(by_alias=True, exclude_none=True, exclude={"embeddings"})
         job = Job(secrets.token_hex(12), kind, owner, time.time(), kept, work=work)
         loop = asyncio.get_running_loop()
         preview = previews(
@@ -280,10 +278,6 @@ class Jobs:
                 self._forget(job)
 
 
-def _is_plain(value: object) -> bool:
-    return isinstance(value, str | int | float | bool) and not (isinstance(value, str) and value.startswith("data:"))
-
-
 def router(service: Service, jobs: Jobs) -> APIRouter:
     """The routes of jobs."""
     routes = APIRouter(prefix="/v1")
@@ -292,7 +286,7 @@ def router(service: Service, jobs: Jobs) -> APIRouter:
     async def post(http: Request) -> Response:
         fields = await read_fields(http)
         kind = fields.pop("type", "generation")
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             raise ApiError(
                 400, f"type is {kind!r:.40}; it must be one of {', '.join(KINDS)}", param="type", code="invalid_value"
             )
@@ -309,7 +303,7 @@ def router(service: Service, jobs: Jobs) -> APIRouter:
             work = service.decoding(request)
 
         async def make(watched: Request | None) -> Answer:
-            return jobs.shown(jobs.post(http.state.owner, kind, request, work, fields), service.url_of(http))
+            return jobs.shown(jobs.post(http.state.owner, kind, request, work), service.url_of(http))
 
         return JSONResponse(await service.once(http, {**fields, "type": kind}, make), 202)
 
