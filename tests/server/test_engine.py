@@ -256,3 +256,11 @@ def test_workers_share_one_queue(model_folder):
     engine.start()
     assert sorted(each.future.result(timeout=20) for each in works) == [0, 1]
     engine.close()
+
+
+def test_there_is_room_in_the_queue_when_a_result_arrives(model_folder):
+    engine = Engine({"tiny": str(model_folder)}, [Compute()], max_queue=1)
+    engine.start()
+    for seed in range(20):
+        engine.submit(work(model_folder, seed)).future.result(timeout=20)
+    engine.close()

@@ -213,7 +213,7 @@ def test_the_deadline(serve):
         assert not live.engine._queue
         answer = http.post(GENERATE, json={**B64, "stream": True})
         assert "deadline_exceeded" in answer.text
-        assert not live.engine._queue
+        wait_until(lambda: not live.engine._queue)
 
 
 def test_out_of_memory_is_unavailable(live, http, monkeypatch):
@@ -234,9 +234,15 @@ def test_an_unexpected_failure_tells_nothing(live, http, monkeypatch):
     def broken(*given):
         raise KeyError("/secret/path")
 
-    monkeypatch.setattr(engine.Model, "make", broken)
-    error = error_of(http.post(GENERATE, json=B64), 500)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Model, "make", broken)
+        error = error_of(http.post(GENERATE, json=B64), 500)
+        assert (error["code"], "secret" in error["message"]) == ("internal_error", False)
+    monkeypatch.setattr(live.app.state.service, "generation", broken)
+    answer = http.post(GENERATE, json=B64, headers={"X-Request-Id": "failing"})
+    error = error_of(answer, 500)
     assert (error["code"], "secret" in error["message"]) == ("internal_error", False)
+    assert answer.headers["x-request-id"] == "failing"
 
 
 def test_the_rate_of_a_key(serve):
@@ -340,9 +346,27 @@ def test_a_public_address_needs_keys(tmp_path, monkeypatch):
 def test_pages_of_other_sites_may_not_call_unless_told(live, http, serve):
     headers = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
     assert "access-control-allow-origin" not in http.options(GENERATE, headers=headers).headers
-    with serve(cors_origins=["https://example.org"], api_keys=["first-key"]) as other, other.http() as client:
+    with serve(cors_origins=["https://example.org"]) as other, other.http() as client:
         answer = client.options(GENERATE, headers=headers)
         assert answer.headers["access-control-allow-origin"] == "https://example.org"
+        assert client.post(GENERATE, json=B64, headers={"Origin": "https://example.org"}).is_success
+
+
+def test_without_keys_pages_of_other_sites_cannot_use_a_local_server(live, http, serve):
+    def code(client, **headers):
+        answer = client.post(GENERATE, content=json.dumps(B64), headers={"content-type": "text/plain", **headers})
+        return answer.json().get("error", {}).get("code")
+
+    assert code(http, origin="https://example.org") == "wrong_origin"
+    assert code(http, origin="null") == "wrong_origin"
+    assert code(http, host="rebound.example.org") == "wrong_host"
+    assert code(http, host="") == "wrong_host"
+    assert code(http, origin=live.url) is None
+    assert code(http, host="localhost:1234") is None
+    given = {"allow_open": True, "host": "0.0.0.0", "public_url": "https://pictures.example.org/"}
+    with serve(**given) as other, other.http() as client:
+        assert code(client, origin="https://pictures.example.org") is None
+        assert code(client, host="pictures.example.org") is None
 
 
 def test_results_are_kept_under_a_quota_and_a_time(tmp_path):

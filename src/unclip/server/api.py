@@ -19,6 +19,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from PIL import Image
 from pydantic import BaseModel
 from starlette.responses import FileResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from unclip.diffusion.loop import following_seed
 from unclip.images import rgb
@@ -116,14 +117,12 @@ class Service:
 
     def decoding(self, request: DecodeRequest) -> Work:
         """The work of a request for pictures of embeddings."""
-        model = self.capable(request.model, "decode")
-        text = model.session.folder
         widths = {len(each) for each in request.embeddings}
         embeddings = torch.tensor(request.embeddings) if len(widths) == 1 else None
         if embeddings is None or not embeddings.isfinite().all():
             raise ApiError(
                 400,
-                f"the embeddings of {text.name} must be of one width, and finite float32 numbers",
+                "the embeddings must be of one width, and finite float32 numbers",
                 param="embeddings",
                 code="invalid_value",
             )
@@ -278,7 +277,7 @@ class Service:
         start = (self.settings.public_url or str(http.base_url)).rstrip("/")
         return lambda name: start + self.results.url(name)
 
-    async def stream(self, request: PictureRequest, work: Work, prefix: str) -> StreamingResponse:
+    async def stream(self, request: PictureRequest, work: Work, prefix: str) -> Response:
         """Pictures as server-sent events: previews of the decoder, then the finished ones."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, int, Image.Image] | None]()
         work.on_step = previews(
@@ -331,11 +330,12 @@ class Service:
                     ).encode()
             except Exception as error:
                 yield Event("error", {"type": "error", **as_api_error(error).body}).encode()
-            finally:
-                if not future.done():
-                    self.engine.cancel(work)
 
-        return event_stream(events())
+        def close() -> None:
+            if not future.done():
+                self.engine.cancel(work)
+
+        return EventStream(events(), close)
 
     async def once(
         self, http: Request, fields: Mapping[str, Any], make: Callable[[Request | None], Awaitable[Answer]]
@@ -365,10 +365,24 @@ class Service:
         return await asyncio.shield(task)
 
 
-def event_stream(events: AsyncIterator[str]) -> StreamingResponse:
-    """An answer of server-sent events, which proxies must not buffer."""
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+class EventStream(StreamingResponse):
+    """An answer of server-sent events, which proxies must not buffer.
+
+    Args:
+        events: encoded.
+        close: is called at the end, also when the client leaves before the first event.
+    """
+
+    def __init__(self, events: AsyncIterator[str], close: Callable[[], None]) -> None:
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._close()
 
 
 def previews(count: int, send: Callable[[int, int, Image.Image], Any]) -> Callable[[Step], None] | None:

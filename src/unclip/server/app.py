@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -33,7 +34,7 @@ from unclip.server import api, jobs
 from unclip.server.contract import ApiError, as_api_error
 from unclip.server.engine import Engine
 from unclip.server.results import Results
-from unclip.server.settings import ServerSettings
+from unclip.server.settings import ServerSettings, is_local
 
 log = logging.getLogger("unclip.server")
 
@@ -82,6 +83,9 @@ class Front:
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
+        self._open = not settings.keys
+        self._local_only = self._open and is_local(settings.host)
+        self._origins = {*settings.cors_origins, *([settings.public_url.rstrip("/")] if settings.public_url else [])}
         self._keys = [hashlib.sha256(key.encode()).digest() for key in settings.keys]
         self._max_bytes = int(settings.max_upload_mb * 1e6)
         self._rate = settings.rate_per_minute
@@ -97,12 +101,12 @@ class Front:
         request_id = given if re.fullmatch(r"[\w.:-]{1,128}", given, re.ASCII) else secrets.token_hex(8)
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
-        status = 500
+        status, started = 500, False
 
         async def answer(message: Message) -> None:
-            nonlocal status
+            nonlocal status, started
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, started = message["status"], True
                 message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
             await send(message)
 
@@ -119,19 +123,26 @@ class Front:
         try:
             self._check(scope, headers, state)
             await self._app(scope, read, answer)
-        except ApiError as error:
-            await JSONResponse(error.body, error.status, error.headers)(scope, receive, answer)
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                log.exception("a request failed")
+            if started:
+                raise
+            refusal = as_api_error(error)
+            await JSONResponse(refusal.body, refusal.status, refusal.headers)(scope, receive, answer)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             seconds = time.monotonic() - start
-            self._metrics.requests.labels(route, scope["method"], status).inc()
+            self._metrics.requests.labels(route, scope["method"] if route != "other" else "any", status).inc()
             self._metrics.seconds.labels(route).observe(seconds)
             facts = {"request_id": request_id, "method": scope["method"], "path": scope["path"], "status": status}
             log.info("request", extra={"facts": {**facts, "ms": round(seconds * 1000), **state.get("logged", {})}})
 
     def _check(self, scope: Scope, headers: dict[str, str], state: dict[str, Any]) -> None:
-        """Raises: ApiError for a wrong key, a large body, or too many requests."""
+        """Raises: ApiError for a page of another site, a wrong key, a large body, or too many requests."""
         state["owner"] = NO_KEY
+        if self._open:
+            self._check_site(scope["method"], headers)
         client = (scope.get("client") or ("unknown",))[0]
         if OPEN_PATHS.fullmatch(scope["path"]) or scope["method"] == "OPTIONS":
             return
@@ -152,6 +163,29 @@ class Front:
             raise self._too_large()
         if self._rate is not None and scope["method"] == "POST":
             self._count(client, self._rate)
+
+    def _check_site(self, method: str, headers: dict[str, str]) -> None:
+        """Raises: ApiError for a request that a page of another site makes a browser send.
+
+        Without keys, such a page could use the server: by a form, or by a name that resolves to this machine (DNS
+        rebinding).
+        """
+        host = headers.get("host", "")
+        name = urlsplit(f"//{host}").hostname or ""
+        if self._local_only and not is_local(name):
+            raise ApiError(
+                403,
+                f"the host {host!r:.80} is not this machine: use localhost, or keys",
+                code="wrong_host",
+            )
+        origin = headers.get("origin", "")
+        foreign = (
+            origin and urlsplit(origin).netloc != host and origin not in self._origins and "*" not in self._origins
+        )
+        if foreign and method not in ("GET", "HEAD", "OPTIONS"):
+            raise ApiError(
+                403, f"pages of {origin!r:.80} may not call this server: see --cors-origin", code="wrong_origin"
+            )
 
     def _count(self, client: str, limit: int) -> None:
         now = time.monotonic()
@@ -255,11 +289,6 @@ def make_app(settings: ServerSettings, *, start: bool = True) -> FastAPI:
         return await refused(
             request, ApiError(error.status_code, message, code=codes.get(error.status_code), headers=headers)
         )
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> JSONResponse:
-        log.error("a request failed", exc_info=error)
-        return await refused(request, error)
 
     return app
 

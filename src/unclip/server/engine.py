@@ -434,15 +434,17 @@ class Engine:
             log.exception("the model %s cannot be loaded", self._first)
             self.load_error = str(error)
         while (parts := self._take()) is not None:
+            done: list[tuple[Work, Any]] = []
             try:
-                self._compute(models, parts)
+                self._compute(models, parts, done)
             except Exception as error:
                 log.exception("a batch failed")
-                for part in parts:
-                    self._finish(part.work, error.with_traceback(None))
+                done += [(part.work, error.with_traceback(None)) for part in parts]
             with self._changed:
                 self._num_running -= sum(part.count for part in parts)
                 self._running -= {part.work for part in parts}
+                for work, result in done:  # there is room in the queue before a client can know it
+                    self._finish(work, result)
                 self._changed.notify_all()
 
     def _take(self) -> list[Part] | None:
@@ -470,13 +472,15 @@ class Engine:
             self._running |= {part.work for part in parts}
             return parts
 
-    def _compute(self, models: Models, parts: list[Part], *, halved: bool = False) -> None:
-        """Compute a batch and hand over its results.
+    def _compute(
+        self, models: Models, parts: list[Part], done: list[tuple[Work, Any]], *, halved: bool = False
+    ) -> None:
+        """Compute a batch, and append each finished request with its result or its error to `done`.
 
         When a batch of several requests fails, each one is computed alone, so that only the one at fault fails. When
         memory is exhausted, both halves are computed.
         """
-        problem = self._try(models, parts)
+        problem = self._try(models, parts, done)
         if problem is None:
             return
         again: list[list[Part]] = []
@@ -488,12 +492,11 @@ class Engine:
         elif len(parts) > 1:
             again = [[part] for part in parts]
         for each in again:
-            self._compute(models, each, halved=halved or isinstance(problem, MemoryExhaustedError))
+            self._compute(models, each, done, halved=halved or isinstance(problem, MemoryExhaustedError))
         if not again:
-            for part in parts:
-                self._finish(part.work, problem)
+            done += [(part.work, problem) for part in parts]
 
-    def _try(self, models: Models, parts: list[Part]) -> Exception | None:
+    def _try(self, models: Models, parts: list[Part], done: list[tuple[Work, Any]]) -> Exception | None:
         """Compute a batch. Returns: the error, without its traceback, which would hold the batch's memory."""
         parts = [part for part in parts if not part.work.cancelled]
         if not parts:
@@ -516,15 +519,14 @@ class Engine:
         try:
             model = models.get(work.model)
             if work.function is not None:
-                result = work.function(model, on_step)
-                self._finish(work, result)
+                done.append((work, work.function(model, on_step)))
             else:
                 made = iter(model.make(work, [row for part in parts for row in part.rows], on_step))
                 for part in parts:
                     for number in range(part.first, part.first + part.count):
                         part.work.made[number] = next(made)
                     if len(part.work.made) == part.work.size:
-                        self._finish(part.work, [part.work.made[number] for number in range(part.work.size)])
+                        done.append((part.work, [part.work.made[number] for number in range(part.work.size)]))
             models.make_room()
         except Cancelled:
             return None
@@ -539,15 +541,14 @@ class Engine:
         return None
 
     def _finish(self, work: Work, result: Any) -> None:
-        with self._changed:
-            if work in self._queue:  # the rest of a request that failed
-                self._queue.remove(work)
-            if work.future.done():
-                return
-            if isinstance(result, Exception):
-                work.future.set_exception(result)
-            else:
-                work.future.set_result(result)
+        if work in self._queue:  # the rest of a request that failed
+            self._queue.remove(work)
+        if work.future.done():
+            return
+        if isinstance(result, Exception):
+            work.future.set_exception(result)
+        else:
+            work.future.set_result(result)
 
 
 def _step(part: Part, first: int, index: int, state: Mapping[str, Any]) -> Step:

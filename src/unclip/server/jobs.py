@@ -18,7 +18,7 @@ from PIL import Image
 from starlette.responses import Response
 
 from unclip.checkpoints.files import atomic_file
-from unclip.server.api import Answer, Event, Service, encoded, event_stream, previews, read_pictures
+from unclip.server.api import Answer, Event, EventStream, Service, encoded, previews, read_pictures
 from unclip.server.contract import (
     ApiError,
     DecodeRequest,
@@ -183,34 +183,37 @@ class Jobs:
             "error": job.error,
         }
 
-    async def events(self, job: Job, url_of: Callable[[str], str]) -> AsyncIterator[str]:
-        """A job's events: its state first, then progress and previews, and its state again at every change."""
+    def listen(self, job: Job, url_of: Callable[[str], str]) -> EventStream:
+        """A stream of a job's events."""
         listener: asyncio.Queue[Event] = asyncio.Queue(MAX_EVENTS)
         job.listeners.add(listener)
-        try:
-            shown = self.shown(job, url_of)
-            yield Event("job", shown).encode()
-            if job.preview is not None and job.status not in FINAL:
-                yield Event("preview", job.preview).encode()
-            waited = 0.0
-            while shown["status"] not in FINAL:
-                event = None
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(POLL_S):
-                        event = await listener.get()
-                if event is not None and event.name != "job":
-                    yield event.encode()
-                    continue
-                now = self.shown(job, url_of)
-                waited += POLL_S
-                if (now["status"], now["position"]) != (shown["status"], shown["position"]):
-                    shown = now
-                    yield Event("job", shown).encode()
-                elif waited >= 10 * POLL_S:
-                    waited = 0.0
-                    yield ": waiting\n\n"
-        finally:
-            job.listeners.discard(listener)
+        return EventStream(self._events(job, listener, url_of), lambda: job.listeners.discard(listener))
+
+    async def _events(
+        self, job: Job, listener: asyncio.Queue[Event], url_of: Callable[[str], str]
+    ) -> AsyncIterator[str]:
+        """A job's events: its state first, then progress and previews, and its state again at every change."""
+        shown = self.shown(job, url_of)
+        yield Event("job", shown).encode()
+        if job.preview is not None and job.status not in FINAL:
+            yield Event("preview", job.preview).encode()
+        waited = 0.0
+        while shown["status"] not in FINAL:
+            event = None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(POLL_S):
+                    event = await listener.get()
+            if event is not None and event.name != "job":
+                yield event.encode()
+                continue
+            now = self.shown(job, url_of)
+            waited += POLL_S
+            if (now["status"], now["position"]) != (shown["status"], shown["position"]):
+                shown = now
+                yield Event("job", shown).encode()
+            elif waited >= 10 * POLL_S:
+                waited = 0.0
+                yield ": waiting\n\n"
 
     async def _follow(self, job: Job, request: PictureRequest, work: Work) -> None:
         """Wait for a job's pictures, and store them."""
@@ -318,7 +321,7 @@ def router(service: Service, jobs: Jobs) -> APIRouter:
 
     @routes.get("/jobs/{name}/events")
     async def events(http: Request, name: str) -> Response:
-        return event_stream(jobs.events(jobs.get(http.state.owner, name), service.url_of(http)))
+        return jobs.listen(jobs.get(http.state.owner, name), service.url_of(http))
 
     @routes.delete("/jobs/{name}")
     async def delete(http: Request, name: str) -> Answer:
