@@ -445,6 +445,15 @@ def test_models_by_name(serve, model_folder):
         model_folders([str(model_folder), str(model_folder)])
 
 
+def test_the_description_of_the_routes(http):
+    paths = http.get("/openapi.json").json()["paths"]
+    for path in ("images/generations", "images/edits", "images/variations", "images/decode", "embeddings", "jobs"):
+        assert paths[f"/v1/{path}"]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    form = paths["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]
+    assert {"image", "mask", "from", "to", "seed", "steps", "guidance", "sampler"} <= form.keys()
+    assert all("default" in route["responses"] for each in paths.values() for route in each.values())
+
+
 # ---- any fields ----
 
 ODD = [None, True, 0, -1, 1, 2, 1.5, 1e30, float("nan"), 10**30, "", "x", "1", "auto", "a\0", [], [1], ["x"], {}, {"a": 1}]  # fmt: skip  # noqa: E501

@@ -31,7 +31,7 @@ from unclip.checkpoints.hub import resolve
 from unclip.errors import ConfigError, UnclipError
 from unclip.pipelines.session import Compute, model_name, pick_device
 from unclip.server import api, jobs
-from unclip.server.contract import ApiError, as_api_error
+from unclip.server.contract import ERROR_SCHEMA, ApiError, as_api_error
 from unclip.server.engine import Engine
 from unclip.server.results import Results
 from unclip.server.settings import ServerSettings, is_local
@@ -240,7 +240,15 @@ def make_app(settings: ServerSettings, *, start: bool = True) -> FastAPI:
         yield
         await history.close(settings.drain_s)
 
-    app = FastAPI(title="unclip", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    wrong = {"description": "An error.", "content": {"application/json": {"schema": ERROR_SCHEMA}}}
+    app = FastAPI(
+        title="unclip",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,  # its page loads scripts of another site
+        redoc_url=None,
+        responses={"default": wrong},
+    )
     app.state.engine, app.state.service, app.state.jobs = engine, service, history
     metrics = Metrics(engine)
     app.include_router(api.router(service))

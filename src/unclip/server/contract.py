@@ -27,6 +27,24 @@ MAX_EMBEDDINGS = 100
 MAX_FIELD_BYTES = 16 * 2**20
 """Size limit of a form field that is not a file."""
 
+ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+"""The JSON schema of every error's body."""
+
 T = TypeVar("T", bound=BaseModel)
 
 

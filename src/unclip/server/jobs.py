@@ -40,6 +40,16 @@ KINDS: Mapping[str, type[PictureRequest]] = {
     "variation": VariationRequest,
     "decode": DecodeRequest,
 }
+BODY = {
+    "application/json": {
+        "schema": {
+            "type": "object",
+            "description": "The fields of the route for this type, with pictures as data URLs.",
+            "properties": {"type": {"enum": list(KINDS), "default": "generation"}},
+        }
+    }
+}
+"""The OpenAPI document's description of a job's body."""
 FINAL = ("completed", "failed", "cancelled")
 MAX_LISTED = 100
 MAX_KEPT = 2000
@@ -118,7 +128,7 @@ class Jobs:
         self._jobs = dict(sorted(self._jobs.items(), key=lambda item: item[1].created))
         self._sweep()
 
-    def post(self, owner: str, kind: str, request: PictureRequest, work: Work) -> Job:
+    async def post(self, owner: str, kind: str, request: PictureRequest, work: Work) -> Job:
         """Queue a job. Raises: QueueFullError, ClosedError."""
         self._sweep()
         kept = request.model_dump(by_alias=True, exclude_none=True, exclude={"embeddings"})
@@ -131,7 +141,7 @@ class Jobs:
         work.on_step = self._progress(job, loop, preview)
         self._service.engine.submit(work)
         self._jobs[job.id] = job
-        self._write(job)
+        await asyncio.to_thread(self._write, job)
         task = loop.create_task(self._follow(job, request, work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -233,7 +243,7 @@ class Jobs:
         except Exception as error:
             job.status, job.error = "failed", as_api_error(error).body["error"]
         job.work = job.preview = None
-        self._write(job)
+        await asyncio.to_thread(self._write, job)
         job.publish("job", {})
 
     def _progress(
@@ -285,7 +295,7 @@ def router(service: Service, jobs: Jobs) -> APIRouter:
     """The routes of jobs."""
     routes = APIRouter(prefix="/v1")
 
-    @routes.post("/jobs", status_code=202)
+    @routes.post("/jobs", status_code=202, openapi_extra={"requestBody": {"required": True, "content": BODY}})
     async def post(http: Request) -> Response:
         fields = await read_fields(http)
         kind = fields.pop("type", "generation")
@@ -306,7 +316,7 @@ def router(service: Service, jobs: Jobs) -> APIRouter:
             work = service.decoding(request)
 
         async def make(watched: Request | None) -> Answer:
-            return jobs.shown(jobs.post(http.state.owner, kind, request, work), service.url_of(http))
+            return jobs.shown(await jobs.post(http.state.owner, kind, request, work), service.url_of(http))
 
         return JSONResponse(await service.once(http, {**fields, "type": kind}, make), 202)
 
