@@ -1,5 +1,6 @@
 """The command `unclip serve`."""
 
+import base64
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import threading
 
 import httpx2
 import pytest
+from PIL import Image
 
 from .conftest import wait_until
 
@@ -45,6 +47,29 @@ def test_a_public_address_without_keys_is_refused(monkeypatch):
 
     result = CliRunner().invoke(app, ["serve", "--host", "0.0.0.0"], prog_name="unclip")
     assert (result.exit_code, "there are no keys" in result.stderr) == (1, True)
+
+
+def test_a_served_picture_is_made_again_by_rerun(live, model_folder, tmp_path):
+    from typer.testing import CliRunner
+
+    from unclip.cli.main import app
+
+    body = {"prompt": "a cat", "negative_prompt": "a dog", "seed": 7, "n": 2, "response_format": "b64_json"}
+    item = live.post("/v1/images/generations", json=body).json()["data"][1]
+    (tmp_path / "served.png").write_bytes(base64.b64decode(item["b64_json"]))
+    arguments = [
+        "rerun",
+        str(tmp_path / "served.png"),
+        "--model",
+        str(model_folder),
+        "--out",
+        str(tmp_path / "again.png"),
+    ]
+    result = CliRunner().invoke(app, arguments, prog_name="unclip")
+    assert result.exit_code == 0, result.stderr
+    with Image.open(tmp_path / "served.png") as served, Image.open(tmp_path / "again.png") as again:
+        assert served.tobytes() == again.tobytes()
+        assert again.text["negative"] == "a dog"
 
 
 @pytest.mark.slow

@@ -254,14 +254,17 @@ class Model:
                 prompts = None if rows[0].prompt is None else prompts
             images = pipe(prompt=prompts, **call).images
             notes = {caption: self.notes(pipe, caption) for caption in {row.prompt for row in rows} if caption}
+        facts = [
+            {**about, MADE_WITH: {**about[MADE_WITH], **_call(work.kind, rows, place)}} for place in range(len(rows))
+        ]
         return [
             Made(
                 image,
                 row.seed,
                 notes.get(row.prompt or "", ()),
-                {"prompt": row.prompt, "negative": row.negative, **about, "seed": row.seed},
+                {"prompt": row.prompt, "negative": row.negative, **each, "seed": row.seed},
             )
-            for image, row in zip(images, rows, strict=True)
+            for image, row, each in zip(images, rows, facts, strict=True)
         ]
 
     def notes(self, pipe: GenerationPipeline, caption: str) -> tuple[str, ...]:
@@ -558,6 +561,14 @@ def _step(part: Part, first: int, index: int, state: Mapping[str, Any]) -> Step:
 
     numbers = range(part.first, part.first + part.count)
     return Step(state["stage"], index, state["num_steps"], numbers, previews)
+
+
+def _call(kind: str, rows: Sequence[Row], place: int) -> dict[str, Any]:
+    """The command line that makes a picture again (`unclip rerun`); only those of captions need no other file."""
+    negative = rows[place].negative
+    options = {} if negative is None or kind != "generate" else {"negative": negative}
+    command = "generate" if kind == "generate" else "serve"
+    return {"command": command, "options": options, "index": 0, "batch": [place, len(rows)]}
 
 
 def halves(parts: Sequence[Part]) -> list[list[Part]]:
