@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unclip.errors import NonFiniteError
+from unclip.errors import InputError, NonFiniteError
 from unclip.pipelines.session import Compute, Session
 from unclip.server import engine as engines
 from unclip.server.engine import (
@@ -206,6 +206,17 @@ def test_edits_share_a_batch_only_with_pictures_of_their_size(engine):
     sizes = sizes_of(engine)
     results(engine, edit(16, 1), edit(32, 1), edit(16, 2))
     assert sizes == [2, 1]
+
+
+def test_embeddings_of_another_width_are_another_batch(engine):
+    settings = {"decoder_num_inference_steps": 2, "super_res_num_inference_steps": 2}
+    right, wrong = (Work("tiny", "decode", [Row(1, embedding=torch.zeros(width))], settings) for width in (16, 3))
+    engine.submit(wrong)
+    engine.submit(right)
+    engine.start()
+    assert len(right.future.result(timeout=20)) == 1
+    with pytest.raises(InputError, match="16"):
+        wrong.future.result(timeout=20)
 
 
 def test_a_preview_that_fails_does_not_fail_the_picture(engine, model_folder, caplog):

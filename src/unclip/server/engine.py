@@ -155,6 +155,8 @@ class Work:
         given: list[Any] = [self.model, self.kind, self.sampler, self.shape, dict(self.settings)]
         if self.kind == "inpaint" and first is not None and first.image is not None:
             given += [first.image.size, first.mask is None, first.prompt is None]
+        if first is not None and first.embedding is not None:
+            given.append(len(first.embedding))
         self.key = json.dumps(given, sort_keys=True) if first is not None else str(id(self))
 
     @property
@@ -254,18 +256,13 @@ class Model:
                 prompts = None if rows[0].prompt is None else prompts
             images = pipe(prompt=prompts, **call).images
             notes = {caption: self.notes(pipe, caption) for caption in {row.prompt for row in rows} if caption}
-        facts = [
-            {**about, MADE_WITH: {**about[MADE_WITH], **_call(work.kind, rows, place)}} for place in range(len(rows))
-        ]
-        return [
-            Made(
-                image,
-                row.seed,
-                notes.get(row.prompt or "", ()),
-                {"prompt": row.prompt, "negative": row.negative, **each, "seed": row.seed},
-            )
-            for image, row, each in zip(images, rows, facts, strict=True)
-        ]
+        made = []
+        for place, (image, row) in enumerate(zip(images, rows, strict=True)):
+            made_with = {**about[MADE_WITH], **_call(work.kind, rows, place)}
+            texts = {"prompt": row.prompt, "negative": row.negative}
+            facts = {**texts, **about, MADE_WITH: made_with, "seed": row.seed}
+            made.append(Made(image, row.seed, notes.get(row.prompt or "", ()), facts))
+        return made
 
     def notes(self, pipe: GenerationPipeline, caption: str) -> tuple[str, ...]:
         """Warnings about a caption: that it is unknown, or was cut off."""
