@@ -106,7 +106,7 @@ def _write(folder: Path, name: str, data: Path, phrases: Path | None, *, overwri
     )
     path = found.write(folder, overwrite=overwrite)
     if not quiet:
-        note(f"{len(found)} concepts; a caption is unknown below a similarity of {found.threshold:.3f}")
+        note(f"{len(found)} concepts; a caption is unknown below a closeness of {found.threshold:.3f}")
     print(path, flush=True)
     return found
 

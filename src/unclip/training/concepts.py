@@ -110,8 +110,8 @@ def _known_captions(phrases: Path) -> list[str]:
 
 
 def _closeness(concepts: Concepts, clip: FrozenClip, captions: list[str]) -> Tensor:
-    """The cosine of each caption with the nearest concept."""
+    """How close each caption is to the concepts."""
     parts = [captions[start : start + AT_ONCE] for start in range(0, len(captions), AT_ONCE)]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of captions that are too long
-        return torch.cat([concepts.nearest(clip.text.encode(part).embeds, 1)[0][:, 0] for part in parts])
+        return torch.cat([concepts.nearest(clip.text.encode(part).embeds, 1)[0] for part in parts])
