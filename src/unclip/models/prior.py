@@ -1,19 +1,20 @@
 """The diffusion prior: a transformer that predicts an image embedding from a text's encoding."""
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.errors import InputError
-from unclip.models.component import MAX_LAYERS, Component, ModelConfig, check_rows
+from unclip.limits import Range, Share
+from unclip.models.component import Component, Depth, ModelConfig, WideWidth, Width, check_rows
 from unclip.models.entry import entry_point, routes_entry_points
 from unclip.models.kernels import Linear
 from unclip.models.layers import (
-    ACTIVATIONS,
     MASKED,
+    Activation,
     KeyValue,
     PriorBlock,
     TimestepEmbedding,
@@ -32,21 +33,21 @@ class PriorConfig(ModelConfig):
     the noised image embedding and, if added_emb_type is "prd", the query whose output is the prediction.
     """
 
-    num_attention_heads: int = 32
-    attention_head_dim: int = 64
-    num_layers: int = 20
-    embedding_dim: int = 768
-    num_embeddings: int = 77
-    additional_embeddings: int = 4
-    dropout: float = 0.0
-    time_embed_act_fn: str = "silu"
-    norm_in_type: str | None = None
-    embedding_proj_norm_type: str | None = None
-    encoder_hid_proj_type: str | None = "linear"
-    added_emb_type: str | None = "prd"
-    time_embed_dim: int | None = None
-    embedding_proj_dim: int | None = None
-    clip_embed_dim: int | None = None
+    num_attention_heads: Width = 32
+    attention_head_dim: Width = 64
+    num_layers: Depth = 20
+    embedding_dim: Width = 768
+    num_embeddings: Width = 77
+    additional_embeddings: Annotated[int, Range(0, 1024)] = 4
+    dropout: Share = 0.0
+    time_embed_act_fn: Activation = "silu"
+    norm_in_type: Literal["layer"] | None = None
+    embedding_proj_norm_type: Literal["layer"] | None = None
+    encoder_hid_proj_type: Literal["linear"] | None = "linear"
+    added_emb_type: Literal["prd"] | None = "prd"
+    time_embed_dim: WideWidth | None = None
+    embedding_proj_dim: WideWidth | None = None
+    clip_embed_dim: WideWidth | None = None
 
     @property
     def width(self) -> int:
@@ -69,18 +70,8 @@ class PriorConfig(ModelConfig):
         return self.clip_embed_dim or self.embedding_dim
 
     def check(self) -> None:
-        self.check_whole("num_attention_heads", "attention_head_dim", "embedding_dim", "num_embeddings")
-        self.check_whole("num_layers", high=MAX_LAYERS)
-        self.check_whole("additional_embeddings", low=0, high=1024)
-        self.check_whole("time_embed_dim", "embedding_proj_dim", "clip_embed_dim", high=65_536, optional=True)
-        self.check_real("dropout", low=0.0, high=1.0)
-        self.check_one_of("time_embed_act_fn", tuple(ACTIVATIONS))
-        self.check_one_of("norm_in_type", (None, "layer"))
-        self.check_one_of("embedding_proj_norm_type", (None, "layer"))
-        self.check_one_of("encoder_hid_proj_type", (None, "linear"))
-        self.check_one_of("added_emb_type", (None, "prd"))
-        if self.width > 65_536 or self.width < 2:
-            raise self._refuse("num_attention_heads × attention_head_dim", "from 2 to 65536", self.width)
+        width = f"num_attention_heads × attention_head_dim is {self.width}; it must be from 2 to 65536"
+        self.require(2 <= self.width <= 65_536, width)
 
     def approximate_parameters(self) -> int:
         return self.num_layers * 12 * self.width**2

@@ -1,14 +1,15 @@
 """The autoregressive prior: an image embedding as a sequence of codes, predicted one by one from a text's encoding."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.errors import ConfigError, InputError
-from unclip.models.component import MAX_LAYERS, Component, ModelConfig, check_rows
+from unclip.limits import Range, Share
+from unclip.models.component import Component, Depth, ModelConfig, Width, check_rows
 from unclip.models.entry import entry_point, routes_entry_points
 from unclip.models.kernels import Embedding, Linear
 from unclip.models.layers import MASKED, KeyValue, PriorBlock, initialize_blocks, mask_bias
@@ -16,6 +17,7 @@ from unclip.models.pca import PrincipalComponents
 
 MAX_TOKENS = 16_384
 SMALLEST_RANGE = 1e-12
+Buckets = Annotated[int, Range(2, 65_536)]
 SMALLEST_VARIANCE = 1e-10
 """Share of the largest variance; smaller values are rounding errors."""
 
@@ -29,16 +31,16 @@ class AutoregressivePriorConfig(ModelConfig):
     `num_components` principal components, out of `num_buckets`.
     """
 
-    num_attention_heads: int = 32
-    attention_head_dim: int = 64
-    num_layers: int = 20
-    embedding_dim: int = 1024
-    text_dim: int | None = None
-    num_embeddings: int = 77
-    num_components: int = 319
-    num_buckets: int = 1024
-    num_dot_buckets: int = 1024
-    dropout: float = 0.0
+    num_attention_heads: Width = 32
+    attention_head_dim: Width = 64
+    num_layers: Depth = 20
+    embedding_dim: Width = 1024
+    text_dim: Width | None = None
+    num_embeddings: Width = 77
+    num_components: Width = 319
+    num_buckets: Buckets = 1024
+    num_dot_buckets: Buckets = 1024
+    dropout: Share = 0.0
 
     @property
     def width(self) -> int:
@@ -61,18 +63,13 @@ class AutoregressivePriorConfig(ModelConfig):
         return self.prefix_length + self.num_components - 1
 
     def check(self) -> None:
-        self.check_whole("num_attention_heads", "attention_head_dim", "embedding_dim", "num_embeddings")
-        self.check_whole("num_components")
-        self.check_whole("num_layers", high=MAX_LAYERS)
-        self.check_whole("text_dim", optional=True)
-        self.check_whole("num_buckets", "num_dot_buckets", low=2, high=65_536)
-        self.check_real("dropout", low=0.0, high=1.0)
-        if not 2 <= self.width <= 65_536:
-            raise self._refuse("num_attention_heads × attention_head_dim", "from 2 to 65536", self.width)
-        if self.num_components > self.embedding_dim:
-            raise self._refuse("num_components", f"at most embedding_dim, {self.embedding_dim}", self.num_components)
-        if self.num_tokens > MAX_TOKENS:
-            raise self._refuse("num_embeddings + num_components", f"at most {MAX_TOKENS} tokens", self.num_tokens)
+        width = f"num_attention_heads × attention_head_dim is {self.width}; it must be from 2 to 65536"
+        self.require(2 <= self.width <= 65_536, width)
+        components = f"num_components is {self.num_components}; it must be at most embedding_dim, {self.embedding_dim}"
+        self.require(self.num_components <= self.embedding_dim, components)
+        self.require(
+            self.num_tokens <= MAX_TOKENS, f"it has {self.num_tokens} tokens; at most {MAX_TOKENS} tokens work"
+        )
 
     def approximate_parameters(self) -> int:
         tables = 2 * self.num_buckets + self.num_dot_buckets + self.num_tokens + self.embedding_dim + self.text_width

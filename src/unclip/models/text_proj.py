@@ -1,13 +1,14 @@
 """Projects text and image embeddings into the decoder's context tokens and time embedding."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from unclip.errors import InputError
-from unclip.models.component import Component, ModelConfig, check_rows
+from unclip.limits import Range
+from unclip.models.component import Component, ModelConfig, WideWidth, Width, check_rows
 from unclip.models.kernels import Linear
 
 
@@ -15,15 +16,10 @@ from unclip.models.kernels import Linear
 class UnCLIPTextProjConfig(ModelConfig):
     """Settings of `UnCLIPTextProjModel`, with the ecosystem's keys and defaults."""
 
-    clip_extra_context_tokens: int = 4
-    clip_embeddings_dim: int = 768
-    time_embed_dim: int
-    cross_attention_dim: int
-
-    def check(self) -> None:
-        self.check_whole("clip_extra_context_tokens", high=1024)
-        self.check_whole("clip_embeddings_dim", "cross_attention_dim")
-        self.check_whole("time_embed_dim", high=65_536)
+    clip_extra_context_tokens: Annotated[int, Range(1, 1024)] = 4
+    clip_embeddings_dim: Width = 768
+    time_embed_dim: WideWidth
+    cross_attention_dim: Width
 
     def approximate_parameters(self) -> int:
         tokens = self.clip_extra_context_tokens + 1

@@ -15,6 +15,7 @@ from unclip.models.component import Component, zero
 from unclip.models.entry import entry_point, routes_entry_points
 from unclip.models.kernels import Conv2d, GroupNorm
 from unclip.models.layers import (
+    Activation,
     AddedKeyValueAttention,
     KeyValue,
     ResnetBlock,
@@ -24,7 +25,7 @@ from unclip.models.layers import (
     sinusoidal_embedding,
     timestep_rows,
 )
-from unclip.models.unet_config import CROSS_DOWN, CROSS_MID, CROSS_UP, UNet2DConditionConfig, UNet2DConfig, UNetConfig
+from unclip.models.unet_config import CROSS_DOWN, CROSS_UP, UNet2DConditionConfig, UNet2DConfig, UNetConfig
 
 AddedTokens = Iterator[KeyValue]
 """The context's keys and values, handed out in the order in which a UNet's attention layers run."""
@@ -37,7 +38,7 @@ class BlockMaker:
     embedding_width: int
     num_groups: int
     eps: float
-    act_fn: str
+    act_fn: Activation
     dropout: float
     scale_shift: bool
     head_width: int = 64
@@ -194,7 +195,7 @@ class _UNet(Component[C]):
             act_fn=config.act_fn,
             dropout=config.dropout,
             scale_shift=config.resnet_time_scale_shift == "scale_shift",
-            head_width=config.attention_head_dim,
+            head_width=config.attention_head_dim or 0,
             context_width=config.cross_attention_dim if isinstance(config, UNet2DConditionConfig) else 0,
         )
         self.conv_in = Conv2d(config.in_channels, channels[0], 3, padding=1)
@@ -208,7 +209,7 @@ class _UNet(Component[C]):
             self.down_blocks.append(DownBlock(maker, width, channels[i], config.layers[i], attend=attend, halve=halve))
             width = channels[i]
             skips += [width] * (config.layers[i] + int(halve))
-        self.mid_block = MidBlock(maker, width, attend=config.mid_block_type == CROSS_MID)
+        self.mid_block = MidBlock(maker, width, attend=isinstance(config, UNet2DConditionConfig))
         self.up_blocks = nn.ModuleList()
         for i, kind in zip(range(last, -1, -1), config.up_block_types, strict=True):
             taken = [skips.pop() for _ in range(config.layers[i] + 1)]

@@ -25,7 +25,7 @@ from unclip.checkpoints.weights import (
     state_of,
     stored_type,
 )
-from unclip.clip.config import HALVES, SIZE_LIMITS, check_clip_settings, max_length_of, read_image_processor_settings
+from unclip.clip.config import HALVES, SIZES, check_clip_settings, max_length_of, read_image_processor_settings
 from unclip.clip.networks import CLIPImageEncoder, CLIPTextEncoder
 from unclip.errors import CheckpointError, ConfigError, MissingFileError, UnclipError, WeightsError
 from unclip.settings import SAMPLERS
@@ -298,7 +298,7 @@ def _clip_shapes(cls: Any, folder: Path) -> dict[str, tuple[int, ...]]:
     for half in halves:
         encoder = CLIPTextEncoder if hasattr(half, "vocab_size") else CLIPImageEncoder
         known = {field.name for field in fields(encoder.config_class)}
-        sizes = {name: getattr(half, name) for name in (*SIZE_LIMITS, "eos_token_id") if name in known}
+        sizes = {name: getattr(half, name) for name in (*SIZES, "eos_token_id") if name in known}
         with torch.device("meta"):
             built = encoder(sizes | {"projection_dim": config.projection_dim})
         shapes |= {name: tuple(weight.shape) for name, weight in built.state_dict().items()}
