@@ -9,7 +9,8 @@ from unclip.errors import ConfigError, MissingFileError
 from unclip.limits import Range, Share, described, fits
 
 Pixels = Annotated[int, Range(1, 4096)]
-Token = Annotated[int, Range(0, 1_000_000)]
+Token = Annotated[int, Range(0, 1_000_000)] | None
+OptionalShare = Share | None
 Factor = Annotated[float, Range(-1e6, 1e6)]
 
 SIZES = {
@@ -27,11 +28,11 @@ SIZES = {
 """The settings that determine the shapes of the weights, and their limits."""
 
 HONOURED = SIZES | {
-    "pad_token_id": Token | None,
-    "bos_token_id": Token | None,
-    "eos_token_id": Token | None,
+    "pad_token_id": Token,
+    "bos_token_id": Token,
+    "eos_token_id": Token,
     "layer_norm_eps": Share,
-    "attention_dropout": Share | None,
+    "attention_dropout": OptionalShare,
     "initializer_range": Factor,
     "initializer_factor": Factor,
     "logit_scale_init_value": Factor,

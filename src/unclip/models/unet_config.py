@@ -66,10 +66,10 @@ class UNetConfig(ModelConfig):
     def check(self) -> None:
         levels, channels = self.num_levels, self.block_out_channels
         self.require(levels <= 16, f"block_out_channels has {levels} levels; there may be 16")
-        for key in ("down_block_types", "up_block_types", "layers"):
-            count = len(getattr(self, key))
-            self.require(count == levels, f"{key} has {count} entries; it needs {levels}, as block_out_channels")
-        resnets = f"layers_per_block is {self.layers_per_block}; there may be {MAX_RESNETS} layers in all"
+        lists = {"down_block_types": self.down_block_types, "up_block_types": self.up_block_types}
+        for key, given in (lists | {"layers_per_block": self.layers}).items():
+            self.require(len(given) == levels, f"{key} has {len(given)} entries; block_out_channels has {levels}")
+        resnets = f"layers_per_block is {self.layers_per_block}; it must be at most {MAX_RESNETS} layers in all"
         self.require(sum(self.layers) <= MAX_RESNETS, resnets)
         groups = f"norm_num_groups is {self.norm_num_groups}; it must divide all block_out_channels, {channels}"
         self.require(not any(width % self.norm_num_groups for width in channels), groups)
