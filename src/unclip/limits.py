@@ -1,9 +1,12 @@
 """Limits of settings as type annotations, the check of a value against them, and their description."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from unclip.errors import ConfigError
+from unclip.numbers import plain
 
 
 @dataclass(frozen=True)
@@ -63,3 +66,26 @@ def described(kind: Any) -> str:
             else f"{len(parts)} values, each {described(parts[0])}"
         )
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "None"}[kind]
+
+
+def check_fields(settings: Any, *names: str) -> None:
+    """Check fields of a dataclass against their annotations; numbers of any kind become Python's, and lists tuples.
+
+    Args:
+        settings: an instance, which may be frozen.
+        names: of the fields; all by default.
+
+    Raises: ConfigError for a value that does not fit.
+    """
+    kinds = get_type_hints(type(settings), include_extras=True)
+    for name in names or [field.name for field in fields(settings)]:
+        value = getattr(settings, name)
+        value = tuple(map(plain, value)) if isinstance(value, list | tuple) else plain(value)
+        object.__setattr__(settings, name, value)
+        check(value, kinds[name], f"{type(settings).__name__}: {name}")
+
+
+def check(value: object, kind: Any, name: str) -> None:
+    """Raises: ConfigError unless a value is of a kind."""
+    if not fits(value, kind):
+        raise ConfigError(f"{name} is {value!r:.200}; it must be {described(kind)}")

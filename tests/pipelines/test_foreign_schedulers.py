@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from unclip import ConfigError, DDIMScheduler, DPMSolverMultistepScheduler, UnCLIPPipeline, UnCLIPScheduler
-from unclip.diffusion.scheduler import converted, is_foreign
+from unclip.diffusion.foreign import converted, is_foreign
 
 OURS = {
     "UnCLIPScheduler": UnCLIPScheduler,

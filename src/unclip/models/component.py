@@ -4,15 +4,14 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar, get_type_hints
+from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from unclip.errors import CheckpointError, ConfigError, UnsafeFileError
-from unclip.limits import Range, described, fits
+from unclip.limits import Range, check_fields
 from unclip.models.layers import set_slicing
-from unclip.numbers import plain
 
 MAX_CHANNELS = 16_384
 MAX_LAYERS = 256
@@ -41,12 +40,7 @@ class ModelConfig(Mapping[str, Any]):
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     def __post_init__(self) -> None:
-        kinds = get_type_hints(type(self), include_extras=True)
-        for name in self:
-            value = getattr(self, name)
-            value = tuple(map(plain, value)) if isinstance(value, list | tuple) else plain(value)
-            object.__setattr__(self, name, value)
-            self.require(fits(value, kinds[name]), f"{name} is {value!r:.200}; it must be {described(kinds[name])}")
+        check_fields(self)
         self.check()
         count = self.approximate_parameters()
         self.require(count <= MAX_PARAMETERS, f"it has about {count:.1e} parameters; the limit is {MAX_PARAMETERS:.0e}")

@@ -20,8 +20,9 @@ from unclip.checkpoints.hub import resolve
 from unclip.checkpoints.layout import API_VERSION, CLASSES, FURTHER, ProbeFile
 from unclip.checkpoints.recommended import Recommended, read_recommended, write_recommended
 from unclip.checkpoints.weights import offload_hooks, original, state_of
+from unclip.diffusion.foreign import converted, is_foreign
 from unclip.diffusion.loop import Progress
-from unclip.diffusion.scheduler import Scheduler, converted, is_foreign
+from unclip.diffusion.scheduler import Scheduler
 from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError
 from unclip.numbers import whole
 from unclip.pipelines.component import index_entry, parts_with_variant, read_component, write_component

@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.clip.encoders import TextEmbedding, TextEncoder
-from unclip.diffusion.guidance import uses_guidance
 from unclip.diffusion.loop import NoiseSource, OnStep, StepInfo
 from unclip.diffusion.sampler import Sampler
 from unclip.errors import Cancelled, InputError, NonFiniteError
@@ -128,7 +127,7 @@ class StageRun(Generic[Condition]):
     @property
     def guided(self) -> bool:
         """Whether a null condition is needed."""
-        return uses_guidance(self.guidance_scale)
+        return self.guidance_scale > 1
 
     def check_latents(self, batch_size: int) -> None:
         """Raises: InputError for latents of another shape than this stage needs, or that are not finite."""
@@ -204,7 +203,7 @@ class PriorRun:
     @property
     def guided(self) -> bool:
         """Whether a null condition is needed."""
-        return uses_guidance(self.guidance_scale)
+        return self.guidance_scale > 1
 
     def check_latents(self, batch_size: int) -> None:
         """Raises: InputError for latents of another shape than this prior needs, or that are not finite."""

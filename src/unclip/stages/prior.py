@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from unclip.diffusion.guidance import away, uses_guidance
+from unclip.diffusion.guidance import away
 from unclip.diffusion.loop import Denoiser, NoiseSource, OnStep, Progress, StepInfo
 from unclip.diffusion.process import DiffusionProcess
 from unclip.diffusion.sampler import Sampler
@@ -102,7 +102,7 @@ class AutoregressivePriorStage:
         numbers = latents.to(device).float()
         places = _normal_cdf(numbers)
         dots = upper_half(places[:, 0], config.num_dot_buckets)
-        guided = uses_guidance(guidance_scale)
+        guided = guidance_scale > 1
         if guided:
             assert null is not None
             assert len(null) == len(condition)
