@@ -159,7 +159,6 @@ def _denoiser(stage: Stage[Condition], condition: Condition, null: Condition | N
     if guidance_scale <= 1:
         return stage.prepare(condition)
     assert null is not None
-    assert len(null) == len(condition)
     return guided(stage.prepare(null.join(condition)), guidance_scale)
 
 
