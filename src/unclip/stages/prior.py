@@ -120,9 +120,7 @@ class AutoregressivePriorStage:
             if on_step is not None:
                 so_far = self.prior.decode(torch.stack(codes, dim=1))
                 if on_step(StepInfo(k, count, count - 1 - k, so_far, so_far)) is not None:
-                    raise InputError(
-                        "the codes of an autoregressive prior cannot be replaced: return None"
-                    )
+                    raise InputError("the codes of an autoregressive prior cannot be replaced: return None")
         return self.prior.decode(torch.stack(codes, dim=1))
 
     def log_likelihood(self, condition: PriorCondition, dot_codes: Tensor, codes: Tensor) -> Tensor:
