@@ -9,6 +9,8 @@ from unclip.settings import SAMPLERS
 
 EQUIVALENTS = {name: SCHEDULERS[row.scheduler] for row in SAMPLERS.values() for name in row.equivalents}
 """The schedulers of diffusers by class name, and the scheduler here that samples in the same way."""
+DDPM_DEFAULTS = {"beta_schedule": "linear", "variance_type": "fixed_small", "timestep_spacing": "leading"}
+"""Where diffusers' DDPMScheduler differs from UnCLIPScheduler."""
 
 
 def is_foreign(value: object) -> bool:
@@ -30,17 +32,28 @@ def converted(scheduler: Any, replaced: Scheduler | None = None) -> Scheduler:
     Raises: ConfigError for a class without an equivalent sampler, or a setting that is not implemented.
     """
     name, config = type(scheduler).__name__, scheduler.config
-    settings = {**config, "_class_name": name}
+    settings = dict(config)
     defaults = config.get("_use_default_values", ())
     if settings.get("variance_type") is None:
         settings["variance_type"] = None if replaced is None else replaced.config["variance_type"]
     elif "_class_name" in config and "timestep_spacing" in defaults and "variance_type" not in defaults:
         settings["timestep_spacing"] = "linspace"
-    cls, spacing = EQUIVALENTS.get(name), settings.get("timestep_spacing", "linspace")
-    if cls is None:
+    if name not in EQUIVALENTS:
         raise ConfigError(f"unclip does not have the sampler of diffusers' {name}")
-    if name.startswith("DDPM") and spacing != "linspace":
-        if not str(settings["variance_type"]).startswith("fixed_small"):
-            raise ConfigError(f"unclip does not implement timestep_spacing={spacing!r} of diffusers' {name}")
-        cls, settings["eta"] = DDIMScheduler, 1.0  # the same step (2010.02502, section 4.1), for any timesteps
+    return of_settings(name, settings)
+
+
+def of_settings(name: str, settings: Mapping[str, Any]) -> Scheduler:
+    """A scheduler that samples in the same way as diffusers' class `name` in `EQUIVALENTS` with these settings.
+
+    Raises: ConfigError for a setting that is not implemented.
+    """
+    cls, settings = EQUIVALENTS[name], {**settings, "_class_name": name}
+    if name.startswith("DDPM"):
+        settings = DDPM_DEFAULTS | settings
+        spacing = settings["timestep_spacing"]
+        if spacing != "linspace":
+            if not str(settings["variance_type"]).startswith("fixed_small"):
+                raise ConfigError(f"unclip does not implement timestep_spacing={spacing!r} of diffusers' {name}")
+            cls, settings["eta"] = DDIMScheduler, 1.0  # the same step (2010.02502, section 4.1), for any timesteps
     return cls.from_config(settings)
