@@ -184,10 +184,7 @@ class ImageEncoder:
         if pixels.ndim != 4 or len(pixels) < 1 or pixels.shape[1:] != (3, size, size):
             raise InputError(f"an image tensor must be [batch, 3, {size}, {size}]; this one is {tuple(pixels.shape)}")
         if not pixels.is_floating_point() or pixels.is_meta or not pixels.isfinite().all():
-            raise InputError(
-                "an image tensor must hold finite floating-point numbers, as the feature extractor makes them; "
-                f"this one is {pixels.dtype} on {pixels.device}"
-            )
+            raise InputError(f"an image tensor must hold finite floating-point numbers; this one is {pixels.dtype}")
         return pixels
 
 

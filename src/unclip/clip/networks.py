@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unclip.errors import InputError
 from unclip.limits import Range, Share
-from unclip.models.component import ANYTHING, Component, Depth, ModelConfig, WideWidth, Width
+from unclip.models.component import ANYTHING, Component, Depth, ModelConfig, WideWidth, Width, check_shape
 from unclip.models.kernels import Conv2d, Embedding, Linear, attention
 
 OLD_END_OF_TEXT = 2
@@ -284,10 +284,8 @@ class CLIPTextEncoder(_Encoder[CLIPTextEncoderConfig]):
         limit = self.config.max_position_embeddings
         if input_ids.dim() != 2 or not 1 <= input_ids.shape[1] <= limit:
             raise InputError(f"input_ids is {tuple(input_ids.shape)}; it must be [batch, tokens], of 1 to {limit}")
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise InputError(
-                f"attention_mask is {tuple(attention_mask.shape)}; it must be as input_ids {tuple(input_ids.shape)}"
-            )
+        if attention_mask is not None:
+            check_shape("attention_mask", attention_mask, *input_ids.shape)
         tokens = self.text_model(input_ids, attention_mask)
         rows = torch.arange(len(tokens), device=tokens.device)
         pooled = tokens[rows, self._end_of_text(input_ids).to(tokens.device)]
@@ -325,9 +323,7 @@ class CLIPImageEncoder(_Encoder[CLIPImageEncoderConfig]):
         Raises: InputError for another shape.
         """
         config = self.config
-        wanted = (config.num_channels, config.image_size, config.image_size)
-        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != wanted:
-            raise InputError(f"pixel_values is {tuple(pixel_values.shape)}; it must be [batch, {str(wanted)[1:-1]}]")
+        check_shape("pixel_values", pixel_values, "batch", config.num_channels, config.image_size, config.image_size)
         pooled, tokens = self.vision_model(pixel_values)
         return CLIPImageEncoderOutput(self.visual_projection(pooled), tokens)
 

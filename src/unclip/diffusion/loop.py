@@ -31,9 +31,7 @@ class NoiseSource:
     def __init__(self, generator: torch.Generator | Sequence[torch.Generator] | None, batch_size: int) -> None:
         if isinstance(generator, Sequence):
             if len(generator) != batch_size:
-                raise InputError(
-                    f"there are {len(generator)} generators for {batch_size} images; give one, or one an image"
-                )
+                raise InputError(f"there are {len(generator)} generators for {batch_size} images; give one each")
             generator = list(generator)
         each = generator if isinstance(generator, list) else [generator]
         if generator is not None and not all(isinstance(one, torch.Generator) for one in each):

@@ -320,9 +320,7 @@ class DiffusionProcess:
 
     def _check_timesteps(self, t: Tensor) -> None:
         if t.ndim != 1 or t.dtype not in (torch.int64, torch.int32):
-            raise InputError(
-                f"timesteps are {t.dtype} of shape {tuple(t.shape)}; they must be int64 or int32 of shape [batch]"
-            )
+            raise InputError(f"timesteps are {t.dtype} {tuple(t.shape)}; they must be integers [batch]")
         # Only on the CPU: on another device the check would wait for all pending work.
         if t.device.type == "cpu" and bool(((t < 0) | (t >= self.num_timesteps)).any()):
             raise InputError(

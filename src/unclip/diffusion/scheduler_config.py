@@ -85,9 +85,7 @@ class SchedulerConfig(dict[str, Any]):
         raise AttributeError(f"{name} cannot be set: create another scheduler with from_config(config, {name}=...)")
 
     def _refuse(self, *given: object, **named: object) -> NoReturn:
-        raise TypeError(
-            "a scheduler's config cannot be changed: create another scheduler with from_config(config, ...)"
-        )
+        raise TypeError("a scheduler's config cannot be changed: use from_config(config, ...)")
 
     __setitem__ = __delitem__ = clear = pop = popitem = _refuse
     __ior__ = setdefault = update = _refuse  # type: ignore[assignment]

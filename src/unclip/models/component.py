@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from unclip.errors import CheckpointError, ConfigError, UnsafeFileError
+from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError
 from unclip.limits import Range, check_fields
 from unclip.models.layers import set_slicing
 
@@ -189,10 +189,7 @@ class Component(nn.Module, Generic[C]):
         from unclip.checkpoints.weights import save_weights, state_of
 
         if not safe_serialization:
-            raise UnsafeFileError(
-                "safe_serialization=False asks for a pickle, which can run code when it is read; "
-                "unclip writes safetensors only. Leave the argument out."
-            )
+            raise UnsafeFileError("unclip does not write pickles: leave safe_serialization at True")
         state = state_of(self)
         folder = output_folder(folder)
         path, config = folder / "config.json", self._header() | dict(self.config)
@@ -312,8 +309,14 @@ def zero(*layers: nn.Module) -> None:
 
 def check_rows(**tensors: Tensor) -> None:
     """Raise InputError unless the tensors, given by name, agree in their first dimension."""
-    from unclip.errors import InputError
-
     if len({len(tensor) for tensor in tensors.values()}) > 1:
         sizes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
         raise InputError(f"the batch sizes differ: {sizes}")
+
+
+def check_shape(name: str, tensor: Tensor, *wanted: int | str) -> None:
+    """Raise InputError unless a tensor has this shape; a word stands for any number."""
+    shape = tuple(tensor.shape)
+    fits = len(shape) == len(wanted) and all(isinstance(b, str) or a == b for a, b in zip(shape, wanted, strict=True))
+    if not fits:
+        raise InputError(f"{name} is {shape}; it must be [{', '.join(map(str, wanted))}]")

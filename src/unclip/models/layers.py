@@ -20,14 +20,20 @@ def activation(name: Activation) -> nn.Module:
     return {"silu": nn.SiLU, "swish": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU, "mish": nn.Mish}[name]()
 
 
-def timestep_rows(timestep: Tensor | float, device: torch.device) -> Tensor:
-    """`timestep` (a number, or a tensor [] or [batch]) as float32 [1] or [batch] on `device`.
+def timestep_rows(timestep: Tensor | float, samples: Tensor) -> Tensor:
+    """`timestep` (a number, or a tensor [] or [batch]) as float32 [1] or [batch] on the device of `samples`.
 
     A number becomes one row that broadcasts over the batch, filled on the device: no transfer, no waiting.
+
+    Raises: InputError for another number of timesteps than of samples.
     """
-    if isinstance(timestep, Tensor):
-        return timestep.to(device=device, dtype=torch.float32, non_blocking=True).reshape(-1)
-    return torch.full((1,), float(timestep), dtype=torch.float32, device=device)
+    device = samples.device
+    if not isinstance(timestep, Tensor):
+        return torch.full((1,), float(timestep), dtype=torch.float32, device=device)
+    rows = timestep.to(device=device, dtype=torch.float32, non_blocking=True).reshape(-1)
+    if len(rows) not in (1, len(samples)):
+        raise InputError(f"{len(rows)} timesteps for a batch of {len(samples)}; give one, or one for each")
+    return rows
 
 
 def sinusoidal_embedding(

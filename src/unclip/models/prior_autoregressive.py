@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from unclip.errors import ConfigError, InputError
 from unclip.limits import Range, Share
-from unclip.models.component import Component, Depth, ModelConfig, Width, check_rows
+from unclip.models.component import Component, Depth, ModelConfig, Width, check_rows, check_shape
 from unclip.models.entry import entry_point, routes_entry_points
 from unclip.models.kernels import Embedding, Linear
 from unclip.models.layers import MASKED, KeyValue, PriorBlock, initialize_blocks, mask_bias
@@ -180,7 +180,7 @@ class AutoregressivePrior(Component[AutoregressivePriorConfig]):
 
         Raises: InputError for another shape.
         """
-        self._check_width(image_embedding, "image_embedding")
+        check_shape("image_embedding", image_embedding, "batch", self.config.embedding_dim)
         coordinates = (image_embedding.float() - self.pca_mean.float()) @ self.pca_components.float().T
         low, width = self._buckets()
         return ((coordinates - low) / width).floor().long().clamp(0, self.config.num_buckets - 1)
@@ -210,7 +210,7 @@ class AutoregressivePrior(Component[AutoregressivePriorConfig]):
         Raises: InputError for another shape.
         """
         for name, embedding in (("text_embedding", text_embedding), ("image_embedding", image_embedding)):
-            self._check_width(embedding, name)
+            check_shape(name, embedding, "batch", self.config.embedding_dim)
         return torch.bucketize(dot_product(text_embedding, image_embedding), self.dot_edges.float())
 
     @property
@@ -222,11 +222,6 @@ class AutoregressivePrior(Component[AutoregressivePriorConfig]):
         low, high = self.code_low.float(), self.code_high.float()
         return low, (high - low).clamp_min(SMALLEST_RANGE) / self.config.num_buckets
 
-    def _check_width(self, embedding: Tensor, name: str) -> None:
-        width = self.config.embedding_dim
-        if embedding.dim() != 2 or embedding.shape[1] != width:
-            raise InputError(f"{name} is {tuple(embedding.shape)}; it must be [batch, {width}]")
-
     # The transformer
 
     def _prefix(
@@ -234,15 +229,11 @@ class AutoregressivePrior(Component[AutoregressivePriorConfig]):
     ) -> tuple[Tensor, Tensor]:
         """The tokens before the codes, [batch, text tokens + 2, width], and what hides the text's padding."""
         config = self.config
-        self._check_width(proj_embedding, "proj_embedding")
-        shape = tuple(encoder_hidden_states.shape)
-        if len(shape) != 3 or not 1 <= shape[1] <= config.num_embeddings or shape[2] != config.text_width:
-            raise InputError(
-                f"encoder_hidden_states is {shape}; it must be [batch, tokens, {config.text_width}] with at most "
-                f"{config.num_embeddings} tokens"
-            )
-        if tuple(attention_mask.shape) != shape[:2]:
-            raise InputError(f"attention_mask is {tuple(attention_mask.shape)}; it must be {shape[:2]}")
+        check_shape("proj_embedding", proj_embedding, "batch", config.embedding_dim)
+        check_shape("encoder_hidden_states", encoder_hidden_states, "batch", "tokens", config.text_width)
+        if not 1 <= encoder_hidden_states.shape[1] <= config.num_embeddings:
+            raise InputError(f"encoder_hidden_states must not be empty, with at most {config.num_embeddings} tokens")
+        check_shape("attention_mask", attention_mask, *encoder_hidden_states.shape[:2])
         if dot_codes.dim() != 1 or dot_codes.is_floating_point():
             raise InputError(f"dot_codes is {dot_codes.dtype} {tuple(dot_codes.shape)}; it must be whole and [batch]")
         check_rows(proj_embedding=proj_embedding, encoder_hidden_states=encoder_hidden_states, dot_codes=dot_codes)

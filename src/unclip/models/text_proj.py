@@ -6,9 +6,8 @@ from typing import Annotated, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from unclip.errors import InputError
 from unclip.limits import Range
-from unclip.models.component import Component, ModelConfig, WideWidth, Width, check_rows
+from unclip.models.component import Component, ModelConfig, WideWidth, Width, check_shape
 from unclip.models.kernels import Linear
 
 
@@ -80,21 +79,11 @@ class UnCLIPTextProjModel(Component[UnCLIPTextProjConfig]):
             given = torch.arange(2 * len(image_embeddings), device=image_embeddings.device) >= len(image_embeddings)
             image_embeddings = torch.cat([image_embeddings, image_embeddings])
         width = self.config.clip_embeddings_dim
-        for name, tensor, dimensions in (
-            ("image_embeddings", image_embeddings, 2),
-            ("prompt_embeds", prompt_embeds, 2),
-            ("text_encoder_hidden_states", text_encoder_hidden_states, 3),
-        ):
-            if tensor.dim() != dimensions or tensor.shape[-1] != width:
-                wanted = f"[batch, {'tokens, ' * (dimensions - 2)}{width}]"
-                raise InputError(f"{name} is {tuple(tensor.shape)}; it must be {wanted}")
-        check_rows(
-            image_embeddings=image_embeddings,
-            prompt_embeds=prompt_embeds,
-            text_encoder_hidden_states=text_encoder_hidden_states,
-        )
+        check_shape("image_embeddings", image_embeddings, "batch", width)
+        check_shape("prompt_embeds", prompt_embeds, len(image_embeddings), width)
+        check_shape("text_encoder_hidden_states", text_encoder_hidden_states, len(image_embeddings), "tokens", width)
         if given is not None:
-            check_rows(image_embeddings=image_embeddings, given=given)
+            check_shape("given", given, len(image_embeddings))
             absent = self.learned_classifier_free_guidance_embeddings.to(image_embeddings.dtype)
             image_embeddings = torch.where(given.bool()[:, None], image_embeddings, absent)
 

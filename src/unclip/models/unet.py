@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unclip.errors import InputError
-from unclip.models.component import Component, zero
+from unclip.models.component import Component, check_shape, zero
 from unclip.models.entry import entry_point, routes_entry_points
 from unclip.models.kernels import Conv2d, GroupNorm
 from unclip.models.layers import (
@@ -239,9 +239,7 @@ class _UNet(Component[C]):
     def _embed(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None) -> Tensor:
         """The time embedding, activated: [batch or 1, embedding_width]."""
         config = self.config
-        rows = timestep_rows(timestep, sample.device)
-        if len(rows) not in (1, len(sample)):
-            raise InputError(f"{len(rows)} timesteps for a batch of {len(sample)}; give one, or one for each")
+        rows = timestep_rows(timestep, sample)
         features = sinusoidal_embedding(
             rows, config.block_out_channels[0], flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
         )
@@ -255,15 +253,9 @@ class _UNet(Component[C]):
     def _run(self, sample: Tensor, embedding: Tensor, context: UNetContext) -> Tensor:
         """One pass down and up again; `embedding` is activated."""
         config = self.config
-        if sample.dim() != 4 or sample.shape[1] != config.in_channels:
-            raise InputError(
-                f"the sample is {tuple(sample.shape)}; it must be [batch, {config.in_channels}, height, width]"
-            )
-        multiple = 2 ** (config.num_levels - 1)
-        if sample.shape[2] % multiple or sample.shape[3] % multiple:
-            raise InputError(
-                f"the sample's size {sample.shape[2]} x {sample.shape[3]} must be a multiple of {multiple} both ways"
-            )
+        check_shape("the sample", sample, "batch", config.in_channels, "height", "width")
+        if sample.shape[2] % config.multiple or sample.shape[3] % config.multiple:
+            raise InputError(f"the sample is {tuple(sample.shape)}; its sides must be a multiple of {config.multiple}")
         added, bias = iter(context.layers), context.bias
         x = self.conv_in(sample)
         skips = [x]
@@ -297,12 +289,9 @@ class UNet2DConditionModel(_UNet[UNet2DConditionConfig]):
             InputError: a shape is wrong.
         """
         tokens, width = encoder_hidden_states, self.config.cross_attention_dim
-        if tokens.dim() != 3 or tokens.shape[-1] != width:
-            raise InputError(f"encoder_hidden_states is {tuple(tokens.shape)}; it must be [batch, tokens, {width}]")
-        if attention_mask is not None and attention_mask.shape != tokens.shape[:2]:
-            raise InputError(
-                f"attention_mask is {tuple(attention_mask.shape)}; the tokens need {tuple(tokens.shape[:2])}"
-            )
+        check_shape("encoder_hidden_states", tokens, "batch", "tokens", width)
+        if attention_mask is not None:
+            check_shape("attention_mask", attention_mask, *tokens.shape[:2])
         layers = tuple(layer for level in self._levels() for layer in level.prepare(tokens))
         return UNetContext(layers, None if attention_mask is None else mask_bias(attention_mask, tokens.dtype))
 

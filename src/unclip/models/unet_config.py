@@ -53,6 +53,11 @@ class UNetConfig(ModelConfig):
         return len(self.block_out_channels)
 
     @property
+    def multiple(self) -> int:
+        """The number that must divide the sides of pictures, which each level but the last halves."""
+        return 2 ** (self.num_levels - 1)
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """`layers_per_block` of each level."""
         layers = self.layers_per_block

@@ -88,9 +88,7 @@ def parts_with_variant(folder: Path, names: Iterable[str], variant: str) -> set[
     wanted = [name(stem, variant) for stem in (DEFAULT_STEM, TRANSFORMERS_STEM) for name in (file_name, index_name)]
     found = {name for name in names if any((safe_join(folder, name) / file).exists() for file in wanted)}
     if not found:
-        raise MissingFileError(
-            f"{folder} has no {variant} weights; leave variant out, or list the weights with: unclip info"
-        )
+        raise MissingFileError(f"{folder} has no {variant} weights; leave variant out, or see: unclip info")
     return found
 
 

@@ -296,9 +296,7 @@ class Pipeline:
     def to(self, *where: torch.device | torch.dtype | str | int, **named: Any) -> Self:
         """Move or cast all networks: `to("cuda")`, `to(torch.float16)`, `to("cuda", torch.float16)`."""
         if self._is_offloaded:
-            raise InputError(
-                "the pipeline is offloaded, so its networks cannot be moved; call remove_all_hooks() first"
-            )
+            raise InputError("the pipeline is offloaded: call remove_all_hooks() before moving its networks")
         for network in self.networks.values():
             network.to(*where, **named)  # type: ignore[call-overload]
         return self
@@ -456,10 +454,7 @@ def _one_device(device_map: Any) -> torch.device | None:
     try:
         return None if device_map is None else torch.device(device_map)
     except (RuntimeError, TypeError) as error:
-        raise InputError(
-            f"device_map is {device_map!r}; it must be one device, such as 'cuda'. For a model that does not fit it, "
-            "load without device_map and call enable_model_cpu_offload()"
-        ) from error
+        raise InputError(f"device_map is {device_map!r}; it must be one device, such as 'cuda'") from error
 
 
 def _accelerator(gpu_id: int | None, device: torch.device | str | None) -> torch.device:

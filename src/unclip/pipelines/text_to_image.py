@@ -220,9 +220,7 @@ class UnCLIPPipeline(GenerationPipeline):
         prompts = as_prompts(prompt)
         captions_per_choice = whole(captions_per_choice, "captions_per_choice")
         if len(prompts) % captions_per_choice:
-            raise InputError(
-                f"captions_per_choice is {captions_per_choice}; it must divide the number of captions, {len(prompts)}"
-            )
+            raise InputError(f"captions_per_choice is {captions_per_choice}; it must divide {len(prompts)} captions")
         run = self.prior_run(
             num_inference_steps,
             guidance_scale,
@@ -291,7 +289,5 @@ class UnCLIPPipeline(GenerationPipeline):
         else:
             raise InputError("give a prompt, or text_model_output with text_attention_mask, or image_embeddings")
         if image_embeddings is not None and len(image_embeddings) != len(text):
-            raise InputError(
-                f"there are {len(image_embeddings)} image_embeddings for {len(text)} prompts; give one for each"
-            )
+            raise InputError(f"there are {len(image_embeddings)} image_embeddings for {len(text)} prompts")
         return text

@@ -30,7 +30,7 @@ class PriorStage:
         prefix = self.prior.prepare(text.embeds.to(dtype), text.hidden_states.to(dtype), text.mask)
 
         def denoise(x_t: Tensor, t: int | Tensor) -> Tensor:
-            output = self.prior(x_t.to(dtype), timestep_rows(t, x_t.device), prefix=prefix)
+            output = self.prior(x_t.to(dtype), timestep_rows(t, x_t), prefix=prefix)
             return output.predicted_image_embedding.float()
 
         return denoise
