@@ -252,6 +252,7 @@ class ResnetBlock(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
+        resample: Literal["up", "down"] | None = None,
         *,
         embedding_width: int,
         num_groups: int,
@@ -259,7 +260,6 @@ class ResnetBlock(nn.Module):
         act_fn: Activation,
         dropout: float,
         scale_shift: bool,
-        resample: Literal["up", "down"] | None = None,
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift

@@ -232,9 +232,7 @@ class PriorTransformer(Component[PriorConfig]):
         step = self._step_tokens(hidden_states, timestep)
         expected = prefix.bias.shape[2]
         if step.shape[1] != expected:
-            raise InputError(
-                f"{step.shape[1]} tokens follow the text's; additional_embeddings leaves {expected}"
-            )
+            raise InputError(f"{step.shape[1]} tokens follow the text's; additional_embeddings leaves {expected}")
         check_rows(hidden_states=step, prefix=prefix.bias)
         tokens = self._placed(step, self.positional_embedding[:, -expected:])
         last = len(self.transformer_blocks) - 1

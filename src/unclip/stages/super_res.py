@@ -42,9 +42,7 @@ class Tiling:
     def check_multiple(self, multiple: int) -> None:
         """Raises: InputError unless both sizes are multiples of `multiple`."""
         if self.tile_px % multiple or self.overlap_px % multiple:
-            raise InputError(
-                f"tiles of {self.tile_px} px, overlap {self.overlap_px} px: give multiples of {multiple}"
-            )
+            raise InputError(f"tiles of {self.tile_px} px, overlap {self.overlap_px} px: give multiples of {multiple}")
 
     def starts(self, size_px: int) -> list[int]:
         """The starts of the tiles along a side; the last tile ends with the side."""
