@@ -14,6 +14,9 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from unclip.checkpoints.asked import settled
+from unclip.checkpoints.files import output_folder, read_json, safe_join, write_json
+from unclip.checkpoints.hub import resolve
 from unclip.diffusion import scheduler_config as _settings
 from unclip.diffusion.loop import NoiseSource
 from unclip.diffusion.process import DiffusionProcess
@@ -264,10 +267,6 @@ class Scheduler(ABC):
             CheckpointError: the file is missing or cannot be read.
             ConfigError: see `from_config`.
         """
-        from unclip.checkpoints.asked import settled
-        from unclip.checkpoints.files import read_json, safe_join
-        from unclip.checkpoints.hub import resolve
-
         overrides = settled(overrides, cls.from_pretrained, None)
         file = CONFIG_NAME if subfolder is None else f"{subfolder}/{CONFIG_NAME}"
         folder = resolve(
@@ -286,8 +285,6 @@ class Scheduler(ABC):
         Raises:
             InputError, OutputExistsError: `folder` is not a possible name, or is a file.
         """
-        from unclip.checkpoints.files import output_folder, write_json
-
         folder = output_folder(folder)
         entries = dict(self._config)
         if self._process.beta_schedule == "squaredcos_cap_v2":

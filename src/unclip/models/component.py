@@ -3,12 +3,18 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from unclip.checkpoints.asked import asked_type, settled
+from unclip.checkpoints.files import atomic_file, json_bytes, output_folder, read_json, safe_join, sync
+from unclip.checkpoints.hub import resolve
+from unclip.checkpoints.layout import API_VERSION
+from unclip.checkpoints.weights import load_into, open_weights, save_weights, state_of, stored_type
 from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError
 from unclip.limits import Range, check_fields
 from unclip.models.layers import set_slicing
@@ -185,9 +191,6 @@ class Component(nn.Module, Generic[C]):
             OutputError: the disk is full, or the folder cannot be written; what was there stays as it was.
             InputError: the weights have no values (they lie on the meta device, and no offloading keeps them).
         """
-        from unclip.checkpoints.files import atomic_file, json_bytes, output_folder, sync
-        from unclip.checkpoints.weights import save_weights, state_of
-
         if not safe_serialization:
             raise UnsafeFileError("unclip does not write pickles: leave safe_serialization at True")
         state = state_of(self)
@@ -213,8 +216,6 @@ class Component(nn.Module, Generic[C]):
 
     def _header(self) -> dict[str, Any]:
         """What config.json says besides the configuration."""
-        from unclip.checkpoints.layout import API_VERSION
-
         return {"_class_name": type(self).__name__, "_diffusers_version": API_VERSION, "_unclip_version": _version()}
 
     @classmethod
@@ -247,11 +248,6 @@ class Component(nn.Module, Generic[C]):
             ConfigError: config.json describes another class, or something that is not implemented.
             CheckpointError: a file is missing, unsafe or broken, or its weights do not fit the configuration.
         """
-        from unclip.checkpoints.asked import asked_type, settled
-        from unclip.checkpoints.files import read_json, safe_join
-        from unclip.checkpoints.hub import resolve
-        from unclip.checkpoints.weights import load_into, open_weights, stored_type
-
         settled(others, cls.from_pretrained)
         asked = asked_type(torch_dtype if dtype is None else dtype, use_safetensors)
         folder = resolve(
@@ -280,7 +276,6 @@ class Component(nn.Module, Generic[C]):
 
 def _says_the_same(path: Path, config: Mapping[str, Any]) -> bool:
     """Whether the file holds this configuration, by whatever version it was written."""
-    from unclip.checkpoints.files import read_json
 
     def settings(entries: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in entries.items() if key == "_class_name" or not key.startswith("_")}
@@ -292,8 +287,6 @@ def _says_the_same(path: Path, config: Mapping[str, Any]) -> bool:
 
 
 def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         return version("unclip")
     except PackageNotFoundError:

@@ -458,7 +458,8 @@ def _one_device(device_map: Any) -> torch.device | None:
     try:
         return None if device_map is None else torch.device(device_map)
     except (RuntimeError, TypeError) as error:
-        raise InputError(f"device_map is {device_map!r}; it must be one device, or see enable_model_cpu_offload()") from error
+        wanted = "one device, or see enable_model_cpu_offload()"
+        raise InputError(f"device_map is {device_map!r}; it must be {wanted}") from error
 
 
 def _accelerator(gpu_id: int | None, device: torch.device | str | None) -> torch.device:
