@@ -179,7 +179,7 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
             check_embeddings(image_embeddings, self.prior.config.embedding_dim)
             return "given"
         if asked is not None and asked not in EMBEDDING_SOURCES:
-            raise InputError(f"embedding_from is {asked!r}; it must be 'prompt' or 'image'")
+            raise InputError(f"embedding_from is {asked!r}; it must be one of 'prompt', 'image'")
         source = asked or ("image" if prompt is None else "prompt")
         if source == "prompt" and prompt is None:
             raise InputError("embedding_from is 'prompt', but there is no prompt")
