@@ -133,5 +133,5 @@ def test_invalid_sizes(sizes):
 
 @pytest.mark.parametrize("sizes", [(30, 8), (32, 6)])
 def test_sizes_that_no_network_can_halve(sizes):
-    with pytest.raises(InputError, match="give multiples of 4"):
+    with pytest.raises(InputError, match="must be multiples of 4"):
         Tiling(*sizes).check_multiple(4)

@@ -42,7 +42,8 @@ class Tiling:
     def check_multiple(self, multiple: int) -> None:
         """Raises: InputError unless both sizes are multiples of `multiple`."""
         if self.tile_px % multiple or self.overlap_px % multiple:
-            raise InputError(f"tiles of {self.tile_px} px, overlap {self.overlap_px} px: give multiples of {multiple}")
+            sizes = f"tiles of {self.tile_px} px that overlap by {self.overlap_px} px"
+            raise InputError(f"{sizes} do not fit the networks: both must be multiples of {multiple}")
 
     def starts(self, size_px: int) -> list[int]:
         """The starts of the tiles along a side; the last tile ends with the side."""
