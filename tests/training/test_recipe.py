@@ -229,8 +229,8 @@ def test_every_number_has_limits():
 @pytest.mark.parametrize(
     ("process", "words"),
     [
-        ("num_timesteps = 0", "training timesteps is 0"),
-        ("num_timesteps = 1000000000", "training timesteps is 1000000000"),
+        ("num_timesteps = 0", "num_timesteps is 0"),
+        ("num_timesteps = 1000000000", "num_timesteps is 1000000000"),
         ('beta_schedule = "x"', "beta_schedule"),
         ("beta_start = 2.0\nbeta_schedule = 'linear'", "beta"),
         ('prediction_type = ""', "prediction_type"),

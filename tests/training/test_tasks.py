@@ -15,8 +15,8 @@ from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProject
 
 import unclip
 from unclip.clip.encoders import TextEncoder
+from unclip.clip.pretrained import read_clip
 from unclip.errors import ConfigError, DataError
-from unclip.pipelines.clip import read_clip
 from unclip.training import conditions, diffusion
 from unclip.training.clip import ClipTask, retrieval_ranks, shift_and_zoom
 from unclip.training.conditions import text_batch

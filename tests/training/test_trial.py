@@ -46,7 +46,7 @@ def refused(tiny, tmp_path, stage: str, table: str, settings: dict, words: str) 
         ("decoder", "model", {"sample_size": []}, r"sample_size is \(\)"),
         ("decoder", "model", {"class_embed_type": None, "cross_attention_dim": [24]}, "cross_attention_dim"),
         ("decoder", "model", {"layers_per_block": [1]}, "layers_per_block"),
-        ("decoder", "model", {"layers_per_block": 200}, "at most 256 layers in all"),
+        ("decoder", "model", {"layers_per_block": 200}, "at most 64 layers in all"),
         ("decoder", "model", {"act_fn": []}, "act_fn"),
         ("decoder", "model", {"down_block_types": []}, "down_block_types"),
         ("decoder", "text_proj", {"clip_embeddings_dim": 7}, "do not fit"),

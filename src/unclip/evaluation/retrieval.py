@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.clip.encoders import ImageEncoder, TextEncoder
+from unclip.clip.pretrained import read_parts
 from unclip.data.emoji.compose import kind_of
 from unclip.data.emoji.evaluation_set import EvaluationSet, Progress, batches, check_counts
 from unclip.evaluation.measures import FeatureSpace, cosines, difference, distances
 from unclip.evaluation.report import draw_cards, draw_pairs, sheet_path
-from unclip.pipelines.clip import read_parts
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 from unclip.pipelines.text_to_image import UnCLIPPipeline
 

@@ -189,9 +189,7 @@ def convert_text_to_image_to_variation(
     index = read_json(safe_join(source, "model_index.json"))
     lacking = [name for name in layout.SHARED if name not in index]
     if lacking:
-        raise CheckpointError(
-            f"{source / 'model_index.json'} lacks {', '.join(lacking)}; is it a text-to-image folder?"
-        )
+        raise CheckpointError(f"{source} lacks {', '.join(lacking)}; is it a text-to-image folder?")
     shared = (*layout.SHARED, *(name for name in layout.FURTHER if name in index))
     with atomic_folder(out, overwrite=overwrite) as draft:
         for component in shared:

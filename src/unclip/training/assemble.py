@@ -12,8 +12,8 @@ from unclip.checkpoints.files import atomic_folder, read_json, write_json
 from unclip.checkpoints.hub import is_name, resolve
 from unclip.checkpoints.layout import API_VERSION, FURTHER_SUPER_RES
 from unclip.checkpoints.recommended import write_recommended
+from unclip.clip.pretrained import fingerprint_of, is_whole_clip, read_clip
 from unclip.errors import ConfigError, InputError, MissingFileError
-from unclip.pipelines.clip import fingerprint_of, is_whole_clip, read_clip
 from unclip.pipelines.component import index_entry, read_component, write_component
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 from unclip.pipelines.text_to_image import UnCLIPPipeline

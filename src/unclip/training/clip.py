@@ -27,11 +27,11 @@ from transformers.activations import ACT2FN
 from transformers.image_processing_utils import BaseImageProcessor
 
 from unclip.checkpoints.files import read_json
+from unclip.clip.pretrained import PretrainedClip, read_clip
 from unclip.data.batches import Source
 from unclip.data.source import FolderSource
 from unclip.errors import ConfigError, UnclipError
 from unclip.models.component import MAX_CHANNELS
-from unclip.pipelines.clip import PretrainedClip, read_clip
 from unclip.pipelines.component import read_component, write_component
 from unclip.training.conditions import FrozenClip, normalized
 from unclip.training.dry_run import check_parameters, try_step

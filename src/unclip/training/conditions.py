@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor
 
 from unclip.clip.encoders import TextEmbedding, TextEncoder
+from unclip.clip.pretrained import PretrainedClip, fingerprint_of, read_clip
 from unclip.data.batches import Rows
 from unclip.data.folder import CaptionedPictures
 from unclip.data.source import FolderSource
 from unclip.errors import ConfigError
-from unclip.pipelines.clip import PretrainedClip, fingerprint_of, read_clip
 from unclip.training.embedding_cache import known_embeddings
 from unclip.training.recipe import Recipe
 from unclip.training.state import clip_of_run

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from unclip.checkpoints.files import read_json
 from unclip.checkpoints.weights import check_finite, open_weights, read_tensors
 from unclip.clip.preprocessing import numbers
+from unclip.clip.pretrained import is_whole_clip, read_clip
 from unclip.errors import CheckpointError, ConfigError, MissingFileError, WeightsError
-from unclip.pipelines.clip import is_whole_clip, read_clip
 from unclip.training.conditions import normalized, scaled
 
 Hidden = Sequence[Tensor]
