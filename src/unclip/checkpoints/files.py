@@ -147,7 +147,7 @@ def output_folder(path: str | os.PathLike[str]) -> Path:
         try:
             target.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as problem:
-            raise OutputExistsError(f"{path} is a file, or is below a file; name a folder") from problem
+            raise OutputExistsError(f"{path}, or a folder above it, is a file; name a folder") from problem
     return Path(path)
 
 
