@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from unclip.data.batches import ShardSource
-from unclip.data.shards import ShardStream, about, read_shard, write_shard, write_shards
+from unclip.data.shard_writer import write_shard, write_shards
+from unclip.data.shards import ShardStream, about, read_shard
 from unclip.errors import ConfigError, DataError, OutputExistsError
 from unclip.training import task as task_module
 from unclip.training.clip import ClipTask
@@ -310,7 +311,7 @@ def test_too_much_that_cannot_be_embedded(pictures, clip_model, tmp_path):
     folder = pack(pictures, tmp_path / "in", copies=1)
     broken = ("broken", {"png": b"no picture", "txt": b"a"})
     write_shard([broken], folder / "00009.tar")
-    with pytest.raises(DataError, match=r"1 of 13 samples cannot be read, more than the 0\.01 .*broken: "):
+    with pytest.raises(DataError, match=r"1 of 13 samples cannot be read, more than the 1% .*broken: "):
         embed(folder, clip_model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert len(json.loads((tmp_path / "out.skipped.json").read_text())) == 1
@@ -387,7 +388,7 @@ def test_an_embedding_does_not_go_on_with_something_else(pictures, clip_model, t
     with pytest.raises(_StopError):
         embed(packed, clip_model, tmp_path / "out", per_shard=3, progress=_stop_after(5))
     with pytest.raises(
-        OutputExistsError, match=r"out\.unfinished was begun with another keep_pictures, per_shard; go on"
+        OutputExistsError, match=r"out\.unfinished was started with another keep_pictures, per_shard; use"
     ):
         embed(packed, clip_model, tmp_path / "out", per_shard=4, keep_pictures=True)
     other = pack(pictures, tmp_path / "other", copies=1)

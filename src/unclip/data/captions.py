@@ -11,7 +11,7 @@ from typing import Literal
 from urllib.parse import unquote
 
 from unclip.checkpoints.files import atomic_file, safe_join
-from unclip.data.folder import METADATA, USUAL_KEYS, Keys, Record, picture_files, read_metadata
+from unclip.data.folder import METADATA, USUAL_KEYS, Keys, Record, picture_files, read_metadata, some_of
 from unclip.errors import DataError, OutputExistsError, UnsafeFileError
 
 Origin = Literal["texts", "names", "folders"]
@@ -77,13 +77,13 @@ def write_captions(
     found = Captioned(folder / METADATA[0])
     pictures = list(_usable(folder, found))
     if not pictures:
-        raise DataError(f"{folder} has no usable pictures{_some(found)}")
+        raise DataError(f"{folder} has no usable pictures {some_of(found.left_out)}")
     if csv is not None:
         _read_csv(csv, folder, pictures, keys, found)
     else:
         _read_files(folder, pictures, origin, found)
     if not found.records:
-        raise DataError(f"no picture in {folder} has a caption{_some(found)}")
+        raise DataError(f"no picture in {folder} has a caption: {some_of(found.left_out)}")
     with atomic_file(found.file, overwrite=overwrite) as draft:
         draft.write_text("".join(map(_line, found.records)), encoding="utf-8")
     return found
@@ -202,8 +202,3 @@ def _line(record: Record) -> str:
     if len(record.captions) == 1:
         told["text"] = told.pop("captions")[0]
     return json.dumps(told, ensure_ascii=False) + "\n"
-
-
-def _some(found: Captioned) -> str:
-    some = "; ".join(f"{name}: {why}" for name, why in list(found.left_out.items())[:3])
-    return f": {some}" if some else ""

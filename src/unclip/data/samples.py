@@ -1,5 +1,6 @@
 """Decode one sample of a shard: its captions, its picture and its image embedding."""
 
+import contextlib
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.checkpoints.files import atomic_folder, output_path, safe_join, write_json
-from unclip.data.folder import USUAL_KEYS, Keys, metadata_file, read_metadata, read_pixels, texts_of, weight_in
-from unclip.data.shards import EMBEDDING, Damage, RawSample, about, expand, is_shards, read_shard, write_shards
+from unclip.data.folder import USUAL_KEYS, Keys, metadata_file, read_metadata, read_pixels, some_of, texts_of, weight_in
+from unclip.data.shard_writer import write_shards
+from unclip.data.shards import EMBEDDING, Damage, RawSample, about, expand, is_shards, read_shard
 from unclip.errors import DataError, ImageError, UnsafeFileError
 from unclip.images import PICTURE_SUFFIXES, grid, labelled, open_image, to_pil
 
@@ -45,16 +47,14 @@ def decode(raw: RawSample, sizes: Sequence[int]) -> Sample:
     """
     captions = read_captions(raw)
     weight_in(about(raw))
-    image = _image(raw)
     embedding = _embedding(raw.parts[EMBEDDING]) if EMBEDDING in raw.parts else None
+    image = _image(raw)
     if image is None and embedding is None:
-        raise DataError(f"it has no picture (.{', .'.join(IMAGE_EXTENSIONS)}) and no .{EMBEDDING}{_found(raw)}")
+        raise _no_picture(raw)
     pixels = {}
     if image is not None and sizes:
-        try:
+        with _reading():
             pixels = read_pixels(io.BytesIO(image), raw.key, sizes)
-        except ImageError as error:
-            raise DataError(str(error)) from error
     clip = about(raw).get(CLIP) if embedding is not None else None
     return Sample(raw.name, captions, pixels, embedding, clip if isinstance(clip, str) else None)
 
@@ -66,15 +66,25 @@ def read_picture(raw: RawSample) -> Image.Image:
     """
     image = _image(raw)
     if image is None:
-        raise DataError(f"it has no picture (.{', .'.join(IMAGE_EXTENSIONS)}){_found(raw)}")
-    try:
+        raise _no_picture(raw)
+    with _reading():
         return open_image(io.BytesIO(image), raw.key)
-    except ImageError as error:
-        raise DataError(str(error)) from error
 
 
 def _image(raw: RawSample) -> bytes | None:
     return next((raw.parts[extension] for extension in IMAGE_EXTENSIONS if extension in raw.parts), None)
+
+
+def _no_picture(raw: RawSample) -> DataError:
+    return DataError(f"it has no picture (.{', .'.join(IMAGE_EXTENSIONS)}) and no .{EMBEDDING}{_found(raw)}")
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    try:
+        yield
+    except ImageError as error:
+        raise DataError(str(error)) from error
 
 
 def read_captions(raw: RawSample) -> tuple[str, ...]:
@@ -85,13 +95,10 @@ def read_captions(raw: RawSample) -> tuple[str, ...]:
     Raises: DataError when there is none, or one that is not Unicode text.
     """
     try:
-        told = json.loads(raw.parts.get("json", b"{}"))
-        entry = told if isinstance(told, dict) else {}
         text = raw.parts.get("txt", b"").decode("utf-8-sig").strip()
-        captions = texts_of(entry, ("captions", "caption")) or texts_of({"txt": text}, ("txt",))
-        captions = captions or texts_of(entry, ("text", "prompt"))
-    except (ValueError, RecursionError) as error:
+    except UnicodeDecodeError as error:
         raise DataError(f"its caption cannot be read: {error}") from error
+    captions = texts_of(about(raw) | {".txt": text}, ("captions", "caption", ".txt", "text", "prompt"))
     if not captions:
         raise DataError(f"it has no caption (.txt, or .json with captions, caption, text or prompt){_found(raw)}")
     return captions
@@ -104,10 +111,10 @@ def recaptioned(raw: RawSample, key: str | None) -> RawSample:
     """
     if key is None:
         return raw
-    told = about(raw)
-    if not (captions := texts_of(told, (key,))):
+    entry = about(raw)
+    if not (captions := texts_of(entry, (key,))):
         raise DataError(f"it has no caption under {key!r} in its .json{_found(raw)}")
-    return replace(raw, parts={**raw.parts, "json": json.dumps(told | {"captions": captions}).encode()})
+    return replace(raw, parts={**raw.parts, "json": json.dumps(entry | {"captions": captions}).encode()})
 
 
 def _found(raw: RawSample) -> str:
@@ -266,9 +273,9 @@ def settle(damage: Damage, data: str | Path, out: Path, *, is_empty: bool, max_s
     else:
         listed.unlink(missing_ok=True)
     if is_empty:
-        raise DataError(f"nothing in {data} can be read: {damage.some() or 'it is empty'}")
+        raise DataError(f"nothing in {data} can be read: {some_of(damage.broken) or 'it is empty'}")
     try:
-        damage.check(max_skipped_share)
+        damage.check(max_skipped_share, max_skipped_share)
     except DataError as error:
         raise DataError(f"{error} (all of them are in {listed}); leave them out, or allow more") from error
 

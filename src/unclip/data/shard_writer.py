@@ -1,15 +1,17 @@
 """Write shards so that an interrupted run resumes after the last complete shard."""
 
 import hashlib
+import io
 import itertools
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from unclip.checkpoints.files import TEMPORARY_PREFIX, atomic_file, output_path, read_json, sync, write_json
-from unclip.data.shards import RawSample, write_shard
+from unclip.data.shards import RawSample
 from unclip.errors import DataError, OutputExistsError
 
 STATE = "unfinished.json"
@@ -20,6 +22,26 @@ def unfinished_folder(out: Path) -> Path:
     """Where the shards of `out` lie until all are there: beside it, with the suffix .unfinished."""
     target = output_path(out)
     return target.with_name(f"{target.name}.unfinished")
+
+
+def write_shards(samples: Iterator[tuple[str, Mapping[str, bytes]]], folder: Path, *, per_shard: int) -> list[Path]:
+    """Write (key, parts) samples as 00000.tar, 00001.tar, … into an existing folder."""
+    written: list[Path] = []
+    for first in samples:
+        path = folder / f"{len(written):05}.tar"
+        write_shard(itertools.chain([first], itertools.islice(samples, per_shard - 1)), path)
+        written.append(path)
+    return written
+
+
+def write_shard(samples: Iterable[tuple[str, Mapping[str, bytes]]], path: Path) -> None:
+    """Write (key, parts) samples as one tar. Names above 100 bytes get a PAX header."""
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for key, parts in samples:
+            for extension, content in parts.items():
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
 
 
 class Portion:
@@ -59,7 +81,7 @@ class Unfinished:
         self.out, self.folder = output_path(out), unfinished_folder(out)
         self._check_out()
         self._asked, self.portions = dict(asked), self._read(dict(asked)) if self.folder.exists() else []
-        for path in self.folder.glob("*.tar"):  # cut, or written in a moment before the state was, or half
+        for path in self.folder.glob("*.tar"):  # incomplete, or written before the state
             if path.name not in self.shards:
                 path.unlink()
 
@@ -68,7 +90,7 @@ class Unfinished:
         """Names of the files that are whole."""
         return [portion["shard"] for portion in self.portions if portion["shard"]]
 
-    def known(self, number: int, portion: Portion) -> dict[str, str] | None:
+    def finished(self, number: int, portion: Portion) -> dict[str, str] | None:
         """What was broken in a portion that is done, which is read past here; None for one that is not.
 
         Raises: DataError when it is not what it was.
@@ -119,9 +141,10 @@ class Unfinished:
 
     def _read(self, asked: dict[str, Any]) -> list[dict[str, Any]]:
         if not (self.folder / STATE).is_file():
-            if not self.folder.is_dir() or any(
-                not path.name.startswith(TEMPORARY_PREFIX) for path in self.folder.iterdir()
-            ):
+            is_ours = self.folder.is_dir() and all(
+                path.name.startswith(TEMPORARY_PREFIX) for path in self.folder.iterdir()
+            )
+            if not is_ours:
                 raise OutputExistsError(
                     f"{self.folder} exists already, without {STATE}; remove it, or name another --out"
                 )
@@ -130,10 +153,9 @@ class Unfinished:
         if state.get("asked") != asked:
             changed = [name for name, value in asked.items() if state.get("asked", {}).get(name) != value]
             raise OutputExistsError(
-                f"{self.folder} was begun with another {', '.join(changed)}; go on with the same, or remove it"
+                f"{self.folder} was started with another {', '.join(changed)}; use the same, or remove it"
             )
-        whole = itertools.takewhile(self._is_whole, state["portions"])
-        return list(whole)
+        return list(itertools.takewhile(self._is_whole, state["portions"]))
 
     def _is_whole(self, portion: dict[str, Any]) -> bool:
         path = self.folder / (portion["shard"] or "")

@@ -27,8 +27,7 @@ from transformers.activations import ACT2FN
 from transformers.image_processing_utils import BaseImageProcessor
 
 from unclip.checkpoints.files import read_json
-from unclip.data.batches import Source
-from unclip.data.source import FolderSource
+from unclip.data.source import FolderSource, Source
 from unclip.errors import ConfigError, UnclipError
 from unclip.models.component import MAX_CHANNELS
 from unclip.pipelines.clip import PretrainedClip, read_clip
