@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from unclip.settings import SAMPLERS
 
 if TYPE_CHECKING:
+    from unclip.clip.concepts import Concepts
     from unclip.diffusion.process import DiffusionProcess
     from unclip.diffusion.scheduler import *  # noqa: F403 (its __all__ is read by type checkers)
     from unclip.errors import (
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         OutputExistsError,
         TrainingError,
         UnclipError,
+        UnknownCaptionWarning,
         UnsafeFileError,
         WeightsError,
     )
@@ -77,6 +79,8 @@ _HOMES = {
     "UnCLIPTextInterpolationPipeline": "pipelines.interpolation",
     "UnCLIPTextProjModel": "models.text_proj",
     "UnclipError": "errors",
+    "UnknownCaptionWarning": "errors",
+    "Concepts": "clip.concepts",
     "UnsafeFileError": "errors",
     "WeightsError": "errors",
     "edit": "stages.manipulation",
@@ -93,6 +97,7 @@ __all__ = [
     "BipartiteLatent",
     "Cancelled",
     "CheckpointError",
+    "Concepts",
     "ConfigError",
     "DataError",
     "DiffusionProcess",
@@ -117,6 +122,7 @@ __all__ = [
     "UnCLIPTextInterpolationPipeline",
     "UnCLIPTextProjModel",
     "UnclipError",
+    "UnknownCaptionWarning",
     "UnsafeFileError",
     "WeightsError",
     "__version__",

@@ -76,3 +76,7 @@ class MissingDependencyError(UnclipError, ImportError):
 
 class Cancelled(UnclipError):  # noqa: N818  (it is not a failure)
     """A callback stopped the run before its last step."""
+
+
+class UnknownCaptionWarning(UserWarning):
+    """A caption is not close to anything that the model knows."""

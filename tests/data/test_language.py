@@ -18,6 +18,14 @@ LABELS = [
     {"emoji": "🦭", "hexcode": "1F9AD", "label": "seal", "tags": ["sea lion"], "group": 3},
 ]
 CLDR = {"annotations": {"annotations": {"🐶": {"default": ["puppy", "pooch"]}, "🦭": {"default": ["flipper"]}}}}
+GERMAN = {
+    "annotations": {
+        "annotations": {
+            "🐶": {"default": ["Haustier", "Hund"], "tts": ["Hundegesicht"]},
+            "🍎": {"default": ["Obst", "Haustier"], "tts": ["roter Apfel"]},
+        }
+    }
+}
 NOUNS = """\
   1 the licence
 00000001 05 n 02 poodle 0 poodle_dog 0 001 @ 00000002 n 0000 | an intelligent dog with a curly coat (often clipped); "x"
@@ -52,7 +60,7 @@ def packages(tmp_path, monkeypatch):
     folder.mkdir()
     contents = {
         "LABELS": {"en/data.json": LABELS},
-        "KEYWORDS": {"annotations/en/annotations.json": CLDR},
+        "KEYWORDS": {"annotations/en/annotations.json": CLDR, "annotations/de/annotations.json": GERMAN},
         "MORE_KEYWORDS": {"dist/emoji-en-US.json": {"🍎": ["red_apple", "school_snack"]}},
         "WORDNET": {"dict/data.noun": NOUNS, "dict/index.sense": SENSES},
     }
@@ -148,3 +156,23 @@ def test_plural(one, many):
 
 def test_glasses_stay():
     assert (plural("glasses"), plural("glass")) == ("glasses", "glasses")
+
+
+def test_nonsense_has_no_meaning(build):
+    corpus = build()
+    nonsense = [text for text, line in corpus.items() if line.get("means") == []]
+    assert len(nonsense) > 10
+    assert not any(word in text.split() for text in nonsense for word in ("poodle", "dog", "apple"))
+
+
+def test_more_languages(build):
+    corpus = build(languages=["de"])
+    assert corpus["hundegesicht"] == corpus["hund"] == {"means": ["dog face"], "concepts": ["1f436"]}
+    assert corpus["roter apfel"] == {"means": ["red apple"], "concepts": ["1f34e"]}
+    assert "haustier" not in corpus  # of two emoji
+    assert "hund" not in build()
+
+
+def test_a_language_that_does_not_exist(build):
+    with pytest.raises(DataError, match="annotations/xx"):
+        build(languages=["xx"])

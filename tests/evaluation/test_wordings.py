@@ -34,6 +34,7 @@ class Pipeline:
 
     def __init__(self):
         self.seeds = []
+        self.concepts = None
 
     def __call__(self, prompts, *, seed):
         self.seeds += seed
@@ -70,12 +71,25 @@ def test_what_is_found(data, tmp_path):
         assert sheet.width > 3 * 8
 
 
+def test_what_is_reported(data):
+    pipeline = Pipeline()
+    pipeline.device = "cpu"
+    pipeline.caption_encoder = types.SimpleNamespace(encode=lambda texts, device: types.SimpleNamespace(embeds=texts))
+    pipeline.concepts = types.SimpleNamespace(reports=lambda texts, embeds: [text for text in texts if "x" in text])
+    nonsense = [Wording(text, "nonsense", frozenset()) for text in ("xyzzy", "fnord")]
+    found = wordings(pipeline, Judge(), data, LISTED + nonsense)
+    assert found["num"] == 3
+    assert found["reported"] == {"wordings": 0.0, "nonsense": 0.5}
+    assert "nonsense" not in found["kinds"]
+    assert wordings(pipeline, Judge(), data, LISTED)["reported"]["nonsense"] is None
+
+
 def test_a_label_that_is_nobodys(data):
     with pytest.raises(DataError, match="has no concept called purple"):
         wordings(Pipeline(), Judge(), data, [Wording("plum", "words", frozenset({"purple"}))])
 
 
-@pytest.mark.parametrize("content", ["{}", '{"words": ["a"]}', '{"words": {"a": []}}', '{"words": {"a": "red"}}'])
+@pytest.mark.parametrize("content", ["{}", '{"words": ["a"]}', '{"nonsense": {"a": []}}', '{"words": {"a": "red"}}'])
 def test_a_list_that_is_refused(tmp_path, content):
     (tmp_path / "list.json").write_text(content)
     with pytest.raises(DataError):

@@ -84,6 +84,23 @@ def test_the_closest_pictures(encoder, corpus, source):
     assert (lessons.shares[:, 0] >= lessons.shares[:, 1]).all()
 
 
+def test_nonsense_stands_for_any_picture(encoder, corpus, source, tmp_path):
+    with_nonsense = tmp_path / "with-nonsense.jsonl"
+    with_nonsense.write_text(corpus.read_text() + '{"text": "asdfgh", "means": []}\n{"text": "blorf", "means": []}\n')
+    before = Lessons(TeacherSettings(encoder, corpus), source)
+    lessons = Lessons(TeacherSettings(encoder, with_nonsense), source)
+    assert torch.equal(lessons.shares[:3], before.shares)
+    rows = lessons.lesson[-2:].tolist()
+    assert rows[0] != rows[1]
+    assert lessons.shares[rows[0]].unique().numel() == 1
+    assert lessons.embeddings[rows[0]].eq(0).all()
+    shown = {source.records[row].concept for row in lessons.pictures[3:].flatten().tolist()}
+    assert shown == {record.concept for record in source.records if not record.held_out}
+    with_nonsense.write_text('{"text": "asdfgh", "means": []}\n')
+    with pytest.raises(DataError, match="meaning"):
+        Lessons(TeacherSettings(encoder, with_nonsense), source)
+
+
 def test_a_temperature(encoder, corpus, source):
     cold, warm = (
         lessons_of(TeacherSettings(encoder, corpus, temperature=t), source)[1].shares[:, 0] for t in (0.01, 10.0)

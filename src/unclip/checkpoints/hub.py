@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from unclip.checkpoints.layout import PROBE_FILE
+from unclip.checkpoints.layout import CONCEPTS_FILE, PROBE_FILE
 from unclip.errors import CheckpointError, InputError, MissingFileError
 
 BUILT_IN_JUDGE = "unclip-emoji-judge"
@@ -76,12 +76,8 @@ def pick_files(
     Weights beside a model_index.json do not belong to a component. They are skipped, except for principal components.
     Raises MissingFileError when `variant` is given and no folder has it.
     """
-    wanted = [
-        name
-        for name in names
-        if name.endswith(SUFFIXES)
-        and (allow_patterns is None or any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns))
-    ]
+    patterns = ["*"] if allow_patterns is None else allow_patterns
+    wanted = [n for n in names if n.endswith(SUFFIXES) and any(fnmatch.fnmatch(n, pattern) for pattern in patterns)]
     kinds = {name: kind for name in wanted if (kind := _weights_kind(name))}
     variants = {variant for _, _, variant in kinds.values() if variant}
     if variant is not None and variant not in variants:
@@ -90,7 +86,7 @@ def pick_files(
     has_variant = {(folder, stem) for folder, stem, its in kinds.values() if its == variant}
     kept = [name for name in wanted if name not in kinds and not name.endswith(".safetensors")]
     for name, (folder, stem, its) in kinds.items():
-        is_component = folder or "model_index.json" not in names or f"{stem}.safetensors" == PROBE_FILE
+        is_component = folder or "model_index.json" not in names or f"{stem}.safetensors" in (PROBE_FILE, CONCEPTS_FILE)
         if is_component and its == (variant if (folder, stem) in has_variant else None):
             kept.append(name)
     return kept

@@ -47,6 +47,9 @@ VARIATION = (*SHARED, "feature_extractor", "image_encoder")
 PROBE_FILE = "probe.safetensors"
 """Principal components of the image embeddings, an optional file beside a pipeline's components."""
 
+CONCEPTS_FILE = "concepts.safetensors"
+"""The concepts that a model knows, an optional file beside a pipeline's components."""
+
 FURTHER_SUPER_RES = tuple(f"super_res_{number}" for number in range(2, 10))
 """Super-resolution stages beyond the first (such as 256 → 1024 px), the prefixes of their components."""
 FURTHER = tuple(f"{stage}_{part}" for stage in FURTHER_SUPER_RES for part in ("first", "last", "scheduler"))

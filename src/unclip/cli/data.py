@@ -123,6 +123,10 @@ def language(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to write, one phrase a line.")],
     count: Annotated[int, typer.Option(min=1, metavar="N", help="Phrases to write.")] = 1_200_000,
     seed: Annotated[int, typer.Option(min=0, max=2**32, metavar="N", help="Random seed.")] = 0,
+    languages: Annotated[
+        str,
+        typer.Option(metavar="CODE,…", help="More languages (de,fr): Unicode's names and keywords in them."),
+    ] = "",
     packages: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Folder with the four source tarballs.", show_default="fetched with npm"),
@@ -142,7 +146,8 @@ def language(
         raise OutputExistsError(f"{out} exists already; give --overwrite, or name another file")
     listed = read_json(resolve(BUILT_IN_JUDGE) / "wordings.json")
     left_out = [wording for wordings in listed.values() for wording in wordings]
-    written = build_language(source, out, count=count, seed=seed, left_out=left_out, packages=packages)
+    codes = [code for code in languages.split(",") if code]
+    written = build_language(source, out, count=count, seed=seed, left_out=left_out, languages=codes, packages=packages)
     if not quiet:
         note(f"{written:,} phrases")
     print(out, flush=True)

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from unclip import __version__
-from unclip.cli import generate, info, inpaint, manipulate, options, rerun, train, vary
+from unclip.cli import concepts, generate, info, inpaint, manipulate, options, rerun, train, vary
 from unclip.cli.convert import convert
 from unclip.cli.data import data
 from unclip.cli.defaults import EPILOG, config_file, defaults_for
@@ -180,6 +180,7 @@ app.add_typer(probe, name="probe")
 app.command("inpaint", cls=RecordedCommand, epilog=inpaint.INPAINT_EXAMPLES)(inpaint.inpaint)
 app.command("redraw", cls=RecordedCommand, epilog=inpaint.REDRAW_EXAMPLES)(inpaint.redraw)
 app.command("rerun", epilog=rerun.EXAMPLES, context_settings=rerun.CONTEXT)(rerun.rerun)
+app.command("concepts", epilog=concepts.EXAMPLES)(concepts.concepts)
 app.command("info", epilog=info.EXAMPLES)(info.info)
 app.add_typer(convert, name="convert")
 app.add_typer(data, name="data")

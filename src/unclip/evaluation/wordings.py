@@ -20,7 +20,10 @@ from unclip.pipelines.text_to_image import UnCLIPPipeline
 
 @dataclass(frozen=True)
 class Wording:
-    """A caption in free words, its kind ("words", "scenes", …) and the labels of the accepted concepts."""
+    """A caption in free words, its kind ("words", "scenes", …) and the labels of the accepted concepts.
+
+    Nonsense has no accepted concepts: a model should report it as unknown.
+    """
 
     text: str
     kind: str
@@ -29,6 +32,8 @@ class Wording:
 
 def read_wordings(path: Path) -> list[Wording]:
     """Read a list of wordings: a JSON object of kinds, each an object of wordings with a list of labels.
+
+    The list is empty for nonsense.
 
     Raises:
         CheckpointError: the file is missing or not JSON.
@@ -39,15 +44,15 @@ def read_wordings(path: Path) -> list[Wording]:
     try:
         for kind, wordings in kinds.items():
             for text, labels in wordings.items():
-                if not labels or not isinstance(labels, list) or not text.strip():
+                if not isinstance(labels, list) or not text.strip():
                     raise DataError(f"{path}: {text!r} needs a list of accepted labels")
                 found.append(Wording(text, kind, frozenset(label.lower() for label in labels)))
     except AttributeError as error:
         raise DataError(
             f"{path} must be an object of kinds, each an object of wordings with labels: {error}"
         ) from error
-    if not found:
-        raise DataError(f"{path} contains no wordings")
+    if not any(wording.accepted for wording in found):
+        raise DataError(f"{path} contains no wordings with accepted labels")
     return found
 
 
@@ -65,6 +70,8 @@ def wordings(
 ) -> dict[str, Any]:
     """How often the judge's first caption, or one of its first five, is accepted.
 
+    Of a model with a list of concepts, also how often wordings and nonsense are reported as unknown.
+
     Args:
         pipeline: the model.
         judge: a CLIP that the model was not trained with.
@@ -77,13 +84,16 @@ def wordings(
         call: arguments of the pipeline's call.
 
     Returns: the numbers of wordings and of captions, chance, `at_1` and `at_5` of all wordings and of each kind, and
-        the judge's first five captions for each wording.
+        the judge's first five captions for each wording; with a list of concepts also `reported`, the share of the
+        wordings, and of the nonsense, that is reported as unknown.
 
     Raises:
         InputError: a number is outside its limits.
         DataError: an accepted label is not in the data set.
     """
     check_counts(batch_size=batch_size)
+    nonsense = [wording for wording in listed if not wording.accepted]
+    listed = [wording for wording in listed if wording.accepted]
     candidates = Candidates.read_by(judge, [bare_caption(record) for record in concepts_of(read_records(data))])
     unknown = {label for wording in listed for label in wording.accepted} - set(candidates.captions)
     if unknown:
@@ -108,6 +118,7 @@ def wordings(
     kinds: dict[str, list[int]] = {}
     for wording, place in zip(listed, places, strict=True):
         kinds.setdefault(wording.kind, []).append(place)
+    reported = {"wordings": _reported(pipeline, listed), "nonsense": _reported(pipeline, nonsense)}
     mean_accepted = sum(len(wording.accepted) for wording in listed) / len(listed)
     return {
         "num_captions": len(candidates.captions),
@@ -115,8 +126,18 @@ def wordings(
         "chance_at_5": min(1.0, 5 * mean_accepted / len(candidates.captions)),
         **_rates(places),
         "kinds": {kind: _rates(of_kind) for kind, of_kind in kinds.items()},
+        **({"reported": reported} if pipeline.concepts is not None else {}),
         "first_captions": {wording.text: found for wording, found in zip(listed, first, strict=True)},
     }
+
+
+def _reported(pipeline: UnCLIPPipeline, listed: list[Wording]) -> float | None:
+    """The share of the wordings that the model reports as unknown; None without wordings or a list of concepts."""
+    if pipeline.concepts is None or not listed:
+        return None
+    texts = [wording.text for wording in listed]
+    embeds = pipeline.caption_encoder.encode(texts, pipeline.device).embeds
+    return round(len(pipeline.concepts.reports(texts, embeds)) / len(texts), 4)
 
 
 def _rates(places: list[int]) -> dict[str, float]:

@@ -1,15 +1,16 @@
 """The base of the public pipelines: text encoder, decoder and super-resolution, as stages with their settings."""
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
 from unclip.checkpoints.layout import FURTHER
-from unclip.clip.encoders import TextEncoder
+from unclip.clip.encoders import TextEmbedding, TextEncoder
 from unclip.diffusion.scheduler import Scheduler
-from unclip.errors import ConfigError
+from unclip.errors import ConfigError, UnknownCaptionWarning
 from unclip.models.text_proj import UnCLIPTextProjModel
 from unclip.models.unet import UNet2DConditionModel, UNet2DModel
 from unclip.pipelines import cascade
@@ -117,6 +118,17 @@ class GenerationPipeline(Pipeline):
     def caption_encoder(self) -> TextEncoder:
         """The text encoder with its tokenizer."""
         return TextEncoder(self.text_encoder, self.tokenizer)
+
+    def report_unknown(self, captions: Sequence[str], text: TextEmbedding) -> None:
+        """Warn of each caption that is not close to anything that the model knows (`concepts`).
+
+        Args:
+            captions: as many as `text` has rows.
+            text: their embeddings.
+        """
+        if self.concepts is not None:
+            for message in self.concepts.reports(captions, text.embeds):
+                warnings.warn(message, UnknownCaptionWarning, stacklevel=4)
 
     def sizes(self, height: int | None = None, width: int | None = None) -> dict[str, Size]:
         """Height and width of the pictures at "decoder" and at each super-resolution stage, for a result of this size.

@@ -155,6 +155,7 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
         decoder = _keeping(decoder, known, strength, num_resamples, jump_length)
         super_res = [_keeping(run, known, strength, num_resamples, jump_length) for run in super_res]
         text, null_text = encode(self.caption_encoder, captions, rows, count, self.device), None
+        self.report_unknown(captions, text.select([row * count for row in range(len(captions))]))
         if decoder.guided or (prior.guided and source == "prompt"):
             null_text = encode(self.caption_encoder, negative, rows, count, self.device)
         if source == "prompt":

@@ -74,6 +74,7 @@ class UnCLIPTextInterpolationPipeline(UnCLIPPipeline):
             self.enable_sequential_cpu_offload(gpu_id)
         text = self.caption_encoder.encode(prompts, self.device)
         kind = text.embeds.dtype
+        self.report_unknown(prompts, text)
         first, last = text.hidden_states  # each row belongs to one token
         states = [slerp(first, last, place).to(kind) for place in places]
         # Between the ends, the tokens of both captions count; at the ends, exactly those of the caption.

@@ -17,9 +17,10 @@ from tqdm.auto import tqdm
 from unclip.checkpoints.asked import asked_type, settled
 from unclip.checkpoints.files import atomic_folder, read_json, safe_join, write_json
 from unclip.checkpoints.hub import resolve
-from unclip.checkpoints.layout import API_VERSION, CLASSES, FURTHER, ProbeFile
+from unclip.checkpoints.layout import API_VERSION, CLASSES, CONCEPTS_FILE, FURTHER, ProbeFile
 from unclip.checkpoints.recommended import Recommended, read_recommended, write_recommended
 from unclip.checkpoints.weights import offload_hooks, original, state_of
+from unclip.clip.concepts import Concepts
 from unclip.diffusion.loop import Progress
 from unclip.diffusion.scheduler import Scheduler, converted, is_foreign
 from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError
@@ -41,6 +42,10 @@ class Pipeline:
 
     Components that only other pipelines have are ignored, so `OtherPipeline(**pipe.components, …)` works. A name that
     no pipeline has is an InputError.
+
+    Attributes:
+        concepts: what the model knows, from the file concepts.safetensors of its folder; None without it. Calls warn of
+            captions that are not close to any concept (`UnknownCaptionWarning`). Set it to None to turn this off.
     """
 
     COMPONENTS: ClassVar[tuple[str, ...]] = ()
@@ -60,6 +65,7 @@ class Pipeline:
         self._recommended: dict[str, Recommended] = {}
         self._probe: ProbeFile | None = None
         self._source: Source | None = None
+        self.concepts: Concepts | None = None
         self.check()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -200,7 +206,19 @@ class Pipeline:
         pipeline._source = source
         pipeline._recommended = read_recommended(folder)
         pipeline._probe = ProbeFile.read(folder)
+        if not {"text_encoder", "tokenizer"} & parts.keys():
+            pipeline._set_concepts(Concepts.read(folder), folder)
         return pipeline if device is None else pipeline.to(device)
+
+    def _set_concepts(self, concepts: Concepts | None, folder: Path) -> None:
+        """Raises: CheckpointError for concepts in another space than the text encoder's."""
+        width = self.networks["text_encoder"].config.projection_dim if concepts is not None else 0  # type: ignore[union-attr]
+        if concepts is not None and concepts.embeddings.shape[1] != width:
+            raise CheckpointError(
+                f"{folder / CONCEPTS_FILE} has embeddings of width {concepts.embeddings.shape[1]}, the text encoder "
+                f"of width {width}: remove the file, or write it again"
+            )
+        self.concepts = concepts
 
     @classmethod
     def _read(
@@ -259,6 +277,8 @@ class Pipeline:
         made._source = pipeline._source
         made._recommended = dict(pipeline._recommended)
         made._probe = pipeline._probe
+        if all(made.components.get(name) is shared.get(name) for name in ("text_encoder", "tokenizer")):
+            made.concepts = pipeline.concepts
         made._progress = dict(pipeline._progress)
         return made
 
@@ -272,8 +292,8 @@ class Pipeline:
     ) -> None:
         """Write a folder that unclip loads, and whose components diffusers and transformers load.
 
-        The folder appears only when it is complete. It also gets the loaded folder's recommended settings, and its
-        principal components if the image encoder is still the one that they belong to.
+        The folder appears only when it is complete. It also gets the loaded folder's recommended settings and
+        concepts, and its principal components if the image encoder is still the one that they belong to.
 
         Raises: OutputExistsError when it exists and `overwrite` is false, or when it is the current or home folder;
         OutputError when the disk is full or the folder cannot be written (an existing folder is kept);
@@ -288,6 +308,8 @@ class Pipeline:
                 index[name] = index_entry(part)
             write_json(draft / "model_index.json", index)
             write_recommended(draft, self._recommended)
+            if self.concepts is not None:
+                self.concepts.write(draft)
             encoder = self.networks.get("image_encoder")
             if self._probe is not None and encoder is not None and self._probe.may_be_of(state_of(encoder)):
                 self._probe.write(draft)

@@ -231,7 +231,8 @@ class UnCLIPPipeline(GenerationPipeline):
         )
         rows, encoder = len(prompts), self.caption_encoder
         call = Call(self, noise_source(generator, seed, rows))
-        text = encode(encoder, prompts, rows, 1, self.device)
+        text = encoder.encode(prompts, self.device)
+        self.report_unknown(prompts, text)
         null_text = encode(encoder, [""], rows, 1, self.device) if run.guided else None
         embeddings = embed(run, text, null_text, call)
         call.close({"image embeddings": embeddings})
@@ -285,7 +286,9 @@ class UnCLIPPipeline(GenerationPipeline):
         elif mask is not None:
             raise InputError("text_attention_mask needs text_model_output, which is missing")
         elif prompt is not None:
-            text = encoder.encode(as_prompts(prompt), self.device)
+            prompts = as_prompts(prompt)
+            text = encoder.encode(prompts, self.device)
+            self.report_unknown(prompts, text)
         elif image_embeddings is not None:
             text = encode(encoder, [""], len(image_embeddings), 1, self.device)
         else:

