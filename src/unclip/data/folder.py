@@ -20,7 +20,7 @@ from torch import Tensor
 
 from unclip.checkpoints.files import safe_join
 from unclip.errors import DataError, ImageError, UnsafeFileError
-from unclip.images import FORMATS, MAX_PIXELS, open_image
+from unclip.images import MAX_PIXELS, PICTURE_SUFFIXES, open_image
 
 MAX_SKIPPED_SHARE = 0.01
 """Default largest share of broken samples in a data set."""
@@ -142,11 +142,10 @@ def metadata_file(folder: Path) -> Path:
 
 def picture_files(folder: Path) -> Iterator[str]:
     """Names of the picture files in `folder` and below it, relative to it and in order; hidden files are skipped."""
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            if not name.startswith(".") and Path(name).suffix.lower() in suffixes:
+            if not name.startswith(".") and name.lower().endswith(PICTURE_SUFFIXES):
                 yield Path(root, name).relative_to(folder).as_posix()
 
 
