@@ -3,7 +3,7 @@
 import contextlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -180,37 +180,20 @@ def raw_samples(
         if record.held_out and not include_held_out:
             continue
         damage.num_read += 1
-        about: dict[str, Any] = {name: getattr(record, name) for name in ("captions", "concept", "label", "style")}
-        if record.weight != 1:
-            about["weight"] = record.weight
+        entry: dict[str, Any] = {name: getattr(record, name) for name in ("captions", "concept", "label", "style")}
+        entry |= {"weight": record.weight} if record.weight != 1 else {}
         try:
             content = safe_join(folder, record.file_name).read_bytes()
             extension = Path(record.file_name).suffix.lstrip(".").lower()
             if extension not in PACKED_EXTENSIONS:
-                extension, content = "png", _as_png(content, record.file_name)
+                picture = io.BytesIO()
+                open_image(io.BytesIO(content), record.file_name).save(picture, "PNG")
+                extension, content = "png", picture.getvalue()
         except (OSError, UnsafeFileError, ImageError) as error:
             damage.broken[f"{record.file_name}: {number:09}"] = str(error)
             continue
-        parts = {extension: content, "json": json.dumps(about, ensure_ascii=False).encode()}
+        parts = {extension: content, "json": json.dumps(entry, ensure_ascii=False).encode()}
         yield RawSample(f"{number:09}", record.file_name, parts)
-
-
-def _as_png(content: bytes, name: str) -> bytes:
-    """The first frame as training sees it: RGB, on white where it is transparent."""
-    found = io.BytesIO()
-    open_image(io.BytesIO(content), name).save(found, "PNG")
-    return found.getvalue()
-
-
-def readable(samples: Iterable[RawSample], damage: Damage) -> Iterator[RawSample]:
-    """Those samples that training could read; the others go into `damage`."""
-    for raw in samples:
-        try:
-            decode(raw, [CHECK_PX])
-        except DataError as error:
-            damage.broken[raw.name] = str(error)
-            continue
-        yield raw
 
 
 def pack(
@@ -243,10 +226,17 @@ def pack(
     """
     damage = Damage()
     samples = raw_samples(data, damage, keys=keys)
-    told = progress(samples, desc="packing", unit="sample") if progress else samples
+
+    def readable() -> Iterator[tuple[str, Mapping[str, bytes]]]:
+        for raw in progress(samples, desc="packing", unit="sample") if progress else samples:
+            try:
+                decode(raw, [CHECK_PX])
+                yield raw.key, raw.parts
+            except DataError as error:
+                damage.broken[raw.name] = str(error)
+
     with atomic_folder(out) as draft:
-        good = ((sample.key, sample.parts) for sample in readable(told, damage))
-        written = write_shards(good, draft, per_shard=per_shard)
+        written = write_shards(readable(), draft, per_shard=per_shard)
         settle(damage, data, out, is_empty=not written, max_skipped_share=max_skipped_share)
     return damage
 
