@@ -112,8 +112,8 @@ class ShardSource:
         self.stream = ShardStream(
             expand(shards), seed=seed, block=block, rank=rank, world=world, weight_power=weight_power
         )
-        self._examples = ShardStream(self.stream.shards, seed=seed, block=1)  # the same for every process
-        self._examples.counts = self.stream.counts
+        # The same for every process.
+        self._examples = ShardStream(self.stream.shards, seed=seed, block=1, counts=self.stream.counts)
         self._decoders = ThreadPoolExecutor(num_workers, thread_name_prefix="unclip-decode")
         self._prefetch: Prefetch[list[Sample]] | None = None
         self._next = (-1, 0)  # position and size of the prefetched batch

@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -247,62 +247,57 @@ def read_shard(shard: str, damage: Damage | None = None) -> Iterator[RawSample]:
             time.sleep(wait_s)
 
 
+@dataclass
 class ShardStream:
-    """An endless, shuffled, repeatable order of the samples in shards, that can be entered at any place.
+    """An endless, shuffled, repeatable order of the samples in shards, which can be entered at any position.
 
-    Each epoch permutes the shards; of them this process takes every `world`-th; what they hold is shuffled in blocks of
-    `block` samples, which are in memory as encoded files: one block that is used, and the next one that is read.
-    All of it depends on the seed and the place alone.
+    Each epoch permutes the shards, and this process takes every `world`-th of them. Their samples are shuffled in
+    blocks of `block` samples. Two blocks of encoded files are in memory: the current one, and the next one.
+    The order depends only on the seed.
 
-    Where the samples of a block differ in weight, as many are drawn from it as it holds, with replacement, each by its
-    weight: weights compare the samples of one block, and every block counts alike. Those of weight 0 are passed over.
+    Where the samples of a block differ in weight, as many as it has are drawn from it with replacement, each by its
+    weight. So weights compare the samples of one block, and all blocks count the same. Samples of weight 0 are skipped.
 
-    Args:
+    Attributes:
         shards: as `expand` gives them; at least one for each process.
-        seed: of the order.
-        block: how many samples are shuffled together.
-        rank, world: this process's number, and how many there are.
-        counts: samples a shard, if known; learned while reading, and needed to enter in the middle.
-        weight_power: a sample is drawn by its weight to this power; 0 takes all alike (but those of weight 0).
+        seed: the seed of the order.
+        block: number of samples that are shuffled together.
+        rank, world: the number of this process, and the number of processes.
+        counts: number of samples of the shards that were read completely. Entering in the middle is fast with them.
+        weight_power: a sample is drawn by its weight to this power; 0 draws all alike (except those of weight 0).
     """
 
-    def __init__(
-        self,
-        shards: list[str],
-        *,
-        seed: int,
-        block: int = 1024,
-        rank: int = 0,
-        world: int = 1,
-        counts: Mapping[str, int] | None = None,
-        weight_power: float = 1.0,
-    ) -> None:
-        if len(shards) < world:
-            raise DataError(f"{len(shards)} shards for {world} processes; cut the data into {world} shards or more")
-        self.shards, self.seed, self.block, self.rank, self.world = shards, seed, block, rank, world
-        self.counts: dict[str, int] = dict(counts or {})
-        self.weight_power = weight_power
-        self.damage = Damage(num_shards=len(shards))
+    shards: list[str]
+    _: KW_ONLY
+    seed: int
+    block: int = 1024
+    rank: int = 0
+    world: int = 1
+    counts: dict[str, int] = field(default_factory=dict)
+    weight_power: float = 1.0
+
+    def __post_init__(self) -> None:
+        if len(self.shards) < self.world:
+            raise DataError(f"{len(self.shards)} shards for {self.world} processes, which need one each")
+        self.damage = Damage(num_shards=len(self.shards))
 
     def read_from(self, position: int) -> Iterator[RawSample]:
         """All samples from number `position` of this process's endless order on.
 
-        Raises: DataError when there are none at all.
+        Raises: DataError when there are no samples at all.
         """
         with contextlib.closing(Prefetch(self._blocks(position))) as blocks:
-            for block in blocks:
-                yield from self._given(block)
-                del block  # before the next but one is read
+            yield from self._samples_of(blocks)
 
     def one_epoch(self) -> Iterator[RawSample]:
-        """Every sample of this process's first epoch, once, whatever its weight (but 0)."""
-        for block in self._epoch(0, 0, weighted=False):
-            yield from self._given(block)
+        """Every sample of this process's first epoch once, whatever its weight (except 0)."""
+        return self._samples_of(self._epoch(0, 0, weighted=False))
 
-    def _given(self, block: list[RawSample]) -> Iterator[RawSample]:
-        for sample in block:
-            self.damage.num_read += 1
-            yield sample
+    def _samples_of(self, blocks: Iterator[list[RawSample]]) -> Iterator[RawSample]:
+        for block in blocks:
+            while block:  # frees the memory of a sample that was used
+                self.damage.num_read += 1
+                yield block.pop(0)
 
     def _order(self, epoch: int) -> list[str]:
         order = torch.randperm(len(self.shards), generator=self._generator(epoch)).tolist()
@@ -335,14 +330,6 @@ class ShardStream:
     def _length(self, shards: list[str]) -> int:
         return sum(self.counts[shard] for shard in shards)
 
-    def _read(self, shard: str) -> Iterator[RawSample]:
-        number = 0
-        for sample in read_shard(shard, self.damage):
-            if weight_of(sample):
-                number += 1
-                yield sample
-        self.counts[shard] = number
-
     def _epoch(self, epoch: int, start: int, *, weighted: bool = True) -> Generator[list[RawSample], None, bool]:
         """What an epoch has from number `start` on, block by block. Returns: whether that was anything."""
         number, skip = divmod(start, self.block)
@@ -362,11 +349,14 @@ class ShardStream:
             if count is not None and start and start >= count:  # else read it: an empty one may have samples now
                 start -= count
                 continue
-            for sample in self._read(shard):
-                if start:
-                    start -= 1
-                else:
-                    yield sample
+            number = 0
+            for sample in read_shard(shard, self.damage):
+                if weight_of(sample):
+                    number += 1
+                    if number > start:
+                        yield sample
+            self.counts[shard] = number
+            start = max(0, start - number)
 
 
 def _places(weights: list[float], count: int, generator: torch.Generator) -> list[int]:
