@@ -127,7 +127,8 @@ def _download(
     import huggingface_hub
     from huggingface_hub import errors
 
-    download = functools.partial(huggingface_hub.snapshot_download, name, revision=revision, cache_dir=cache_dir)
+    place = None if cache_dir is None else os.fspath(cache_dir)
+    download = functools.partial(huggingface_hub.snapshot_download, name, revision=revision, cache_dir=place)
     why = "only local files were asked for"
     try:
         if not local_files_only:

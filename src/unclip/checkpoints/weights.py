@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,24 +30,20 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 NAME_LIMIT = 512
-SIZE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
-}  # fmt: skip
-"""Bytes per element by the type's name in the format. Other types are refused."""
+TYPES = (
+    "BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64",
+)  # fmt: skip
+"""The supported types of tensors, by their names in the format."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor in a safetensors header: its type (`F32`, `BF16`, …), its shape, and its file."""
+    """One tensor in a safetensors header: its type (`F32`, `BF16`, …), its shape, its size, and its file."""
 
     dtype: str
     shape: tuple[int, ...]
+    nbytes: int
     file: Path
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * SIZE_BYTES[self.dtype]
 
 
 class WeightsIndex(dict[str, TensorInfo]):
@@ -79,7 +74,7 @@ def read_header(path: str | os.PathLike[str]) -> WeightsIndex:
     """The tensors of the safetensors file `path` in file order.
 
     The safetensors package checks types, shapes, offsets and the size of the file. This function also refuses duplicate
-    keys, names that look like paths, and types that are not in `SIZE_BYTES`.
+    keys, names that look like paths, and types that are not in `TYPES`.
 
     Raises MissingFileError when the file does not exist, and WeightsError when it is damaged or not accepted.
     """
@@ -98,14 +93,16 @@ def read_header(path: str | os.PathLike[str]) -> WeightsIndex:
         raw = file.read(int.from_bytes(file.read(8), "little"))
     entries = parse_json_object(raw, f"the header of {path}", WeightsError)
     entries.pop("__metadata__", None)
-    for name, entry in entries.items():
+    index = WeightsIndex()
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         check_tensor_name(name, str(path))
-        if entry["dtype"] not in SIZE_BYTES:
-            raise WeightsError(f"{path}: {name} has the type {entry['dtype']!r}; known are {', '.join(SIZE_BYTES)}")
-        if len(entry["shape"]) > 16 or max(entry["shape"], default=0) >= 1 << 48:  # torch cannot hold it
-            raise WeightsError(f"{path}: {name} has the shape {str(entry['shape'])[:80]}, which is not supported")
-    ordered = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
-    return WeightsIndex((name, TensorInfo(entry["dtype"], tuple(entry["shape"]), path)) for name, entry in ordered)
+        kind, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if kind not in TYPES:
+            raise WeightsError(f"{path}: {name} has the type {kind!r}; the supported types are {', '.join(TYPES)}")
+        if len(shape) > 16 or max(shape, default=0) >= 1 << 48:  # torch cannot hold it
+            raise WeightsError(f"{path}: {name} has the shape {str(shape)[:80]}, which is not supported")
+        index[name] = TensorInfo(kind, shape, end - start, path)
+    return index
 
 
 T = TypeVar("T")
@@ -146,8 +143,7 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
             full = _plain(f"{path}.{name}" if path else name)
             if full in state and state[full].is_meta:
                 state[full] = next((weights[name] for weights in kept if name in weights), state[full])
-    empty = [name for name, value in state.items() if value.is_meta]
-    if empty:
+    if empty := [name for name, value in state.items() if value.is_meta]:
         raise InputError(
             f"{len(empty)} weights of {type(original(module)).__name__} (such as {empty[0]}) lie on the meta device "
             "and have no values: load them before saving, or call remove_all_hooks() on an offloaded pipeline"

@@ -491,10 +491,9 @@ def _is_long(parts: dict[str, bytes], extension: str) -> bool:
 def _files(tar: tarfile.TarFile) -> Iterator[tuple[str, IO[bytes]]]:
     for member in tar:
         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
-        if member.issparse():
-            raise tarfile.ReadError(f"{member.name} is a sparse file, which is not read")
-        if member.size > MAX_PART_BYTES:
-            raise tarfile.ReadError(f"{member.name} has {member.size:,} bytes; at most {MAX_PART_BYTES:,} are read")
+        if member.issparse() or member.size > MAX_PART_BYTES:
+            what = "is a sparse file" if member.issparse() else f"has {member.size:,} bytes"
+            raise tarfile.ReadError(f"{member.name} {what}; at most {MAX_PART_BYTES:,} are read, and no sparse files")
         if member.isfile():
             content = tar.extractfile(member)
             assert content is not None
