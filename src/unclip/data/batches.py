@@ -87,7 +87,7 @@ class ShardSource:
         num_workers: threads that decode.
         caption_key: the key of the caption in a sample's .json; None for the usual keys.
 
-    Raises: DataError when there are no shards.
+    Raises: DataError when `shards` names none.
     """
 
     is_local = True

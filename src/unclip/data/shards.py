@@ -284,7 +284,7 @@ class ShardStream:
     def read_from(self, position: int) -> Iterator[RawSample]:
         """All samples from number `position` of this process's endless order on.
 
-        Raises: DataError when there are no samples at all.
+        Raises: DataError when the shards have no samples.
         """
         with contextlib.closing(Prefetch(self._blocks(position))) as blocks:
             yield from self._samples_of(blocks)
@@ -324,7 +324,7 @@ class ShardStream:
                     continue
             if not (length := self._length(order)):
                 some = some_of(self.damage.broken) or "they are empty, or all weights are 0"
-                raise DataError(f"there is no sample in {len(self.shards)} shards: {some}")
+                raise DataError(f"{len(self.shards)} shards have no samples: {some}")
             position -= length
 
     def _length(self, shards: list[str]) -> int:
