@@ -575,7 +575,7 @@ def test_damage_is_named_once_and_the_rest_goes_on(shards):
 def test_nothing_at_all(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w"):
         pass
-    with pytest.raises(DataError, match="no sample in 1 shards: they are empty"):
+    with pytest.raises(DataError, match="1 shards have no samples: they are empty"):
         next(ShardStream([str(tmp_path / "a.tar")], seed=0).read_from(0))
     (tmp_path / "a.tar").write_bytes(b"x")
     with pytest.raises(DataError, match=r"no sample in 1 shards: .*ReadError"):
