@@ -578,7 +578,7 @@ def test_nothing_at_all(tmp_path):
     with pytest.raises(DataError, match="1 shards have no samples: they are empty"):
         next(ShardStream([str(tmp_path / "a.tar")], seed=0).read_from(0))
     (tmp_path / "a.tar").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"no sample in 1 shards: .*ReadError"):
+    with pytest.raises(DataError, match=r"1 shards have no samples: .*ReadError"):
         next(ShardStream([str(tmp_path / "a.tar")], seed=0).read_from(0))
 
 
