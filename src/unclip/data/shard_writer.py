@@ -19,7 +19,7 @@ STATE_LIMIT_BYTES = 1 << 30
 
 
 def unfinished_folder(out: Path) -> Path:
-    """Where the shards of `out` lie until all are there: beside it, with the suffix .unfinished."""
+    """The folder of the shards of `out` until it is complete: beside it, with the suffix .unfinished."""
     target = output_path(out)
     return target.with_name(f"{target.name}.unfinished")
 
@@ -45,7 +45,7 @@ def write_shard(samples: Iterable[tuple[str, Mapping[str, bytes]]], path: Path) 
 
 
 class Portion:
-    """Some of the samples on their way, counted and hashed as they pass."""
+    """The next `count` samples of an iterator, counted and hashed as they are taken."""
 
     def __init__(self, samples: Iterator[RawSample], count: int):
         self._samples, self._hash = itertools.islice(samples, count), hashlib.sha256()
@@ -61,20 +61,20 @@ class Portion:
 
     @property
     def content(self) -> str:
-        """A hash of all that passed."""
+        """A hash of the samples that were taken."""
         return self._hash.hexdigest()
 
 
 class Unfinished:
-    """The shards that are made for a folder `out`, one of each portion of the samples, or none where nothing is good.
+    """The shards of a folder `out` that is not complete: one for each portion of the samples that has readable ones.
 
-    A shard is written atomically. It counts once the state file beside it records its source.
+    A shard is written atomically. It counts once the state file beside it records its portion.
 
     Args:
-        out: the folder to be; there is none yet, or an empty one.
-        asked: what the shards depend on besides the samples.
+        out: the final folder; it must not exist, or must be empty.
+        asked: the settings on which the shards depend.
 
-    Raises: OutputExistsError when `out` has something in it, or what is unfinished there was asked otherwise.
+    Raises: OutputExistsError when `out` is not empty, or the unfinished shards have other settings.
     """
 
     def __init__(self, out: Path, asked: Mapping[str, Any]):
@@ -87,13 +87,13 @@ class Unfinished:
 
     @property
     def shards(self) -> list[str]:
-        """Names of the files that are whole."""
+        """Names of the complete files."""
         return [portion["shard"] for portion in self.portions if portion["shard"]]
 
     def finished(self, number: int, portion: Portion) -> dict[str, str] | None:
-        """What was broken in a portion that is done, which is read past here; None for one that is not.
+        """What was broken in a finished portion, whose samples are read again to compare them; None for a new one.
 
-        Raises: DataError when it is not what it was.
+        Raises: DataError when the samples have changed.
         """
         if number >= len(self.portions):
             return None
@@ -103,13 +103,13 @@ class Unfinished:
         if (portion.count, portion.content) != (done["num_samples"], done["content"]):
             first = sum(earlier["num_samples"] for earlier in self.portions[:number])
             raise DataError(
-                f"the data are not those that {self.folder} was begun with: they differ from sample {first:,} on; "
+                f"the data have changed since {self.folder} was started: they differ from sample {first:,} on; "
                 "remove that folder to start again"
             )
         return done["broken"]
 
     def add(self, portion: Portion, rows: Iterator[tuple[str, Mapping[str, bytes]]], broken: Mapping[str, str]) -> None:
-        """Write `rows`, which are made of the portion as they are drawn, as the next shard; keep what was broken."""
+        """Write `rows`, which take the samples of the portion, as the next shard, and record what was broken."""
         name, size = None, 0
         if (first := next(rows, None)) is not None:
             name = f"{len(self.shards):05}.tar"
@@ -122,7 +122,7 @@ class Unfinished:
             write_json(self.folder / STATE, {"asked": self._asked, "portions": self.portions})
 
     def finish(self) -> None:
-        """Give the folder its name."""
+        """Rename the folder to `out`."""
         self._check_out()
         if self.out.exists():
             self.out.rmdir()
@@ -131,7 +131,7 @@ class Unfinished:
         (self.out / STATE).unlink()
 
     def discard(self) -> None:
-        """Remove what is there."""
+        """Remove the unfinished shards."""
         if self.folder.exists():
             shutil.rmtree(self.folder)
 
