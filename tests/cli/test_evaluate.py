@@ -193,7 +193,7 @@ def test_broken_pictures_by_the_command_line(unclip, model, data, tmp_path):
     out = tmp_path / "prior.json"
     done = unclip("evaluate", "prior", "--model", model, "--data", data, "--out", out, "--prior-steps", "2", "-q")
     assert done.code == 0, done.err
-    assert "warning: 1 of the 101 chosen pictures" in done.err
+    assert "warning: 1 of 101 chosen pictures" in done.err
     assert "gone.png" in done.err
     report = json.loads(out.read_text())["prior"]
     assert (report["num_skipped"], list(report["skipped"])) == (1, ["gone.png"])

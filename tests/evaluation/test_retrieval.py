@@ -158,7 +158,7 @@ def test_rates_by_kind():
 def test_broken_pictures_are_found_before_anything_is_drawn(data, tmp_path):
     (data / "4.png").write_bytes(b"no picture")  # held out: it comes last
     pipeline = FakePipeline()
-    with pytest.raises(DataError, match=r"1 of the 4 chosen pictures .* 4\.png"):
+    with pytest.raises(DataError, match=r"1 of 4 chosen pictures .* 4\.png"):
         retrieval(pipeline, FakeJudge(), data)
     assert pipeline.calls == []
 
@@ -170,7 +170,7 @@ def test_a_few_broken_pictures_are_told(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "0.png").unlink()
     (tmp_path / "1.png").write_bytes(b"no picture")
-    with pytest.warns(UserWarning, match="2 of the 200 chosen pictures"):
+    with pytest.warns(UserWarning, match="2 of 200 chosen pictures"):
         found = retrieval(FakePipeline(), FakeJudge(), tmp_path)
     assert found["num_skipped"] == 2
     assert set(found["skipped"]) == {"0.png", "1.png"}

@@ -142,7 +142,7 @@ def rewritten(fitted, path, *, drop=(), metadata=None, **changes):
     ("change", "error", "words"),
     [
         ({"drop": ["mean"]}, WeightsError, "lacks mean"),
-        ({"more": torch.zeros(1)}, WeightsError, "has more"),
+        ({"more": torch.zeros(1)}, WeightsError, "has the unknown more"),
         ({"mean": torch.zeros(DIM - 1)}, WeightsError, "shapes"),
         ({"mean": torch.full((DIM,), torch.nan)}, WeightsError, "NaN"),
         ({"mean": torch.zeros(DIM, dtype=torch.long)}, WeightsError, "floating"),
@@ -150,7 +150,7 @@ def rewritten(fitted, path, *, drop=(), metadata=None, **changes):
         ({"variances": torch.arange(DIM).float()}, WeightsError, "descend"),
         ({"total_variance": torch.zeros(2)}, WeightsError, "one number"),
         ({"metadata": {"kind": "another", "version": "1"}}, CheckpointError, "'another'"),
-        ({"metadata": {}}, CheckpointError, "does not say"),
+        ({"metadata": {}}, CheckpointError, "kind 'none'"),
         ({"metadata": {"kind": KIND, "version": "2"}}, CheckpointError, "version '2'"),
         ({"metadata": {"kind": KIND, "version": "x"}}, CheckpointError, "version 'x'"),
     ],

@@ -705,10 +705,10 @@ def test_a_token_id_that_the_text_encoder_does_not_have(copied, own_clip):
 @pytest.mark.parametrize(
     ("file", "before", "after", "words"),
     [
-        ("tokenizer.json", "{", '{"twice": 1, "twice": 2, ', "has the key 'twice' twice"),
+        ("tokenizer.json", "{", '{"twice": 1, "twice": 2, ', "is not JSON: it has the key 'twice' twice"),
         ("tokenizer.json", "}", "", "is not JSON"),
-        ("tokenizer_config.json", "{", '{"twice": 1, "twice": 2, ', "has the key 'twice' twice"),
-        ("special_tokens_map.json", "{", '{"twice": 1, "twice": 2, ', "has the key 'twice' twice"),
+        ("tokenizer_config.json", "{", '{"twice": 1, "twice": 2, ', "is not JSON: it has the key 'twice' twice"),
+        ("special_tokens_map.json", "{", '{"twice": 1, "twice": 2, ', "is not JSON: it has the key 'twice' twice"),
     ],
 )
 def test_untrusted_json_of_a_tokenizer(copied, file, before, after, words, own_clip):

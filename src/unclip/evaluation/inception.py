@@ -5,7 +5,6 @@ The layout of the network is that of Szegedy et al. (1512.00567), figures 5 to 7
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +14,6 @@ from torch import Tensor, nn
 from unclip.checkpoints.weights import PICKLE_SUFFIXES, WeightsIndex, fill, open_weights, read_header
 from unclip.errors import MissingFileError, UnsafeFileError, WeightsError
 from unclip.images import rgb
-
-if TYPE_CHECKING:
-    from unclip.checkpoints.weights import TensorInfo
 
 INPUT_PX = 299
 FEATURES = 2048
@@ -55,7 +51,7 @@ class InceptionFeatures:
         is_fid = classes == FID_CLASSES
         with torch.device("meta"):
             network = Inception(fid=is_fid)
-        fill(network, WeightsIndex({n: info for n, info in index.items() if _is_used(n)}, index.files), path)
+        fill(network, WeightsIndex((n, info) for n, info in index.items() if _is_used(n)), path)
         name = "Inception-V3 pool3, FID's weights" if is_fid else "Inception-V3 pool3, torchvision's weights"
         return cls(network.to(device), name, is_fid=is_fid)
 
@@ -276,8 +272,7 @@ def _open(path: Path) -> WeightsIndex:
             f"{path} is {kind}; only safetensors are read. To convert a state dict that you trust, save it as "
             "pytorch_model.bin in a new folder and run: unclip convert pickle FOLDER --out NEW"
         )
-    tensors: dict[str, TensorInfo] = read_header(path)
-    return WeightsIndex(tensors, (path,))
+    return read_header(path)
 
 
 def _is_used(name: str) -> bool:

@@ -23,7 +23,6 @@ from unclip.checkpoints.recommended import OF_VARIATIONS, read_recommended, writ
 from unclip.checkpoints.weights import (
     DEFAULT_STEM,
     TRANSFORMERS_STEM,
-    WeightsIndex,
     checked_cast,
     file_name,
     open_weights,
@@ -296,7 +295,7 @@ def _read(path: StrPath) -> dict[str, Tensor]:
 
     path = Path(path)
     if path.suffix == ".safetensors":
-        return dict(read_tensors(WeightsIndex(read_header(path), (path,))))
+        return dict(read_tensors(read_header(path)))
     state = _read_pickle(path)
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]

@@ -28,8 +28,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from unclip.checkpoints.files import read_json
 from unclip.clip.pretrained import PretrainedClip, read_clip
-from unclip.data.batches import Source
-from unclip.data.source import FolderSource
+from unclip.data.source import FolderSource, Source
 from unclip.errors import ConfigError, UnclipError
 from unclip.models.component import MAX_CHANNELS
 from unclip.pipelines.component import read_component, write_component

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unclip.clip.concepts import Concepts, best_threshold
-from unclip.data.folder import CaptionedPictures, load_pictures
+from unclip.data.folder import CaptionedPictures, load_sizes
 from unclip.data.nonsense import Nonsense
 from unclip.errors import DataError
 from unclip.training.conditions import FrozenClip
@@ -52,7 +52,7 @@ def concepts_of(
     Raises: DataError for a data set or phrases that cannot be used; CheckpointError for a folder without CLIP.
     """
     clip = FrozenClip(model)
-    pictures = load_pictures(data, clip.image_size)
+    pictures = load_sizes(data, [clip.image_size])[0]
     groups = _groups(pictures)
     embeds = clip.embeddings_of(pictures, progress)
     weights = torch.tensor([record.weight for record in pictures.records])

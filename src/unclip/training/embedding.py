@@ -66,7 +66,7 @@ def embed(
     stream = iter(progress(samples, desc="embedding", unit="sample") if progress else samples)
     for number in itertools.count():
         portion = Portion(stream, per_shard)
-        broken = shards.known(number, portion)
+        broken = shards.finished(number, portion)
         if broken is None:
             broken = {}
             shards.add(portion, _embedded(portion, encoder, keep_pictures, broken, batch_size), broken)

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from unclip.checkpoints.files import read_json, safe_join
 from unclip.checkpoints.hub import resolve
-from unclip.data.batches import Source
 from unclip.data.folder import Keys
-from unclip.data.source import open_source
+from unclip.data.source import Source, open_source
 from unclip.diffusion.process import DiffusionProcess
 from unclip.diffusion.scheduler import CONFIG_NAME, SCHEDULERS, UnCLIPScheduler
 from unclip.errors import ConfigError

@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from unclip.checkpoints.files import atomic_file
-from unclip.data.batches import Rows, Source
+from unclip.data.batches import Rows
 from unclip.data.folder import Record
-from unclip.data.source import FolderSource
+from unclip.data.source import FolderSource, Source
 from unclip.errors import ConfigError, DataError, UnclipError
 from unclip.models.kernels import is_emulated
 from unclip.training.embedding_cache import cache_folder
