@@ -35,7 +35,8 @@ from unclip.pipelines.clip import PretrainedClip, read_clip
 from unclip.pipelines.component import read_component, write_component
 from unclip.training.conditions import FrozenClip, normalized
 from unclip.training.dry_run import check_parameters, try_step
-from unclip.training.recipe import ClipSettings, Limits, Recipe, TeacherSettings
+from unclip.training.recipe import ClipSettings, Recipe, TeacherSettings
+from unclip.training.sections import Limits
 from unclip.training.sharding import share_of
 from unclip.training.task import Batch, Sourced, computing_device, of_rows, source_of
 from unclip.training.teacher import Lessons, read_phrases

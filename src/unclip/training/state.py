@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from unclip import __version__
 from unclip.checkpoints.files import TEMPORARY_PREFIX, atomic_file, atomic_folder, file_size, read_json, write_json
 from unclip.errors import CheckpointError, ConfigError, TrainingError
-from unclip.training.recipe import MAX_TEXT, TASKS, Recipe, as_dict, fixed_settings, flat
+from unclip.training.recipe import TASKS, Recipe, fixed_settings
+from unclip.training.sections import MAX_TEXT, flat
 from unclip.training.sharding import shared_like
 
 LISTS_LIMIT_BYTES = 2**30
@@ -146,7 +147,7 @@ class RunFolder:
         for left in self.path.glob(f"{TEMPORARY_PREFIX}*"):
             if not left.name.endswith("-old"):  # it may be the only complete copy
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
-        write_json(self.path / "recipe.json", as_dict(recipe))
+        write_json(self.path / "recipe.json", recipe.as_dict())
         self._note_versions(step)
         if not step:
             self.skipped_samples.unlink(missing_ok=True)
@@ -333,7 +334,7 @@ class RunFolder:
         with contextlib.suppress(CheckpointError, RecursionError):
             written = read_json(self.path / "recipe.json", allow_infinity=True)
             earlier.append(flat({name: written.get(name) or {} for name in (recipe.stage, "lora")}))
-        now = json.loads(json.dumps(fixed_settings(recipe)))
+        now = fixed_settings(recipe)
 
         def is_stated(key: str, before: Mapping[str, Any]) -> bool:
             """Whether both sides have the setting. In a table of network settings, a missing setting counts too."""

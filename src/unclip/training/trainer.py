@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from unclip.errors import Cancelled, CheckpointError, ConfigError, DataError, TrainingError
 from unclip.training.optimizer import learning_rate, make_optimizer
-from unclip.training.recipe import Recipe, as_dict, flat
+from unclip.training.recipe import Recipe
+from unclip.training.sections import flat
 from unclip.training.sharding import is_sharded, leave_group, sharded, share_of, shared_like, shares_of, whole
 from unclip.training.state import RunFolder, Snapshot, optimizer_tensors, restore_optimizer
 from unclip.training.task import Batch, Limited, Task, computes_on_cpu, mixed_precision
@@ -71,7 +72,7 @@ def start_trackers(accelerator: Accelerator, recipe: Recipe, folder: Path, run_i
         folder: the run's folder; its name is the name of the run.
         run_id: identifies the run, also after it is resumed.
     """
-    settings = flat(as_dict(recipe))
+    settings = flat(recipe.as_dict())
     plain = {name: v if isinstance(v, int | float | str) else str(v) for name, v in settings.items()}
     name = folder.absolute().name
     how = {
