@@ -18,11 +18,11 @@ from unclip.data.folder import CaptionedPictures
 from unclip.data.source import FolderSource
 from unclip.errors import ConfigError
 from unclip.pipelines.clip import PretrainedClip, fingerprint_of, read_clip
-from unclip.training.embedding_cache import known_embeddings
+from unclip.training.embedding_cache import cached_embeddings
 from unclip.training.recipe import Recipe
 from unclip.training.state import clip_of_run
-from unclip.training.task import Batch, computing_device, source_of
-from unclip.training.teacher import taught
+from unclip.training.task import Batch, computing_device, in_folders, source_of
+from unclip.training.teacher import TeacherPhrases
 
 
 def normalized(pixels: Tensor, feature_extractor: BaseImageProcessor) -> Tensor:
@@ -117,7 +117,7 @@ class FrozenClip:
 
     def embeddings_of(self, pictures: CaptionedPictures, progress: Callable[..., Any] | None = None) -> Tensor:
         """Image embeddings [num_pictures, width] of the pictures of a folder. They are cached on disk."""
-        return known_embeddings(pictures, self.embed, self.width, self._image_side, progress=progress)
+        return cached_embeddings(pictures, self.embed, self._image_side, progress=progress)
 
 
 def _image_side(clip: PretrainedClip) -> str:
@@ -144,8 +144,10 @@ class Captioned:
     ):
         self.clip, self.text_drop = clip, text_drop
         self.source = source_of(recipe, tuple(dict.fromkeys((clip.image_size, *sizes_px))))
+        self.phrases: TeacherPhrases | None = None
         if recipe.teacher is not None:
-            self.source = taught(recipe.teacher, self.source, device=clip.device, progress=progress)
+            source = in_folders(self.source, "[teacher]")
+            self.phrases = TeacherPhrases(recipe.teacher, source, device=clip.device, progress=progress)
         # The embeddings of a folder are computed once; those of shards for each batch, unless the shards contain them.
         self.table: Tensor | None = None
         if isinstance(self.source, FolderSource):
@@ -159,6 +161,8 @@ class Captioned:
         With `own`, only the captions of the rows with these indices are encoded.
         """
         rows = self.source.draw(step, batch_size, generator)
+        if self.phrases is not None:
+            rows = self.phrases.mixed(rows, generator)
         keep = torch.rand(batch_size, generator=generator) >= self.text_drop
         captions = [c if k else "" for c, k in zip(rows.captions, keep.tolist(), strict=True)]
         with torch.no_grad():

@@ -17,7 +17,7 @@ from unclip.checkpoints.files import read_json, safe_join
 from unclip.checkpoints.hub import resolve
 from unclip.data.batches import Source
 from unclip.data.folder import Keys
-from unclip.data.source import open_source
+from unclip.data.source import FolderSource, open_source
 from unclip.diffusion.process import DiffusionProcess
 from unclip.diffusion.scheduler import CONFIG_NAME, SCHEDULERS, UnCLIPScheduler
 from unclip.errors import ConfigError
@@ -242,6 +242,13 @@ def check_room(needed_bytes: int, device: torch.device, what: str, remedy: str) 
 def of_rows(batch: Batch, own: Tensor | None) -> Batch:
     """The rows with the indices `own`; all rows if it is None."""
     return batch if own is None else {name: value[own] for name, value in batch.items()}
+
+
+def in_folders(source: Source, what: str) -> FolderSource:
+    """The source. Raises: ConfigError for shards, which `what` does not support."""
+    if not isinstance(source, FolderSource):
+        raise ConfigError(f"{what} needs data in folders; it does not support shards")
+    return source
 
 
 def source_of(recipe: Recipe, sizes_px: tuple[int, ...], **how: Any) -> Source:
