@@ -10,7 +10,7 @@ from unclip.checkpoints.hub import resolve
 from unclip.data.batches import NUM_WORKERS
 from unclip.data.folder import MAX_SKIPPED_SHARE
 from unclip.diffusion.process import DiffusionProcess
-from unclip.errors import ConfigError, MissingDependencyError
+from unclip.errors import MissingDependencyError
 from unclip.models.component import MAX_CHANNELS, MAX_LAYERS
 from unclip.training.sections import DATA, FREE, MODEL, Limits, Section, flat, read_toml, refuse
 
@@ -385,8 +385,6 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
     """
     path = Path(path)
     table = read_toml(path) | {key: value for key, value in overrides.items() if value is not None}
-    if missing := {"stage", "data"} - table.keys():
-        raise ConfigError(f"the recipe {path} lacks {', '.join(sorted(missing))}")
     return Recipe.read(table, path.parent)
 
 

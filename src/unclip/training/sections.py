@@ -6,9 +6,9 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from unclip.checkpoints.files import file_size
 from unclip.checkpoints.hub import is_name
@@ -47,13 +47,14 @@ class Limits:
         return f"from {low} to {'below ' if self.below else ''}{high}"
 
 
+@dataclass(frozen=True)
 class Section:
     """A section of a TOML file. `SECTION` is its name.
 
     Raises: ConfigError for a value outside its limits.
     """
 
-    SECTION = ""
+    SECTION: ClassVar[str] = ""
 
     def __init_subclass__(cls, name: str = "") -> None:
         cls.SECTION = name
@@ -70,7 +71,8 @@ class Section:
     @classmethod
     def hints(cls) -> dict[str, Any]:
         """The annotations of the fields, with their limits and marks."""
-        return typing.get_type_hints(cls, include_extras=True)
+        hints = typing.get_type_hints(cls, include_extras=True)
+        return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
     @classmethod
     def marked(cls, mark: str) -> set[str]:
@@ -82,21 +84,23 @@ class Section:
         """A section from a TOML table.
 
         Args:
-            table: from `read_toml`, with all fields that have no default.
+            table: from `read_toml`.
             base: the folder of relative paths.
             where: the section's name with a dot at its end, for messages.
 
-        Raises: ConfigError for an unknown key, or a value of a wrong type or outside its limits.
+        Raises: ConfigError for an unknown or missing key, or a value of a wrong type or outside its limits.
         """
         hints = cls.hints()
+        for field in dataclasses.fields(cls):
+            is_needed = field.default is MISSING and field.default_factory is MISSING
+            refuse(is_needed and field.name not in table, f"the file lacks {where}{field.name}")
         for key in table.keys() - hints.keys():
             raise ConfigError(f"unknown key {where}{key:.80}; known here: {', '.join(sorted(hints))}")
         return cls(**{key: _value(hints[key], value, base, f"{where}{key}") for key, value in table.items()})
 
     def as_dict(self) -> dict[str, Any]:
         """The section as JSON data, without settings that are None."""
-        section: Any = self
-        stated = dataclasses.asdict(section, dict_factory=lambda items: {k: v for k, v in items if v is not None})
+        stated = dataclasses.asdict(self, dict_factory=lambda items: {k: v for k, v in items if v is not None})
         return json.loads(json.dumps(stated, default=str))
 
 
