@@ -63,7 +63,7 @@ def closing(request, task):
 @STAGES
 def test_it_learns_from_shards(sharded, stage, request):
     task = closing(request, make_task(sharded(stage)))
-    assert task.is_local
+    assert task.source.is_local
     optimizer = torch.optim.AdamW(task.module.parameters(), lr=2e-3)
     losses = []
     for step in range(60):
@@ -99,7 +99,7 @@ def test_a_run_that_goes_on_does_not_count_its_shards_again(sharded, tmp_path, m
     Trainer(closing(request, make_task(recipe)), recipe, tmp_path).run()  # two epochs
     longer = sharded("super_res", steps=9, sample_every_steps=100)
     trainer = Trainer(closing(request, make_task(longer)), longer, tmp_path)
-    assert sorted(trainer.task.counts.values()) == [8] * 6
+    assert sorted(trainer.task.source.counts.values()) == [8] * 6
     read = []
     plain = ShardStream._read
     monkeypatch.setattr(ShardStream, "_read", lambda stream, shard: read.append(shard) or plain(stream, shard))
@@ -284,7 +284,7 @@ def test_embeddings_of_another_clip_of_the_same_width(pictures, clip_model, tiny
     ClipTask(tiny("clip", seed=9)).save(tmp_path / "other")
     packed = pack(pictures, tmp_path / "in", copies=1)
     embed(packed, tmp_path / "other", tmp_path / "of_other", keep_pictures=True)
-    words = r"the data were embedded with another CLIP \(.*: embed them again with this CLIP \(unclip data embed\)"
+    words = r"the data were embedded with another CLIP \(.*: embed them again \(unclip data embed\)"
     # A decoder that asks for no spread meets them at its first step.
     plain = {"embedding_noise": 0.0} if stage == "decoder" else {}
     recipe = tiny(stage, data=tmp_path / "of_other", section=plain)

@@ -96,7 +96,7 @@ def test_the_frozen_clip_lies_where_is_computed(tiny, stage, monkeypatch):
 
 def test_the_frozen_clip_lies_where_it_is_asked_to(clip_model, monkeypatch):
     monkeypatch.setattr(conditions, "computing_device", lambda: torch.device("meta"))
-    clip = conditions.FrozenClip(clip_model, "cpu")
+    clip = conditions.FrozenClip(clip_model, device="cpu")
     pictures = torch.zeros(2, 3, clip.image_size, clip.image_size)
     assert clip.embed(pictures).isfinite().all()
 

@@ -60,6 +60,7 @@ class LineTask:
         self.spoil = spoil
         self.drawn = 0
         self.counts = {}
+        self.source = self
 
     is_local = False
     skipped: dict[str, str] = {}  # noqa: RUF012

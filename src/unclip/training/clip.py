@@ -36,7 +36,7 @@ from unclip.training.dry_run import check_parameters, try_step
 from unclip.training.recipe import ClipSettings, Recipe, TeacherSettings
 from unclip.training.sections import refuse
 from unclip.training.sharding import share_of
-from unclip.training.task import Batch, Sourced, computing_device, in_folders, of_rows, source_of
+from unclip.training.task import Batch, computing_device, differences, in_folders, of_rows, source_of
 from unclip.training.teacher import TeacherPhrases, read_phrases
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -203,7 +203,7 @@ def of_all_processes(rows: Tensor) -> Tensor:
     return torch.cat(all_gather(rows))
 
 
-class ClipTask(Sourced):
+class ClipTask:
     """Trains a new CLIP with a new tokenizer, or the CLIP in `recipe.start_from` with its tokenizer.
 
     A resumed run uses the tokenizer in the folder `run`.
@@ -230,6 +230,7 @@ class ClipTask(Sourced):
         how = {"weight_power": settings.weight_power, "include_held_out": settings.include_held_out}
         self.source = source_of(recipe, (self.image_size,), **how)
         self.tokenizer = _tokenizer(recipe, self.source, run) if start is None else start.tokenizer
+        self.fingerprint = hashlib.sha256(json.dumps(self.tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
         made = image_processor(settings.image_size)
         self.feature_extractor: BaseImageProcessor = made if images is None else images.feature_extractor
         torch.manual_seed(recipe.seed)
@@ -258,10 +259,6 @@ class ClipTask(Sourced):
         pixels = torch.empty(rows, 3, self.image_size, self.image_size, device="meta")
         ids = torch.empty(rows, self.context_length, dtype=torch.long, device="meta")
         return {"pixels": pixels, "input_ids": ids, "index": ids[:, 0]}
-
-    @property
-    def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self.tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
 
     def batch(self, step: int, batch_size: int, generator: torch.Generator, own: Tensor | None = None) -> Batch:
         rows = self.source.draw(step, batch_size, generator)
@@ -363,7 +360,7 @@ def _tokenizer(recipe: Recipe, source: Source, run: Path | None) -> CLIPTokenize
 
     It is trained on the captions, and on the teacher's phrases if there are any.
     """
-    settings, texts = recipe.clip, source.all_captions()
+    settings = recipe.clip
     assert settings is not None
     wanted = {"vocabulary_size": settings.vocabulary_size, "context_length": settings.context_length}
     if run is not None and (run / "state").is_dir():
@@ -371,6 +368,7 @@ def _tokenizer(recipe: Recipe, source: Source, run: Path | None) -> CLIPTokenize
             before = read_json(run / "recipe.json", allow_infinity=True)["clip"]
             if before.items() >= wanted.items():
                 return read_component(run / "model", "tokenizer", "CLIPTokenizer", torch_dtype=None, variant=None)
+    texts = source.all_captions()
     if recipe.teacher is not None and recipe.teacher.phrases is not None:
         texts = itertools.chain(texts, (phrase.text for phrase in read_phrases(recipe.teacher.phrases)))
     return train_tokenizer(texts, **wanted)
@@ -396,14 +394,10 @@ def _start(folder: Path, settings: ClipSettings) -> PretrainedClip:
         "image_width": image.hidden_size, "image_layers": image.num_hidden_layers,
         "image_heads": image.num_attention_heads, "text_config": {}, "image_config": {},
     }  # fmt: skip
-    default = ClipSettings()
-    asked = {name: getattr(settings, name) for name in found}
-    other = [
-        f"{name} is {found[name]} there and {value} here"
-        for name, value in asked.items()
-        if value not in (getattr(default, name), found[name])
-    ]
-    refuse(other, f"the recipe's CLIP differs from the one in {folder}: {'; '.join(other)}. Remove these settings")
+    default = vars(ClipSettings())
+    asked = {name: value for name, value in vars(settings).items() if name in found and value != default[name]}
+    other = differences(found, asked)
+    refuse(other, f"the recipe's CLIP differs from the one in {folder}: {other}. Remove these settings")
     return clip
 
 

@@ -17,9 +17,10 @@ from unclip.data.batches import Rows
 from unclip.data.folder import CaptionedPictures
 from unclip.data.source import FolderSource
 from unclip.errors import ConfigError
-from unclip.pipelines.clip import PretrainedClip, fingerprint_of, read_clip
+from unclip.pipelines.clip import fingerprint_of, read_clip
 from unclip.training.embedding_cache import cached_embeddings
 from unclip.training.recipe import Recipe
+from unclip.training.sections import refuse
 from unclip.training.state import clip_of_run
 from unclip.training.task import Batch, computing_device, in_folders, source_of
 from unclip.training.teacher import TeacherPhrases
@@ -58,10 +59,13 @@ SPREAD_ROWS = 4096
 class FrozenClip:
     """The CLIP in whose embedding space prior and decoder are trained.
 
-    Its device is `device`, or by default that of the run.
+    It warns when the model `start` was trained with another CLIP, if that CLIP is known: for the `model/` of a run, and
+    for a complete model. Its device is `device`, or by default that of the run.
     """
 
-    def __init__(self, folder: Path | str, device: torch.device | str | None = None):
+    def __init__(
+        self, folder: Path | str, *, start: Path | str | None = None, device: torch.device | str | None = None
+    ):
         clip = read_clip(Path(folder))
         self.device = computing_device() if device is None else torch.device(device)
         for encoder in (clip.text_encoder, clip.image_encoder):
@@ -74,40 +78,25 @@ class FrozenClip:
         self.context: int = text.max_position_embeddings
         self.image_size = clip.image_size
         self.fingerprint = clip.fingerprint
-        self._image_side = _image_side(clip)
         with torch.no_grad():
             self.empty = self.text.encode([""])
+        found = None if start is None else _clip_of(Path(start))
+        if found not in (None, self.fingerprint):
+            warnings.warn(
+                f"the model in {start} was trained with another CLIP ({found:.12}…) than the one in {folder} "
+                f"({self.fingerprint:.12}…), or with the same one saved differently: it must adapt to the new one",
+                stacklevel=3,
+            )
 
     def one_width(self) -> int:
         """The width of tokens and embeddings.
 
         Raises: ConfigError when the two widths differ.
         """
-        tokens = self.text.text_encoder.config.hidden_size
-        if tokens != self.width:
-            raise ConfigError(
-                f"the CLIP in {self.folder} has tokens of width {tokens} and embeddings of width {self.width}; the "
-                "diffusion prior and the decoder need equal widths"
-            )
+        width = self.text.text_encoder.config.hidden_size
+        both = f"tokens of width {width} and embeddings of width {self.width}"
+        refuse(width != self.width, f"the CLIP in {self.folder} has {both}; prior and decoder need equal widths")
         return self.width
-
-    def warn_of_start(self, start: Path | str | None) -> None:
-        """Warn when the model `start` was trained with another CLIP, if its CLIP is known.
-
-        It is known for the `model/` of a run, and for a complete model.
-        """
-        if start is None:
-            return
-        model = Path(start)
-        known = clip_of_run(model.parent) if model.name == "model" else None
-        if known is None and all((model / part).is_dir() for part in ("text_encoder", "image_encoder")):
-            known = fingerprint_of(model)
-        if known is not None and known != self.fingerprint:
-            warnings.warn(
-                f"the model in {start} was trained with another CLIP ({known[:12]}…) than the one in {self.folder} "
-                f"({self.fingerprint[:12]}…), or with the same one saved differently: it must adapt to the new one",
-                stacklevel=3,
-            )
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
@@ -116,19 +105,23 @@ class FrozenClip:
         return torch.cat([self.image_encoder(pixel_values=part).image_embeds.cpu() for part in parts])
 
     def embeddings_of(self, pictures: CaptionedPictures, progress: Callable[..., Any] | None = None) -> Tensor:
-        """Image embeddings [num_pictures, width] of the pictures of a folder. They are cached on disk."""
-        return cached_embeddings(pictures, self.embed, self._image_side, progress=progress)
+        """Image embeddings [num_pictures, width] of the pictures of a folder, with a cache on disk."""
+        # The name in the cache depends on image encoder and preprocessing, but not on text encoder or saved type.
+        digest = hashlib.sha256()
+        for name, value in self.image_encoder.state_dict().items():
+            digest.update(f"{name} {tuple(value.shape)}".encode())
+            digest.update(value.float().cpu().numpy().tobytes())
+        config: Any = self.image_encoder.config
+        settings = {key: value for key, value in config.to_dict().items() if key not in OF_THE_FILE}
+        about = f"{json.dumps(settings, sort_keys=True)} {self.feature_extractor.to_json_string()}"
+        return cached_embeddings(pictures, self.embed, f"{digest.hexdigest()} {about}", progress=progress)
 
 
-def _image_side(clip: PretrainedClip) -> str:
-    """A text that identifies the image encoder and its preprocessing, whatever the text encoder and the saved type."""
-    digest = hashlib.sha256()
-    for name, value in clip.image_encoder.state_dict().items():
-        digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.float().cpu().numpy().tobytes())
-    config: Any = clip.image_encoder.config
-    settings = {key: value for key, value in config.to_dict().items() if key not in OF_THE_FILE}
-    return f"{digest.hexdigest()} {json.dumps(settings, sort_keys=True)} {clip.feature_extractor.to_json_string()}"
+def _clip_of(model: Path) -> str | None:
+    """The fingerprint of the CLIP of a run's `model/` or of a complete model; None if it is unknown."""
+    found = clip_of_run(model.parent) if model.name == "model" else None
+    is_complete = all((model / part).is_dir() for part in ("text_encoder", "image_encoder"))
+    return fingerprint_of(model) if found is None and is_complete else found
 
 
 class Captioned:
@@ -178,16 +171,13 @@ class Captioned:
             return self.table[rows.index]
         if rows.embeddings is None:
             return self.clip.embed(rows.pictures(self.clip.image_size))
-        if rows.embeddings.shape[1] != self.clip.width:
+        width, clip = rows.embeddings.shape[1], self.clip
+        what = f"the embeddings in the data have width {width}, those of the CLIP {clip.width}"
+        refuse(width != clip.width, f"{what}: they are of another CLIP")
+        if others := rows.clips - {clip.fingerprint}:
             raise ConfigError(
-                f"the embeddings in the data have width {rows.embeddings.shape[1]}, those of the CLIP "
-                f"{self.clip.width}: they are of another CLIP"
-            )
-        if others := rows.clips - {self.clip.fingerprint}:
-            raise ConfigError(
-                f"the data were embedded with another CLIP ({min(others)[:12]}…) than the one in {self.clip.folder} "
-                f"({self.clip.fingerprint[:12]}…): embed them again with this CLIP (unclip data embed), or use the "
-                "other one in the recipe"
+                f"the data were embedded with another CLIP ({min(others):.12}…) than the one in {clip.folder} "
+                f"({clip.fingerprint:.12}…): embed them again (unclip data embed), or change the recipe's CLIP"
             )
         return rows.embeddings
 
@@ -217,11 +207,8 @@ def text_batch(text: TextEmbedding) -> Batch:
     """Text embeddings as entries of a batch, without unnecessary padding."""
     longest = int(text.mask.any(dim=0).nonzero().max()) + 1
     longest = min(-longest // LENGTH_STEP * -LENGTH_STEP, text.mask.shape[1])
-    return {
-        "text_embeds": text.embeds,
-        "text_hidden_states": text.hidden_states[:, :longest],
-        "text_mask": text.mask[:, :longest],
-    }
+    hidden, mask = text.hidden_states[:, :longest], text.mask[:, :longest]
+    return {"text_embeds": text.embeds, "text_hidden_states": hidden, "text_mask": mask}
 
 
 def blank_text(clip: FrozenClip, rows: int) -> Batch:

@@ -11,17 +11,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from unclip.data.batches import ShardSource
-from unclip.data.source import FolderSource
 from unclip.errors import ConfigError, UnclipError
 from unclip.training.recipe import Recipe
 from unclip.training.sharding import is_sharded
-from unclip.training.task import Batch, Sourced, Task, check_room, computing_device, num_processes
+from unclip.training.task import Batch, Task, check_room, computing_device, place
 from unclip.training.trainer import Trainer, step_generator
 
 STATE_COPIES = 4
@@ -29,23 +26,6 @@ STATE_COPIES = 4
 
 SURE_SHARE = 0.8
 """Share of the counted bytes that a step needs with any kernel; kernels differ in what they save."""
-
-N = TypeVar("N", bound=nn.Module)
-
-
-def built(make: Callable[[], N], recipe: Recipe, what: str) -> N:
-    """Build a network, unless it is too large to be trained in this machine's memory.
-
-    Args:
-        make: builds the network on torch's default device.
-        recipe: of the run.
-        what: the network's name in messages.
-
-    Raises: ConfigError when the network is too large.
-    """
-    with torch.device("meta"):
-        check_parameters(make(), recipe, what)
-    return make()
 
 
 def check_parameters(module: nn.Module, recipe: Recipe, what: str) -> None:
@@ -79,7 +59,7 @@ def try_step(module: nn.Module, batch: Callable[[int], Batch], recipe: Recipe, *
             raise ConfigError(
                 f"the networks of [{recipe.stage}] do not fit their inputs: {error!s:.300}. Check their settings"
             ) from error
-    rows = -(-recipe.batch_size // (recipe.accumulation * num_processes()))
+    rows = -(-recipe.batch_size // (recipe.accumulation * place().num_processes))
     try:
         kept = kept_bytes(module, batch(rows))
     except RuntimeError:  # the count exceeds 64 bits
@@ -177,19 +157,13 @@ def measure_cost(task: Task, recipe: Recipe, *, num_steps: int = 3) -> Cost:
             trained=sum(p.numel() for p in task.module.parameters() if p.requires_grad),
             state_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
             peak_bytes=_peak_bytes(trainer.accelerator.device),
-            read_px=_read_px(task),
+            read_px=tuple(sorted(getattr(task.source, "sizes", ()))),
             trained_px=_trained_px(task, recipe, trainer.step),
             step_s=step_s,
             steps=recipe.steps,
             batch_size=recipe.batch_size,
             is_sharded=is_sharded(trainer.weights),
         )
-
-
-def _read_px(task: Task) -> tuple[int, ...]:
-    if isinstance(task, Sourced) and isinstance(task.source, FolderSource | ShardSource):
-        return tuple(sorted(task.source.sizes))
-    return ()
 
 
 def _trained_px(task: Task, recipe: Recipe, step: int) -> tuple[int, ...]:

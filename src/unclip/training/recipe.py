@@ -250,47 +250,29 @@ class TaskRow:
     """What a recipe can train: a row of `TASKS`.
 
     Attributes:
-        settings: the class of the stage's section in a recipe. Its `SECTION` is the name of the stage.
-        task: the task's class as "module:class"; `unclip.training.task.make_task` imports it.
+        settings: the class of the stage's section in a recipe. Its `SECTION` is the name of the stage. If it has the
+            setting `clip`, the networks are trained in the embedding space of this frozen CLIP.
+        task: the task's class as "module:class" in `unclip.training`; `unclip.training.task.make_task` imports it.
         process: the default diffusion process; None if the stage has none.
         sections: the optional sections that a recipe for this stage may have.
-        uses_clip: whether the networks are trained in the embedding space of a frozen CLIP.
     """
 
     settings: type[Section]
     task: str
     process: DiffusionProcess | None = None
     sections: tuple[str, ...] = ()
-    uses_clip: bool = False
 
 
-TASKS = {
-    row.settings.SECTION: row
-    for row in (
-        TaskRow(ClipSettings, "unclip.training.clip:ClipTask", sections=("teacher",)),
-        TaskRow(
-            PriorSettings,
-            "unclip.training.diffusion:PriorTask",
-            DiffusionProcess(prediction_type="sample", clip_range=5.0),
-            sections=("lora", "teacher"),
-            uses_clip=True,
-        ),
-        TaskRow(
-            AutoregressivePriorSettings,
-            "unclip.training.prior_autoregressive:AutoregressivePriorTask",
-            sections=("lora",),
-            uses_clip=True,
-        ),
-        TaskRow(
-            DecoderSettings,
-            "unclip.training.diffusion:DecoderTask",
-            DiffusionProcess(variance_type="learned_range"),
-            sections=("lora", "teacher"),
-            uses_clip=True,
-        ),
-        TaskRow(SuperResSettings, "unclip.training.diffusion:SuperResTask", DiffusionProcess()),
-    )
-}
+PRIOR_PROCESS = DiffusionProcess(prediction_type="sample", clip_range=5.0)
+DECODER_PROCESS = DiffusionProcess(variance_type="learned_range")
+ROWS = (
+    TaskRow(ClipSettings, "clip:ClipTask", sections=("teacher",)),
+    TaskRow(PriorSettings, "diffusion:PriorTask", PRIOR_PROCESS, ("lora", "teacher")),
+    TaskRow(AutoregressivePriorSettings, "prior_autoregressive:AutoregressivePriorTask", sections=("lora",)),
+    TaskRow(DecoderSettings, "diffusion:DecoderTask", DECODER_PROCESS, ("lora", "teacher")),
+    TaskRow(SuperResSettings, "diffusion:SuperResTask", DiffusionProcess()),
+)
+TASKS = {row.settings.SECTION: row for row in ROWS}
 """The training tasks by the name of their stage."""
 
 

@@ -336,8 +336,8 @@ def clip_of_run(run: Path) -> str | None:
         run: the folder with `model/` and `state/`.
     """
     about = _read_if_sound(run / "state" / "state.json")
-    task = TASKS.get(str(about.get("stage")))
-    return str(about["fingerprint"]) if task is not None and task.uses_clip and about.get("fingerprint") else None
+    task, found = TASKS.get(str(about.get("stage"))), about.get("fingerprint")
+    return str(found) if task is not None and "clip" in task.settings.hints() and found else None
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from unclip.training.recipe import Recipe
 from unclip.training.sections import flat
 from unclip.training.sharding import is_sharded, leave_group, sharded, share_of, shared_like, shares_of, whole
 from unclip.training.state import RunFolder, Snapshot, optimizer_tensors, restore_optimizer
-from unclip.training.task import Batch, Limited, Task, computes_on_cpu, mixed_precision
+from unclip.training.task import Batch, Task, computes_on_cpu, mixed_precision
 
 
 @contextmanager
@@ -130,7 +130,7 @@ class Trainer:
             )
         if snapshot is not None:
             task.module.load_state_dict(snapshot.module)
-            task.counts.update(snapshot.counts)
+            task.source.counts.update(snapshot.counts)
         self.weights = task.module  # the module that the optimizer updates
         if recipe.shard and self.accelerator.num_processes > 1:
             self.weights = sharded(task.module, self.accelerator.device)
@@ -183,7 +183,7 @@ class Trainer:
             bar = progress(total=self.recipe.steps, initial=self.step, unit="step") if progress else None
             if bar is not None:
                 stack.callback(bar.close)
-            stack.enter_context(self.task.reading(lambda: self._stop))
+            stack.enter_context(self.task.source.reading(lambda: self._stop))
             stack.enter_context(first_signal(self._ask_to_stop))
             if not is_finished:
                 try:
@@ -192,7 +192,7 @@ class Trainer:
                     pass
                 except DataError:
                     with self._writing():
-                        self.skipped = self.run_folder.note_skipped(self.task.skipped)
+                        self.skipped = self.run_folder.note_skipped(self.task.source.skipped)
                     raise
                 self.save()
 
@@ -206,7 +206,7 @@ class Trainer:
         log = {"sums": self._sums, "num_summed": self._num_summed}
         module, ema = self._gathered(self.weights.state_dict()), self._gathered(self.ema)
         optimizer, scaler = self._gathered(optimizer_tensors(self.optimizer)), self.accelerator.scaler
-        skipped, counts = self._merged(self.task.skipped), self._merged(self.task.counts)
+        skipped, counts = self._merged(self.task.source.skipped), self._merged(self.task.source.counts)
         snapshot = Snapshot(self.step, log, module, ema, optimizer, scaler.state_dict() if scaler else None, counts)
         if not self._is_main:
             return
@@ -322,8 +322,8 @@ class Trainer:
         norm = accelerator.clip_grad_norm_(self.module.parameters(), recipe.optimizer.max_grad_norm)
         self._check_finite(totals["loss"], norm if norm is None else whole(norm))
         self.optimizer.step()
-        if isinstance(self.weights, Limited):
-            self.weights.keep_limits()
+        if callable(keep_limits := getattr(self.weights, "keep_limits", None)):
+            keep_limits()
         self.optimizer.zero_grad(set_to_none=True)
         self._update_average()
         return totals
@@ -333,7 +333,7 @@ class Trainer:
         size, seed, pieces = self.recipe.batch_size, self.recipe.seed, self.recipe.accumulation
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         own = own_rows(size, num_processes=world, rank=rank, num_pieces=pieces)
-        if self.task.is_local:
+        if self.task.source.is_local:
             generator = step_generator(seed + rank * 7_919, self.step)  # each process has its own noise
             return self.task.batch(self.step, size // world, generator)
         return self.task.batch(self.step, size, step_generator(seed, self.step), own if world > 1 else None)
