@@ -139,7 +139,7 @@ def test_the_loss_is_of_the_clean_picture_as_it_would_be_drawn(tiny):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"last_loss": "l1"}, "set only_last_step"),
+        ({"last_loss": "l1"}, "needs only_last_step: set it"),
         (LAST | {"last_loss": "perceptual"}, "need each other"),
         (LAST | {"features": "x"}, "need each other"),
         (LAST | {"perceptual_weight": -1.0}, "perceptual_weight"),

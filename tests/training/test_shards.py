@@ -204,7 +204,7 @@ def test_a_decoder_without_jitter_looks_for_no_spread(sharded, monkeypatch, requ
         return task.batch(0, 8, step_generator(0, 0))
 
     jittered = batch(0.1)
-    monkeypatch.setattr(Captioned, "known", lambda data: pytest.fail("looked"))
+    monkeypatch.setattr(Captioned, "weighted", lambda data: pytest.fail("looked"))
     plain = batch(0.0)
     assert torch.equal(plain["noise"], jittered["noise"])  # what is drawn stays the same
     assert not torch.equal(plain["image_embedding"], jittered["image_embedding"])

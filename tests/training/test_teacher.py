@@ -9,7 +9,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from unclip.data.source import FolderSource
 from unclip.errors import ConfigError, DataError
-from unclip.training.clip import ClipTask, known_words
+from unclip.training.clip import ClipTask, words_of
 from unclip.training.recipe import TeacherSettings, read_recipe
 from unclip.training.task import in_folders, make_task
 from unclip.training.teacher import Phrase, Teacher, TeacherPhrases, read_phrases
@@ -140,7 +140,7 @@ def test_a_text_encoder_learns_and_the_image_encoder_stays(tiny, encoder, corpus
 
 def test_words_begin_as_the_teacher_has_them(tiny, encoder, corpus, clip_model):
     task = ClipTask(taught_clip(tiny, encoder, corpus, clip_model))
-    known = known_words(task.tokenizer)
+    known = words_of(task.tokenizer)
     assert {"red", "circle", "disc"} <= set(known.values())
     table = task.module.text.get_input_embeddings().weight.detach()[list(known)]
     assert table.std() == pytest.approx(0.02, rel=0.05)

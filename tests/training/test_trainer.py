@@ -615,7 +615,7 @@ def test_a_broken_state(tmp_path, name):
 def test_a_state_that_lacks_its_step(tmp_path):
     Trainer(LineTask(), line_recipe(), tmp_path).run()
     (tmp_path / "state" / "state.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"state\.json is damaged \(the file lacks step\)"):
+    with pytest.raises(CheckpointError, match=r"state\.json is damaged \(the setting step is missing\)"):
         Trainer(LineTask(), line_recipe(), tmp_path)
 
 

@@ -217,16 +217,13 @@ class ClipTask:
         images = frozen or start
         self.image_size = (images or settings).image_size
         self.context_length = (start or settings).context_length
+        with torch.device("meta"):
+            tried = new_encoders(settings, settings.vocabulary_size) if start is None else _encoders(start)
+            pair = ContrastivePair(*tried, settings.reconstruction_weight)
         if start is None:
-            with torch.device("meta"):
-                tried = ContrastivePair(
-                    *new_encoders(settings, settings.vocabulary_size), settings.reconstruction_weight
-                )
-            check_parameters(tried, recipe, "the encoders of [clip]")
-        else:
-            tried = ContrastivePair(start.text_encoder, start.image_encoder, settings.reconstruction_weight)
+            check_parameters(pair, recipe, "the encoders of [clip]")
         if frozen is None:
-            try_step(tried, self._blank, recipe)
+            try_step(pair, self._blank, recipe)
         how = {"weight_power": settings.weight_power, "include_held_out": settings.include_held_out}
         self.source = source_of(recipe, (self.image_size,), **how)
         self.tokenizer = _tokenizer(recipe, self.source, run) if start is None else start.tokenizer
@@ -249,7 +246,7 @@ class ClipTask:
                 taught = PhraseLosses(recipe.teacher, self.table, self.phrases.embeddings.shape[1])
                 if start is None:
                     table: Any = text.get_input_embeddings().weight
-                    words = known_words(self.tokenizer)
+                    words = words_of(self.tokenizer)
                     table.data[list(words)] = self.phrases.teacher.words(list(words.values()), table.shape[1])
         self.module = ContrastivePair(text, image, settings.reconstruction_weight, taught)
         if start is not None and start.logit_scale is not None:
@@ -266,9 +263,7 @@ class ClipTask:
         if self.phrases is not None:
             phrases, own_rows = self.phrases.draw(batch_size, generator)
             texts = texts + phrases
-            for name in ("pictures", "probabilities"):
-                batch[name] = getattr(self.phrases, name)[own_rows]
-            batch["teacher_embeds"] = self.phrases.embeddings[own_rows]
+            batch |= self.phrases.targets(own_rows)
         how: dict[str, Any] = {"truncation": True, "max_length": self.context_length, "return_tensors": "pt"}
         tokens = self.tokenizer(texts, padding="longest", **how)["input_ids"]
         batch |= dict(zip(("input_ids", "phrase_ids"), tokens.split(batch_size), strict=False))
@@ -374,7 +369,7 @@ def _tokenizer(recipe: Recipe, source: Source, run: Path | None) -> CLIPTokenize
     return train_tokenizer(texts, **wanted)
 
 
-def known_words(tokenizer: CLIPTokenizer) -> dict[int, str]:
+def words_of(tokenizer: CLIPTokenizer) -> dict[int, str]:
     """The words, or parts of words, of the tokens with more than one byte, by the number of the token, in order."""
     texts = {row: token.removesuffix("</w>") for token, row in tokenizer.get_vocab().items()}
     return {row: text for row, text in sorted(texts.items()) if len(text) > 1 and text not in (START, END)}

@@ -181,7 +181,7 @@ class Captioned:
             )
         return rows.embeddings
 
-    def known(self) -> tuple[Tensor, Tensor]:
+    def weighted(self) -> tuple[Tensor, Tensor]:
         """Embeddings [count, width] and their probabilities [count]; for a stream, a sample of them."""
         if isinstance(self.source, FolderSource) and self.table is not None:
             return self.table, self.source.weights / self.source.weights.sum()
@@ -190,7 +190,7 @@ class Captioned:
 
     def spread(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [1, width] of the embeddings, weighted as they are sampled."""
-        embeddings, weights = self.known()
+        embeddings, weights = self.weighted()
         weights = weights[:, None]
         mean = (weights * embeddings).sum(0, keepdim=True)
         return mean, (weights * (embeddings - mean) ** 2).sum(0, keepdim=True).sqrt().clamp_min(1e-6)
@@ -207,18 +207,17 @@ def text_batch(text: TextEmbedding) -> Batch:
     """Text embeddings as entries of a batch, without unnecessary padding."""
     longest = int(text.mask.any(dim=0).nonzero().max()) + 1
     longest = min(-longest // LENGTH_STEP * -LENGTH_STEP, text.mask.shape[1])
-    hidden, mask = text.hidden_states[:, :longest], text.mask[:, :longest]
-    return {"text_embeds": text.embeds, "text_hidden_states": hidden, "text_mask": mask}
+    return _entries(TextEmbedding(text.embeds, text.hidden_states[:, :longest], text.mask[:, :longest]))
 
 
 def blank_text(clip: FrozenClip, rows: int) -> Batch:
     """As `text_batch` for `rows` captions of full length, on the meta device."""
-    one = {
-        "text_embeds": clip.empty.embeds,
-        "text_hidden_states": clip.empty.hidden_states,
-        "text_mask": clip.empty.mask,
-    }
+    one = _entries(clip.empty)
     return {name: torch.empty(rows, *t.shape[1:], dtype=t.dtype, device="meta") for name, t in one.items()}
+
+
+def _entries(text: TextEmbedding) -> Batch:
+    return {"text_embeds": text.embeds, "text_hidden_states": text.hidden_states, "text_mask": text.mask}
 
 
 def batch_text(batch: Batch) -> TextEmbedding:

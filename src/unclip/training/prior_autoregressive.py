@@ -66,7 +66,7 @@ class AutoregressivePriorTask:
         self.source = self.data.source
         self.jitter = torch.zeros(prior.pca_components.shape)
         if recipe.start_from is None or self.settings.code_noise:
-            embeddings, weights = self.data.known()
+            embeddings, weights = self.data.weighted()
             if recipe.start_from is None:  # otherwise the network keeps its codes
                 self._fit_codes(prior, embeddings, weights, recipe.seed)
             coordinates = (embeddings - prior.pca_mean) @ prior.pca_components.T

@@ -91,12 +91,13 @@ class Section:
         Raises: ConfigError for an unknown or missing key, or a value of a wrong type or outside its limits.
         """
         hints = cls.hints()
-        for field in dataclasses.fields(cls):
-            is_needed = field.default is MISSING and field.default_factory is MISSING
-            refuse(is_needed and field.name not in table, f"the file lacks {where}{field.name}")
         for key in table.keys() - hints.keys():
             raise ConfigError(f"unknown key {where}{key:.80}; known here: {', '.join(sorted(hints))}")
-        return cls(**{key: _value(hints[key], value, base, f"{where}{key}") for key, value in table.items()})
+        values = {key: _value(hints[key], value, base, f"{where}{key}") for key, value in table.items()}
+        for field in dataclasses.fields(cls):
+            is_needed = field.default is MISSING and field.default_factory is MISSING
+            refuse(is_needed and field.name not in table, f"the setting {where}{field.name} is missing")
+        return cls(**values)
 
     def as_dict(self) -> dict[str, Any]:
         """The section as JSON data, without settings that are None."""

@@ -188,16 +188,9 @@ class RunFolder:
     def save_state(self, snapshot: Snapshot, recipe: Recipe, fingerprint: str) -> None:
         """Write `state/`; the previous one is replaced when the new one is complete."""
         about = StateInfo(
-            snapshot.step,
-            recipe.seed,
-            recipe.stage,
-            snapshot.log,
-            fingerprint,
-            recipe.optimizer.name,
-            len(snapshot.optimizer),
-            fixed_settings(recipe),
-            snapshot.scaler,
-        )
+            snapshot.step, recipe.seed, recipe.stage, snapshot.log, fingerprint, recipe.optimizer.name,
+            len(snapshot.optimizer), fixed_settings(recipe), snapshot.scaler,
+        )  # fmt: skip
         with atomic_folder(self.state, overwrite=True) as draft:
             for name in ("module", "ema", "optimizer"):
                 tensors = {key: t.detach().contiguous().clone() for key, t in getattr(snapshot, name).items()}

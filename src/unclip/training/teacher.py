@@ -183,6 +183,11 @@ class TeacherPhrases:
         chosen = torch.randint(len(self.texts), (count,), generator=generator)
         return [self.texts[number] for number in chosen.tolist()], self.rows[chosen]
 
+    def targets(self, rows: Tensor) -> dict[str, Tensor]:
+        """The entries of a batch that `PhraseLosses` needs, for these rows of the tables."""
+        tables = {"pictures": self.pictures, "probabilities": self.probabilities, "teacher_embeds": self.embeddings}
+        return {name: table[rows] for name, table in tables.items()}
+
     def mixed(self, rows: Rows, generator: torch.Generator) -> Rows:
         """A batch of the source in which a share of the rows are phrases with pictures sampled by the teacher."""
         count = len(rows.captions)

@@ -22,7 +22,7 @@ from unclip.checkpoints.files import atomic_folder
 from unclip.errors import Cancelled, CheckpointError, ConfigError, DataError, TrainingError
 from unclip.training.optimizer import learning_rate, make_optimizer
 from unclip.training.recipe import Recipe
-from unclip.training.sections import flat
+from unclip.training.sections import flat, refuse
 from unclip.training.sharding import is_sharded, leave_group, sharded, share_of, shared_like, shares_of, whole
 from unclip.training.state import RunFolder, Snapshot, optimizer_tensors, restore_optimizer
 from unclip.training.task import Batch, Task, computes_on_cpu, mixed_precision
@@ -37,14 +37,12 @@ def first_signal(ask: Callable[[int], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def stop(number: int, frame: Any) -> None:
         ask(number)
-        signal.signal(number, old[signal.Signals(number)])
+        signal.signal(number, old[number])
 
-    for number in old:
-        signal.signal(number, stop)
+    old = {int(number): signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
@@ -83,11 +81,10 @@ def own_rows(batch_size: int, *, num_processes: int, rank: int, num_pieces: int)
     Raises: ConfigError when the rows cannot be split evenly.
     """
     count = num_processes * num_pieces
-    if batch_size % count:
-        raise ConfigError(
-            f"a batch of {batch_size} cannot be split evenly among {num_processes} processes with "
-            f"accumulation {num_pieces}: make batch_size a multiple of {count}"
-        )
+    what = (
+        f"a batch of {batch_size} cannot be split evenly among {num_processes} processes with accumulation {num_pieces}"
+    )
+    refuse(batch_size % count, f"{what}: make batch_size a multiple of {count}")
     return torch.arange(batch_size).view(num_pieces, num_processes, -1)[:, rank].flatten()
 
 
@@ -123,11 +120,8 @@ class Trainer:
         snapshot = self.run_folder.read_state(recipe, task.module, task.fingerprint)
         step = 0 if snapshot is None else snapshot.step
         steps = set(gather_object([step])) if self.accelerator.num_processes > 1 else {step}
-        if len(steps) > 1:
-            raise ConfigError(
-                f"{folder} is at step {min(steps)} for one process and at {max(steps)} for another: all machines of a "
-                "run need a shared folder"
-            )
+        apart = f"{folder} is at step {min(steps)} for one process and at {max(steps)} for another"
+        refuse(len(steps) > 1, f"{apart}: all machines of a run need a shared folder")
         if snapshot is not None:
             task.module.load_state_dict(snapshot.module)
             task.source.counts.update(snapshot.counts)
@@ -365,9 +359,7 @@ class Trainer:
     def _update_average(self) -> None:
         decay = min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step))
         trained = [p.detach() for name, p in self.weights.named_parameters() if name in self.ema]
-        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-            shares_of(self.ema.values()), shares_of(trained), 1 - decay
-        )
+        torch._foreach_lerp_(shares_of(self.ema.values()), shares_of(trained), 1 - decay)  # pyright: ignore
 
     def _resume(self, snapshot: Snapshot) -> None:
         for name, value in snapshot.ema.items():
