@@ -59,7 +59,7 @@ def source(pictures):
 
 
 def closest_of(settings, source):
-    phrases = TeacherPhrases(settings, source)
+    phrases = TeacherPhrases(settings, source, torch.device("cpu"))
     names = [record.concept for record in source.records]
     rows = zip(phrases.texts, phrases.rows.tolist(), strict=True)
     return {text: [names[i] for i in phrases.pictures[row].tolist()] for text, row in rows}, phrases
@@ -99,9 +99,9 @@ def test_captions_are_the_phrases_without_a_corpus(encoder, source):
 
 def test_what_was_read_is_not_read_again(encoder, corpus, source, monkeypatch):
     settings = TeacherSettings(encoder, corpus)
-    before = TeacherPhrases(settings, source)
+    before = TeacherPhrases(settings, source, torch.device("cpu"))
     monkeypatch.setattr(Teacher, "read", lambda *_: pytest.fail("read again"))
-    after = TeacherPhrases(settings, source)
+    after = TeacherPhrases(settings, source, torch.device("cpu"))
     assert torch.equal(before.probabilities, after.probabilities)
     assert torch.equal(before.embeddings, after.embeddings)
 
@@ -109,10 +109,10 @@ def test_what_was_read_is_not_read_again(encoder, corpus, source, monkeypatch):
 def test_a_damaged_cache_is_read_again(encoder, corpus, source, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     settings = TeacherSettings(encoder, corpus)
-    before = TeacherPhrases(settings, source)
+    before = TeacherPhrases(settings, source, torch.device("cpu"))
     (path,) = (tmp_path / "cache").rglob("*.safetensors")
     path.write_bytes(b"")
-    assert torch.equal(TeacherPhrases(settings, source).probabilities, before.probabilities)
+    assert torch.equal(TeacherPhrases(settings, source, torch.device("cpu")).probabilities, before.probabilities)
 
 
 def taught_clip(tiny, encoder, corpus, clip_model, **section):

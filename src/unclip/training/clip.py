@@ -69,6 +69,8 @@ def train_tokenizer(captions: Iterable[str], *, vocabulary_size: int, context_le
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=context_length)
 
 
+Encoders = tuple[CLIPTextModelWithProjection, CLIPVisionModelWithProjection]
+
 RECONSTRUCTION_SIZE = 16
 MAX_LOGIT_SCALE = math.log(100)
 LENGTH_GROUPS = 4
@@ -89,19 +91,13 @@ class ContrastivePair(nn.Module):
     With `taught`, there are two more losses for phrases that are not captions.
     """
 
-    def __init__(
-        self,
-        text: CLIPTextModelWithProjection,
-        image: CLIPVisionModelWithProjection,
-        reconstruction_weight: float,
-        taught: "PhraseLosses | None" = None,
-    ):
+    def __init__(self, encoders: Encoders, reconstruction_weight: float, taught: "PhraseLosses | None" = None):
         super().__init__()
-        self.text, self.image = text, image
+        self.text, self.image = encoders
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))  # 1-dimensional: scalars cannot be sharded
         self.reconstruction_weight = reconstruction_weight
-        width = image.config.projection_dim
         if reconstruction_weight:
+            width = self.image.config.projection_dim
             layers = nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, 3 * RECONSTRUCTION_SIZE**2)
             self.thumbnail = nn.Sequential(*layers)
         self.taught = taught
@@ -219,7 +215,7 @@ class ClipTask:
         self.context_length = (start or settings).context_length
         with torch.device("meta"):
             tried = new_encoders(settings, settings.vocabulary_size) if start is None else _encoders(start)
-            pair = ContrastivePair(*tried, settings.reconstruction_weight)
+            pair = ContrastivePair(tried, settings.reconstruction_weight)
         if start is None:
             check_parameters(pair, recipe, "the encoders of [clip]")
         if frozen is None:
@@ -242,13 +238,13 @@ class ClipTask:
             source = in_folders(self.source, "clip.image_from")
             self.table = frozen.embeddings_of(source.of_size(self.image_size), progress)
             if recipe.teacher is not None:
-                self.phrases = TeacherPhrases(recipe.teacher, source, device=computing_device(), progress=progress)
+                self.phrases = TeacherPhrases(recipe.teacher, source, computing_device(), progress)
                 taught = PhraseLosses(recipe.teacher, self.table, self.phrases.embeddings.shape[1])
                 if start is None:
                     table: Any = text.get_input_embeddings().weight
                     words = words_of(self.tokenizer)
                     table.data[list(words)] = self.phrases.teacher.words(list(words.values()), table.shape[1])
-        self.module = ContrastivePair(text, image, settings.reconstruction_weight, taught)
+        self.module = ContrastivePair((text, image), settings.reconstruction_weight, taught)
         if start is not None and start.logit_scale is not None:
             nn.init.constant_(self.module.logit_scale, start.logit_scale)
 
@@ -307,9 +303,7 @@ def retrieval_ranks(module: ContrastivePair, tokenizer, captions: list[str], ima
     return (scores > scores.diagonal()[:, None]).sum(dim=1)
 
 
-def new_encoders(
-    settings: ClipSettings, vocabulary_size: int
-) -> tuple[CLIPTextModelWithProjection, CLIPVisionModelWithProjection]:
+def new_encoders(settings: ClipSettings, vocabulary_size: int) -> Encoders:
     """Text and image encoders with random weights from torch's default generator.
 
     The start and end tokens are the last two of the vocabulary.
@@ -396,7 +390,7 @@ def _start(folder: Path, settings: ClipSettings) -> PretrainedClip:
     return clip
 
 
-def _encoders(clip: PretrainedClip) -> tuple[CLIPTextModelWithProjection, CLIPVisionModelWithProjection]:
+def _encoders(clip: PretrainedClip) -> Encoders:
     return clip.text_encoder.train(), clip.image_encoder.train()
 
 

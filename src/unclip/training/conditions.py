@@ -3,7 +3,7 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from unclip.data.folder import CaptionedPictures
 from unclip.data.source import FolderSource
 from unclip.errors import ConfigError
 from unclip.pipelines.clip import fingerprint_of, read_clip
-from unclip.training.embedding_cache import cached_embeddings
+from unclip.training.embedding_cache import Progress, cached_embeddings
 from unclip.training.recipe import Recipe
 from unclip.training.sections import refuse
 from unclip.training.state import clip_of_run
@@ -104,7 +104,7 @@ class FrozenClip:
         parts = (normalized(part.to(self.device), self.feature_extractor) for part in images.split(AT_ONCE))
         return torch.cat([self.image_encoder(pixel_values=part).image_embeds.cpu() for part in parts])
 
-    def embeddings_of(self, pictures: CaptionedPictures, progress: Callable[..., Any] | None = None) -> Tensor:
+    def embeddings_of(self, pictures: CaptionedPictures, progress: Progress | None = None) -> Tensor:
         """Image embeddings [num_pictures, width] of the pictures of a folder, with a cache on disk."""
         # The name in the cache depends on image encoder and preprocessing, but not on text encoder or saved type.
         digest = hashlib.sha256()
@@ -114,7 +114,7 @@ class FrozenClip:
         config: Any = self.image_encoder.config
         settings = {key: value for key, value in config.to_dict().items() if key not in OF_THE_FILE}
         about = f"{json.dumps(settings, sort_keys=True)} {self.feature_extractor.to_json_string()}"
-        return cached_embeddings(pictures, self.embed, f"{digest.hexdigest()} {about}", progress=progress)
+        return cached_embeddings(pictures, self.embed, f"{digest.hexdigest()} {about}", progress)
 
 
 def _clip_of(model: Path) -> str | None:
@@ -125,22 +125,25 @@ def _clip_of(model: Path) -> str | None:
 
 
 class Captioned:
-    """Batches of image embeddings and captions for prior and decoder. Captions are dropped with `text_drop`."""
+    """Batches of image embeddings and captions for prior and decoder, and of pictures of `sizes` in pixels.
+
+    Captions are dropped with the probability `text_drop`.
+    """
 
     def __init__(
         self,
         recipe: Recipe,
         clip: FrozenClip,
         text_drop: float,
-        sizes_px: tuple[int, ...] = (),
-        progress: Callable[..., Any] | None = None,
+        sizes: tuple[int, ...],
+        progress: Progress | None = None,
     ):
         self.clip, self.text_drop = clip, text_drop
-        self.source = source_of(recipe, tuple(dict.fromkeys((clip.image_size, *sizes_px))))
+        self.source = source_of(recipe, tuple(dict.fromkeys((clip.image_size, *sizes))))
         self.phrases: TeacherPhrases | None = None
         if recipe.teacher is not None:
             source = in_folders(self.source, "[teacher]")
-            self.phrases = TeacherPhrases(recipe.teacher, source, device=clip.device, progress=progress)
+            self.phrases = TeacherPhrases(recipe.teacher, source, clip.device, progress)
         # The embeddings of a folder are computed once; those of shards for each batch, unless the shards contain them.
         self.table: Tensor | None = None
         if isinstance(self.source, FolderSource):

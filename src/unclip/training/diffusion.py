@@ -110,11 +110,10 @@ class PriorTask:
             parameter.requires_grad_(False)
         adapt(prior, recipe.lora, recipe.seed)
         self.stage = PriorStage(prior, process_of(self.settings.process))
-        self.module = StageModule(
-            self.stage, lambda b: PriorCondition(batch_text(b)), self.settings.process.weighting, prior=prior
-        )
+        weighting = self.settings.process.weighting
+        self.module = StageModule(self.stage, lambda b: PriorCondition(batch_text(b)), weighting, prior=prior)
         try_step(self.module, self._blank, recipe)
-        self.data = Captioned(recipe, self.clip, self.settings.text_drop, progress=progress)
+        self.data = Captioned(recipe, self.clip, self.settings.text_drop, (), progress)
         self.source = self.data.source
         if recipe.start_from is None:  # otherwise the network keeps its whitening
             mean, std = self.data.spread()

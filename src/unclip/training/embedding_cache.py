@@ -18,6 +18,9 @@ from unclip.checkpoints.files import atomic_file
 from unclip.data.folder import CaptionedPictures
 from unclip.errors import UnclipError
 
+Progress = Callable[..., Any]
+"""Wraps an iterable, as `tqdm` does."""
+
 PART = 128
 """Batch size of the image encoder."""
 MIN_PICTURES = 256
@@ -50,11 +53,7 @@ def cached(path: Path, names: set[str], count: int, compute: Callable[[], dict[s
 
 
 def cached_embeddings(
-    pictures: CaptionedPictures,
-    embed: Callable[[Tensor], Tensor],
-    fingerprint: str,
-    *,
-    progress: Callable[..., Any] | None = None,
+    pictures: CaptionedPictures, embed: Callable[[Tensor], Tensor], fingerprint: str, progress: Progress | None = None
 ) -> Tensor:
     """Image embeddings float32 [num_pictures, width] from the cache, or else computed and cached.
 

@@ -62,7 +62,7 @@ class AutoregressivePriorTask:
         self.module = CodeModule(self.stage)
         try_step(self.module, self._blank, recipe)
         # `batch` drops captions itself, together with their dot products.
-        self.data = Captioned(recipe, self.clip, text_drop=0.0, progress=progress)
+        self.data = Captioned(recipe, self.clip, 0.0, (), progress)
         self.source = self.data.source
         self.jitter = torch.zeros(prior.pca_components.shape)
         if recipe.start_from is None or self.settings.code_noise:

@@ -6,7 +6,7 @@ are trained on such phrases with pictures sampled from it.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from unclip.data.folder import Record
 from unclip.data.source import FolderSource
 from unclip.errors import ConfigError, DataError
 from unclip.models.kernels import is_emulated
-from unclip.training.embedding_cache import cache_folder, cached
+from unclip.training.embedding_cache import Progress, cache_folder, cached
 from unclip.training.recipe import TeacherSettings
 
 AT_ONCE, COMPARED_AT_ONCE = 256, 1024
@@ -32,7 +32,6 @@ TOKEN_SPREAD = 0.02
 NUM_COMPARED, NUM_PICTURES = 48, 24
 """Number of pictures per phrase that are selected by similarity, and then by similarity and weight."""
 
-Progress = Callable[..., Any]
 Meaning = tuple[tuple[str, ...], tuple[str, ...]]
 """The texts that the teacher reads for a phrase, and the concepts that the phrase names."""
 
@@ -140,12 +139,7 @@ class TeacherPhrases:
     """
 
     def __init__(
-        self,
-        settings: TeacherSettings,
-        source: FolderSource,
-        *,
-        device: torch.device | str = "cpu",
-        progress: Progress | None = None,
+        self, settings: TeacherSettings, source: FolderSource, device: torch.device, progress: Progress | None = None
     ):
         teacher = self.teacher = Teacher(settings.encoder, device)
         self.source, self.share = source, settings.share
@@ -227,7 +221,7 @@ def _compared(
     named: dict[str, list[int]] = {}
     for row, record in enumerate(records):
         named.setdefault(record.concept, []).append(row)
-    found: dict[str, list[Tensor]] = {"similar": [], "pictures": [], "embeddings": []}
+    found = []
     parts = [meanings[start : start + COMPARED_AT_ONCE] for start in range(0, len(meanings), COMPARED_AT_ONCE)]
     for part in progress(parts, desc="comparing with the captions", unit="part") if progress else parts:
         mean = torch.stack([read[[place[text] for text in means]].float().mean(dim=0) for means, _ in part])
@@ -240,6 +234,6 @@ def _compared(
             for concept in concepts:
                 best[row, named.get(concept, [])] += bonus
         values, order = best.topk(min(NUM_COMPARED, best.shape[1]), dim=1)
-        for name, value in (("similar", values), ("pictures", order.int()), ("embeddings", F.normalize(mean, dim=-1))):
-            found[name].append(value.half() if name == "embeddings" else value)
-    return {name: torch.cat(values) for name, values in found.items()}
+        found.append((values, order.int(), F.normalize(mean, dim=-1).half()))
+    columns_of = zip(("similar", "pictures", "embeddings"), zip(*found, strict=True), strict=True)
+    return {name: torch.cat(column) for name, column in columns_of}

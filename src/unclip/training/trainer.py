@@ -27,6 +27,8 @@ from unclip.training.sharding import is_sharded, leave_group, sharded, share_of,
 from unclip.training.state import RunFolder, Snapshot, optimizer_tensors, restore_optimizer
 from unclip.training.task import Batch, Task, computes_on_cpu, mixed_precision
 
+OnLog = Callable[[int, Mapping[str, float]], None]
+
 
 @contextmanager
 def first_signal(ask: Callable[[int], None]) -> Iterator[None]:
@@ -146,12 +148,7 @@ class Trainer:
         if snapshot is not None:
             self._resume(snapshot)
 
-    def run(
-        self,
-        *,
-        progress: Callable[..., Any] | None = None,
-        on_log: Callable[[int, Mapping[str, float]], None] | None = None,
-    ) -> None:
+    def run(self, *, progress: Callable[..., Any] | None = None, on_log: OnLog | None = None) -> None:
         """Train to the last step. The first SIGINT or SIGTERM saves and returns; a second one kills the process.
 
         With several processes, a process that waits for data does not stop, because the others wait for its step.
@@ -248,7 +245,7 @@ class Trainer:
         """Whether to stop before the next step. Several processes stop together; otherwise some would wait for ever."""
         return self._all_stop if self.accelerator.num_processes > 1 else self.stopped_by is not None
 
-    def _loop(self, bar: Any, on_log: Callable[[int, Mapping[str, float]], None] | None) -> None:
+    def _loop(self, bar: Any, on_log: OnLog | None) -> None:
         recipe = self.recipe
         saved_at = logged_at = time.monotonic()
         timed = 0
