@@ -337,10 +337,8 @@ def _config(kind: type, named: dict[str, Any], further: dict[str, Any], section:
         raise ConfigError(f"clip.{section}.{min(wrong)} cannot be set; {kind.__name__} may have {', '.join(free)}")
     settings = named | further
     check_clip_settings(settings, f"[clip.{section}]")
-    act = settings.get("hidden_act", "gelu")
-    refuse(
-        act not in ACT2FN, f"hidden_act in [clip.{section}] is {act!r}; it must be one of {', '.join(sorted(ACT2FN))}"
-    )
+    act, known = settings.get("hidden_act", "gelu"), ", ".join(sorted(ACT2FN))
+    refuse(act not in ACT2FN, f"hidden_act in [clip.{section}] is {act!r}; it must be one of {known}")
     return kind(**{"intermediate_size": 4 * settings["hidden_size"]} | settings)
 
 

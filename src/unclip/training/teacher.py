@@ -154,16 +154,9 @@ class TeacherPhrases:
         numbers: dict[Meaning, int] = {}
         self.rows = torch.tensor([numbers.setdefault((each.means, each.concepts), len(numbers)) for each in phrases])
         meanings, bonus = list(numbers), settings.named_bonus
-        about = [
-            teacher.fingerprint,
-            NUM_COMPARED,
-            bonus,
-            meanings,
-            [(each.captions, each.concept) for each in records],
-        ]
-        path = (
-            cache_folder().parent / "teacher" / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()}.safetensors"
-        )
+        digest = hashlib.sha256(json.dumps([teacher.fingerprint, NUM_COMPARED, bonus, meanings]).encode())
+        digest.update(json.dumps([(each.captions, each.concept) for each in records]).encode())
+        path = cache_folder().parent / "teacher" / f"{digest.hexdigest()}.safetensors"
         names = {"similar", "pictures", "embeddings"}
         found = cached(path, names, len(meanings), lambda: _compared(meanings, records, teacher, bonus, progress))
         self.embeddings, closest = found["embeddings"], found["pictures"].long()
