@@ -192,7 +192,7 @@ def test_of_a_stream_few_pictures_are_in_memory_at_once(sharded, monkeypatch, re
     embeddings = task.data.embeddings
     monkeypatch.setattr(task.data, "embeddings", lambda rows: asked.append(len(rows.captions)) or embeddings(rows))
     monkeypatch.setattr("unclip.training.conditions.AT_ONCE", 20)
-    found, weights = task.data.known()
+    found, weights = task.data.weighted()
     assert asked == [20, 20, 8]
     torch.testing.assert_close(found, whole)
     assert weights.tolist() == pytest.approx([1 / 48] * 48)
