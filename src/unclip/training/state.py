@@ -1,7 +1,6 @@
 """The folder of a run: the state to resume from, the model, and the logs."""
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -112,6 +111,8 @@ class RunFolder:
 
         Raises: TrainingError when another trainer uses the folder, or it cannot be created.
         """
+        import fcntl  # not on Windows, where models can be assembled but not trained
+
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
