@@ -131,7 +131,7 @@ def test_stopped_training(unclip, recipe, tmp_path, monkeypatch, number, code):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("stage = 1", "stage"), ("stage = ", "not valid TOML"), (RECIPE + "depth = 3", "unknown key clip.depth")],
+    [("stage = 1", "stage"), ("stage = ", "cannot be read as TOML"), (RECIPE + "depth = 3", "unknown key clip.depth")],
 )
 def test_bad_recipes(unclip, tmp_path, text, words):
     (tmp_path / "bad.toml").write_text(text)

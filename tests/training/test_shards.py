@@ -64,7 +64,7 @@ def closing(request, task):
 @STAGES
 def test_it_learns_from_shards(sharded, stage, request):
     task = closing(request, make_task(sharded(stage)))
-    assert task.is_local
+    assert task.source.is_local
     optimizer = torch.optim.AdamW(task.module.parameters(), lr=2e-3)
     losses = []
     for step in range(60):
@@ -100,7 +100,7 @@ def test_a_run_that_goes_on_does_not_count_its_shards_again(sharded, tmp_path, m
     Trainer(closing(request, make_task(recipe)), recipe, tmp_path).run()  # two epochs
     longer = sharded("super_res", steps=9, sample_every_steps=100)
     trainer = Trainer(closing(request, make_task(longer)), longer, tmp_path)
-    assert sorted(trainer.task.counts.values()) == [8] * 6
+    assert sorted(trainer.task.source.counts.values()) == [8] * 6
     read = []
     monkeypatch.setattr(
         "unclip.data.shards.read_shard", lambda shard, damage: read.append(shard) or read_shard(shard, damage)
@@ -194,7 +194,7 @@ def test_of_a_stream_few_pictures_are_in_memory_at_once(sharded, monkeypatch, re
     embeddings = task.data.embeddings
     monkeypatch.setattr(task.data, "embeddings", lambda rows: asked.append(len(rows.captions)) or embeddings(rows))
     monkeypatch.setattr("unclip.training.conditions.AT_ONCE", 20)
-    found, weights = task.data.known()
+    found, weights = task.data.weighted()
     assert asked == [20, 20, 8]
     torch.testing.assert_close(found, whole)
     assert weights.tolist() == pytest.approx([1 / 48] * 48)
@@ -206,7 +206,7 @@ def test_a_decoder_without_jitter_looks_for_no_spread(sharded, monkeypatch, requ
         return task.batch(0, 8, step_generator(0, 0))
 
     jittered = batch(0.1)
-    monkeypatch.setattr(Captioned, "known", lambda data: pytest.fail("looked"))
+    monkeypatch.setattr(Captioned, "weighted", lambda data: pytest.fail("looked"))
     plain = batch(0.0)
     assert torch.equal(plain["noise"], jittered["noise"])  # what is drawn stays the same
     assert not torch.equal(plain["image_embedding"], jittered["image_embedding"])
@@ -286,7 +286,7 @@ def test_embeddings_of_another_clip_of_the_same_width(pictures, clip_model, tiny
     ClipTask(tiny("clip", seed=9)).save(tmp_path / "other")
     packed = pack(pictures, tmp_path / "in", copies=1)
     embed(packed, tmp_path / "other", tmp_path / "of_other", keep_pictures=True)
-    words = r"the data were embedded with another CLIP \(.*: embed them again with this CLIP \(unclip data embed\)"
+    words = r"the data were embedded with another CLIP \(.*: embed them again \(unclip data embed\)"
     # A decoder that asks for no spread meets them at its first step.
     plain = {"embedding_noise": 0.0} if stage == "decoder" else {}
     recipe = tiny(stage, data=tmp_path / "of_other", section=plain)
