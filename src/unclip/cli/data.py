@@ -10,42 +10,12 @@ import typer
 from unclip.checkpoints.files import read_json
 from unclip.cli import options
 from unclip.cli.messages import note, warn
+from unclip.cli.options import argument, command, flag, option
 from unclip.errors import OutputExistsError
 
 if TYPE_CHECKING:
     from unclip.data.folder import Keys
     from unclip.data.shards import Damage
-
-EMOJI_EXAMPLES = options.examples(
-    "unclip data emoji --out data/emoji", "unclip data emoji --out data/emoji --packages downloads"
-)
-LANGUAGE_EXAMPLES = options.examples(
-    "unclip data language data/emoji --out data/language.jsonl",
-    "unclip data language data/emoji --out small.jsonl --count 20000",
-)
-INSPECT_EXAMPLES = options.examples(
-    "unclip data inspect data/emoji",
-    'unclip data inspect "shards/{00000..00007}.tar" --sheet sheet.png',
-)
-PACK_EXAMPLES = options.examples("unclip data pack data/emoji --out shards")
-EMBED_EXAMPLES = options.examples(
-    "unclip data embed data/emoji --clip runs/clip/model --out embedded",
-    "unclip data embed shards --clip models/mine --out embedded --keep-pictures",
-)
-
-COMPOSE_EXAMPLES = options.examples(
-    "unclip data compose data/emoji --out data/composed",
-    "unclip data inspect data/composed --sheet sheet.png",
-)
-
-CAPTION_EXAMPLES = options.examples(
-    "unclip data caption photos                     cat.txt of cat.jpg, else cat",
-    "unclip data caption photos --from names        red_apple-02.png: red apple",
-    "unclip data caption photos --from folders      cats/001.jpg: cats",
-    "unclip data caption photos --csv captions.csv  columns: file_name, text",
-    "unclip data caption photos --csv a.csv --image-key photo --caption-key title",
-    "unclip data inspect photos --sheet sheet.png   look at the result",
-)
 
 
 class Origin(StrEnum):
@@ -56,34 +26,23 @@ class Origin(StrEnum):
     folders = "folders"
 
 
-Data = Annotated[
-    str,
-    typer.Argument(
-        metavar="DATA", help="A folder with metadata.jsonl or metadata.csv, or shards: a folder, glob, URL."
-    ),
-]
+Data = Annotated[str, argument("DATA", "A folder with metadata.jsonl or metadata.csv, or shards: a folder, glob, URL.")]
 ImageKey = Annotated[
     str | None,
-    typer.Option(
+    option(
+        "NAME",
+        "The key or column that names the picture.",
         "--image-key",
-        metavar="NAME",
-        help="The key or column that names the picture.",
-        show_default="file_name, image, image_path, path or filename",
+        default="file_name, image, image_path, path or filename",
     ),
 ]
 CaptionKey = Annotated[
     str | None,
-    typer.Option(
-        "--caption-key",
-        metavar="NAME",
-        help="The key or column with the caption.",
-        show_default="captions, text, caption or prompt",
-    ),
+    option("NAME", "The key or column with the caption.", "--caption-key", default="captions, text, caption or prompt"),
 ]
-PerShard = Annotated[int, typer.Option(min=1, metavar="N", help="Samples in one shard.")]
+PerShard = Annotated[int, option("N", "Samples in one shard.", min=1)]
 MaxSkipped = Annotated[
-    float,
-    typer.Option(min=0.0, max=1.0, metavar="SHARE", help="Of samples, and of shards, that may be broken and left out."),
+    float, option("SHARE", "Of samples, and of shards, that may be broken and left out.", min=0.0, max=1.0)
 ]
 
 data = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -94,18 +53,21 @@ def data_group() -> None:
     """Make a data set to train on, look into one, change its form."""
 
 
-@data.command("emoji", epilog=EMOJI_EXAMPLES)
+@command(data, "emoji")
 def emoji(
     out: options.NewFolder,
     packages: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder with the four source tarballs.", show_default="fetched with npm"),
+        Path | None, option("DIR", "Folder with the four source tarballs.", default="fetched with npm")
     ] = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Render the emoji data set: three open designs, with captions.
 
     Needs the extra packages of training; in a checkout: pip install '.[train]'
+
+    Examples:
+        unclip data emoji --out data/emoji
+        unclip data emoji --out data/emoji --packages downloads
     """
     from tqdm import tqdm
 
@@ -117,23 +79,26 @@ def emoji(
     print(out, flush=True)
 
 
-@data.command("language", epilog=LANGUAGE_EXAMPLES)
+@command(data, "language")
 def language(
-    source: Annotated[Path, typer.Argument(metavar="DATA", help="The folder of unclip data emoji.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to write, one phrase a line.")],
-    count: Annotated[int, typer.Option(min=1, metavar="N", help="Phrases to write.")] = 1_200_000,
-    seed: Annotated[int, typer.Option(min=0, max=2**32, metavar="N", help="Random seed.")] = 0,
+    source: Annotated[Path, argument("DATA", "The folder of unclip data emoji.")],
+    out: Annotated[Path, option("FILE", "The file to write, one phrase a line.", "--out", "-o")],
+    count: Annotated[int, option("N", "Phrases to write.", min=1)] = 1_200_000,
+    seed: Annotated[int, option("N", "Random seed.", min=0, max=2**32)] = 0,
     packages: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder with the four source tarballs.", show_default="fetched with npm"),
+        Path | None, option("DIR", "Folder with the four source tarballs.", default="fetched with npm")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing FILE.")] = False,
+    overwrite: Annotated[bool, flag("--overwrite", "Replace an existing FILE.")] = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Write many wordings of what the emoji show, for a teacher to read.
 
     The phrases are made of labels, keywords and the nouns of WordNet. They train a CLIP's text encoder, a prior and a
     decoder whose recipe has a section [teacher]. The wordings of unclip evaluate wordings are left out.
+
+    Examples:
+        unclip data language data/emoji --out data/language.jsonl
+        unclip data language data/emoji --out small.jsonl --count 20000
     """
     from unclip.checkpoints.hub import BUILT_IN_JUDGE, resolve
     from unclip.data.emoji.language import build_language
@@ -148,37 +113,45 @@ def language(
     print(out, flush=True)
 
 
-@data.command("caption", epilog=CAPTION_EXAMPLES)
+@command(data, "caption")
 def caption(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of pictures; folders in it count too.")],
+    folder: Annotated[Path, argument("FOLDER", "A folder of pictures; folders in it count too.")],
     origin: Annotated[
         Origin | None,
-        typer.Option(
+        option(
+            "WHERE",
+            "texts: NAME.txt beside a picture, one caption a line; names: the words of file names; folders: "
+            "the name of a picture's folder.",
             "--from",
-            metavar="WHERE",
-            help="texts: NAME.txt beside a picture, one caption a line; names: the words of file names; folders: the "
-            "name of a picture's folder.",
-            show_default="texts where they exist, else names",
+            default="texts where they exist, else names",
         ),
     ] = None,
     csv: Annotated[
         Path | None,
-        typer.Option(
+        option(
+            "FILE",
+            "Take captions from a CSV (or JSON lines) with named columns; several rows of a picture are "
+            "several captions.",
             "--csv",
-            metavar="FILE",
-            help="Take captions from a CSV (or JSON lines) with named columns; several rows of a picture are several "
-            "captions.",
         ),
     ] = None,
     image_key: ImageKey = None,
     caption_key: CaptionKey = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing metadata.jsonl.")] = False,
+    overwrite: Annotated[bool, flag("--overwrite", "Replace an existing metadata.jsonl.")] = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Write the captions of your own pictures into FOLDER/metadata.jsonl.
 
     Training and the other data commands read that file. Pictures that get no caption are named and left out. Check the
     captions of file names: a number at the end is dropped where it only tells pictures apart.
+
+    Examples:
+        unclip data caption photos                     cat.txt of cat.jpg, else cat
+        unclip data caption photos --from names        red_apple-02.png: red apple
+        unclip data caption photos --from folders      cats/001.jpg: cats
+        unclip data caption photos --csv captions.csv  columns: file_name, text
+        unclip data caption photos --csv a.csv --image-key photo --caption-key title
+        unclip data inspect photos --sheet sheet.png   look at the result
     """
     from unclip.data.captions import write_captions
 
@@ -205,17 +178,22 @@ def caption(
     print(found.file, flush=True)
 
 
-@data.command("inspect", epilog=INSPECT_EXAMPLES)
+@command(data, "inspect")
 def inspect(
     source: Data,
-    sheet: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw some pictures with captions.")] = None,
-    num_shown: Annotated[int, typer.Option(min=1, max=1000, metavar="N", help="Pictures on the sheet.")] = 48,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing FILE.")] = False,
+    sheet: Annotated[Path | None, option("FILE", "Draw some pictures with captions.")] = None,
+    num_shown: Annotated[int, option("N", "Pictures on the sheet.", min=1, max=1000)] = 48,
+    overwrite: Annotated[bool, flag("--overwrite", "Replace an existing FILE.")] = False,
     image_key: ImageKey = None,
     caption_key: CaptionKey = None,
     quiet: options.Quiet = False,
 ) -> None:
-    """Read a whole data set: count, name what is broken, draw a sheet."""
+    """Read a whole data set: count, name what is broken, draw a sheet.
+
+    Examples:
+        unclip data inspect data/emoji
+        unclip data inspect "shards/{00000..00007}.tar" --sheet sheet.png
+    """
     from unclip.checkpoints.files import atomic_file
     from unclip.data.samples import inspect as look
 
@@ -235,19 +213,23 @@ def inspect(
         raise typer.Exit(1)
 
 
-@data.command("compose", epilog=COMPOSE_EXAMPLES)
+@command(data, "compose")
 def compose(
-    source: Annotated[Path, typer.Argument(metavar="DATA", help="A folder of single objects: unclip data emoji.")],
+    source: Annotated[Path, argument("DATA", "A folder of single objects: unclip data emoji.")],
     out: options.NewFolder,
-    count: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures to make.")] = 30_000,
-    seed: Annotated[int, typer.Option(min=0, max=2**32, metavar="N", help="Random seed.")] = 0,
-    weight: Annotated[float, typer.Option(min=0.0, metavar="W", help="Of each picture in training.")] = 0.05,
+    count: Annotated[int, option("N", "Pictures to make.", min=1)] = 30_000,
+    seed: Annotated[int, option("N", "Random seed.", min=0, max=2**32)] = 0,
+    weight: Annotated[float, option("W", "Of each picture in training.", min=0.0)] = 0.05,
     quiet: options.Quiet = False,
 ) -> None:
     """Make pictures that show how captions compose.
 
     Objects in other colours, on backgrounds, and two to a scene, with captions that say so. One combination in twenty
     is held out.
+
+    Examples:
+        unclip data compose data/emoji --out data/composed
+        unclip data inspect data/composed --sheet sheet.png
     """
     from unclip.data.emoji.compose import compose as make
 
@@ -257,7 +239,7 @@ def compose(
     print(out, flush=True)
 
 
-@data.command("pack", epilog=PACK_EXAMPLES)
+@command(data, "pack")
 def pack(
     source: Data,
     out: options.NewFolder,
@@ -271,6 +253,9 @@ def pack(
 
     The layout is that of webdataset and img2dataset. Held-out pictures are left out, and so are broken ones, which
     DIR.skipped.json lists.
+
+    Examples:
+        unclip data pack data/emoji --out shards
     """
     from unclip.data.samples import pack as write
 
@@ -286,16 +271,12 @@ def pack(
     print(out, flush=True)
 
 
-@data.command("embed", epilog=EMBED_EXAMPLES)
+@command(data, "embed")
 def embed(
     source: Data,
-    clip: Annotated[
-        Path, typer.Option(metavar="MODEL", help="A folder with image_encoder: of a CLIP run, or a model.")
-    ],
+    clip: Annotated[Path, option("MODEL", "A folder with image_encoder: of a CLIP run, or a model.")],
     out: options.NewFolder,
-    keep_pictures: Annotated[
-        bool, typer.Option("--keep-pictures", help="Copy the pictures too, for a decoder.")
-    ] = False,
+    keep_pictures: Annotated[bool, flag("--keep-pictures", "Copy the pictures too, for a decoder.")] = False,
     per_shard: PerShard = 10_000,
     max_skipped: MaxSkipped = 0.01,
     image_key: ImageKey = None,
@@ -307,6 +288,10 @@ def embed(
 
     Broken samples are left out; DIR.skipped.json lists them. Until all is done the shards lie in DIR.unfinished; after
     Ctrl-C the same command goes on from there.
+
+    Examples:
+        unclip data embed data/emoji --clip runs/clip/model --out embedded
+        unclip data embed shards --clip models/mine --out embedded --keep-pictures
     """
     from unclip.data.shard_writer import STATE, unfinished_folder
     from unclip.pipelines.session import pick_device, silence

@@ -17,13 +17,13 @@ from unclip.checkpoints.recommended import Recommended, read_recommended
 from unclip.checkpoints.weights import DEFAULT_STEM, TRANSFORMERS_STEM, open_weights
 from unclip.cli import options
 from unclip.cli.messages import error, printable
+from unclip.cli.options import argument, flag
 from unclip.errors import CheckpointError, MissingFileError, UnclipError
 from unclip.pipelines.session import model_name, silence_later
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-EXAMPLES = options.examples("unclip info unclip-emoji", "unclip info models/mine --json")
 
 CONFIGS = ("config.json", "scheduler_config.json", "preprocessor_config.json", "tokenizer_config.json")
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
@@ -61,15 +61,19 @@ class Component:
 
 def info(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A model's folder, a hub id (owner/name), or a built-in name.")
+        str, argument("MODEL", "A model's folder, a hub id (owner/name), or a built-in name.")
     ] = "unclip-emoji",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    as_json: Annotated[bool, flag("--json", "Print one JSON object instead of tables.")] = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Show the components of a model.
 
     The output lists components, sizes, schedulers and the licence. Only headers and configurations are read, no
     weights. MODEL may also be the folder of one component, or the model/ folder of a training run.
+
+    Examples:
+        unclip info unclip-emoji
+        unclip info models/mine --json
     """
     silence_later(downloads=quiet)
     folder = resolve(model)

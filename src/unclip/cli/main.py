@@ -46,8 +46,6 @@ EXAMPLES = options.examples(
     "unclip generate --help                all options of a command",
 )
 
-HELP_EXAMPLES = options.examples("unclip help generate", "unclip help data pack")
-
 
 class Stopped(KeyboardInterrupt):
     """A signal asked the process to end. As a KeyboardInterrupt it lets temporary files be removed first."""
@@ -160,33 +158,36 @@ def unclip(
 
 def show_help(
     ctx: typer.Context,
-    command: Annotated[
-        list[str] | None, typer.Argument(metavar="[COMMAND]", help="A command, as in: data pack")
-    ] = None,
+    command: Annotated[list[str] | None, options.argument("[COMMAND]", "A command, as in: data pack")] = None,
 ) -> None:
-    """Show the help of a command, as --help after it does."""
+    """Show the help of a command, as --help after it does.
+
+    Examples:
+        unclip help generate
+        unclip help data pack
+    """
     root = ctx.find_root()
     code = root.command.main([*(command or []), "--help"], prog_name=root.info_name, standalone_mode=False)
     raise typer.Exit(code or 0)
 
 
-app.command("generate", cls=RecordedCommand, epilog=generate.EXAMPLES)(generate.generate)
-app.command("vary", cls=RecordedCommand, epilog=vary.EXAMPLES)(vary.vary)
-app.command("invert", epilog=manipulate.INVERT_EXAMPLES)(manipulate.invert)
-app.command("interpolate", cls=RecordedCommand, epilog=manipulate.INTERPOLATE_EXAMPLES)(manipulate.interpolate)
-app.command("edit", cls=RecordedCommand, epilog=manipulate.EDIT_EXAMPLES)(manipulate.edit)
-app.command("blend", cls=RecordedCommand, epilog=manipulate.BLEND_EXAMPLES)(manipulate.blend)
+options.command(app, "generate", cls=RecordedCommand)(generate.generate)
+options.command(app, "vary", cls=RecordedCommand)(vary.vary)
+options.command(app, "invert")(manipulate.invert)
+options.command(app, "interpolate", cls=RecordedCommand)(manipulate.interpolate)
+options.command(app, "edit", cls=RecordedCommand)(manipulate.edit)
+options.command(app, "blend", cls=RecordedCommand)(manipulate.blend)
 app.add_typer(probe, name="probe")
-app.command("inpaint", cls=RecordedCommand, epilog=inpaint.INPAINT_EXAMPLES)(inpaint.inpaint)
-app.command("redraw", cls=RecordedCommand, epilog=inpaint.REDRAW_EXAMPLES)(inpaint.redraw)
-app.command("rerun", epilog=rerun.EXAMPLES, context_settings=rerun.CONTEXT)(rerun.rerun)
-app.command("info", epilog=info.EXAMPLES)(info.info)
+options.command(app, "inpaint", cls=RecordedCommand)(inpaint.inpaint)
+options.command(app, "redraw", cls=RecordedCommand)(inpaint.redraw)
+options.command(app, "rerun", context_settings=rerun.CONTEXT)(rerun.rerun)
+options.command(app, "info")(info.info)
 app.add_typer(convert, name="convert")
 app.add_typer(data, name="data")
-app.command("train", epilog=train.TRAIN_EXAMPLES)(train.train)
-app.command("assemble", epilog=train.ASSEMBLE_EXAMPLES)(train.assemble)
+options.command(app, "train")(train.train)
+options.command(app, "assemble")(train.assemble)
 app.add_typer(evaluate, name="evaluate")
-app.command("help", epilog=HELP_EXAMPLES)(show_help)
+options.command(app, "help")(show_help)
 
 
 def main() -> None:

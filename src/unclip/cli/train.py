@@ -12,42 +12,22 @@ import typer
 
 from unclip.cli import options
 from unclip.cli.messages import note
+from unclip.cli.options import argument, flag, option
 from unclip.pipelines.session import keep_freed_memory
 
 if TYPE_CHECKING:
     from unclip.training.recipe import Recipe
 
-TRAIN_EXAMPLES = options.examples(
-    "unclip train recipes/emoji/clip.toml --out runs/clip",
-    "unclip train recipes/emoji/prior.toml --out runs/prior",
-    "unclip train recipes/emoji/decoder.toml --dry-run",
-)
-ASSEMBLE_EXAMPLES = options.examples(
-    "unclip assemble --clip runs/clip --prior runs/prior --decoder runs/decoder \\",
-    "  --super-res-first runs/super_res --super-res-last runs/super_res_last \\",
-    "  --out models/mine",
-    'unclip generate "a red apple" --model models/mine',
-    "unclip assemble --clip unclip-emoji --prior unclip-emoji \\",
-    "  --decoder runs/decoder --super-res-first unclip-emoji --out new",
-)
-
 
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file that describes the run.")],
+    recipe: Annotated[Path, argument("RECIPE", "A TOML file that describes the run.")],
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out",
-            "-o",
-            metavar="RUN",
-            help="The run's folder; an existing run is continued. Required without --dry-run.",
-        ),
+        option("RUN", "The run's folder; an existing run is continued. Required without --dry-run.", "--out", "-o"),
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Optimizer steps in all.", show_default="the recipe's")
-    ] = None,
+    steps: Annotated[int | None, option("N", "Optimizer steps in all.", default="the recipe's", min=1)] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Run a few steps and print sizes, memory and time; write nothing.")
+        bool, flag("--dry-run", "Run a few steps and print sizes, memory and time; write nothing.")
     ] = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -56,6 +36,11 @@ def train(
 
     Ctrl-C or SIGTERM saves and stops; the same command continues the run. The run's folder contains metrics.jsonl,
     samples/ and model/, whose path is printed to stdout.
+
+    Examples:
+        unclip train recipes/emoji/clip.toml --out runs/clip
+        unclip train recipes/emoji/prior.toml --out runs/prior
+        unclip train recipes/emoji/decoder.toml --dry-run
     """
     from tqdm import tqdm
 
@@ -144,39 +129,41 @@ def duration(seconds: float) -> str:
 
 
 def assemble(
-    clip: Annotated[Path, typer.Option(metavar="RUN", help="Run of stage clip.")],
-    prior: Annotated[Path, typer.Option(metavar="RUN", help="Run of stage prior.")],
-    decoder: Annotated[Path, typer.Option(metavar="RUN", help="Run of stage decoder.")],
-    super_res_first: Annotated[Path, typer.Option(metavar="RUN", help="Run of super_res, for all steps but the last.")],
+    clip: Annotated[Path, option("RUN", "Run of stage clip.")],
+    prior: Annotated[Path, option("RUN", "Run of stage prior.")],
+    decoder: Annotated[Path, option("RUN", "Run of stage decoder.")],
+    super_res_first: Annotated[Path, option("RUN", "Run of super_res, for all steps but the last.")],
     out: options.NewFolder,
     super_res_last: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RUN", help="Run of super_res, for the last step.", show_default="the first's network does it too"
-        ),
+        Path | None, option("RUN", "Run of super_res, for the last step.", default="the first's network does it too")
     ] = None,
     super_res_more: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="RUN[:SIZE]",
-            help="Run of super_res for a further stage, which enlarges again, to SIZE pixels a side if it was trained "
-            "for another size; once for each.",
+        option(
+            "RUN[:SIZE]",
+            "Run of super_res for a further stage, which enlarges again, to SIZE pixels a side if it was "
+            "trained for another size; once for each.",
         ),
     ] = None,
     defaults: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="JSON that becomes the model's generation_defaults.json.", show_default="none"
-        ),
+        Path | None, option("FILE", "JSON that becomes the model's generation_defaults.json.", default="none")
     ] = None,
     dtype: options.KeptDtype = None,
     overwrite: options.OverwriteFolder = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Combine trained stages in one model folder.
+    r"""Combine trained stages in one model folder.
 
     Instead of a run, a model's folder or name may be given; its stage is then used unchanged. The folder works with
     both `unclip generate` and `unclip vary`. Its path is printed to stdout.
+
+    Examples:
+        unclip assemble --clip runs/clip --prior runs/prior --decoder runs/decoder \
+          --super-res-first runs/super_res --super-res-last runs/super_res_last \
+          --out models/mine
+        unclip generate "a red apple" --model models/mine
+        unclip assemble --clip unclip-emoji --prior unclip-emoji \
+          --decoder runs/decoder --super-res-first unclip-emoji --out new
     """
     import torch
 
