@@ -415,7 +415,7 @@ def test_embedding_by_the_command(pictures, clip_model, tmp_path):
     done = CliRunner().invoke(app, [*command, "--per-shard", "3", "--device", "cpu"])
     assert done.exit_code == 0, done.output
     assert done.stdout == f"{tmp_path / 'out'}\n"
-    assert "going on from the 1 shards in" in done.stderr
+    assert "continuing after the 1 shards in" in done.stderr
     assert len(list((tmp_path / "out").iterdir())) == 4
 
 

@@ -3,6 +3,7 @@
 It imports no heavy library, so that help is instant.
 """
 
+import itertools
 import platform
 import signal
 import sys
@@ -32,11 +33,13 @@ from unclip.cli.messages import (
 from unclip.cli.probe import probe
 from unclip.cli.provenance import RecordedCommand
 from unclip.cli.usage import say_usage
-from unclip.errors import UnclipError
+from unclip.errors import ConfigError, UnclipError
 
 INTERRUPTED = 130
 READER_GONE = 141
 """The exit code that a shell reports for a program whose output is closed."""
+ASKS_HELP = "unclip.asks_help"
+"""Whether the arguments of the command ask for its help, which a broken configuration file must not prevent."""
 
 EXAMPLES = options.examples(
     'unclip generate "a red apple"         make a picture from a caption',
@@ -78,6 +81,8 @@ class Commands(TyperGroup):
         sys.exit(code)
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        arguments = itertools.takewhile(lambda argument: argument != "--", ctx.args)
+        ctx.meta[ASKS_HELP] = not {"--help", "-h"}.isdisjoint(arguments)
         with shown_warnings():
             try:
                 return super().invoke(ctx)
@@ -151,7 +156,11 @@ def unclip(
     if verbose:
         say_more()
     if ctx.invoked_subcommand != "help":
-        ctx.default_map = defaults_for(ctx.command)  # type: ignore[arg-type]
+        try:
+            ctx.default_map = defaults_for(ctx.command)  # type: ignore[arg-type]
+        except ConfigError:
+            if not ctx.meta[ASKS_HELP]:
+                raise
         if ctx.default_map is not None:
             detail(f"defaults of options from {config_file()}")
 

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +14,7 @@ from unclip import __version__
 from unclip.checkpoints.files import atomic_file, read_json, write_json
 from unclip.checkpoints.hub import BUILT_IN_JUDGE, resolve
 from unclip.cli import options
-from unclip.cli.messages import warn
+from unclip.cli.messages import bar, warn
 from unclip.cli.options import flag, option
 from unclip.cli.output import check_free
 from unclip.errors import CheckpointError, InputError, MissingFileError, OutputExistsError
@@ -169,13 +169,6 @@ def sheet_paths(prefix: Path | None) -> list[Path]:
     from unclip.evaluation.report import sheet_path
 
     return [] if prefix is None else [sheet_path(prefix, group) for group in GROUPS]
-
-
-def bar(quiet: bool, **words: Any) -> Callable[..., Any]:
-    """A progress bar that is shown only on a terminal."""
-    from tqdm import tqdm
-
-    return functools.partial(tqdm, disable=True if quiet else None, **words)
 
 
 def show(name: str, found: dict[str, Any]) -> None:

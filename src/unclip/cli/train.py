@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unclip.cli import options
-from unclip.cli.messages import note
+from unclip.cli.messages import bar, note
 from unclip.cli.options import argument, flag, option
 from unclip.pipelines.session import keep_freed_memory
 
@@ -42,8 +42,6 @@ def train(
         unclip train recipes/emoji/prior.toml --out runs/prior
         unclip train recipes/emoji/decoder.toml --dry-run
     """
-    from tqdm import tqdm
-
     from unclip.pipelines.session import silence
     from unclip.training.recipe import read_recipe
     from unclip.training.sharding import asked_by_launcher
@@ -59,21 +57,21 @@ def train(
         tell_cost(settings)
         return
     first = is_first()
-    progress = functools.partial(tqdm, disable=None) if first and not quiet else None
+    told = first and not quiet
+    progress = bar(quiet) if told else None
     trainer = Trainer(make_task(settings, progress, run=out), settings, out)
-    if trainer.accelerator.mixed_precision != settings.precision and first and not quiet:
+    if trainer.accelerator.mixed_precision != settings.precision and told:
         note("this CPU has no instructions for bfloat16: training in float32, which is faster here")
-    if trainer.step and first and not quiet:
-        note(f"going on from step {trainer.step} of {settings.steps}")
-    is_terminal = sys.stderr is not None and sys.stderr.isatty()
-    told = first and not quiet and not is_terminal  # where a terminal has a bar
-    trainer.run(progress=progress, on_log=functools.partial(tell_step, settings) if told else None)
+    if trainer.step and told:
+        note(f"continuing from step {trainer.step} of {settings.steps}")
+    lines = told and not (sys.stderr is not None and sys.stderr.isatty())  # a terminal has a bar instead
+    trainer.run(progress=progress, on_log=functools.partial(tell_step, settings) if lines else None)
     if first and trainer.skipped:
         some = "; ".join(f"{name}: {why}" for name, why in list(trainer.skipped.items())[:3])
         note(f"{len(trainer.skipped)} samples or shards could not be read ({out / 'skipped.json'}): {some}")
     if trainer.step < settings.steps:
         if first:
-            note(f"stopped and saved at step {trainer.step} of {settings.steps}; the same command goes on from there")
+            note(f"stopped and saved at step {trainer.step} of {settings.steps}; the same command continues")
         raise typer.Exit(128 + (trainer.stopped_by or signal.SIGINT))
     if first:
         print(out / "model", flush=True)
@@ -100,22 +98,18 @@ def tell_cost(recipe: "Recipe") -> None:
     if not is_first():
         return
     whole = ", of all shards" if cost.is_sharded else ""
-    rows = [(f"parameters of {name}", f"{count:,}") for name, count in cost.parameters.items()]
-    rows += [
-        (what, ", ".join(f"{side}×{side} px" for side in sides))
-        for what, sides in (("pictures read at", cost.read_px), ("pictures in a batch", cost.trained_px))
-        if sides
-    ]
-    rows += [
-        ("parameters trained", f"{cost.trained:,}"),
-        (f"weights, gradients, optimizer, average{whole}", f"{cost.state_bytes / 2**20:,.0f} MiB"),
-        ("peak memory of a step", f"{cost.peak_bytes / 2**20:,.0f} MiB"),
-        ("a step", f"{cost.step_s:.3g} s, {cost.batch_size / cost.step_s:,.1f} pictures/s"),
-        ("the run", f"{cost.steps:,} steps, {cost.steps * cost.batch_size:,} pictures, {duration(cost.total_s)}"),
-    ]
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"{name:<{width}}  {value}", flush=True)
+    rows = {f"parameters of {name}": f"{count:,}" for name, count in cost.parameters.items()}
+    sizes = {"pictures read at": cost.read_px, "pictures in a batch": cost.trained_px}
+    rows |= {name: ", ".join(f"{side}×{side} px" for side in sides) for name, sides in sizes.items() if sides}
+    rows |= {
+        "parameters trained": f"{cost.trained:,}",
+        f"weights, gradients, optimizer, average{whole}": f"{cost.state_bytes / 2**20:,.0f} MiB",
+        "peak memory of a step": f"{cost.peak_bytes / 2**20:,.0f} MiB",
+        "a step": f"{cost.step_s:.3g} s, {cost.batch_size / cost.step_s:,.1f} pictures/s",
+        "the run": f"{cost.steps:,} steps, {cost.steps * cost.batch_size:,} pictures, {duration(cost.total_s)}",
+    }
+    for name, value in rows.items():
+        print(f"{name:<{max(map(len, rows))}}  {value}", flush=True)
 
 
 def duration(seconds: float) -> str:
