@@ -9,7 +9,7 @@ from unclip.cli import options
 from unclip.cli.options import argument, command, flag, option
 from unclip.pipelines.session import silence
 
-Clip = Annotated[str, option("MODEL", "Folder or hub id of the CLIP model, in transformers' layout.")]
+Clip = Annotated[str, option("MODEL", help="Folder or hub id of the CLIP model, in transformers' layout.")]
 
 convert = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -21,23 +21,29 @@ def convert_group() -> None:
 
 @command(convert, "karlo")
 def karlo(
-    prior: Annotated[Path, option("FILE", "The prior's checkpoint.")],
-    decoder: Annotated[Path, option("FILE", "The decoder's checkpoint.")],
-    super_res: Annotated[Path, option("FILE", "The super-resolution checkpoint.")],
-    stats: Annotated[Path, option("FILE", "Mean and spread of the image embeddings.")],
+    prior: Annotated[Path, option("FILE")],
+    decoder: Annotated[Path, option("FILE")],
+    super_res: Annotated[Path, option("FILE")],
+    stats: Annotated[Path, option("FILE")],
     clip: Clip,
     out: options.NewFolder,
     dtype: options.KeptDtype = None,
-    variant: Annotated[str | None, option("WORD", "Put WORD into the weights' file names: fp16, say.")] = None,
-    prior_clip_range: Annotated[
-        float, option("X", "Clamp the prior's prediction to ±X; published folders in diffusers' layout: 5.")
-    ] = 10.0,
+    variant: Annotated[str | None, option("WORD")] = None,
+    prior_clip_range: Annotated[float, option("X")] = 10.0,
     overwrite: options.OverwriteFolder = False,
     quiet: options.Quiet = False,
 ) -> None:
     r"""Convert Karlo's original files into a text-to-image folder.
 
     The files may be .ckpt, .th or .safetensors; only tensors are read from pickles.
+
+    Args:
+        prior: The prior's checkpoint.
+        decoder: The decoder's checkpoint.
+        super_res: The super-resolution checkpoint.
+        stats: Mean and spread of the image embeddings.
+        variant: Put WORD into the weights' file names: fp16, say.
+        prior_clip_range: Clamp the prior's prediction to ±X; published folders in diffusers' layout: 5.
 
     Examples:
         unclip convert karlo --prior prior-ckpt-step=01000000-of-01000000.ckpt \
@@ -67,18 +73,20 @@ def karlo(
 
 @command(convert, "variation")
 def variation(
-    model: Annotated[str, argument("MODEL", "Folder or hub id of a text-to-image model.")],
+    model: Annotated[str, argument("MODEL")],
     clip: Clip,
     out: options.NewFolder,
-    crop: Annotated[
-        bool, flag("--crop", "Look at the centre of pictures, as CLIP does; or squash them, as Karlo.")
-    ] = False,
+    crop: Annotated[bool, flag("--crop")] = False,
     overwrite: options.OverwriteFolder = False,
     quiet: options.Quiet = False,
 ) -> None:
     r"""Make a folder for `unclip vary` from a text-to-image model.
 
     It has the model's components, and the image encoder of the CLIP model that the model was trained with.
+
+    Args:
+        model: Folder or hub id of a text-to-image model.
+        crop: Look at the centre of pictures, as CLIP does; or squash them, as Karlo.
 
     Examples:
         unclip convert variation models/karlo \
@@ -93,7 +101,7 @@ def variation(
 
 @command(convert, "pickle")
 def pickle(
-    folder: Annotated[Path, argument("FOLDER", "A model's folder with .bin files.")],
+    folder: Annotated[Path, argument("FOLDER")],
     out: options.NewFolder,
     overwrite: options.OverwriteFolder = False,
     quiet: options.Quiet = False,
@@ -102,6 +110,9 @@ def pickle(
 
     A pickle can run code when it is read. This command reads only tensors and refuses a file with anything else; still,
     use it only on files from people whom you trust.
+
+    Args:
+        folder: A model's folder with .bin files.
 
     Examples:
         unclip convert pickle models/old --out models/new

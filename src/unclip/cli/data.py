@@ -36,24 +36,26 @@ class Origin(StrEnum):
 
 
 Data = Annotated[
-    str, argument("DATA", "A folder with metadata.jsonl or metadata.csv, or shards: a folder, pattern or URL.")
+    str, argument("DATA", help="A folder with metadata.jsonl or metadata.csv, or shards: a folder, pattern or URL.")
 ]
-Overwrite = Annotated[bool, flag("--overwrite", "Replace an existing FILE.")]
-Packages = Annotated[Path | None, option("DIR", "Folder with the four source tarballs.", default="fetched with npm")]
-Seed = Annotated[int, option("N", "Random seed.", min=0, max=2**32)]
+Overwrite = Annotated[bool, flag("--overwrite", help="Replace an existing FILE.")]
+Packages = Annotated[
+    Path | None, option("DIR", help="Folder with the four source tarballs.", default="fetched with npm")
+]
+Seed = Annotated[int, option("N", help="Random seed.", min=0, max=2**32)]
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The names of keys or columns."""
+    """The names of keys or columns.
 
-    image_key: Annotated[
-        str | None,
-        option("NAME", "Key or column of the picture.", default="file_name, image, image_path, path or filename"),
-    ] = None
-    caption_key: Annotated[
-        str | None, option("NAME", "Key or column of the caption.", default="captions, text, caption or prompt")
-    ] = None
+    Attributes:
+        image_key: Key or column of the picture.
+        caption_key: Key or column of the caption.
+    """
+
+    image_key: Annotated[str | None, option("NAME", default="file_name, image, image_path, path or filename")] = None
+    caption_key: Annotated[str | None, option("NAME", default="captions, text, caption or prompt")] = None
 
     @property
     def keys(self) -> "Keys":
@@ -65,12 +67,15 @@ class Columns:
 
 @dataclass(frozen=True)
 class Sharding(Columns):
-    """Options of the commands that write shards."""
+    """Options of the commands that write shards.
 
-    per_shard: Annotated[int, option("N", "Samples in one shard.", min=1)] = 10_000
-    max_skipped: Annotated[
-        float, option("SHARE", "Share of samples, and of shards, that may be broken and left out.", min=0, max=1)
-    ] = 0.01
+    Attributes:
+        per_shard: Samples in one shard.
+        max_skipped: Share of samples, and of shards, that may be broken and left out.
+    """
+
+    per_shard: Annotated[int, option("N", min=1)] = 10_000
+    max_skipped: Annotated[float, option("SHARE", min=0, max=1)] = 0.01
 
     def arguments(self, quiet: bool) -> dict[str, Any]:
         """The arguments of the functions that write shards."""
@@ -107,9 +112,9 @@ def emoji(*, out: options.NewFolder, packages: Packages = None, quiet: options.Q
 @command(data, "language")
 def language(
     *,
-    source: Annotated[Path, argument("DATA", "The folder of unclip data emoji.")],
-    out: Annotated[Path, option("FILE", "The file to write, one phrase on each line.", "--out", "-o")],
-    count: Annotated[int, option("N", "Phrases to write.", min=1)] = 1_200_000,
+    source: Annotated[Path, argument("DATA")],
+    out: Annotated[Path, option("FILE", "--out", "-o")],
+    count: Annotated[int, option("N", min=1)] = 1_200_000,
     seed: Seed = 0,
     packages: Packages = None,
     overwrite: Overwrite = False,
@@ -119,6 +124,11 @@ def language(
 
     The phrases are made of labels, keywords and the nouns of WordNet. They train a CLIP's text encoder, a prior and a
     decoder whose recipe has a section [teacher]. The wordings of unclip evaluate wordings are left out.
+
+    Args:
+        source: The folder of unclip data emoji.
+        out: The file to write, one phrase on each line.
+        count: Phrases to write.
 
     Examples:
         unclip data language data/emoji --out data/language.jsonl
@@ -139,19 +149,24 @@ def language(
 @command(data, "caption")
 def caption(
     *,
-    folder: Annotated[Path, argument("FOLDER", "A folder of pictures; its subfolders are read too.")],
-    origin: Annotated[
-        Origin | None, option("WHERE", ORIGINS, "--from", default="texts where they exist, else names")
-    ] = None,
-    csv: Annotated[Path | None, option("FILE", COLUMNS, "--csv")] = None,
+    folder: Annotated[Path, argument("FOLDER")],
+    origin: Annotated[Origin | None, option("WHERE", "--from", default="texts where they exist, else names")] = None,
+    csv: Annotated[Path | None, option("FILE", "--csv")] = None,
     columns: Columns,
-    overwrite: Annotated[bool, flag("--overwrite", "Replace an existing metadata.jsonl.")] = False,
+    overwrite: Annotated[bool, flag("--overwrite")] = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Write the captions of your own pictures to FOLDER/metadata.jsonl.
 
     Training and the other data commands read that file. Pictures without a caption are named and left out. Check the
     captions from file names: a number at the end is removed if it only distinguishes pictures.
+
+    Args:
+        folder: A folder of pictures; its subfolders are read too.
+        origin: texts: NAME.txt beside a picture, one caption on each line; names: the words of file names; folders: the
+            name of a picture's folder.
+        csv: Take captions from a CSV (or JSON lines) with named columns; a picture may have several rows.
+        overwrite: Replace an existing metadata.jsonl.
 
     Examples:
         unclip data caption photos                     cat.txt of cat.jpg, else cat
@@ -184,13 +199,17 @@ def caption(
 def inspect(
     *,
     source: Data,
-    sheet: Annotated[Path | None, option("FILE", "Write a sheet of some pictures with captions.")] = None,
-    num_shown: Annotated[int, option("N", "Pictures on the sheet.", min=1, max=1000)] = 48,
+    sheet: Annotated[Path | None, option("FILE")] = None,
+    num_shown: Annotated[int, option("N", min=1, max=1000)] = 48,
     overwrite: Overwrite = False,
     columns: Columns,
     quiet: options.Quiet = False,
 ) -> None:
     """Read a whole data set; count its samples and name the broken ones.
+
+    Args:
+        sheet: Write a sheet of some pictures with captions.
+        num_shown: Pictures on the sheet.
 
     Examples:
         unclip data inspect data/emoji
@@ -216,16 +235,21 @@ def inspect(
 @command(data, "compose")
 def compose(
     *,
-    source: Annotated[Path, argument("DATA", "A folder of single objects: unclip data emoji.")],
+    source: Annotated[Path, argument("DATA")],
     out: options.NewFolder,
-    count: Annotated[int, option("N", "Pictures to make.", min=1)] = 30_000,
+    count: Annotated[int, option("N", min=1)] = 30_000,
     seed: Seed = 0,
-    weight: Annotated[float, option("W", "Weight of each picture in training.", min=0)] = 0.05,
+    weight: Annotated[float, option("W", min=0)] = 0.05,
     quiet: options.Quiet = False,
 ) -> None:
     """Make pictures that combine concepts, with captions that describe them.
 
     They show objects in other colours, on backgrounds, and two in a scene. One combination in twenty is held out.
+
+    Args:
+        source: A folder of single objects: unclip data emoji.
+        count: Pictures to make.
+        weight: Weight of each picture in training.
 
     Examples:
         unclip data compose data/emoji --out data/composed
@@ -258,9 +282,9 @@ def pack(*, source: Data, out: options.NewFolder, sharding: Sharding, quiet: opt
 def embed(
     *,
     source: Data,
-    clip: Annotated[Path, option("MODEL", "A folder with an image_encoder: of a CLIP run, or of a model.")],
+    clip: Annotated[Path, option("MODEL")],
     out: options.NewFolder,
-    keep_pictures: Annotated[bool, flag("--keep-pictures", "Copy the pictures too, for a decoder.")] = False,
+    keep_pictures: Annotated[bool, flag("--keep-pictures")] = False,
     sharding: Sharding,
     device: options.Device = "auto",
     quiet: options.Quiet = False,
@@ -269,6 +293,10 @@ def embed(
 
     Broken samples are left out; DIR.skipped.json lists them. The shards are in DIR.unfinished until all are complete;
     after Ctrl-C the same command continues.
+
+    Args:
+        clip: A folder with an image_encoder: of a CLIP run, or of a model.
+        keep_pictures: Copy the pictures too, for a decoder.
 
     Examples:
         unclip data embed data/emoji --clip runs/clip/model --out embedded

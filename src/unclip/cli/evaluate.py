@@ -24,9 +24,13 @@ def evaluate_group() -> None:
 
 @dataclass(frozen=True)
 class FewAsked(Asked):
-    """Options of the slower measures, which use fewer captions."""
+    """Options of the slower measures, which use fewer captions.
 
-    num_seen: Annotated[int, option("N", "Number of captions seen in training.", min=1)] = 100
+    Attributes:
+        num_seen: Number of captions seen in training.
+    """
+
+    num_seen: Annotated[int, option("N", min=1)] = 100
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,13 @@ class PriorAsked(Asked):
 
 @dataclass(frozen=True)
 class SweepAsked(FewAsked):
-    """Options of `sweep`."""
+    """Options of `sweep`.
 
-    num_held_out: Annotated[int, option("N", "Number of held-out captions.", min=0)] = 0
+    Attributes:
+        num_held_out: Number of held-out captions.
+    """
+
+    num_held_out: Annotated[int, option("N", min=0)] = 0
     sheet: Path | None = None
 
 
@@ -89,16 +97,8 @@ def retrieval(
 def wordings(
     *,
     asked: WordingsAsked,
-    listed: Annotated[
-        Path | None,
-        option(
-            "FILE",
-            "A JSON file: {kind: {wording: [accepted labels]}}.",
-            "--wordings",
-            default="the built-in list, for emoji",
-        ),
-    ] = None,
-    sheet: Annotated[Path | None, option("FILE", "Write a sheet of the pictures to FILE.", default="no")] = None,
+    listed: Annotated[Path | None, option("FILE", "--wordings", default="the built-in list, for emoji")] = None,
+    sheet: Annotated[Path | None, option("FILE", default="no")] = None,
     sampling: options.Sampling,
     how: How,
 ) -> None:
@@ -107,6 +107,10 @@ def wordings(
     The judge ranks the captions of all concepts for each picture. The report has the share of pictures whose first
     caption, or one of the first five, is accepted for the wording: for all wordings and for each kind. A wording may
     accept several concepts.
+
+    Args:
+        listed: A JSON file: {kind: {wording: [accepted labels]}}.
+        sheet: Write a sheet of the pictures to FILE.
 
     Examples:
         unclip evaluate wordings --data data/emoji --out wordings.json
@@ -178,7 +182,7 @@ def prior(
 def decoder(
     *,
     asked: FewAsked,
-    captions: Annotated[bool, flag("--captions", "Also give the decoder the caption, as in text to image.")] = False,
+    captions: Annotated[bool, flag("--captions")] = False,
     decoding: options.Decoding,
     how: How,
 ) -> None:
@@ -186,6 +190,9 @@ def decoder(
 
     The report has the similarity of the decoded and the real picture: by cosine in the model's own CLIP and in the
     judge's, and in pixels, before and after super-resolution. No prior can restore what is lost here.
+
+    Args:
+        captions: Also give the decoder the caption, as in text to image.
 
     Examples:
         unclip evaluate decoder --data data/emoji --out decoder.json
@@ -227,10 +234,10 @@ def sweep(
 
 @command(evaluate, "report")
 def report(
-    reports: Annotated[list[Path], argument("FILE...", "JSON reports of the other commands.")],
-    out: Annotated[Path, option("FILE", "The HTML file to write.", "--out", "-o")],
-    title: Annotated[str, option("TEXT", "Title of the page.")] = "Evaluation",
-    picture: Annotated[list[Path] | None, option("FILE", "A picture to add; may be given several times.")] = None,
+    reports: Annotated[list[Path], argument("FILE...")],
+    out: Annotated[Path, option("FILE", "--out", "-o")],
+    title: Annotated[str, option("TEXT")] = "Evaluation",
+    picture: Annotated[list[Path] | None, option("FILE")] = None,
     overwrite: measures.Overwrite = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -238,6 +245,12 @@ def report(
 
     The page is a single file with tables, charts of sweeps, and the sheets of the reports that are in the report's
     folder or below it. It runs no scripts and loads no other files.
+
+    Args:
+        reports: JSON reports of the other commands.
+        out: The HTML file to write.
+        title: Title of the page.
+        picture: A picture to add; may be given several times.
 
     Examples:
         unclip evaluate report retrieval.json sweep.json --out report.html

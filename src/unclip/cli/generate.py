@@ -18,15 +18,11 @@ if TYPE_CHECKING:
 
 def generate(
     *,
-    prompts: Annotated[
-        list[str] | None, argument("PROMPT", "Captions of the pictures. - reads captions from stdin, one on each line.")
-    ] = None,
+    prompts: Annotated[list[str] | None, argument("PROMPT")] = None,
     model: options.Model = "unclip-emoji",
     num_images: options.NumImagesOfEach = 1,
     seed: options.Seed = None,
-    prompts_file: Annotated[
-        Path | None, option("FILE", "Read more captions, one on each line; - is stdin.", allow_dash=True)
-    ] = None,
+    prompts_file: Annotated[Path | None, option("FILE", allow_dash=True)] = None,
     negative: options.Negative = None,
     size: options.Size,
     sampler: options.Sampler = None,
@@ -37,6 +33,10 @@ def generate(
 
     Each picture becomes a PNG file named after its caption and seed. The file also records how it was made, so that
     `unclip rerun` can make it again. The paths are printed to stdout, one on each line.
+
+    Args:
+        prompts: Captions of the pictures. - reads captions from stdin, one on each line.
+        prompts_file: Read more captions, one on each line; - is stdin.
 
     Examples:
         unclip generate "a red apple"

@@ -58,16 +58,18 @@ class Component:
 
 def info(
     *,
-    model: Annotated[
-        str, argument("MODEL", "A model's folder, a hub id (owner/name), or a built-in name.")
-    ] = "unclip-emoji",
-    as_json: Annotated[bool, flag("--json", "Print one JSON object instead of tables.")] = False,
+    model: Annotated[str, argument("MODEL")] = "unclip-emoji",
+    as_json: Annotated[bool, flag("--json")] = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Show the components of a model.
 
     The output lists components, sizes, schedulers and the licence. Only headers and configurations are read, no
     weights. MODEL may also be the folder of one component, or the model/ folder of a training run.
+
+    Args:
+        model: A model's folder, a hub id (owner/name), or a built-in name.
+        as_json: Print one JSON object instead of tables.
 
     Examples:
         unclip info unclip-emoji

@@ -26,36 +26,37 @@ class EmbeddingFrom(StrEnum):
     image = "image"
 
 
-Picture = Annotated[Path, argument("IMAGE", "A picture file.")]
+Picture = Annotated[Path, argument("IMAGE", help="A picture file.")]
 OWN_SIZE = "the picture's shape, in the model's size"
 
 
 @dataclass(frozen=True)
 class Size(options.Size):
-    """Width and height of the results."""
+    """Width and height of the results.
 
-    height: Annotated[int | None, options.side("--height", "Height of the result; goes with --width.", OWN_SIZE)] = None
-    width: Annotated[int | None, options.side("--width", "Width of the result; goes with --height.", OWN_SIZE)] = None
+    Attributes:
+        height: Height of the result; goes with --width.
+        width: Width of the result; goes with --height.
+    """
+
+    height: Annotated[int | None, options.side("--height", OWN_SIZE)] = None
+    width: Annotated[int | None, options.side("--width", OWN_SIZE)] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Edit:
-    """Options of both commands."""
+    """Options of both commands.
 
-    prompt: Annotated[
-        str | None, option("TEXT", "Caption of the whole result.", default="what the picture shows already")
-    ] = None
+    Attributes:
+        prompt: Caption of the whole result.
+        embedding_from: Source of the image embedding: prompt or image (the prompt then only conditions the decoder).
+    """
+
+    prompt: Annotated[str | None, option("TEXT", default="what the picture shows already")] = None
     model: options.Model = "unclip-emoji"
     num_images: options.NumImages = 1
     seed: options.Seed = None
-    embedding_from: Annotated[
-        EmbeddingFrom | None,
-        option(
-            "NAME",
-            "Source of the image embedding: prompt or image (the prompt then only conditions the decoder).",
-            default="prompt, if there is one",
-        ),
-    ] = None
+    embedding_from: Annotated[EmbeddingFrom | None, option("NAME", default="prompt, if there is one")] = None
     negative: options.Negative = None
     sampler: options.Sampler = None
     size: Size
@@ -66,24 +67,10 @@ class Edit:
 def inpaint(
     *,
     image: Picture,
-    mask: Annotated[
-        Path | None,
-        option(
-            "FILE",
-            "The part to regenerate: a picture of the same size, transparent there; or white there, black elsewhere.",
-            default="the picture's own transparency",
-        ),
-    ] = None,
-    strength: Annotated[
-        float, option("X", "Share of the denoising steps that are run; below 1 some of the masked content stays.")
-    ] = 1.0,
-    resamples: Annotated[
-        int,
-        option(
-            "N", "Repetitions of each jump. More of them fit the surroundings better, but take longer.", min=1, max=100
-        ),
-    ] = 4,
-    jump: Annotated[int, option("N", "Denoising steps in each jump.", min=1)] = 1,
+    mask: Annotated[Path | None, option("FILE", default="the picture's own transparency")] = None,
+    strength: Annotated[float, option("X")] = 1.0,
+    resamples: Annotated[int, option("N", min=1, max=100)] = 4,
+    jump: Annotated[int, option("N", min=1)] = 1,
     edit: Edit,
 ) -> None:
     """Regenerate a part of a picture.
@@ -91,6 +78,12 @@ def inpaint(
     A mask marks the part, or transparency in the picture does; all other pixels stay as they are. The result has the
     model's size in the picture's shape, and a picture of another size is resized to it first. Each result becomes a PNG
     file named after the given file and the seed. The paths are printed to stdout, one on each line.
+
+    Args:
+        mask: The part to regenerate: a picture of the same size, transparent there; or white there, black elsewhere.
+        strength: Share of the denoising steps that are run; below 1 some of the masked content stays.
+        resamples: Repetitions of each jump. More of them fit the surroundings better, but take longer.
+        jump: Denoising steps in each jump.
 
     Examples:
         unclip inpaint photo.png --mask mask.png --prompt "a dog with a hat"
@@ -113,15 +106,16 @@ def inpaint(
 def redraw(
     *,
     image: Picture,
-    strength: Annotated[
-        float, option("X", "How much changes: near 0 the picture stays, near 1 almost nothing of it is left.")
-    ] = 0.7,
+    strength: Annotated[float, option("X")] = 0.7,
     edit: Edit,
 ) -> None:
     """Regenerate a whole picture from a noisy version of it.
 
     This is image to image: the result keeps the layout and the colours as far as the strength allows, and shows what
     the prompt says. Transparent parts become white. Sizes, files and output are as for `unclip inpaint`.
+
+    Args:
+        strength: How much changes: near 0 the picture stays, near 1 almost nothing of it is left.
 
     Examples:
         unclip redraw sketch.png --prompt "a red apple"

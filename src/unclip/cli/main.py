@@ -141,12 +141,13 @@ def _show_version(asked: bool) -> None:
 def unclip(
     ctx: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        options.option(None, "--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error (before the command).")
+    debug: Annotated[bool, options.flag("--debug", "Show the traceback of an error (before the command).")] = False,
+    verbose: Annotated[
+        bool, options.option(None, "--verbose", "-v", help="Show details (also after the command).")
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show details (also after the command).")] = False,
 ) -> None:
     """Make pictures from captions, and variations of pictures, with unCLIP (DALL-E 2).
 
@@ -167,9 +168,12 @@ def unclip(
 
 def show_help(
     ctx: typer.Context,
-    command: Annotated[list[str] | None, options.argument("[COMMAND]", "A command, as in: data pack")] = None,
+    command: Annotated[list[str] | None, options.argument("[COMMAND]")] = None,
 ) -> None:
     """Show the help of a command, as --help after it does.
+
+    Args:
+        command: A command, as in: data pack
 
     Examples:
         unclip help generate

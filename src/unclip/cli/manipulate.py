@@ -41,25 +41,14 @@ class PathDecoding(options.Decoding):
 
 def interpolate(
     *,
-    parts: Annotated[list[str], argument("A B …", "Two or more files of pictures or latents, or captions.")],
+    parts: Annotated[list[str], argument("A B …")],
     caption: options.Caption = False,
     model: options.Model = "unclip-emoji",
-    frames: Annotated[int, option("N", "Frames from each input to the next, without the next.", min=1, max=1000)] = 8,
-    one_noise: Annotated[
-        bool, flag("--one-noise", "Keep the noise of the first input: only the content changes.")
-    ] = False,
-    spacing: Annotated[
-        Spacing,
-        option(
-            "HOW",
-            "jumps: neighbouring frames differ equally, which needs two extra passes of the decoder. turns: "
-            "equal steps of the angle.",
-        ),
-    ] = Spacing.jumps,
-    super_res: Annotated[
-        bool, flag("--super-res", "Also invert super-resolution, to reconstruct the ends in detail.")
-    ] = False,
-    seed: Annotated[int, option("N", "Seed of the noise that all frames share.", min=0, max=options.MAX_SEED)] = 0,
+    frames: Annotated[int, option("N", min=1, max=1000)] = 8,
+    one_noise: Annotated[bool, flag("--one-noise")] = False,
+    spacing: Annotated[Spacing, option("HOW")] = Spacing.jumps,
+    super_res: Annotated[bool, flag("--super-res")] = False,
+    seed: Annotated[int, option("N", min=0, max=options.MAX_SEED)] = 0,
     prior: options.PriorChoice,
     decoding: PathDecoding,
     film: Film,
@@ -70,6 +59,15 @@ def interpolate(
     Pictures are inverted, so the first and the last frame reconstruct the given ones; the embedding and the noise are
     both interpolated by angle. Captions have the embeddings that `generate` samples with the same seed, and share the
     decoder's noise. A film plays forwards and backwards. The paths are printed to stdout, one on each line.
+
+    Args:
+        parts: Two or more files of pictures or latents, or captions.
+        frames: Frames from each input to the next, without the next.
+        one_noise: Keep the noise of the first input: only the content changes.
+        spacing: jumps: neighbouring frames differ equally, which needs two extra passes of the decoder. turns: equal
+            steps of the angle.
+        super_res: Also invert super-resolution, to reconstruct the ends in detail.
+        seed: Seed of the noise that all frames share.
 
     Examples:
         unclip interpolate cat.png dog.png --grid
@@ -132,7 +130,7 @@ class EditPriorChoice(options.PriorChoice):
         int | None,
         options.setting(
             "num_prior_candidates",
-            text="Image embeddings that the prior samples for each caption. Both captions keep the same one.",
+            help="Image embeddings that the prior samples for each caption. Both captions keep the same one.",
             default="1",
         ),
     ] = None
@@ -140,18 +138,14 @@ class EditPriorChoice(options.PriorChoice):
 
 def edit(
     *,
-    image: Annotated[str, argument("IMAGE", "A picture file, or a file of `unclip invert`.")],
-    source: Annotated[str, option("TEXT", "What the picture shows.", "--from")],
-    target: Annotated[str, option("TEXT", "What it should show instead.", "--to")],
+    image: Annotated[str, argument("IMAGE")],
+    source: Annotated[str, option("TEXT", "--from")],
+    target: Annotated[str, option("TEXT", "--to")],
     model: options.Model = "unclip-emoji",
-    strength: Annotated[
-        float, option("SHARE", "Size of the change, from 0 (none) to 1 (all of it).", min=0, max=1)
-    ] = 0.5,
-    sweep: Annotated[int, option("N", "Make N pictures, from no change to the strength.", min=1, max=100)] = 1,
-    text_space: Annotated[
-        bool, flag("--text-space", "Use the difference of the text embeddings, as in the paper, without the prior.")
-    ] = False,
-    seed: Annotated[int, option("N", "Seed of super-resolution and the prior.", min=0, max=options.MAX_SEED)] = 0,
+    strength: Annotated[float, option("SHARE", min=0, max=1)] = 0.5,
+    sweep: Annotated[int, option("N", min=1, max=100)] = 1,
+    text_space: Annotated[bool, flag("--text-space")] = False,
+    seed: Annotated[int, option("N", min=0, max=options.MAX_SEED)] = 0,
     prior: EditPriorChoice,
     decoding: options.InversionDecoding,
     film: Film,
@@ -163,6 +157,15 @@ def edit(
     everything else keeps its place. The prior samples the embeddings of both captions from the same noise, and takes
     the same candidate for both, so they differ only by what they say. The paths are printed to stdout, one on each
     line.
+
+    Args:
+        image: A picture file, or a file of `unclip invert`.
+        source: What the picture shows.
+        target: What it should show instead.
+        strength: Size of the change, from 0 (none) to 1 (all of it).
+        sweep: Make N pictures, from no change to the strength.
+        text_space: Use the difference of the text embeddings, as in the paper, without the prior.
+        seed: Seed of super-resolution and the prior.
 
     Examples:
         unclip edit cat.png --from "a cat" --to "a lion" --strength 0.5
@@ -198,14 +201,7 @@ def edit(
 
 def blend(
     *,
-    parts: Annotated[
-        list[str],
-        argument(
-            "PART[:WEIGHT] …",
-            "Files of pictures or latents, or captions, each with an optional weight after a colon (default "
-            "1). A negative weight takes away.",
-        ),
-    ],
+    parts: Annotated[list[str], argument("PART[:WEIGHT] …")],
     caption: options.Caption = False,
     model: options.Model = "unclip-emoji",
     num_images: options.NumImages = 1,
@@ -219,6 +215,10 @@ def blend(
     Pictures count with their image embeddings, captions with those that `generate` samples with the same seed. Lengths
     of embeddings do not matter, only the weights. A caption that ends in a colon and a number needs a weight after it.
     The paths are printed to stdout, one on each line.
+
+    Args:
+        parts: Files of pictures or latents, or captions, each with an optional weight after a colon (default 1). A
+            negative weight takes away.
 
     Examples:
         unclip blend cat.png dog.png
@@ -253,17 +253,13 @@ def blend(
 
 def invert(
     *,
-    images: Annotated[list[Path], argument("IMAGE", "One or more picture files.")],
+    images: Annotated[list[Path], argument("IMAGE")],
     model: options.Model = "unclip-emoji",
-    super_res: Annotated[
-        bool, flag("--super-res", "Also invert super-resolution, to reconstruct fine detail.")
-    ] = False,
-    check: Annotated[bool, flag("--check", "Also write the reconstructed picture, and print its PSNR.")] = False,
+    super_res: Annotated[bool, flag("--super-res")] = False,
+    check: Annotated[bool, flag("--check")] = False,
     decoding: options.InversionDecoding,
-    out: Annotated[
-        Path, shared("PATH", "Folder for the latents, or a .safetensors file for a single one.", "--out", "-o")
-    ] = Path("."),
-    overwrite: Annotated[bool, flag("--overwrite", "Replace existing files.")] = False,
+    out: Annotated[Path, shared("PATH", "--out", "-o")] = Path("."),
+    overwrite: Annotated[bool, flag("--overwrite")] = False,
     as_json: options.Json = False,
     compute: options.Compute,
     quiet: options.Quiet = False,
@@ -274,6 +270,13 @@ def invert(
     reconstructs it. `vary --keep-structure`, `interpolate`, `edit`, `blend` and `probe show` accept such a file instead
     of a picture. If pictures have the same name, a number is added to the names of the later files. The paths are
     printed to stdout, one on each line.
+
+    Args:
+        images: One or more picture files.
+        super_res: Also invert super-resolution, to reconstruct fine detail.
+        check: Also write the reconstructed picture, and print its PSNR.
+        out: Folder for the latents, or a .safetensors file for a single one.
+        overwrite: Replace existing files.
 
     Examples:
         unclip invert cat.png

@@ -31,22 +31,32 @@ HASHED = (".csv", ".json", ".jsonl", ".safetensors", ".txt")
 JUDGE = "A CLIP that the model was not trained with: a folder, a hub id, or the built-in one."
 FEATURES = "Inception weights, for distances in its feature space: a safetensors file or its folder."
 SHEETS = "Write sheets of the pictures to PREFIX-seen.png and PREFIX-held-out.png."
-Overwrite = Annotated[bool, flag("--overwrite", "Replace existing files.")]
-Features = Annotated[Path | None, option("PATH", FEATURES, default="none")]
+Overwrite = Annotated[bool, flag("--overwrite", help="Replace existing files.")]
+Features = Annotated[Path | None, option("PATH", help=FEATURES, default="none")]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Options of every measure."""
+    """Options of every measure.
 
-    data: Annotated[Path, option("DIR", "A data set of unclip data emoji or unclip data compose.")]
-    out: Annotated[Path, option("FILE", "The JSON file to write.", "--out", "-o")]
+    Attributes:
+        data: A data set of unclip data emoji or unclip data compose.
+        out: The JSON file to write.
+        judge: A CLIP that the model was not trained with: a folder, a hub id, or the built-in one.
+        num_seen: Number of captions seen in training.
+        num_held_out: Number of held-out captions.
+        sheet: Write sheets of the pictures to PREFIX-seen.png and PREFIX-held-out.png.
+        seed: Seed of the choice of captions and of the noise.
+    """
+
+    data: Annotated[Path, option("DIR")]
+    out: Annotated[Path, option("FILE", "--out", "-o")]
     model: options.Model = "unclip-emoji"
-    judge: Annotated[str, option("DIR", JUDGE)] = BUILT_IN_JUDGE
-    num_seen: Annotated[int, option("N", "Number of captions seen in training.", min=1)] = 200
-    num_held_out: Annotated[int | None, option("N", "Number of held-out captions.", default="all", min=0)] = None
-    sheet: Annotated[Path | None, option("PREFIX", SHEETS, default="no")] = None
-    seed: Annotated[int, option("N", "Seed of the choice of captions and of the noise.", min=0, max=2**32)] = 0
+    judge: Annotated[str, option("DIR")] = BUILT_IN_JUDGE
+    num_seen: Annotated[int, option("N", min=1)] = 200
+    num_held_out: Annotated[int | None, option("N", default="all", min=0)] = None
+    sheet: Annotated[Path | None, option("PREFIX", default="no")] = None
+    seed: Annotated[int, option("N", min=0, max=2**32)] = 0
     batch_size: options.BatchSize = 16
     overwrite: Overwrite = False
 
@@ -206,7 +216,7 @@ def saw_all_concepts(name: str, folder: Path) -> bool | None:
 def values(name: str) -> OptionInfo:
     """The option for the values of one setting in a sweep."""
     text = f"Values of {SETTINGS[name].label}, separated by commas."
-    return option("LIST", text, *options.names_of(SETTINGS[name]), default="the model's own")
+    return option("LIST", *options.names_of(SETTINGS[name]), help=text, default="the model's own")
 
 
 @dataclass(frozen=True)
@@ -222,7 +232,8 @@ class Lists:
     super_res_steps: Annotated[str | None, values("super_res_num_inference_steps")] = None
     decoder_guidance: Annotated[str | None, values("decoder_guidance_scale")] = None
     sampler: Annotated[
-        str | None, option("LIST", f"Samplers, separated by commas: {', '.join(SAMPLERS)}.", default="the model's own")
+        str | None,
+        option("LIST", help=f"Samplers, separated by commas: {', '.join(SAMPLERS)}.", default="the model's own"),
     ] = None
 
     def axes(self) -> dict[str, list[Any]]:

@@ -1,5 +1,6 @@
 """The options that several commands share, as dataclasses that `expanded` turns into parameters of a command."""
 
+import copy
 import functools
 import inspect
 import re
@@ -43,7 +44,7 @@ def command(app: typer.Typer, name: str, **more: Any) -> Callable[[Callable[...,
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         text, _, lines = (inspect.getdoc(function) or "").partition("\n\nExamples:\n")
-        epilog = examples(*textwrap.dedent(lines).splitlines())
+        text, epilog = text.partition("\n\nArgs:\n")[0], examples(*textwrap.dedent(lines).splitlines())
         return app.command(name, help=text, epilog=epilog, **more)(expanded(function))
 
     return register
@@ -53,25 +54,33 @@ def expanded(function: Callable[..., None]) -> Callable[..., None]:
     """The function of a command with one parameter for each field of its dataclass parameters.
 
     The fields are annotated with typer's options, or are such dataclasses; others keep their defaults. `function` is
-    called with instances of the dataclasses.
+    called with instances of the dataclasses. Options without a help text have that of the docstring (`described`).
     """
     parameters: list[Parameter] = []
 
-    def add(name: str, kind: Any, default: Any) -> Callable[[dict[str, Any]], Any]:
+    def add(name: str, kind: Any, default: Any, help: str | None) -> Callable[[dict[str, Any]], Any]:
         """Add the parameters of a kind. Returns: what makes its value from theirs."""
-        if not is_dataclass(kind):
+        if not (isinstance(kind, type) and is_dataclass(kind)):
+            if get_origin(kind) is Annotated and (info := copy.copy(kind.__metadata__[0])).help is None:
+                info.help, kind = help, Annotated[kind.__origin__, info]
             parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, annotation=kind, default=default))
             return lambda given: given[name]
-        kinds = get_type_hints(kind, include_extras=True)
-        parts = {
-            each.name: add(each.name, kinds[each.name], Parameter.empty if each.default is MISSING else each.default)
-            for each in fields(kind)
-            if get_origin(kinds[each.name]) is Annotated or is_dataclass(kinds[each.name])
+        kinds, parts = get_type_hints(kind, include_extras=True), {}
+        texts = {
+            name: text for each in reversed(inspect.getmro(kind)) for name, text in described(each.__doc__).items()
         }
-        return lambda given: kind(**{name: make(given) for name, make in parts.items()})  # type: ignore[operator]
+        for each in fields(kind):
+            if get_origin(kinds[each.name]) is Annotated or is_dataclass(kinds[each.name]):
+                default = Parameter.empty if each.default is MISSING else each.default
+                parts[each.name] = add(each.name, kinds[each.name], default, texts.get(each.name))
+        return lambda given: kind(**{name: make(given) for name, make in parts.items()})
 
+    texts = described(function.__doc__)
     kinds = get_type_hints(function, include_extras=True)
-    made = {name: add(name, kinds[name], each.default) for name, each in inspect.signature(function).parameters.items()}
+    made = {
+        name: add(name, kinds[name], each.default, texts.get(name))
+        for name, each in inspect.signature(function).parameters.items()
+    }
 
     @functools.wraps(function)
     def call(**given: Any) -> None:
@@ -81,6 +90,13 @@ def expanded(function: Callable[..., None]) -> Callable[..., None]:
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call
+
+
+def described(docstring: str | None) -> dict[str, str]:
+    """The texts of the section "Args:" or "Attributes:" of a docstring, by name."""
+    _, _, section = re.sub(r"\n    Attributes:\n", "\n    Args:\n", docstring or "").partition("\n    Args:\n")
+    entries = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
 
 
 def examples(*lines: str) -> str:
@@ -93,35 +109,40 @@ def kept(text: str) -> str:
     return "\n\n".join(f"\b\n{paragraph}" for paragraph in text.split("\n\n"))
 
 
-def argument(metavar: str, text: str) -> ArgumentInfo:
-    """A positional argument with its help."""
-    return typer.Argument(metavar=metavar, help=text)
+def argument(metavar: str, help: str | None = None) -> ArgumentInfo:
+    """A positional argument. Without `help` it has the text that the docstring gives."""
+    return typer.Argument(metavar=metavar, help=help)
 
 
-def flag(name: str, text: str) -> OptionInfo:
-    """An option without a value, with its help."""
-    return typer.Option(name, help=text)
+def flag(name: str, help: str | None = None) -> OptionInfo:
+    """An option without a value. Without `help` it has the text that the docstring gives."""
+    return typer.Option(name, help=help)
 
 
-def option(metavar: str | None, text: str, *names: str, default: str | None = None, **more: Any) -> OptionInfo:
-    """An option with its help. The parameter names it unless `names` do; `default` describes a default of None."""
-    return typer.Option(*names, metavar=metavar, help=text, show_default=default or True, **more)
+def option(
+    metavar: str | None, *names: str, help: str | None = None, default: str | None = None, **more: Any
+) -> OptionInfo:
+    """An option. Without `help` it has the text that the docstring gives.
+
+    The parameter names it unless `names` do; `default` describes a default of None.
+    """
+    return typer.Option(*names, metavar=metavar, help=help, show_default=default or True, **more)
 
 
-def shared(metavar: str | None, text: str, *names: str, **more: Any) -> OptionInfo:
+def shared(metavar: str | None, *names: str, **more: Any) -> OptionInfo:
     """An option whose default may come from an environment variable: UNCLIP_BATCH_SIZE for --batch-size."""
     long = [name.partition("/")[0] for name in names if name.startswith("--")]
     variables = [f"UNCLIP_{name[2:].replace('-', '_').upper()}" for name in long]
-    return option(metavar, text, *names, envvar=variables, show_envvar=False, **more)
+    return option(metavar, *names, envvar=variables, show_envvar=False, **more)
 
 
-def setting(name: str, metavar: str = "N", *, text: str = "", default: str = "", **more: Any) -> OptionInfo:
-    """The option of a row of `unclip.settings.SETTINGS`; `text` and `default` replace those of the row."""
+def setting(name: str, metavar: str = "N", *, help: str = "", default: str = "", **more: Any) -> OptionInfo:
+    """The option of a row of `unclip.settings.SETTINGS`; `help` and `default` replace those of the row."""
     row = SETTINGS[name]
     if row.kind is int and not row.per_stage:
         more |= {"min": row.low, "max": row.high}
     default = default or f"the model's own, else {row.default:g}"
-    return shared(metavar, text or row.help, *names_of(row), default=default, **more)
+    return shared(metavar, *names_of(row), help=help or row.help, default=default, **more)
 
 
 def names_of(row: Setting) -> list[str]:
@@ -129,9 +150,9 @@ def names_of(row: Setting) -> list[str]:
     return list(dict.fromkeys([row.option, row.option.replace("decoder-", "")]))
 
 
-def side(name: str, text: str, default: str = "the model's own") -> OptionInfo:
+def side(name: str, default: str = "the model's own") -> OptionInfo:
     """The option for a side of the pictures, in pixels."""
-    return shared("PX", text, name, default=default, min=1)
+    return shared("PX", name, default=default, min=1)
 
 
 def steps_of_stages(text: str) -> int | list[int]:
@@ -171,54 +192,59 @@ def _quiet(ctx: typer.Context, value: bool) -> bool:
     return value
 
 
-Model = Annotated[str, shared("MODEL", "A model's folder, a hub id (owner/name), or a built-in name.", "--model", "-m")]
+Model = Annotated[
+    str, shared("MODEL", "--model", "-m", help="A model's folder, a hub id (owner/name), or a built-in name.")
+]
 Seed = Annotated[
     int | None,
     shared(
         "N",
-        "Seed of the first picture. The next one has N+1, and so on.",
         "--seed",
+        help="Seed of the first picture. The next one has N+1, and so on.",
         default="a random one, which is printed",
         min=0,
         max=MAX_SEED,
     ),
 ]
-NumImages = Annotated[int, option("N", "Number of pictures.", "--num-images", "-n", min=1, max=100_000)]
-NumImagesOfEach = Annotated[int, option("N", "Pictures for each input.", "--num-images", "-n", min=1, max=100_000)]
+NumImages = Annotated[int, option("N", "--num-images", "-n", help="Number of pictures.", min=1, max=100_000)]
+NumImagesOfEach = Annotated[int, option("N", "--num-images", "-n", help="Pictures for each input.", min=1, max=100_000)]
 Negative = Annotated[
-    str | None, shared("TEXT", "What the pictures should not show.", "--negative", "--negative-prompt")
+    str | None, shared("TEXT", "--negative", "--negative-prompt", help="What the pictures should not show.")
 ]
 Caption = Annotated[
-    bool, flag("--caption", "Treat each argument that is not a file as a caption, even if it looks like a file name.")
+    bool,
+    flag("--caption", help="Treat each argument that is not a file as a caption, even if it looks like a file name."),
 ]
 Sampler = Annotated[
     str | None,
     shared(
         "NAME",
-        f"Sampler of all stages: {', '.join(f'{row.name} ({row.help})' for row in SAMPLERS.values())}.",
         "--sampler",
+        help=f"Sampler of all stages: {', '.join(f'{row.name} ({row.help})' for row in SAMPLERS.values())}.",
         default="the model's own",
         parser=sampler_of,
     ),
 ]
-DtypeOption = Annotated[Dtype, shared("TYPE", "Type of the weights: float32, bfloat16 or float16.", "--dtype")]
+DtypeOption = Annotated[Dtype, shared("TYPE", "--dtype", help="Type of the weights: float32, bfloat16 or float16.")]
 KeptDtype = Annotated[
     Dtype | None,
     option(
         "TYPE",
-        "Type of the weights to write: float32, bfloat16 or float16.",
         "--dtype",
+        help="Type of the weights to write: float32, bfloat16 or float16.",
         default="the type that they have",
     ),
 ]
 Device = Annotated[
-    str, shared("NAME", "cpu, cuda, cuda:1, mps or xpu; auto is the accelerator if there is one.", "--device")
+    str, shared("NAME", "--device", help="cpu, cuda, cuda:1, mps or xpu; auto is the accelerator if there is one.")
 ]
 BatchSize = Annotated[
-    int, shared("N", "Pictures computed at once. Fewer need less memory.", "--batch-size", min=1, max=MAX_BATCH)
+    int, shared("N", "--batch-size", help="Pictures computed at once. Fewer need less memory.", min=1, max=MAX_BATCH)
 ]
-OutFolder = Annotated[Path, shared("PATH", "Folder for the pictures, or a .png file for a single one.", "--out", "-o")]
-Json = Annotated[bool, shared(None, "Print one JSON object for each file instead of its path.", "--json")]
+OutFolder = Annotated[
+    Path, shared("PATH", "--out", "-o", help="Folder for the pictures, or a .png file for a single one.")
+]
+Json = Annotated[bool, shared(None, "--json", help="Print one JSON object for each file instead of its path.")]
 Quiet = Annotated[
     bool,
     typer.Option(
@@ -231,8 +257,8 @@ Quiet = Annotated[
         help="Print only warnings and errors; or print more: files, device, times.",
     ),
 ]
-NewFolder = Annotated[Path, option("DIR", "The folder to write.", "--out", "-o")]
-OverwriteFolder = Annotated[bool, flag("--overwrite", "Replace an existing DIR.")]
+NewFolder = Annotated[Path, option("DIR", "--out", "-o", help="The folder to write.")]
+OverwriteFolder = Annotated[bool, flag("--overwrite", help="Replace an existing DIR.")]
 
 
 class _Settings:
@@ -270,7 +296,7 @@ class InversionDecoding(Decoding):
     """The same for a picture that is inverted and decoded again."""
 
     decoder_guidance: Annotated[
-        float | None, setting("decoder_guidance_scale", "SCALE", text=INVERSION, default="1")
+        float | None, setting("decoder_guidance_scale", "SCALE", help=INVERSION, default="1")
     ] = None
 
 
@@ -303,20 +329,17 @@ class Sampling(Decoding, PriorSampling):
 
 @dataclass(frozen=True)
 class Size:
-    """Width and height of the pictures."""
+    """Width and height of the pictures.
 
-    size: Annotated[
-        str | None,
-        shared(
-            "PX[xPX]",
-            "Width and height of the pictures, such as 256 or 640x480.",
-            "--size",
-            default="the model's own",
-            parser=size_of,
-        ),
-    ] = None
-    height: Annotated[int | None, side("--height", "Height of the pictures.")] = None
-    width: Annotated[int | None, side("--width", "Width of the pictures.")] = None
+    Attributes:
+        size: Width and height of the pictures, such as 256 or 640x480.
+        height: Height of the pictures.
+        width: Width of the pictures.
+    """
+
+    size: Annotated[str | None, shared("PX[xPX]", "--size", default="the model's own", parser=size_of)] = None
+    height: Annotated[int | None, side("--height")] = None
+    width: Annotated[int | None, side("--width")] = None
 
     @property
     def sides(self) -> dict[str, int]:
@@ -331,13 +354,16 @@ class Size:
 
 @dataclass(frozen=True)
 class Output:
-    """Where pictures go, and how many are made at once."""
+    """Where pictures go, and how many are made at once.
+
+    Attributes:
+        grid: Also write a sheet of all pictures.
+        overwrite: Replace existing files. Otherwise a number is added to the name.
+    """
 
     out: OutFolder = Path(".")
-    grid: Annotated[bool, shared(None, "Also write a sheet of all pictures.", "--grid")] = False
-    overwrite: Annotated[
-        bool, shared(None, "Replace existing files. Otherwise a number is added to the name.", "--overwrite")
-    ] = False
+    grid: Annotated[bool, shared(None, "--grid")] = False
+    overwrite: Annotated[bool, shared(None, "--overwrite")] = False
     as_json: Json = False
     batch_size: BatchSize = 8
 
@@ -352,21 +378,15 @@ class Precision(session.Compute):
 
 @dataclass(frozen=True)
 class Compute(Precision):
-    """Where a model computes, and in which precision."""
+    """Where a model computes, and in which precision.
 
-    cpu_offload: Annotated[
-        bool, shared(None, "Keep only the active network on the accelerator: less memory, slower.", "--cpu-offload")
-    ] = False
-    tile: Annotated[
-        int | None,
-        shared(
-            "PX",
-            "Super-resolution works on tiles of this side: less memory for large pictures, slower.",
-            "--tile",
-            default="no tiles",
-            min=1,
-        ),
-    ] = None
+    Attributes:
+        cpu_offload: Keep only the active network on the accelerator: less memory, slower.
+        tile: Super-resolution works on tiles of this side: less memory for large pictures, slower.
+    """
+
+    cpu_offload: Annotated[bool, shared(None, "--cpu-offload")] = False
+    tile: Annotated[int | None, shared("PX", "--tile", default="no tiles", min=1)] = None
 
 
 @dataclass(frozen=True)

@@ -284,12 +284,15 @@ class FilmKind(StrEnum):
 
 @dataclass(frozen=True)
 class Film:
-    """Options of a film."""
+    """Options of a film.
 
-    film: Annotated[
-        FilmKind | None, option("KIND", "Also write the frames as a film: gif, webp or mp4 (needs PyAV).", "--film")
-    ] = None
-    fps: Annotated[float, option("N", "Frames per second of the film.", "--fps", min=0.5, max=50)] = 10
+    Attributes:
+        film: Also write the frames as a film: gif, webp or mp4 (needs PyAV).
+        fps: Frames per second of the film.
+    """
+
+    film: Annotated[FilmKind | None, option("KIND", "--film")] = None
+    fps: Annotated[float, option("N", "--fps", min=0.5, max=50)] = 10
 
     def check(self) -> None:
         """Raises: MissingDependencyError when this kind of film cannot be written."""

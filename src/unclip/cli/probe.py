@@ -40,18 +40,13 @@ def probe_group() -> None:
 @command(probe, "fit")
 def fit(
     *,
-    data: Annotated[str, argument("DATA", "A data set: a folder, as of unclip data emoji, or tar shards.")],
-    out: Annotated[
-        Path | None,
-        option("FILE", "The .safetensors file to write.", "--out", "-o", default=f"{PROBE_FILE} in the model's folder"),
-    ] = None,
+    data: Annotated[str, argument("DATA")],
+    out: Annotated[Path | None, option("FILE", "--out", "-o", default=f"{PROBE_FILE} in the model's folder")] = None,
     model: options.Model = "unclip-emoji",
-    num_components: Annotated[int | None, option("N", "Components to keep.", default="all", min=1)] = None,
-    num_pictures: Annotated[
-        int | None, option("N", "Use only N pictures, chosen at random.", default="all", min=2)
-    ] = None,
+    num_components: Annotated[int | None, option("N", default="all", min=1)] = None,
+    num_pictures: Annotated[int | None, option("N", default="all", min=2)] = None,
     batch_size: options.BatchSize = 64,
-    overwrite: Annotated[bool, flag("--overwrite", "Replace an existing FILE.")] = False,
+    overwrite: Annotated[bool, flag("--overwrite")] = False,
     precision: options.Precision,
     quiet: options.Quiet = False,
 ) -> None:
@@ -60,6 +55,13 @@ def fit(
     DATA is the folder of a data set (without the samples that it holds out), any folder with picture files, or tar
     shards: a folder, a pattern, or URLs. Without --out the components are written into the model's folder, and `unclip
     probe show` finds them there. The path is printed to stdout.
+
+    Args:
+        data: A data set: a folder, as of unclip data emoji, or tar shards.
+        out: The .safetensors file to write.
+        num_components: Components to keep.
+        num_pictures: Use only N pictures, chosen at random.
+        overwrite: Replace an existing FILE.
 
     Examples:
         unclip probe fit data/emoji --out pca.safetensors
@@ -97,15 +99,11 @@ def fit(
 @command(probe, "show", cls=RecordedCommand)
 def show(
     *,
-    image: Annotated[str, argument("IMAGE", "A picture file, or a file of `unclip invert`.")],
-    pca: Annotated[
-        Path | None, option("FILE", "Components from `unclip probe fit`.", "--pca", default="the model's own")
-    ] = None,
+    image: Annotated[str, argument("IMAGE")],
+    pca: Annotated[Path | None, option("FILE", "--pca", default="the model's own")] = None,
     model: options.Model = "unclip-emoji",
-    dims: Annotated[
-        str | None, option("N,N,…", "Number of dimensions of each picture.", default="0, 1, 2, 4, … all")
-    ] = None,
-    seed: Annotated[int, option("N", "Seed of super-resolution's noise.", min=0, max=options.MAX_SEED)] = 0,
+    dims: Annotated[str | None, option("N,N,…", default="0, 1, 2, 4, … all")] = None,
+    seed: Annotated[int, option("N", min=0, max=options.MAX_SEED)] = 0,
     decoding: options.InversionDecoding,
     common: options.Common,
 ) -> None:
@@ -114,6 +112,12 @@ def show(
     The picture is inverted and keeps its own noise throughout. Without components the embedding is the mean of all
     pictures; with as many as the embedding has dimensions it is the picture's own. The paths are printed to stdout, one
     on each line.
+
+    Args:
+        image: A picture file, or a file of `unclip invert`.
+        pca: Components from `unclip probe fit`.
+        dims: Number of dimensions of each picture.
+        seed: Seed of super-resolution's noise.
 
     Examples:
         unclip probe show cat.png --pca pca.safetensors --grid

@@ -15,13 +15,9 @@ from unclip.pipelines.session import MADE_WITH, pick_device, read_texts
 from unclip.settings import SAMPLERS, SETTINGS
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
-OPTIONS = {
-    **{row.name: row.option for row in SETTINGS.values()},
-    "sampler": "--sampler",
-    "height": "--height",
-    "width": "--width",
+OPTIONS = {row.name: row.option for row in SETTINGS.values()} | {
+    **{name: f"--{name}" for name in ("sampler", "height", "width", "dtype")},
     "super_res_tile_px": "--tile",
-    "dtype": "--dtype",
 }
 """The options by the names of the recorded settings."""
 SEVERAL = ("-n", "--num-images", "--frames", "--sweep", "--dims", "--grid", "--film")
@@ -32,21 +28,18 @@ OWN_DEFAULTS = ("out", "overwrite", "as_json", "cpu_offload", "quiet")
 
 def rerun(
     ctx: typer.Context,
-    picture: Annotated[Path, argument("PICTURE", "A PNG file that unclip made.")],
-    inputs: Annotated[
-        Path | None,
-        option(
-            "DIR",
-            "Folder of the pictures and latents that it was made from.",
-            default="the current folder, then that of PICTURE",
-        ),
-    ] = None,
+    picture: Annotated[Path, argument("PICTURE")],
+    inputs: Annotated[Path | None, option("DIR", default="the current folder, then that of PICTURE")] = None,
 ) -> None:
     """Make a picture again from the metadata in its file.
 
     All other options are passed on to the command that made the picture, and override the recorded ones. A warning
     names what has changed: the version of unclip or PyTorch, the device, the model's weights. If nothing has, the new
     file is identical, byte for byte. With -n, --frames, --sweep or --dims all pictures of the command are made.
+
+    Args:
+        picture: A PNG file that unclip made.
+        inputs: Folder of the pictures and latents that it was made from.
 
     Examples:
         unclip rerun a-red-apple-42.png

@@ -20,15 +20,10 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[Path, argument("RECIPE", "A TOML file that describes the run.")],
-    out: Annotated[
-        Path | None,
-        option("RUN", "The run's folder; an existing run is continued. Required without --dry-run.", "--out", "-o"),
-    ] = None,
-    steps: Annotated[int | None, option("N", "Optimizer steps in all.", default="the recipe's", min=1)] = None,
-    dry_run: Annotated[
-        bool, flag("--dry-run", "Run a few steps and print sizes, memory and time; write nothing.")
-    ] = False,
+    recipe: Annotated[Path, argument("RECIPE")],
+    out: Annotated[Path | None, option("RUN", "--out", "-o")] = None,
+    steps: Annotated[int | None, option("N", default="the recipe's", min=1)] = None,
+    dry_run: Annotated[bool, flag("--dry-run")] = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Train one stage by a recipe: clip, prior, prior_autoregressive, decoder or
@@ -36,6 +31,12 @@ def train(
 
     Ctrl-C or SIGTERM saves and stops; the same command continues the run. The run's folder contains metrics.jsonl,
     samples/ and model/, whose path is printed to stdout.
+
+    Args:
+        recipe: A TOML file that describes the run.
+        out: The run's folder; an existing run is continued. Required without --dry-run.
+        steps: Optimizer steps in all.
+        dry_run: Run a few steps and print sizes, memory and time; write nothing.
 
     Examples:
         unclip train recipes/emoji/clip.toml --out runs/clip
@@ -123,25 +124,14 @@ def duration(seconds: float) -> str:
 
 
 def assemble(
-    clip: Annotated[Path, option("RUN", "Run of stage clip.")],
-    prior: Annotated[Path, option("RUN", "Run of stage prior.")],
-    decoder: Annotated[Path, option("RUN", "Run of stage decoder.")],
-    super_res_first: Annotated[Path, option("RUN", "Run of super_res, for all steps but the last.")],
+    clip: Annotated[Path, option("RUN")],
+    prior: Annotated[Path, option("RUN")],
+    decoder: Annotated[Path, option("RUN")],
+    super_res_first: Annotated[Path, option("RUN")],
     out: options.NewFolder,
-    super_res_last: Annotated[
-        Path | None, option("RUN", "Run of super_res, for the last step.", default="the first's network does it too")
-    ] = None,
-    super_res_more: Annotated[
-        list[str] | None,
-        option(
-            "RUN[:SIZE]",
-            "Run of super_res for a further stage, which enlarges again, to SIZE pixels a side if it was "
-            "trained for another size; once for each.",
-        ),
-    ] = None,
-    defaults: Annotated[
-        Path | None, option("FILE", "JSON that becomes the model's generation_defaults.json.", default="none")
-    ] = None,
+    super_res_last: Annotated[Path | None, option("RUN", default="the first's network does it too")] = None,
+    super_res_more: Annotated[list[str] | None, option("RUN[:SIZE]")] = None,
+    defaults: Annotated[Path | None, option("FILE", default="none")] = None,
     dtype: options.KeptDtype = None,
     overwrite: options.OverwriteFolder = False,
     quiet: options.Quiet = False,
@@ -150,6 +140,16 @@ def assemble(
 
     Instead of a run, a model's folder or name may be given; its stage is then used unchanged. The folder works with
     both `unclip generate` and `unclip vary`. Its path is printed to stdout.
+
+    Args:
+        clip: Run of stage clip.
+        prior: Run of stage prior.
+        decoder: Run of stage decoder.
+        super_res_first: Run of super_res, for all steps but the last.
+        super_res_last: Run of super_res, for the last step.
+        super_res_more: Run of super_res for a further stage, which enlarges again, to SIZE pixels a side if it was
+            trained for another size; once for each.
+        defaults: JSON that becomes the model's generation_defaults.json.
 
     Examples:
         unclip assemble --clip runs/clip --prior runs/prior --decoder runs/decoder \

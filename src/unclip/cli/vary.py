@@ -28,25 +28,14 @@ DEFAULT_ETA = 0.7
 
 def vary(
     *,
-    images: Annotated[list[Path], argument("IMAGE", "One or more picture files.")],
+    images: Annotated[list[Path], argument("IMAGE")],
     model: options.Model = "unclip-emoji",
     num_images: options.NumImagesOfEach = 1,
     seed: options.Seed = None,
-    prompt: Annotated[str | None, option("TEXT", "A caption for the decoder, in addition to the picture.")] = None,
+    prompt: Annotated[str | None, option("TEXT")] = None,
     negative: options.Negative = None,
-    keep_structure: Annotated[
-        bool, flag("--keep-structure", "Start from the picture's own noise, found by inversion.")
-    ] = False,
-    eta: Annotated[
-        float | None,
-        option(
-            "SHARE",
-            "With --keep-structure: fresh noise in each step, from 0 (the picture itself) to 1.",
-            default=str(DEFAULT_ETA),
-            min=0,
-            max=1,
-        ),
-    ] = None,
+    keep_structure: Annotated[bool, flag("--keep-structure")] = False,
+    eta: Annotated[float | None, option("SHARE", default=str(DEFAULT_ETA), min=0, max=1)] = None,
     size: options.Size,
     sampler: options.Sampler = None,
     decoding: options.Decoding,
@@ -57,6 +46,12 @@ def vary(
     A variation shows the same content in a new picture. Each becomes a PNG file named after the given file and the
     seed. With --keep-structure the outlines stay too, and a file of `unclip invert` may be given instead of a picture.
     The paths are printed to stdout, one on each line.
+
+    Args:
+        images: One or more picture files.
+        prompt: A caption for the decoder, in addition to the picture.
+        keep_structure: Start from the picture's own noise, found by inversion.
+        eta: With --keep-structure: fresh noise in each step, from 0 (the picture itself) to 1.
 
     Examples:
         unclip vary photo.jpg
