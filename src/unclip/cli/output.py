@@ -245,7 +245,8 @@ def _as_before(job: Job, again: Replay) -> list[Job]:
     Spaces at its end make another prompt of the same tokens.
     """
     shifts = [(row - again.prompts[again.place]) % again.size for row in again.prompts] or [0] * again.size
-    return [replace(job, given=job.given + " " * shift) if shift else job for shift in shifts]
+    several = isinstance(job.given, str)
+    return [replace(job, given=job.given + " " * shift) if shift and several else job for shift in shifts]
 
 
 def _names_file(out: Path, suffix: str) -> bool:
