@@ -22,7 +22,7 @@ from unclip.pipelines.session import Session, model_name, sampler_name, sampler_
 from unclip.settings import SAMPLERS, SETTINGS
 
 if TYPE_CHECKING:
-    from unclip.evaluation.measures import FeatureSpace
+    from unclip.evaluation.inception import InceptionFeatures
     from unclip.evaluation.retrieval import Judge, Plan
 
 HASHED = (".csv", ".json", ".jsonl", ".safetensors", ".txt")
@@ -81,7 +81,7 @@ class Subject:
     settings: dict[str, Any]
     judge: "Judge"
     plan: "Plan"
-    features: "FeatureSpace | None"
+    features: "InceptionFeatures | None"
     about: dict[str, Any]
     """The facts for the report."""
 

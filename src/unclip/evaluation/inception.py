@@ -26,7 +26,12 @@ Kernel = int | tuple[int, int]
 
 
 class InceptionFeatures:
-    """An Inception-V3 that computes features of pictures (a `FeatureSpace`)."""
+    """An Inception-V3 that computes features of pictures.
+
+    Attributes:
+        name: a description of the network.
+        is_fid: whether the Fréchet distance in this space is FID.
+    """
 
     def __init__(self, network: "Inception", name: str, *, is_fid: bool) -> None:
         self.network, self.name, self.is_fid = network.eval(), name, is_fid

@@ -14,7 +14,8 @@ from torch import Tensor
 from unclip.clip.encoders import ImageEncoder, TextEncoder
 from unclip.data.emoji.compose import kind_of
 from unclip.data.emoji.evaluation_set import EvaluationSet, Progress, batches, check_counts
-from unclip.evaluation.measures import FeatureSpace, cosines, difference, distances
+from unclip.evaluation.inception import InceptionFeatures
+from unclip.evaluation.measures import cosines, difference, distances
 from unclip.evaluation.report import draw_cards, draw_pairs, sheet_path
 from unclip.pipelines.clip import read_parts
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
@@ -162,7 +163,7 @@ def ranks(images: Tensor, own: Sequence[int], captions: Tensor) -> Tensor:
 
 
 def retrieval(
-    pipeline: UnCLIPPipeline, judge: Judge, plan: Plan, *, features: FeatureSpace | None = None, **call: Any
+    pipeline: UnCLIPPipeline, judge: Judge, plan: Plan, *, features: InceptionFeatures | None = None, **call: Any
 ) -> dict[str, Any]:
     """Retrieval at 1 and at 5 among the bare captions of all concepts, for generated and for real pictures.
 

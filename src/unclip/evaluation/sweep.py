@@ -9,7 +9,8 @@ from PIL import Image
 
 from unclip.errors import InputError
 from unclip.evaluation.charts import Point
-from unclip.evaluation.measures import FeatureSpace, distances
+from unclip.evaluation.inception import InceptionFeatures
+from unclip.evaluation.measures import distances
 from unclip.evaluation.retrieval import Candidates, Judge, Plan
 from unclip.pipelines.text_to_image import UnCLIPPipeline
 
@@ -52,7 +53,7 @@ def sweep(
     use_sampler: Callable[[str], None],
     finished: Sequence[Point] = (),
     on_point: Callable[[dict[str, Any]], None] = lambda found: None,
-    features: FeatureSpace | None = None,
+    features: InceptionFeatures | None = None,
     points_progress: Callable[[Sequence[Settings]], Iterable[Settings]] = iter,
 ) -> dict[str, Any]:
     """Generate and judge pictures of the same captions with the same seeds for every combination of settings.
