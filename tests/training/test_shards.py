@@ -413,11 +413,11 @@ def test_embedding_by_the_command(pictures, clip_model, tmp_path):
     command = ["data", "embed", str(pictures), "--clip", str(clip_model), "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(app, [*command, "--per-shard", "3", "--device", "nowhere"])
     assert done.exit_code == 1
-    assert "--device is 'nowhere'" in done.stderr
+    assert "the device is 'nowhere'" in done.stderr
     done = CliRunner().invoke(app, [*command, "--per-shard", "3", "--device", "cpu"])
     assert done.exit_code == 0, done.output
     assert done.stdout == f"{tmp_path / 'out'}\n"
-    assert "going on from the 1 shards in" in done.stderr
+    assert "continuing after the 1 shards in" in done.stderr
     assert len(list((tmp_path / "out").iterdir())) == 4
 
 
