@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,10 @@ from unclip.images import grid, labelled
 from unclip.models.prior_autoregressive import dot_product
 from unclip.stages.prior import (
     AutoregressivePriorStage,
-    DiffusionEmbeddingSampler,
-    EmbeddingSampler,
     PriorStage,
     sample_best,
 )
-from unclip.stages.stage import PriorCondition
+from unclip.stages.stage import PriorCondition, sample
 from unclip.training.conditions import FrozenClip
 
 ASSETS = Path(__file__).parents[1] / "src" / "unclip" / "assets"
@@ -91,23 +90,23 @@ def closeness(draw: Callable[[Any], Tensor], clip: FrozenClip, rows: Rows, embed
     }
 
 
-def drawer(sampler: EmbeddingSampler, clip: FrozenClip, scale: float, num_candidates: int = 1) -> Callable:
+def drawer(sampler: Callable[..., Tensor], clip: FrozenClip, scale: float, num_candidates: int = 1) -> Callable:
     """A function from text embeddings to image embeddings, in batches of 64; row i has seed i."""
 
     def draw(text) -> Tensor:
         parts = []
         for places in torch.arange(len(text)).split(64):
             seeds = generators_from_seed(places.tolist(), len(places))
-            parts.append(
-                sample_best(
-                    sampler,
-                    PriorCondition(text.select(places)),
-                    num_candidates=num_candidates,
-                    noise=NoiseSource(seeds, len(places)),
-                    null=PriorCondition(clip.empty.select([0] * len(places))),
-                    guidance_scale=scale,
-                )
+            chosen, noise = text.select(places), NoiseSource(seeds, len(places))
+            null = PriorCondition(clip.empty.select([0] * len(places)))
+            once = partial(sampler, PriorCondition(chosen), null=null, guidance_scale=scale)
+            drawn = sample_best(
+                lambda noise, latents, once=once: once(noise=noise, latents=latents),
+                chosen.embeds,
+                num_candidates=num_candidates,
+                noise=noise,
             )
+            parts.append(drawn)
         return torch.cat(parts)
 
     return draw
@@ -156,7 +155,9 @@ def judged(
     return found
 
 
-def draw_sheet(pipe: UnCLIPPipeline, samplers: dict[str, EmbeddingSampler], clip: FrozenClip, scale: float, path: Path):
+def draw_sheet(
+    pipe: UnCLIPPipeline, samplers: dict[str, Callable[..., Tensor]], clip: FrozenClip, scale: float, path: Path
+):
     """A sheet with a row of pictures for each prior, with the same noise and the best of four candidates."""
     cards = []
     for kind, sampler in samplers.items():
@@ -181,8 +182,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     timesteps = scheduler.spaced_timesteps(steps)
     stage = PriorStage(diffusion, scheduler.process)  # type: ignore[arg-type]
     samplers = {
-        "diffusion": DiffusionEmbeddingSampler(stage, scheduler.sampler(), timesteps),
-        "autoregressive": AutoregressivePriorStage(prior, args.temperature, args.top_p),
+        "diffusion": partial(sample, stage, sampler=scheduler.sampler(), timesteps=timesteps),
+        "autoregressive": AutoregressivePriorStage(prior, args.temperature, args.top_p).sample,
     }
     if args.sheet:
         draw_sheet(pipe, samplers, clip, scale, args.sheet)

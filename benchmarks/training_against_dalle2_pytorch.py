@@ -110,6 +110,7 @@ def random_task(settings: dict):
 
         def __init__(self) -> None:
             torch.manual_seed(0)
+            self.source = self
             self.module = prior_module(settings) if settings["stage"] == "prior" else decoder_module(settings)
 
         def batch(self, step, batch_size, generator, own=None):

@@ -7,33 +7,17 @@ Names are imported on first use, so importing the package is fast.
     pipe("a red apple", seed=1, **pipe.recommended).images[0].save("apple.png")
 """
 
+# ruff: noqa: F401, F403
 import importlib
 from typing import TYPE_CHECKING, Any
 
 from unclip.settings import SAMPLERS
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what __getattr__ finds
     from unclip.clip.concepts import Concepts
     from unclip.diffusion.process import DiffusionProcess
-    from unclip.diffusion.scheduler import *  # noqa: F403 (its __all__ is read by type checkers)
-    from unclip.errors import (
-        Cancelled,
-        CheckpointError,
-        ConfigError,
-        DataError,
-        ImageError,
-        InputError,
-        MissingDependencyError,
-        MissingFileError,
-        NonFiniteError,
-        OutputError,
-        OutputExistsError,
-        TrainingError,
-        UnclipError,
-        UnknownCaptionWarning,
-        UnsafeFileError,
-        WeightsError,
-    )
+    from unclip.diffusion.scheduler import *
+    from unclip.errors import *
     from unclip.models.pca import PrincipalComponents
     from unclip.models.prior import PriorTransformer
     from unclip.models.prior_autoregressive import AutoregressivePrior
@@ -50,89 +34,30 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "AutoregressivePrior": "models.prior_autoregressive",
-    "BipartiteLatent": "stages.manipulation",
-    "Cancelled": "errors",
-    "CheckpointError": "errors",
-    "ConfigError": "errors",
-    "DataError": "errors",
-    "DiffusionProcess": "diffusion.process",
-    "ImageError": "errors",
-    "ImagePipelineOutput": "pipelines.arguments",
-    "InputError": "errors",
-    "Manipulator": "pipelines.manipulation",
-    "MissingDependencyError": "errors",
-    "MissingFileError": "errors",
-    "NonFiniteError": "errors",
-    "OutputError": "errors",
-    "OutputExistsError": "errors",
-    "PrincipalComponents": "models.pca",
-    "PriorTransformer": "models.prior",
-    "TrainingError": "errors",
-    "UNet2DConditionModel": "models.unet",
-    "UNet2DModel": "models.unet",
-    "UnCLIPImageInterpolationPipeline": "pipelines.interpolation",
-    "UnCLIPImageVariationPipeline": "pipelines.image_variation",
-    "UnCLIPInpaintPipeline": "pipelines.inpaint",
-    "UnCLIPPipeline": "pipelines.text_to_image",
-    "UnCLIPTextInterpolationPipeline": "pipelines.interpolation",
-    "UnCLIPTextProjModel": "models.text_proj",
-    "UnclipError": "errors",
-    "UnknownCaptionWarning": "errors",
-    "Concepts": "clip.concepts",
-    "UnsafeFileError": "errors",
-    "WeightsError": "errors",
-    "edit": "stages.manipulation",
-    "even_places": "stages.manipulation",
-    "interpolate": "stages.manipulation",
-    "path_at": "stages.manipulation",
-    "recorded_settings": "pipelines.model_files",
-    **{row.scheduler: "diffusion.scheduler" for row in SAMPLERS.values()},
+_NAMES = {
+    "clip.concepts": "Concepts",
+    "diffusion.process": "DiffusionProcess",
+    "diffusion.scheduler": " ".join(row.scheduler for row in SAMPLERS.values()),
+    "errors": "Cancelled CheckpointError ConfigError DataError ImageError InputError MissingDependencyError "
+    "MissingFileError NonFiniteError OutputError OutputExistsError TrainingError UnclipError "
+    "UnknownCaptionWarning UnsafeFileError WeightsError",
+    "models.pca": "PrincipalComponents",
+    "models.prior": "PriorTransformer",
+    "models.prior_autoregressive": "AutoregressivePrior",
+    "models.text_proj": "UnCLIPTextProjModel",
+    "models.unet": "UNet2DConditionModel UNet2DModel",
+    "pipelines.arguments": "ImagePipelineOutput",
+    "pipelines.image_variation": "UnCLIPImageVariationPipeline",
+    "pipelines.inpaint": "UnCLIPInpaintPipeline",
+    "pipelines.interpolation": "UnCLIPImageInterpolationPipeline UnCLIPTextInterpolationPipeline",
+    "pipelines.manipulation": "Manipulator",
+    "pipelines.model_files": "recorded_settings",
+    "pipelines.text_to_image": "UnCLIPPipeline",
+    "stages.manipulation": "BipartiteLatent edit even_places interpolate path_at",
 }
-"""The module of each public name."""
-
-__all__ = [
-    "AutoregressivePrior",
-    "BipartiteLatent",
-    "Cancelled",
-    "CheckpointError",
-    "Concepts",
-    "ConfigError",
-    "DataError",
-    "DiffusionProcess",
-    "ImageError",
-    "ImagePipelineOutput",
-    "InputError",
-    "Manipulator",
-    "MissingDependencyError",
-    "MissingFileError",
-    "NonFiniteError",
-    "OutputError",
-    "OutputExistsError",
-    "PrincipalComponents",
-    "PriorTransformer",
-    "TrainingError",
-    "UNet2DConditionModel",
-    "UNet2DModel",
-    "UnCLIPImageInterpolationPipeline",
-    "UnCLIPImageVariationPipeline",
-    "UnCLIPInpaintPipeline",
-    "UnCLIPPipeline",
-    "UnCLIPTextInterpolationPipeline",
-    "UnCLIPTextProjModel",
-    "UnclipError",
-    "UnknownCaptionWarning",
-    "UnsafeFileError",
-    "WeightsError",
-    "__version__",
-    "edit",
-    "even_places",
-    "interpolate",
-    "path_at",
-    "recorded_settings",
-]
-__all__ += [row.scheduler for row in SAMPLERS.values()]  # pyright: ignore[reportUnsupportedDunderAll]
+"""The public names by module."""
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = ["__version__", *_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,16 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
-from PIL import (
-    ExifTags,
-    Image,
-    ImageChops,
-    ImageDraw,
-    ImageFont,
-    PngImagePlugin,
-    TiffImagePlugin,
-    UnidentifiedImageError,
-)
+from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from unclip.errors import ImageError
 
@@ -82,33 +73,38 @@ def open_image(file: str | Path | IO[bytes], name: str | None = None, *, keep_al
     Raises: ImageError for a missing, broken or truncated file, a file that is not a picture, or too many pixels.
     """
     name = name or str(file)
-    try:
+    with _decoding(name, "cannot be read as a picture"):
         try:
-            return _read(file, name, keep_alpha=keep_alpha)
+            return _read(file, name, keep_alpha)
         except (ImageError, MemoryError):
             raise
         except Exception:
-            repaired = _without_metadata(file)
-            if repaired is None:
+            if (repaired := _without_metadata(file)) is None:
                 raise
-            return _read(io.BytesIO(repaired), name, keep_alpha=keep_alpha)
-    except UnidentifiedImageError as error:
-        raise ImageError(f"{name} is not a picture of a known kind ({', '.join(FORMATS)})") from error
-    except ImageError:
-        raise
-    except Exception as error:  # Pillow fails in many ways on damaged files
-        raise ImageError(f"{name} cannot be read as a picture: {_reason(error)}") from error
+            return _read(io.BytesIO(repaired), name, keep_alpha)
 
 
-def _read(file: str | Path | IO[bytes], name: str, *, keep_alpha: bool) -> Image.Image:
+def _read(file: str | Path | IO[bytes], name: str, keep_alpha: bool) -> Image.Image:
     with _quiet():
         opened = Image.open(file, formats=tuple(FORMATS))
     with opened as image:
-        check_size(image, name)
+        check_size(image.size, name)
         image.seek(0)
         upright = _upright(image)
-        seen_through = _rgba(upright) if keep_alpha else None
-        return _rgb(upright) if seen_through is None else seen_through
+        return (_rgba(upright) if keep_alpha else None) or _rgb(upright)
+
+
+@contextlib.contextmanager
+def _decoding(name: str = "the image", what: str = "cannot be decoded") -> Iterator[None]:
+    """Turn errors into ImageError. Pillow raises errors of many kinds for damaged files."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{name} is not a picture of a known kind ({', '.join(FORMATS)})") from error
+    except Exception as error:
+        raise ImageError(f"{name} {what}: {str(error) or type(error).__name__}") from error
 
 
 @contextlib.contextmanager
@@ -119,23 +115,16 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _reason(error: Exception) -> str:
-    return str(error) or type(error).__name__
-
-
-def check_size(image: Image.Image, name: str = "the image") -> None:
+def check_size(size: tuple[int, int], name: str = "the image") -> None:
     """Raises: ImageError when a side is 0, there are too many pixels, or the aspect ratio is too large."""
-    _check_sides(*image.size, name)
-
-
-def _check_sides(width: int, height: int, name: str) -> None:
+    width, height = size
     if width < 1 or height < 1:
         raise ImageError(f"{name} is {width}×{height} pixels: it is empty")
     if width * height > MAX_PIXELS:
         raise ImageError(
             f"{name} has {width * height:,} pixels ({width}×{height}); at most {MAX_PIXELS:,} are read: make it smaller"
         )
-    if max(width, height) > MAX_ASPECT * min(width, height):
+    if max(size) > MAX_ASPECT * min(size):
         raise ImageError(
             f"{name} is {width}×{height} pixels; one side may be at most {MAX_ASPECT} times the other: crop it"
         )
@@ -182,7 +171,7 @@ def _levels(array: np.ndarray, name: str, *, are_masks: bool) -> list[np.ndarray
         )
     if not len(batch):
         raise ImageError(f"{name} is an array of the shape {array.shape}: it is empty")
-    _check_sides(batch.shape[2], batch.shape[1], name)
+    check_size((batch.shape[2], batch.shape[1]), name)
     if array.dtype != np.uint8:
         batch = _rounded(batch, name)
     return [np.ascontiguousarray(one[..., 0] if one.shape[-1] == 1 else one) for one in batch]
@@ -214,7 +203,7 @@ def rgb(image: Image.Image) -> Image.Image:
 
     Raises: ImageError when it cannot be decoded, or its size is outside the limits.
     """
-    check_size(image)
+    check_size(image.size)
     with _decoding():
         return _rgb(_upright(image))
 
@@ -233,19 +222,9 @@ def rgba(image: Image.Image) -> Image.Image | None:
 
     Raises: ImageError when it cannot be decoded, or its size is outside the limits.
     """
-    check_size(image)
+    check_size(image.size)
     with _decoding():
         return _rgba(_upright(image))
-
-
-@contextlib.contextmanager
-def _decoding() -> Iterator[None]:
-    try:
-        yield
-    except ImageError:
-        raise
-    except Exception as error:  # Pillow fails in many ways on damaged files
-        raise ImageError(f"the image cannot be decoded: {_reason(error)}") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -295,7 +274,11 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     """The picture decoded and rotated by its EXIF orientation, with a colour key that matches its pixels."""
     image = _keyed(image)
-    turn = _turn(image)
+    try:
+        with _quiet():
+            turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF fails in many ways
+        return image
     if turn is None:
         return image
     turned = image.transpose(turn)
@@ -304,31 +287,19 @@ def _upright(image: Image.Image) -> Image.Image:
     return turned
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """The operation that makes the picture upright. Other EXIF tags may be damaged, since they are not read."""
-    try:
-        with _quiet():
-            return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged EXIF fails in many ways
-        return None
-
-
 def _keyed(image: Image.Image) -> Image.Image:
     """The picture decoded, with its transparent colour (tRNS of PNG) converted to 8 bits.
 
     Pillow converts pixels of 2, 4 or 16 bits to 8 bits, but not the transparent colour.
     """
     key = image.info.get("transparency")
-    depth = None
-    if isinstance(image, PngImagePlugin.PngImageFile) and image.tile:
-        depth = str(image.tile[0].args)
+    depth = str(image.tile[0].args) if isinstance(image, PngImagePlugin.PngImageFile) and image.tile else None
     if depth == "RGB;16B" and isinstance(key, tuple):
-        low = _low_bytes(image)
-        image.load()
-        opaque = ImageChops.invert(ImageChops.darker(_equal(image, [k >> 8 for k in key]), _equal(low, key)))
+        low = np.asarray(_low_bytes(image)) == [k & 255 for k in key]
         image = image.copy()
         del image.info["transparency"]
-        image.putalpha(opaque)
+        opaque = ~(low & (np.asarray(image) == [k >> 8 for k in key])).all(axis=-1)
+        image.putalpha(Image.fromarray(opaque * np.uint8(255)))
         return image
     _load(image)
     if image.mode == "L" and isinstance(key, int):
@@ -346,58 +317,41 @@ def _keyed(image: Image.Image) -> Image.Image:
 
 
 def _load(image: Image.Image) -> None:
-    if not isinstance(image, TiffImagePlugin.TiffImageFile):
-        image.load()
-        return
-    finish = image.load_end
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        finish = image.load_end
 
-    def load_end() -> None:
-        """Ignore errors in tags, which Pillow reads after the pixels."""
-        with contextlib.suppress(Exception), _quiet():
-            finish()
+        def load_end() -> None:
+            """Ignore errors in tags, which Pillow reads after the pixels."""
+            with contextlib.suppress(Exception), _quiet():
+                finish()
 
-    image.load_end = load_end
+        image.load_end = load_end
     try:
         image.load()
     finally:
-        del image.load_end
+        vars(image).pop("load_end", None)
 
 
 def _low_bytes(image: Image.Image) -> Image.Image:
     """The lower 8 of the 16 bits of each colour, for a PNG that is not yet decoded."""
-    assert image.fp is not None  # type: ignore[attr-defined]
-    file = image.fp  # type: ignore[attr-defined]
+    file: IO[bytes] = image.fp  # type: ignore[attr-defined]
     place = file.tell()
     with _quiet():
         twin = Image.open(file, formats=("PNG",))
-    assert isinstance(twin, PngImagePlugin.PngImageFile)
-    twin.tile = [
-        tile._replace(args="RGB;16L") for tile in twin.tile
-    ]  # little-endian, so Pillow takes the lower byte for the upper one
+    # Little-endian, so Pillow takes the lower byte for the upper one.
+    twin.tile = [tile._replace(args="RGB;16L") for tile in twin.tile]  # type: ignore[attr-defined]
     twin.load()
     file.seek(place)
     return twin
 
 
-def _equal(image: Image.Image, colour: Sequence[int]) -> Image.Image:
-    """255 where an RGB picture has the lower 8 bits of a colour, else 0; mode L."""
-    bands = [
-        band.point([255 * (level == value & 255) for level in range(256)])
-        for band, value in zip(image.split(), colour, strict=True)
-    ]
-    return ImageChops.darker(ImageChops.darker(bands[0], bands[1]), bands[2])
-
-
 def _grey_level(image: Image.Image, key: int, depth: str | None) -> int:
     """A transparent grey value of a PNG as a level of the decoded picture."""
-    if depth is not None:
-        bits = {"L;2": 2, "L;4": 4}.get(depth, 8)
-    else:
-        # The picture is decoded, so the depth is unknown: take the smallest one that fits its levels and the key.
+    bits = {"L;2": 2, "L;4": 4}.get(depth or "", 8)
+    if depth is None:  # the picture is decoded: take the smallest depth that fits its levels and the key
         levels = [level for level, count in enumerate(image.histogram()) if count]
-        steps = {2: 85, 4: 17, 8: 1}
-        fitting = (bits for bits, step in steps.items() if key < 2**bits and not any(n % step for n in levels))
-        bits = next(fitting, 8)
+        fits = (b for b, step in ((2, 85), (4, 17)) if key < 2**b and not any(level % step for level in levels))
+        bits = next(fits, 8)
     return key % 2**bits * 255 // (2**bits - 1)
 
 
@@ -508,8 +462,8 @@ def labelled(image: Image.Image, text: str) -> Image.Image:
     pen = ImageDraw.Draw(card)
     text = " ".join(text.split())
     shown = text
-    while shown and pen.textlength(shown + ("" if shown == text else "…"), font=font) > image.width:
-        shown = shown[:-1]
-    shown += "" if shown == text else "…"
+    while text and pen.textlength(shown, font=font) > image.width:
+        text = text[:-1]
+        shown = f"{text}…"
     pen.text((image.width / 2, image.height + 2), shown, fill="#444444", font=font, anchor="ma")
     return card

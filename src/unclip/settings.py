@@ -7,7 +7,6 @@ This module does not import torch.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from unclip.errors import InputError
 from unclip.numbers import real, whole
 
 MAX_STEPS = 1000
@@ -27,31 +26,32 @@ class Setting:
         name: the argument of a pipeline's call, and the key in a model's recommended settings.
         option: the command-line option.
         label: the name in charts and tables.
-        help: the help text of the option.
-        kind: int or float.
+        default: the value if neither the caller nor the model sets one. Its type is that of all values.
         low, high: the limits, both allowed unless `above`.
-        default: the value if neither the caller nor the model sets one.
+        help: the help text of the option.
         above: whether a value must lie above `low`.
         per_stage: whether a list with one value for each super-resolution stage is accepted.
-        of_prior: whether the setting belongs to the prior.
     """
 
     name: str
     option: str
     label: str
-    help: str
-    kind: type[int] | type[float]
+    default: Number
     low: Number
     high: Number
-    default: Number
+    help: str
     above: bool = False
     per_stage: bool = False
-    of_prior: bool = False
 
     @property
-    def limits(self) -> str:
-        """The limits in words."""
-        return f"{'above' if self.above else 'from'} {self.low:g} to {self.high:g}"
+    def kind(self) -> type[int] | type[float]:
+        """The type of the values."""
+        return type(self.default)
+
+    @property
+    def of_prior(self) -> bool:
+        """Whether the setting belongs to the prior."""
+        return "prior" in self.name
 
     def check(self, value: object, name: str = "") -> Number:
         """`value` as a plain Python number.
@@ -70,88 +70,36 @@ class Setting:
     def parse(self, text: str) -> Number:
         """A value from its text on the command line. Raises: InputError."""
         try:
-            number = self.kind(text)
+            value: object = self.kind(text)
         except ValueError:
-            whole = "a whole number" if self.kind is int else "a number"
-            raise InputError(f"{self.option} is {text!r}; it must be {whole} {self.limits}") from None
-        return self.check(number, self.option)
+            value = text
+        return self.check(value, self.option)
 
 
-def _steps(stage: str, what: str, default: int, *, per_stage: bool = False, of_prior: bool = False) -> Setting:
-    return Setting(
-        name=f"{stage}_num_inference_steps",
-        option=f"--{stage.replace('_', '-')}-steps",
-        label=f"{stage.replace('super_res', 'super-resolution')} steps",
-        help=f"Denoising steps of {what}.",
-        kind=int,
-        low=1,
-        high=MAX_STEPS,
-        default=default,
-        per_stage=per_stage,
-        of_prior=of_prior,
-    )
-
-
-def _guidance(stage: str, what: str, default: float, *, of_prior: bool = False) -> Setting:
-    return Setting(
-        name=f"{stage}_guidance_scale",
-        option=f"--{stage}-guidance",
-        label=f"{stage} guidance",
-        help=f"Guidance scale of {what}. 1 or less turns guidance off.",
-        kind=float,
-        low=0,
-        high=MAX_SCALE,
-        default=default,
-        of_prior=of_prior,
-    )
-
-
-SETTINGS: Mapping[str, Setting] = {
-    row.name: row
-    for row in (
-        _steps("prior", "the prior, which predicts an image embedding from the caption", 25, of_prior=True),
-        _steps("decoder", "the decoder, which makes the small picture", 25),
-        _steps(
-            "super_res", "super-resolution, which enlarges the picture; N,N sets each of its stages", 7, per_stage=True
-        ),
-        _guidance("prior", "the prior: how strongly it follows the caption", 4.0, of_prior=True),
-        _guidance("decoder", "the decoder: how strongly it follows the embedding and the caption", 8.0),
-        Setting(
-            "num_prior_candidates",
-            "--candidates",
-            "candidates",
-            "Image embeddings that the prior samples for each picture; the one closest to the caption is kept.",
-            int,
-            1,
-            MAX_CANDIDATES,
-            1,
-            of_prior=True,
-        ),
-        Setting(
-            "prior_temperature",
-            "--prior-temperature",
-            "temperature",
-            "Sampling temperature of an autoregressive prior; 0 takes the likeliest code.",
-            float,
-            0,
-            MAX_TEMPERATURE,
-            1.0,
-            of_prior=True,
-        ),
-        Setting(
-            "prior_top_p",
-            "--prior-top-p",
-            "top-p",
+_OFF = "1 or less turns guidance off."
+# fmt: off
+_ROWS = (
+    Setting("prior_num_inference_steps", "--prior-steps", "prior steps", 25, 1, MAX_STEPS,
+            "Denoising steps of the prior, which predicts an image embedding from the caption."),
+    Setting("decoder_num_inference_steps", "--decoder-steps", "decoder steps", 25, 1, MAX_STEPS,
+            "Denoising steps of the decoder, which makes the small picture."),
+    Setting("super_res_num_inference_steps", "--super-res-steps", "super-resolution steps", 7, 1, MAX_STEPS,
+            "Denoising steps of super-resolution, which enlarges the picture; N,N sets each of its stages.",
+            per_stage=True),
+    Setting("prior_guidance_scale", "--prior-guidance", "prior guidance", 4.0, 0, MAX_SCALE,
+            f"Guidance scale of the prior: how strongly it follows the caption. {_OFF}"),
+    Setting("decoder_guidance_scale", "--decoder-guidance", "decoder guidance", 8.0, 0, MAX_SCALE,
+            f"Guidance scale of the decoder: how strongly it follows the embedding and the caption. {_OFF}"),
+    Setting("num_prior_candidates", "--candidates", "candidates", 1, 1, MAX_CANDIDATES,
+            "Image embeddings that the prior samples for each picture; the one closest to the caption is kept."),
+    Setting("prior_temperature", "--prior-temperature", "temperature", 1.0, 0, MAX_TEMPERATURE,
+            "Sampling temperature of an autoregressive prior; 0 takes the likeliest code."),
+    Setting("prior_top_p", "--prior-top-p", "top-p", 1.0, 0, 1,
             "Nucleus sampling of an autoregressive prior: only the likeliest codes, whose probabilities sum to P.",
-            float,
-            0,
-            1,
-            1.0,
-            above=True,
-            of_prior=True,
-        ),
-    )
-}
+            above=True),
+)
+# fmt: on
+SETTINGS: Mapping[str, Setting] = {row.name: row for row in _ROWS}
 
 
 @dataclass(frozen=True)
@@ -173,16 +121,10 @@ class SamplerRow:
     equivalents: tuple[str, ...]
 
 
-SAMPLERS: Mapping[str, SamplerRow] = {
-    row.name: row
-    for row in (
-        SamplerRow(
-            "ancestral",
-            "UnCLIPScheduler",
-            "Karlo's",
-            ("UnCLIPScheduler", "DDPMScheduler", "DDPMParallelScheduler"),
-        ),
-        SamplerRow("ddim", "DDIMScheduler", "deterministic", ("DDIMScheduler", "DDIMParallelScheduler")),
-        SamplerRow("dpm", "DPMSolverMultistepScheduler", "good with few steps", ("DPMSolverMultistepScheduler",)),
-    )
-}
+_ANCESTRAL = ("UnCLIPScheduler", "DDPMScheduler", "DDPMParallelScheduler")
+_SAMPLERS = (
+    SamplerRow("ancestral", "UnCLIPScheduler", "Karlo's", _ANCESTRAL),
+    SamplerRow("ddim", "DDIMScheduler", "deterministic", ("DDIMScheduler", "DDIMParallelScheduler")),
+    SamplerRow("dpm", "DPMSolverMultistepScheduler", "good with few steps", ("DPMSolverMultistepScheduler",)),
+)
+SAMPLERS: Mapping[str, SamplerRow] = {row.name: row for row in _SAMPLERS}

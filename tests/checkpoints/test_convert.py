@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from unclip.checkpoints import karlo, layout
 from unclip.checkpoints.files import read_json
 from unclip.checkpoints.tensor_file import fingerprint
-from unclip.checkpoints.weights import WeightsIndex, check_finite, read_header, read_tensors
+from unclip.checkpoints.weights import check_finite, read_header, read_tensors
 from unclip.errors import (
     CheckpointError,
     ConfigError,
@@ -31,6 +31,8 @@ from unclip.models.pca import PrincipalComponents
 from unclip.pipelines import convert
 from unclip.pipelines.convert import convert_karlo, convert_pickle, convert_text_to_image_to_variation
 
+from ..karlo_export import export_prior, export_text_projection, export_unet
+
 CLIP_DIM = 24
 NETWORKS = ("prior", "text_proj", "decoder", "super_res_first", "super_res_last")
 
@@ -39,12 +41,12 @@ NETWORKS = ("prior", "text_proj", "decoder", "super_res_first", "super_res_last"
 def originals(reference, tmp_path_factory) -> dict[str, Any]:
     """The tiny model as Karlo's files, and the arguments that name them."""
     folder = tmp_path_factory.mktemp("originals")
-    prior, mean, std = karlo.export_prior(reference["prior"], head_dim=8)
-    decoder = karlo.export_unet(reference["decoder"], kind="decoder", head_dim=8)
-    decoder |= karlo.export_text_projection(reference["text_proj"])
+    prior, mean, std = export_prior(reference["prior"], head_dim=8)
+    decoder = export_unet(reference["decoder"], kind="decoder", head_dim=8)
+    decoder |= export_text_projection(reference["text_proj"])
     super_res: dict[str, Any] = {}
     for part, prefix in (("super_res_first", "model_first_steps."), ("super_res_last", "model_last_step.")):
-        super_res |= karlo.export_unet(reference[part], kind="super_res", prefix=prefix)
+        super_res |= export_unet(reference[part], kind="super_res", prefix=prefix)
     torch.save({"state_dict": prior, "global_step": 3}, folder / "prior.ckpt")
     torch.save({"state_dict": decoder}, folder / "decoder.ckpt")
     save_file({name: tensor.contiguous() for name, tensor in super_res.items()}, folder / "sr.safetensors")
@@ -121,7 +123,7 @@ def test_a_time_embedding_of_a_width_of_its_own_is_written_down(reference_module
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         state = type(reference_modules[part])(**config | {"time_embedding_dim": 48}).state_dict()
-    original = karlo.export_unet(state, kind=kind, prefix="model.", head_dim=8)
+    original = export_unet(state, kind=kind, prefix="model.", head_dim=8)
     back = karlo.convert_unet(original, kind=kind, prefix="model.", head_dim=8)
     written = layout.decoder_config(back, 8) if kind == "decoder" else layout.super_res_config(back, part)
     assert written["time_embedding_dim"] == 48
@@ -172,7 +174,7 @@ def test_the_folder_is_the_published_layout(converted):
     }
     assert {entry.name for entry in converted.iterdir()} == {"model_index.json"} | {n for n in index if n[0] != "_"}
     for path in converted.rglob("*.safetensors"):
-        for name, tensor in read_tensors(WeightsIndex(read_header(path), (path,))):
+        for name, tensor in read_tensors(read_header(path)):
             check_finite(tensor, name)
 
 

@@ -15,7 +15,7 @@ from huggingface_hub import errors
 
 from unclip.checkpoints import hub
 from unclip.checkpoints.hub import pick_files, resolve
-from unclip.errors import CheckpointError, InputError, MissingDependencyError, MissingFileError
+from unclip.errors import CheckpointError, InputError, MissingFileError
 
 REPOSITORY = {
     "model_index.json": b"{}",
@@ -306,10 +306,4 @@ def test_other_failures_of_the_hub_are_checkpoint_errors(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", invalid)
     with pytest.raises(CheckpointError, match="bad id"):
-        resolve("owner/name")
-
-
-def test_without_the_hubs_client_the_package_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(MissingDependencyError, match="huggingface_hub"):
         resolve("owner/name")

@@ -210,7 +210,7 @@ def test_reading_in_groups_gives_everything_once(tmp_path, monkeypatch):
     found = list(read_tensors(open_weights(tmp_path)))
     assert [name for name, _ in found] == list(state)
     assert all(torch.equal(t, state[n]) for n, t in found)
-    assert list(read_tensors(WeightsIndex({}, ()))) == []
+    assert list(read_tensors(WeightsIndex())) == []
 
 
 def test_a_file_that_vanishes_between_looking_and_reading(tmp_path):
@@ -294,9 +294,9 @@ FIRST, SECOND = (f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i i
         ({"b": "a\0.safetensors"}, UnsafeFileError, "NUL"),
         ({"b": "x.bin"}, UnsafeFileError, "only .safetensors"),
         ({"b": "absent.safetensors"}, MissingFileError, "which .* lacks"),
-        ({"b": FIRST}, WeightsError, "lists b, which no shard holds"),
-        ({"a": SECOND}, WeightsError, "lists a, which no shard holds"),
-        ({"c": FIRST}, WeightsError, "lists c, which no shard holds"),
+        ({"b": FIRST}, WeightsError, "agree with its shards about b in"),
+        ({"a": SECOND}, WeightsError, "agree with its shards about a in"),
+        ({"c": FIRST}, WeightsError, "agree with its shards about c in"),
         ({"b": None}, None, ""),
         ({"b": 3}, WeightsError, "weight_map"),
         ({"a": None, "b": None}, WeightsError, "weight_map"),
@@ -314,10 +314,10 @@ def test_an_index_must_agree_with_its_shards(sharded, changes, error, match):
 
 def test_shards_that_hold_more_than_the_index_says(sharded):
     save_file({"a": torch.ones(4), "b": torch.ones(4)}, sharded / SECOND)
-    with pytest.raises(WeightsError, match="a is in two shards"):
+    with pytest.raises(WeightsError, match=f"about a in {SECOND}"):
         open_weights(sharded)
     save_file({"b": torch.ones(4), "c": torch.ones(4)}, sharded / SECOND)
-    with pytest.raises(WeightsError, match=r"holds c, but .* places it in None"):
+    with pytest.raises(WeightsError, match=f"about c in {SECOND}"):
         open_weights(sharded)
 
 

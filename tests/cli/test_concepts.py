@@ -16,7 +16,7 @@ NAMES = (("Cat face", "cat"), ("Red apple",), ("Dog",))
 def listed(model, tmp_path):
     folder = tmp_path / "listed"
     shutil.copytree(model, folder)
-    Concepts("tiny", NAMES, torch.eye(3, 32), 1.0).write(folder)
+    Concepts("tiny", NAMES, torch.eye(3, 32), 2.0).write(folder)
     return folder
 
 
@@ -61,7 +61,7 @@ def test_a_list_is_written(unclip, model, tmp_path):
     done = unclip("concepts", "--from", data, "--model", folder)
     assert done.code == 0, done.err
     assert done.lines == [str(folder / "concepts.safetensors")]
-    assert "2 concepts; a caption is unknown below a similarity of" in done.err
+    assert "2 concepts; a caption is unknown below a closeness of" in done.err
     assert unclip("concepts", "--model", folder).lines == ["red square", "blue square"]
     assert "exists already" in unclip("concepts", "--from", data, "--model", folder).err
     assert unclip("concepts", "--from", data, "--model", folder, "--overwrite").code == 0

@@ -69,6 +69,15 @@ def test_mistakes_in_the_file(unclip, configure, text, why):
     assert str(path) in done.err
 
 
+@pytest.mark.parametrize("arguments", [["generate", "--help"], ["data", "pack", "-h"], ["help", "vary"]])
+def test_a_broken_file_does_not_stop_the_help(unclip, configure, arguments):
+    configure("steps = [1")
+    done = unclip(*arguments)
+    assert (done.code, done.err) == (0, "")
+    assert "Examples:" in done.out
+    assert "is not TOML" in unclip("generate", "--", "--help").err
+
+
 def test_mistakes_in_the_environment(unclip, monkeypatch):
     monkeypatch.setenv("UNCLIP_STEPS", "few")
     done = unclip("generate", "a cat")

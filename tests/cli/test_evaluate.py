@@ -71,13 +71,16 @@ def test_defaults_of_the_model_and_options(ask, tmp_path, model, monkeypatch):
     rates = {"at_1": 0.5, "at_5": 1.0, "clip_score": 0.3}
     found = {"num_captions": 3, "chance_at_1": 0.3, "chance_at_5": 1.0, "held_out": {"num": 0}}
     found["seen"] = {"num": 2, "generated": rates, "real": rates}
-    monkeypatch.setattr(measured, "retrieval", lambda *them, **named: asked.update(named) or found)
+    monkeypatch.setattr(
+        measured, "retrieval", lambda pipe, judge, plan, **named: asked.update(named, plan=plan) or found
+    )
     done = ask("--decoder-guidance", "3", "--sampler", "dpm", "--batch-size", "4", model=copied)
     assert done.code == 0, done.err
     assert asked["prior_guidance_scale"] == 1.5
     assert asked["decoder_guidance_scale"] == 3.0
     assert asked["decoder_num_inference_steps"] == 2
-    assert (asked["num_seen"], asked["batch_size"], asked["seed"], asked["sheet"]) == (200, 4, 0, None)
+    plan = asked["plan"]
+    assert (plan.num_seen, plan.batch_size, plan.seed, plan.sheet) == (200, 4, 0, None)
     assert len(done.lines) == 4
     assert json.loads((tmp_path / "report.json").read_text())["settings"]["sampler"] == "dpm"
 
@@ -88,7 +91,7 @@ def test_nothing_is_overwritten_unasked(ask, tmp_path, name):
     sheet = ("--sheet", tmp_path / "s") if name != "report.json" else ()
     done = ask(*sheet, "-q")
     assert (done.code, done.out) == (1, "")
-    assert f"{name} exists; give --overwrite" in done.err
+    assert f"{name} exists already: use --overwrite" in done.err
     assert (tmp_path / name).read_text() == "mine"
     done = ask(*sheet, "--overwrite", "-q")
     assert done.code == 0, done.err
@@ -183,7 +186,7 @@ def test_variations_by_the_command_line(unclip, model, data, tmp_path):
     assert report["settings"]["decoder_num_inference_steps"] == 2
     again = unclip("evaluate", "variations", "--model", model, "--data", data, "--out", out, *few)
     assert again.code == 1
-    assert "exists; give --overwrite" in again.err
+    assert "exists already: use --overwrite" in again.err
 
 
 def test_broken_pictures_by_the_command_line(unclip, model, data, tmp_path):
@@ -193,7 +196,7 @@ def test_broken_pictures_by_the_command_line(unclip, model, data, tmp_path):
     out = tmp_path / "prior.json"
     done = unclip("evaluate", "prior", "--model", model, "--data", data, "--out", out, "--prior-steps", "2", "-q")
     assert done.code == 0, done.err
-    assert "warning: 1 of the 101 chosen pictures" in done.err
+    assert "warning: 1 of 101 chosen pictures" in done.err
     assert "gone.png" in done.err
     report = json.loads(out.read_text())["prior"]
     assert (report["num_skipped"], list(report["skipped"])) == (1, ["gone.png"])
@@ -249,7 +252,7 @@ def test_prior(unclip, model, data, tmp_path, variation):
     assert "judge" not in report
     again = unclip("evaluate", "prior", "--model", model, *where)
     assert (again.code, again.out) == (1, "")
-    assert "exists; give --overwrite" in again.err
+    assert "exists already: use --overwrite" in again.err
     done = unclip("evaluate", "prior", "--model", variation, *where, "--overwrite")
     assert "has no prior" in done.err
 
@@ -422,7 +425,7 @@ def test_a_sweep_replaces_no_charts_of_another(swept, tmp_path):
     (tmp_path / "sweep-seconds.svg").write_text("mine")
     done = swept()
     assert (done.code, done.out) == (1, "")
-    assert "sweep-seconds.svg exists" in done.err
+    assert "sweep-seconds.svg exists already" in done.err
 
 
 # -- a user's own Inception, and the page ------------------------------------------------------------------------------
@@ -496,4 +499,4 @@ def test_wordings(unclip, model, data, tmp_path):
     assert [line.split()[0] for line in done.lines] == ["number", "all", "words", "chance"]
     again = unclip("evaluate", "wordings", *where, "--wordings", tmp_path / "list.json")
     assert again.code == 1
-    assert "exists; give --overwrite" in again.err
+    assert "exists already: use --overwrite" in again.err

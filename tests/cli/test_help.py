@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from unclip import __version__
 from unclip.cli import options
+from unclip.cli.main import app
 from unclip.cli.reference import document, pages
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "command-line.md"
@@ -69,6 +70,15 @@ def test_every_command_has_examples():
         assert all(len(line) <= 80 for line in text.splitlines())
 
 
+def test_every_option_has_a_help_text():
+    groups, lacking = [typer.main.get_command(app)], []
+    while groups:
+        command = groups.pop()
+        groups += getattr(command, "commands", {}).values()
+        lacking += [(command.name, option.name) for option in command.params if not option.help]
+    assert lacking == []
+
+
 def test_version_and_module():
     done = run("--version")
     assert (done.returncode, done.stdout) == (0, f"unclip {__version__}\n")
@@ -107,12 +117,12 @@ def test_the_fields_of_a_dataclass_are_options(block, arguments, count):
         got.append((name, block, flag))
 
     command.__annotations__["block"] = block
-    app = typer.Typer()
-    app.command()(options.expanded(command))
-    assert CliRunner().invoke(app, ["a", "--needed", "2", "--flag", *arguments]).exit_code == 0
+    group = typer.Typer()
+    group.command()(options.expanded(command))
+    assert CliRunner().invoke(group, ["a", "--needed", "2", "--flag", *arguments]).exit_code == 0
     assert got == [("a", block(needed=2, count=count), True)]
-    help_text = CliRunner().invoke(app, ["--help"]).stdout
+    help_text = CliRunner().invoke(group, ["--help"]).stdout
     assert "What it does." in help_text
     assert "hidden" not in help_text
-    assert CliRunner().invoke(app, ["a", "--needed", "0"]).exit_code == 2
-    assert CliRunner().invoke(app, ["a"]).exit_code == 2
+    assert CliRunner().invoke(group, ["a", "--needed", "0"]).exit_code == 2
+    assert CliRunner().invoke(group, ["a"]).exit_code == 2

@@ -16,13 +16,13 @@ from unclip import UnCLIPImageVariationPipeline, UnCLIPPipeline, UnCLIPScheduler
 from unclip.checkpoints.weights import offload_hooks
 from unclip.cli.inputs import read_part
 from unclip.cli.latents import ManipulationRun
+from unclip.cli.options import Common, Compute, Output
 from unclip.cli.probe import drawn
 from unclip.errors import InputError
 from unclip.images import open_image
 from unclip.models.pca import PrincipalComponents
 from unclip.pipelines import steps as steps_module
 from unclip.pipelines.manipulation import Manipulator
-from unclip.pipelines.session import Compute
 from unclip.stages.manipulation import even_places
 
 from .test_generate import alike
@@ -757,8 +757,8 @@ def test_tiles_reach_super_resolution(command):
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_the_prior_is_offloaded_as_all_others(model, offload):
-    compute = Compute(device="cpu", cpu_offload=offload)
-    manipulator = ManipulationRun.open(str(model), compute, {}, captions=True, guidance=None, quiet=True).manipulator
+    common = Common(Output(), Compute(device="cpu", cpu_offload=offload), quiet=True)
+    manipulator = ManipulationRun.open(str(model), common, {}, captions=True).manipulator
     assert manipulator.text is not None
     networks = manipulator.variation.networks | manipulator.text.networks
     assert "prior" in networks

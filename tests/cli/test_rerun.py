@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from unclip.clip.encoders import TextEncoder
 from unclip.pipelines.text_to_image import UnCLIPPipeline
 
 from .conftest import FEW_DECODER_STEPS, FEW_STEPS
@@ -63,6 +64,21 @@ def again(unclip, model):
 def test_the_same_file(again, files, place, arguments):
     Path("prompts.txt").write_text("a cat\n-a red apple\n")
     again(place, *arguments)
+
+
+def test_a_batch_of_several_prompts(again, files, monkeypatch):
+    """Equal prompts are encoded once, and the last digits depend on the size of that batch."""
+    sizes, whole = [], TextEncoder.encode
+
+    def encode(self, prompts, device=None):
+        sizes.append([list(dict.fromkeys(prompts)).index(prompt) for prompt in prompts])
+        return whole(self, prompts, device)
+
+    monkeypatch.setattr(TextEncoder, "encode", encode)
+    again(3, "generate", "a cat", "a dog", "-n", 2, "--seed", 3, *FEW_STEPS)
+    first, second = (sizes[half : half + len(sizes) // 2] for half in (0, len(sizes) // 2))
+    assert [len(set(rows)) for rows in first] == [len(set(rows)) for rows in second]
+    assert [0, 0, 1, 1] in first
 
 
 def test_a_frame_of_a_probe(again, unclip, model, files):
@@ -194,6 +210,9 @@ def test_the_model_is_found_by_its_name(unclip, model, files):
         '{"command": "generate", "options": {}, "index": 7, "batch": [0, 1]}',
         '{"command": "generate", "options": {}, "index": 0, "batch": [0, 1000000]}',
         '{"command": "generate", "options": 3, "index": 0, "batch": [0, 1]}',
+        '{"command": "generate", "options": {}, "index": 0, "batch": [0, 2], "prompts": [0]}',
+        '{"command": "generate", "options": {}, "index": 0, "batch": [0, 2], "prompts": [0, 9]}',
+        '{"command": "generate", "options": {}, "index": 0, "batch": [0, 2], "prompts": 7}',
     ],
 )
 def test_damaged_texts(unclip, model, files, made):

@@ -56,7 +56,7 @@ def test_train_clip_and_go_on(unclip, recipe, tmp_path):
     assert json.loads((run / "state" / "state.json").read_text())["step"] == 1
     done = unclip("train", recipe, "--out", run)
     assert done.code == 0, done.err
-    assert "going on from step 1 of 3" in done.err
+    assert "continuing from step 1 of 3" in done.err
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
     about = unclip("info", run / "model", "--json")
     assert json.loads(about.out)["components"]["image_encoder"]["parameters"] > 0
@@ -124,14 +124,14 @@ def test_stopped_training(unclip, recipe, tmp_path, monkeypatch, number, code):
     monkeypatch.setattr(ClipTask, "batch", stopped)
     done = unclip("train", recipe, "--out", tmp_path / "run")
     assert (done.code, done.out) == (code, "")
-    assert "stopped and saved at step 1 of 3; the same command goes on" in done.err
+    assert "stopped and saved at step 1 of 3; the same command continues" in done.err
     assert json.loads((tmp_path / "run" / "state" / "state.json").read_text())["step"] == 1
     assert not list(tmp_path.rglob(".unclip-tmp*"))
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("stage = 1", "stage"), ("stage = ", "not valid TOML"), (RECIPE + "depth = 3", "unknown key clip.depth")],
+    [("stage = 1", "stage"), ("stage = ", "cannot be read as TOML"), (RECIPE + "depth = 3", "unknown key clip.depth")],
 )
 def test_bad_recipes(unclip, tmp_path, text, words):
     (tmp_path / "bad.toml").write_text(text)

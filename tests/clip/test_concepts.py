@@ -16,13 +16,13 @@ NAMES = (("Cat face", "cat", "kitten"), ("Red apple", "fruit"), ("Cats", "two ca
 
 @pytest.fixture
 def concepts():
-    return Concepts("tiny", NAMES, torch.eye(3, 16) * 4, 0.5)
+    return Concepts("tiny", NAMES, torch.eye(3, 16) * 4, 0.3)
 
 
 def test_a_file_keeps_everything(concepts, tmp_path):
     concepts.write(tmp_path)
     found = Concepts.read(tmp_path)
-    assert (found.model, found.names, found.threshold) == ("tiny", NAMES, 0.5)
+    assert (found.model, found.names, found.threshold) == ("tiny", NAMES, 0.3)
     assert torch.equal(found.embeddings, concepts.embeddings)
     with pytest.raises(OutputExistsError):
         concepts.write(tmp_path)
@@ -59,9 +59,9 @@ def test_unknown_captions_are_reported_with_the_nearest(concepts):
     embeds[0, 1] = 7.0
     embeds[1, :4] = torch.tensor([0.3, 0.2, 0.1, 1.0])
     embeds[2, 5] = 1.0
-    values, places = concepts.nearest(embeds, 2)
+    closeness, places = concepts.nearest(embeds, 2)
     assert places[1].tolist() == [0, 1]
-    assert values[0, 0] == pytest.approx(1)
+    assert closeness[0] == pytest.approx(1 - 1 / 3)
     assert concepts.reports(["apple", "asdfgh", " "], embeds) == [
         "'asdfgh' is not close to anything tiny knows; nearest: Cat face, Red apple, Cats"
     ]
@@ -69,13 +69,14 @@ def test_unknown_captions_are_reported_with_the_nearest(concepts):
 
 
 def test_the_threshold_separates_best():
-    known, unknown = torch.tensor([0.1, 0.5, 0.6, 0.7]), torch.tensor([0.0, 0.05, 0.2, 0.3])
-    assert 0.3 < best_threshold(known, unknown) < 0.5
+    unknown = torch.tensor([0.0, 0.05, 0.2, 0.3])
+    assert 0.3 < best_threshold(torch.tensor([0.4, 0.5, 0.6, 0.7]), unknown) < 0.4
+    assert 0.05 < best_threshold(torch.tensor([0.1, 0.5, 0.6, 0.7]), unknown) < 0.1  # false alarms count more
 
 
 def far(pipe, model="tiny"):
     """Concepts that no caption reaches."""
-    return Concepts(model, NAMES, torch.eye(3, pipe.text_encoder.config.projection_dim), 1.0)
+    return Concepts(model, NAMES, torch.eye(3, pipe.text_encoder.config.projection_dim), 2.0)
 
 
 def test_pipelines_warn_and_make_the_same_pictures(own_pipeline, few, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from unclip.data.shards import write_shards
+from unclip.data.shard_writer import write_shards
 
 
 def png(number: int, size: int = 8) -> bytes:

@@ -20,7 +20,6 @@ from torch import nn
 from unclip.data.batches import ShardSource
 from unclip.errors import DataError
 from unclip.training.recipe import ClipSettings, Recipe
-from unclip.training.task import Sourced
 from unclip.training.trainer import Trainer
 
 PROMPTLY_S = 10.0
@@ -76,7 +75,7 @@ class Mean(nn.Module):
         return {"loss": (batch["x"].mean() - self.mean) ** 2}
 
 
-class MeanTask(Sourced):
+class MeanTask:
     """The smallest task on shards."""
 
     fingerprint = "mean"

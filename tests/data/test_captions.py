@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from unclip.cli.main import app
 from unclip.data.captions import captions_of_names, write_captions
-from unclip.data.folder import Keys, load_pictures
+from unclip.data.folder import Keys, load_sizes
 from unclip.errors import DataError, OutputExistsError
 
 from .conftest import png
@@ -33,7 +33,7 @@ def pictures(tmp_path):
 
 def told(root) -> dict[str, tuple[str, ...]]:
     """Captions by picture, as training reads them."""
-    return {record.file_name: record.captions for record in load_pictures(root, 8).records}
+    return {record.file_name: record.captions for record in load_sizes(root, [8])[0].records}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from PIL import Image
 
 from unclip.data.emoji import build
 from unclip.data.emoji.phrases import PHRASES
-from unclip.data.folder import load_pictures, read_records
+from unclip.data.folder import load_sizes, read_records
 from unclip.errors import DataError, MissingDependencyError, OutputExistsError
 
 DOT = '<circle cx="16" cy="16" r="15" fill="{}"/>'
@@ -105,7 +105,7 @@ def test_made_end_to_end(packages, tmp_path):
     assert (apple.concept, apple.label, apple.style) == ("1f34e", "red apple", "noto")
     assert apple.captions[0] == "red apple, noto style"
     assert apple.weight == pytest.approx(3.5 * 0.13)
-    pictures = load_pictures(tmp_path / "set", 128)
+    pictures = load_sizes(tmp_path / "set", [128])[0]
     places = {record.file_name: row for row, record in enumerate(pictures.records)}
     red = pictures.pixels[places["images/flat/1f34e.png"]]
     assert red[:, 64, 64].tolist() == [255, 0, 0]

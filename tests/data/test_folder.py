@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unclip.data.folder import Keys, load_pictures, load_sizes, read_metadata, read_records, square_pixels
+from unclip.data.folder import Keys, load_sizes, read_metadata, read_records, square_pixels
 from unclip.data.samples import decode
 from unclip.data.shards import RawSample
 from unclip.errors import DataError
@@ -59,7 +59,7 @@ def test_records(folder):
         ({"captions": ["x"]}, "needs the name of a picture under file_name or image"),
         ({"file_name": 3, "text": "x"}, "needs the name of a picture"),
         ({"file_name": "", "text": "x"}, "needs the name of a picture"),
-        ('{"file_name": "\\ud83d.png", "text": "x"}', "name of the picture is not Unicode text"),
+        ('{"file_name": "\\ud83d.png", "text": "x"}', "a text in it is not Unicode text"),
         ({"file_name": "a.png"}, "needs a caption under captions or text"),
         ({"file_name": "a.png", "text": ""}, "needs a caption"),
         ({"file_name": "a.png", "text": None}, "needs a caption"),
@@ -144,11 +144,11 @@ def test_a_line_that_cannot_be_used_is_a_broken_sample(folder):
         tile(root, f"{i}.png")
     (root / "0.png").write_bytes(b"no picture")
     with pytest.warns(UserWarning, match=r"5 pictures in .* are skipped: metadata\.jsonl, line 1: it needs a caption"):
-        pictures = load_pictures(root, 8, max_skipped_share=0.25)
+        pictures = load_sizes(root, [8], max_skipped_share=0.25)[0]
     assert len(pictures) == 15
     assert str(root / "metadata.jsonl, line 4") in pictures.skipped
     with pytest.raises(DataError, match=r"5 of 20 pictures .* more than the 20% allowed"):
-        load_pictures(root, 8, max_skipped_share=0.2)
+        load_sizes(root, [8], max_skipped_share=0.2)
     with pytest.raises(DataError, match=r"4 of 20 pictures"):
         read_records(root)
 
@@ -213,7 +213,7 @@ def test_a_csv_that_cannot_be_used(tmp_path, text, words):
 def test_columns_that_are_chosen(tmp_path):
     (tmp_path / "metadata.csv").write_text("Photo,Title\na.png,a tile\n")
     tile(tmp_path)
-    assert load_pictures(tmp_path, 8, keys=Keys("photo", "TITLE")).records[0].captions == ("a tile",)
+    assert load_sizes(tmp_path, [8], keys=Keys("photo", "TITLE"))[0].records[0].captions == ("a tile",)
     (tmp_path / "metadata.jsonl").write_text(json.dumps(entry(captions=["of the other"])))
     assert read_records(tmp_path)[0].captions == ("of the other",)  # metadata.jsonl comes first
 
@@ -225,7 +225,7 @@ def test_names_written_on_windows(folder):
     root = folder(entry("img\\a.png"))
     (root / "img").mkdir()
     tile(root, "img/a.png")
-    assert load_pictures(root, 8).records[0].file_name == "img/a.png"
+    assert load_sizes(root, [8])[0].records[0].file_name == "img/a.png"
 
 
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC"), ("NFC", "NFC")])
@@ -234,7 +234,7 @@ def test_names_whose_accents_are_written_otherwise(folder, forms):
     root = folder(entry(written))
     (root / stored).parent.mkdir()
     tile(root, stored)
-    assert load_pictures(root, 8).records[0].file_name == stored
+    assert load_sizes(root, [8])[0].records[0].file_name == stored
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_names_whose_accents_are_written_otherwise(folder, forms):
 )
 def test_names_that_leave_the_folder(folder, name):
     with pytest.raises(DataError, match="outside the data set"):
-        load_pictures(folder(entry(name)), 8)
+        load_sizes(folder(entry(name)), [8])
 
 
 def test_a_link_that_leaves_the_folder(folder, tmp_path_factory):
@@ -255,7 +255,7 @@ def test_a_link_that_leaves_the_folder(folder, tmp_path_factory):
     root = folder(entry())
     (root / "a.png").symlink_to(other / "a.png")
     with pytest.raises(DataError, match="is a link that leaves its folder"):
-        load_pictures(root, 8)
+        load_sizes(root, [8])
 
 
 # -- pixels --------------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def test_a_link_that_leaves_the_folder(folder, tmp_path_factory):
 def test_pixels_and_images(folder):
     root = folder(entry())
     tile(root, colour=(255, 0, 102))
-    pictures = load_pictures(root, 8)
+    pictures = load_sizes(root, [8])[0]
     assert pictures.pixels.dtype == torch.uint8
     assert pictures.pixels.shape == (1, 3, 8, 8)
     assert pictures.pixels[0, :, 3, 3].tolist() == [255, 0, 102]
@@ -280,7 +280,7 @@ def test_transparent_becomes_white(folder, kind):
     image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     image.paste((10, 10, 10, 255), (0, 0, 4, 8))
     image.convert(kind).save(root / "a.png")
-    pixels = load_pictures(root, 8).pixels[0]
+    pixels = load_sizes(root, [8])[0].pixels[0]
     assert pixels[:, 0, 7].tolist() == [255] * 3
     assert pixels[0, 0, 0] < 20
 
@@ -289,7 +289,7 @@ def test_padded_to_a_square_with_white(folder):
     root = folder(entry("wide.png"), entry("tall.png"))
     tile(root, "wide.png", "black", (16, 8))
     tile(root, "tall.png", "black", (8, 16))
-    wide, tall = load_pictures(root, 16).pixels[:, 0]
+    wide, tall = load_sizes(root, [16])[0].pixels[:, 0]
     assert torch.equal(wide, tall.T)
     assert wide[:4].eq(255).all()
     assert wide[4:12].eq(0).all()
@@ -300,16 +300,16 @@ def test_shrunk_by_a_whole_number_is_the_mean(folder):
     root = folder(entry())
     values = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     Image.fromarray(values).save(root / "a.png")
-    found = load_pictures(root, 4).pixels[0].float()
+    found = load_sizes(root, [4])[0].pixels[0].float()
     wanted = torch.from_numpy(values).float().view(4, 4, 4, 4, 3).mean(dim=(1, 3)).permute(2, 0, 1)
     assert (found - wanted).abs().max() <= 1  # Pillow rounds after each of two passes
-    assert load_pictures(root, 5).pixels.shape == (1, 3, 5, 5)
+    assert load_sizes(root, [5])[0].pixels.shape == (1, 3, 5, 5)
 
 
 def test_sixteen_bits_are_scaled(folder):
     root = folder(entry())
     Image.fromarray(np.full((8, 8), 128 * 257, dtype=np.uint16)).save(root / "a.png")
-    assert load_pictures(root, 8).pixels.eq(128).all()
+    assert load_sizes(root, [8])[0].pixels.eq(128).all()
 
 
 def test_upright(folder):
@@ -319,7 +319,7 @@ def test_upright(folder):
     exif = image.getexif()
     exif[0x0112] = 3  # upside down
     image.save(root / "a.jpg", exif=exif)
-    pixels = load_pictures(root, 16).pixels[0, 0]
+    pixels = load_sizes(root, [16])[0].pixels[0, 0]
     assert pixels[:6].float().mean() > 200
     assert pixels[-6:].float().mean() < 50
 
@@ -339,7 +339,7 @@ def with_broken(folder, how_many, of):
 def test_broken_pictures_are_skipped_and_named(folder):
     root = with_broken(folder, 2, 20)
     with pytest.warns(UserWarning, match=r"2 pictures in .* are skipped: 0\.png: .*; 1\.png: "):
-        pictures = load_pictures(root, 8, max_skipped_share=0.1)
+        pictures = load_sizes(root, [8], max_skipped_share=0.1)[0]
     assert sorted(pictures.skipped) == [str(root / "0.png"), str(root / "1.png")]
     assert len(pictures) == 18
     assert [record.file_name for record in pictures.records] == [f"{i}.png" for i in range(2, 20)]
@@ -347,14 +347,12 @@ def test_broken_pictures_are_skipped_and_named(folder):
 
 def test_too_many_broken_pictures(folder):
     root = with_broken(folder, 3, 20)
-    with pytest.raises(
-        DataError, match=r"3 of 20 pictures in .* cannot be read, more than the 10% allowed; the first: 0\.png"
-    ):
-        load_pictures(root, 8, max_skipped_share=0.1)
-    with pytest.raises(DataError, match="1 of 1 pictures"):
-        load_pictures(folder(entry("none.png")), 8)
-    with pytest.raises(DataError, match=r"1 of 1 pictures in .*, so none is left; the first: none\.png"):
-        load_pictures(folder(entry("none.png")), 8, max_skipped_share=1.0)
+    with pytest.raises(DataError, match=r"3 of 20 pictures in .* cannot be read, more than the 10% allowed: 0\.png"):
+        load_sizes(root, [8], max_skipped_share=0.1)
+    with pytest.raises(DataError, match="none of 1 pictures"):
+        load_sizes(folder(entry("none.png")), [8])
+    with pytest.raises(DataError, match=r"none of 1 pictures in .* can be read: none\.png"):
+        load_sizes(folder(entry("none.png")), [8], max_skipped_share=1.0)
 
 
 def test_a_huge_picture_is_not_decoded(folder, monkeypatch):
@@ -362,7 +360,7 @@ def test_a_huge_picture_is_not_decoded(folder, monkeypatch):
     tile(root, size=(100, 100))
     monkeypatch.setattr("unclip.images.MAX_PIXELS", 9_999)
     with pytest.raises(DataError, match=r"10,000 pixels \(100×100\); at most 9,999"):
-        load_pictures(root, 8)
+        load_sizes(root, [8])
 
 
 @pytest.mark.parametrize("size", [(3000, 40), (40, 3000), (333, 100), (100, 333), (5, 3), (64, 10), (10, 64)])
@@ -409,7 +407,7 @@ def test_a_picture_that_does_not_fit_into_memory_is_a_broken_one(folder, monkeyp
 
     monkeypatch.setattr("unclip.data.folder.square_pixels", scarce)
     with pytest.warns(UserWarning, match=r"b\.png is 9×9 pixels: there is not enough memory"):
-        pictures = load_pictures(root, 8, max_skipped_share=0.5)
+        pictures = load_sizes(root, [8], max_skipped_share=0.5)[0]
     assert [record.file_name for record in pictures.records] == ["a.png"]
     sample = RawSample("key", "0.tar", {"png": (root / "b.png").read_bytes(), "txt": b"a tile"})
     with pytest.raises(DataError, match="key is 9×9 pixels: there is not enough memory"):
@@ -424,7 +422,7 @@ def test_damaged_exif_breaks_nothing(folder):
     block = b"Exif\0\0MM\0*\0\0\0\x08\0\2"
     block += struct.pack(">HHI4s", 0x0112, 3, 1, b"\0\6\0\0") + struct.pack(">HHII", 0x011A, 10, 1, 38)
     stored.save(root / "a.jpg", exif=block + bytes(4) + struct.pack(">ii", -1, 0))
-    pictures = load_pictures(root, 16, max_skipped_share=0)
+    pictures = load_sizes(root, [16], max_skipped_share=0)[0]
     assert pictures.skipped == {}
     assert pictures.pixels[0, 0, 8, 2] == 255  # upright it is narrow
     assert pictures.pixels[0, 0, 2, 8] < 20
@@ -434,7 +432,7 @@ def test_damaged_exif_breaks_nothing(folder):
 def test_formats_in_folders_and_shards(folder, suffix, form):
     root = folder(entry(f"a.{suffix}"))
     Image.new("RGB", (8, 8), (200, 10, 10)).save(root / f"a.{suffix}", form)
-    found = load_pictures(root, 8).pixels[0]
+    found = load_sizes(root, [8])[0].pixels[0]
     assert found[0].float().mean() > 190
     sample = RawSample("a", "0.tar", {suffix: (root / f"a.{suffix}").read_bytes(), "txt": b"a tile"})
     assert torch.equal(decode(sample, [8]).pixels[8], found)
@@ -447,11 +445,11 @@ def test_split(folder):
     root = folder(entry("a.png"), entry("b.png", held_out=True))
     tile(root, "a.png", "red")
     tile(root, "b.png", "blue")
-    training, held_out = load_pictures(root, 8).split()
+    training, held_out = load_sizes(root, [8])[0].split()
     assert [r.file_name for r in training.records] == ["a.png"]
     assert [r.file_name for r in held_out.records] == ["b.png"]
     assert held_out.pixels[0, :, 0, 0].tolist() == [0, 0, 255]
-    pictures = load_pictures(folder(entry("a.png", weight=0), entry("b.png", held_out=True)), 8)
+    (pictures,) = load_sizes(folder(entry("a.png", weight=0), entry("b.png", held_out=True)), [8])
     with pytest.raises(DataError, match="none of 2 pictures"):
         pictures.split()
     assert len(pictures.split(need_training=False)[0]) == 1

@@ -16,7 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from unclip.data import shards as module
-from unclip.data.shards import Damage, ShardStream, expand, is_shards, read_shard, write_shards
+from unclip.data.shard_writer import write_shards
+from unclip.data.shards import Damage, ShardStream, expand, is_shards, read_shard
 from unclip.errors import DataError
 
 
@@ -89,6 +90,12 @@ def test_what_is_shards_and_what_a_folder(shards, tmp_path):
     assert not is_shards(folder)
 
 
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
 # -- one shard -----------------------------------------------------------------------------------------------------
 
 
@@ -104,7 +111,7 @@ def test_samples_of_a_shard(shards):
 def test_keys_extensions_and_folders(tmp_path):
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
         for name in ("in/a.jpg", "in/a.img_emb.NPY", "b.txt", "in/b.txt", ".hidden", "nodot"):
-            module._add(tar, name, name.encode())
+            add(tar, name, name.encode())
         folder = tarfile.TarInfo("some.folder")
         folder.type = tarfile.DIRTYPE
         tar.addfile(folder)
@@ -148,7 +155,7 @@ def tar_of(path, *names) -> str:
     """A shard of these files; each holds its number."""
     with tarfile.open(path, "w") as tar:
         for number, name in enumerate(names):
-            module._add(tar, name, str(number).encode())
+            add(tar, name, str(number).encode())
     return str(path)
 
 
@@ -568,10 +575,10 @@ def test_damage_is_named_once_and_the_rest_goes_on(shards):
 def test_nothing_at_all(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w"):
         pass
-    with pytest.raises(DataError, match="no sample in 1 shards: they are empty"):
+    with pytest.raises(DataError, match="1 shards have no samples: they are empty"):
         next(ShardStream([str(tmp_path / "a.tar")], seed=0).read_from(0))
     (tmp_path / "a.tar").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"no sample in 1 shards: .*ReadError"):
+    with pytest.raises(DataError, match=r"1 shards have no samples: .*ReadError"):
         next(ShardStream([str(tmp_path / "a.tar")], seed=0).read_from(0))
 
 

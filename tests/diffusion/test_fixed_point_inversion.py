@@ -5,7 +5,7 @@ import torch
 
 from unclip import ConfigError, DiffusionProcess, InputError
 from unclip.diffusion.loop import NoiseSource, run
-from unclip.diffusion.sampler import DDIMInversionSampler, DDIMSampler, FixedPointInversionSampler
+from unclip.diffusion.sampler import DDIMSampler, FixedPointInversionSampler
 
 MIX = torch.randn(12, 12, generator=torch.Generator().manual_seed(3)) / 4
 
@@ -42,12 +42,6 @@ def test_every_round_is_nearer(x0, prediction, num_steps):
     errors = [error(process, FixedPointInversionSampler(process, rounds), num_steps, x0) for rounds in (1, 3, 9)]
     assert errors[0] > 3 * errors[1] > 9 * errors[2]
     assert errors[2] < 1e-2
-
-
-def test_nearer_than_the_first_order_step(x0):
-    process = DiffusionProcess(prediction_type="v_prediction", clip_range=None)
-    first_order = error(process, DDIMInversionSampler(process), 20, x0)
-    assert error(process, FixedPointInversionSampler(process, 3), 20, x0) < 0.2 * first_order
 
 
 def test_the_path_is_that_of_the_walk_down():

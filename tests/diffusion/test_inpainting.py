@@ -181,18 +181,3 @@ def test_resampling_brings_the_drawn_part_to_its_conditional_law(sampler: Sample
     mean, std = mean_and_std(16)
     assert mean == pytest.approx(true_mean, abs=0.06)
     assert std == pytest.approx(true_std, rel=0.25)
-
-
-# ---- bad arguments ----
-
-
-@pytest.mark.parametrize(("num_resamples", "jump_length"), [(0, 1), (101, 1), (1.5, 1), (True, 1), (1, 0), (1, 2.0)])
-def test_counts_outside_their_limits(num_resamples, jump_length) -> None:
-    with pytest.raises(InputError, match=r"must be a whole number"):
-        InpaintingSampler(SAMPLERS[0], X0, KEPT, num_resamples, jump_length)
-
-
-@pytest.mark.parametrize("kept", [KEPT.float(), KEPT[:, :, :3], torch.ones(7, dtype=torch.bool), KEPT[None, None]])
-def test_what_is_kept_must_fit(kept: Tensor) -> None:
-    with pytest.raises(InputError, match="the mask of known elements"):
-        InpaintingSampler(SAMPLERS[0], X0, kept)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from unclip.diffusion.loop import NoiseSource, StepInfo, run
 from unclip.diffusion.process import DiffusionProcess
-from unclip.diffusion.sampler import AncestralSampler, DDIMInversionSampler, DDIMSampler
+from unclip.diffusion.sampler import AncestralSampler, DDIMSampler
 from unclip.diffusion.scheduler import DPMSolverPlusPlus2MSampler
 from unclip.errors import Cancelled, ConfigError, InputError
 
@@ -87,7 +87,7 @@ def test_a_replacement_that_is_not_finite_is_refused(value: float) -> None:
     replacement[1, 2] = value
     with pytest.raises(InputError, match=r"on_step returned a tensor that holds NaN or infinity in torch\.float32"):
         run(denoiser, DDIMSampler(PROCESS), (999, 0), START, noise=QUIET, on_step=lambda info: replacement)
-    with pytest.raises(InputError, match="on_step returned a tensor on the meta device"):
+    with pytest.raises(InputError, match=r"on_step returned .* in memory"):
         run(denoiser, DDIMSampler(PROCESS), (999, 0), START, noise=QUIET, on_step=lambda info: START.to("meta"))
 
 
@@ -146,23 +146,9 @@ def test_a_path_that_does_not_descend_is_refused(make, timesteps) -> None:
         run(denoiser, make(PROCESS), timesteps, START, noise=QUIET)
 
 
-@pytest.mark.parametrize("timesteps", [(), (5,), (999, 0), (5, 5), (0, 1000)])
-def test_a_path_that_does_not_ascend_is_no_inversion(timesteps) -> None:
-    with pytest.raises(InputError):
-        run(denoiser, DDIMInversionSampler(PROCESS), timesteps, START, noise=QUIET)
-
-
 def test_long_paths_are_shortened_in_messages() -> None:
     with pytest.raises(InputError, match=r"\(0, 1, 2, 3, 4, 5, 6, 7, …\)"):
         DDIMSampler(PROCESS).steps(tuple(range(100)))
-
-
-def test_inversion_timesteps() -> None:
-    inversion = DDIMInversionSampler(PROCESS)
-    assert inversion.timesteps(4) == (0, 333, 666, 999)
-    assert not inversion.needs_noise(0, 333)
-    with pytest.raises(InputError, match="2 or more"):
-        inversion.timesteps(1)
 
 
 def test_steps_of_the_wrong_direction_are_refused() -> None:
@@ -170,9 +156,6 @@ def test_steps_of_the_wrong_direction_are_refused() -> None:
     for sampler in (AncestralSampler(PROCESS), DDIMSampler(PROCESS), DPMSolverPlusPlus2MSampler(PROCESS)):
         with pytest.raises(InputError, match="next timestep is 600"):
             sampler.step(prediction, START, 500, 600)
-    for t, t_next in ((500, 400), (500, 500), (500, 1000), (-1, 5)):
-        with pytest.raises(InputError, match="inversion"):
-            DDIMInversionSampler(PROCESS).step(prediction, START, t, t_next)
 
 
 @pytest.mark.parametrize("sampler", [AncestralSampler(PROCESS), DDIMSampler(PROCESS, 0.5)])

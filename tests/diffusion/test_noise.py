@@ -57,12 +57,6 @@ def test_what_is_no_generator_is_refused(generator) -> None:
         NoiseSource(generator, 2)
 
 
-@pytest.mark.parametrize("shape", [(), (3, 2)])
-def test_noise_for_another_batch_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(InputError, match="2 images"):
-        NoiseSource(None, 2).draw(shape, "cpu")
-
-
 def test_seeds_count_up_and_wrap() -> None:
     assert [one.initial_seed() for one in generators_from_seed(7, 3)] == [7, 8, 9]
     assert [one.initial_seed() for one in generators_from_seed([5, 5, 0], 3)] == [5, 5, 0]

@@ -3,17 +3,18 @@
 import math
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from unclip.diffusion.loop import NoiseSource, run
-from unclip.diffusion.process import PREDICTION_TYPES, DiffusionProcess
+from unclip.diffusion.process import DiffusionProcess, PredictionType
 from unclip.diffusion.sampler import (
     AncestralSampler,
-    DDIMInversionSampler,
     DDIMSampler,
+    FixedPointInversionSampler,
     Sampler,
 )
 from unclip.diffusion.scheduler import DPMSolverPlusPlus2MSampler
@@ -78,7 +79,7 @@ def orders(sampler: Sampler, data: Gaussian) -> list[float]:
     return [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("prediction_type", get_args(PredictionType))
 @pytest.mark.parametrize("std", [0.1, 0.6])
 @pytest.mark.parametrize(("make", "order"), [(DDIMSampler, 1), (DPMSolverPlusPlus2MSampler, 2)])
 def test_convergence_order(make, order: int, std: float, prediction_type: str) -> None:
@@ -146,8 +147,8 @@ def test_inversion_then_sampling_returns_the_start() -> None:
         return DATA.output(process, x, t)
 
     def round_trip(num_steps: int) -> float:
-        inversion = DDIMInversionSampler(process)
-        noisy = run(denoiser, inversion, inversion.timesteps(num_steps), picture, noise=SILENT)
+        timesteps = process.spaced_timesteps(num_steps)[::-1]
+        noisy = run(denoiser, FixedPointInversionSampler(process), timesteps, picture, noise=SILENT)
         back = run(denoiser, DDIMSampler(process), process.spaced_timesteps(num_steps), noisy, noise=SILENT)
         return (back - picture).abs().max().item()
 
@@ -157,12 +158,11 @@ def test_inversion_then_sampling_returns_the_start() -> None:
 
 def test_inversion_of_data_is_standard_noise() -> None:
     process = DiffusionProcess(clip_range=None)
-    inversion = DDIMInversionSampler(process)
     data = DATA.mean + DATA.std * torch.randn(4000, 1, generator=torch.Generator().manual_seed(3))
     noisy = run(
         lambda x, t: DATA.output(process, x, t),
-        inversion,
-        inversion.timesteps(500),
+        FixedPointInversionSampler(process),
+        process.spaced_timesteps(500)[::-1],
         data,
         noise=NoiseSource(None, 4000),
     )

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from unclip.errors import InputError
+from unclip.evaluation.retrieval import Plan
 from unclip.evaluation.stages import decoder
 
 from .test_retrieval import COLOURS, FakeJudge
@@ -31,7 +32,7 @@ class Decodes:
 
 def test_a_perfect_decoder(data, tmp_path):  # noqa: F811
     pipeline = Decodes()
-    found = decoder(pipeline, FakeJudge(), FakeJudge(), data, batch_size=2, seed=5, sheet=tmp_path / "s" / "x")
+    found = decoder(pipeline, FakeJudge(), FakeJudge(), Plan(data, batch_size=2, seed=5, sheet=tmp_path / "s" / "x"))
     seen = found["seen"]
     assert found["captions"] is False
     assert (seen["num"], found["held_out"]["num"], seen["seeds"]) == (3, 1, [5, 7])
@@ -48,14 +49,14 @@ def test_a_perfect_decoder(data, tmp_path):  # noqa: F811
 
 def test_captions_are_told_when_asked(data):  # noqa: F811
     pipeline = Decodes()
-    found = decoder(pipeline, FakeJudge(), FakeJudge(), data, captions=True)
+    found = decoder(pipeline, FakeJudge(), FakeJudge(), Plan(data), captions=True)
     assert found["captions"] is True
     assert sorted(pipeline.prompts[0]) == ["blue", "green", "red"]
     assert pipeline.prompts[1] == ["black"]
 
 
 def test_a_decoder_of_one_picture(data):  # noqa: F811
-    seen = decoder(Decodes(always=COLOURS["red"]), FakeJudge(), FakeJudge(), data)["seen"]
+    seen = decoder(Decodes(always=COLOURS["red"]), FakeJudge(), FakeJudge(), Plan(data))["seen"]
     assert seen["own"]["decoded"] == pytest.approx(seen["own"]["other"], abs=1e-3)
     assert seen["large"]["mae"] == pytest.approx(4 / 9, abs=1e-3)
     assert seen["large"]["psnr_db"] < 50
@@ -63,4 +64,4 @@ def test_a_decoder_of_one_picture(data):  # noqa: F811
 
 def test_numbers(data):  # noqa: F811
     with pytest.raises(InputError, match="batch_size is 0"):
-        decoder(Decodes(), FakeJudge(), FakeJudge(), data, batch_size=0)
+        decoder(Decodes(), FakeJudge(), FakeJudge(), Plan(data, batch_size=0))

@@ -10,7 +10,7 @@ from unclip import UnCLIPPipeline
 from unclip.clip.encoders import ImageEncoder, TextEncoder
 from unclip.data.folder import square_pixels
 from unclip.errors import InputError
-from unclip.evaluation.retrieval import Judge
+from unclip.evaluation.retrieval import Judge, Plan
 from unclip.evaluation.stages import compare, mean_of_others, prior
 
 FEW = {"prior_num_inference_steps": 2, "prior_guidance_scale": 2.0}
@@ -60,12 +60,12 @@ def test_mean_of_others():
 
 
 def test_a_report_of_both_groups(tiny_pipeline, own, data):
-    found = prior(tiny_pipeline, own, data, seed=3, batch_size=2, **FEW)
+    found = prior(tiny_pipeline, own, Plan(data, seed=3, batch_size=2), **FEW)
     assert (found["seen"]["num"], found["held_out"]["num"]) == (3, 1)
     assert found["seen"]["seeds"] == [3, 5]
     assert found["held_out"]["at_1"] == 1  # among one
     assert set(found["seen"]["cosine"]) == {"prior", "text", "other", "mean"}
-    one_by_one = prior(tiny_pipeline, own, data, seed=3, batch_size=1, **FEW)
+    one_by_one = prior(tiny_pipeline, own, Plan(data, seed=3, batch_size=1), **FEW)
     assert one_by_one["seen"]["cosine"]["prior"] == pytest.approx(found["seen"]["cosine"]["prior"], abs=2e-4)
 
 
@@ -75,7 +75,7 @@ def test_a_prior_that_knows(tiny_pipeline, own, data, monkeypatch):
     monkeypatch.setattr(
         UnCLIPPipeline, "embed_captions", lambda self, captions, **more: own.embed([pictures[c] for c in captions])
     )
-    seen = prior(tiny_pipeline, own, data, **FEW)["seen"]
+    seen = prior(tiny_pipeline, own, Plan(data), **FEW)["seen"]
     assert seen["cosine"]["prior"] == 1
     assert max(seen["cosine"][key] for key in ("text", "other", "mean")) < 0.9999
     assert seen["at_1"] == 1
@@ -97,15 +97,15 @@ def test_true_embeddings_are_those_that_training_knows(tiny_pipeline, own, tmp_p
     monkeypatch.setattr(
         UnCLIPPipeline, "embed_captions", lambda self, captions, **more: own.embed([pictures[int(c)] for c in captions])
     )
-    seen = prior(tiny_pipeline, own, tmp_path, **FEW)["seen"]
+    seen = prior(tiny_pipeline, own, Plan(tmp_path), **FEW)["seen"]
     assert seen["cosine"]["prior"] > 0.9999
     assert seen["norm"]["prior"] == pytest.approx(seen["norm"]["true"], rel=1e-3)
 
 
 def test_numbers(tiny_pipeline, own, data):
     with pytest.raises(InputError, match="batch_size is 0"):
-        prior(tiny_pipeline, own, data, batch_size=0)
+        prior(tiny_pipeline, own, Plan(data, batch_size=0))
     with pytest.raises(InputError):
-        prior(tiny_pipeline, own, data, prior_num_inference_steps=0)
+        prior(tiny_pipeline, own, Plan(data), prior_num_inference_steps=0)
     with pytest.raises(InputError, match="from 0"):
-        prior(tiny_pipeline, own, data, prior_guidance_scale=float("nan"))
+        prior(tiny_pipeline, own, Plan(data), prior_guidance_scale=float("nan"))

@@ -10,7 +10,7 @@ from PIL import Image
 from unclip.data.emoji.evaluation_set import bare_caption, concepts_of
 from unclip.data.folder import Record
 from unclip.errors import ConfigError, DataError, InputError
-from unclip.evaluation.retrieval import Candidates, Judge, by_kind, ranks, retrieval
+from unclip.evaluation.retrieval import Candidates, Judge, Plan, by_kind, ranks, retrieval
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "black": (0, 0, 0), "cyan": (0, 255, 255)}
 
@@ -61,7 +61,7 @@ def data(tmp_path):
 
 def test_a_perfect_model(data):
     judge, pipeline = FakeJudge(), FakePipeline()
-    found = retrieval(pipeline, judge, data, num_seen=10, batch_size=2, seed=7, decoder_guidance_scale=2.0)
+    found = retrieval(pipeline, judge, Plan(data, num_seen=10, batch_size=2, seed=7), decoder_guidance_scale=2.0)
     assert sorted(judge.captions) == ["black", "blue", "cyan", "green", "red"]
     perfect = {"at_1": 1.0, "at_5": 1.0, "clip_score": 1.0}
     distance = found["seen"].pop("distance")
@@ -96,7 +96,7 @@ def test_a_perfect_model(data):
 
 
 def test_a_model_that_draws_one_thing(data):
-    found = retrieval(FakePipeline(always=COLOURS["red"]), FakeJudge(), data, num_seen=3)
+    found = retrieval(FakePipeline(always=COLOURS["red"]), FakeJudge(), Plan(data, num_seen=3))
     assert found["seen"]["generated"]["at_1"] == pytest.approx(1 / 3, abs=1e-3)
     assert found["held_out"]["generated"]["at_1"] == 0
     assert found["seen"]["real"]["at_1"] == 1
@@ -105,7 +105,7 @@ def test_a_model_that_draws_one_thing(data):
 def test_the_choice_hangs_on_the_seed_alone(data):
     def asked(seed, size):
         pipeline = FakePipeline()
-        retrieval(pipeline, FakeJudge(), data, num_seen=2, seed=seed, batch_size=size)
+        retrieval(pipeline, FakeJudge(), Plan(data, num_seen=2, seed=seed, batch_size=size))
         return [prompt for prompts, _, _ in pipeline.calls for prompt in prompts]
 
     assert asked(3, 1) == asked(3, 16)
@@ -113,7 +113,7 @@ def test_the_choice_hangs_on_the_seed_alone(data):
 
 
 def test_sheets(data, tmp_path):
-    retrieval(FakePipeline(), FakeJudge(), data, num_seen=3, sheet=tmp_path / "new" / "sheet")
+    retrieval(FakePipeline(), FakeJudge(), Plan(data, num_seen=3, sheet=tmp_path / "new" / "sheet"))
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["sheet-held-out.png", "sheet-seen.png"]
     with Image.open(tmp_path / "new" / "sheet-seen.png") as sheet:
         assert sheet.size == (3 * (8 + 2 + 8) + 2 * 12, 8 + 18)
@@ -128,7 +128,7 @@ def test_composed_captions(data, tmp_path):
     ]
     (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     judge, pipeline = FakeJudge(), FakePipeline()
-    found = retrieval(pipeline, judge, data, sheet=tmp_path / "s")
+    found = retrieval(pipeline, judge, Plan(data, sheet=tmp_path / "s"))
     assert sorted(judge.captions) == sorted(captions)
     assert sorted(prompt for prompts, *_ in pipeline.calls for prompt in prompts) == sorted(captions)
     assert found["captions"] == "composed"
@@ -158,8 +158,8 @@ def test_rates_by_kind():
 def test_broken_pictures_are_found_before_anything_is_drawn(data, tmp_path):
     (data / "4.png").write_bytes(b"no picture")  # held out: it comes last
     pipeline = FakePipeline()
-    with pytest.raises(DataError, match=r"1 of the 4 chosen pictures .* 4\.png"):
-        retrieval(pipeline, FakeJudge(), data)
+    with pytest.raises(DataError, match=r"1 of 4 chosen pictures .* 4\.png"):
+        retrieval(pipeline, FakeJudge(), Plan(data))
     assert pipeline.calls == []
 
 
@@ -170,8 +170,8 @@ def test_a_few_broken_pictures_are_told(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "0.png").unlink()
     (tmp_path / "1.png").write_bytes(b"no picture")
-    with pytest.warns(UserWarning, match="2 of the 200 chosen pictures"):
-        found = retrieval(FakePipeline(), FakeJudge(), tmp_path)
+    with pytest.warns(UserWarning, match="2 of 200 chosen pictures"):
+        found = retrieval(FakePipeline(), FakeJudge(), Plan(tmp_path))
     assert found["num_skipped"] == 2
     assert set(found["skipped"]) == {"0.png", "1.png"}
     assert (found["seen"]["num"], found["held_out"]["num"], found["num_captions"]) == (99, 99, 200)
@@ -180,7 +180,7 @@ def test_a_few_broken_pictures_are_told(tmp_path):
 def test_without_held_out_concepts_and_styles(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "red"}')
-    found = retrieval(FakePipeline(), FakeJudge(), tmp_path, progress=list)
+    found = retrieval(FakePipeline(), FakeJudge(), Plan(tmp_path, progress=list))
     assert (found["held_out"]["num"], found["held_out"]["num_in_all"]) == (0, 0)
     assert "generated" not in found["held_out"]
     assert found["seen"]["num"] == 1
@@ -188,12 +188,12 @@ def test_without_held_out_concepts_and_styles(tmp_path):
 
 def test_bad_arguments(data, tmp_path):
     with pytest.raises(InputError, match="num_seen is 0"):
-        retrieval(FakePipeline(), FakeJudge(), data, num_seen=0)
+        retrieval(FakePipeline(), FakeJudge(), Plan(data, num_seen=0))
     with pytest.raises(InputError, match="batch_size is 0"):
-        retrieval(FakePipeline(), FakeJudge(), data, batch_size=0)
+        retrieval(FakePipeline(), FakeJudge(), Plan(data, batch_size=0))
     (data / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "red", "held_out": true}')
     with pytest.raises(DataError, match="no concept that a model could have been trained on"):
-        retrieval(FakePipeline(), FakeJudge(), data)
+        retrieval(FakePipeline(), FakeJudge(), Plan(data))
 
 
 # -- places --------------------------------------------------------------------------------------------------------

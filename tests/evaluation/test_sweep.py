@@ -9,6 +9,7 @@ from PIL import Image
 
 from unclip.errors import InputError
 from unclip.evaluation.charts import curves, varied
+from unclip.evaluation.retrieval import Plan
 from unclip.evaluation.sweep import grid_of, point_at, sweep
 
 from .test_retrieval import COLOURS, FakeJudge
@@ -41,8 +42,9 @@ def places(**axes):
     return grid_of({**base, "sampler": ["ddim"], **axes})
 
 
-def run(pipeline, data, asked, **more):  # noqa: F811
-    return sweep(pipeline, FakeJudge(), data, asked, use_sampler=pipeline.use, batch_size=2, **more)
+def run(pipeline, data, asked, *, num_held_out=0, num_seen=100, seed=0, **more):  # noqa: F811
+    plan = Plan(data, num_seen=num_seen, num_held_out=num_held_out, seed=seed, batch_size=2)
+    return sweep(pipeline, FakeJudge(), plan, asked, use_sampler=pipeline.use, **more)
 
 
 def test_grid():

@@ -8,7 +8,7 @@ from PIL import Image
 
 from unclip.errors import InputError
 from unclip.evaluation.measures import difference
-from unclip.evaluation.retrieval import variations
+from unclip.evaluation.retrieval import Plan, variations
 
 from .test_retrieval import COLOURS, FakeJudge
 
@@ -41,7 +41,7 @@ def data(tmp_path):
 def test_copies_keep_everything(data, tmp_path):
     pipeline = Copies()
     found = variations(
-        pipeline, FakeJudge(), data, batch_size=2, seed=5, sheet=tmp_path / "sheets" / "s", progress=list
+        pipeline, FakeJudge(), Plan(data, batch_size=2, seed=5, sheet=tmp_path / "sheets" / "s", progress=list)
     )
     seen = found["seen"]
     assert (seen["num"], found["held_out"]["num"], found["num_captions"]) == (3, 1, 4)
@@ -56,7 +56,7 @@ def test_copies_keep_everything(data, tmp_path):
 
 
 def test_one_picture_for_all_keeps_little(data):
-    seen = variations(Copies(always=COLOURS["red"]), FakeJudge(), data)["seen"]
+    seen = variations(Copies(always=COLOURS["red"]), FakeJudge(), Plan(data))["seen"]
     assert seen["variations"]["at_1"] == pytest.approx(1 / 3, abs=1e-3)
     assert seen["real"]["at_1"] == 1
     assert seen["similarity"] < 0.9
@@ -72,4 +72,4 @@ def test_difference():
 @pytest.mark.parametrize("wrong", [{"num_seen": 0}, {"batch_size": 0}])
 def test_numbers(data, wrong):
     with pytest.raises(InputError, match="at least 1"):
-        variations(Copies(), FakeJudge(), data, **wrong)
+        variations(Copies(), FakeJudge(), Plan(data, **wrong))

@@ -1,11 +1,13 @@
 """Schedulers of diffusers in a pipeline: converted where unclip has the sampler, otherwise refused with a remedy."""
 
+import json
+
 import diffusers
 import pytest
 import torch
 
 from unclip import ConfigError, DDIMScheduler, DPMSolverMultistepScheduler, UnCLIPPipeline, UnCLIPScheduler
-from unclip.diffusion.scheduler import converted, is_foreign
+from unclip.diffusion.foreign import converted, is_foreign
 
 OURS = {
     "UnCLIPScheduler": UnCLIPScheduler,
@@ -174,3 +176,18 @@ def test_the_config_is_a_dict_that_cannot_be_changed():
             change()
     assert config == before
     assert isinstance(config, dict)
+
+
+@pytest.mark.parametrize(("spacing", "expected"), [("linspace", UnCLIPScheduler), ("trailing", DDIMScheduler)])
+def test_a_folder_that_names_a_class_of_diffusers(own_pipeline, few, tmp_path, spacing, expected):
+    """The reference loads it too: all of its schedulers have the same interface."""
+    own_pipeline.save_pretrained(tmp_path / "model")
+    theirs = diffusers.DDPMScheduler(timestep_spacing=spacing, beta_schedule="squaredcos_cap_v2")
+    theirs.save_pretrained(tmp_path / "model" / "super_res_scheduler")
+    index = tmp_path / "model" / "model_index.json"
+    entries = json.loads(index.read_text()) | {"super_res_scheduler": ["diffusers", "DDPMScheduler"]}
+    index.write_text(json.dumps(entries))
+    loaded = UnCLIPPipeline.from_pretrained(tmp_path / "model")
+    assert type(loaded.super_res_scheduler) is expected
+    own_pipeline.super_res_scheduler = theirs
+    assert loaded.super_res_scheduler.config == own_pipeline.super_res_scheduler.config

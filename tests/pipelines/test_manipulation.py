@@ -23,7 +23,7 @@ from unclip import (
     UNet2DModel,
 )
 from unclip.checkpoints.layout import PROBE_FILE
-from unclip.cli.latents import _record
+from unclip.cli.latents import Record
 from unclip.images import to_square
 from unclip.models.pca import PrincipalComponents
 from unclip.pipelines.manipulation import Manipulator
@@ -493,7 +493,7 @@ def test_a_file_has_the_settings_of_the_inversion(tool, pictures, tmp_path):
     assert recorded_settings(about) == settings
     back = tool.decode(read, output_type="pt", **recorded_settings(about)).images
     assert torch.equal(back, tool.decode(latent, output_type="pt", **settings).images)
-    assert _record(path).settings == settings
+    assert Record.read(path).settings == settings
     few = {"super_res_num_inference_steps": (2, 3), "decoder_num_inference_steps": None}
     path = tool.save(latent, tmp_path / "few.safetensors", settings=few)
     assert recorded_settings(tool.load(path)[1]) == {"super_res_num_inference_steps": [2, 3]}

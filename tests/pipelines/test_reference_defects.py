@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from unclip import InputError, UnCLIPImageVariationPipeline, UnCLIPPipeline, UnCLIPScheduler
-from unclip.checkpoints import karlo
 from unclip.pipelines.convert import convert_karlo, convert_text_to_image_to_variation
 from unclip.stages.super_res import enlarge
+
+from ..karlo_export import export_prior, export_text_projection, export_unet
 
 
 def watch(request, network):
@@ -125,13 +126,13 @@ def test_defect_09_the_priors_clamp_is_a_setting(own_pipeline, few):
 
 def test_defect_09_a_converted_folder_has_karlos_clamp(tiny_pipeline, tiny_variation, tmp_path):
     tiny_variation.save_pretrained(tmp_path / "clip")
-    prior, mean, std = karlo.export_prior(tiny_pipeline.prior.state_dict(), head_dim=8)
-    decoder = karlo.export_unet(tiny_pipeline.decoder.state_dict(), kind="decoder", head_dim=8)
-    decoder |= karlo.export_text_projection(tiny_pipeline.text_proj.state_dict())
+    prior, mean, std = export_prior(tiny_pipeline.prior.state_dict(), head_dim=8)
+    decoder = export_unet(tiny_pipeline.decoder.state_dict(), kind="decoder", head_dim=8)
+    decoder |= export_text_projection(tiny_pipeline.text_proj.state_dict())
     super_res = {}
     for part, prefix in (("super_res_first", "model_first_steps."), ("super_res_last", "model_last_step.")):
         state = getattr(tiny_pipeline, part).state_dict()
-        super_res |= karlo.export_unet(state, kind="super_res", prefix=prefix)
+        super_res |= export_unet(state, kind="super_res", prefix=prefix)
     files = {"prior": prior, "decoder": decoder, "super_res": super_res}
     for name, state in files.items():
         torch.save({"state_dict": state}, tmp_path / f"{name}.ckpt")

@@ -38,7 +38,7 @@ def test_rows():
     [(torch.ones(2, 4), torch.ones(1, 3, 8, 8)), (torch.ones(4), torch.ones(1, 3, 8, 8)), (torch.ones(1, 4),) * 2],
 )
 def test_parts_that_do_not_fit(parts):
-    with pytest.raises(ConfigError, match="of one batch"):
+    with pytest.raises(ConfigError, match="do not fit each other"):
         BipartiteLatent(*parts)
 
 
@@ -73,7 +73,7 @@ def test_through_a_file(tmp_path, super_res):
     [
         ({"decoder_latents": torch.ones(1, 3, 8, 8)}, {}, WeightsError, "lacks image_embedding"),
         ({"decoder_latents": torch.full((1, 3, 8, 8), torch.nan)}, None, WeightsError, "NaN"),
-        ({"decoder_latents": torch.ones(2, 3, 8, 8)}, None, WeightsError, "one batch"),
+        ({"decoder_latents": torch.ones(2, 3, 8, 8)}, None, WeightsError, "do not fit each other"),
         ({"noise": torch.ones(1)}, None, WeightsError, "has noise"),
         ({"super_res_2_latents": torch.ones(1, 3, 8, 8)}, None, WeightsError, "must have .*super_res_latents"),
         ({}, {"kind": "unclip principal components"}, CheckpointError, "'unclip principal components'"),

@@ -232,6 +232,13 @@ def test_a_callback_gets_every_code(prior):
 # Candidates
 
 
+def best(stage, asked, *, num_candidates, noise, latents=None):
+    def draw(noise, latents):
+        return stage.sample(asked, noise=noise, latents=latents)
+
+    return sample_best(draw, asked.text.embeds, num_candidates=num_candidates, noise=noise, latents=latents)
+
+
 def test_the_closest_candidate_by_direction():
     text = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     candidates = torch.tensor([[[1.0, 1.0], [0.1, 0.1]], [[0.9, 0.1], [-9.0, 9.0]], [[50.0, 50.0], [0.0, 0.01]]])
@@ -258,7 +265,7 @@ def test_more_candidates_never_lower_the_dot_product(prior):
     found, scores = {}, {}
     for count in (1, 2, 4, 8):
         source = noise(7, 24)
-        found[count] = sample_best(stage, asked, num_candidates=count, noise=source)
+        found[count] = best(stage, asked, num_candidates=count, noise=source)
         scores[count] = F.cosine_similarity(found[count], asked.text.embeds)
         # What follows draws as it would without the other candidates.
         following = noise(7, 24)
@@ -275,9 +282,9 @@ def test_more_candidates_never_lower_the_dot_product(prior):
 @torch.no_grad()
 def test_candidates_of_a_row_do_not_depend_on_its_batch(prior):
     stage, asked = AutoregressivePriorStage(prior), condition(4)
-    together = sample_best(stage, asked, num_candidates=3, noise=noise(7, 4))
+    together = best(stage, asked, num_candidates=3, noise=noise(7, 4))
     for i in range(4):
-        alone = sample_best(stage, asked.select([i]), num_candidates=3, noise=noise(7 + i, 1))
+        alone = best(stage, asked.select([i]), num_candidates=3, noise=noise(7 + i, 1))
         torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-5)
 
 
@@ -286,7 +293,7 @@ def test_given_noise_is_for_the_first_candidate(prior):
     stage, asked = AutoregressivePriorStage(prior), condition(1)
     numbers = torch.randn(1, 1 + NUM_CODES, generator=torch.Generator().manual_seed(4))
     first = stage.sample(asked, noise=noise(0, 1), latents=numbers)
-    others = [sample_best(stage, asked, num_candidates=4, noise=noise(s, 1), latents=numbers) for s in range(8)]
-    best = F.cosine_similarity(torch.cat(others), asked.text.embeds.expand(8, -1))
-    assert (best >= F.cosine_similarity(first, asked.text.embeds) - TIMES * UNIT).all()
+    others = [best(stage, asked, num_candidates=4, noise=noise(s, 1), latents=numbers) for s in range(8)]
+    largest = F.cosine_similarity(torch.cat(others), asked.text.embeds.expand(8, -1))
+    assert (largest >= F.cosine_similarity(first, asked.text.embeds) - TIMES * UNIT).all()
     assert any((other - first).abs().max() > 1e-3 for other in others)

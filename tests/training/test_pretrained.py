@@ -11,8 +11,8 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 from transformers.utils import logging
 
 import unclip
+from unclip.clip.pretrained import read_clip
 from unclip.errors import CheckpointError, ConfigError, WeightsError
-from unclip.pipelines.clip import read_clip
 from unclip.pipelines.component import write_component
 from unclip.training import recipe as recipe_module
 from unclip.training.assemble import assemble

@@ -45,7 +45,7 @@ def test_codes_are_those_of_the_pictures_and_of_their_neighbourhood_with_noise(t
     assert {tuple(row) for row in codes.tolist()} == known
     moved = noisy.batch(0, 500, step_generator(0, 0))["codes"]
     assert not torch.equal(moved, codes)
-    embeddings, weights = plain.data.known()
+    embeddings, weights = plain.data.weighted()
     coordinates = (embeddings - prior.pca_mean) @ prior.pca_components.T
     spread = (weights @ (coordinates - weights @ coordinates).square()).sqrt()
     width = (prior.code_high - prior.code_low) / prior.config.num_buckets

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import unclip
-from unclip.data.shards import write_shards
+from unclip.data.shard_writer import write_shards
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6

@@ -12,7 +12,8 @@ import pytest
 
 from unclip.errors import ConfigError, MissingDependencyError
 from unclip.training import recipe as recipe_module
-from unclip.training.recipe import Limits, ProcessRecipe, Section, as_dict, read_recipe
+from unclip.training.recipe import ProcessRecipe, read_recipe
+from unclip.training.sections import Limits, Section
 from unclip.training.task import settled
 
 ROOT = Path(__file__).parents[2] / "recipes"
@@ -41,7 +42,7 @@ def test_every_recipe_of_the_repository_is_valid(path):
         or start.parts[-4:] == ("runs", "emoji", "judge", "model")
         or (start / "feature_extractor").is_dir()
     )
-    json.dumps(as_dict(recipe))
+    json.dumps(recipe.as_dict())
     process = getattr(getattr(settled(recipe), recipe.stage), "process", None)
     if process is not None:
         kinds = {"prior": ("sample", 5.0)}.get(recipe.stage, ("v_prediction", 1.0))
@@ -101,7 +102,7 @@ def test_overrides(read):
 
 
 def test_the_recipe_as_plain_data(read):
-    plain = as_dict(read(PRIOR + '[prior]\nclip = "c"\n'))
+    plain = read(PRIOR + '[prior]\nclip = "c"\n').as_dict()
     assert plain["prior"]["clip"].endswith("/c")
     assert "decoder" not in plain
     assert json.loads(json.dumps(plain)) == plain
@@ -115,8 +116,8 @@ def test_the_recipe_as_plain_data(read):
         (PRIOR + "[prior.process]\nsteps = 1", r"unknown key prior\.process\.steps"),
         (PRIOR, r"needs a section \[prior\]"),
         (PRIOR + "[prior]\n[clip]", r"must not have a section \[clip\]"),
-        ('stage = "prior"\n[prior]', "lacks data"),
-        ('data = "x"\n[prior]', "lacks stage"),
+        ('stage = "prior"\n[prior]', "the setting data is missing"),
+        ('data = "x"\n[prior]', "the setting stage is missing"),
         ('stage = "prio"\ndata = "x"', "stage is 'prio'; it must be one of 'clip'"),
         (PRIOR + 'steps = "5"\n[prior]', "steps is '5'; it must be int"),
         (PRIOR + "steps = 5.5\n[prior]", r"steps is 5\.5; it must be int"),
@@ -140,7 +141,7 @@ def test_the_recipe_as_plain_data(read):
         (PRIOR + "[optimizer]\nlearning_rate = inf\n[prior]", r"optimizer\.learning_rate is inf"),
         (PRIOR + "[prior]\ntext_drop = 1.5", r"prior\.text_drop is 1\.5; it must be from 0 to 1"),
         ('stage = "clip"\ndata = "x"\n[clip]\ncontext_length = 2', r"clip\.context_length is 2"),
-        ("stage = ", "not valid TOML"),
+        ("stage = ", "cannot be read as TOML"),
     ],
 )
 def test_bad_recipes(read, text, words):
@@ -157,9 +158,9 @@ LORA = PRIOR + 'start_from = "m"\n[prior]\n[lora]\n'
     ("text", "words"),
     [
         (PRIOR + "batch_size = 1000000000000\n[prior]", "batch_size is 1000000000000; it must be from 1 to"),
-        (PRIOR + "steps = 100000000000000000000\n[prior]", "it must be finite and have at most 64 bits"),
-        (PRIOR + f"steps = {'9' * 400}\n[prior]", "steps is a number of 1329 bits"),
-        (PRIOR + f"steps = {'9' * 5000}\n[prior]", "not valid TOML"),
+        (PRIOR + "steps = 100000000000000000000\n[prior]", "it must be finite, and at most 2"),
+        (PRIOR + f"steps = {'9' * 400}\n[prior]", "steps is 9{40}; it must be finite"),
+        (PRIOR + f"steps = {'9' * 5000}\n[prior]", "cannot be read as TOML"),
         (PRIOR + "steps = -5\n[prior]", "steps is -5"),
         (PRIOR + "accumulation = 0\n[prior]", "accumulation is 0"),
         (PRIOR + "reader_workers = 1000000000\n[prior]", "reader_workers is 1000000000; it must be from 1 to 1,024"),
@@ -171,19 +172,19 @@ LORA = PRIOR + 'start_from = "m"\n[prior]\n[lora]\n'
         (PRIOR + "[prior.process]\nclip_range = 1e300", r"process\.clip_range is 1e\+300"),
         (PRIOR + "[prior.model]\nnorm_eps = nan", r"prior\.model\.norm_eps is nan; it must be finite"),
         (PRIOR + "[prior.model]\nx = 2020-01-01", r"prior\.model\.x is a date"),
-        (PRIOR + f"[prior.model]\nx = {'9' * 40}", r"prior\.model\.x is a number of 133 bits"),
-        (PRIOR + f'[prior.model]\nx = "{"x" * 10**6}"', r"the recipe .* has 1,000,\d+ bytes"),
+        (PRIOR + f"[prior.model]\nx = {'9' * 40}", r"prior\.model\.x is 9{40}; it must be finite"),
+        (PRIOR + f'[prior.model]\nx = "{"x" * 10**6}"', r"it has 1,000,\d+ bytes"),
         (PRIOR + f"{'x' * 5000} = 1\n[prior]", "its name is too long"),
         (f'stage = "prior"\ndata = "{"x" * 10**4}"\n[prior]', "data is a text of 10,000 characters"),
-        (PRIOR + f"[prior]\nx = {'[' * 8_000}{']' * 8_000}", "nested too deeply"),
+        (PRIOR + f"[prior]\nx = {'[' * 8_000}{']' * 8_000}", "recursion depth"),
         (PRIOR + f"[prior]\nx = {'[' * 100}{']' * 100}", "nested too deeply"),
         (PRIOR + f"[prior]\nx = {'[' * 20_000}{']' * 20_000}", "a line of more than 16,384 characters"),
         (PRIOR + f"[prior]\nx = {'[' * 100_000}{']' * 100_000}", "has .* bytes; at most 65,536"),
         (PRIOR + f"[prior.{'.'.join('a' * 8_000)}]", "nested too deeply"),
         (PRIOR + f"[prior]\nx = {'{a=' * 50}1{'}' * 50}", "nested too deeply"),
         ("#" * 2**21, "bytes; at most"),
-        ('stage = "prior"\ndata = "~nobody-of-that-name/x"\n[prior]', "that home folder does not exist"),
-        ('stage = "prior"\ndata = "set"\n[prior]\nclip = "~nobody-of-that-name/x"', "prior.clip is .* home folder"),
+        ('stage = "prior"\ndata = "~nobody-of-that-name/x"\n[prior]', "home directory"),
+        ('stage = "prior"\ndata = "set"\n[prior]\nclip = "~nobody-of-that-name/x"', "prior.clip is .* home directory"),
         ('stage = "prior"\ndata = "x/{0..999999999999}.tar"\n[prior]', "more than 1,000,000 shards"),
         ('stage = "prior"\ndata = "x/{0..9999}/{0..9999}.tar"\n[prior]', "more than 1,000,000 shards"),
         ('stage = "prior"\ndata = ["https://host/{0..99999999}.tar"]\n[prior]', "more than 1,000,000 shards"),
@@ -200,7 +201,7 @@ LORA = PRIOR + 'start_from = "m"\n[prior]\n[lora]\n'
         (SUPER_RES + "noise = -0.1", r"super_res\.noise is -0\.1"),
         (LORA + "rank = 1000000000", r"lora\.rank is 1000000000"),
         (LORA + "dropout = 2.0", r"lora\.dropout is 2\.0"),
-        (LORA + "targets = []", r"lora\.targets has 0 entries"),
+        (LORA + "targets = []", r"the number of entries in lora\.targets is 0"),
     ],
     ids=lambda text: text[:60] if len(text) < 200 else f"{text[:40]}...",
 )
@@ -215,7 +216,7 @@ def test_numbers_and_texts_without_measure(read, text, words):
 def test_every_number_has_limits():
     """A new setting must say its own."""
     for name, kind in vars(recipe_module).items():
-        if dataclasses.is_dataclass(kind) and issubclass(kind, Section) and kind is not ProcessRecipe:
+        if isinstance(kind, type) and issubclass(kind, Section) and kind not in (Section, ProcessRecipe):
             hints = typing.get_type_hints(kind, include_extras=True)
             for field in dataclasses.fields(kind):
                 if typing.get_type_hints(kind)[field.name] in (int, float):
@@ -229,8 +230,8 @@ def test_every_number_has_limits():
 @pytest.mark.parametrize(
     ("process", "words"),
     [
-        ("num_timesteps = 0", "training timesteps is 0"),
-        ("num_timesteps = 1000000000", "training timesteps is 1000000000"),
+        ("num_timesteps = 0", "num_timesteps is 0"),
+        ("num_timesteps = 1000000000", "num_timesteps is 1000000000"),
         ('beta_schedule = "x"', "beta_schedule"),
         ("beta_start = 2.0\nbeta_schedule = 'linear'", "beta"),
         ('prediction_type = ""', "prediction_type"),
@@ -259,7 +260,7 @@ def test_files_that_are_no_recipes(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         read_recipe(tmp_path / "none.toml")
     (tmp_path / "latin.toml").write_bytes(b'stage = "\xe9"')
-    with pytest.raises(ConfigError, match="not UTF-8 text"):
+    with pytest.raises(ConfigError, match="utf-8"):
         read_recipe(tmp_path / "latin.toml")
 
 
@@ -267,7 +268,7 @@ def test_further_settings_of_a_clip(read):
     text = 'stage = "clip"\ndata = "set"\n[clip]\ntext_heads = 2\n[clip.text_config]\nhidden_size = 8\n'
     recipe = read(text)
     assert recipe.clip.text_config == {"hidden_size": 8}
-    assert as_dict(recipe)["clip"]["text_config"] == {"hidden_size": 8}
+    assert recipe.as_dict()["clip"]["text_config"] == {"hidden_size": 8}
     with pytest.raises(ConfigError, match=r"clip.text_config is 3; it must be a section \[clip.text_config\]"):
         read('stage = "clip"\ndata = "set"\n[clip]\ntext_config = 3\n')
 
@@ -275,9 +276,9 @@ def test_further_settings_of_a_clip(read):
 def test_trackers(read, monkeypatch):
     assert read(TRACKED.format('["tensorboard"]')).trackers == ("tensorboard",)
     for value, words in (
-        ('["nobody"]', "it may have tensorboard"),
+        ('["nobody"]', "it must be one of 'tensorboard'"),
         ('"tensorboard"', "must be a list"),
-        ("[1]", "list"),
+        ("[1]", "one of"),
     ):
         with pytest.raises(ConfigError, match=words):
             read(TRACKED.format(value))

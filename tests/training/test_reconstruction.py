@@ -139,7 +139,7 @@ def test_the_loss_is_of_the_clean_picture_as_it_would_be_drawn(tiny):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"last_loss": "l1"}, "set only_last_step"),
+        ({"last_loss": "l1"}, "needs only_last_step: set it"),
         (LAST | {"last_loss": "perceptual"}, "need each other"),
         (LAST | {"features": "x"}, "need each other"),
         (LAST | {"perceptual_weight": -1.0}, "perceptual_weight"),
@@ -153,11 +153,11 @@ def test_settings_that_do_not_fit(settings, words):
 
 
 def test_what_is_no_image_model(tmp_path):
-    with pytest.raises(MissingFileError, match=r"has no config\.json; it must be the folder of a CLIP"):
+    with pytest.raises(MissingFileError, match=r"has no config\.json; it must be a CLIP"):
         perceptual_loss(tmp_path, 1.0)
     save_resnet(tmp_path / "resnet")
     (tmp_path / "resnet" / "config.json").write_text('{"model_type": "nothing"}')
-    with pytest.raises(CheckpointError, match="does not contain an image model that transformers can load"):
+    with pytest.raises(CheckpointError, match="is not an image model that transformers can load"):
         perceptual_loss(tmp_path / "resnet", 1.0)
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from unclip.data.batches import ShardSource
-from unclip.data.shards import ShardStream, about, read_shard, write_shard, write_shards
+from unclip.data.shard_writer import write_shard, write_shards
+from unclip.data.shards import about, read_shard
 from unclip.errors import ConfigError, DataError, OutputExistsError
 from unclip.training import task as task_module
 from unclip.training.clip import ClipTask
@@ -63,7 +64,7 @@ def closing(request, task):
 @STAGES
 def test_it_learns_from_shards(sharded, stage, request):
     task = closing(request, make_task(sharded(stage)))
-    assert task.is_local
+    assert task.source.is_local
     optimizer = torch.optim.AdamW(task.module.parameters(), lr=2e-3)
     losses = []
     for step in range(60):
@@ -99,10 +100,11 @@ def test_a_run_that_goes_on_does_not_count_its_shards_again(sharded, tmp_path, m
     Trainer(closing(request, make_task(recipe)), recipe, tmp_path).run()  # two epochs
     longer = sharded("super_res", steps=9, sample_every_steps=100)
     trainer = Trainer(closing(request, make_task(longer)), longer, tmp_path)
-    assert sorted(trainer.task.counts.values()) == [8] * 6
+    assert sorted(trainer.task.source.counts.values()) == [8] * 6
     read = []
-    plain = ShardStream._read
-    monkeypatch.setattr(ShardStream, "_read", lambda stream, shard: read.append(shard) or plain(stream, shard))
+    monkeypatch.setattr(
+        "unclip.data.shards.read_shard", lambda shard, damage: read.append(shard) or read_shard(shard, damage)
+    )
     trainer.take_step()
     assert read[0] == trainer.task.source.stream._order(2)[0]  # the third epoch's first, and none of the two before
 
@@ -192,7 +194,7 @@ def test_of_a_stream_few_pictures_are_in_memory_at_once(sharded, monkeypatch, re
     embeddings = task.data.embeddings
     monkeypatch.setattr(task.data, "embeddings", lambda rows: asked.append(len(rows.captions)) or embeddings(rows))
     monkeypatch.setattr("unclip.training.conditions.AT_ONCE", 20)
-    found, weights = task.data.known()
+    found, weights = task.data.weighted()
     assert asked == [20, 20, 8]
     torch.testing.assert_close(found, whole)
     assert weights.tolist() == pytest.approx([1 / 48] * 48)
@@ -204,7 +206,7 @@ def test_a_decoder_without_jitter_looks_for_no_spread(sharded, monkeypatch, requ
         return task.batch(0, 8, step_generator(0, 0))
 
     jittered = batch(0.1)
-    monkeypatch.setattr(Captioned, "known", lambda data: pytest.fail("looked"))
+    monkeypatch.setattr(Captioned, "weighted", lambda data: pytest.fail("looked"))
     plain = batch(0.0)
     assert torch.equal(plain["noise"], jittered["noise"])  # what is drawn stays the same
     assert not torch.equal(plain["image_embedding"], jittered["image_embedding"])
@@ -284,7 +286,7 @@ def test_embeddings_of_another_clip_of_the_same_width(pictures, clip_model, tiny
     ClipTask(tiny("clip", seed=9)).save(tmp_path / "other")
     packed = pack(pictures, tmp_path / "in", copies=1)
     embed(packed, tmp_path / "other", tmp_path / "of_other", keep_pictures=True)
-    words = r"the data were embedded with another CLIP \(.*: embed them again with this CLIP \(unclip data embed\)"
+    words = r"the data were embedded with another CLIP \(.*: embed them again \(unclip data embed\)"
     # A decoder that asks for no spread meets them at its first step.
     plain = {"embedding_noise": 0.0} if stage == "decoder" else {}
     recipe = tiny(stage, data=tmp_path / "of_other", section=plain)
@@ -310,7 +312,7 @@ def test_too_much_that_cannot_be_embedded(pictures, clip_model, tmp_path):
     folder = pack(pictures, tmp_path / "in", copies=1)
     broken = ("broken", {"png": b"no picture", "txt": b"a"})
     write_shard([broken], folder / "00009.tar")
-    with pytest.raises(DataError, match=r"1 of 13 samples cannot be read, more than the 0\.01 .*broken: "):
+    with pytest.raises(DataError, match=r"1 of 13 samples cannot be read, more than the 1% .*broken: "):
         embed(folder, clip_model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert len(json.loads((tmp_path / "out.skipped.json").read_text())) == 1
@@ -387,7 +389,7 @@ def test_an_embedding_does_not_go_on_with_something_else(pictures, clip_model, t
     with pytest.raises(_StopError):
         embed(packed, clip_model, tmp_path / "out", per_shard=3, progress=_stop_after(5))
     with pytest.raises(
-        OutputExistsError, match=r"out\.unfinished was begun with another keep_pictures, per_shard; go on"
+        OutputExistsError, match=r"out\.unfinished was started with another keep_pictures, per_shard; use"
     ):
         embed(packed, clip_model, tmp_path / "out", per_shard=4, keep_pictures=True)
     other = pack(pictures, tmp_path / "other", copies=1)
@@ -411,11 +413,11 @@ def test_embedding_by_the_command(pictures, clip_model, tmp_path):
     command = ["data", "embed", str(pictures), "--clip", str(clip_model), "--out", str(tmp_path / "out")]
     done = CliRunner().invoke(app, [*command, "--per-shard", "3", "--device", "nowhere"])
     assert done.exit_code == 1
-    assert "--device is 'nowhere'" in done.stderr
+    assert "the device is 'nowhere'" in done.stderr
     done = CliRunner().invoke(app, [*command, "--per-shard", "3", "--device", "cpu"])
     assert done.exit_code == 0, done.output
     assert done.stdout == f"{tmp_path / 'out'}\n"
-    assert "going on from the 1 shards in" in done.stderr
+    assert "continuing after the 1 shards in" in done.stderr
     assert len(list((tmp_path / "out").iterdir())) == 4
 
 

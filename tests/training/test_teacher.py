@@ -1,4 +1,4 @@
-"""A sentence encoder as a teacher: what it reads, the lessons that come of it, and what is trained by them."""
+"""A sentence encoder as a teacher: what it reads, the pictures that it selects, and what is trained by them."""
 
 import dataclasses
 import json
@@ -9,11 +9,10 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from unclip.data.source import FolderSource
 from unclip.errors import ConfigError, DataError
-from unclip.training import teacher as teaching
-from unclip.training.clip import ClipTask, known_words
+from unclip.training.clip import ClipTask, words_of
 from unclip.training.recipe import TeacherSettings, read_recipe
-from unclip.training.task import make_task
-from unclip.training.teacher import Lessons, Phrase, Teacher, read_phrases
+from unclip.training.task import in_folders, make_task
+from unclip.training.teacher import Phrase, Teacher, TeacherPhrases, read_phrases
 from unclip.training.trainer import step_generator
 
 WORDS = ["a", "red", "green", "blue", "orange", "circle", "square", "bar", "picture", "of", "disc", "crimson"]
@@ -59,11 +58,11 @@ def source(pictures):
     return FolderSource([pictures], [16])
 
 
-def lessons_of(settings, source):
-    lessons = Lessons(settings, source)
+def closest_of(settings, source):
+    phrases = TeacherPhrases(settings, source, torch.device("cpu"))
     names = [record.concept for record in source.records]
-    rows = zip(lessons.texts, lessons.lesson.tolist(), strict=True)
-    return {text: [names[i] for i in lessons.pictures[row].tolist()] for text, row in rows}, lessons
+    rows = zip(phrases.texts, phrases.rows.tolist(), strict=True)
+    return {text: [names[i] for i in phrases.pictures[row].tolist()] for text, row in rows}, phrases
 
 
 def test_padding_changes_nothing(encoder):
@@ -75,64 +74,61 @@ def test_padding_changes_nothing(encoder):
 
 
 def test_the_closest_pictures(encoder, corpus, source):
-    closest, lessons = lessons_of(TeacherSettings(encoder, corpus, temperature=0.001, named_bonus=2.0), source)
+    closest, phrases = closest_of(TeacherSettings(encoder, corpus, temperature=0.001, named_bonus=2.0), source)
     assert closest["crimson disc"][0] == "red circle"  # by what it means
     assert closest["a disc"][0] == "blue circle"  # by its name
     assert closest["a green square"][0] == "green square"  # by what it says
     assert "orange bar" not in closest["a disc"]  # held out
-    torch.testing.assert_close(lessons.shares.sum(dim=1), torch.ones(3))
-    assert (lessons.shares[:, 0] >= lessons.shares[:, 1]).all()
+    torch.testing.assert_close(phrases.probabilities.sum(dim=1), torch.ones(3))
+    assert (phrases.probabilities[:, 0] >= phrases.probabilities[:, 1]).all()
 
 
 def test_nonsense_stands_for_any_picture(encoder, corpus, source, tmp_path):
     with_nonsense = tmp_path / "with-nonsense.jsonl"
     with_nonsense.write_text(corpus.read_text() + '{"text": "asdfgh", "means": []}\n{"text": "blorf", "means": []}\n')
-    before = Lessons(TeacherSettings(encoder, corpus), source)
-    lessons = Lessons(TeacherSettings(encoder, with_nonsense), source)
-    assert torch.equal(lessons.shares[:3], before.shares)
-    rows = lessons.lesson[-2:].tolist()
-    assert rows[0] != rows[1]
-    assert lessons.shares[rows[0]].unique().numel() == 1
-    assert lessons.embeddings[rows[0]].eq(0).all()
-    shown = {source.records[row].concept for row in lessons.pictures[3:].flatten().tolist()}
-    assert shown == {record.concept for record in source.records if not record.held_out}
+    _, before = closest_of(TeacherSettings(encoder, corpus), source)
+    closest, phrases = closest_of(TeacherSettings(encoder, with_nonsense), source)
+    assert torch.equal(phrases.probabilities[:3], before.probabilities)
+    row, other = phrases.rows[-2:].tolist()
+    assert row != other
+    assert phrases.probabilities[row].unique().numel() == 1
+    assert phrases.embeddings[row].eq(0).all()
+    assert set(closest["asdfgh"]) == {record.concept for record in source.records if not record.held_out}
     with_nonsense.write_text('{"text": "asdfgh", "means": []}\n')
     with pytest.raises(DataError, match="meaning"):
-        Lessons(TeacherSettings(encoder, with_nonsense), source)
+        closest_of(TeacherSettings(encoder, with_nonsense), source)
 
 
 def test_a_temperature(encoder, corpus, source):
     cold, warm = (
-        lessons_of(TeacherSettings(encoder, corpus, temperature=t), source)[1].shares[:, 0] for t in (0.01, 10.0)
+        closest_of(TeacherSettings(encoder, corpus, temperature=t), source)[1].probabilities[:, 0] for t in (0.01, 10.0)
     )
     assert (cold > 0.5).all()
     assert (warm < 0.3).all()
 
 
 def test_captions_are_the_phrases_without_a_corpus(encoder, source):
-    closest, _ = lessons_of(TeacherSettings(encoder, temperature=0.001), source)
+    closest, _ = closest_of(TeacherSettings(encoder, temperature=0.001), source)
     assert len(closest) == 30
     assert closest["a picture of a red bar"][0] == "red bar"
 
 
 def test_what_was_read_is_not_read_again(encoder, corpus, source, monkeypatch):
     settings = TeacherSettings(encoder, corpus)
-    before = Lessons(settings, source)
+    before = TeacherPhrases(settings, source, torch.device("cpu"))
     monkeypatch.setattr(Teacher, "read", lambda *_: pytest.fail("read again"))
-    after = Lessons(settings, source)
-    assert torch.equal(before.shares, after.shares)
+    after = TeacherPhrases(settings, source, torch.device("cpu"))
+    assert torch.equal(before.probabilities, after.probabilities)
     assert torch.equal(before.embeddings, after.embeddings)
 
 
-def test_a_part_that_is_damaged_is_read_again(encoder, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(teaching, "PART", 1)
-    teacher = Teacher(encoder)
-    before = teacher.read_once(["a", "red"])
-    kept = list(tmp_path.rglob("*.safetensors"))
-    assert len(kept) == 2
-    kept[0].write_bytes(b"")
-    assert torch.equal(teacher.read_once(["a", "red"]), before)
+def test_a_damaged_cache_is_read_again(encoder, corpus, source, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    settings = TeacherSettings(encoder, corpus)
+    before = TeacherPhrases(settings, source, torch.device("cpu"))
+    (path,) = (tmp_path / "cache").rglob("*.safetensors")
+    path.write_bytes(b"")
+    assert torch.equal(TeacherPhrases(settings, source, torch.device("cpu")).probabilities, before.probabilities)
 
 
 def taught_clip(tiny, encoder, corpus, clip_model, **section):
@@ -160,11 +156,11 @@ def test_a_text_encoder_learns_and_the_image_encoder_stays(tiny, encoder, corpus
 
 def test_words_begin_as_the_teacher_has_them(tiny, encoder, corpus, clip_model):
     task = ClipTask(taught_clip(tiny, encoder, corpus, clip_model))
-    known = known_words(task.tokenizer)
+    known = words_of(task.tokenizer)
     assert {"red", "circle", "disc"} <= set(known.values())
     table = task.module.text.get_input_embeddings().weight.detach()[list(known)]
     assert table.std() == pytest.approx(0.02, rel=0.05)
-    read = task.lessons.teacher.read(list(known.values())).float()
+    read = task.phrases.teacher.read(list(known.values())).float()
     wanted = torch.nn.functional.cosine_similarity(*(read - read.mean(dim=0))[[0, 1]], dim=0)
     assert torch.nn.functional.cosine_similarity(*table[:2], dim=0) == pytest.approx(wanted.item(), abs=0.05)
 
@@ -201,9 +197,9 @@ def test_phrases_with_the_teachers_pictures(tiny, encoder, corpus, stage):
     assert one["x0"].shape == other["x0"].shape
 
 
-def test_shards_have_no_captions_to_compare_with(encoder):
+def test_shards_have_no_captions_to_compare_with():
     with pytest.raises(ConfigError, match=r"\[teacher\] needs data in folders"):
-        teaching.taught(TeacherSettings(encoder), object())
+        in_folders(object(), "[teacher]")
 
 
 def test_a_folder_without_an_encoder(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from unclip.checkpoints.layout import FURTHER
@@ -13,9 +13,6 @@ from unclip.errors import InputError, UnsafeFileError
 
 if TYPE_CHECKING:
     import torch
-
-AUTO = "auto"
-"""The value of `torch_dtype` that keeps the type in the file."""
 
 IGNORED = {
     "custom_revision": "no code of a model is run",
@@ -56,11 +53,8 @@ REFUSED = {
 }
 """Arguments of diffusers' `from_pretrained` that unclip does not support, with the alternative."""
 
-ASKS_FOR_NOTHING: dict[str, tuple[object, ...]] = {"low_cpu_mem_usage": (None, True)}
-"""Values that request the normal behaviour. For other arguments these are None and False."""
 
-
-def settled(arguments: Mapping[str, Any], method: Any, others: Iterable[str] | None = ()) -> dict[str, Any]:
+def settled(arguments: Mapping[str, Any], method: Any, others: Collection[str] | None = ()) -> dict[str, Any]:
     """Remove the arguments that unclip ignores, with one warning, and return the rest.
 
     Args:
@@ -73,30 +67,29 @@ def settled(arguments: Mapping[str, Any], method: Any, others: Iterable[str] | N
     where = f"{method.__self__.__name__}.{method.__name__}"
     left: dict[str, Any] = {}
     ignored: list[str] = []
-    known = None if others is None else tuple(others)
     for name, value in arguments.items():
-        if name in IGNORED or name in REFUSED:
-            if any(value is nothing for nothing in ASKS_FOR_NOTHING.get(name, (None, False))):
-                continue
-            if name in REFUSED:
-                raise InputError(f"{where} cannot take {name}: {REFUSED[name]}")
+        is_default = value is None or value is (name == "low_cpu_mem_usage")
+        if name in REFUSED and not is_default:
+            raise InputError(f"{where} cannot take {name}: {REFUSED[name]}")
+        if name in IGNORED and not is_default:
             ignored.append(f"{name} ({IGNORED[name]})")
-        elif known is None or name in known:
+        elif name in IGNORED or name in REFUSED:
+            continue
+        elif others is None or name in others:
             left[name] = value
         else:
             parameters = inspect.signature(method).parameters.values()
-            own = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD]
-            near = difflib.get_close_matches(name, [*own, *known, *IGNORED, *REFUSED], n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "it has "
-            hint += "" if near else ", ".join(dict.fromkeys(one for one in [*own, *known] if one not in FURTHER))
-            raise InputError(f"{where} has no argument{' or component' if known else ''} {name!r}; {hint}")
+            names = dict.fromkeys([*(one.name for one in parameters if one.kind is not one.VAR_KEYWORD), *others])
+            near = difflib.get_close_matches(name, [*names, *IGNORED, *REFUSED], n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(n for n in names if n not in FURTHER)}"
+            raise InputError(f"{where} has no argument{' or component' if others else ''} {name!r}; {hint}")
     if ignored:
         warnings.warn(f"{where} ignores {', '.join(ignored)}", UserWarning, stacklevel=3)
     return left
 
 
 def asked_type(torch_dtype: Any, use_safetensors: object = None) -> torch.dtype | str | None:
-    """The requested type of the weights: a torch dtype, `AUTO`, or None for float32.
+    """The requested type of the weights: a torch dtype, "auto" (the type in the file), or None for float32.
 
     Args:
         torch_dtype: a floating-point torch dtype, or its name with or without "torch."; "auto"; or None.
@@ -108,7 +101,7 @@ def asked_type(torch_dtype: Any, use_safetensors: object = None) -> torch.dtype 
 
     if use_safetensors is not None and not use_safetensors:
         raise UnsafeFileError("only safetensors are read; for pickles you trust: unclip convert pickle --help")
-    if torch_dtype is None or (isinstance(torch_dtype, str) and torch_dtype == AUTO):
+    if torch_dtype is None or (isinstance(torch_dtype, str) and torch_dtype == "auto"):
         return torch_dtype
     found = getattr(torch, torch_dtype.removeprefix("torch."), None) if isinstance(torch_dtype, str) else torch_dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:

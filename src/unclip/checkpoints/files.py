@@ -9,10 +9,10 @@ import re
 import secrets
 import shutil
 import stat
-import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, NoReturn
+from typing import Any
 
 from unclip.errors import (
     CheckpointError,
@@ -36,9 +36,6 @@ OUTPUT_LIMIT = 4096
 """Largest length of an output path, in bytes."""
 TEMPORARY_PREFIX = ".unclip-tmp-"
 
-_EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
-_AT_FDCWD = -100
-
 
 # -- JSON ----------------------------------------------------------------------------------------------------------
 
@@ -53,31 +50,22 @@ def parse_json_object(
     -Infinity are accepted, since diffusers' schedulers write them.
     """
 
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in found:
-                raise error(f"{what} has the key {name[:80]!r} twice; remove one of them")
-            found[name] = value
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+            raise ValueError(f"it has the key {name[:80]!r} twice; remove one of them")
         return found
 
-    def constant(text: str) -> float:
-        return float(text) if allow_infinity and text != "NaN" else no_constant(text)
-
-    def no_constant(text: str) -> NoReturn:
-        raise error(f"{what} holds {text}, which is not a JSON number; only finite numbers are allowed")
-
-    def finite(text: str) -> float:
+    def number(text: str) -> float:
         value = float(text)
-        return value if math.isfinite(value) else no_constant(text[:40])
+        if not math.isfinite(value) and not (allow_infinity and text.endswith("Infinity")):
+            raise ValueError(f"it holds {text[:40]}; only finite numbers are allowed")
+        return value
 
     try:
-        text = data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=constant, parse_float=finite)
-    except CheckpointError:
-        raise
+        value = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=number, parse_float=number)
     except (ValueError, RecursionError) as problem:
-        raise error(f"{what} is not JSON: {problem}. Download or save it again") from problem
+        raise error(f"{what} is not JSON: {problem}") from problem
     if not isinstance(value, dict):
         raise error(f"{what} must hold a JSON object in braces, not a {type(value).__name__}")
     return value
@@ -106,7 +94,7 @@ def file_size(path: str | os.PathLike[str]) -> int:
         found = os.stat(path)
     except (OSError, ValueError) as problem:
         raise MissingFileError(
-            f"{_shown(path)} cannot be read ({_reason(problem)}); is the folder complete?"
+            f"{_shown(path)} cannot be read ({getattr(problem, 'strerror', problem)}); is the folder complete?"
         ) from problem
     if not stat.S_ISREG(found.st_mode):
         raise CheckpointError(f"{path} is not a regular file")
@@ -144,10 +132,8 @@ def output_path(path: str | os.PathLike[str]) -> Path:
     Raises InputError for a path that is empty, contains a NUL, or is too long.
     """
     text = os.fspath(path)
-    if not text or "\0" in text:
-        raise InputError(f"{_shown(path)} is not a valid output path: it is empty or contains a NUL")
-    if len(os.fsencode(text)) > OUTPUT_LIMIT or any(len(os.fsencode(part)) > NAME_LIMIT for part in Path(text).parts):
-        raise InputError(f"{_shown(path)} is longer than {NAME_LIMIT} bytes a part or {OUTPUT_LIMIT} in all")
+    if not _is_possible(text, OUTPUT_LIMIT):
+        raise InputError(f"{_shown(path)} is not a valid output path: it is empty or too long, or has a NUL in it")
     return Path(os.path.realpath(text))
 
 
@@ -157,29 +143,25 @@ def output_folder(path: str | os.PathLike[str]) -> Path:
     Raises what `output_path` raises, OutputExistsError for a file, and OutputError when it cannot be created.
     """
     target = output_path(path)
-    for place in (target, *target.parents):
-        if place.exists():
-            if not place.is_dir():
-                raise OutputExistsError(f"{place} is a file; name a folder")
-            break
     with writing(path):
-        target.mkdir(parents=True, exist_ok=True)
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as problem:
+            raise OutputExistsError(f"{path}, or a folder above it, is a file; name a folder") from problem
     return Path(path)
 
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn write errors, such as a full disk or a missing permission, into OutputError with `path` and the reason."""
+    from safetensors import SafetensorError
+
     try:
         yield
     except (UnclipError, BrokenPipeError):
         raise
-    except Exception as problem:
-        from safetensors import SafetensorError
-
-        if isinstance(problem, OSError | SafetensorError):
-            raise OutputError(f"{path} cannot be written: {problem}") from problem
-        raise
+    except (OSError, SafetensorError) as problem:
+        raise OutputError(f"{path} cannot be written: {problem}") from problem
 
 
 @contextlib.contextmanager
@@ -201,10 +183,9 @@ def atomic_file(path: str | os.PathLike[str], overwrite: bool = True) -> Iterato
         try:
             yield temporary
             sync(temporary)
-            if overwrite:
-                os.replace(temporary, target)
-            else:
-                _rename_new(temporary, target, path)
+            if not overwrite:
+                _link_new(temporary, target, path)
+            os.replace(temporary, target)
             sync(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
@@ -248,53 +229,44 @@ def _check_folder_target(target: Path, path: str | os.PathLike[str], overwrite: 
         raise OutputExistsError(_exists(path))
     for kind, find in (("current", Path.cwd), ("home", Path.home)):  # even an empty one
         with contextlib.suppress(FileNotFoundError, RuntimeError):  # the folder does not exist
-            kept = find()
-            if target == kept or target in kept.parents:
-                raise OutputExistsError(
-                    f"{path} {'is' if target == kept else 'contains'} the {kind} folder, which is never "
-                    "replaced; name a new folder"
-                )
+            if target in ((kept := find()), *kept.parents):
+                verb = "is" if target == kept else "contains"
+                raise OutputExistsError(f"{path} {verb} the {kind} folder, which is never replaced; name a new folder")
 
 
 def _put_folder(temporary: Path, target: Path) -> None:
     """Rename `temporary` to `target`. An existing folder takes the name `temporary` or is removed."""
-    if not target.exists():
-        os.rename(temporary, target)
-    elif not any(target.iterdir()):
-        target.rmdir()
-        os.rename(temporary, target)
-    elif not _exchange(temporary, target):
-        aside = temporary.with_name(temporary.name + "-old")
+    if _exchange(temporary, target):
+        return
+    aside = temporary.with_name(temporary.name + "-old")
+    if is_old := target.exists():
         os.rename(target, aside)
-        try:
-            os.rename(temporary, target)
-        except OSError:
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        if is_old:
             os.rename(aside, target)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two paths atomically (renameat2); False where the system does not support it."""
-    if not sys.platform.startswith("linux"):
-        return False
+    """Swap two paths atomically (renameat2 of Linux); False where this is not possible, or one does not exist."""
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
+    except (OSError, AttributeError, TypeError):  # not Linux
         return False
-    return call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), ctypes.c_uint(_EXCHANGE)) == 0
+    at_working_folder, exchange = -100, ctypes.c_uint(2)
+    return call(at_working_folder, os.fsencode(one), at_working_folder, os.fsencode(other), exchange) == 0
 
 
-def _rename_new(temporary: Path, target: Path, path: str | os.PathLike[str]) -> None:
-    """Rename, but fail if `target` exists. A hard link makes this atomic where the file system supports links."""
+def _link_new(temporary: Path, target: Path, path: str | os.PathLike[str]) -> None:
+    """Fail if `target` exists. A hard link makes this atomic where the file system supports links."""
     try:
         os.link(temporary, target)
-    except FileExistsError as problem:
-        raise OutputExistsError(_exists(path)) from problem
-    except OSError:
+    except OSError as problem:
         if target.exists():
-            raise OutputExistsError(_exists(path)) from None
-        os.rename(temporary, target)
+            raise OutputExistsError(_exists(path)) from problem
 
 
 def sync(path: Path) -> None:
@@ -302,7 +274,7 @@ def sync(path: Path) -> None:
     is_folder = path.is_dir()
     if is_folder and os.name == "nt":
         return
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError:
@@ -322,21 +294,14 @@ def safe_join(folder: str | os.PathLike[str], name: str) -> Path:
     symbolic link out of the folder. In a snapshot of the hub's cache, links to any place in the cache folder of that
     model are allowed, because snapshots consist of links to `blobs/`.
     """
-    if not isinstance(name, str) or not name:
-        raise UnsafeFileError(f"a file name must be a string that is not empty, not {name!r}")
-    shown = _shown(name)
-    if "\0" in name or "\\" in name:
-        raise UnsafeFileError(f"the file name {shown} has a NUL or a backslash in it")
-    parts = PurePosixPath(name).parts
-    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or ".." in parts:
-        raise UnsafeFileError(f"the file name {shown} leads out of its folder {folder}")
-    if len(name) > PATH_LIMIT or any(len(os.fsencode(part)) > NAME_LIMIT for part in parts):
-        raise UnsafeFileError(f"the file name {shown} is longer than {NAME_LIMIT} bytes a part or {PATH_LIMIT} in all")
+    if not isinstance(name, str) or "\\" in name or not _is_possible(name, PATH_LIMIT):
+        raise UnsafeFileError(f"the file name {_shown(name)} is empty or too long, or has a NUL or a backslash in it")
+    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or ".." in PurePosixPath(name).parts:
+        raise UnsafeFileError(f"the file name {_shown(name)} leads out of its folder {folder}")
     base = Path(os.path.realpath(folder))
     joined = Path(folder, name)
     resolved = Path(os.path.realpath(joined))
-    allowed = hub_root(base) or base
-    if resolved != base and base not in resolved.parents and allowed not in resolved.parents:
+    if not resolved.is_relative_to(base) and not resolved.is_relative_to(hub_root(base) or base):
         raise UnsafeFileError(f"{joined} is a link that leaves its folder (to {resolved}); put the file itself there")
     return joined
 
@@ -349,13 +314,19 @@ def hub_root(folder: Path) -> Path | None:
     return None
 
 
-def _shown(path: str | os.PathLike[str]) -> str:
-    text = os.fspath(path)
+def _is_possible(path: str, limit: int) -> bool:
+    """Whether a path is not empty, has no NUL, and has at most `limit` bytes and `NAME_LIMIT` bytes in each part."""
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:  # an unpaired surrogate, which JSON can express
+        return False
+    is_short = len(encoded) <= limit and all(len(part) <= NAME_LIMIT for part in encoded.split(b"/"))
+    return is_short and encoded != b"" and b"\0" not in encoded
+
+
+def _shown(path: object) -> str:
+    text = str(path)
     return repr(text if len(text) <= 120 else f"{text[:80]}…{text[-30:]}")
-
-
-def _reason(problem: OSError | ValueError) -> str:
-    return (problem.strerror or str(problem)) if isinstance(problem, OSError) else str(problem)
 
 
 def _exists(path: str | os.PathLike[str]) -> str:

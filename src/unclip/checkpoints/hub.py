@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 import glob
 import importlib.resources
 import os
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 from unclip.checkpoints.layout import CONCEPTS_FILE, PROBE_FILE
-from unclip.errors import CheckpointError, InputError, MissingDependencyError, MissingFileError
+from unclip.errors import CheckpointError, InputError, MissingFileError
 
 BUILT_IN_JUDGE = "unclip-emoji-judge"
 BUILT_IN = {"unclip-emoji": "emoji", BUILT_IN_JUDGE: "emoji-judge"}
 """Reserved model names, and their folders under `unclip/assets`. They need no download."""
 
 SUFFIXES = (".json", ".txt", ".safetensors")
-NAME_LIMIT = 1024
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,254}")
@@ -49,7 +48,8 @@ def resolve(
     `variant` selects the weights of that variant where they exist, otherwise the plain weights. Raises InputError when
     the name is not a string, MissingFileError when no model has that name, CheckpointError when the download fails.
     """
-    name = _checked(name_or_path)
+    if not isinstance(name_or_path, str | os.PathLike) or not isinstance(name := os.fspath(name_or_path), str):
+        raise InputError(f"a model is named by a string or a path, not by {type(name_or_path).__name__}")
     if os.path.isdir(name):
         return Path(name)
     if name in BUILT_IN:
@@ -76,60 +76,39 @@ def pick_files(
     Weights beside a model_index.json do not belong to a component. They are skipped, except for principal components.
     Raises MissingFileError when `variant` is given and no folder has it.
     """
-    kept: list[str] = []
-    weights: dict[tuple[str, str], dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for name in names:
-        if not name.endswith(SUFFIXES) or (
-            allow_patterns is not None and not any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns)
-        ):
-            continue
-        folder, _, base = name.rpartition("/")
-        index, found = _INDEX.fullmatch(base), _WEIGHTS.fullmatch(base)
-        if index:
-            weights[folder, index["stem"]][index["variant"]].append(name)
-        elif found:
-            weights[folder, found["stem"]][found["variant"] or found["late"]].append(name)
-        elif not name.endswith(".safetensors"):
+    patterns = ["*"] if allow_patterns is None else allow_patterns
+    wanted = [n for n in names if n.endswith(SUFFIXES) and any(fnmatch.fnmatch(n, pattern) for pattern in patterns)]
+    kinds = {name: kind for name in wanted if (kind := _weights_kind(name))}
+    variants = {variant for _, _, variant in kinds.values() if variant}
+    if variant is not None and variant not in variants:
+        some = ", ".join(sorted(variants)) or "plain ones"
+        raise MissingFileError(f"there are no {variant} weights; there are: {some}")
+    has_variant = {(folder, stem) for folder, stem, its in kinds.values() if its == variant}
+    kept = [name for name in wanted if name not in kinds and not name.endswith(".safetensors")]
+    for name, (folder, stem, its) in kinds.items():
+        is_component = folder or "model_index.json" not in names or f"{stem}.safetensors" in (PROBE_FILE, CONCEPTS_FILE)
+        if is_component and its == (variant if (folder, stem) in has_variant else None):
             kept.append(name)
-    there = {kind for sets in weights.values() for kind in sets if kind}
-    if variant is not None and variant not in there:
-        raise MissingFileError(f"there are no {variant} weights; there are: {', '.join(sorted(there)) or 'plain ones'}")
-    for (folder, stem), sets in weights.items():
-        if folder or "model_index.json" not in names or f"{stem}.safetensors" in (PROBE_FILE, CONCEPTS_FILE):
-            kept += sets.get(variant, sets.get(None, []))
     return kept
 
 
-def _checked(name_or_path: str | os.PathLike[str]) -> str:
-    try:
-        name = os.fspath(name_or_path)
-    except TypeError:
-        name = None
-    if not isinstance(name, str):
-        raise InputError(f"a model is named by a string or a path, not by {type(name_or_path).__name__}")
-    if not name.strip():
-        raise MissingFileError("a model's name must not be empty; name a folder, a built-in model, or owner/name")
-    if "\0" in name or len(name) > NAME_LIMIT:
-        raise MissingFileError(
-            f"{_shown(name)} contains a NUL or has more than {NAME_LIMIT} characters; no model has that name"
-        )
-    return name
+def _weights_kind(name: str) -> tuple[str, str, str | None] | None:
+    """The folder, the stem and the variant of a file of weights or an index; None for another file."""
+    folder, _, base = name.rpartition("/")
+    found = _INDEX.fullmatch(base) or _WEIGHTS.fullmatch(base)
+    return (folder, found["stem"], found["variant"] or found.groupdict().get("late")) if found else None
 
 
 def _built_in(name: str) -> Path:
     folder = Path(str(importlib.resources.files("unclip").joinpath("assets", BUILT_IN[name])))
     if not any((folder / mark).exists() for mark in ("model_index.json", "text_encoder")):  # a pipeline, or a CLIP
-        raise MissingFileError(
-            f"the built-in model {name} is not part of this installation ({folder}); install it again"
-        )
+        raise MissingFileError(f"the built-in model {name} is not part of this installation ({folder}); reinstall it")
     return folder
 
 
 def _suggestion(name: str) -> str:
-    close = difflib.get_close_matches(name.lower(), BUILT_IN, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; the built-in models are: {', '.join(BUILT_IN)}"
+    close = difflib.get_close_matches(name.lower(), BUILT_IN, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; the built-in models are: {', '.join(BUILT_IN)}"
 
 
 def _shown(name: str) -> str:
@@ -145,37 +124,27 @@ def _download(
     variant: str | None,
     allow_patterns: Sequence[str] | None,
 ) -> Path:
-    try:
-        import huggingface_hub
-        from huggingface_hub import errors
-    except ImportError as problem:
-        raise MissingDependencyError("models from the hub need the package huggingface_hub; install it") from problem
+    import huggingface_hub
+    from huggingface_hub import errors
+
     place = None if cache_dir is None else os.fspath(cache_dir)
-    unreachable: Exception | None = None
+    download = functools.partial(huggingface_hub.snapshot_download, name, revision=revision, cache_dir=place)
+    why = "only local files were asked for"
     try:
-        names: list[str] | None = None
         if not local_files_only:
             try:
                 info = huggingface_hub.HfApi(token=token).model_info(name, revision=revision)
-                names = [sibling.rfilename for sibling in info.siblings or ()]
             except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
                 raise
             except Exception as problem:  # the transport's own errors differ between versions of the hub's client
-                unreachable = problem
-        if names is None:  # offline: use the cached files, of which the loader reports the missing ones
-            return Path(
-                huggingface_hub.snapshot_download(
-                    name, revision=revision, cache_dir=place, local_files_only=True, allow_patterns=["model_index.json"]
-                )
-            )
-        patterns = [glob.escape(file) for file in pick_files(names, variant, allow_patterns)]
-        if not patterns:
-            raise MissingFileError(f"{name} on the hub has no usable files ({', '.join(SUFFIXES)})")
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, revision=revision, cache_dir=place, token=token, allow_patterns=patterns
-            )
-        )
+                why = f"the hub cannot be reached ({problem})"
+            else:
+                files = pick_files([file.rfilename for file in info.siblings or ()], variant, allow_patterns)
+                if not files:
+                    raise MissingFileError(f"{name} on the hub has no usable files ({', '.join(SUFFIXES)})")
+                return Path(download(token=token, allow_patterns=[glob.escape(file) for file in files]))
+        # The cached files. The loader reports missing ones.
+        return Path(download(local_files_only=True, allow_patterns=["model_index.json"]))
     except CheckpointError:
         raise
     except errors.GatedRepoError as problem:
@@ -190,7 +159,6 @@ def _download(
             "A private model needs token= or `hf auth login`"
         ) from problem
     except errors.LocalEntryNotFoundError as problem:
-        why = f"the hub cannot be reached ({unreachable})" if unreachable else "only local files were asked for"
         raise MissingFileError(
             f"{name} is not in the cache and {why}; go online once, or name a folder{_suggestion(name)}"
         ) from problem

@@ -1,14 +1,10 @@
-"""Rename the original Karlo weights to the folder layout's names, and back.
-
-Each network has one table of names, which serves both directions.
-"""
+"""Rename the original Karlo weights to the folder layout's names. Each network has one table of names."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from unclip.errors import WeightsError
 
@@ -59,26 +55,19 @@ _RESNET = (
 )
 
 
-@dataclass(frozen=True)
-class _Rule:
+class _Rule(NamedTuple):
     """One original tensor and its targets: one tensor, or parts by head; `point` marks a width-1 convolution."""
 
     source: str
     targets: tuple[str, ...]
     point: bool = False
 
-    def forward(self, tensor: Tensor, head_dim: int) -> list[Tensor]:
-        if self.point:
-            if tensor.ndim != 3 or tensor.shape[2] != 1:
-                raise WeightsError(f"{self.source} has the shape {list(tensor.shape)}; a width-1 convolution is needed")
-            tensor = tensor[:, :, 0]
-        if len(self.targets) == 1:
-            return [tensor]
-        return split_heads(tensor, len(self.targets), head_dim, self.source)
 
-    def backward(self, tensors: list[Tensor], head_dim: int) -> Tensor:
-        tensor = tensors[0] if len(tensors) == 1 else join_heads(tensors, head_dim)
-        return tensor[:, :, None] if self.point else tensor
+def _pairs(table: Iterable[tuple[str, str]], source: str = "", target: str = "") -> list[_Rule]:
+    return [_Rule(f"{source}{a}.{end}", (f"{target}{b}.{end}",)) for a, b in table for end in ("weight", "bias")]
+
+
+_TEXT_RULES = [*_pairs(_TEXT_PROJECTION), _Rule("cf_param", ("learned_classifier_free_guidance_embeddings",))]
 
 
 def split_heads(tensor: Tensor, num_parts: int, head_dim: int, name: str = "the tensor") -> list[Tensor]:
@@ -89,14 +78,6 @@ def split_heads(tensor: Tensor, num_parts: int, head_dim: int, name: str = "the 
         )
     by_head = tensor.reshape(-1, num_parts, head_dim, *tensor.shape[1:])
     return [by_head[:, part].reshape(-1, *tensor.shape[1:]) for part in range(num_parts)]
-
-
-def join_heads(parts: list[Tensor], head_dim: int) -> Tensor:
-    """The inverse of `split_heads`."""
-    import torch
-
-    by_head = [part.reshape(-1, head_dim, *part.shape[1:]) for part in parts]
-    return torch.stack(by_head, dim=1).reshape(-1, *parts[0].shape[1:])
 
 
 # -- the three networks --------------------------------------------------------------------------------------------
@@ -119,31 +100,14 @@ def convert_prior(
     return converted
 
 
-def export_prior(
-    state_dict: Mapping[str, Tensor], *, prefix: str = "model.", head_dim: int = HEAD_DIM
-) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The inverse of `convert_prior`: (state dict, mean [embedding_dim], std [embedding_dim])."""
-    source = dict(state_dict)
-    try:
-        mean, std = source.pop("clip_mean")[0], source.pop("clip_std")[0]
-    except KeyError as problem:
-        raise WeightsError(f"the prior has no {problem}") from None
-    rules = _prior_rules(_count(source, r"transformer_blocks\.(\d+)\."))
-    return _unapply(rules, source, head_dim, prefix, "prior"), mean, std
-
-
 def convert_text_projection(decoder_state_dict: Mapping[str, Tensor], *, prefix: str = "model.") -> dict[str, Tensor]:
     """The text projection's weights, which Karlo keeps in the decoder's file; the decoder's own weights are ignored.
 
     Raises WeightsError, with names, when a tensor is missing.
     """
-    source = {k: v for k, v in _under(decoder_state_dict, prefix).items() if _is_text_projection(k)}
-    return _apply(_text_projection_rules(), source, HEAD_DIM, "text projection")
-
-
-def export_text_projection(state_dict: Mapping[str, Tensor], *, prefix: str = "model.") -> dict[str, Tensor]:
-    """The inverse of `convert_text_projection`; join it with the decoder's weights to get Karlo's file."""
-    return _unapply(_text_projection_rules(), state_dict, HEAD_DIM, prefix, "text projection")
+    names = {rule.source for rule in _TEXT_RULES}
+    source = {name: value for name, value in _under(decoder_state_dict, prefix).items() if name in names}
+    return _apply(_TEXT_RULES, source, HEAD_DIM, "text projection")
 
 
 def convert_unet(
@@ -154,51 +118,39 @@ def convert_unet(
     `kind` "decoder" has attention and shares its file with the text projection, which is passed over; "super_res" has
     none. Only names under `prefix` are looked at. Raises WeightsError, with names, for missing and left-over tensors.
     """
-    source = {k: v for k, v in _under(state_dict, prefix).items() if kind != "decoder" or not _is_text_projection(k)}
+    foreign = {rule.source for rule in _TEXT_RULES if kind == "decoder"}
+    source = {name: value for name, value in _under(state_dict, prefix).items() if name not in foreign}
     num_blocks_in = _count(source, r"input_blocks\.(\d+)\.")
-    upsamplers = [int(m[1]) for m in _matches(source, r"output_blocks\.(\d+)\.[12]\.in_layers\.0\.weight")]
+    ends = re.compile(r"output_blocks\.(\d+)\.[12]\.in_layers\.0\.weight")
+    upsamplers = [int(found[1]) for name in source if (found := ends.match(name))]
     stride = min(upsamplers, default=num_blocks_in - 1) + 1  # resnets a block, and its downsampler
     if stride < 2 or num_blocks_in % stride:
         raise WeightsError(
             f"the {kind} has {num_blocks_in} input blocks in groups of {stride}, which is not a Karlo U-Net"
         )
     rules = _unet_rules(kind, num_blocks_in // stride, stride - 1)
-    rules += _shortcut_rules(num_blocks_in // stride, stride - 1, source, "source")
+    for place, target in _resnet_places(num_blocks_in // stride, stride - 1):
+        conv = source.get(f"{place}in_layers.2.weight")
+        if conv is not None and conv.shape[0] != conv.shape[1]:  # only such a resnet has a shortcut
+            rules += _pairs([("skip_connection", "conv_shortcut")], place, target)
     return _apply(rules, source, head_dim, kind)
-
-
-def export_unet(
-    state_dict: Mapping[str, Tensor], *, kind: UNetKind, prefix: str = "model.", head_dim: int = HEAD_DIM
-) -> dict[str, Tensor]:
-    """The inverse of `convert_unet`."""
-    num_blocks = _count(state_dict, r"down_blocks\.(\d+)\.")
-    num_resnets = _count(state_dict, r"down_blocks\.0\.resnets\.(\d+)\.")
-    rules = _unet_rules(kind, num_blocks, num_resnets)
-    rules += _shortcut_rules(num_blocks, num_resnets, state_dict, "target")
-    return _unapply(rules, state_dict, head_dim, prefix, kind)
 
 
 def split_by_prefix(state_dict: Mapping[str, Tensor], prefixes: Iterable[str]) -> dict[str, dict[str, Tensor]]:
     """The tensors under each prefix, with full names; WeightsError if a tensor or a prefix has no match."""
-    groups: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
-    left = []
-    for name, value in state_dict.items():
-        prefix = next((prefix for prefix in groups if name.startswith(prefix)), None)
-        if prefix is None:
-            left.append(name)
-        else:
-            groups[prefix][name] = value
+    groups = {
+        prefix: {name: value for name, value in state_dict.items() if name.startswith(prefix)} for prefix in prefixes
+    }
+    left = set(state_dict).difference(*groups.values())
     empty = [prefix for prefix, group in groups.items() if not group]
     if left or empty:
-        raise WeightsError(f"nothing is named {empty}…, and {len(left)} names belong to no known part ({left[:4]})")
+        raise WeightsError(
+            f"nothing is named {empty}…, and {len(left)} names belong to no known part ({sorted(left)[:4]})"
+        )
     return groups
 
 
 # -- tables --------------------------------------------------------------------------------------------------------
-
-
-def _pairs(table: Iterable[tuple[str, str]], source: str = "", target: str = "") -> list[_Rule]:
-    return [_Rule(f"{source}{a}.{end}", (f"{target}{b}.{end}",)) for a, b in table for end in ("weight", "bias")]
 
 
 def _prior_rules(num_layers: int) -> list[_Rule]:
@@ -213,10 +165,6 @@ def _prior_rules(num_layers: int) -> list[_Rule]:
         for end in ("weight", "bias"):
             rules.append(_Rule(f"{source}attn.c_qkv.{end}", tuple(f"{target}attn1.to_{x}.{end}" for x in "qkv")))
     return rules
-
-
-def _text_projection_rules() -> list[_Rule]:
-    return [*_pairs(_TEXT_PROJECTION), _Rule("cf_param", ("learned_classifier_free_guidance_embeddings",))]
 
 
 def _resnet_places(num_blocks: int, num_resnets: int) -> list[tuple[str, str]]:
@@ -261,62 +209,30 @@ def _unet_rules(kind: UNetKind, num_blocks: int, num_resnets: int) -> list[_Rule
     return rules
 
 
-def _shortcut_rules(
-    num_blocks: int, num_resnets: int, state: Mapping[str, Tensor], side: Literal["source", "target"]
-) -> list[_Rule]:
-    """The shortcuts of those resnets whose first convolution in `state` changes the width."""
-    rules = []
-    for source, target in _resnet_places(num_blocks, num_resnets):
-        conv = state.get(f"{source}in_layers.2.weight" if side == "source" else f"{target}conv1.weight")
-        if conv is not None and conv.shape[0] != conv.shape[1]:
-            rules += _pairs([("skip_connection", "conv_shortcut")], source, target)
-    return rules
-
-
 # -- applying them -------------------------------------------------------------------------------------------------
 
 
 def _apply(rules: list[_Rule], source: Mapping[str, Tensor], head_dim: int, what: str) -> dict[str, Tensor]:
-    _check_names([rule.source for rule in rules], source, what)
-    return {
-        target: part
-        for rule in rules
-        for target, part in zip(rule.targets, rule.forward(source[rule.source], head_dim), strict=True)
-    }
-
-
-def _unapply(
-    rules: list[_Rule], state: Mapping[str, Tensor], head_dim: int, prefix: str, what: str
-) -> dict[str, Tensor]:
-    _check_names([target for rule in rules for target in rule.targets], state, what)
-    return {prefix + rule.source: rule.backward([state[target] for target in rule.targets], head_dim) for rule in rules}
-
-
-def _check_names(wanted: list[str], found: Mapping[str, Tensor], what: str) -> None:
-    assert len(set(wanted)) == len(wanted)
-    missing = sorted(set(wanted) - set(found))
-    extra = sorted(set(found) - set(wanted))
-    if missing or extra:
-        parts = [
-            f"{len(names)} {word} ({', '.join(names[:4])})"
-            for names, word in ((missing, "missing"), (extra, "unknown"))
-            if names
-        ]
+    wanted = {rule.source for rule in rules}
+    differences = {"missing": sorted(wanted - set(source)), "unknown": sorted(set(source) - wanted)}
+    parts = [f"{len(names)} {word} ({', '.join(names[:4])})" for word, names in differences.items() if names]
+    if parts:
         raise WeightsError(f"the {what} does not have the names of its layout: {'; '.join(parts)}")
+    converted: dict[str, Tensor] = {}
+    for name, targets, point in rules:
+        tensor = source[name]
+        if point and (tensor.ndim != 3 or tensor.shape[2] != 1):
+            raise WeightsError(f"{name} has the shape {list(tensor.shape)}; a width-1 convolution is needed")
+        tensor = tensor[:, :, 0] if point else tensor
+        split = split_heads(tensor, len(targets), head_dim, name) if len(targets) > 1 else [tensor]
+        converted.update(zip(targets, split, strict=True))
+    return converted
 
 
 def _under(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
 
 
-def _is_text_projection(name: str) -> bool:
-    return any(name == rule.source for rule in _text_projection_rules())
-
-
-def _matches(names: Iterable[str], pattern: str) -> list[re.Match[str]]:
-    return [found for name in names if (found := re.match(pattern, name))]
-
-
 def _count(names: Iterable[str], pattern: str) -> int:
     """One more than the largest number that matches `pattern`."""
-    return 1 + max((int(found[1]) for found in _matches(names, pattern)), default=-1)
+    return 1 + max((int(found[1]) for name in names if (found := re.match(pattern, name))), default=-1)

@@ -38,14 +38,8 @@ CLASSES: dict[str, tuple[str, str]] = {
     "feature_extractor": ("transformers", "CLIPImageProcessor"),
 }
 SHARED = (
-    "decoder",
-    "text_encoder",
-    "tokenizer",
-    "text_proj",
-    "super_res_first",
-    "super_res_last",
-    "decoder_scheduler",
-    "super_res_scheduler",
+    *("decoder", "text_encoder", "tokenizer", "text_proj", "super_res_first", "super_res_last"),
+    *("decoder_scheduler", "super_res_scheduler"),
 )
 TEXT_TO_IMAGE = ("prior", "prior_scheduler", *SHARED)
 VARIATION = (*SHARED, "feature_extractor", "image_encoder")
@@ -64,11 +58,8 @@ FURTHER = tuple(f"{stage}_{part}" for stage in FURTHER_SUPER_RES for part in ("f
 
 def model_index(class_name: str, components: Iterable[str]) -> dict[str, Any]:
     """The content of model_index.json."""
-    return {
-        "_class_name": class_name,
-        "_diffusers_version": API_VERSION,
-        **{name: list(CLASSES[name]) for name in components},
-    }
+    parts = {name: list(CLASSES[name]) for name in components}
+    return {"_class_name": class_name, "_diffusers_version": API_VERSION, **parts}
 
 
 def scheduler_configs(prior_clip_range: float = PRIOR_CLIP_RANGE) -> dict[str, dict[str, Any]]:
@@ -80,8 +71,7 @@ def scheduler_configs(prior_clip_range: float = PRIOR_CLIP_RANGE) -> dict[str, d
     }
     return {
         name: {
-            "_class_name": "UnCLIPScheduler",
-            "_diffusers_version": API_VERSION,
+            **_header(name),
             "num_train_timesteps": 1000,
             "beta_schedule": "squaredcos_cap_v2",
             "variance_type": variance_type,
@@ -159,24 +149,17 @@ def check_widths(
     time_embed_dim: int,
 ) -> None:
     """Raise WeightsError when the configurations of the components do not fit together."""
-    facts = (
+    rows = (
         ("the prior's embedding", prior["embedding_dim"], "the text encoder's", clip["projection_dim"]),
         ("the prior's embedding", prior["embedding_dim"], "the text encoder's hidden", clip["hidden_size"]),
         ("the prior's context", prior["num_embeddings"], "the text encoder's", clip["max_position_embeddings"]),
         ("the prior's embedding", prior["embedding_dim"], "the text projection's", text_proj["clip_embeddings_dim"]),
-        (
-            "the decoder's context",
-            decoder["cross_attention_dim"],
-            "the text projection's",
-            text_proj["cross_attention_dim"],
-        ),
+        ("the decoder's context", decoder["cross_attention_dim"], "the text's", text_proj["cross_attention_dim"]),
         ("the decoder's time embedding", time_embed_dim, "the text projection's", text_proj["time_embed_dim"]),
     )
-    for one, width, other, other_width in facts:
+    for one, width, other, other_width in rows:
         if width != other_width:
-            raise WeightsError(
-                f"{one} width is {width}, {other} width {other_width}; these files belong to different models"
-            )
+            raise WeightsError(f"{one} width is {width}, {other} {other_width}; these files belong to different models")
 
 
 def _unet_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -226,14 +209,18 @@ class ProbeFile:
     @classmethod
     def read(cls, folder: Path) -> Self | None:
         """The file of a folder; None where there is none. Raises: CheckpointError for a file that is too large."""
+        from safetensors import SafetensorError, safe_open
+
         path = safe_join(folder, PROBE_FILE)
         if not path.exists():
             return None
         if file_size(path) > LIMIT_BYTES:
-            raise CheckpointError(
-                f"{path} has more than {LIMIT_BYTES:,} bytes; too many for principal components: remove it"
-            )
-        return cls(path.read_bytes(), _image_encoder(path))
+            raise CheckpointError(f"{path} has more than {LIMIT_BYTES:,} bytes, the limit of such a file: remove it")
+        try:
+            with safe_open(path, framework="pt") as file:
+                return cls(path.read_bytes(), (file.metadata() or {}).get("image_encoder", ""))
+        except (SafetensorError, OSError):
+            return cls(path.read_bytes(), "")
 
     def write(self, folder: Path) -> None:
         """Write it into a folder."""
@@ -242,13 +229,3 @@ class ProbeFile:
     def may_be_of(self, state: Mapping[str, Tensor]) -> bool:
         """Whether it belongs to the image encoder with these weights, or does not state its image encoder."""
         return may_be_of(self.image_encoder, [state])
-
-
-def _image_encoder(path: Path) -> str:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("image_encoder", "")
-    except (SafetensorError, OSError):
-        return ""

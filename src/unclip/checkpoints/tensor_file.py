@@ -93,8 +93,7 @@ def read_tensor_file(
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             about = dict(file.metadata() or {})
-            _check_kind(path, about, kind, version)
-            _check_names(path, set(header), names, kind)
+            _check(path, about, set(header), kind, version, names)
             tensors = {name: file.get_tensor(name) for name in header}
     except (SafetensorError, OSError) as problem:
         raise WeightsError(f"{path} cannot be read: {problem}") from problem
@@ -105,24 +104,21 @@ def read_tensor_file(
     return {name: tensor.float() for name, tensor in tensors.items()}, about
 
 
-def _check_kind(path: Path, about: dict[str, str], kind: str, version: int) -> None:
-    found, number = about.pop("kind", None), about.pop("version", "")
-    if found != kind:
-        what = f"says it is {found[:80]!r}" if found else "does not say what it is"
-        raise CheckpointError(f"{path} {what}; a file of {kind!r} is needed")
-    if not number.isascii() or not number.isdecimal() or not 1 <= int(number) <= version:
+def _check(
+    path: Path, about: dict[str, str], found: set[str], kind: str, version: int, names: Mapping[str, bool]
+) -> None:
+    own, number = about.pop("kind", "none"), about.pop("version", "")
+    if own != kind:
+        raise CheckpointError(f"{path} is a file of kind {own[:80]!r}; a file of {kind!r} is needed")
+    if number not in map(str, range(1, version + 1)):
         raise CheckpointError(
             f"{path} is of version {number[:20]!r}; this unclip reads {kind!r} up to version {version}: update it"
         )
-
-
-def _check_names(path: Path, found: set[str], names: Mapping[str, bool], kind: str) -> None:
-    lacking = sorted(name for name, needed in names.items() if needed and name not in found)
-    extra = sorted(found - set(names))
-    if lacking or extra:
-        problems = [f"lacks {', '.join(lacking)}"] if lacking else []
-        problems += [f"has {', '.join(extra)[:200]}, which are not part of this kind"] if extra else []
-        raise WeightsError(f"{path} is not a valid file of kind {kind!r}: it {' and '.join(problems)}")
+    lacking = {name for name, is_needed in names.items() if is_needed} - found
+    problems = {"lacks": lacking, "has the unknown": found - set(names)}
+    shown = [f"it {what} {', '.join(sorted(some))[:200]}" for what, some in problems.items() if some]
+    if shown:
+        raise WeightsError(f"{path} is not a valid file of kind {kind!r}: {'; '.join(shown)}")
 
 
 RECORDED = ("decoder_num_inference_steps", "super_res_num_inference_steps", "decoder_guidance_scale")
@@ -140,11 +136,10 @@ def record_texts(settings: Mapping[str, Any]) -> dict[str, str]:
     """
     given = {name: value for name, value in settings.items() if value is not None}
     names = (*RECORDED, TILE, PROMPT)
-    for name in given:
-        if name not in names:
-            raise InputError(f"settings have {name!r}; a latent is kept with {', '.join(names)}")
-    prompt = given.pop(PROMPT, None)
-    if prompt is not None and not isinstance(prompt, str):
+    if unknown := given.keys() - set(names):
+        raise InputError(f"settings have {min(unknown)!r}; a latent is kept with {', '.join(names)}")
+    prompt = given.pop(PROMPT, "")
+    if not isinstance(prompt, str):
         raise InputError(f"the prompt is {prompt!r:.100}; it must be a text")
     try:
         numbers = _checked(given, "settings")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,40 +30,51 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 NAME_LIMIT = 512
-SIZE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
-}  # fmt: skip
-"""Bytes per element by the type's name in the format. Other types are refused."""
+TYPES = (
+    "BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64",
+)  # fmt: skip
+"""The supported types of tensors, by their names in the format."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor in a safetensors header: its type (`F32`, `BF16`, …), its shape, and its file."""
+    """One tensor in a safetensors header: its type (`F32`, `BF16`, …), its shape, its size, and its file."""
 
     dtype: str
     shape: tuple[int, ...]
+    nbytes: int
     file: Path
+
+
+class WeightsIndex(dict[str, TensorInfo]):
+    """The tensors of one set of weights by name, in file order."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys(info.file for info in self.values()))
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * SIZE_BYTES[self.dtype]
+        return sum(info.nbytes for info in self.values())
+
+    def without(self, endings: tuple[str, ...]) -> WeightsIndex:
+        """The index without tensors whose names end with one of `endings`."""
+        return WeightsIndex((name, info) for name, info in self.items() if not name.endswith(endings))
 
 
 def check_tensor_name(name: str, where: str) -> None:
     """Raise WeightsError for a tensor name that looks like a path, is empty, very long, or has control characters."""
-    bad = not name or len(name) > NAME_LIMIT or ".." in name or any(c in "/\\" or not c.isprintable() for c in name)
-    if bad:
+    if not name or len(name) > NAME_LIMIT or ".." in name or any(c in "/\\" or not c.isprintable() for c in name):
         raise WeightsError(
             f"{where} has a tensor named {name[:80]!r}, which is not a parameter's name; the file is refused"
         )
 
 
-def read_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
+def read_header(path: str | os.PathLike[str]) -> WeightsIndex:
     """The tensors of the safetensors file `path` in file order.
 
     The safetensors package checks types, shapes, offsets and the size of the file. This function also refuses duplicate
-    keys, names that look like paths, and types that are not in `SIZE_BYTES`.
+    keys, names that look like paths, and types that are not in `TYPES`.
 
     Raises MissingFileError when the file does not exist, and WeightsError when it is damaged or not accepted.
     """
@@ -83,14 +93,16 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorInfo]:
         raw = file.read(int.from_bytes(file.read(8), "little"))
     entries = parse_json_object(raw, f"the header of {path}", WeightsError)
     entries.pop("__metadata__", None)
-    for name, entry in entries.items():
+    index = WeightsIndex()
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         check_tensor_name(name, str(path))
-        if entry["dtype"] not in SIZE_BYTES:
-            raise WeightsError(f"{path}: {name} has the type {entry['dtype']!r}; known are {', '.join(SIZE_BYTES)}")
-        if len(entry["shape"]) > 16 or max(entry["shape"], default=0) >= 1 << 48:  # torch cannot hold it
-            raise WeightsError(f"{path}: {name} has the shape {str(entry['shape'])[:80]}, which is not supported")
-    ordered = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
-    return {name: TensorInfo(entry["dtype"], tuple(entry["shape"]), path) for name, entry in ordered}
+        kind, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if kind not in TYPES:
+            raise WeightsError(f"{path}: {name} has the type {kind!r}; the supported types are {', '.join(TYPES)}")
+        if len(shape) > 16 or max(shape, default=0) >= 1 << 48:  # torch cannot hold it
+            raise WeightsError(f"{path}: {name} has the shape {str(shape)[:80]}, which is not supported")
+        index[name] = TensorInfo(kind, shape, end - start, path)
+    return index
 
 
 T = TypeVar("T")
@@ -131,8 +143,7 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
             full = _plain(f"{path}.{name}" if path else name)
             if full in state and state[full].is_meta:
                 state[full] = next((weights[name] for weights in kept if name in weights), state[full])
-    empty = [name for name, value in state.items() if value.is_meta]
-    if empty:
+    if empty := [name for name, value in state.items() if value.is_meta]:
         raise InputError(
             f"{len(empty)} weights of {type(original(module)).__name__} (such as {empty[0]}) lie on the meta device "
             "and have no values: load them before saving, or call remove_all_hooks() on an offloaded pipeline"
@@ -148,33 +159,7 @@ _READ_GROUP_BYTES = 256 << 20  # a file is mapped again after this many bytes, w
 _CHECK_ELEMENTS = 1 << 22
 
 
-# -- indexes ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class WeightsIndex(Mapping[str, TensorInfo]):
-    """The tensors of one set of weights by name, in file order. Only headers are read."""
-
-    tensors: Mapping[str, TensorInfo]
-    files: tuple[Path, ...]
-
-    def __getitem__(self, name: str) -> TensorInfo:
-        return self.tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(info.nbytes for info in self.tensors.values())
-
-    def without(self, endings: tuple[str, ...]) -> WeightsIndex:
-        """The index without tensors whose names end with one of `endings`."""
-        kept = {name: info for name, info in self.tensors.items() if not name.endswith(endings)}
-        return WeightsIndex(kept, self.files)
+# -- files --------------------------------------------------------------------------------------------------------
 
 
 def file_name(stem: str = DEFAULT_STEM, variant: str | None = None) -> str:
@@ -207,7 +192,7 @@ def open_weights(
             "remove one of the two"
         )
     if single.exists():
-        return WeightsIndex(read_header(single), (single,))
+        return read_header(single)
     if index.exists():
         return _open_shards(folder, index)
     raise _nothing_found(folder, stem, variant)
@@ -218,46 +203,35 @@ def _open_shards(folder: Path, index: Path) -> WeightsIndex:
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise WeightsError(f"{index} must have a weight_map from tensor names to file names")
     shards = {name: safe_join(folder, name) for name in sorted(set(weight_map.values()))}
-    for name in shards:
-        if not name.endswith(".safetensors"):
-            raise UnsafeFileError(f"{index} names {name[:80]!r}; only .safetensors files are read")
-    missing = [name for name, path in shards.items() if not path.exists()]
-    if missing:
+    if unsafe := [name for name in shards if not name.endswith(".safetensors")]:
+        raise UnsafeFileError(f"{index} names {_some(unsafe)}; only .safetensors files are read")
+    if missing := [name for name, path in shards.items() if not path.exists()]:
         raise MissingFileError(f"{index} names {_some(missing)}, which {folder} lacks; download the model again")
-    tensors: dict[str, TensorInfo] = {}
-    for shard, path in shards.items():
-        for name, info in read_header(path).items():
-            if name in tensors:
-                raise WeightsError(f"{name} is in two shards, {tensors[name].file.name} and {shard}")
-            if weight_map.get(name) != shard:
-                raise WeightsError(f"{shard} holds {name}, but {index} places it in {weight_map.get(name)}")
-            tensors[name] = info
-    lacking = sorted(set(weight_map) - set(tensors))
-    if lacking:
-        raise WeightsError(f"{index} lists {_some(lacking)}, which no shard holds")
-    return WeightsIndex(tensors, tuple(shards.values()))
+    headers = {shard: read_header(path) for shard, path in shards.items()}
+    found = {(name, shard) for shard, header in headers.items() for name in header}
+    if different := found.symmetric_difference(weight_map.items()):
+        places = (f"{name} in {shard}" for name, shard in sorted(different))
+        raise WeightsError(f"{index} does not agree with its shards about {_some(places)}; download the model again")
+    return WeightsIndex(item for header in headers.values() for item in header.items())
 
 
 def _nothing_found(folder: Path, stem: str, variant: str | None) -> CheckpointError:
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(TEMPORARY_PREFIX))
     weights = [name for name in names if ".safetensors" in name]
     pickles = [name for name in names if name.endswith(PICKLE_SUFFIXES)]
-    wanted = file_name(stem, variant)
-    if weights:
-        remedy = "; ask for one of these variants, or for none" if variant else ""
-        return MissingFileError(f"{folder} has no {wanted}; there is {_some(weights)}{remedy}")
-    if pickles:
+    if pickles and not weights:
         return UnsafeFileError(
             f"{folder} has only pickles ({_some(pickles)}), which can run any code when read. "
             "If you trust them: unclip convert pickle FOLDER"
         )
-    remedy = ""
-    if hub_root(Path(os.path.realpath(folder))):
+    remedy = "; ask for one of these variants, or for none" if weights and variant else ""
+    if not weights and hub_root(Path(os.path.realpath(folder))):
         remedy = (
             ". Pickles are not downloaded: if the repository has its weights as .bin alone and you trust it, "
             "`hf download NAME --local-dir FOLDER`, then unclip convert pickle FOLDER"
         )
-    return MissingFileError(f"{folder} has no {wanted}; there is {_some(names) or 'nothing'}{remedy}")
+    there = _some(weights or names) or "nothing"
+    return MissingFileError(f"{folder} has no {file_name(stem, variant)}; there is {there}{remedy}")
 
 
 def stored_type(index: WeightsIndex) -> torch.dtype | None:
@@ -277,27 +251,15 @@ def read_tensors(index: WeightsIndex) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) in file order, on the CPU, mapped from the file. Values are not checked."""
     from safetensors import SafetensorError, safe_open
 
-    for path, names in _groups(index):
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for name in names:
-                    yield name, file.get_tensor(name)
-        except (SafetensorError, OSError) as problem:
-            raise WeightsError(f"{path} cannot be read: {problem}") from problem
-
-
-def _groups(index: WeightsIndex) -> Iterator[tuple[Path, list[str]]]:
-    """Tensor names by file, in groups of a bounded size."""
-    path, names, size_bytes = None, [], 0
-    for name, info in index.items():
-        if path is not None and (info.file != path or size_bytes >= _READ_GROUP_BYTES):
-            yield path, names
-            names, size_bytes = [], 0
-        path = info.file
-        names.append(name)
-        size_bytes += info.nbytes
-    if path is not None:
-        yield path, names
+    file, size_bytes, opened = None, 0, None
+    try:
+        for name, info in index.items():
+            if file is None or info.file != opened or size_bytes >= _READ_GROUP_BYTES:
+                file, size_bytes, opened = safe_open(info.file, framework="pt", device="cpu"), 0, info.file
+            size_bytes += info.nbytes
+            yield name, file.get_tensor(name)
+    except (SafetensorError, OSError) as problem:
+        raise WeightsError(f"the weights in {opened} cannot be read: {problem}") from problem
 
 
 def check_finite(tensor: Tensor, name: str, where: str = "the weights") -> None:
@@ -385,17 +347,15 @@ def _copied(tensor: Tensor, like: Tensor) -> Tensor:
 
 def check_fit(wanted: Mapping[str, tuple[int, ...]], index: WeightsIndex, folder: str | os.PathLike[str]) -> None:
     """Raise WeightsError unless `index` has the `wanted` names with these shapes, and no others."""
-    problems = []
     missing = [name for name in wanted if name not in index]
     extra = [name for name in index if name not in wanted]
-    wrong = [name for name in index if name in wanted and index[name].shape != wanted[name]]
-    if missing:
-        problems.append(f"{len(missing)} missing ({_some(missing)})")
-    if extra:
-        problems.append(f"{len(extra)} that the model does not have ({_some(extra)})")
-    if wrong:
-        shown = [f"{name} is {list(index[name].shape)}, not {list(wanted[name])}" for name in wrong]
-        problems.append(f"{len(wrong)} of another shape ({_some(shown)})")
+    wrong = [
+        f"{name} is {list(info.shape)}, not {list(wanted[name])}"
+        for name, info in index.items()
+        if name in wanted and info.shape != wanted[name]
+    ]
+    kinds = {"missing": missing, "that the model does not have": extra, "of another shape": wrong}
+    problems = [f"{len(names)} {what} ({_some(names)})" for what, names in kinds.items() if names]
     if problems:
         raise WeightsError(
             f"the weights in {folder} do not fit the model: {'; '.join(problems)}. Is its config.json right?"
@@ -430,44 +390,28 @@ def save_weights(
         folder.mkdir(parents=True, exist_ok=True)
     stale = [path for path in folder.iterdir() if _is_ours(path.name, stem, variant)]
     shards = _plan(state_dict, parse_size(max_shard_size))
-    if len(shards) == 1:
-        written = [folder / file_name(stem, variant)]
-        with atomic_file(written[0]) as draft:
-            _save(state_dict, shards[0], draft)
-            sync(draft)
-            before_replacing()
-    else:
-        written = _save_shards(folder, state_dict, shards, stem, variant, before_replacing)
-    for path in stale:
-        if path not in written:
-            path.unlink(missing_ok=True)
-    return tuple(written)
-
-
-def _save_shards(
-    folder: Path,
-    state_dict: Mapping[str, Tensor],
-    shards: list[list[str]],
-    stem: str,
-    variant: str | None,
-    before_replacing: Callable[[], None],
-) -> list[Path]:
     base, total = f"{stem}{_dotted(variant)}", len(shards)
     paths = [folder / f"{base}-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
+    if total == 1:
+        paths = [folder / file_name(stem, variant)]
     index = folder / index_name(stem, variant)
-    weight_map = {name: path.name for names, path in zip(shards, paths, strict=True) for name in names}
-    total_bytes = sum(state_dict[name].nbytes for name in state_dict)
     with contextlib.ExitStack() as renames:  # all files are on the disk before the first is renamed
-        draft = renames.enter_context(atomic_file(index))  # renamed last
-        draft.write_bytes(json_bytes({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, index))
+        if total > 1:
+            draft = renames.enter_context(atomic_file(index))  # renamed last
+            weight_map = {name: path.name for names, path in zip(shards, paths, strict=True) for name in names}
+            metadata = {"total_size": sum(tensor.nbytes for tensor in state_dict.values())}
+            draft.write_bytes(json_bytes({"metadata": metadata, "weight_map": weight_map}, index))
         for names, path in zip(shards, paths, strict=True):
             draft = renames.enter_context(atomic_file(path))
             _save(state_dict, names, draft)
             sync(draft)
         before_replacing()
-        if any(path.exists() for path in paths):
+        if total > 1 and any(path.exists() for path in paths):
             index.unlink(missing_ok=True)  # its shards are about to be replaced
-    return [*paths, index]
+    written = paths if total == 1 else [*paths, index]
+    for path in set(stale) - set(written):
+        path.unlink(missing_ok=True)
+    return tuple(written)
 
 
 def _save(state_dict: Mapping[str, Tensor], names: list[str], path: Path) -> None:
@@ -505,9 +449,8 @@ def parse_size(size: int | str) -> int:
 
 
 def _is_ours(name: str, stem: str, variant: str | None) -> bool:
-    base = re.escape(stem + _dotted(variant))
-    shard = re.fullmatch(base + r"-\d{5}-of-\d{5}\.safetensors", name)
-    return shard is not None or name in (file_name(stem, variant), index_name(stem, variant))
+    shard = re.escape(stem + _dotted(variant)) + r"-\d{5}-of-\d{5}\.safetensors"
+    return name in (file_name(stem, variant), index_name(stem, variant)) or re.fullmatch(shard, name) is not None
 
 
 def _dotted(variant: str | None) -> str:

@@ -10,48 +10,29 @@ from unclip.checkpoints.hub import resolve
 from unclip.checkpoints.layout import CONCEPTS_FILE
 from unclip.cli import options
 from unclip.cli.inputs import plain
-from unclip.cli.messages import note
+from unclip.cli.messages import bar, note
+from unclip.cli.options import argument, flag, option
+from unclip.cli.output import check_free
 from unclip.errors import InputError
 from unclip.pipelines.session import Session, model_name, silence_later
 
 if TYPE_CHECKING:
     from unclip.clip.concepts import Concepts
 
-EXAMPLES = options.examples(
-    "unclip concepts                        list everything",
-    "unclip concepts cat                    concepts with a name that has this word",
-    "unclip concepts poodle                 no name has it: the nearest in meaning",
-    "unclip concepts fruit --sheet fruit.png",
-    "unclip concepts --json > concepts.jsonl",
-    "unclip concepts --from data/mine --model models/mine",
-)
 SHEET_SEED = 0
 NUM_BY_MEANING = 5
 
 
-@options.expanded
 def concepts(
     *,
-    words: Annotated[
-        list[str] | None, typer.Argument(metavar="WORD", help="Show the concepts that have one of these in a name.")
-    ] = None,
+    words: Annotated[list[str] | None, argument("WORD")] = None,
     model: options.Model = "unclip-emoji",
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Show at most N concepts.", show_default="all")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object with the names on each line.")] = False,
-    sheet: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also write a PNG sheet with a picture of each shown concept.")
-    ] = None,
-    source: Annotated[
-        Path | None,
-        typer.Option("--from", metavar="DATA", help="Write the list of the data set DATA into the model's folder."),
-    ] = None,
-    phrases: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Captions for the threshold, as of unclip data language; with --from."),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing list or sheet.")] = False,
+    limit: Annotated[int | None, option("N", default="all", min=1)] = None,
+    as_json: Annotated[bool, flag("--json")] = False,
+    sheet: Annotated[Path | None, option("FILE", default="no")] = None,
+    source: Annotated[Path | None, option("DATA", "--from")] = None,
+    phrases: Annotated[Path | None, option("FILE")] = None,
+    overwrite: Annotated[bool, flag("--overwrite")] = False,
     batch_size: options.BatchSize = 16,
     precision: options.Precision,
     quiet: options.Quiet = False,
@@ -61,6 +42,23 @@ def concepts(
     A model's folder may have a list of the concepts that it was trained on. The commands that read captions use it to
     warn of a caption that is not close to any of them. The output has one concept on each line: its label, and other
     names after a colon. A word that is in no name shows the concepts that are nearest in meaning.
+
+    Args:
+        words: Show the concepts that have one of these words in a name.
+        limit: Show at most N concepts.
+        as_json: Print a JSON object with the names on each line.
+        sheet: Also write a PNG sheet with a picture of each shown concept.
+        source: Write the list of the data set DATA into the model's folder.
+        phrases: Captions for the threshold, as of unclip data language; with --from.
+        overwrite: Replace an existing list or sheet.
+
+    Examples:
+        unclip concepts                   list everything
+        unclip concepts cat               concepts that have this word in a name
+        unclip concepts poodle            not in a name: the nearest in meaning
+        unclip concepts fruit --sheet fruit.png
+        unclip concepts --json > concepts.jsonl
+        unclip concepts --from data/mine --model models/mine
     """
     if phrases is not None and source is None:
         raise typer.BadParameter("--phrases goes with --from")
@@ -95,18 +93,12 @@ def _read(folder: Path, model: str) -> "Concepts":
 
 
 def _write(folder: Path, name: str, data: Path, phrases: Path | None, *, overwrite: bool, quiet: bool) -> "Concepts":
-    from functools import partial
-
-    from tqdm import tqdm
-
     from unclip.training.concepts import concepts_of
 
-    found = concepts_of(
-        folder, data, name=name, phrases=phrases, progress=None if quiet else partial(tqdm, disable=None)
-    )
+    found = concepts_of(folder, data, name=name, phrases=phrases, progress=bar(quiet))
     path = found.write(folder, overwrite=overwrite)
     if not quiet:
-        note(f"{len(found)} concepts; a caption is unknown below a similarity of {found.threshold:.3f}")
+        note(f"{len(found)} concepts; a caption is unknown below a closeness of {found.threshold:.3f}")
     print(path, flush=True)
     return found
 
@@ -141,8 +133,7 @@ def _draw(
     from unclip.evaluation.report import draw_captioned
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 
-    if sheet.exists() and not overwrite:
-        raise InputError(f"{sheet} exists already; use --overwrite, or another name")
+    check_free(sheet, overwrite=overwrite)
     pipe = session.pipeline(UnCLIPImageVariationPipeline)
     made = []
     for start in range(0, len(places), batch_size):

@@ -6,24 +6,10 @@ from typing import Annotated
 import typer
 
 from unclip.cli import options
+from unclip.cli.options import argument, command, flag, option
 from unclip.pipelines.session import silence
 
-KARLO_EXAMPLES = options.examples(
-    "unclip convert karlo --prior prior-ckpt-step=01000000-of-01000000.ckpt \\",
-    "  --decoder decoder-ckpt-step=01000000-of-01000000.ckpt \\",
-    "  --super-res improved-sr-ckpt-step=1.2M.ckpt --stats ViT-L-14_stats.th \\",
-    "  --clip openai/clip-vit-large-patch14 --dtype float16 --out models/karlo",
-)
-VARIATION_EXAMPLES = options.examples(
-    "unclip convert variation models/karlo \\",
-    "  --clip openai/clip-vit-large-patch14 --out models/karlo-variation",
-    "unclip vary photo.jpg --model models/karlo-variation",
-)
-PICKLE_EXAMPLES = options.examples("unclip convert pickle models/old --out models/new")
-
-Clip = Annotated[
-    str, typer.Option(metavar="MODEL", help="Folder or hub id of the CLIP model, in transformers' layout.")
-]
+Clip = Annotated[str, option("MODEL", help="Folder or hub id of the CLIP model, in transformers' layout.")]
 
 convert = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -33,30 +19,37 @@ def convert_group() -> None:
     """Convert checkpoints of other formats to model folders."""
 
 
-@convert.command("karlo", epilog=KARLO_EXAMPLES)
+@command(convert, "karlo")
 def karlo(
-    prior: Annotated[Path, typer.Option(metavar="FILE", help="The prior's checkpoint.")],
-    decoder: Annotated[Path, typer.Option(metavar="FILE", help="The decoder's checkpoint.")],
-    super_res: Annotated[Path, typer.Option(metavar="FILE", help="The super-resolution checkpoint.")],
-    stats: Annotated[Path, typer.Option(metavar="FILE", help="Mean and spread of the image embeddings.")],
+    prior: Annotated[Path, option("FILE")],
+    decoder: Annotated[Path, option("FILE")],
+    super_res: Annotated[Path, option("FILE")],
+    stats: Annotated[Path, option("FILE")],
     clip: Clip,
     out: options.NewFolder,
     dtype: options.KeptDtype = None,
-    variant: Annotated[
-        str | None, typer.Option(metavar="WORD", help="Put WORD into the weights' file names: fp16, say.")
-    ] = None,
-    prior_clip_range: Annotated[
-        float,
-        typer.Option(
-            metavar="X", help="Clamp the prior's prediction to ±X; published folders in diffusers' layout: 5."
-        ),
-    ] = 10.0,
+    variant: Annotated[str | None, option("WORD")] = None,
+    prior_clip_range: Annotated[float, option("X")] = 10.0,
     overwrite: options.OverwriteFolder = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Convert Karlo's original files into a text-to-image folder.
+    r"""Convert Karlo's original files into a text-to-image folder.
 
     The files may be .ckpt, .th or .safetensors; only tensors are read from pickles.
+
+    Args:
+        prior: The prior's checkpoint.
+        decoder: The decoder's checkpoint.
+        super_res: The super-resolution checkpoint.
+        stats: Mean and spread of the image embeddings.
+        variant: Put WORD into the weights' file names: fp16, say.
+        prior_clip_range: Clamp the prior's prediction to ±X; published folders in diffusers' layout: 5.
+
+    Examples:
+        unclip convert karlo --prior prior-ckpt-step=01000000-of-01000000.ckpt \
+          --decoder decoder-ckpt-step=01000000-of-01000000.ckpt \
+          --super-res improved-sr-ckpt-step=1.2M.ckpt --stats ViT-L-14_stats.th \
+          --clip openai/clip-vit-large-patch14 --dtype float16 --out models/karlo
     """
     import torch
 
@@ -78,20 +71,27 @@ def karlo(
     print(made, flush=True)
 
 
-@convert.command("variation", epilog=VARIATION_EXAMPLES)
+@command(convert, "variation")
 def variation(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or hub id of a text-to-image model.")],
+    model: Annotated[str, argument("MODEL")],
     clip: Clip,
     out: options.NewFolder,
-    crop: Annotated[
-        bool, typer.Option("--crop", help="Look at the centre of pictures, as CLIP does; or squash them, as Karlo.")
-    ] = False,
+    crop: Annotated[bool, flag("--crop")] = False,
     overwrite: options.OverwriteFolder = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Make a folder for `unclip vary` from a text-to-image model.
+    r"""Make a folder for `unclip vary` from a text-to-image model.
 
     It has the model's components, and the image encoder of the CLIP model that the model was trained with.
+
+    Args:
+        model: Folder or hub id of a text-to-image model.
+        crop: Look at the centre of pictures, as CLIP does; or squash them, as Karlo.
+
+    Examples:
+        unclip convert variation models/karlo \
+          --clip openai/clip-vit-large-patch14 --out models/karlo-variation
+        unclip vary photo.jpg --model models/karlo-variation
     """
     from unclip.pipelines.convert import convert_text_to_image_to_variation
 
@@ -99,9 +99,9 @@ def variation(
     print(convert_text_to_image_to_variation(model, out, clip=clip, crop=crop, overwrite=overwrite), flush=True)
 
 
-@convert.command("pickle", epilog=PICKLE_EXAMPLES)
+@command(convert, "pickle")
 def pickle(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A model's folder with .bin files.")],
+    folder: Annotated[Path, argument("FOLDER")],
     out: options.NewFolder,
     overwrite: options.OverwriteFolder = False,
     quiet: options.Quiet = False,
@@ -110,6 +110,12 @@ def pickle(
 
     A pickle can run code when it is read. This command reads only tensors and refuses a file with anything else; still,
     use it only on files from people whom you trust.
+
+    Args:
+        folder: A model's folder with .bin files.
+
+    Examples:
+        unclip convert pickle models/old --out models/new
     """
     from unclip.pipelines.convert import convert_pickle
 

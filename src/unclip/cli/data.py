@@ -1,55 +1,34 @@
 """`unclip data …`: make, caption, inspect, pack and embed data sets of captioned pictures."""
 
-import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unclip.checkpoints.files import read_json
+from unclip.checkpoints.files import atomic_file, read_json
 from unclip.cli import options
-from unclip.cli.messages import note, warn
-from unclip.errors import OutputExistsError
+from unclip.cli.messages import bar, note, warn
+from unclip.cli.options import argument, command, flag, option
+from unclip.cli.output import check_free
 
 if TYPE_CHECKING:
     from unclip.data.folder import Keys
     from unclip.data.shards import Damage
 
-EMOJI_EXAMPLES = options.examples(
-    "unclip data emoji --out data/emoji", "unclip data emoji --out data/emoji --packages downloads"
-)
-LANGUAGE_EXAMPLES = options.examples(
-    "unclip data language data/emoji --out data/language.jsonl",
-    "unclip data language data/emoji --out small.jsonl --count 20000",
-)
-INSPECT_EXAMPLES = options.examples(
-    "unclip data inspect data/emoji",
-    'unclip data inspect "shards/{00000..00007}.tar" --sheet sheet.png',
-)
-PACK_EXAMPLES = options.examples("unclip data pack data/emoji --out shards")
-EMBED_EXAMPLES = options.examples(
-    "unclip data embed data/emoji --clip runs/clip/model --out embedded",
-    "unclip data embed shards --clip models/mine --out embedded --keep-pictures",
-)
-
-COMPOSE_EXAMPLES = options.examples(
-    "unclip data compose data/emoji --out data/composed",
-    "unclip data inspect data/composed --sheet sheet.png",
-)
-
-CAPTION_EXAMPLES = options.examples(
-    "unclip data caption photos                     cat.txt of cat.jpg, else cat",
-    "unclip data caption photos --from names        red_apple-02.png: red apple",
-    "unclip data caption photos --from folders      cats/001.jpg: cats",
-    "unclip data caption photos --csv captions.csv  columns: file_name, text",
-    "unclip data caption photos --csv a.csv --image-key photo --caption-key title",
-    "unclip data inspect photos --sheet sheet.png   look at the result",
+MAX_NAMED = 10
+"""Broken or left out pictures that are named on stderr."""
+COLUMNS = "Take captions from a CSV (or JSON lines) with named columns; a picture may have several rows."
+ORIGINS = (
+    "texts: NAME.txt beside a picture, one caption on each line; names: the words of file names; folders: the name of "
+    "a picture's folder."
 )
 
 
 class Origin(StrEnum):
-    """Where captions come from."""
+    """The source of captions."""
 
     texts = "texts"
     names = "names"
@@ -57,93 +36,110 @@ class Origin(StrEnum):
 
 
 Data = Annotated[
-    str,
-    typer.Argument(
-        metavar="DATA", help="A folder with metadata.jsonl or metadata.csv, or shards: a folder, glob, URL."
-    ),
+    str, argument("DATA", help="A folder with metadata.jsonl or metadata.csv, or shards: a folder, pattern or URL.")
 ]
-ImageKey = Annotated[
-    str | None,
-    typer.Option(
-        "--image-key",
-        metavar="NAME",
-        help="The key or column that names the picture.",
-        show_default="file_name, image, image_path, path or filename",
-    ),
+Overwrite = Annotated[bool, flag("--overwrite", help="Replace an existing FILE.")]
+Packages = Annotated[
+    Path | None, option("DIR", help="Folder with the four source tarballs.", default="fetched with npm")
 ]
-CaptionKey = Annotated[
-    str | None,
-    typer.Option(
-        "--caption-key",
-        metavar="NAME",
-        help="The key or column with the caption.",
-        show_default="captions, text, caption or prompt",
-    ),
-]
-PerShard = Annotated[int, typer.Option(min=1, metavar="N", help="Samples in one shard.")]
-MaxSkipped = Annotated[
-    float,
-    typer.Option(min=0.0, max=1.0, metavar="SHARE", help="Of samples, and of shards, that may be broken and left out."),
-]
+Seed = Annotated[int, option("N", help="Random seed.", min=0, max=2**32)]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The names of keys or columns.
+
+    Attributes:
+        image_key: Key or column of the picture.
+        caption_key: Key or column of the caption.
+    """
+
+    image_key: Annotated[str | None, option("NAME", default="file_name, image, image_path, path or filename")] = None
+    caption_key: Annotated[str | None, option("NAME", default="captions, text, caption or prompt")] = None
+
+    @property
+    def keys(self) -> "Keys":
+        """The same, for the readers of data sets."""
+        from unclip.data.folder import Keys
+
+        return Keys(self.image_key, self.caption_key)
+
+
+@dataclass(frozen=True)
+class Sharding(Columns):
+    """Options of the commands that write shards.
+
+    Attributes:
+        per_shard: Samples in one shard.
+        max_skipped: Share of samples, and of shards, that may be broken and left out.
+    """
+
+    per_shard: Annotated[int, option("N", min=1)] = 10_000
+    max_skipped: Annotated[float, option("SHARE", min=0, max=1)] = 0.01
+
+    def arguments(self, quiet: bool) -> dict[str, Any]:
+        """The arguments of the functions that write shards."""
+        numbers = {"per_shard": self.per_shard, "max_skipped_share": self.max_skipped}
+        return {**numbers, "keys": self.keys, "progress": bar(quiet)}
+
 
 data = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 
 @data.callback()
 def data_group() -> None:
-    """Make a data set to train on, look into one, change its form."""
+    """Make, inspect or convert a data set for training."""
 
 
-@data.command("emoji", epilog=EMOJI_EXAMPLES)
-def emoji(
-    out: options.NewFolder,
-    packages: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder with the four source tarballs.", show_default="fetched with npm"),
-    ] = None,
-    quiet: options.Quiet = False,
-) -> None:
+@command(data, "emoji")
+def emoji(*, out: options.NewFolder, packages: Packages = None, quiet: options.Quiet = False) -> None:
     """Render the emoji data set: three open designs, with captions.
 
-    Needs the extra packages of training; in a checkout: pip install '.[train]'
-    """
-    from tqdm import tqdm
+    This needs the extra packages of training; in a checkout: pip install '.[train]'
 
+    Examples:
+        unclip data emoji --out data/emoji
+        unclip data emoji --out data/emoji --packages downloads
+    """
     from unclip.data.emoji.build import build_emoji
 
-    counts = build_emoji(out, packages=packages, progress=None if quiet else functools.partial(tqdm, disable=None))
+    counts = build_emoji(out, packages=packages, progress=bar(quiet))
     if not quiet:
         note(", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
     print(out, flush=True)
 
 
-@data.command("language", epilog=LANGUAGE_EXAMPLES)
+@command(data, "language")
 def language(
-    source: Annotated[Path, typer.Argument(metavar="DATA", help="The folder of unclip data emoji.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The file to write, one phrase a line.")],
-    count: Annotated[int, typer.Option(min=1, metavar="N", help="Phrases to write.")] = 1_200_000,
-    seed: Annotated[int, typer.Option(min=0, max=2**32, metavar="N", help="Random seed.")] = 0,
-    languages: Annotated[
-        str,
-        typer.Option(metavar="CODE,…", help="More languages (de,fr): Unicode's names and keywords in them."),
-    ] = "",
-    packages: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder with the four source tarballs.", show_default="fetched with npm"),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing FILE.")] = False,
+    *,
+    source: Annotated[Path, argument("DATA")],
+    out: Annotated[Path, option("FILE", "--out", "-o")],
+    count: Annotated[int, option("N", min=1)] = 1_200_000,
+    seed: Seed = 0,
+    languages: Annotated[str, option("CODE,…")] = "",
+    packages: Packages = None,
+    overwrite: Overwrite = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write many wordings of what the emoji show, for a teacher to read.
+    """Write many wordings of what the emoji show, as input of a teacher.
 
     The phrases are made of labels, keywords and the nouns of WordNet. They train a CLIP's text encoder, a prior and a
     decoder whose recipe has a section [teacher]. The wordings of unclip evaluate wordings are left out.
+
+    Args:
+        source: The folder of unclip data emoji.
+        out: The file to write, one phrase on each line.
+        count: Phrases to write.
+        languages: More languages, such as de,fr: Unicode's names and keywords in them.
+
+    Examples:
+        unclip data language data/emoji --out data/language.jsonl
+        unclip data language data/emoji --out small.jsonl --count 20000
     """
     from unclip.checkpoints.hub import BUILT_IN_JUDGE, resolve
     from unclip.data.emoji.language import build_language
 
-    if out.exists() and not overwrite:
-        raise OutputExistsError(f"{out} exists already; give --overwrite, or name another file")
+    check_free(out, overwrite=overwrite)
     listed = read_json(resolve(BUILT_IN_JUDGE) / "wordings.json")
     left_out = [wording for wordings in listed.values() for wording in wordings]
     codes = [code for code in languages.split(",") if code]
@@ -153,56 +149,48 @@ def language(
     print(out, flush=True)
 
 
-@data.command("caption", epilog=CAPTION_EXAMPLES)
+@command(data, "caption")
 def caption(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of pictures; folders in it count too.")],
-    origin: Annotated[
-        Origin | None,
-        typer.Option(
-            "--from",
-            metavar="WHERE",
-            help="texts: NAME.txt beside a picture, one caption a line; names: the words of file names; folders: the "
-            "name of a picture's folder.",
-            show_default="texts where they exist, else names",
-        ),
-    ] = None,
-    csv: Annotated[
-        Path | None,
-        typer.Option(
-            "--csv",
-            metavar="FILE",
-            help="Take captions from a CSV (or JSON lines) with named columns; several rows of a picture are several "
-            "captions.",
-        ),
-    ] = None,
-    image_key: ImageKey = None,
-    caption_key: CaptionKey = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing metadata.jsonl.")] = False,
+    *,
+    folder: Annotated[Path, argument("FOLDER")],
+    origin: Annotated[Origin | None, option("WHERE", "--from", default="texts where they exist, else names")] = None,
+    csv: Annotated[Path | None, option("FILE", "--csv")] = None,
+    columns: Columns,
+    overwrite: Annotated[bool, flag("--overwrite")] = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write the captions of your own pictures into FOLDER/metadata.jsonl.
+    """Write the captions of your own pictures to FOLDER/metadata.jsonl.
 
-    Training and the other data commands read that file. Pictures that get no caption are named and left out. Check the
-    captions of file names: a number at the end is dropped where it only tells pictures apart.
+    Training and the other data commands read that file. Pictures without a caption are named and left out. Check the
+    captions from file names: a number at the end is removed if it only distinguishes pictures.
+
+    Args:
+        folder: A folder of pictures; its subfolders are read too.
+        origin: texts: NAME.txt beside a picture, one caption on each line; names: the words of file names; folders: the
+            name of a picture's folder.
+        csv: Take captions from a CSV (or JSON lines) with named columns; a picture may have several rows.
+        overwrite: Replace an existing metadata.jsonl.
+
+    Examples:
+        unclip data caption photos                     cat.txt of cat.jpg, else cat
+        unclip data caption photos --from names        red_apple-02.png: red apple
+        unclip data caption photos --from folders      cats/001.jpg: cats
+        unclip data caption photos --csv captions.csv  columns: file_name, text
+        unclip data caption photos --csv a.csv --image-key photo --caption-key title
+        unclip data inspect photos --sheet sheet.png   look at the result
     """
     from unclip.data.captions import write_captions
 
-    if csv is None and (image_key, caption_key) != (None, None):
+    if csv is None and columns != Columns():
         raise typer.BadParameter("--image-key and --caption-key name columns of --csv FILE")
     if csv is not None and origin is not None:
         raise typer.BadParameter("give --from or --csv, not both")
-    found = write_captions(
-        folder,
-        origin=None if origin is None else origin.value,
-        csv=csv,
-        keys=_keys(image_key, caption_key),
-        overwrite=overwrite,
-    )
-    for name, why in list(found.left_out.items())[:10]:
-        warn(f"{name}: {why}")
+    where = None if origin is None else origin.value
+    found = write_captions(folder, origin=where, csv=csv, keys=columns.keys, overwrite=overwrite)
+    name_some(found.left_out)
     if not quiet:
-        if len(found.left_out) > 10:
-            note(f"… and {len(found.left_out) - 10:,} more that are left out")
+        if len(found.left_out) > MAX_NAMED:
+            note(f"… and {len(found.left_out) - MAX_NAMED:,} more are left out")
         sources = ", ".join(f"{count:,} from {where}" for where, count in found.counts.items())
         first = found.records[0]
         note(f"captions of {len(found.records):,} pictures: {sources}")
@@ -210,28 +198,35 @@ def caption(
     print(found.file, flush=True)
 
 
-@data.command("inspect", epilog=INSPECT_EXAMPLES)
+@command(data, "inspect")
 def inspect(
+    *,
     source: Data,
-    sheet: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw some pictures with captions.")] = None,
-    num_shown: Annotated[int, typer.Option(min=1, max=1000, metavar="N", help="Pictures on the sheet.")] = 48,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing FILE.")] = False,
-    image_key: ImageKey = None,
-    caption_key: CaptionKey = None,
+    sheet: Annotated[Path | None, option("FILE")] = None,
+    num_shown: Annotated[int, option("N", min=1, max=1000)] = 48,
+    overwrite: Overwrite = False,
+    columns: Columns,
     quiet: options.Quiet = False,
 ) -> None:
-    """Read a whole data set: count, name what is broken, draw a sheet."""
-    from unclip.checkpoints.files import atomic_file
+    """Read a whole data set; count its samples and name the broken ones.
+
+    Args:
+        sheet: Write a sheet of some pictures with captions.
+        num_shown: Pictures on the sheet.
+
+    Examples:
+        unclip data inspect data/emoji
+        unclip data inspect "shards/{00000..00007}.tar" --sheet sheet.png
+    """
     from unclip.data.samples import inspect as look
 
-    if sheet is not None and sheet.exists() and not overwrite:
-        raise OutputExistsError(f"{sheet} is there already; give --overwrite, or name another file")
-    found = look(source, num_shown=num_shown, keys=_keys(image_key, caption_key), progress=_bar(quiet))
+    if sheet is not None:
+        check_free(sheet, overwrite=overwrite)
+    found = look(source, num_shown=num_shown, keys=columns.keys, progress=bar(quiet))
     rows = {"samples": found.num_samples, "captions": found.num_captions, "with an embedding": found.num_embeddings}
     for name, number in (rows | {"broken": len(found.broken)}).items():
         print(f"{name:<18}{number:>12,}", flush=True)
-    for name, why in list(found.broken.items())[:10]:
-        warn(f"{name}: {why}")
+    name_some(found.broken)
     if sheet is not None and found.sheet is not None:
         with atomic_file(sheet) as draft:
             found.sheet.save(draft, "PNG")
@@ -240,122 +235,101 @@ def inspect(
         raise typer.Exit(1)
 
 
-@data.command("compose", epilog=COMPOSE_EXAMPLES)
+@command(data, "compose")
 def compose(
-    source: Annotated[Path, typer.Argument(metavar="DATA", help="A folder of single objects: unclip data emoji.")],
+    *,
+    source: Annotated[Path, argument("DATA")],
     out: options.NewFolder,
-    count: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures to make.")] = 30_000,
-    seed: Annotated[int, typer.Option(min=0, max=2**32, metavar="N", help="Random seed.")] = 0,
-    weight: Annotated[float, typer.Option(min=0.0, metavar="W", help="Of each picture in training.")] = 0.05,
+    count: Annotated[int, option("N", min=1)] = 30_000,
+    seed: Seed = 0,
+    weight: Annotated[float, option("W", min=0)] = 0.05,
     quiet: options.Quiet = False,
 ) -> None:
-    """Make pictures that show how captions compose.
+    """Make pictures that combine concepts, with captions that describe them.
 
-    Objects in other colours, on backgrounds, and two to a scene, with captions that say so. One combination in twenty
-    is held out.
+    They show objects in other colours, on backgrounds, and two in a scene. One combination in twenty is held out.
+
+    Args:
+        source: A folder of single objects: unclip data emoji.
+        count: Pictures to make.
+        weight: Weight of each picture in training.
+
+    Examples:
+        unclip data compose data/emoji --out data/composed
+        unclip data inspect data/composed --sheet sheet.png
     """
     from unclip.data.emoji.compose import compose as make
 
-    counts = make(source, out, count=count, seed=seed, weight=weight, progress=_bar(quiet))
+    counts = make(source, out, count=count, seed=seed, weight=weight, progress=bar(quiet))
     if not quiet:
         note(", ".join(f"{number} {name}" for name, number in counts.items()))
     print(out, flush=True)
 
 
-@data.command("pack", epilog=PACK_EXAMPLES)
-def pack(
-    source: Data,
-    out: options.NewFolder,
-    per_shard: PerShard = 10_000,
-    max_skipped: MaxSkipped = 0.01,
-    image_key: ImageKey = None,
-    caption_key: CaptionKey = None,
-    quiet: options.Quiet = False,
-) -> None:
-    """Write a data set as tar shards, to be streamed.
+@command(data, "pack")
+def pack(*, source: Data, out: options.NewFolder, sharding: Sharding, quiet: options.Quiet = False) -> None:
+    """Write a data set as tar shards, which can be streamed.
 
-    The layout is that of webdataset and img2dataset. Held-out pictures are left out, and so are broken ones, which
-    DIR.skipped.json lists.
+    The layout is that of webdataset and img2dataset. Held-out and broken pictures are left out; the broken ones are
+    listed in DIR.skipped.json.
+
+    Examples:
+        unclip data pack data/emoji --out shards
     """
     from unclip.data.samples import pack as write
 
-    damage = write(
-        source,
-        out,
-        per_shard=per_shard,
-        max_skipped_share=max_skipped,
-        keys=_keys(image_key, caption_key),
-        progress=_bar(quiet),
-    )
-    tell(damage, out, quiet)
-    print(out, flush=True)
+    finish(write(source, out, **sharding.arguments(quiet)), out, quiet)
 
 
-@data.command("embed", epilog=EMBED_EXAMPLES)
+@command(data, "embed")
 def embed(
+    *,
     source: Data,
-    clip: Annotated[
-        Path, typer.Option(metavar="MODEL", help="A folder with image_encoder: of a CLIP run, or a model.")
-    ],
+    clip: Annotated[Path, option("MODEL")],
     out: options.NewFolder,
-    keep_pictures: Annotated[
-        bool, typer.Option("--keep-pictures", help="Copy the pictures too, for a decoder.")
-    ] = False,
-    per_shard: PerShard = 10_000,
-    max_skipped: MaxSkipped = 0.01,
-    image_key: ImageKey = None,
-    caption_key: CaptionKey = None,
+    keep_pictures: Annotated[bool, flag("--keep-pictures")] = False,
+    sharding: Sharding,
     device: options.Device = "auto",
     quiet: options.Quiet = False,
 ) -> None:
-    """Compute CLIP embeddings once, into shards to train a prior on.
+    """Compute CLIP embeddings once, and write shards on which a prior is trained.
 
-    Broken samples are left out; DIR.skipped.json lists them. Until all is done the shards lie in DIR.unfinished; after
-    Ctrl-C the same command goes on from there.
+    Broken samples are left out; DIR.skipped.json lists them. The shards are in DIR.unfinished until all are complete;
+    after Ctrl-C the same command continues.
+
+    Args:
+        clip: A folder with an image_encoder: of a CLIP run, or of a model.
+        keep_pictures: Copy the pictures too, for a decoder.
+
+    Examples:
+        unclip data embed data/emoji --clip runs/clip/model --out embedded
+        unclip data embed shards --clip models/mine --out embedded --keep-pictures
     """
     from unclip.data.shard_writer import STATE, unfinished_folder
     from unclip.pipelines.session import pick_device, silence
     from unclip.training.embedding import embed as write
 
     silence(downloads=True)
-    where = pick_device(device)
-    unfinished = unfinished_folder(out)
+    where, unfinished = pick_device(device), unfinished_folder(out)
     if (unfinished / STATE).is_file() and not quiet:
-        note(f"going on from the {len(list(unfinished.glob('*.tar')))} shards in {unfinished}")
-    damage = write(
-        source,
-        clip,
-        out,
-        keep_pictures=keep_pictures,
-        per_shard=per_shard,
-        max_skipped_share=max_skipped,
-        keys=_keys(image_key, caption_key),
-        device=where,
-        progress=_bar(quiet),
-    )
-    tell(damage, out, quiet)
-    print(out, flush=True)
+        note(f"continuing after the {len(list(unfinished.glob('*.tar')))} shards in {unfinished}")
+    more = sharding.arguments(quiet)
+    finish(write(source, clip, out, keep_pictures=keep_pictures, device=where, **more), out, quiet)
 
 
-def tell(damage: "Damage", out: Path, quiet: bool) -> None:
-    """What was read for `out`, and what could not be."""
+def finish(damage: "Damage", out: Path, quiet: bool) -> None:
+    """Print what was read for `out`, what could not be, and the path."""
     from unclip.data.samples import skipped_file
 
-    for name, why in list(damage.broken.items())[:10]:
-        warn(f"{name}: {why}")
+    name_some(damage.broken)
     if not quiet:
         note(f"{damage.num_read:,} samples read, {len(damage.broken):,} samples or shards broken")
         if damage.broken:
-            note(f"all that is broken is listed in {skipped_file(out)}")
+            note(f"all broken ones are listed in {skipped_file(out)}")
+    print(out, flush=True)
 
 
-def _keys(image: str | None, caption: str | None) -> "Keys":
-    from unclip.data.folder import Keys
-
-    return Keys(image, caption)
-
-
-def _bar(quiet: bool) -> Any:
-    from tqdm import tqdm
-
-    return None if quiet else functools.partial(tqdm, disable=None)
+def name_some(broken: Mapping[str, str]) -> None:
+    """Print the first names, with the reasons."""
+    for name, why in list(broken.items())[:MAX_NAMED]:
+        warn(f"{name}: {why}")

@@ -2,53 +2,17 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from unclip.checkpoints.files import atomic_file, read_json
 from unclip.checkpoints.hub import BUILT_IN_JUDGE
 from unclip.cli import measures, options
-from unclip.cli.measures import Asked
+from unclip.cli.measures import Asked, How, prepare
 from unclip.cli.messages import note, warn
-
-RETRIEVAL_EXAMPLES = options.examples(
-    "unclip evaluate retrieval --data data/emoji --out report.json",
-    "unclip evaluate retrieval --model models/mine --judge runs/judge/model \\",
-    "  --data data/emoji --num-seen 100 --sheet sheets/mine --out report.json",
-    "unclip evaluate retrieval --data data/composed --num-held-out 200 \\",
-    "  --sheet sheets/composed --out composed.json",
-    "unclip evaluate retrieval --data data/emoji --candidates 4 --out four.json",
-)
-WORDINGS_EXAMPLES = options.examples(
-    "unclip evaluate wordings --data data/emoji --out wordings.json",
-    "unclip evaluate wordings --model models/mine --data data/mine \\",
-    "  --wordings mine.json --sheet sheet.png --out wordings.json",
-)
-VARIATIONS_EXAMPLES = options.examples(
-    "unclip evaluate variations --data data/emoji --out variations.json",
-    "unclip evaluate variations --model models/mine --data data/emoji \\",
-    "  --sheet sheets/mine --out variations.json",
-)
-PRIOR_EXAMPLES = options.examples(
-    "unclip evaluate prior --data data/emoji --out prior.json",
-    "unclip evaluate prior --data data/emoji --prior-guidance 1 \\",
-    "  --prior-steps 50 --out prior-1.json",
-)
-DECODER_EXAMPLES = options.examples(
-    "unclip evaluate decoder --data data/emoji --out decoder.json",
-    "unclip evaluate decoder --data data/emoji --captions \\",
-    "  --sheet sheets/decoder --out decoder.json",
-)
-SWEEP_EXAMPLES = options.examples(
-    "unclip evaluate sweep --data data/emoji --decoder-guidance 1,2,4,8 \\",
-    "  --decoder-steps 5,10,20 --out sweep.json",
-    "unclip evaluate sweep --data data/emoji --sampler ancestral,ddim,dpm \\",
-    "  --decoder-steps 4,8,16,32 --num-seen 50 --out samplers.json",
-)
-REPORT_EXAMPLES = options.examples(
-    "unclip evaluate report retrieval.json sweep.json --out report.html",
-    "unclip evaluate report prior.json decoder.json --title mine --out mine.html",
-)
+from unclip.cli.options import argument, command, flag, option
+from unclip.cli.output import check_free
 
 evaluate = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -60,9 +24,13 @@ def evaluate_group() -> None:
 
 @dataclass(frozen=True)
 class FewAsked(Asked):
-    """Options of the slower measures, which use fewer captions."""
+    """Options of the slower measures, which use fewer captions.
 
-    num_seen: measures.NumSeen = 100
+    Attributes:
+        num_seen: Number of captions seen in training.
+    """
+
+    num_seen: Annotated[int, option("N", min=1)] = 100
 
 
 @dataclass(frozen=True)
@@ -85,211 +53,162 @@ class PriorAsked(Asked):
 
 @dataclass(frozen=True)
 class SweepAsked(FewAsked):
-    """Options of `sweep`."""
+    """Options of `sweep`.
 
-    num_held_out: Annotated[int, typer.Option(min=0, metavar="N", help="Number of held-out captions.")] = 0
+    Attributes:
+        num_held_out: Number of held-out captions.
+    """
+
+    num_held_out: Annotated[int, option("N", min=0)] = 0
     sheet: Path | None = None
 
 
-@evaluate.command("retrieval", epilog=RETRIEVAL_EXAMPLES)
-@options.expanded
+@command(evaluate, "retrieval")
 def retrieval(
     *,
     asked: Asked,
     features: measures.Features = None,
-    sampler: options.Sampler = None,
     sampling: options.Sampling,
-    precision: options.Precision,
-    quiet: options.Quiet = False,
+    how: How,
 ) -> None:
-    """Generate pictures of many captions; a judge retrieves the captions from them.
+    r"""Generate pictures of many captions; a judge retrieves the captions from them.
 
     The judge ranks the captions of all concepts for each picture, or of all composed pictures ("a cat left of a star").
     The report has the share of pictures whose caption comes first, or among the first five, separately for captions
     seen in training and held out, and for real pictures; the mean cosine of picture and caption (CLIP score); and the
     distance of generated pictures from real ones.
+
+    Examples:
+        unclip evaluate retrieval --data data/emoji --out report.json
+        unclip evaluate retrieval --model models/mine --judge runs/judge/model \
+          --data data/emoji --num-seen 100 --sheet sheets/mine --out report.json
+        unclip evaluate retrieval --data data/composed --num-held-out 200 \
+          --sheet sheets/composed --out composed.json
+        unclip evaluate retrieval --data data/emoji --candidates 4 --out four.json
     """
     from unclip.evaluation.retrieval import retrieval as measure
     from unclip.pipelines.text_to_image import UnCLIPPipeline
 
-    measures.refuse_outputs(asked)
-    kind, given = UnCLIPPipeline, sampling.given()
-    subject = measures.prepare("retrieval", kind, ["prior"], asked, precision, given, sampler, quiet=quiet)
-    space = measures.read_features(features, subject.pipe.device)
-    found = measure(
-        subject.pipe,
-        subject.judge,  # pyright: ignore
-        asked.data,
-        **asked.numbers(),
-        sheet=asked.sheet,
-        features=space,
-        progress=measures.bar(quiet, desc="generating", unit="batch"),
-        **subject.settings,
-    )
-    about = subject.about | ({"features": space.name} if space is not None else {})
-    finish(asked, about, "retrieval", found)
+    subject = prepare("retrieval", UnCLIPPipeline, ["prior"], asked, how, sampling.given(), features=features)
+    subject.finish(measure(subject.pipe, subject.judge, subject.plan, features=subject.features, **subject.settings))
 
 
-@evaluate.command("wordings", epilog=WORDINGS_EXAMPLES)
-@options.expanded
+@command(evaluate, "wordings")
 def wordings(
     *,
     asked: WordingsAsked,
-    listed: Annotated[
-        Path | None,
-        typer.Option(
-            "--wordings",
-            metavar="FILE",
-            help="A JSON file: {kind: {wording: [accepted labels]}}.",
-            show_default="the built-in list, for emoji",
-        ),
-    ] = None,
-    sheet: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a sheet of the pictures to FILE.", show_default="no")
-    ] = None,
-    sampler: options.Sampler = None,
+    listed: Annotated[Path | None, option("FILE", "--wordings", default="the built-in list, for emoji")] = None,
+    sheet: Annotated[Path | None, option("FILE", default="no")] = None,
     sampling: options.Sampling,
-    precision: options.Precision,
-    quiet: options.Quiet = False,
+    how: How,
 ) -> None:
-    """Generate pictures of free wordings ("a mug of hot coffee"); a judge names them.
+    r"""Generate pictures of free wordings ("a mug of hot coffee"); a judge names them.
 
     The judge ranks the captions of all concepts for each picture. The report has the share of pictures whose first
     caption, or one of the first five, is accepted for the wording: for all wordings and for each kind. A wording may
     accept several concepts.
+
+    Args:
+        listed: A JSON file: {kind: {wording: [accepted labels]}}.
+        sheet: Write a sheet of the pictures to FILE.
+
+    Examples:
+        unclip evaluate wordings --data data/emoji --out wordings.json
+        unclip evaluate wordings --model models/mine --data data/mine \
+          --wordings mine.json --sheet sheet.png --out wordings.json
     """
     from unclip.evaluation.wordings import read_wordings
     from unclip.evaluation.wordings import wordings as measure
     from unclip.pipelines.text_to_image import UnCLIPPipeline
 
     texts = read_wordings(listed or measures.find_judge(BUILT_IN_JUDGE) / "wordings.json")
-    measures.refuse_to_overwrite([asked.out] if sheet is None else [asked.out, sheet], overwrite=asked.overwrite)
+    check_free(*([] if sheet is None else [sheet]), overwrite=asked.overwrite)
     asked = replace(asked, num_seen=len(texts))
-    kind, given = UnCLIPPipeline, sampling.given()
-    subject = measures.prepare("wordings", kind, ["prior"], asked, precision, given, sampler, quiet=quiet)
-    found = measure(
-        subject.pipe,
-        subject.judge,  # pyright: ignore
-        asked.data,
-        texts,
-        batch_size=asked.batch_size,
-        seed=asked.seed,
-        sheet=sheet,
-        progress=measures.bar(quiet, desc="generating", unit="batch"),
-        **subject.settings,
-    )
-    finish(asked, subject.about, "wordings", found)
+    subject = prepare("wordings", UnCLIPPipeline, ["prior"], asked, how, sampling.given())
+    more = {"batch_size": asked.batch_size, "seed": asked.seed, "sheet": sheet, "progress": subject.plan.progress}
+    subject.finish(measure(subject.pipe, subject.judge, asked.data, texts, **more, **subject.settings))
 
 
-@evaluate.command("variations", epilog=VARIATIONS_EXAMPLES)
-@options.expanded
+@command(evaluate, "variations")
 def variations(
     *,
     asked: Asked,
-    sampler: options.Sampler = None,
     decoding: options.Decoding,
-    precision: options.Precision,
-    quiet: options.Quiet = False,
+    how: How,
 ) -> None:
-    """Make variations of real pictures; a judge retrieves their captions.
+    r"""Make variations of real pictures; a judge retrieves their captions.
 
     The report has the retrieval of captions, as for generated pictures, and the distance of each variation from its
     picture: in the judge's space and in pixels.
+
+    Examples:
+        unclip evaluate variations --data data/emoji --out variations.json
+        unclip evaluate variations --model models/mine --data data/emoji \
+          --sheet sheets/mine --out variations.json
     """
     from unclip.evaluation.retrieval import variations as measure
-    from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
+    from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline as Pipeline
 
-    measures.refuse_outputs(asked)
-    kind, given = UnCLIPImageVariationPipeline, decoding.given()
-    subject = measures.prepare("variations", kind, ["image_encoder"], asked, precision, given, sampler, quiet=quiet)
-    found = measure(
-        subject.pipe,
-        subject.judge,  # pyright: ignore
-        asked.data,
-        **asked.numbers(),
-        sheet=asked.sheet,
-        progress=measures.bar(quiet, desc="generating", unit="batch"),
-        **subject.settings,
-    )
-    finish(asked, subject.about, "variations", found)
+    subject = prepare("variations", Pipeline, ["image_encoder"], asked, how, decoding.given())
+    subject.finish(measure(subject.pipe, subject.judge, subject.plan, **subject.settings))
 
 
-@evaluate.command("prior", epilog=PRIOR_EXAMPLES)
-@options.expanded
+@command(evaluate, "prior")
 def prior(
     *,
     asked: PriorAsked,
-    sampler: options.Sampler = None,
     sampling: options.PriorSampling,
-    precision: options.Precision,
-    quiet: options.Quiet = False,
+    how: How,
 ) -> None:
-    """Compare the prior's image embeddings with the true ones.
+    r"""Compare the prior's image embeddings with the true ones.
 
     The report has the cosine of the prior's sample for a caption and the picture's own embedding, the baselines (the
     caption's embedding, another picture's, the mean), and how closely the sample follows the caption.
+
+    Examples:
+        unclip evaluate prior --data data/emoji --out prior.json
+        unclip evaluate prior --data data/emoji --prior-guidance 1 \
+          --prior-steps 50 --out prior-1.json
     """
-    from unclip.evaluation.retrieval import Judge
     from unclip.evaluation.stages import prior as measure
     from unclip.pipelines.text_to_image import UnCLIPPipeline
 
-    measures.refuse_outputs(asked)
     needed, given = ["prior", "image_encoder"], sampling.given()
-    subject = measures.prepare(
-        "prior", UnCLIPPipeline, needed, asked, precision, given, sampler, judged=False, quiet=quiet
-    )
-    found = measure(
-        subject.pipe,
-        Judge.load(subject.folder, subject.pipe.device),
-        asked.data,
-        **asked.numbers(),
-        progress=measures.bar(quiet, desc="sampling", unit="batch"),
-        **subject.settings,
-    )
-    finish(asked, subject.about, "prior", found)
+    subject = prepare("prior", UnCLIPPipeline, needed, asked, how, given, judged=False, task="sampling")
+    subject.finish(measure(subject.pipe, subject.judge, subject.plan, **subject.settings))
 
 
-@evaluate.command("decoder", epilog=DECODER_EXAMPLES)
-@options.expanded
+@command(evaluate, "decoder")
 def decoder(
     *,
     asked: FewAsked,
-    captions: Annotated[
-        bool, typer.Option("--captions", help="Also give the decoder the caption, as in text to image.")
-    ] = False,
-    sampler: options.Sampler = None,
+    captions: Annotated[bool, flag("--captions")] = False,
     decoding: options.Decoding,
-    precision: options.Precision,
-    quiet: options.Quiet = False,
+    how: How,
 ) -> None:
-    """Reconstruct real pictures from their true embeddings.
+    r"""Reconstruct real pictures from their true embeddings.
 
     The report has the similarity of the decoded and the real picture: by cosine in the model's own CLIP and in the
     judge's, and in pixels, before and after super-resolution. No prior can restore what is lost here.
+
+    Args:
+        captions: Also give the decoder the caption, as in text to image.
+
+    Examples:
+        unclip evaluate decoder --data data/emoji --out decoder.json
+        unclip evaluate decoder --data data/emoji --captions \
+          --sheet sheets/decoder --out decoder.json
     """
     from unclip.evaluation.retrieval import Judge
     from unclip.evaluation.stages import decoder as measure
-    from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
+    from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline as Pipeline
 
-    measures.refuse_outputs(asked)
-    kind, given = UnCLIPImageVariationPipeline, decoding.given()
-    subject = measures.prepare("decoder", kind, ["image_encoder"], asked, precision, given, sampler, quiet=quiet)
-    found = measure(
-        subject.pipe,
-        Judge.load(subject.folder, subject.pipe.device),
-        subject.judge,  # pyright: ignore
-        asked.data,
-        **asked.numbers(),
-        captions=captions,
-        sheet=asked.sheet,
-        progress=measures.bar(quiet, desc="decoding", unit="batch"),
-        **subject.settings,
-    )
-    finish(asked, subject.about, "decoder", found)
+    subject = prepare("decoder", Pipeline, ["image_encoder"], asked, how, decoding.given(), task="decoding")
+    own = Judge.load(subject.folder, subject.pipe.device)
+    subject.finish(measure(subject.pipe, own, subject.judge, subject.plan, captions=captions, **subject.settings))
 
 
-@evaluate.command("sweep", epilog=SWEEP_EXAMPLES)
-@options.expanded
+@command(evaluate, "sweep")
 def sweep(
     *,
     asked: SweepAsked,
@@ -298,26 +217,27 @@ def sweep(
     precision: options.Precision,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure every combination of settings: quality and seconds.
+    r"""Measure every combination of settings: quality and seconds.
 
     Each setting takes a list of values, separated by commas. Every combination uses the same captions and seeds. Charts
     of quality against seconds and against guidance (.svg) are written beside the JSON file if matplotlib is installed.
     The same command continues an interrupted sweep. Finished combinations are kept, and a longer list adds more.
+
+    Examples:
+        unclip evaluate sweep --data data/emoji --decoder-guidance 1,2,4,8 \
+          --decoder-steps 5,10,20 --out sweep.json
+        unclip evaluate sweep --data data/emoji --sampler ancestral,ddim,dpm \
+          --decoder-steps 4,8,16,32 --num-seen 50 --out samplers.json
     """
-    found, charts = measures.run_sweep(lists, asked, precision, features, quiet=quiet)
-    show("sweep", found)
-    for path in charts:
-        print(path, flush=True)
+    measures.run_sweep(lists, asked, How(precision=precision, quiet=quiet), features)
 
 
-@evaluate.command("report", epilog=REPORT_EXAMPLES)
+@command(evaluate, "report")
 def report(
-    reports: Annotated[list[Path], typer.Argument(metavar="FILE...", help="JSON reports of the other commands.")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The HTML file to write.")],
-    title: Annotated[str, typer.Option(metavar="TEXT", help="Title of the page.")] = "Evaluation",
-    picture: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="A picture to add; may be given several times.")
-    ] = None,
+    reports: Annotated[list[Path], argument("FILE...")],
+    out: Annotated[Path, option("FILE", "--out", "-o")],
+    title: Annotated[str, option("TEXT")] = "Evaluation",
+    picture: Annotated[list[Path] | None, option("FILE")] = None,
     overwrite: measures.Overwrite = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -325,11 +245,20 @@ def report(
 
     The page is a single file with tables, charts of sweeps, and the sheets of the reports that are in the report's
     folder or below it. It runs no scripts and loads no other files.
+
+    Args:
+        reports: JSON reports of the other commands.
+        out: The HTML file to write.
+        title: Title of the page.
+        picture: A picture to add; may be given several times.
+
+    Examples:
+        unclip evaluate report retrieval.json sweep.json --out report.html
+        unclip evaluate report prior.json decoder.json --title mine --out mine.html
     """
-    from unclip.checkpoints.files import atomic_file, read_json
     from unclip.evaluation.report import page
 
-    measures.refuse_to_overwrite([out], overwrite=overwrite)
+    check_free(out, overwrite=overwrite)
     text, left_out = page([(path, read_json(path)) for path in reports], title=title, pictures=picture or [])
     with atomic_file(out) as draft:
         draft.write_text(text, encoding="utf-8")
@@ -338,19 +267,3 @@ def report(
     if not quiet:
         note(f"{out.stat().st_size / 1e6:.1f} MB")
     print(out, flush=True)
-
-
-def finish(asked: Asked, about: dict[str, Any], name: str, found: dict[str, Any]) -> None:
-    """Write the report and print its tables."""
-    measures.write_report(asked, about, name, found)
-    show(name, found)
-
-
-def show(name: str, found: dict[str, Any]) -> None:
-    """Print the tables of a measure."""
-    from unclip.evaluation.report import tables
-
-    for place, each in enumerate(tables(name, found)):
-        if place:
-            print(f"\n{each.title}")
-        print(each, flush=True)

@@ -7,51 +7,44 @@ import typer
 
 from unclip.cli import options
 from unclip.cli.inputs import check_has_prior, plain, read_prompts, usable
-from unclip.cli.output import Job, PictureWriter, batched, chosen_seed, exit_if_failed, picture_seed, run_jobs, slug
+from unclip.cli.options import argument, option
+from unclip.cli.output import Job, PictureWriter, slug
 from unclip.cli.provenance import metadata
 from unclip.pipelines.session import Session, sampler_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-EXAMPLES = options.examples(
-    'unclip generate "a red apple"',
-    'unclip generate "a cat" "a dog" -n 4 --seed 1 --grid --out pictures',
-    'unclip generate "a castle" --negative "people" --decoder-guidance 6',
-    'unclip generate "a boat" --sampler dpm --decoder-steps 12',
-    'unclip generate "a lion" --candidates 4',
-    "unclip generate --prompts-file captions.txt --json > made.jsonl",
-)
 
-
-@options.expanded
 def generate(
     *,
-    prompts: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="PROMPT", help="Captions of the pictures. - reads captions from stdin, one on each line."
-        ),
-    ] = None,
+    prompts: Annotated[list[str] | None, argument("PROMPT")] = None,
     model: options.Model = "unclip-emoji",
     num_images: options.NumImagesOfEach = 1,
     seed: options.Seed = None,
-    prompts_file: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Read more captions, one on each line; - is stdin.", allow_dash=True),
-    ] = None,
+    prompts_file: Annotated[Path | None, option("FILE", allow_dash=True)] = None,
     negative: options.Negative = None,
     size: options.Size,
     sampler: options.Sampler = None,
     sampling: options.Sampling,
-    output: options.Output,
-    compute: options.Compute,
-    quiet: options.Quiet = False,
+    common: options.Common,
 ) -> None:
     """Make pictures from captions.
 
     Each picture becomes a PNG file named after its caption and seed. The file also records how it was made, so that
     `unclip rerun` can make it again. The paths are printed to stdout, one on each line.
+
+    Args:
+        prompts: Captions of the pictures. - reads captions from stdin, one on each line.
+        prompts_file: Read more captions, one on each line; - is stdin.
+
+    Examples:
+        unclip generate "a red apple"
+        unclip generate "a cat" "a dog" -n 4 --seed 1 --grid --out pictures
+        unclip generate "a castle" --negative "people" --decoder-guidance 6
+        unclip generate "a boat" --sampler dpm --decoder-steps 12
+        unclip generate "a lion" --candidates 4
+        unclip generate --prompts-file captions.txt --json > made.jsonl
     """
     texts = []
     for text in prompts or []:
@@ -64,14 +57,13 @@ def generate(
     good = usable(texts)
     if not good:
         raise typer.Exit(1)
-    session = Session(model, compute, sampler=sampler, progress=not quiet)
+    session = Session(model, common.compute, sampler=sampler, progress=not common.quiet)
     check_has_prior(model, session.index)
 
     from unclip.pipelines.text_to_image import UnCLIPPipeline
 
     settings = session.settings(UnCLIPPipeline, sampling.given()) | size.sides
-    writer = PictureWriter.of(output, len(good) * num_images)
-    seed = chosen_seed(seed, writer, quiet=quiet)
+    writer = PictureWriter(common, len(good) * num_images, seed=seed)
     pipe = session.pipeline(UnCLIPPipeline)
     negative = None if negative is None else plain(negative)
 
@@ -81,15 +73,13 @@ def generate(
 
     about = {"negative": negative, **metadata(session, pipe, {**settings, "sampler": sampler_name(pipe)})}
     jobs = (
-        Job(text, picture_seed(seed, place * num_images + copy), slug(text), {"prompt": text})
+        Job(text, writer.seed_of(place * num_images + copy), slug(text), {"prompt": text})
         for place, text in good.items()
         for copy in range(num_images)
     )
-    run_jobs(batched(jobs, output.batch_size), draw, writer, about)
-    if output.grid:
-        facts = {"prompt": "\n".join(good.values()), **about, "seed": seed}
-        columns = num_images if len(good) > 1 and num_images > 1 else None
-        name = slug(texts[0]) if len(texts) == 1 else "pictures"
-        labels = [text for text in good.values() for _ in range(num_images)]
-        writer.save_sheet(f"{name}-{seed}", facts, columns=columns, labels=labels)
-    exit_if_failed(writer, len(texts) - len(good))
+    writer.make(jobs, draw, about)
+    columns = num_images if len(good) > 1 and num_images > 1 else None
+    name = slug(texts[0]) if len(texts) == 1 else "pictures"
+    labels = [text for text in good.values() for _ in range(num_images)]
+    writer.save_sheet(name, {"prompt": "\n".join(good.values()), **about}, columns=columns, labels=labels)
+    writer.exit_if_failed(len(texts) - len(good))

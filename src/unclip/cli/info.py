@@ -2,12 +2,13 @@
 
 import io
 import json
+import math
 import re
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -17,13 +18,9 @@ from unclip.checkpoints.recommended import Recommended, read_recommended
 from unclip.checkpoints.weights import DEFAULT_STEM, TRANSFORMERS_STEM, open_weights
 from unclip.cli import options
 from unclip.cli.messages import error, printable
+from unclip.cli.options import argument, flag
 from unclip.errors import CheckpointError, MissingFileError, UnclipError
 from unclip.pipelines.session import model_name, silence_later
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-EXAMPLES = options.examples("unclip info unclip-emoji", "unclip info models/mine --json")
 
 CONFIGS = ("config.json", "scheduler_config.json", "preprocessor_config.json", "tokenizer_config.json")
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
@@ -42,12 +39,12 @@ class Component:
     """One part of a model as its files describe it.
 
     Attributes:
-        parameters: how many weights; 0 for a part that has none.
-        size_bytes: of its weights' files.
-        dtype: the weights' types.
-        sizes: the settings that say how large it is.
-        settings: a scheduler's settings.
-        problem: why it cannot be read.
+        parameters: number of weights; 0 for a part that has none.
+        size_bytes: size of the weights' files.
+        dtype: types of the weights.
+        sizes: settings that say how large the part is.
+        settings: settings of a scheduler.
+        problem: the reason why it cannot be read.
     """
 
     class_name: str
@@ -60,39 +57,43 @@ class Component:
 
 
 def info(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A model's folder, a hub id (owner/name), or a built-in name.")
-    ] = "unclip-emoji",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+    *,
+    model: Annotated[str, argument("MODEL")] = "unclip-emoji",
+    as_json: Annotated[bool, flag("--json")] = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Show the components of a model.
 
     The output lists components, sizes, schedulers and the licence. Only headers and configurations are read, no
     weights. MODEL may also be the folder of one component, or the model/ folder of a training run.
+
+    Args:
+        model: A model's folder, a hub id (owner/name), or a built-in name.
+        as_json: Print one JSON object instead of tables.
+
+    Examples:
+        unclip info unclip-emoji
+        unclip info models/mine --json
     """
     silence_later(downloads=quiet)
     folder = resolve(model)
     components = read_components(folder)
-    problem = ""
+    problems = [f"component {name!r}: {part.problem}" for name, part in components.items() if part.problem]
     defaults: dict[str, Recommended] = {}
     try:
         defaults = read_recommended(folder)
-    except UnclipError as found:
-        problem = str(found)
+    except UnclipError as problem:
+        problems.append(str(problem))
     papers = {"licence": licence(folder), "model_card": first_file(folder, ("README*", "MODEL_CARD*", "model_card*"))}
     if as_json:
         parts = {name: {k: v for k, v in asdict(part).items() if v} for name, part in components.items()}
         about = {"model": model_name(model), "folder": str(folder), **papers}
         print(json.dumps({**about, "generation_defaults": defaults, "components": parts}), flush=True)
     else:
-        show(model_name(model), folder, components, defaults, papers)
-    for name, part in components.items():
-        if part.problem:
-            error(f"component {name!r}: {part.problem}")
-    if problem:
+        show(f"{model_name(model)} ({folder})", components, defaults, papers)
+    for problem in problems:
         error(problem)
-    if problem or any(part.problem for part in components.values()):
+    if problems:
         raise typer.Exit(1)
 
 
@@ -103,13 +104,14 @@ def read_components(folder: Path) -> dict[str, Component]:
     """
     if (folder / "model_index.json").is_file():
         index = read_json(safe_join(folder, "model_index.json"))
-        named = {name: entry[1] for name, entry in index.items() if _is_entry(entry)}
+        entries = {name: entry for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+        named = {name: entry[1] for name, entry in entries.items() if isinstance(entry[1], str)}
         return {name: read_component(folder, name, class_name) for name, class_name in named.items()}
     if _config_name(folder):
         return {folder.resolve().name: read_component(folder.resolve().parent, folder.resolve().name, "")}
     found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and _config_name(entry))
     if not found:
-        raise CheckpointError(f"{folder} has no model_index.json and no component with a config.json: is it a model?")
+        raise CheckpointError(f"{folder} has no model_index.json and no component with a config.json; is it a model?")
     return {name: read_component(folder, name, "") for name in found}
 
 
@@ -118,13 +120,12 @@ def read_component(folder: Path, name: str, class_name: str) -> Component:
     try:
         place = safe_join(folder, name)
         if not place.is_dir():
-            raise MissingFileError(f"{place} is not there")
+            raise MissingFileError(f"the folder {place} does not exist")
         config_name = _config_name(place)
         config = read_json(safe_join(place, config_name)) if config_name else {}
         class_name = class_name or _own_class(config)
         if config_name == "scheduler_config.json":
-            settings = {key: value for key, value in config.items() if not key.startswith("_")}
-            return Component(class_name, settings=settings)
+            return Component(class_name, settings={key: config[key] for key in config if not key.startswith("_")})
         sizes = {key: config[key] for key in SIZES if config.get(key) is not None}
         if config_name != "config.json":
             return Component(class_name, sizes=sizes)
@@ -135,7 +136,7 @@ def read_component(folder: Path, name: str, class_name: str) -> Component:
             kinds[tensor.dtype] += tensor.nbytes
         return Component(
             class_name,
-            parameters=sum(_count(tensor.shape) for tensor in weights.values()),
+            parameters=sum(math.prod(tensor.shape) for tensor in weights.values()),
             size_bytes=sum(file_size(file) for file in weights.files),
             dtype=", ".join(DTYPES.get(kind, kind) for kind, _ in kinds.most_common()),
             sizes=sizes,
@@ -161,11 +162,7 @@ def first_file(folder: Path, patterns: tuple[str, ...]) -> str | None:
 
 
 def show(
-    name: str,
-    folder: Path,
-    components: dict[str, Component],
-    defaults: dict[str, Recommended],
-    papers: dict[str, str | None],
+    title: str, components: dict[str, Component], defaults: dict[str, Recommended], papers: dict[str, str | None]
 ) -> None:
     """Print everything as tables; plain text when stdout is not a terminal."""
     from rich import box
@@ -177,33 +174,30 @@ def show(
     width = None if on_terminal else PLAIN_WIDTH
     console = Console(file=page, width=width, markup=False, emoji=False, highlight=False)
 
-    def table(*columns: str) -> Table:
+    def print_table(columns: tuple[str, ...], rows: list[list[str]]) -> None:
         made = Table(box=box.SIMPLE_HEAD if on_terminal else None, pad_edge=False)
         for column in columns:
             justify = "right" if column in ("parameters", "on disk") else "left"
             made.add_column(column, justify=justify, no_wrap=column not in ("sizes", "settings"), overflow="fold")
-        return made
+        for row in rows:
+            made.add_row(*map(printable, row))
+        if rows:
+            console.print(made, "")
 
-    parts = table("component", "class", "parameters", "on disk", "dtype", "sizes")
-    for part, about in components.items():
-        if about.settings:
-            continue
-        cells = [f"{about.parameters:,}", megabytes(about.size_bytes)] if about.parameters else ["", ""]
-        sizes = "cannot be read" if about.problem else listed(about.sizes)
-        _add(parts, part, about.class_name, *cells, about.dtype, sizes)
+    parts = []
+    for name, part in components.items():
+        cells = [f"{part.parameters:,}", megabytes(part.size_bytes)] if part.parameters else ["", ""]
+        sizes = "cannot be read" if part.problem else listed(part.sizes)
+        if not part.settings:
+            parts.append([name, part.class_name, *cells, part.dtype, sizes])
     total = [part for part in components.values() if part.parameters]
     if len(total) > 1:
-        _add(parts, "total", "", f"{sum(p.parameters for p in total):,}", megabytes(sum(p.size_bytes for p in total)))
-    schedulers = table("scheduler", "class", "settings")
-    for part, about in components.items():
-        if about.settings:
-            _add(schedulers, part, about.class_name, listed(about.settings))
-
-    console.print(printable(f"{name} ({folder})\n"))
-    if parts.row_count:
-        console.print(parts, "")
-    if schedulers.row_count:
-        console.print(schedulers, "")
+        size_bytes = sum(part.size_bytes for part in total)
+        parts.append(["total", "", f"{sum(part.parameters for part in total):,}", megabytes(size_bytes)])
+    console.print(printable(f"{title}\n"))
+    print_table(("component", "class", "parameters", "on disk", "dtype", "sizes"), parts)
+    schedulers = [[name, part.class_name, listed(part.settings)] for name, part in components.items() if part.settings]
+    print_table(("scheduler", "class", "settings"), schedulers)
     console.print(printable(f"recommended: {listed(defaults) or 'nothing in particular'}"))
     for paper, file in papers.items():
         console.print(printable(f"{paper.replace('_', ' ')}: {file or 'none here'}"))
@@ -221,14 +215,6 @@ def megabytes(size_bytes: int) -> str:
     return f"{size_bytes / 1e6:,.1f} MB" if size_bytes < 1e9 else f"{size_bytes / 1e9:,.2f} GB"
 
 
-def _add(table: "Table", *cells: str) -> None:
-    table.add_row(*(printable(cell) for cell in cells))
-
-
-def _is_entry(entry: Any) -> bool:
-    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
-
-
 def _config_name(folder: Path) -> str | None:
     return next((name for name in CONFIGS if (folder / name).is_file()), None)
 
@@ -236,23 +222,13 @@ def _config_name(folder: Path) -> str | None:
 def _own_class(config: dict[str, Any]) -> str:
     """The class that a component's own configuration names."""
     architectures = config.get("architectures")
-    if isinstance(architectures, list) and architectures:
-        return str(architectures[0])
-    names = (config.get(key) for key in ("_class_name", "image_processor_type", "tokenizer_class"))
+    first = architectures[0] if isinstance(architectures, list) and architectures else None
+    names = (first, *(config.get(key) for key in ("_class_name", "image_processor_type", "tokenizer_class")))
     return next((str(name) for name in names if name), "")
 
 
 def _variant(folder: Path, stem: str) -> str | None:
     """None if there are plain weights; else the existing variant."""
-    if any((folder / f"{stem}{end}").exists() for end in (".safetensors", ".safetensors.index.json")):
-        return None
-    pattern = re.compile(re.escape(stem) + r"(?:\.(\w+)\.safetensors|\.safetensors\.index\.(\w+)\.json)")
-    found = (pattern.fullmatch(name) for name in sorted(path.name for path in folder.iterdir()))
-    return next((match[1] or match[2] for match in found if match), None)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
+    pattern = re.compile(re.escape(stem) + r"(?:\.(\w+))?\.safetensors(?:\.index(?:\.(\w+))?\.json)?")
+    found = filter(None, (pattern.fullmatch(path.name) for path in folder.iterdir()))
+    return min((match[1] or match[2] or "" for match in found), default="") or None

@@ -1,6 +1,7 @@
 """Inputs of commands: captions, files of captions, pictures and latents."""
 
 import difflib
+import math
 import os
 import re
 import sys
@@ -38,15 +39,14 @@ def read_prompts(path: Path) -> list[str]:
         raise InputError(f"{shown} cannot be read: {getattr(problem, 'strerror', None) or problem}") from problem
     if len(data) > PROMPTS_LIMIT_BYTES:
         raise InputError(
-            f"{shown} has more than {PROMPTS_LIMIT_BYTES:,} bytes, the limit of a file of prompts; "
-            "if it is the right file, split it"
+            f"{shown} has more than {PROMPTS_LIMIT_BYTES:,} bytes, the limit of a file of prompts; split it"
         )
     try:
         text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as problem:
-        raise InputError(f"{shown} is not UTF-8 text (at byte {problem.start}); save it as UTF-8") from problem
+    except UnicodeDecodeError:
+        text = "\0"
     if "\0" in text:
-        raise InputError(f"{shown} is not text: it has NUL characters in it; give one prompt on each line, as UTF-8")
+        raise InputError(f"{shown} is not UTF-8 text with one prompt on each line")
     return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
 
 
@@ -114,27 +114,25 @@ def read_part(text: str, *, weighted: bool = False, caption: bool = False) -> Pa
         not finite.
     """
     weight = 1.0
-    if weighted and not _is(Path.is_file, text):
-        head, colon, tail = text.rpartition(":")
-        if colon and head and _number(tail) is not None:
-            text, weight = head, float(tail)
-            if not abs(weight) < float("inf"):
-                raise InputError(f"the weight {tail!r} of {text!r:.80} is not a finite number")
+    found = re.fullmatch(r"(.+):([^:]+)", text, re.DOTALL) if weighted and not _is(Path.is_file, text) else None
+    if found and (number := _number(found[2])) is not None:
+        text, weight = found[1], number
+        if not math.isfinite(weight):
+            raise InputError(f"the weight {found[2]!r} of {text!r:.80} is not a finite number")
     if _is(Path.is_file, text):
         return Part(text, "latent" if is_latent(text) else "picture", weight)
-    if not caption:
-        if text and _is(Path.is_dir, text):
-            raise InputError(f"{text!r} is a folder; name a file, or use --caption if it is a caption")
-        if looks_like_path(text):
-            raise InputError(f"{no_file(text)}; use --caption if it is a caption")
+    if not caption and text and _is(Path.is_dir, text):
+        raise InputError(f"{text!r} is a folder; name a file, or use --caption if it is a caption")
+    if not caption and looks_like_path(text):
+        raise InputError(f"{no_file(text)}; use --caption if it is a caption")
     return Part(plain(text), "caption", weight)
 
 
 def looks_like_path(text: str) -> bool:
     """Whether a text is more likely a file's name than a caption.
 
-    That is: it has the suffix of a picture or of latents, or one that is one typing error away; it begins as
-    a path does; or it has a separator, and a suffix or an existing folder's name before the separator.
+    That is: it has the suffix of a picture or of latents, or one like that; it begins as a path does; or it has a
+    separator, and a suffix or an existing folder's name before the separator.
     """
     from unclip.images import PICTURE_SUFFIXES
 
@@ -142,25 +140,11 @@ def looks_like_path(text: str) -> bool:
     stem, dot, suffix = name.rpartition(".")
     suffix = suffix.lower() if dot and suffix.isascii() and suffix.isalnum() else ""
     known = [other[1:] for other in (*PICTURE_SUFFIXES, *UNREAD_SUFFIXES, SUFFIX)]
-    if suffix and stem and any(_is_slip(suffix, other) for other in known):
+    if stem and difflib.get_close_matches(suffix, known, n=1, cutoff=0.66):  # "pgn" and "png" have 0.67
         return True
     if re.match(r"[/\\~]|\.{1,2}[/\\]|[a-z]:[/\\]", text, re.IGNORECASE):
         return True
     return bool(folder) and (bool(re.fullmatch(r"[a-z][a-z0-9]{1,11}", suffix)) or _is(Path.is_dir, folder))
-
-
-def _is_slip(word: str, other: str) -> bool:
-    """Whether two words are equal, or differ by one letter or two swapped letters."""
-    if word == other:
-        return True
-    if len(word) < 2 or len(other) < 3 or abs(len(word) - len(other)) > 1:
-        return False
-    if len(word) == len(other):
-        differ = [place for place in range(len(word)) if word[place] != other[place]]
-        swapped = len(differ) == 2 and word[differ[0]] == other[differ[1]] and word[differ[1]] == other[differ[0]]
-        return swapped or len(differ) == 1
-    short, long = sorted((word, other), key=len)
-    return any(short == long[:place] + long[place + 1 :] for place in range(len(long)))
 
 
 def is_latent(path: str | Path) -> bool:
@@ -212,13 +196,10 @@ def nearest_file(text: str) -> str | None:
 
     try:
         path = Path(text).expanduser()
-        if path.is_file():
-            return str(path)
-        kinds = (*PICTURE_SUFFIXES, SUFFIX)
-        files = islice(path.parent.iterdir(), MAX_LISTED)
-        names = [file.name for file in files if file.suffix.lower() in kinds]
+        files = list(islice(path.parent.iterdir(), MAX_LISTED))
     except (OSError, ValueError, RuntimeError):  # no such folder, no such home, no path at all
         return None
+    names = [file.name for file in files if file.suffix.lower() in (*PICTURE_SUFFIXES, SUFFIX)]
     found = difflib.get_close_matches(path.name, names, n=1)
     return str(path.parent / found[0]) if found else None
 
@@ -268,20 +249,16 @@ def opened(
     """
     place = 0
     for path in paths:
-        if latent is None or not is_latent(path):
-            try:
-                yield Opened(place, path, open_picture(path))
-            except ImageError as problem:
-                error(problem)
-                failed.append(path)
-        elif path not in failed:
-            try:
+        found: list[Any] = []
+        try:
+            if latent is None or not is_latent(path):
+                found = [open_picture(path)]
+            elif path not in failed:
                 rows = latent(path)
-            except CheckpointError as problem:
-                error(problem)
-                failed.append(path)
-            else:
-                for row in range(len(rows)):
-                    yield Opened(place + row, path, rows.select([row]), row if len(rows) > 1 else None)
-                place += len(rows) - 1
-        place += 1
+                found = [rows.select([row]) for row in range(len(rows))]
+        except (CheckpointError, ImageError) as problem:
+            error(problem)
+            failed.append(path)
+        for row, given in enumerate(found):
+            yield Opened(place + row, path, given, row if len(found) > 1 else None)
+        place += max(1, len(found))

@@ -10,10 +10,10 @@ from unclip.checkpoints.tensor_file import PROMPT, TILE, read_record
 from unclip.cli import options
 from unclip.cli.inputs import Part, check_can_vary, open_picture
 from unclip.cli.messages import error
-from unclip.cli.output import Film, Job, PictureWriter, batched, film_writer, run_jobs
+from unclip.cli.output import Film, Job, PictureWriter
 from unclip.cli.provenance import metadata
 from unclip.errors import CheckpointError, InputError
-from unclip.pipelines.session import Compute, Session
+from unclip.pipelines.session import Session
 from unclip.settings import SETTINGS
 
 if TYPE_CHECKING:
@@ -43,27 +43,28 @@ class Record:
     tile: int | None
     side_px: int
 
+    @classmethod
+    def read(cls, path: Path) -> "Record":
+        """Raises: as `BipartiteLatent.load`, and CheckpointError for a setting that is not a number."""
+        from unclip.stages.manipulation import BipartiteLatent
+
+        latent, about = BipartiteLatent.load(path)
+        settings = read_record(about, str(path))
+        side_px = max((noise.shape[-1] for noise in latent.super_res_noise), default=0)
+        return cls(path, settings, settings.pop(TILE, None), side_px)
+
     def tiles(self, tile: int | None) -> str:
         """How super-resolution sees this picture with a tile; one as large as the picture changes nothing."""
         return "as a whole" if tile is None or tile >= self.side_px else f"in tiles of {tile} px"
 
 
-def records(latents: Iterable[Path], failed: list[Path] | None = None) -> list[Record]:
-    """The records of files with latents.
-
-    Args:
-        latents: the files.
-        failed: receives the files that cannot be read, whose errors are printed; None: the errors are raised.
-
-    Raises: as `BipartiteLatent.load`, and CheckpointError for a setting that is not a number.
-    """
+def records(latents: Iterable[Path], failed: list[Path]) -> list[Record]:
+    """The records of files with latents; errors are printed, and the files are added to `failed`."""
     found = []
     for path in latents:
         try:
-            found.append(_record(path))
+            found.append(Record.read(path))
         except CheckpointError as problem:
-            if failed is None:
-                raise
             error(problem)
             failed.append(path)
     return found
@@ -113,15 +114,6 @@ def recorded_tile(found: Sequence[Record], given: int | None) -> int | None:
     return tile
 
 
-def _record(path: Path) -> Record:
-    from unclip.stages.manipulation import BipartiteLatent
-
-    latent, about = BipartiteLatent.load(path)
-    side_px = max((noise.shape[-1] for noise in latent.super_res_noise), default=0)
-    settings = read_record(about, str(path))
-    return Record(path, settings, settings.pop(TILE, None), side_px)
-
-
 @dataclass(frozen=True)
 class ManipulationRun:
     """A loaded model and the settings of one command.
@@ -142,42 +134,40 @@ class ManipulationRun:
     def open(
         cls,
         model: str,
-        compute: Compute,
+        common: options.Common,
         decoding: Mapping[str, Recommended | None],
         *,
         prior: Mapping[str, Recommended | None] | None = None,
         parts: Sequence[Part] = (),
         captions: bool | None = None,
-        guidance: float | None,
+        guidance: float | None = NO_GUIDANCE,
         more: Mapping[str, bool | str] | None = None,
-        quiet: bool = False,
     ) -> "ManipulationRun":
         """Load the model, with its prior only if captions need it.
 
         Args:
             model: a folder, a hub id or a built-in name.
-            compute: device and precision; without a tile, that of the latents among the parts is used.
+            common: the command's options; without a tile, that of the latents among the parts is used.
             decoding: given settings of the decoder and super-resolution.
             prior: given settings of the prior.
             parts: the command's inputs; latents among them record settings, which are used where none are given.
             captions: whether the prior is needed; by default if there is a caption among the parts.
             guidance: the decoder's scale where it is neither given nor recorded; None: the model's own.
             more: further settings for the metadata.
-            quiet: show no progress bars.
 
         Raises: CheckpointError for a model without an image encoder or a prior that is needed; InputError for settings
-            of the prior where it does not run, and as `recorded` and `recorded_tile`.
+            of the prior where it does not run, and as `Record.read`, `recorded` and `recorded_tile`.
         """
         if captions is None:
             captions = any(part.kind == "caption" for part in parts)
-        found = records(Path(part.text) for part in parts if part.kind == "latent")
-        session = Session(model, replace(compute, tile=recorded_tile(found, compute.tile)), progress=not quiet)
+        found = [Record.read(Path(part.text)) for part in parts if part.kind == "latent"]
+        compute = replace(common.compute, tile=recorded_tile(found, common.compute.tile))
+        session = Session(model, compute, progress=not common.quiet)
         check_can_vary(model, session.index)
         if captions and "prior" not in session.index:
             raise CheckpointError(f"{model} has no prior, so it cannot read captions: give pictures")
-        prior = prior or {}
         if not captions:
-            options.refuse_prior_choice(prior, "no caption becomes an image embedding")
+            options.refuse_prior_choice(prior or {}, "no caption becomes an image embedding")
 
         from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
         from unclip.pipelines.text_to_image import UnCLIPPipeline
@@ -186,7 +176,7 @@ class ManipulationRun:
         decoding = {name: own.get(name) if value is None else value for name, value in decoding.items()}
         settings = session.settings(UnCLIPImageVariationPipeline, decoding)
         settings |= {PROMPT: own[PROMPT]} if PROMPT in own else {}
-        prior_settings = session.settings(UnCLIPPipeline, prior) if captions else {}
+        prior_settings = session.settings(UnCLIPPipeline, prior or {}) if captions else {}
         manipulator = session.manipulator(captions=captions)
         about = metadata(session, manipulator.variation, {**settings, **prior_settings, **(more or {})})
         return cls(manipulator, settings, prior_settings, about)
@@ -222,11 +212,9 @@ class ManipulationRun:
         facts: Sequence[Mapping[str, Any]],
         stem: str,
         writer: PictureWriter,
-        output: options.Output,
-        *,
-        seed: int,
-        film: Film | None = None,
         whole: Mapping[str, Any],
+        *,
+        film: Film | None = None,
         labels: Sequence[str] | None = None,
     ) -> None:
         """Decode and save every row with the same noise, then write the sheet and the film.
@@ -235,28 +223,24 @@ class ManipulationRun:
             latent: one row for each picture.
             facts: metadata of each row.
             stem: the first part of the file names.
-            writer: saves the files.
-            output: the command's options.
-            seed: of all noise that the latent does not have.
-            film: options of the film.
+            writer: saves the files; its seed is that of all noise that the latent does not have.
             whole: metadata of the sheet and the film.
+            film: options of the film.
             labels: captions on the sheet, one below each picture.
         """
-        several = len(latent) > 1
+        several, seed = len(latent) > 1, writer.seed
         jobs = (Job(row, seed, f"{stem}-{row:03d}" if several else stem, facts[row], row) for row in range(len(latent)))
 
         def decode(batch: list[Job]) -> Any:
             rows = latent.select([job.given for job in batch])
             return self.manipulator.decode(rows, seed=seed, **self.settings).images
 
-        run_jobs(batched(jobs, output.batch_size), decode, writer, self.metadata)
-        about = {**whole, **self.metadata, "seed": seed}
-        if output.grid:
-            columns = len(latent) if len(latent) <= 10 else None
-            writer.save_sheet(f"{stem}-{seed}", about, columns=columns, labels=labels)
-        if film is not None and film.film is not None and writer.kept:
-            path = writer.write(f"{stem}-{seed}", f".{film.film.value}", film_writer(film.film, writer.kept, film.fps))
-            writer.announce(path, {**about, "frames": len(latent), "fps": film.fps})
+        writer.make(jobs, decode, self.metadata)
+        about = {**whole, **self.metadata}
+        writer.save_sheet(stem, about, columns=len(latent) if len(latent) <= 10 else None, labels=labels)
+        if film is not None and film.film is not None and (frames := writer.kept):
+            path = writer.write(f"{stem}-{seed}", f".{film.film}", lambda draft: film.save(draft, frames))
+            writer.announce(path, {**about, "seed": seed, "frames": len(latent), "fps": film.fps})
 
 
 class StructureVariations:
@@ -284,14 +268,9 @@ class StructureVariations:
         images: dict[int, Image] = {}
         for places in alike.values():
             first, *others = [latents[place] for place in places]
-            output = self._manipulator.decode(
-                first.join(*others),
-                eta=eta,
-                seed=[seeds[place] for place in places],
-                prompt=self._prompt,
-                **self._settings,
-            )
-            images |= zip(places, output.images, strict=True)  # type: ignore[arg-type]
+            settings = {**self._settings, "seed": [seeds[place] for place in places], "prompt": self._prompt}
+            made = self._manipulator.decode(first.join(*others), eta=eta, **settings).images
+            images |= zip(places, made, strict=True)  # type: ignore[arg-type]
         return [images[place] for place in range(len(latents))]
 
     def _latent(self, given: Any) -> "BipartiteLatent":

@@ -3,6 +3,7 @@
 It imports no heavy library, so that help is instant.
 """
 
+import itertools
 import platform
 import signal
 import sys
@@ -32,11 +33,13 @@ from unclip.cli.messages import (
 from unclip.cli.probe import probe
 from unclip.cli.provenance import RecordedCommand
 from unclip.cli.usage import say_usage
-from unclip.errors import UnclipError
+from unclip.errors import ConfigError, UnclipError
 
 INTERRUPTED = 130
 READER_GONE = 141
 """The exit code that a shell reports for a program whose output is closed."""
+ASKS_HELP = "unclip.asks_help"
+"""Whether the arguments of the command ask for its help, which a broken configuration file must not prevent."""
 
 EXAMPLES = options.examples(
     'unclip generate "a red apple"         make a picture from a caption',
@@ -45,8 +48,6 @@ EXAMPLES = options.examples(
     "unclip info unclip-emoji              show the components of a model",
     "unclip generate --help                all options of a command",
 )
-
-HELP_EXAMPLES = options.examples("unclip help generate", "unclip help data pack")
 
 
 class Stopped(KeyboardInterrupt):
@@ -80,6 +81,8 @@ class Commands(TyperGroup):
         sys.exit(code)
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        arguments = itertools.takewhile(lambda argument: argument != "--", ctx.args)
+        ctx.meta[ASKS_HELP] = not {"--help", "-h"}.isdisjoint(arguments)
         with shown_warnings():
             try:
                 return super().invoke(ctx)
@@ -138,12 +141,13 @@ def _show_version(asked: bool) -> None:
 def unclip(
     ctx: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        options.option(None, "--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error (before the command).")
+    debug: Annotated[bool, options.flag("--debug", "Show the traceback of an error (before the command).")] = False,
+    verbose: Annotated[
+        bool, options.option(None, "--verbose", "-v", help="Show details (also after the command).")
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show details (also after the command).")] = False,
 ) -> None:
     """Make pictures from captions, and variations of pictures, with unCLIP (DALL-E 2).
 
@@ -153,42 +157,52 @@ def unclip(
     if verbose:
         say_more()
     if ctx.invoked_subcommand != "help":
-        ctx.default_map = defaults_for(ctx.command)  # type: ignore[arg-type]
+        try:
+            ctx.default_map = defaults_for(ctx.command)  # type: ignore[arg-type]
+        except ConfigError:
+            if not ctx.meta[ASKS_HELP]:
+                raise
         if ctx.default_map is not None:
             detail(f"defaults of options from {config_file()}")
 
 
 def show_help(
     ctx: typer.Context,
-    command: Annotated[
-        list[str] | None, typer.Argument(metavar="[COMMAND]", help="A command, as in: data pack")
-    ] = None,
+    command: Annotated[list[str] | None, options.argument("[COMMAND]")] = None,
 ) -> None:
-    """Show the help of a command, as --help after it does."""
+    """Show the help of a command, as --help after it does.
+
+    Args:
+        command: A command, as in: data pack
+
+    Examples:
+        unclip help generate
+        unclip help data pack
+    """
     root = ctx.find_root()
     code = root.command.main([*(command or []), "--help"], prog_name=root.info_name, standalone_mode=False)
     raise typer.Exit(code or 0)
 
 
-app.command("generate", cls=RecordedCommand, epilog=generate.EXAMPLES)(generate.generate)
-app.command("vary", cls=RecordedCommand, epilog=vary.EXAMPLES)(vary.vary)
-app.command("invert", epilog=manipulate.INVERT_EXAMPLES)(manipulate.invert)
-app.command("interpolate", cls=RecordedCommand, epilog=manipulate.INTERPOLATE_EXAMPLES)(manipulate.interpolate)
-app.command("edit", cls=RecordedCommand, epilog=manipulate.EDIT_EXAMPLES)(manipulate.edit)
-app.command("blend", cls=RecordedCommand, epilog=manipulate.BLEND_EXAMPLES)(manipulate.blend)
+options.command(app, "generate", cls=RecordedCommand)(generate.generate)
+options.command(app, "vary", cls=RecordedCommand)(vary.vary)
+options.command(app, "invert")(manipulate.invert)
+options.command(app, "interpolate", cls=RecordedCommand)(manipulate.interpolate)
+options.command(app, "edit", cls=RecordedCommand)(manipulate.edit)
+options.command(app, "blend", cls=RecordedCommand)(manipulate.blend)
 app.add_typer(probe, name="probe")
-app.command("inpaint", cls=RecordedCommand, epilog=inpaint.INPAINT_EXAMPLES)(inpaint.inpaint)
-app.command("redraw", cls=RecordedCommand, epilog=inpaint.REDRAW_EXAMPLES)(inpaint.redraw)
-app.command("rerun", epilog=rerun.EXAMPLES, context_settings=rerun.CONTEXT)(rerun.rerun)
-app.command("serve", epilog=serve.EXAMPLES)(serve.serve)
-app.command("concepts", epilog=concepts.EXAMPLES)(concepts.concepts)
-app.command("info", epilog=info.EXAMPLES)(info.info)
+options.command(app, "inpaint", cls=RecordedCommand)(inpaint.inpaint)
+options.command(app, "redraw", cls=RecordedCommand)(inpaint.redraw)
+options.command(app, "rerun", context_settings=rerun.CONTEXT)(rerun.rerun)
+options.command(app, "serve")(serve.serve)
+options.command(app, "concepts")(concepts.concepts)
+options.command(app, "info")(info.info)
 app.add_typer(convert, name="convert")
 app.add_typer(data, name="data")
-app.command("train", epilog=train.TRAIN_EXAMPLES)(train.train)
-app.command("assemble", epilog=train.ASSEMBLE_EXAMPLES)(train.assemble)
+options.command(app, "train")(train.train)
+options.command(app, "assemble")(train.assemble)
 app.add_typer(evaluate, name="evaluate")
-app.command("help", epilog=HELP_EXAMPLES)(show_help)
+options.command(app, "help")(show_help)
 
 
 def main() -> None:

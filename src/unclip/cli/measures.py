@@ -3,166 +3,151 @@
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer.models import OptionInfo
 
 from unclip import __version__
-from unclip.checkpoints.files import read_json
+from unclip.checkpoints.files import atomic_file, read_json, write_json
 from unclip.checkpoints.hub import BUILT_IN_JUDGE, resolve
 from unclip.cli import options
-from unclip.cli.messages import warn
+from unclip.cli.messages import bar, warn
+from unclip.cli.options import flag, option
+from unclip.cli.output import check_free
 from unclip.errors import CheckpointError, InputError, MissingFileError, OutputExistsError
 from unclip.pipelines.session import Session, model_name, sampler_name, sampler_switch
 from unclip.settings import SAMPLERS, SETTINGS
 
 if TYPE_CHECKING:
-    from unclip.evaluation.measures import FeatureSpace
-    from unclip.evaluation.retrieval import Judge
+    from unclip.evaluation.inception import InceptionFeatures
+    from unclip.evaluation.retrieval import Judge, Plan
 
 HASHED = (".csv", ".json", ".jsonl", ".safetensors", ".txt")
 """The files that identify a model or a data set."""
 
-Data = Annotated[Path, typer.Option(metavar="DIR", help="A data set of unclip data emoji or unclip data compose.")]
-Out = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="The JSON file to write.")]
-JudgeName = Annotated[
-    str,
-    typer.Option(
-        metavar="DIR",
-        help="A CLIP that the model was not trained with: a folder, a hub id, or the built-in one.",
-    ),
-]
-NumSeen = Annotated[int, typer.Option(min=1, metavar="N", help="Number of captions seen in training.")]
-NumHeldOut = Annotated[
-    int | None, typer.Option(min=0, metavar="N", help="Number of held-out captions.", show_default="all")
-]
-Sheet = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="PREFIX",
-        help="Write sheets of the pictures to PREFIX-seen.png and PREFIX-held-out.png.",
-        show_default="no",
-    ),
-]
-Features = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="PATH",
-        help="Inception weights, for distances in its feature space: a safetensors file or its folder.",
-        show_default="none",
-    ),
-]
-Seed = Annotated[
-    int, typer.Option(min=0, max=2**32, metavar="N", help="Seed of the choice of captions and of the noise.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")]
-
-
-def values(name: str) -> typer.models.OptionInfo:
-    """The option for the values of one setting in a sweep."""
-    row = SETTINGS[name]
-    return typer.Option(
-        *options.names_of(row.option),
-        metavar="LIST",
-        help=f"Values of {row.label}, separated by commas.",
-        show_default="the model's own",
-    )
+JUDGE = "A CLIP that the model was not trained with: a folder, a hub id, or the built-in one."
+FEATURES = "Inception weights, for distances in its feature space: a safetensors file or its folder."
+SHEETS = "Write sheets of the pictures to PREFIX-seen.png and PREFIX-held-out.png."
+Overwrite = Annotated[bool, flag("--overwrite", help="Replace existing files.")]
+Features = Annotated[Path | None, option("PATH", help=FEATURES, default="none")]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Options of every measure."""
+    """Options of every measure.
 
-    data: Data
-    out: Out
+    Attributes:
+        data: A data set of unclip data emoji or unclip data compose.
+        out: The JSON file to write.
+        judge: A CLIP that the model was not trained with: a folder, a hub id, or the built-in one.
+        num_seen: Number of captions seen in training.
+        num_held_out: Number of held-out captions.
+        sheet: Write sheets of the pictures to PREFIX-seen.png and PREFIX-held-out.png.
+        seed: Seed of the choice of captions and of the noise.
+    """
+
+    data: Annotated[Path, option("DIR")]
+    out: Annotated[Path, option("FILE", "--out", "-o")]
     model: options.Model = "unclip-emoji"
-    judge: JudgeName = BUILT_IN_JUDGE
-    num_seen: NumSeen = 200
-    num_held_out: NumHeldOut = None
-    sheet: Sheet = None
-    seed: Seed = 0
+    judge: Annotated[str, option("DIR")] = BUILT_IN_JUDGE
+    num_seen: Annotated[int, option("N", min=1)] = 200
+    num_held_out: Annotated[int | None, option("N", default="all", min=0)] = None
+    sheet: Annotated[Path | None, option("PREFIX", default="no")] = None
+    seed: Annotated[int, option("N", min=0, max=2**32)] = 0
     batch_size: options.BatchSize = 16
     overwrite: Overwrite = False
 
-    def numbers(self) -> dict[str, Any]:
-        """The options that are arguments of every measure."""
-        names = ("num_seen", "num_held_out", "batch_size", "seed")
-        return {name: getattr(self, name) for name in names}
+
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """The sampler, the device and what is printed."""
+
+    sampler: options.Sampler = None
+    precision: options.Precision
+    quiet: options.Quiet = False
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A loaded model: its pipeline, the settings of its calls, and the judge, if the measure needs one."""
+    """A loaded model: its pipeline, the settings of its calls, the judge, and the plan of the measure."""
 
+    name: str
+    asked: Asked
     pipe: Any
     folder: Path
     settings: dict[str, Any]
-    judge: "Judge | None"
+    judge: "Judge"
+    plan: "Plan"
+    features: "InceptionFeatures | None"
     about: dict[str, Any]
     """The facts for the report."""
+
+    def finish(self, found: dict[str, Any]) -> None:
+        """Write the report and print its tables."""
+        write_report(self.asked, self.about, self.name, found)
+        show(self.name, found)
 
 
 def prepare(
     name: str,
-    pipeline_class: type[Any],
+    kind: type[Any],
     needed: Sequence[str],
     asked: Asked,
-    precision: options.Precision,
+    how: How,
     given: Mapping[str, Any],
-    sampler: str | None,
     *,
+    features: Path | None = None,
     judged: bool = True,
-    quiet: bool,
+    task: str = "generating",
 ) -> Subject:
     """Load the model and the judge for a measure.
 
     Args:
         name: name of the measure.
-        pipeline_class: class of the pipeline.
+        kind: class of the pipeline.
         needed: components that the model must have.
-        asked, precision, sampler, quiet: options of the command.
+        asked, how: options of the command.
         given: settings of the pipeline's call; None for the model's own.
-        judged: whether a judge is needed.
+        features: Inception weights.
+        judged: whether a judge is needed; otherwise it is the model's own CLIP.
+        task: the word beside the progress bar.
 
-    Raises: MissingFileError for a judge that does not exist; CheckpointError for a model without the components
-        `needed`. Both are raised before anything is loaded.
+    Raises: OutputExistsError for files that exist; MissingFileError for a judge that does not exist; CheckpointError
+        for a model without the components `needed`. All are raised before anything is loaded.
     """
+    if name != "sweep":
+        check_free(asked.out, *sheet_paths(asked.sheet), overwrite=asked.overwrite)
     judge_folder = find_judge(asked.judge) if judged else None
-    session = Session(asked.model, precision, sampler=sampler, progress=not quiet)
+    session = Session(asked.model, how.precision, sampler=how.sampler, progress=not how.quiet)
     for component in needed:
         if component not in session.index:
             raise CheckpointError(f"{asked.model} has no {component}, so it cannot be measured by its {name}")
 
-    from unclip.evaluation.retrieval import Judge
+    from unclip.evaluation.inception import InceptionFeatures
+    from unclip.evaluation.retrieval import Judge, Plan
 
-    settings = session.settings(pipeline_class, given)
-    pipe = session.pipeline(pipeline_class)
+    settings = session.settings(kind, given)
+    pipe = session.pipeline(kind)
     pipe.set_progress_bar_config(disable=True)
-    about: dict[str, Any] = {
-        "unclip": __version__,
-        "model": session.name,
-        "data": asked.data.resolve().name,
-        "num_seen": asked.num_seen,
-        "num_held_out": asked.num_held_out,
-        "seed": asked.seed,
-        "settings": {
-            **settings,
-            "sampler": sampler_name(pipe),
-            "dtype": precision.dtype.value,
-            "batch_size": asked.batch_size,
-        },
-    }
-    judge = None
+    numbers: dict[str, Any] = {"num_seen": asked.num_seen, "num_held_out": asked.num_held_out, "seed": asked.seed}
+    about = {"unclip": __version__, "model": session.name, "data": asked.data.resolve().name, **numbers}
+    dtype, size = how.precision.dtype.value, asked.batch_size
+    about["settings"] = {**settings, "sampler": sampler_name(pipe), "dtype": dtype, "batch_size": size}
     if judge_folder is not None:
-        judge = Judge.load(judge_folder, pipe.device)
         about |= {
             "judge": model_name(asked.judge),
             "judge_saw_all_concepts": saw_all_concepts(asked.judge, judge_folder),
         }
-    return Subject(pipe, session.folder, settings, judge, about)
+    judge = Judge.load(judge_folder or session.folder, pipe.device)
+    space = None if features is None else InceptionFeatures.load(features, pipe.device)
+    if space is not None:
+        about["features"] = space.name
+    progress = bar(how.quiet, desc=task, unit="batch", leave=name != "sweep")
+    plan = Plan(asked.data, batch_size=size, sheet=asked.sheet, progress=progress, **numbers)
+    return Subject(name, asked, pipe, session.folder, settings, judge, plan, space, about)
 
 
 def fingerprint(folder: Path, pattern: str = "**/*") -> str:
@@ -181,22 +166,8 @@ def fingerprint(folder: Path, pattern: str = "**/*") -> str:
     return digest.hexdigest()
 
 
-def refuse_to_overwrite(paths: Iterable[Path], *, overwrite: bool) -> None:
-    """Raises: OutputExistsError for an existing file, unless `overwrite` is set, and for a folder."""
-    for path in paths:
-        if path.is_dir() or (path.exists() and not overwrite):
-            raise OutputExistsError(f"{path} exists; give --overwrite, or use another name")
-
-
-def refuse_outputs(asked: Asked) -> None:
-    """Call `refuse_to_overwrite` for the report and its sheets."""
-    refuse_to_overwrite((asked.out, *sheet_paths(asked.sheet)), overwrite=asked.overwrite)
-
-
 def write_report(asked: Asked, about: Mapping[str, Any], name: str, found: Mapping[str, Any]) -> None:
     """Write the report, with the paths of its sheets relative to its folder."""
-    from unclip.checkpoints.files import write_json
-
     drawn = [path for path in sheet_paths(asked.sheet) if path.is_file()]
     pictures = [Path(os.path.relpath(path, asked.out.parent)).as_posix() for path in drawn]
     write_json(asked.out, {**about, name: dict(found)} | ({"pictures": pictures} if pictures else {}))
@@ -210,20 +181,14 @@ def sheet_paths(prefix: Path | None) -> list[Path]:
     return [] if prefix is None else [sheet_path(prefix, group) for group in GROUPS]
 
 
-def bar(quiet: bool, **words: Any) -> Callable[..., Any]:
-    """A progress bar that is shown only on a terminal."""
-    from tqdm import tqdm
+def show(name: str, found: dict[str, Any]) -> None:
+    """Print the tables of a measure."""
+    from unclip.evaluation.report import tables
 
-    return functools.partial(tqdm, disable=True if quiet else None, **words)
-
-
-def read_features(path: Path | None, device: Any) -> "FeatureSpace | None":
-    """Load the feature space of `--features`."""
-    if path is None:
-        return None
-    from unclip.evaluation.inception import InceptionFeatures
-
-    return InceptionFeatures.load(path, device)
+    for place, each in enumerate(tables(name, found)):
+        if place:
+            print(f"\n{each.title}")
+        print(each, flush=True)
 
 
 def find_judge(name: str) -> Path:
@@ -248,6 +213,12 @@ def saw_all_concepts(name: str, folder: Path) -> bool | None:
         return None
 
 
+def values(name: str) -> OptionInfo:
+    """The option for the values of one setting in a sweep."""
+    text = f"Values of {SETTINGS[name].label}, separated by commas."
+    return option("LIST", *options.names_of(SETTINGS[name]), help=text, default="the model's own")
+
+
 @dataclass(frozen=True)
 class Lists:
     """Options of a sweep: comma-separated values of each setting; None for the model's own value."""
@@ -262,11 +233,7 @@ class Lists:
     decoder_guidance: Annotated[str | None, values("decoder_guidance_scale")] = None
     sampler: Annotated[
         str | None,
-        typer.Option(
-            metavar="LIST",
-            help=f"Samplers, separated by commas: {', '.join(SAMPLERS)}.",
-            show_default="the model's own",
-        ),
+        option("LIST", help=f"Samplers, separated by commas: {', '.join(SAMPLERS)}.", default="the model's own"),
     ] = None
 
     def axes(self) -> dict[str, list[Any]]:
@@ -287,23 +254,21 @@ class Lists:
         return found
 
 
-def run_sweep(
-    lists: Lists, asked: Asked, precision: options.Precision, features: Path | None, *, quiet: bool
-) -> tuple[dict[str, Any], list[Path]]:
-    """Run a sweep and write the report after every point. Returns: the results, and the paths of the charts.
+def run_sweep(lists: Lists, asked: Asked, how: How, features: Path | None) -> None:
+    """Run a sweep, write the report after every point, and print the tables and the paths of the charts.
 
     Raises: OutputExistsError if the report exists and is not of a sweep with the same model, data set and numbers.
     """
     from unclip.evaluation import charts
 
     axes = lists.axes()
-    if not asked.overwrite:  # checked before anything is loaded
-        if asked.out.exists():
-            _points_of(asked.out)
-        else:
-            refuse_to_overwrite([_chart_path(asked.out, name) for name in charts.NAMES], overwrite=False)
+    resumed = asked.out.exists() and not asked.overwrite
+    if resumed:  # checked before anything is loaded
+        _points_of(asked.out)
+    else:
+        check_free(*(_chart_path(asked.out, name) for name in charts.NAMES), overwrite=asked.overwrite)
 
-    from unclip.data.folder import read_records
+    from unclip.data.folder import metadata_file, read_records
     from unclip.evaluation.sweep import SAMPLER, grid_of, sweep
     from unclip.pipelines.text_to_image import UnCLIPPipeline
 
@@ -311,68 +276,41 @@ def run_sweep(
     with_charts = charts.can_draw()
     if not with_charts:
         warn("no charts will be written because matplotlib is not installed: pip install 'unclip[evaluation]'")
-    own = dict.fromkeys(SETTINGS)
-    subject = prepare("sweep", UnCLIPPipeline, ["prior"], asked, precision, own, None, quiet=quiet)
-    assert subject.judge is not None
+    subject = prepare("sweep", UnCLIPPipeline, ["prior"], asked, how, dict.fromkeys(SETTINGS), features=features)
     defaults = {**subject.settings, SAMPLER: sampler_name(subject.pipe)}
     places = grid_of({name: [value] for name, value in defaults.items()} | axes)
-    space = read_features(features, subject.pipe.device)
-    about = _about(subject, asked, precision, space)
-    finished = [] if asked.overwrite or not asked.out.exists() else _resumed(asked.out, about)
-
-    def keep(found: dict[str, Any]) -> None:
-        write_report(asked, about, "sweep", found)
-
-    found = sweep(
-        subject.pipe,
-        subject.judge,
-        asked.data,
-        places,
-        use_sampler=sampler_switch(subject.pipe),
-        finished=finished,
-        on_point=keep,
-        **asked.numbers(),
-        features=space,
-        progress=bar(quiet, desc="generating", unit="batch", leave=False),
-        points_progress=bar(quiet, desc="settings", unit="point"),
-    )
-    keep(found)
-    return found, write_charts(asked.out, found) if with_charts else []
-
-
-def write_charts(out: Path, found: dict[str, Any]) -> list[Path]:
-    """Write the charts beside the report `NAME.json`: `NAME-seconds.svg` and so on."""
-    from unclip.checkpoints.files import atomic_file
-    from unclip.evaluation.charts import curves
-
-    written = []
-    for name, text in curves(found).items():
-        path = _chart_path(out, name)
-        with atomic_file(path) as draft:
-            draft.write_text(text, encoding="utf-8")
-        written.append(path)
-    return written
-
-
-def _chart_path(out: Path, name: str) -> Path:
-    return out.with_name(f"{out.stem}-{name}.svg")
-
-
-def _about(subject: Subject, asked: Asked, precision: options.Precision, space: Any) -> dict[str, Any]:
-    """The facts of the report, which an earlier report must share to be continued."""
-    from unclip.data.folder import metadata_file
-
-    about = {key: value for key, value in subject.about.items() if key != "settings"}
-    about |= {
-        "features": None if space is None else space.name,
-        "dtype": precision.dtype.value,
+    about = {
+        "features": None,
+        **{key: value for key, value in subject.about.items() if key != "settings"},
+        "dtype": how.precision.dtype.value,
         "batch_size": asked.batch_size,
         "device": subject.pipe.device.type,
         "model_sha256": fingerprint(subject.folder),
         "judge_sha256": fingerprint(find_judge(asked.judge)),
         "data_sha256": fingerprint(asked.data, metadata_file(asked.data).name),
     }
-    return about
+    keep = functools.partial(write_report, asked, about, "sweep")
+    found = sweep(
+        subject.pipe,
+        subject.judge,
+        subject.plan,
+        places,
+        use_sampler=sampler_switch(subject.pipe),
+        finished=_resumed(asked.out, about) if resumed else [],
+        on_point=keep,
+        features=subject.features,
+        points_progress=bar(how.quiet, desc="settings", unit="point"),
+    )
+    keep(found)
+    show("sweep", found)
+    for name, text in charts.curves(found).items() if with_charts else ():
+        with atomic_file(_chart_path(asked.out, name)) as draft:
+            draft.write_text(text, encoding="utf-8")
+        print(_chart_path(asked.out, name), flush=True)
+
+
+def _chart_path(out: Path, name: str) -> Path:
+    return out.with_name(f"{out.stem}-{name}.svg")
 
 
 def _resumed(out: Path, about: dict[str, Any]) -> list[dict[str, Any]]:

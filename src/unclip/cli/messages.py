@@ -1,13 +1,14 @@
 """Messages of the commands on stderr; stdout has only the results."""
 
 import contextlib
+import functools
 import io
 import logging
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 _MORE: list[bool] = [False]
@@ -58,6 +59,13 @@ def error(text: object) -> None:
 def say_traceback() -> None:
     """Print the traceback of the current error."""
     _say(traceback.format_exc().rstrip("\n"))
+
+
+def bar(quiet: bool, **words: Any) -> Callable[..., Any]:
+    """A progress bar (tqdm) that is shown only on a terminal."""
+    from tqdm import tqdm
+
+    return functools.partial(tqdm, disable=True if quiet else None, **words)
 
 
 def printable(text: str) -> str:

@@ -1,21 +1,25 @@
 """The options that several commands share, as dataclasses that `expanded` turns into parameters of a command."""
 
+import copy
 import functools
 import inspect
 import re
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import StrEnum
+from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any, get_origin, get_type_hints
 
 import typer
+from typer.models import ArgumentInfo, OptionInfo
 
 from unclip.checkpoints.recommended import Recommended
 from unclip.cli.messages import say_more
 from unclip.errors import InputError
 from unclip.pipelines import session
-from unclip.settings import SAMPLERS, SETTINGS
+from unclip.settings import SAMPLERS, SETTINGS, Setting
 
 MAX_SEED = 2**64 - 1
 MAX_BATCH = 1000
@@ -29,45 +33,70 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
-def expanded(command: Callable[..., None]) -> Callable[..., None]:
-    """A command with one parameter for each field of its dataclass parameters.
+def command(app: typer.Typer, name: str, **more: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator that registers a command as `expanded` does; a section "Examples:" ends the docstring and the help.
 
-    The fields are annotated with typer's options; a field that is not keeps its default. `command` is called with
-    instances of the dataclasses.
+    Args:
+        app: the group of the command.
+        name: what is typed.
+        more: arguments of `app.command`.
     """
-    parameters: list[inspect.Parameter] = []
-    blocks: dict[str, tuple[Any, list[str]]] = {}
 
-    def add(name: str, annotation: Any, default: Any) -> None:
-        parameters.append(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
-        )
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        text, _, lines = (inspect.getdoc(function) or "").partition("\n\nExamples:\n")
+        text, epilog = text.partition("\n\nArgs:\n")[0], examples(*textwrap.dedent(lines).splitlines())
+        return app.command(name, help=text, epilog=epilog, **more)(expanded(function))
 
-    hints = get_type_hints(command, include_extras=True)
-    for name, parameter in inspect.signature(command).parameters.items():
-        block = hints[name]
-        if not is_dataclass(block):
-            add(name, block, parameter.default)
-            continue
-        annotations = get_type_hints(block, include_extras=True)
-        shown = [field for field in fields(block) if get_origin(annotations[field.name]) is Annotated]
-        for field in shown:
-            add(
-                field.name,
-                annotations[field.name],
-                inspect.Parameter.empty if field.default is MISSING else field.default,
-            )
-        blocks[name] = block, [field.name for field in shown]
+    return register
 
-    @functools.wraps(command)
+
+def expanded(function: Callable[..., None]) -> Callable[..., None]:
+    """The function of a command with one parameter for each field of its dataclass parameters.
+
+    The fields are annotated with typer's options, or are such dataclasses; others keep their defaults. `function` is
+    called with instances of the dataclasses. Options without a help text have that of the docstring (`described`).
+    """
+    parameters: list[Parameter] = []
+
+    def add(name: str, kind: Any, default: Any, help: str | None) -> Callable[[dict[str, Any]], Any]:
+        """Add the parameters of a kind. Returns: what makes its value from theirs."""
+        if not (isinstance(kind, type) and is_dataclass(kind)):
+            if get_origin(kind) is Annotated and (info := copy.copy(kind.__metadata__[0])).help is None:
+                info.help, kind = help, Annotated[kind.__origin__, info]
+            parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, annotation=kind, default=default))
+            return lambda given: given[name]
+        kinds, parts = get_type_hints(kind, include_extras=True), {}
+        texts = {
+            name: text for each in reversed(inspect.getmro(kind)) for name, text in described(each.__doc__).items()
+        }
+        for each in fields(kind):
+            if get_origin(kinds[each.name]) is Annotated or is_dataclass(kinds[each.name]):
+                default = Parameter.empty if each.default is MISSING else each.default
+                parts[each.name] = add(each.name, kinds[each.name], default, texts.get(each.name))
+        return lambda given: kind(**{name: make(given) for name, make in parts.items()})
+
+    texts = described(function.__doc__)
+    kinds = get_type_hints(function, include_extras=True)
+    made = {
+        name: add(name, kinds[name], each.default, texts.get(name))
+        for name, each in inspect.signature(function).parameters.items()
+    }
+
+    @functools.wraps(function)
     def call(**given: Any) -> None:
-        built = {name: block(**{field: given.pop(field) for field in names}) for name, (block, names) in blocks.items()}
-        command(**built, **given)
+        function(**{name: make(given) for name, make in made.items()})
 
     del call.__wrapped__  # typer would read its signature
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call
+
+
+def described(docstring: str | None) -> dict[str, str]:
+    """The texts of the section "Args:" or "Attributes:" of a docstring, by name."""
+    _, _, section = re.sub(r"\n    Attributes:\n", "\n    Args:\n", docstring or "").partition("\n    Args:\n")
+    entries = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
 
 
 def examples(*lines: str) -> str:
@@ -80,30 +109,50 @@ def kept(text: str) -> str:
     return "\n\n".join(f"\b\n{paragraph}" for paragraph in text.split("\n\n"))
 
 
-def shared(*names: str, **words: Any) -> typer.models.OptionInfo:
+def argument(metavar: str, help: str | None = None) -> ArgumentInfo:
+    """A positional argument. Without `help` it has the text that the docstring gives."""
+    return typer.Argument(metavar=metavar, help=help)
+
+
+def flag(name: str, help: str | None = None) -> OptionInfo:
+    """An option without a value. Without `help` it has the text that the docstring gives."""
+    return typer.Option(name, help=help)
+
+
+def option(
+    metavar: str | None, *names: str, help: str | None = None, default: str | None = None, **more: Any
+) -> OptionInfo:
+    """An option. Without `help` it has the text that the docstring gives.
+
+    The parameter names it unless `names` do; `default` describes a default of None.
+    """
+    return typer.Option(*names, metavar=metavar, help=help, show_default=default or True, **more)
+
+
+def shared(metavar: str | None, *names: str, **more: Any) -> OptionInfo:
     """An option whose default may come from an environment variable: UNCLIP_BATCH_SIZE for --batch-size."""
     long = [name.partition("/")[0] for name in names if name.startswith("--")]
     variables = [f"UNCLIP_{name[2:].replace('-', '_').upper()}" for name in long]
-    return typer.Option(*names, envvar=variables, show_envvar=False, **words)
+    return option(metavar, *names, envvar=variables, show_envvar=False, **more)
 
 
-def setting(name: str, **words: Any) -> typer.models.OptionInfo:
-    """The option of a row of `unclip.settings.SETTINGS`."""
+def setting(name: str, metavar: str = "N", *, help: str = "", default: str = "", **more: Any) -> OptionInfo:
+    """The option of a row of `unclip.settings.SETTINGS`; `help` and `default` replace those of the row."""
     row = SETTINGS[name]
     if row.kind is int and not row.per_stage:
-        words = {"min": row.low, "max": row.high, "metavar": "N", **words}
-    words = {"help": row.help, "show_default": f"the model's own, else {row.default:g}", **words}
-    return shared(*names_of(row.option), **words)
+        more |= {"min": row.low, "max": row.high}
+    default = default or f"the model's own, else {row.default:g}"
+    return shared(metavar, *names_of(row), help=help or row.help, default=default, **more)
 
 
-def names_of(option: str) -> list[str]:
+def names_of(row: Setting) -> list[str]:
     """The names of a setting's option; the decoder's settings have short ones too, such as --steps."""
-    return [option] + [option.replace("decoder-", "")] * ("decoder-" in option)
+    return list(dict.fromkeys([row.option, row.option.replace("decoder-", "")]))
 
 
-def side(name: str, what: str, default: str) -> typer.models.OptionInfo:
+def side(name: str, default: str = "the model's own") -> OptionInfo:
     """The option for a side of the pictures, in pixels."""
-    return shared(name, min=1, metavar="PX", help=what, show_default=default)
+    return shared("PX", name, default=default, min=1)
 
 
 def steps_of_stages(text: str) -> int | list[int]:
@@ -144,102 +193,72 @@ def _quiet(ctx: typer.Context, value: bool) -> bool:
 
 
 Model = Annotated[
-    str,
-    shared("--model", "-m", metavar="MODEL", help="A model's folder, a hub id (owner/name), or a built-in name."),
+    str, shared("MODEL", "--model", "-m", help="A model's folder, a hub id (owner/name), or a built-in name.")
 ]
 Seed = Annotated[
     int | None,
     shared(
+        "N",
         "--seed",
+        help="Seed of the first picture. The next one has N+1, and so on.",
+        default="a random one, which is printed",
         min=0,
         max=MAX_SEED,
-        metavar="N",
-        help="Seed of the first picture. The next one has N+1, and so on.",
-        show_default="a random one, which is printed",
     ),
 ]
-NumImages = Annotated[
-    int, typer.Option("--num-images", "-n", min=1, max=100_000, metavar="N", help="Number of pictures.")
-]
-NumImagesOfEach = Annotated[
-    int, typer.Option("--num-images", "-n", min=1, max=100_000, metavar="N", help="Pictures for each input.")
-]
+NumImages = Annotated[int, option("N", "--num-images", "-n", help="Number of pictures.", min=1, max=100_000)]
+NumImagesOfEach = Annotated[int, option("N", "--num-images", "-n", help="Pictures for each input.", min=1, max=100_000)]
 Negative = Annotated[
-    str | None,
-    shared("--negative", "--negative-prompt", metavar="TEXT", help="What the pictures should not show."),
+    str | None, shared("TEXT", "--negative", "--negative-prompt", help="What the pictures should not show.")
 ]
 Caption = Annotated[
     bool,
-    typer.Option(
-        "--caption", help="Treat each argument that is not a file as a caption, even if it looks like a file name."
-    ),
+    flag("--caption", help="Treat each argument that is not a file as a caption, even if it looks like a file name."),
 ]
-DecoderSteps = Annotated[int | None, setting("decoder_num_inference_steps")]
-SuperResSteps = Annotated[str | None, setting("super_res_num_inference_steps", parser=steps_of_stages, metavar="N[,N]")]
-DecoderGuidance = Annotated[float | None, setting("decoder_guidance_scale", metavar="SCALE")]
-InversionGuidance = Annotated[
-    float | None,
-    setting(
-        "decoder_guidance_scale",
-        metavar="SCALE",
-        help="Guidance scale of inversion and of the decoder. 1 or less turns guidance off, which reconstructs best.",
-        show_default="1",
-    ),
-]
-PriorSteps = Annotated[int | None, setting("prior_num_inference_steps")]
-PriorGuidance = Annotated[float | None, setting("prior_guidance_scale", metavar="SCALE")]
-Candidates = Annotated[int | None, setting("num_prior_candidates")]
-PriorTemperature = Annotated[float | None, setting("prior_temperature", metavar="T")]
-PriorTopP = Annotated[float | None, setting("prior_top_p", metavar="P")]
 Sampler = Annotated[
     str | None,
     shared(
+        "NAME",
         "--sampler",
-        parser=sampler_of,
-        metavar="NAME",
         help=f"Sampler of all stages: {', '.join(f'{row.name} ({row.help})' for row in SAMPLERS.values())}.",
-        show_default="the model's own",
+        default="the model's own",
+        parser=sampler_of,
     ),
 ]
-DtypeOption = Annotated[
-    Dtype, shared("--dtype", metavar="TYPE", help="Type of the weights: float32, bfloat16 or float16.")
-]
+DtypeOption = Annotated[Dtype, shared("TYPE", "--dtype", help="Type of the weights: float32, bfloat16 or float16.")]
 KeptDtype = Annotated[
     Dtype | None,
-    typer.Option(
+    option(
+        "TYPE",
         "--dtype",
-        metavar="TYPE",
         help="Type of the weights to write: float32, bfloat16 or float16.",
-        show_default="the type that they have",
+        default="the type that they have",
     ),
 ]
 Device = Annotated[
-    str,
-    shared("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps or xpu; auto is the accelerator if there is one."),
+    str, shared("NAME", "--device", help="cpu, cuda, cuda:1, mps or xpu; auto is the accelerator if there is one.")
 ]
 BatchSize = Annotated[
-    int,
-    shared(
-        "--batch-size", min=1, max=MAX_BATCH, metavar="N", help="Pictures computed at once. Fewer need less memory."
-    ),
+    int, shared("N", "--batch-size", help="Pictures computed at once. Fewer need less memory.", min=1, max=MAX_BATCH)
 ]
 OutFolder = Annotated[
-    Path,
-    shared("--out", "-o", metavar="PATH", help="Folder for the pictures, or a .png file for a single one."),
+    Path, shared("PATH", "--out", "-o", help="Folder for the pictures, or a .png file for a single one.")
 ]
-Json = Annotated[bool, shared("--json", help="Print one JSON object for each file instead of its path.")]
+Json = Annotated[bool, shared(None, "--json", help="Print one JSON object for each file instead of its path.")]
 Quiet = Annotated[
     bool,
-    shared(
+    typer.Option(
         "--quiet/--verbose",
         "-q/-v",
         callback=_quiet,
+        envvar="UNCLIP_QUIET",
+        show_envvar=False,
         show_default=False,
         help="Print only warnings and errors; or print more: files, device, times.",
     ),
 ]
-NewFolder = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write.")]
-OverwriteFolder = Annotated[bool, typer.Option("--overwrite", help="Replace an existing DIR.")]
+NewFolder = Annotated[Path, option("DIR", "--out", "-o", help="The folder to write.")]
+OverwriteFolder = Annotated[bool, flag("--overwrite", help="Replace an existing DIR.")]
 
 
 class _Settings:
@@ -262,36 +281,45 @@ def refuse_prior_choice(given: Mapping[str, object], why: str) -> None:
 class Decoding(_Settings):
     """Settings of the decoder and of super-resolution."""
 
-    decoder_steps: DecoderSteps = None
-    super_res_steps: SuperResSteps = None
-    decoder_guidance: DecoderGuidance = None
+    decoder_steps: Annotated[int | None, setting("decoder_num_inference_steps")] = None
+    super_res_steps: Annotated[
+        str | None, setting("super_res_num_inference_steps", "N[,N]", parser=steps_of_stages)
+    ] = None
+    decoder_guidance: Annotated[float | None, setting("decoder_guidance_scale", "SCALE")] = None
+
+
+INVERSION = "Guidance scale of inversion and of the decoder. 1 or less turns guidance off, which reconstructs best."
 
 
 @dataclass(frozen=True)
 class InversionDecoding(Decoding):
     """The same for a picture that is inverted and decoded again."""
 
-    decoder_guidance: InversionGuidance = None
+    decoder_guidance: Annotated[
+        float | None, setting("decoder_guidance_scale", "SCALE", help=INVERSION, default="1")
+    ] = None
 
 
 @dataclass(frozen=True)
 class PriorChoice(_Settings):
     """Which of its samples the prior takes."""
 
-    candidates: Candidates = None
-    prior_temperature: PriorTemperature = None
-    prior_top_p: PriorTopP = None
+    candidates: Annotated[int | None, setting("num_prior_candidates")] = None
+    prior_temperature: Annotated[float | None, setting("prior_temperature", "T")] = None
+    prior_top_p: Annotated[float | None, setting("prior_top_p", "P")] = None
 
 
 @dataclass(frozen=True)
-class PriorSampling(_Settings):
-    """All settings of the prior."""
+class PriorScale(_Settings):
+    """How the prior samples."""
 
-    prior_steps: PriorSteps = None
-    prior_guidance: PriorGuidance = None
-    candidates: Candidates = None
-    prior_temperature: PriorTemperature = None
-    prior_top_p: PriorTopP = None
+    prior_steps: Annotated[int | None, setting("prior_num_inference_steps")] = None
+    prior_guidance: Annotated[float | None, setting("prior_guidance_scale", "SCALE")] = None
+
+
+@dataclass(frozen=True)
+class PriorSampling(PriorChoice, PriorScale):
+    """All settings of the prior."""
 
 
 @dataclass(frozen=True)
@@ -301,20 +329,17 @@ class Sampling(Decoding, PriorSampling):
 
 @dataclass(frozen=True)
 class Size:
-    """Width and height of the pictures."""
+    """Width and height of the pictures.
 
-    size: Annotated[
-        str | None,
-        shared(
-            "--size",
-            parser=size_of,
-            metavar="PX[xPX]",
-            help="Width and height of the pictures, such as 256 or 640x480.",
-            show_default="the model's own",
-        ),
-    ] = None
-    height: Annotated[int | None, side("--height", "Height of the pictures.", "the model's own")] = None
-    width: Annotated[int | None, side("--width", "Width of the pictures.", "the model's own")] = None
+    Attributes:
+        size: Width and height of the pictures, such as 256 or 640x480.
+        height: Height of the pictures.
+        width: Width of the pictures.
+    """
+
+    size: Annotated[str | None, shared("PX[xPX]", "--size", default="the model's own", parser=size_of)] = None
+    height: Annotated[int | None, side("--height")] = None
+    width: Annotated[int | None, side("--width")] = None
 
     @property
     def sides(self) -> dict[str, int]:
@@ -329,13 +354,16 @@ class Size:
 
 @dataclass(frozen=True)
 class Output:
-    """Where pictures go, and how many are made at once."""
+    """Where pictures go, and how many are made at once.
+
+    Attributes:
+        grid: Also write a sheet of all pictures.
+        overwrite: Replace existing files. Otherwise a number is added to the name.
+    """
 
     out: OutFolder = Path(".")
-    grid: Annotated[bool, shared("--grid", help="Also write a sheet of all pictures.")] = False
-    overwrite: Annotated[
-        bool, shared("--overwrite", help="Replace existing files. Otherwise a number is added to the name.")
-    ] = False
+    grid: Annotated[bool, shared(None, "--grid")] = False
+    overwrite: Annotated[bool, shared(None, "--overwrite")] = False
     as_json: Json = False
     batch_size: BatchSize = 8
 
@@ -350,18 +378,21 @@ class Precision(session.Compute):
 
 @dataclass(frozen=True)
 class Compute(Precision):
-    """Where a model computes, and in which precision."""
+    """Where a model computes, and in which precision.
 
-    cpu_offload: Annotated[
-        bool, shared("--cpu-offload", help="Keep only the active network on the accelerator: less memory, slower.")
-    ] = False
-    tile: Annotated[
-        int | None,
-        shared(
-            "--tile",
-            min=1,
-            metavar="PX",
-            help="Super-resolution works on tiles of this side: less memory for large pictures, slower.",
-            show_default="no tiles",
-        ),
-    ] = None
+    Attributes:
+        cpu_offload: Keep only the active network on the accelerator: less memory, slower.
+        tile: Super-resolution works on tiles of this side: less memory for large pictures, slower.
+    """
+
+    cpu_offload: Annotated[bool, shared(None, "--cpu-offload")] = False
+    tile: Annotated[int | None, shared("PX", "--tile", default="no tiles", min=1)] = None
+
+
+@dataclass(frozen=True)
+class Common:
+    """Options of every command that makes pictures."""
+
+    output: Output
+    compute: Compute
+    quiet: Quiet = False

@@ -8,18 +8,18 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unclip.checkpoints.files import atomic_file
+from unclip.checkpoints.files import atomic_file, output_folder
 from unclip.cli.messages import detail, error, note
-from unclip.cli.options import MAX_SEED, Output
-from unclip.cli.provenance import replay
+from unclip.cli.options import MAX_SEED, Common, option
+from unclip.cli.provenance import Replay, replay
 from unclip.errors import InputError, MissingDependencyError, OutputExistsError, UnclipError
 from unclip.pipelines.session import MADE_WITH, png_texts
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 MAX_SLUG_CHARACTERS = 60
 MAX_SLUG_BYTES = 120
+SOME_FAILED = 3
+"""The exit code when some pictures were made and others were not."""
 
 
 def slug(text: str, *, empty: str = "picture") -> str:
@@ -48,151 +50,11 @@ def slug(text: str, *, empty: str = "picture") -> str:
     return name.encode(files, errors="ignore").decode(files).strip("-") or empty
 
 
-class PictureWriter:
-    """Writes files into one folder, or one file under a given name, and prints their paths.
-
-    Args:
-        out: a folder; or, unless a folder has this name, a file name that ends in `suffix`.
-        num_files: how many files will be written at least.
-        keep: whether to keep the pictures for a sheet or a film.
-        suffix: of the files, with a dot.
-
-    Attributes:
-        folder: where the files go.
-        file: the file that `out` names, if it names one; files with another suffix go beside it.
-        num_saved: how many files have been written.
-        seed_note: printed on stderr before the first path; None: nothing.
-        kept: the pictures so far; None: they are not kept.
-
-    Raises: InputError for a file name where several files will be written, or with the suffix of another kind of
-        picture; OutputExistsError for an existing file, unless it may be replaced.
-    """
-
-    def __init__(
-        self, out: Path, *, overwrite: bool, as_json: bool, keep: bool, num_files: int = 1, suffix: str = ".png"
-    ) -> None:
-        self.overwrite, self.as_json = overwrite, as_json
-        self.num_saved = 0
-        self.seed_note: str | None = None
-        self.kept: list[Image] | None = [] if keep else None
-        self.file = out if _names_file(out, suffix) else None
-        self._suffix = suffix
-        self.folder = out if self.file is None else out.parent
-        if self.file is not None and num_files > 1:
-            raise InputError(_too_many(out, num_files))
-        if self.file is not None and not overwrite and os.path.lexists(out):
-            raise OutputExistsError(f"{out} exists already: use --overwrite, or another --out")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as problem:
-            raise InputError(f"--out {out} cannot be made: {_reason(problem)}") from problem
-
-    @classmethod
-    def of(cls, output: Output, num_pictures: int, *, film: bool = False) -> "PictureWriter":
-        """The writer that a command's options describe.
-
-        Args:
-            output: the options.
-            num_pictures: how many pictures the command makes at least, without the sheet.
-            film: whether a film will be made of them.
-        """
-        return cls(
-            output.out,
-            overwrite=output.overwrite,
-            as_json=output.as_json,
-            keep=output.grid or film,
-            num_files=num_pictures + output.grid,
-        )
-
-    def save(self, image: "Image", stem: str, facts: Mapping[str, Any]) -> Path:
-        """Write `stem.png`, atomically, and return its path.
-
-        Raises: InputError when it cannot be written (a full disk, say).
-        """
-        texts = png_texts(facts)
-        return self.write(stem, ".png", lambda draft: image.save(draft, format="PNG", pnginfo=texts))
-
-    def write(self, stem: str, suffix: str, writer: Callable[[Path], None]) -> Path:
-        """Have `writer` write the file `stem` + `suffix`, atomically, and return its path.
-
-        Raises: InputError when it cannot be written, or when `out` names one file and that is written already.
-        """
-        if self.file is not None and suffix == self._suffix and self.num_saved:
-            raise InputError(_too_many(self.file, self.num_saved + 1))
-        for path in self._free_names(stem, suffix):
-            try:
-                with atomic_file(path, overwrite=self.overwrite) as draft:
-                    writer(draft)
-            except OutputExistsError:
-                if self.overwrite or path == self.file:
-                    raise
-                continue  # another process has just made it
-            except OSError as problem:
-                raise InputError(f"{path} cannot be written: {_reason(problem)}") from problem
-            self.num_saved += 1
-            return path
-        raise AssertionError("there is always a free name")
-
-    def announce(self, path: Path, facts: Mapping[str, Any]) -> None:
-        """Print the file's path on stdout, or a JSON object."""
-        if self.seed_note is not None:
-            note(self.seed_note)
-            self.seed_note = None
-        print(json.dumps({"path": str(path), **facts}) if self.as_json else path, flush=True)
-
-    def save_sheet(
-        self,
-        stem: str,
-        facts: Mapping[str, Any],
-        *,
-        columns: int | None = None,
-        labels: Sequence[str] | None = None,
-    ) -> None:
-        """Write the sheet of all kept pictures as `stem-grid.png`, with labels if given, and print its path."""
-        from unclip.images import grid, labelled
-
-        if self.kept:
-            facts, cards = {**facts, "grid": len(self.kept)}, self.kept
-            if labels is not None:
-                cards = [labelled(image, label) for image, label in zip(cards, labels, strict=True)]
-            self.announce(self.save(grid(cards, columns=columns), f"{stem}-grid", facts), facts)
-
-    def _free_names(self, stem: str, suffix: str) -> Iterator[Path]:
-        """The paths to try: the plain name, then with a number."""
-        if self.file is not None and suffix == self._suffix:
-            yield self.file
-            return
-        if self.overwrite:
-            yield self.folder / f"{stem}{suffix}"
-            return
-        for number in count(1):
-            path = self.folder / (f"{stem}{suffix}" if number == 1 else f"{stem}-{number}{suffix}")
-            if not path.exists() and not path.is_symlink():
-                yield path
-
-
-def _names_file(out: Path, suffix: str) -> bool:
-    """Whether `--out` is a file's name. Raises: InputError for the name of a picture of another kind."""
-    from unclip.images import PICTURE_SUFFIXES
-
-    found = out.suffix.lower()
-    if found not in (suffix, *PICTURE_SUFFIXES) or out.is_dir():
-        return False
-    if found != suffix:
-        raise InputError(f"--out {out} ends in {found}, and the file will be {suffix}: use {out.with_suffix(suffix)}")
-    return True
-
-
-def _too_many(out: Path, num_files: int) -> str:
-    return f"--out {out} is the name of one file, and there are {num_files} to write or more: name a folder"
-
-
-def _reason(problem: OSError | ValueError) -> str:
-    return getattr(problem, "strerror", None) or str(problem)
-
-
-SOME_FAILED = 3
-"""The exit code when some pictures were made and others were not."""
+def check_free(*paths: Path, overwrite: bool) -> None:
+    """Raises: OutputExistsError for an existing file, unless `overwrite` is set, and for a folder."""
+    for path in paths:
+        if path.is_dir() or (os.path.lexists(path) and not overwrite):
+            raise OutputExistsError(f"{path} exists already: use --overwrite, or another name")
 
 
 @dataclass(frozen=True)
@@ -214,72 +76,189 @@ class Job:
     index: int = 0
 
 
-def chosen_seed(seed: int | None, writer: PictureWriter, *, quiet: bool) -> int:
-    """The given seed, or a random one that is short enough to type; the writer prints it unless `quiet`."""
-    if seed is not None:
-        return seed
-    fresh = secrets.randbelow(2**32)
-    if not quiet:
-        writer.seed_note = f"seed {fresh}"
-    return fresh
-
-
-def picture_seed(first: int, index: int) -> int:
-    """The seed of picture `index`: consecutive numbers; 0 follows the largest."""
-    return (first + index) % (MAX_SEED + 1)
-
-
-def batched(jobs: Iterable[Job], size: int) -> Iterator[list[Job]]:
-    """Batches of `size`; the last may be smaller."""
-    jobs = iter(jobs)
-    while batch := list(islice(jobs, size)):
-        yield batch
-
-
-def run_jobs(
-    batches: Iterable[list[Job]],
-    draw: Callable[[list[Job]], "list[Image]"],
-    writer: PictureWriter,
-    metadata: Mapping[str, Any],
-) -> None:
-    """Make the pictures of every batch and save them at once.
-
-    When `unclip rerun` makes one picture again, only that picture is saved: at the same place in a batch of the same
-    size.
+class PictureWriter:
+    """Makes and writes the pictures of a command: into one folder, or one file of a given name; prints their paths.
 
     Args:
-        batches: the jobs.
-        draw: makes the pictures of a batch.
-        writer: saves them.
-        metadata: of all pictures.
+        common: the command's options. `out` is a folder; or, unless a folder has this name, a file name that ends in
+            `suffix`.
+        num_files: how many files will be written at least, without the sheet.
+        seed: of the first picture; None: a random one that is short enough to type. It is printed, unless `quiet`.
+        film: whether a film will be made of the pictures.
+        suffix: of the files, with a dot.
 
-    Raises: what `draw` and the writer raise before the first file is written; typer.Exit(3), with the error printed,
-        after that.
+    Attributes:
+        folder: where the files go.
+        file: the file that `out` names, if it names one; files with another suffix go beside it.
+        seed: of the first picture.
+        num_saved: how many files have been written.
+        kept: the pictures so far, for a sheet or a film; None: they are not kept.
+
+    Raises: InputError for a file name where several files will be written, or with the suffix of another kind of
+        picture; OutputExistsError for an existing file, unless it may be replaced.
     """
+
+    def __init__(
+        self, common: Common, num_files: int, *, seed: int | None = None, film: bool = False, suffix: str = ".png"
+    ) -> None:
+        self.output = output = common.output
+        out, self._suffix = output.out, suffix
+        self.file = out if _names_file(out, suffix) else None
+        self.folder = out if self.file is None else out.parent
+        self.num_saved = 0
+        self.kept: list[Image] | None = [] if output.grid or film else None
+        if self.file is not None:
+            self._check_one(num_files + output.grid)
+            if not output.overwrite and os.path.lexists(out):
+                raise OutputExistsError(f"{out} exists already: use --overwrite, or another --out")
+        output_folder(self.folder)
+        self.seed = secrets.randbelow(2**32) if seed is None else seed
+        self._note = f"seed {self.seed}" if seed is None and not common.quiet else None
+
+    def seed_of(self, index: int) -> int:
+        """The seed of picture `index`: consecutive numbers; 0 follows the largest."""
+        return (self.seed + index) % (MAX_SEED + 1)
+
+    def make(self, jobs: Iterable[Job], draw: Callable[[list[Job]], "list[Image]"], facts: Mapping[str, Any]) -> None:
+        """Make the pictures in batches, and save every batch at once.
+
+        When `unclip rerun` makes one picture again, only that picture is saved: at the same place in a batch of the
+        same size, with as many different prompts.
+
+        Args:
+            jobs: the pictures.
+            draw: makes the pictures of a batch.
+            facts: metadata of all pictures.
+
+        Raises: what `draw` and `save` raise before the first file is written; typer.Exit(3), with the error printed,
+            after that.
+        """
+        again, size = _again(), self.output.batch_size
+        if again is not None:
+            job = next((job for job in jobs if job.index == again.index), None)
+            if job is None:
+                raise InputError(f"the command makes no picture {again.index} of these inputs")
+            jobs, size = _as_before(job, again), again.size
+        jobs = iter(jobs)
+        try:
+            while batch := list(islice(jobs, size)):
+                start = time.monotonic()
+                with within_memory(len(batch)):
+                    images = draw(batch)
+                detail(f"batch of {len(batch)}: {time.monotonic() - start:.1f} s")
+                self._save_batch(batch, images, facts)
+        except UnclipError as problem:
+            if not self.num_saved:
+                raise
+            error(problem)
+            raise typer.Exit(SOME_FAILED) from problem
+
+    def save(self, image: "Image", stem: str, facts: Mapping[str, Any]) -> Path:
+        """Write `stem.png` with metadata, as `write`."""
+        texts = png_texts(facts)
+        return self.write(stem, ".png", lambda draft: image.save(draft, format="PNG", pnginfo=texts))
+
+    def write(self, stem: str, suffix: str, writer: Callable[[Path], None]) -> Path:
+        """Have `writer` write the file `stem` + `suffix`, atomically, and return its path.
+
+        Raises: OutputError when it cannot be written; InputError when `out` names one file and that is written already.
+        """
+        fixed = self.output.overwrite
+        numbered = (self.folder / f"{stem}-{number}{suffix}" for number in count(2))
+        paths: Iterator[Path] = chain([self.folder / f"{stem}{suffix}"], numbered)
+        if self.file is not None and suffix == self._suffix:
+            self._check_one(self.num_saved + 1)
+            fixed, paths = True, iter([self.file])
+        while True:
+            path = next(paths)
+            if not fixed and os.path.lexists(path):
+                continue
+            try:
+                with atomic_file(path, overwrite=self.output.overwrite) as draft:
+                    writer(draft)
+            except OutputExistsError:
+                if fixed:
+                    raise
+                continue  # another process has just made it
+            self.num_saved += 1
+            return path
+
+    def announce(self, path: Path, facts: Mapping[str, Any]) -> None:
+        """Print the file's path on stdout, or a JSON object."""
+        if self._note is not None:
+            note(self._note)
+            self._note = None
+        print(json.dumps({"path": str(path), **facts}) if self.output.as_json else path, flush=True)
+
+    def save_sheet(
+        self, stem: str, facts: Mapping[str, Any], *, columns: int | None = None, labels: Sequence[str] | None = None
+    ) -> None:
+        """If asked for, write the sheet of all pictures, with labels if given, and print its path."""
+        from unclip.images import grid, labelled
+
+        if self.kept and self.output.grid:
+            facts, cards = {**facts, "seed": self.seed, "grid": len(self.kept)}, self.kept
+            if labels is not None:
+                cards = [labelled(image, label) for image, label in zip(cards, labels, strict=True)]
+            self.announce(self.save(grid(cards, columns=columns), f"{stem}-{self.seed}-grid", facts), facts)
+
+    def exit_if_failed(self, num_failed: int) -> None:
+        """Exit with the right code when inputs failed, whose errors are printed already."""
+        if num_failed:
+            raise typer.Exit(SOME_FAILED if self.num_saved else 1)
+
+    def _save_batch(self, batch: list[Job], images: "list[Image]", all_facts: Mapping[str, Any]) -> None:
+        """Write all files before the first path is printed: a reader that closes stdout costs no picture."""
+        saved, again = [], _again()
+        prompts = [job.facts.get("prompt") for job in batch]
+        rows = [prompts.index(prompt) for prompt in prompts] if again is None else again.prompts
+        several = {"prompts": rows} if any(rows) else {}
+        try:
+            for place, (job, image) in enumerate(zip(batch, images, strict=True)):
+                if again is not None and place != again.place:
+                    continue
+                made_with = {**all_facts[MADE_WITH], "index": job.index, "batch": [place, len(batch)], **several}
+                facts = {**job.facts, **all_facts, "seed": job.seed, MADE_WITH: made_with}
+                saved.append((self.save(image, f"{job.name}-{job.seed}", facts), facts))
+                if self.kept is not None:
+                    self.kept.append(image)
+        finally:
+            for path, facts in saved:
+                self.announce(path, facts)
+
+    def _check_one(self, num_files: int) -> None:
+        if num_files > 1:
+            raise InputError(
+                f"--out {self.file} is the name of one file, and there are {num_files} to write or more: name a folder"
+            )
+
+
+def _again() -> Replay | None:
+    """The single picture that `unclip rerun` makes again."""
     picture = replay()
-    if picture is not None and picture.only:
-        job = next((job for batch in batches for job in batch if job.index == picture.index), None)
-        if job is None:
-            raise InputError(f"the command makes no picture {picture.index} of these inputs")
-        batches = [[job] * picture.size]
-    try:
-        for batch in batches:
-            start = time.monotonic()
-            with within_memory(len(batch)):
-                images = draw(batch)
-            detail(f"batch of {len(batch)}: {time.monotonic() - start:.1f} s")
-            _save(batch, images, writer, metadata)
-    except UnclipError as problem:
-        if not writer.num_saved:
-            raise
-        error(problem)
-        raise typer.Exit(SOME_FAILED) from problem
+    return picture if picture is not None and picture.only else None
 
 
-def exit_if_failed(writer: PictureWriter, num_failed: int) -> None:
-    """Exit with the right code when inputs failed, whose errors are printed already."""
-    if num_failed:
-        raise typer.Exit(SOME_FAILED if writer.num_saved else 1)
+def _as_before(job: Job, again: Replay) -> list[Job]:
+    """A batch like that of the picture before: with as many different prompts, because equal ones are encoded once.
+
+    Spaces at its end make another prompt of the same tokens.
+    """
+    shifts = [(row - again.prompts[again.place]) % again.size for row in again.prompts] or [0] * again.size
+    several = isinstance(job.given, str)
+    return [replace(job, given=job.given + " " * shift) if shift and several else job for shift in shifts]
+
+
+def _names_file(out: Path, suffix: str) -> bool:
+    """Whether `--out` is a file's name. Raises: InputError for the name of a picture of another kind."""
+    from unclip.images import PICTURE_SUFFIXES
+
+    found = out.suffix.lower()
+    if found not in (suffix, *PICTURE_SUFFIXES) or out.is_dir():
+        return False
+    if found != suffix:
+        raise InputError(f"--out {out} ends in {found}, and the file will be {suffix}: use {out.with_suffix(suffix)}")
+    return True
 
 
 @contextmanager
@@ -296,24 +275,6 @@ def within_memory(batch_size: int) -> Iterator[None]:
         ) from problem
 
 
-def _save(batch: list[Job], images: "list[Image]", writer: PictureWriter, metadata: Mapping[str, Any]) -> None:
-    """Write all files before the first path is printed: a reader that closes stdout costs no picture."""
-    saved = []
-    try:
-        picture = replay()
-        for place, (job, image) in enumerate(zip(batch, images, strict=True)):
-            if picture is not None and picture.only and place != picture.place:
-                continue
-            made_with = {**metadata[MADE_WITH], "index": job.index, "batch": [place, len(batch)]}
-            facts = {**job.facts, **metadata, "seed": job.seed, MADE_WITH: made_with}
-            saved.append((writer.save(image, f"{job.name}-{job.seed}", facts), facts))
-            if writer.kept is not None:
-                writer.kept.append(image)
-    finally:
-        for path, facts in saved:
-            writer.announce(path, facts)
-
-
 class FilmKind(StrEnum):
     """File formats of films."""
 
@@ -324,66 +285,57 @@ class FilmKind(StrEnum):
 
 @dataclass(frozen=True)
 class Film:
-    """Options of a film."""
+    """Options of a film.
 
-    film: Annotated[
-        FilmKind | None,
-        typer.Option("--film", metavar="KIND", help="Also write the frames as a film: gif, webp or mp4 (needs PyAV)."),
-    ] = None
-    fps: Annotated[
-        float, typer.Option("--fps", min=0.5, max=50, metavar="N", help="Frames per second of the film.")
-    ] = 10
+    Attributes:
+        film: Also write the frames as a film: gif, webp or mp4 (needs PyAV).
+        fps: Frames per second of the film.
+    """
+
+    film: Annotated[FilmKind | None, option("KIND", "--film")] = None
+    fps: Annotated[float, option("N", "--fps", min=0.5, max=50)] = 10
+
+    def check(self) -> None:
+        """Raises: MissingDependencyError when this kind of film cannot be written."""
+        if self.film is FilmKind.mp4:
+            try:
+                import av  # noqa: F401  # type: ignore[import-not-found]
+            except ImportError as problem:
+                raise MissingDependencyError(
+                    "an MP4 film needs PyAV: pip install av; or use --film gif or --film webp, which need nothing"
+                ) from problem
+
+    def save(self, path: Path, frames: "list[Image]") -> None:
+        """Write the frames forwards and backwards, as a loop that starts and ends at the first."""
+        loop = [*frames, *frames[-2:0:-1]]
+        if self.film is FilmKind.mp4:
+            _save_mp4(path, loop, self.fps)
+        else:
+            first, *others = _in_one_palette(loop) if self.film is FilmKind.gif else loop
+            settings = {"duration": round(1000 / self.fps), "loop": 0, "quality": 90}
+            first.save(path, format=str(self.film), save_all=True, append_images=others, **settings)
 
 
-def check_film_kind(kind: FilmKind | None) -> None:
-    """Raises: MissingDependencyError when nothing here writes this kind."""
-    if kind is FilmKind.mp4:
-        try:
-            import av  # noqa: F401  # type: ignore[import-not-found]
-        except ImportError as problem:
-            raise MissingDependencyError(
-                "an MP4 film needs PyAV: pip install av; or use --film gif or --film webp, which need nothing"
-            ) from problem
-
-
-def film_writer(kind: FilmKind, frames: "list[Image]", fps: float) -> Callable[[Path], None]:
-    """A function that writes the frames forwards and backwards, as a loop that starts and ends at the first."""
-    loop = [*frames, *frames[-2:0:-1]]
-    return {FilmKind.gif: _gif, FilmKind.webp: _webp, FilmKind.mp4: _mp4}[kind](loop, fps)
-
-
-def _gif(frames: "list[Image]", fps: float) -> Callable[[Path], None]:
+def _in_one_palette(frames: "list[Image]") -> "list[Image]":
+    """With a palette for each frame, parts that do not move would change their colours."""
     from PIL import Image
 
-    # One palette for all frames: with a palette for each, parts that do not move would change their colours.
     strip = Image.new("RGB", (frames[0].width, frames[0].height * len(frames)))
     for place, frame in enumerate(frames):
         strip.paste(frame, (0, place * frame.height))
     palette = strip.quantize(255)
-    drawn = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
-    return lambda path: drawn[0].save(
-        path, format="GIF", save_all=True, append_images=drawn[1:], duration=round(1000 / fps), loop=0
-    )
+    return [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
 
 
-def _webp(frames: "list[Image]", fps: float) -> Callable[[Path], None]:
-    return lambda path: frames[0].save(
-        path, format="WEBP", save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0, quality=90
-    )
-
-
-def _mp4(frames: "list[Image]", fps: float) -> Callable[[Path], None]:
+def _save_mp4(path: Path, frames: "list[Image]", fps: float) -> None:
     from fractions import Fraction
 
-    def write(path: Path) -> None:
-        import av  # type: ignore[import-not-found]
+    import av  # type: ignore[import-not-found]
 
-        with av.open(str(path), "w", format="mp4") as container:
-            stream = container.add_stream("h264", rate=Fraction(fps).limit_denominator(1000))
-            stream.width, stream.height = (side - side % 2 for side in frames[0].size)
-            stream.pix_fmt = "yuv420p"
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_image(frame)))
-            container.mux(stream.encode())
-
-    return write
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("h264", rate=Fraction(fps).limit_denominator(1000))
+        stream.width, stream.height = (side - side % 2 for side in frames[0].size)
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())

@@ -1,6 +1,6 @@
 """Records in each picture which command and options made it; inputs are recorded by name, without their folders."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -40,6 +40,7 @@ class Replay:
         index: number of the picture among those that the command makes.
         place: of the picture in its batch. Results depend on the batch in their last digits.
         size: of the batch.
+        prompts: for each row of the batch the first row with the same prompt; empty: all have the same.
         only: whether to make only this picture.
     """
 
@@ -47,6 +48,7 @@ class Replay:
     index: int = 0
     place: int = 0
     size: int = 1
+    prompts: Sequence[int] = ()
     only: bool = True
 
 
@@ -100,9 +102,9 @@ def metadata(session: Session, pipe: "Pipeline", settings: Mapping[str, Any]) ->
     call = _call.get() or _Call()
     found = session.metadata(pipe, settings, {"command": call.command, "options": call.options})
     picture, now = replay(), found[MADE_WITH]
-    for name, label in LABELS.items() if picture is not None else ():
+    for name, label in LABELS.items():
         before = picture.before.get(name) if picture is not None else None
-        if before is not None and before != now[name] and (name != "model_fingerprint" or (before and now[name])):
+        if before and now[name] and before != now[name]:
             warn(f"the {label} was {before} and is now {now[name]}; the picture may differ")
     return found
 

@@ -11,44 +11,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unclip.cli import options
-from unclip.cli.messages import note
+from unclip.cli.messages import bar, note
+from unclip.cli.options import argument, flag, option
 from unclip.pipelines.session import keep_freed_memory
 
 if TYPE_CHECKING:
     from unclip.training.recipe import Recipe
 
-TRAIN_EXAMPLES = options.examples(
-    "unclip train recipes/emoji/clip.toml --out runs/clip",
-    "unclip train recipes/emoji/prior.toml --out runs/prior",
-    "unclip train recipes/emoji/decoder.toml --dry-run",
-)
-ASSEMBLE_EXAMPLES = options.examples(
-    "unclip assemble --clip runs/clip --prior runs/prior --decoder runs/decoder \\",
-    "  --super-res-first runs/super_res --super-res-last runs/super_res_last \\",
-    "  --out models/mine",
-    'unclip generate "a red apple" --model models/mine',
-    "unclip assemble --clip unclip-emoji --prior unclip-emoji \\",
-    "  --decoder runs/decoder --super-res-first unclip-emoji --out new",
-)
-
 
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A TOML file that describes the run.")],
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            "-o",
-            metavar="RUN",
-            help="The run's folder; an existing run is continued. Required without --dry-run.",
-        ),
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Optimizer steps in all.", show_default="the recipe's")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Run a few steps and print sizes, memory and time; write nothing.")
-    ] = False,
+    recipe: Annotated[Path, argument("RECIPE")],
+    out: Annotated[Path | None, option("RUN", "--out", "-o")] = None,
+    steps: Annotated[int | None, option("N", default="the recipe's", min=1)] = None,
+    dry_run: Annotated[bool, flag("--dry-run")] = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Train one stage by a recipe: clip, prior, prior_autoregressive, decoder or
@@ -56,9 +31,18 @@ def train(
 
     Ctrl-C or SIGTERM saves and stops; the same command continues the run. The run's folder contains metrics.jsonl,
     samples/ and model/, whose path is printed to stdout.
-    """
-    from tqdm import tqdm
 
+    Args:
+        recipe: A TOML file that describes the run.
+        out: The run's folder; an existing run is continued. Required without --dry-run.
+        steps: Optimizer steps in all.
+        dry_run: Run a few steps and print sizes, memory and time; write nothing.
+
+    Examples:
+        unclip train recipes/emoji/clip.toml --out runs/clip
+        unclip train recipes/emoji/prior.toml --out runs/prior
+        unclip train recipes/emoji/decoder.toml --dry-run
+    """
     from unclip.pipelines.session import silence
     from unclip.training.recipe import read_recipe
     from unclip.training.sharding import asked_by_launcher
@@ -74,21 +58,21 @@ def train(
         tell_cost(settings)
         return
     first = is_first()
-    progress = functools.partial(tqdm, disable=None) if first and not quiet else None
+    told = first and not quiet
+    progress = bar(quiet) if told else None
     trainer = Trainer(make_task(settings, progress, run=out), settings, out)
-    if trainer.accelerator.mixed_precision != settings.precision and first and not quiet:
+    if trainer.accelerator.mixed_precision != settings.precision and told:
         note("this CPU has no instructions for bfloat16: training in float32, which is faster here")
-    if trainer.step and first and not quiet:
-        note(f"going on from step {trainer.step} of {settings.steps}")
-    is_terminal = sys.stderr is not None and sys.stderr.isatty()
-    told = first and not quiet and not is_terminal  # where a terminal has a bar
-    trainer.run(progress=progress, on_log=functools.partial(tell_step, settings) if told else None)
+    if trainer.step and told:
+        note(f"continuing from step {trainer.step} of {settings.steps}")
+    lines = told and not (sys.stderr is not None and sys.stderr.isatty())  # a terminal has a bar instead
+    trainer.run(progress=progress, on_log=functools.partial(tell_step, settings) if lines else None)
     if first and trainer.skipped:
         some = "; ".join(f"{name}: {why}" for name, why in list(trainer.skipped.items())[:3])
         note(f"{len(trainer.skipped)} samples or shards could not be read ({out / 'skipped.json'}): {some}")
     if trainer.step < settings.steps:
         if first:
-            note(f"stopped and saved at step {trainer.step} of {settings.steps}; the same command goes on from there")
+            note(f"stopped and saved at step {trainer.step} of {settings.steps}; the same command continues")
         raise typer.Exit(128 + (trainer.stopped_by or signal.SIGINT))
     if first:
         print(out / "model", flush=True)
@@ -115,22 +99,18 @@ def tell_cost(recipe: "Recipe") -> None:
     if not is_first():
         return
     whole = ", of all shards" if cost.is_sharded else ""
-    rows = [(f"parameters of {name}", f"{count:,}") for name, count in cost.parameters.items()]
-    rows += [
-        (what, ", ".join(f"{side}×{side} px" for side in sides))
-        for what, sides in (("pictures read at", cost.read_px), ("pictures in a batch", cost.trained_px))
-        if sides
-    ]
-    rows += [
-        ("parameters trained", f"{cost.trained:,}"),
-        (f"weights, gradients, optimizer, average{whole}", f"{cost.state_bytes / 2**20:,.0f} MiB"),
-        ("peak memory of a step", f"{cost.peak_bytes / 2**20:,.0f} MiB"),
-        ("a step", f"{cost.step_s:.3g} s, {cost.batch_size / cost.step_s:,.1f} pictures/s"),
-        ("the run", f"{cost.steps:,} steps, {cost.steps * cost.batch_size:,} pictures, {duration(cost.total_s)}"),
-    ]
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"{name:<{width}}  {value}", flush=True)
+    rows = {f"parameters of {name}": f"{count:,}" for name, count in cost.parameters.items()}
+    sizes = {"pictures read at": cost.read_px, "pictures in a batch": cost.trained_px}
+    rows |= {name: ", ".join(f"{side}×{side} px" for side in sides) for name, sides in sizes.items() if sides}
+    rows |= {
+        "parameters trained": f"{cost.trained:,}",
+        f"weights, gradients, optimizer, average{whole}": f"{cost.state_bytes / 2**20:,.0f} MiB",
+        "peak memory of a step": f"{cost.peak_bytes / 2**20:,.0f} MiB",
+        "a step": f"{cost.step_s:.3g} s, {cost.batch_size / cost.step_s:,.1f} pictures/s",
+        "the run": f"{cost.steps:,} steps, {cost.steps * cost.batch_size:,} pictures, {duration(cost.total_s)}",
+    }
+    for name, value in rows.items():
+        print(f"{name:<{max(map(len, rows))}}  {value}", flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -144,39 +124,40 @@ def duration(seconds: float) -> str:
 
 
 def assemble(
-    clip: Annotated[Path, typer.Option(metavar="RUN", help="Run of stage clip.")],
-    prior: Annotated[Path, typer.Option(metavar="RUN", help="Run of stage prior.")],
-    decoder: Annotated[Path, typer.Option(metavar="RUN", help="Run of stage decoder.")],
-    super_res_first: Annotated[Path, typer.Option(metavar="RUN", help="Run of super_res, for all steps but the last.")],
+    clip: Annotated[Path, option("RUN")],
+    prior: Annotated[Path, option("RUN")],
+    decoder: Annotated[Path, option("RUN")],
+    super_res_first: Annotated[Path, option("RUN")],
     out: options.NewFolder,
-    super_res_last: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RUN", help="Run of super_res, for the last step.", show_default="the first's network does it too"
-        ),
-    ] = None,
-    super_res_more: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="RUN[:SIZE]",
-            help="Run of super_res for a further stage, which enlarges again, to SIZE pixels a side if it was trained "
-            "for another size; once for each.",
-        ),
-    ] = None,
-    defaults: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="JSON that becomes the model's generation_defaults.json.", show_default="none"
-        ),
-    ] = None,
+    super_res_last: Annotated[Path | None, option("RUN", default="the first's network does it too")] = None,
+    super_res_more: Annotated[list[str] | None, option("RUN[:SIZE]")] = None,
+    defaults: Annotated[Path | None, option("FILE", default="none")] = None,
     dtype: options.KeptDtype = None,
     overwrite: options.OverwriteFolder = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Combine trained stages in one model folder.
+    r"""Combine trained stages in one model folder.
 
     Instead of a run, a model's folder or name may be given; its stage is then used unchanged. The folder works with
     both `unclip generate` and `unclip vary`. Its path is printed to stdout.
+
+    Args:
+        clip: Run of stage clip.
+        prior: Run of stage prior.
+        decoder: Run of stage decoder.
+        super_res_first: Run of super_res, for all steps but the last.
+        super_res_last: Run of super_res, for the last step.
+        super_res_more: Run of super_res for a further stage, which enlarges again, to SIZE pixels a side if it was
+            trained for another size; once for each.
+        defaults: JSON that becomes the model's generation_defaults.json.
+
+    Examples:
+        unclip assemble --clip runs/clip --prior runs/prior --decoder runs/decoder \
+          --super-res-first runs/super_res --super-res-last runs/super_res_last \
+          --out models/mine
+        unclip generate "a red apple" --model models/mine
+        unclip assemble --clip unclip-emoji --prior unclip-emoji \
+          --decoder runs/decoder --super-res-first unclip-emoji --out new
     """
     import torch
 

@@ -12,14 +12,10 @@ from unclip.cli.defaults import config_file
 from unclip.cli.messages import drop, printable
 
 PLAIN = {
-    "int_parsing": "{input!r} is not a whole number",
-    "int_from_float": "{input!r} is not a whole number",
-    "int_type": "{input!r} is not a whole number",
+    **dict.fromkeys(("int_parsing", "int_from_float", "int_type"), "{input!r} is not a whole number"),
     "int_parsing_size": "{input} is too large",
-    "float_parsing": "{input!r} is not a number",
-    "float_type": "{input!r} is not a number",
-    "bool_parsing": "{input!r} is not true or false",
-    "bool_type": "{input!r} is not true or false",
+    **dict.fromkeys(("float_parsing", "float_type"), "{input!r} is not a number"),
+    **dict.fromkeys(("bool_parsing", "bool_type"), "{input!r} is not true or false"),
     "greater_than_equal": "{input} is too small; it must be {ge} or more",
     "less_than_equal": "{input} is too large; it must be {le} or less",
     "finite_number": "{input!r} is not a finite number",

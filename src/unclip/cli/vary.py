@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +11,8 @@ import typer
 from unclip.checkpoints.tensor_file import PROMPT
 from unclip.cli import options
 from unclip.cli.inputs import check_can_vary, is_latent, opened, plain
-from unclip.cli.output import Job, PictureWriter, batched, chosen_seed, exit_if_failed, picture_seed, run_jobs, slug
+from unclip.cli.options import argument, flag, option
+from unclip.cli.output import Job, PictureWriter, slug
 from unclip.cli.provenance import metadata
 from unclip.pipelines.session import Session, sampler_name
 
@@ -20,53 +21,43 @@ if TYPE_CHECKING:
 
     from unclip.stages.manipulation import BipartiteLatent
 
-EXAMPLES = options.examples(
-    "unclip vary photo.jpg",
-    "unclip vary apple.png pear.png -n 4 --grid --out variations",
-    'unclip vary cat.png --prompt "a cat with a hat" --seed 7',
-    "unclip vary cat.png --keep-structure --eta 0.5 -n 4",
-)
 
 DEFAULT_ETA = 0.7
 """Default of --eta: outlines and colours stay, details differ."""
 
 
-@options.expanded
 def vary(
     *,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="One or more picture files.")],
+    images: Annotated[list[Path], argument("IMAGE")],
     model: options.Model = "unclip-emoji",
     num_images: options.NumImagesOfEach = 1,
     seed: options.Seed = None,
-    prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="A caption for the decoder, in addition to the picture.")
-    ] = None,
+    prompt: Annotated[str | None, option("TEXT")] = None,
     negative: options.Negative = None,
-    keep_structure: Annotated[
-        bool, typer.Option("--keep-structure", help="Start from the picture's own noise, found by inversion.")
-    ] = False,
-    eta: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            metavar="SHARE",
-            help="With --keep-structure: fresh noise in each step, from 0 (the picture itself) to 1.",
-            show_default=str(DEFAULT_ETA),
-        ),
-    ] = None,
+    keep_structure: Annotated[bool, flag("--keep-structure")] = False,
+    eta: Annotated[float | None, option("SHARE", default=str(DEFAULT_ETA), min=0, max=1)] = None,
     size: options.Size,
     sampler: options.Sampler = None,
     decoding: options.Decoding,
-    output: options.Output,
-    compute: options.Compute,
-    quiet: options.Quiet = False,
+    common: options.Common,
 ) -> None:
     """Make variations of pictures.
 
     A variation shows the same content in a new picture. Each becomes a PNG file named after the given file and the
     seed. With --keep-structure the outlines stay too, and a file of `unclip invert` may be given instead of a picture.
     The paths are printed to stdout, one on each line.
+
+    Args:
+        images: One or more picture files.
+        prompt: A caption for the decoder, in addition to the picture.
+        keep_structure: Start from the picture's own noise, found by inversion.
+        eta: With --keep-structure: fresh noise in each step, from 0 (the picture itself) to 1.
+
+    Examples:
+        unclip vary photo.jpg
+        unclip vary apple.png pear.png -n 4 --grid --out variations
+        unclip vary cat.png --prompt "a cat with a hat" --seed 7
+        unclip vary cat.png --keep-structure --eta 0.5 -n 4
     """
     if eta is not None and not keep_structure:
         raise typer.BadParameter("--eta goes with --keep-structure")
@@ -79,7 +70,7 @@ def vary(
     from unclip.cli.latents import NO_GUIDANCE, StructureVariations, recorded, recorded_tile, records
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 
-    given = decoding.given()
+    given, compute = decoding.given(), common.compute
     failed: list[Path] = []
     prompt, negative = (None if text is None else plain(text) for text in (prompt, negative))
     if keep_structure:
@@ -88,32 +79,28 @@ def vary(
         known = {"decoder_guidance_scale": NO_GUIDANCE, **recorded(found, {**given, PROMPT: prompt})}
         prompt = known.get(PROMPT) if prompt is None else prompt
         given = {name: known.get(name) if value is None else value for name, value in given.items()}
-    session = Session(model, compute, sampler=sampler, progress=not quiet)
+    session = Session(model, compute, sampler=sampler, progress=not common.quiet)
     check_can_vary(model, session.index)
     settings = session.settings(UnCLIPImageVariationPipeline, given) | size.sides
-    writer = PictureWriter.of(output, len(images) * num_images)
-    seed = chosen_seed(seed, writer, quiet=quiet)
+    writer = PictureWriter(common, len(images) * num_images, seed=seed)
 
     def latent(path: Path) -> "BipartiteLatent":
         return session.manipulator().load(path)[0]
 
-    def jobs() -> Iterator[Job]:
+    def all_jobs() -> Iterator[Job]:
         for one in opened(images, failed, latent if keep_structure else None):
             facts = {"image": plain(one.path.name)} | ({} if one.row is None else {"row": one.row})
             for copy in range(num_images):
                 name = f"{slug(plain(one.path.stem))}-variation"
-                yield Job(one.given, picture_seed(seed, one.place * num_images + copy), name, facts, one.row or 0)
+                yield Job(one.given, writer.seed_of(one.place * num_images + copy), name, facts, one.row or 0)
 
-    batches = batched(jobs(), output.batch_size)
-    first = next(batches, None)  # broken files are found before the weights are read
-    if first is not None:
+    jobs = all_jobs()
+    first = list(islice(jobs, common.output.batch_size))  # broken files are found before the weights are read
+    if first:
         pipe = session.pipeline(UnCLIPImageVariationPipeline)
         sampled_by = "ddim" if keep_structure else sampler_name(pipe)
-        about = {
-            "prompt": prompt,
-            "negative": negative,
-            **metadata(session, pipe, {**settings, "sampler": sampled_by}),
-        }
+        about = {"prompt": prompt, "negative": negative}
+        about |= metadata(session, pipe, {**settings, "sampler": sampled_by})
         if keep_structure:
             about["eta"] = DEFAULT_ETA if eta is None else eta
         variations = StructureVariations(session.manipulator(), settings, prompt)
@@ -124,10 +111,9 @@ def vary(
                 return variations.make(pictures, seeds, about["eta"])
             return pipe(pictures, prompt=prompt, negative_prompt=negative, seed=seeds, **settings).images  # type: ignore[union-attr, return-value]
 
-        run_jobs(chain([first], batches), draw, writer, about)
-        if output.grid:
-            name = slug(plain(images[0].stem)) if len(images) == 1 else "pictures"
-            columns = num_images if len(images) > 1 and num_images > 1 else None
-            used = ", ".join(plain(path.name) for path in images if path not in failed)
-            writer.save_sheet(f"{name}-variation-{seed}", {"image": used, **about, "seed": seed}, columns=columns)
-    exit_if_failed(writer, len(failed))
+        writer.make(chain(first, jobs), draw, about)
+        name = slug(plain(images[0].stem)) if len(images) == 1 else "pictures"
+        columns = num_images if len(images) > 1 and num_images > 1 else None
+        used = ", ".join(plain(path.name) for path in images if path not in failed)
+        writer.save_sheet(f"{name}-variation", {"image": used, **about}, columns=columns)
+    writer.exit_if_failed(len(failed))

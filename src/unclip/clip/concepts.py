@@ -18,6 +18,8 @@ from unclip.errors import WeightsError
 
 KIND, VERSION = "concepts", 1
 NUM_NEAREST = 3
+FALSE_ALARM_WEIGHT = 5
+"""How many reports of nonsense one false report of a known caption outweighs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +30,7 @@ class Concepts:
         model: the model's name in messages.
         names: the names of each concept; the first is its label.
         embeddings: float32 [num_concepts, embedding_dim], image embeddings of the concepts, not normalised.
-        threshold: a cosine, from -1 to 1. A caption whose text embedding is less similar to every concept is unknown.
+        threshold: a closeness, from -2 to 2. A caption that is less close to the concepts is unknown.
     """
 
     model: str
@@ -85,16 +87,21 @@ class Concepts:
         return found
 
     def nearest(self, text_embeds: Tensor, count: int = NUM_NEAREST) -> tuple[Tensor, Tensor]:
-        """The cosines and the indices, both [batch, count], of the concepts most similar to text embeddings.
+        """How close text embeddings are to the concepts, and which concepts are nearest.
+
+        The closeness is the cosine with the nearest concept less the mean cosine with all concepts: a caption that is
+        about as similar to everything is close to nothing.
 
         Args:
             text_embeds: [batch, embedding_dim].
-            count: how many; fewer if there are fewer concepts.
+            count: number of nearest concepts; fewer if there are fewer.
+
+        Returns: the closeness [batch], and the indices of the nearest concepts [batch, count].
         """
         texts = F.normalize(text_embeds.detach().float().cpu(), dim=-1)
         cosines = texts @ F.normalize(self.embeddings, dim=-1).T
         values, indices = cosines.topk(min(count, len(self)), dim=1)
-        return values, indices
+        return values[:, 0] - cosines.mean(dim=1), indices
 
     def reports(self, captions: Sequence[str], text_embeds: Tensor) -> list[str]:
         """A message for each unknown caption, with the three nearest concepts.
@@ -107,8 +114,8 @@ class Concepts:
         """
         if text_embeds.shape[-1] != self.embeddings.shape[1]:
             return []
-        cosines, indices = self.nearest(text_embeds)
-        unknown = (cosines[:, 0] < self.threshold).tolist()
+        closeness, indices = self.nearest(text_embeds)
+        unknown = (closeness < self.threshold).tolist()
         return [
             f"{caption[:60]!r} is not close to anything {self.model} knows; nearest: "
             + ", ".join(self.names[place][0] for place in places)
@@ -118,16 +125,16 @@ class Concepts:
 
 
 def best_threshold(known: Tensor, unknown: Tensor) -> float:
-    """The threshold that separates similarities [n] of known captions from those of unknown ones [m] best.
+    """The threshold that separates the closeness [n] of known captions from that of unknown ones [m] best.
 
-    It maximises the share of known captions above it plus the share of unknown ones below it. Of equally good ones it
-    is the middle.
+    It maximises the share of unknown captions below it less `FALSE_ALARM_WEIGHT` times the share of known ones below
+    it. Of equally good ones it is the middle.
     """
     candidates = torch.cat([known, unknown]).sort().values
     edges = (candidates[1:] + candidates[:-1]) / 2
     known, unknown = known.sort().values, unknown.sort().values
     missed = torch.searchsorted(known, edges) / len(known)
     caught = torch.searchsorted(unknown, edges) / len(unknown)
-    score = caught - missed
+    score = caught - FALSE_ALARM_WEIGHT * missed
     best = edges[score == score.max()]
     return float(best[len(best) // 2])

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from unclip.clip.config import MAX_PREPROCESSED_PX
+from unclip.clip.config import Pixels
 from unclip.errors import ConfigError, InputError
 from unclip.images import Pictures, as_pictures, rgb
+from unclip.limits import described, fits
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
@@ -149,12 +150,9 @@ class ImageEncoder:
         for switch, setting in (("do_resize", "size"), ("do_center_crop", "crop_size")):
             if not getattr(self.feature_extractor, switch, False):
                 continue
-            sides = {key: value for key, value in dict(getattr(self.feature_extractor, setting) or {}).items() if value}
-            for key, value in sides.items():
-                if not isinstance(value, int) or not 1 <= value <= MAX_PREPROCESSED_PX:
-                    raise ConfigError(
-                        f"feature_extractor.{setting} has {key} {value!r}; it must be from 1 to {MAX_PREPROCESSED_PX}"
-                    )
+            sides = {key: px for key, px in dict(getattr(self.feature_extractor, setting) or {}).items() if px}
+            if sides and not fits(tuple(sides.values()), tuple[Pixels, ...]):
+                raise ConfigError(f"feature_extractor.{setting} is {sides}; it must be {described(Pixels)}")
             if "height" in sides:
                 made = (sides["height"], sides.get("width"))
         if made != (size, size):
@@ -186,10 +184,7 @@ class ImageEncoder:
         if pixels.ndim != 4 or len(pixels) < 1 or pixels.shape[1:] != (3, size, size):
             raise InputError(f"an image tensor must be [batch, 3, {size}, {size}]; this one is {tuple(pixels.shape)}")
         if not pixels.is_floating_point() or pixels.is_meta or not pixels.isfinite().all():
-            raise InputError(
-                "an image tensor must hold finite floating-point numbers, as the feature extractor makes them; "
-                f"this one is {pixels.dtype} on {pixels.device}"
-            )
+            raise InputError(f"an image tensor must hold finite floating-point numbers; this one is {pixels.dtype}")
         return pixels
 
 

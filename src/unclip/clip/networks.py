@@ -5,14 +5,15 @@ They have the weights and outputs of transformers' classes, but import much fast
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.errors import InputError
-from unclip.models.component import ANYTHING, MAX_LAYERS, Component, ModelConfig
+from unclip.limits import Range, Share
+from unclip.models.component import ANYTHING, Component, Depth, ModelConfig, WideWidth, Width, check_shape
 from unclip.models.kernels import Conv2d, Embedding, Linear, attention
 
 OLD_END_OF_TEXT = 2
@@ -47,25 +48,17 @@ _NEUTRAL: dict[str, Any] = {
 class _EncoderConfig(ModelConfig):
     """Settings of both encoders."""
 
-    hidden_size: int
-    intermediate_size: int
-    projection_dim: int = 512
-    num_hidden_layers: int = 12
-    num_attention_heads: int
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
+    hidden_size: Width
+    intermediate_size: WideWidth
+    projection_dim: Width = 512
+    num_hidden_layers: Depth = 12
+    num_attention_heads: Annotated[int, Range(1, 1024)]
+    hidden_act: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    layer_norm_eps: Share = 1e-5
 
     def check(self) -> None:
-        for name in self:
-            if isinstance(value := getattr(self, name), tuple):
-                raise self._refuse(name, "a single value", value)
-        self.check_whole("hidden_size", "projection_dim")
-        self.check_whole("intermediate_size", high=65_536)
-        self.check_whole("num_hidden_layers", high=MAX_LAYERS)
-        self.check_whole("num_attention_heads", high=1024)
-        self.check_divides(self.num_attention_heads, self.hidden_size, "all of num_attention_heads have the same width")
-        self.check_one_of("hidden_act", tuple(ACTIVATIONS))
-        self.check_real("layer_norm_eps", low=0.0, high=1.0)
+        heads = f"num_attention_heads is {self.num_attention_heads}; it must divide hidden_size, {self.hidden_size}"
+        self.require(self.hidden_size % self.num_attention_heads == 0, heads)
 
     def approximate_parameters(self) -> int:
         layer = 4 * self.hidden_size**2 + 2 * self.hidden_size * self.intermediate_size
@@ -78,20 +71,13 @@ class CLIPTextEncoderConfig(_EncoderConfig):
 
     NEUTRAL: ClassVar = {**_NEUTRAL, "bos_token_id": ANYTHING, "pad_token_id": ANYTHING}
 
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    num_attention_heads: int = 8
-    vocab_size: int = 49_408
-    max_position_embeddings: int = 77
-    eos_token_id: int = 49_407
-    model_type: str = "clip_text_model"
-
-    def check(self) -> None:
-        super().check()
-        self.check_whole("vocab_size", high=1_000_000)
-        self.check_whole("max_position_embeddings", high=65_536)
-        self.check_whole("eos_token_id", low=0, high=1_000_000)
-        self.check_one_of("model_type", ("clip_text_model",))
+    hidden_size: Width = 512
+    intermediate_size: WideWidth = 2048
+    num_attention_heads: Annotated[int, Range(1, 1024)] = 8
+    vocab_size: Annotated[int, Range(1, 1_000_000)] = 49_408
+    max_position_embeddings: WideWidth = 77
+    eos_token_id: Annotated[int, Range(0, 1_000_000)] = 49_407
+    model_type: Literal["clip_text_model"] = "clip_text_model"
 
     def approximate_parameters(self) -> int:
         tables = (self.vocab_size + self.max_position_embeddings) * self.hidden_size
@@ -104,20 +90,18 @@ class CLIPImageEncoderConfig(_EncoderConfig):
 
     NEUTRAL: ClassVar = _NEUTRAL
 
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_attention_heads: int = 12
-    num_channels: int = 3
-    image_size: int = 224
-    patch_size: int = 32
-    model_type: str = "clip_vision_model"
+    hidden_size: Width = 768
+    intermediate_size: WideWidth = 3072
+    num_attention_heads: Annotated[int, Range(1, 1024)] = 12
+    num_channels: Annotated[int, Range(1, 16)] = 3
+    image_size: Annotated[int, Range(1, 4096)] = 224
+    patch_size: Annotated[int, Range(1, 4096)] = 32
+    model_type: Literal["clip_vision_model"] = "clip_vision_model"
 
     def check(self) -> None:
         super().check()
-        self.check_whole("num_channels", high=16)
-        self.check_whole("image_size", high=4096)
-        self.check_whole("patch_size", high=self.image_size)
-        self.check_one_of("model_type", ("clip_vision_model",))
+        patch = f"patch_size is {self.patch_size}; it must be at most image_size, {self.image_size}"
+        self.require(self.patch_size <= self.image_size, patch)
 
     @property
     def num_patches(self) -> int:
@@ -300,10 +284,8 @@ class CLIPTextEncoder(_Encoder[CLIPTextEncoderConfig]):
         limit = self.config.max_position_embeddings
         if input_ids.dim() != 2 or not 1 <= input_ids.shape[1] <= limit:
             raise InputError(f"input_ids is {tuple(input_ids.shape)}; it must be [batch, tokens], of 1 to {limit}")
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise InputError(
-                f"attention_mask is {tuple(attention_mask.shape)}; it must be as input_ids {tuple(input_ids.shape)}"
-            )
+        if attention_mask is not None:
+            check_shape("attention_mask", attention_mask, *input_ids.shape)
         tokens = self.text_model(input_ids, attention_mask)
         rows = torch.arange(len(tokens), device=tokens.device)
         pooled = tokens[rows, self._end_of_text(input_ids).to(tokens.device)]
@@ -341,9 +323,7 @@ class CLIPImageEncoder(_Encoder[CLIPImageEncoderConfig]):
         Raises: InputError for another shape.
         """
         config = self.config
-        wanted = (config.num_channels, config.image_size, config.image_size)
-        if pixel_values.dim() != 4 or tuple(pixel_values.shape[1:]) != wanted:
-            raise InputError(f"pixel_values is {tuple(pixel_values.shape)}; it must be [batch, {str(wanted)[1:-1]}]")
+        check_shape("pixel_values", pixel_values, "batch", config.num_channels, config.image_size, config.image_size)
         pooled, tokens = self.vision_model(pixel_values)
         return CLIPImageEncoderOutput(self.visual_projection(pooled), tokens)
 

@@ -15,13 +15,25 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.checkpoints.files import output_folder, read_json, safe_join, write_json
-from unclip.clip.config import check_image_processor_values
+from unclip.clip.config import check_image_processor_settings
 from unclip.errors import ConfigError
+from unclip.limits import fits
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 """Statistics of the training pictures of OpenAI's CLIP: the defaults of image_mean and image_std."""
 
+_DEFAULTS: dict[str, Any] = {
+    "do_resize": True,
+    "size": 224,
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": 224,
+    "rescale_factor": 1 / 255,
+    "image_mean": OPENAI_MEAN,
+    "image_std": OPENAI_STD,
+}
+# Further settings, with the only values that are implemented.
 _ALWAYS = {"do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "do_pad": None, "pad_size": None}
 # Names of classes, which do not change the result.
 _NAMES = ("feature_extractor_type", "image_processor_type", "processor_class")
@@ -57,28 +69,16 @@ class PicturePreprocessor:
         Raises: ConfigError for a setting that is not implemented (transformers' class must then be used);
             CheckpointError for a file that cannot be read.
         """
-        return cls._from_settings(read_json(safe_join(folder, "preprocessor_config.json")))
-
-    @classmethod
-    def _from_settings(cls, settings: Mapping[str, Any]) -> Self:
+        settings = read_json(safe_join(folder, "preprocessor_config.json"))
         given = {name: value for name, value in settings.items() if name not in _NAMES}
-        for name, only in _ALWAYS.items():
-            if given.pop(name, only) is not only:
-                raise ConfigError(f"{name} = {settings[name]!r:.80} in preprocessor_config.json is not implemented")
-        made = cls(
-            do_resize=_switch(given.pop("do_resize", True)),
-            size=_sides(given.pop("size", 224), ("shortest_edge",)),
-            resample=_filter(given.pop("resample", 3)),
-            do_center_crop=_switch(given.pop("do_center_crop", True)),
-            crop_size=_sides(given.pop("crop_size", 224), ("height", "width")),
-            rescale_factor=numbers([given.pop("rescale_factor", 1 / 255)], 1)[0],
-            image_mean=numbers(given.pop("image_mean", OPENAI_MEAN), 3),
-            image_std=numbers(given.pop("image_std", OPENAI_STD), 3),
-        )
-        if given:
-            raise ConfigError(f"{', '.join(sorted(given)):.80} in preprocessor_config.json is not implemented")
-        check_image_processor_values(settings, "preprocessor_config.json")
-        return made
+        own = {name: given.pop(name, default) for name, default in _DEFAULTS.items()}
+        for name, value in (*given.items(), *own.items()):
+            if value is not _ALWAYS.get(name, ...) if name in given else value is None:
+                raise ConfigError(f"{name} = {value!r:.80} in preprocessor_config.json is not implemented")
+        check_image_processor_settings(settings, "preprocessor_config.json")
+        own |= {"size": _sides(own["size"], "shortest_edge"), "crop_size": _sides(own["crop_size"])}
+        own |= {name: numbers(own[name], 3) for name in ("image_mean", "image_std")}
+        return cls(**own)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write preprocessor_config.json, which transformers can read."""
@@ -129,31 +129,17 @@ def _middle(values: np.ndarray, height: int, width: int) -> np.ndarray:
     return values
 
 
-def _switch(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{value!r:.80} in preprocessor_config.json is neither true nor false")
-    return value
-
-
-def _sides(value: Any, names: tuple[str, ...]) -> dict[str, int]:
-    """A size as a mapping; a single number applies to all of `names`."""
-    sides = dict.fromkeys(names, value) if type(value) is int else value
-    kinds = ({"height", "width"}, {"shortest_edge"} & set(names))
-    if not isinstance(sides, Mapping) or set(sides) not in kinds or not all(type(px) is int for px in sides.values()):
+def _sides(value: Any, edge: str | None = None) -> dict[str, int]:
+    """A size as a mapping; a single number is that of the `edge`, or of both sides."""
+    sides = dict.fromkeys([edge] if edge else ["height", "width"], value) if type(value) is int else dict(value)
+    if set(sides) not in ({"height", "width"}, {edge}) or None in sides.values():
         raise ConfigError(f"the size {value!r:.80} in preprocessor_config.json is not implemented")
-    return dict(sides)
-
-
-def _filter(value: Any) -> int:
-    if type(value) is not int or value not in list(Image.Resampling):
-        raise ConfigError(f"resample = {value!r:.80} in preprocessor_config.json is not a filter of PIL")
-    return value
+    return sides  # pyright: ignore[reportReturnType]
 
 
 def numbers(values: Any, count: int) -> tuple[float, ...]:
     """A list in preprocessor_config.json as `count` finite numbers. Raises: ConfigError for anything else."""
-    if not isinstance(values, list | tuple) or len(values) != count:
+    found = tuple(values) if isinstance(values, list | tuple) else ()
+    if len(found) != count or not all(fits(value, float) and math.isfinite(value) for value in found):
         raise ConfigError(f"{values!r:.80} in preprocessor_config.json must be {count} numbers")
-    if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
-        raise ConfigError(f"{values!r:.80} in preprocessor_config.json must be {count} numbers")
-    return tuple(values)
+    return found

@@ -24,49 +24,29 @@ UNLIMITED = 10**30
 """`model_max_length` if a folder does not set it."""
 
 # Splits a caption before merging: special tokens, English contractions, words, single digits, the rest.
-PIECES = "|".join(
-    [
-        re.escape(START),
-        re.escape(END),
-        "'s",
-        "'t",
-        "'re",
-        "'ve",
-        "'m",
-        "'ll",
-        "'d",
-        r"\p{L}+",
-        r"\p{N}",
-        r"[^\s\p{L}\p{N}]+",
-    ]
-)
+PIECES = rf"{re.escape(START)}|{re.escape(END)}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+"
 
 _SPECIAL = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-# Settings without effect here, with their neutral values; None: every value.
-_NEUTRAL: dict[str, tuple[Any, ...] | None] = {
+# Settings with neutral values, which have no effect here.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_prefix_space": (False,),
     "additional_special_tokens": ([], None),
     "backend": ("tokenizers",),
-    "clean_up_tokenization_spaces": None,
     "do_lower_case": (True,),
-    "errors": None,
     "extra_special_tokens": ([], {}, None),
-    "is_local": None,
-    "local_files_only": None,
-    "max_length": None,
-    "model_max_length": None,
-    "name_or_path": None,
     "pad_to_multiple_of": (None,),
-    "pad_token_type_id": None,
     "padding_side": ("right",),
-    "processor_class": None,
-    "special_tokens_map_file": None,
     "split_special_tokens": (False,),
     "stride": (0,),
     "tokenizer_class": ("CLIPTokenizer", "CLIPTokenizerFast", None),
     "truncation_side": ("right",),
-    "truncation_strategy": None,
 }
+# Settings that have no effect here at any value.
+_IGNORED = {
+    "added_tokens_decoder", "clean_up_tokenization_spaces", "errors", "is_local", "local_files_only", "max_length",
+    "model_max_length", "name_or_path", "pad_token_type_id", "processor_class", "special_tokens_map_file",
+    "truncation_strategy",
+}  # fmt: skip
 _PLAIN = ("lstrip", "rstrip", "single_word")
 
 
@@ -218,9 +198,7 @@ def _optional_json(path: Path) -> dict[str, Any]:
 def _check_settings(settings: Mapping[str, Any]) -> None:
     _check_special(settings, "tokenizer_config.json")
     for name, value in settings.items():
-        if name in _SPECIAL or name == "added_tokens_decoder":
-            continue
-        if name not in _NEUTRAL or ((allowed := _NEUTRAL[name]) is not None and value not in allowed):
+        if name not in {*_SPECIAL, *_IGNORED} and value not in _NEUTRAL.get(name, ()):
             raise ConfigError(f"{name} = {value!r:.80} in tokenizer_config.json is not implemented")
 
 
@@ -262,19 +240,16 @@ def _read_whole(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
         value = parsed.get(section)
         if value is not None and (not isinstance(value, dict) or value.get("direction", "Right") != "Right"):
             raise ConfigError(f"{section} in {path} is {value!r:.200}; only the direction Right is implemented")
-    model = parsed.get("model")
-    if not isinstance(model, dict) or model.get("type") != "BPE":
-        raise ConfigError(f"{path} does not contain a byte-pair encoding")
-    vocabulary, merges, added = model.get("vocab"), model.get("merges"), parsed.get("added_tokens", [])
-    if not (isinstance(vocabulary, dict) and isinstance(merges, list) and isinstance(added, list)):
-        raise ConfigError(f"{path} has no vocabulary, merges and added tokens")
-    pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
-    if any(len(pair) != 2 for pair in pairs):
-        raise ConfigError(f"{path} has a merge that is not a pair")
     try:
+        model = parsed["model"]
+        parts = vocabulary, merges, added = model["vocab"], model["merges"], parsed.get("added_tokens", [])
+        pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+        is_bpe = model["type"] == "BPE" and [type(part) for part in parts] == [dict, list, list]
+        if not is_bpe or any(len(pair) != 2 for pair in pairs):
+            raise ConfigError(f"{path} does not contain a byte-pair encoding")
         _check_added({token["id"]: token for token in added}, vocabulary)
     except (KeyError, TypeError) as problem:
-        raise ConfigError(f"{path} has an invalid added token: {problem!r:.80}") from problem
+        raise ConfigError(f"{path} is not a tokenizer of CLIP: {problem!r:.80}") from problem
     return vocabulary, pairs  # type: ignore[return-value]
 
 

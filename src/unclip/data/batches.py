@@ -1,22 +1,21 @@
-"""Training batches, the interface of data sources, and the source that streams shards."""
+"""Training batches, and the data source that streams shards."""
 
 import contextlib
+import copy
 import hashlib
 import itertools
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from unclip.data.folder import MAX_SKIPPED_SHARE, in_percent
+from unclip.data.folder import MAX_SKIPPED_SHARE, some_of
 from unclip.data.samples import Sample, decode, read_captions, recaptioned
-from unclip.data.shards import Ahead, RawSample, ShardStream, expand
+from unclip.data.shards import Prefetch, RawSample, ShardStream, expand
 from unclip.errors import DataError
 
 PLAIN_SHARE = 0.5
@@ -54,49 +53,6 @@ class Rows:
         )
 
 
-class Source(Protocol):
-    """The interface of a data set for training tasks."""
-
-    is_local: bool
-    """Whether a batch holds only the rows of this process; otherwise every process draws the same full batch."""
-
-    @property
-    def skipped(self) -> dict[str, str]:
-        """Pictures, samples and shards that could not be read so far, with the reasons."""
-        ...
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Number of samples of each shard that was read completely. A resumed run may set them."""
-        ...
-
-    def draw(self, step: int, count: int, generator: torch.Generator) -> Rows:
-        """The rows of one step."""
-        ...
-
-    def examples(self, count: int, *, held_out: bool = False) -> Rows:
-        """At most `count` rows with their plain captions, always the same ones.
-
-        With `held_out`, rows that are kept out of training; there may be none.
-        """
-        ...
-
-    def examples_in_parts(self, count: int, size: int) -> Iterator[Rows]:
-        """The rows of `examples`, `size` at a time."""
-        ...
-
-    def all_captions(self) -> Iterator[str]:
-        """All captions, for training a tokenizer."""
-        ...
-
-    def reading(self, should_stop: Callable[[], bool]) -> contextlib.AbstractContextManager[None]:
-        """A context in which waiting for data raises Cancelled when `should_stop` returns true.
-
-        Prefetching stops at its end. Later draws are not affected.
-        """
-        ...
-
-
 def choose_captions(choices: Sequence[Sequence[str]], generator: torch.Generator) -> list[str]:
     """A caption for each row: the first (plain) one with probability `PLAIN_SHARE`, otherwise any of them."""
     chances = torch.rand(2, len(choices), generator=generator).tolist()
@@ -131,10 +87,11 @@ class ShardSource:
         num_workers: threads that decode.
         caption_key: the key of the caption in a sample's .json; None for the usual keys.
 
-    Raises: DataError when there are no shards.
+    Raises: DataError when `shards` names none.
     """
 
     is_local = True
+    """A batch holds only the rows of this process."""
 
     def __init__(
         self,
@@ -155,29 +112,32 @@ class ShardSource:
         self.stream = ShardStream(
             expand(shards), seed=seed, block=block, rank=rank, world=world, weight_power=weight_power
         )
-        self._examples = ShardStream(self.stream.shards, seed=seed, block=1)  # the same for every process
-        self._examples.counts = self.stream.counts
+        # The same for every process.
+        self._examples = ShardStream(self.stream.shards, seed=seed, block=1, counts=self.stream.counts)
         self._decoders = ThreadPoolExecutor(num_workers, thread_name_prefix="unclip-decode")
-        self._ahead: Ahead[list[Sample]] | None = None
+        self._prefetch: Prefetch[list[Sample]] | None = None
         self._next = (-1, 0)  # position and size of the prefetched batch
         self._should_stop: Callable[[], bool] | None = None
         self._num_warned = 0
 
     @property
     def skipped(self) -> dict[str, str]:
+        """Samples and shards that could not be read so far, with the reasons."""
         return self.stream.damage.broken
 
     @property
     def counts(self) -> dict[str, int]:
+        """Number of samples of each shard that was read completely. A resumed run may set them."""
         return self.stream.counts
 
     def draw(self, step: int, count: int, generator: torch.Generator) -> Rows:
+        """The rows of one step."""
         position = step * count
-        if self._ahead is None or self._next != (position, count):
+        if self._prefetch is None or self._next != (position, count):
             self._stop_prefetch()
-            self._ahead = Ahead(self._batches(position, count), self._is_to_stop)
+            self._prefetch = Prefetch(self._batches(position, count), self._is_to_stop)
         try:
-            samples = next(self._ahead)
+            samples = next(self._prefetch)
         except BaseException:
             self._stop_prefetch()
             raise
@@ -187,22 +147,28 @@ class ShardSource:
         return self._rows(samples, captions)
 
     def examples(self, count: int, *, held_out: bool = False) -> Rows:
-        if held_out:  # shards have no held-out samples
+        """At most `count` rows with their plain captions, always the same ones.
+
+        With `held_out`, rows that are kept out of training; shards have none.
+        """
+        if held_out:
             return Rows([], {size: torch.zeros(0, 3, size, size) for size in self.sizes}, torch.zeros(0).long())
         return next(self.examples_in_parts(count, count))
 
     def examples_in_parts(self, count: int, size: int) -> Iterator[Rows]:
-        with contextlib.closing(Ahead(self._examples.one_epoch(), self._is_to_stop)) as samples:
+        """The rows of `examples`, `size` at a time."""
+        with contextlib.closing(Prefetch(self._examples.one_epoch(), self._is_to_stop)) as samples:
             decoded = (self._decode(raw) for raw in samples)
             good = itertools.islice((sample for sample in decoded if isinstance(sample, Sample)), count)
             part = list(itertools.islice(good, size))
             if not part:
-                raise DataError(f"no sample can be read: {self._some()}")
+                raise DataError(f"no sample can be read: {some_of(self.skipped)}")
             while part:
                 yield self._rows(part, [sample.captions[0] for sample in part])
                 part = list(itertools.islice(good, size))
 
     def all_captions(self, limit: int = 200_000) -> Iterator[str]:
+        """All captions (of the first samples), for training a tokenizer."""
         for raw in itertools.islice(self._examples.one_epoch(), limit):
             try:
                 yield from read_captions(recaptioned(raw, self.caption_key))
@@ -211,6 +177,10 @@ class ShardSource:
 
     @contextlib.contextmanager
     def reading(self, should_stop: Callable[[], bool]) -> Iterator[None]:
+        """A context in which waiting for data raises Cancelled when `should_stop` returns true.
+
+        Prefetching stops at its end. Later draws are not affected.
+        """
         self._should_stop = should_stop
         try:
             yield
@@ -224,23 +194,23 @@ class ShardSource:
         self._decoders.shutdown(cancel_futures=True)
 
     def _stop_prefetch(self) -> None:
-        if self._ahead is not None:
-            self._ahead.close()
-            self._ahead = None
+        if self._prefetch is not None:
+            self._prefetch.close()
+            self._prefetch = None
 
     def _is_to_stop(self) -> bool:
         return self._should_stop is not None and self._should_stop()
 
     def _batches(self, position: int, count: int) -> Iterator[list[Sample]]:
-        samples = _Order(self.stream.read_from(position))
+        (samples,) = itertools.tee(self.stream.read_from(position), 1)
         while True:
             yield self._batch(samples, count)
 
-    def _batch(self, samples: "_Order", count: int) -> list[Sample]:
+    def _batch(self, samples: Iterator[RawSample], count: int) -> list[Sample]:
         raw = list(itertools.islice(samples, count))
         found = list(self._decoders.map(self._decode, raw))
         self._check_damage(raw, found)
-        good = [sample for sample in found if isinstance(sample, Sample)] or [self._next_good(samples)]
+        good = [sample for sample in found if isinstance(sample, Sample)] or [self._next_good(copy.copy(samples))]
         return [s if isinstance(s, Sample) else good[place % len(good)] for place, s in enumerate(found)]
 
     def _check_damage(self, raw: Sequence[RawSample], found: Sequence[Sample | DataError]) -> None:
@@ -248,26 +218,19 @@ class ShardSource:
 
         Raises: DataError when it exceeds the allowed share.
         """
-        damage = self.stream.damage
+        damage, share = self.stream.damage, self.max_skipped_share
         for sample, reason in zip(raw, found, strict=True):
             if not isinstance(reason, Sample):
                 damage.broken[sample.name] = str(reason)
-        broken, shards = damage.num_broken_samples, damage.num_broken_shards
-        if broken / max(damage.num_read, MIN_JUDGED) > self.max_skipped_share:
-            raise DataError(
-                f"{broken} of {damage.num_read} samples cannot be read, more than the "
-                f"{in_percent(self.max_skipped_share)} allowed; {self._some()}"
-            )
-        if shards > max(MAX_DAMAGED_SHARDS, self.max_skipped_share) * len(self.stream.shards):
-            raise DataError(f"{shards} of {len(self.stream.shards)} shards are damaged; {self._some()}")
+        damage.check(share, max(MAX_DAMAGED_SHARDS, share), MIN_JUDGED)
 
-    def _next_good(self, samples: "_Order") -> Sample:
-        """The next readable sample in the order, without consuming it.
+    def _next_good(self, samples: Iterator[RawSample]) -> Sample:
+        """The next readable sample.
 
         Raises: DataError when there is none, or too many before it cannot be read.
         """
         met: set[str] = set()
-        for count, raw in enumerate(samples.ahead()):
+        for count, raw in enumerate(samples):
             found = self._decode(raw)
             if isinstance(found, Sample):
                 return found
@@ -276,7 +239,7 @@ class ShardSource:
             # Enough samples to span a whole epoch, although a block drawn by weight repeats some.
             if count >= 3 * len(met) + 2 * self.stream.block:
                 break
-        raise DataError(f"none of {len(met)} samples can be read: {self._some()}")
+        raise DataError(f"none of {len(met)} samples can be read: {some_of(self.skipped)}")
 
     def _decode(self, raw: RawSample) -> Sample | DataError:
         try:
@@ -291,40 +254,17 @@ class ShardSource:
             for size in self.sizes
             if all(size in s.pixels for s in samples)
         }
-        found = [sample.embedding for sample in samples]
-        embeddings = torch.stack([e for e in found if e is not None]) if all(e is not None for e in found) else None
+        embeddings = [sample.embedding for sample in samples if sample.embedding is not None]
+        if len(embeddings) < len(samples):
+            return Rows(captions, images, index)
         clips = frozenset(sample.clip for sample in samples if sample.clip is not None)
-        return Rows(captions, images, index, embeddings, clips if embeddings is not None else frozenset())
-
-    def _some(self) -> str:
-        return "; ".join(f"{name}: {why}" for name, why in list(self.skipped.items())[:3])
+        return Rows(captions, images, index, torch.stack(embeddings), clips)
 
     def _warn_of_skipped(self) -> None:
         new = list(self.skipped.items())[self._num_warned :]
         self._num_warned += len(new)
         for name, why in new:
             warnings.warn(f"skipped {name}: {why}", stacklevel=3)
-
-
-class _Order:
-    """An iterator of samples with lookahead."""
-
-    def __init__(self, samples: Iterable[RawSample]) -> None:
-        self._samples = iter(samples)
-        self._seen: deque[RawSample] = deque()
-
-    def __iter__(self) -> Iterator[RawSample]:
-        return self
-
-    def __next__(self) -> RawSample:
-        return self._seen.popleft() if self._seen else next(self._samples)
-
-    def ahead(self) -> Iterator[RawSample]:
-        """The next samples, without consuming them."""
-        yield from tuple(self._seen)
-        for sample in self._samples:
-            self._seen.append(sample)
-            yield sample
 
 
 def _number(name: str) -> int:

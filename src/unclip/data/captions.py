@@ -11,7 +11,7 @@ from typing import Literal
 from urllib.parse import unquote
 
 from unclip.checkpoints.files import atomic_file, safe_join
-from unclip.data.folder import METADATA, USUAL_KEYS, Keys, Record, picture_files, read_metadata
+from unclip.data.folder import METADATA, USUAL_KEYS, Keys, Record, picture_files, read_metadata, some_of
 from unclip.errors import DataError, OutputExistsError, UnsafeFileError
 
 Origin = Literal["texts", "names", "folders"]
@@ -77,13 +77,13 @@ def write_captions(
     found = Captioned(folder / METADATA[0])
     pictures = list(_usable(folder, found))
     if not pictures:
-        raise DataError(f"{folder} has no usable pictures{_some(found)}")
+        raise DataError(f"{folder} has no usable pictures {some_of(found.left_out)}")
     if csv is not None:
         _read_csv(csv, folder, pictures, keys, found)
     else:
         _read_files(folder, pictures, origin, found)
     if not found.records:
-        raise DataError(f"no picture in {folder} has a caption{_some(found)}")
+        raise DataError(f"no picture in {folder} has a caption: {some_of(found.left_out)}")
     with atomic_file(found.file, overwrite=overwrite) as draft:
         draft.write_text("".join(map(_line, found.records)), encoding="utf-8")
     return found
@@ -120,9 +120,8 @@ def captions_of_names(names: Sequence[str]) -> list[str | None]:
 
 
 def _is_serial(stem: str) -> bool:
-    words = re.findall(r"[^\W\d_]+", stem)
-    has_digit = any(letter.isdigit() for letter in stem)
-    is_serial = has_digit and {word.lower() for word in words} <= _SERIAL_WORDS
+    words = {word.lower() for word in re.findall(r"[^\W\d_]+", stem)}
+    is_serial = re.search(r"\d", stem) is not None and words <= _SERIAL_WORDS
     return not words or is_serial or _HASH.fullmatch(stem) is not None
 
 
@@ -131,38 +130,30 @@ def _usable(folder: Path, found: Captioned) -> Iterator[str]:
         try:
             name.encode()
             safe_join(folder, name)
+            yield name
         except UnicodeEncodeError:
             found.left_out[name] = "its name is not Unicode text; rename it"
         except UnsafeFileError as error:
             found.left_out[name] = str(error)
-        else:
-            yield name
 
 
 def _read_files(folder: Path, pictures: Sequence[str], origin: Origin | None, found: Captioned) -> None:
     for name, named in zip(pictures, captions_of_names(pictures), strict=True):
-        texts: list[str] = []
-        source = "names"
         beside = [folder / f"{stem}.txt" for stem in (os.path.splitext(name)[0], name)]
         text = next((path for path in beside if path.is_file()), None) if origin in (None, "texts") else None
+        source, texts, why = "names", [named] if named else [], "its name has no words"
         if text is not None:
-            source = "texts"
             try:
                 lines = text.read_bytes().decode("utf-8-sig").splitlines()
             except (OSError, UnicodeDecodeError) as error:
                 found.left_out[name] = f"{text.name} cannot be read as UTF-8 text: {error}"
                 continue
-            texts = [line.strip() for line in lines if line.strip()]
-            why = f"{text.name} is empty"
+            source, texts, why = "texts", [line.strip() for line in lines if line.strip()], f"{text.name} is empty"
         elif origin == "texts":
-            why = f"{beside[0].name} is missing"
+            texts, why = [], f"{beside[0].name} is missing"
         elif origin == "folders":
-            source = "folders"
-            texts = [text for text in captions_of_names([f"{(folder / name).resolve().parent.name}.d"]) if text]
-            why = "the name of its folder has no words"
-        else:
-            texts = [named] if named else []
-            why = "its name has no words"
+            (caption,) = captions_of_names([f"{(folder / name).resolve().parent.name}.d"])
+            source, texts, why = "folders", [caption] if caption else [], "the name of its folder has no words"
         if texts:
             found.records.append(Record(name, tuple(texts)))
             found.counts[source] += 1
@@ -173,16 +164,16 @@ def _read_files(folder: Path, pictures: Sequence[str], origin: Origin | None, fo
 def _read_csv(csv: Path, folder: Path, pictures: Sequence[str], keys: Keys, found: Captioned) -> None:
     records, broken = read_metadata(csv, folder, keys)
     found.left_out.update(broken)
-    stems: dict[str, list[str]] = defaultdict(list)
+    by_stem: dict[str, list[str]] = defaultdict(list)
     for picture in pictures:
-        stems[os.path.splitext(picture)[0]].append(picture)
-    known = set(pictures)
+        by_stem[os.path.splitext(picture)[0]].append(picture)
+    existing = set(pictures)
     merged: dict[str, Record] = {}
     for record in records:
         places = [record.file_name, os.path.relpath(csv.parent / record.file_name, folder)]
         names = [Path(place).as_posix() for place in places]
-        names += [only[0] for name in names if len(only := stems.get(name, [])) == 1]
-        name = next((name for name in names if name in known), None)
+        names += [only[0] for name in names if len(only := by_stem.get(name, [])) == 1]
+        name = next((name for name in names if name in existing), None)
         if name is None:
             found.left_out[f"{csv.name}: {record.file_name}"] = f"{folder} has no such picture"
         elif name in merged:
@@ -193,8 +184,8 @@ def _read_csv(csv: Path, folder: Path, pictures: Sequence[str], keys: Keys, foun
     found.records.extend(merged.values())
     found.counts[csv.name] = len(merged)
     for picture in pictures:
-        if picture not in merged and picture not in found.left_out:
-            found.left_out[picture] = f"{csv.name} does not name it"
+        if picture not in merged:
+            found.left_out.setdefault(picture, f"{csv.name} does not name it")
 
 
 def _line(record: Record) -> str:
@@ -202,8 +193,3 @@ def _line(record: Record) -> str:
     if len(record.captions) == 1:
         told["text"] = told.pop("captions")[0]
     return json.dumps(told, ensure_ascii=False) + "\n"
-
-
-def _some(found: Captioned) -> str:
-    some = "; ".join(f"{name}: {why}" for name, why in list(found.left_out.items())[:3])
-    return f": {some}" if some else ""

@@ -2,12 +2,14 @@
 
 import contextlib
 import csv
+import functools
 import io
+import itertools
 import json
 import os
 import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from unclip.checkpoints.files import safe_join
 from unclip.errors import DataError, ImageError, UnsafeFileError
-from unclip.images import FORMATS, MAX_PIXELS, open_image
+from unclip.images import MAX_PIXELS, PICTURE_SUFFIXES, open_image
 
 MAX_SKIPPED_SHARE = 0.01
 """Default largest share of broken samples in a data set."""
@@ -88,22 +90,20 @@ class CaptionedPictures:
     def __len__(self) -> int:
         return len(self.records)
 
-    def where(self, keep: Sequence[bool]) -> "CaptionedPictures":
-        """The pictures for which `keep` is true."""
-        chosen = [i for i, kept in enumerate(keep) if kept]
-        return CaptionedPictures([self.records[i] for i in chosen], self.pixels[chosen], self.skipped)
-
     def split(self, *, need_training: bool = True) -> tuple["CaptionedPictures", "CaptionedPictures"]:
         """The pictures to train on and those of held-out concepts, which may be none.
 
         Raises: DataError when there are none to train on, unless `need_training` is false.
         """
-        training, held_out = (self.where([r.held_out is held for r in self.records]) for held in (False, True))
-        if need_training and not any(r.weight for r in training.records):
+        if need_training and not any(record.weight for record in self.records if not record.held_out):
             raise DataError(
                 f"none of {len(self)} pictures can be used for training: all are held out or have weight 0 (see "
                 "held_out and weight in the metadata)"
             )
+        parts = ([i for i, r in enumerate(self.records) if r.held_out is held] for held in (False, True))
+        training, held_out = (
+            CaptionedPictures([self.records[i] for i in part], self.pixels[part], self.skipped) for part in parts
+        )
         return training, held_out
 
     def images(self, indices: Tensor | Sequence[int] | None = None) -> Tensor:
@@ -130,26 +130,22 @@ def metadata_file(folder: Path) -> Path:
             return folder / name
     if folder.is_file():
         raise DataError(f"{folder} is a file; name a folder with a {METADATA[0]}, or tar shards")
-    if not folder.is_dir():
-        raise DataError(
-            f"{folder} does not exist, so it has no {METADATA[0]}; to make a data set: unclip data emoji --out {folder}"
-        )
     first = next(picture_files(folder), None)
+    what = "is not a data set" if folder.is_dir() else "does not exist"
     line = json.dumps({"file_name": first or "cat.png", "text": "a black cat"}, ensure_ascii=False)
     remedy = f"unclip data caption {folder}" if first else f"unclip data emoji --out {folder}"
     raise DataError(
-        f"{folder} is not a data set: it has no {METADATA[0]} (or {METADATA[1]}) with one line for each picture, such "
-        f"as {line}; to make one: {remedy}"
+        f"{folder} {what}: it has no {METADATA[0]} (or {METADATA[1]}) with one line for each picture, such as {line}; "
+        f"to make one: {remedy}"
     )
 
 
 def picture_files(folder: Path) -> Iterator[str]:
     """Names of the picture files in `folder` and below it, relative to it and in order; hidden files are skipped."""
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            if not name.startswith(".") and Path(name).suffix.lower() in suffixes:
+            if not name.startswith(".") and name.lower().endswith(PICTURE_SUFFIXES):
                 yield Path(root, name).relative_to(folder).as_posix()
 
 
@@ -159,7 +155,7 @@ def read_records(folder: Path) -> list[Record]:
     Raises: DataError for a missing or unreadable file, or when more than one line in a hundred cannot be used.
     """
     records, broken = read_metadata(metadata_file(folder), Path(folder))
-    _check_share(Path(folder), len(records), broken, MAX_SKIPPED_SHARE)
+    _settle(Path(folder), len(records), broken, MAX_SKIPPED_SHARE)
     return records
 
 
@@ -179,12 +175,15 @@ def read_metadata(path: Path, folder: Path, keys: Keys = USUAL_KEYS) -> tuple[li
     """
     records: list[Record] = []
     broken: dict[str, str] = {}
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
     is_csv = path.suffix.lower() == ".csv"
     keys = keys.in_lower_case() if is_csv else keys
-    for number, line in _csv_rows(path, keys) if is_csv else _json_lines(path):
+    for number, entry_of in _csv_rows(path, text, keys) if is_csv else _json_lines(text):
         try:
-            entry = _csv_entry(*line) if isinstance(line, tuple) else _json_entry(line)
-            records.append(_record(entry, folder, keys))
+            records.append(_record(entry_of(), folder, keys))
         except DataError as error:
             broken[f"{path.name}, line {number}"] = str(error)
     if not records and not broken:
@@ -221,17 +220,14 @@ def weight_in(entry: Mapping[str, Any]) -> float:
     return weight
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
+_Rows = Iterator[tuple[int, Callable[[], dict[str, Any]]]]
+"""The number of each line that is not blank, and a function that parses it and raises DataError."""
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(_text(path).split("\n"), 1):
+def _json_lines(text: str) -> _Rows:
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield number, line
+            yield number, functools.partial(_json_entry, line)
 
 
 def _json_entry(line: str) -> dict[str, Any]:
@@ -244,26 +240,24 @@ def _json_entry(line: str) -> dict[str, Any]:
     return entry
 
 
-def _csv_rows(path: Path, keys: Keys) -> Iterator[tuple[int, tuple[list[str], list[str]]]]:
-    """The number of each row's last line, with the names of the columns and the row's fields."""
-    text = _text(path)
+def _csv_rows(path: Path, text: str, keys: Keys) -> _Rows:
+    """The number of a row is that of its last line."""
     for separator in ",;\t":  # the one with which the header names a picture and a caption
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
         try:
             header = [name.strip().lower() for name in next(reader, [])]
-            if not (set(header) & set(keys.images) and set(header) & set(keys.captions)):
-                continue
-            for fields in reader:
-                if any(field.strip() for field in fields):
-                    yield reader.line_num, (header, fields)
-            return
+            if set(header) & set(keys.images) and set(header) & set(keys.captions):
+                for fields in reader:
+                    if any(field.strip() for field in fields):
+                        yield reader.line_num, functools.partial(_csv_entry, header, fields)
+                return
         except csv.Error as error:
             raise DataError(f"{path} cannot be read as CSV: line {reader.line_num}: {error}") from error
     first = text.partition("\n")[0].strip()
     raise DataError(
-        f"the first line of {path} is {first[:200]!r}; it must name a column for the picture ("
-        f"{' or '.join(keys.images)}) and one for the caption ({' or '.join(keys.captions)}). Columns of other names "
-        "are chosen with --image-key and --caption-key, or image_key and caption_key in a recipe"
+        f"the first line of {path} is {first[:200]!r}; it must name a column for the "
+        f"picture ({' or '.join(keys.images)}) and one for the caption ({' or '.join(keys.captions)}). Columns of "
+        "other names are chosen with --image-key and --caption-key, or image_key and caption_key in a recipe"
     )
 
 
@@ -318,22 +312,12 @@ def _spelled(folder: Path, name: str) -> str:
     name = name.replace("\\", "/")
     if name.isascii():
         return name
-    try:
-        os.fsencode(name)
-    except UnicodeEncodeError as error:
-        raise DataError(f"the name of the picture is not Unicode text: {error}") from error
+    _check_unicode(name)
     found = ""
     for part in name.split("/"):
         forms = (part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
         found += next((form for form in forms if os.path.exists(folder / (found + form))), part) + "/"
     return found.removesuffix("/")
-
-
-def load_pictures(
-    folder: Path, size_px: int, *, keys: Keys = USUAL_KEYS, max_skipped_share: float = MAX_SKIPPED_SHARE
-) -> CaptionedPictures:
-    """Read every picture of a data set at one size; see `load_sizes`."""
-    return load_sizes(folder, [size_px], keys=keys, max_skipped_share=max_skipped_share)[0]
 
 
 def load_sizes(
@@ -369,31 +353,43 @@ def load_sizes(
         kept.append(record)
         for size in pixels:
             pixels[size].append(found[size])
-    _check_share(folder, len(kept), broken, max_skipped_share)
+    _settle(folder, len(kept), broken, max_skipped_share)
     skipped = {str(folder / name): why for name, why in broken.items()}
     return [CaptionedPictures(kept, torch.stack(pixels[size]), skipped) for size in sizes_px]
 
 
-def _check_share(folder: Path, num_kept: int, broken: Mapping[str, str], max_skipped_share: float) -> None:
+def _settle(folder: Path, num_kept: int, broken: Mapping[str, str], max_skipped_share: float) -> None:
     """Warn of broken pictures.
 
     Raises: DataError when they exceed the allowed share, or no picture is left.
     """
-    if not num_kept or len(broken) > max_skipped_share * (num_kept + len(broken)):
-        first = next(iter(broken.items()))
-        raise DataError(
-            f"{len(broken)} of {num_kept + len(broken)} pictures in {folder} cannot be read, "
-            f"{f'more than the {in_percent(max_skipped_share)} allowed' if num_kept else 'so none is left'}; "
-            f"the first: {first[0]}: {first[1]}"
-        )
+    what = f"pictures in {folder}"
+    if not num_kept:
+        raise DataError(f"none of {len(broken)} {what} can be read: {some_of(broken)}")
+    check_share(broken, len(broken), num_kept + len(broken), max_skipped_share, what)
     if broken:
-        some = "; ".join(f"{name}: {why}" for name, why in list(broken.items())[:3])
-        warnings.warn(f"{len(broken)} pictures in {folder} cannot be read and are skipped: {some}", stacklevel=4)
+        warnings.warn(f"{len(broken)} {what} cannot be read and are skipped: {some_of(broken)}", stacklevel=4)
 
 
-def in_percent(share: float) -> str:
-    """0.005 as "0.5%"."""
-    return f"{100 * share:.4g}%"
+def check_share(
+    broken: Mapping[str, str], num_broken: int, num_all: int, share: float, what: str = "samples", at_least: int = 0
+) -> None:
+    """Raises: DataError when more than a share of all (or of `at_least`, where there are fewer) cannot be read.
+
+    Args:
+        broken: the reasons, by name; the message has the first three.
+        num_broken, num_all: numbers of `what`.
+    """
+    if num_broken > share * max(num_all, at_least):
+        raise DataError(
+            f"{num_broken:,} of {num_all:,} {what} cannot be read, more than the {100 * share:.4g}% allowed: "
+            f"{some_of(broken)}"
+        )
+
+
+def some_of(broken: Mapping[str, str]) -> str:
+    """The first three broken things with their reasons, for a message."""
+    return "; ".join(f"{name}: {why}" for name, why in itertools.islice(broken.items(), 3))
 
 
 def read_pixels(file: Path | IO[bytes], name: str, sizes_px: Iterable[int]) -> dict[int, Tensor]:

@@ -1,5 +1,6 @@
-"""Decode one sample of a shard: its captions, its picture and its image embedding."""
+"""Decode samples of shards and folders: captions, pictures and image embeddings. Pack and inspect data sets."""
 
+import contextlib
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,21 +14,22 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.checkpoints.files import atomic_folder, output_path, safe_join, write_json
-from unclip.data.folder import USUAL_KEYS, Keys, metadata_file, read_metadata, read_pixels, texts_of, weight_in
-from unclip.data.shards import EMBEDDING, Damage, RawSample, about, expand, is_shards, read_shard, write_shards
+from unclip.data.folder import USUAL_KEYS, Keys, metadata_file, read_metadata, read_pixels, some_of, texts_of, weight_in
+from unclip.data.shard_writer import write_shards
+from unclip.data.shards import EMBEDDING, Damage, RawSample, about, expand, is_shards, read_shard
 from unclip.errors import DataError, ImageError, UnsafeFileError
-from unclip.images import PICTURE_SUFFIXES, grid, labelled, open_image, to_pil
+from unclip.images import PICTURE_SUFFIXES, grid, labelled, open_image
 
 IMAGE_EXTENSIONS = tuple(suffix.removeprefix(".") for suffix in PICTURE_SUFFIXES)
 CLIP = "clip"
-"""What a sample's .json calls the fingerprint of the CLIP that its embedding is of."""
+"""The key of a sample's .json for the fingerprint of the CLIP model of its embedding."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """As `decode` gives it: pixels are uint8 [3, size, size] by size, the embedding float32 [width].
+    """A decoded sample: pixels by size, uint8 [3, size, size]; the embedding, float32 [width].
 
-    `clip` is the fingerprint of the CLIP that the embedding is of; None where the sample does not say it.
+    `clip` is the fingerprint of the CLIP model of the embedding; None if the sample does not state it.
     """
 
     name: str
@@ -38,43 +40,51 @@ class Sample:
 
 
 def decode(raw: RawSample, sizes: Sequence[int]) -> Sample:
-    """Captions, pixels at each size (uint8) and the embedding of a sample, as far as it has them.
+    """Decode a sample. Its picture is padded to a square with white and resized to each size.
 
-    Raises: DataError for a sample without caption, with neither picture nor embedding, or with a broken one; and for a
-        weight that cannot be used.
+    Raises: DataError for a sample without a caption, with neither a picture nor an embedding, or with a broken one; and
+        for an invalid weight.
     """
     captions = read_captions(raw)
     weight_in(about(raw))
-    image = _image(raw)
     embedding = _embedding(raw.parts[EMBEDDING]) if EMBEDDING in raw.parts else None
+    image = _image(raw)
     if image is None and embedding is None:
-        raise DataError(f"it has no picture (.{', .'.join(IMAGE_EXTENSIONS)}) and no .{EMBEDDING}{_found(raw)}")
+        raise _no_picture(raw)
     pixels = {}
     if image is not None and sizes:
-        try:
+        with _reading():
             pixels = read_pixels(io.BytesIO(image), raw.key, sizes)
-        except ImageError as error:
-            raise DataError(str(error)) from error
     clip = about(raw).get(CLIP) if embedding is not None else None
     return Sample(raw.name, captions, pixels, embedding, clip if isinstance(clip, str) else None)
 
 
 def read_picture(raw: RawSample) -> Image.Image:
-    """Its picture, RGB.
+    """The sample's picture, RGB.
 
-    Raises: DataError when it has none, or one that cannot be read.
+    Raises: DataError when it has none, or it cannot be read.
     """
     image = _image(raw)
     if image is None:
-        raise DataError(f"it has no picture (.{', .'.join(IMAGE_EXTENSIONS)}){_found(raw)}")
-    try:
+        raise _no_picture(raw)
+    with _reading():
         return open_image(io.BytesIO(image), raw.key)
-    except ImageError as error:
-        raise DataError(str(error)) from error
 
 
 def _image(raw: RawSample) -> bytes | None:
     return next((raw.parts[extension] for extension in IMAGE_EXTENSIONS if extension in raw.parts), None)
+
+
+def _no_picture(raw: RawSample) -> DataError:
+    return DataError(f"it has no picture (.{', .'.join(IMAGE_EXTENSIONS)}) and no .{EMBEDDING}{_found(raw)}")
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    try:
+        yield
+    except ImageError as error:
+        raise DataError(str(error)) from error
 
 
 def read_captions(raw: RawSample) -> tuple[str, ...]:
@@ -85,33 +95,30 @@ def read_captions(raw: RawSample) -> tuple[str, ...]:
     Raises: DataError when there is none, or one that is not Unicode text.
     """
     try:
-        told = json.loads(raw.parts.get("json", b"{}"))
-        entry = told if isinstance(told, dict) else {}
         text = raw.parts.get("txt", b"").decode("utf-8-sig").strip()
-        captions = texts_of(entry, ("captions", "caption")) or texts_of({"txt": text}, ("txt",))
-        captions = captions or texts_of(entry, ("text", "prompt"))
-    except (ValueError, RecursionError) as error:
+    except UnicodeDecodeError as error:
         raise DataError(f"its caption cannot be read: {error}") from error
+    captions = texts_of(about(raw) | {".txt": text}, ("captions", "caption", ".txt", "text", "prompt"))
     if not captions:
         raise DataError(f"it has no caption (.txt, or .json with captions, caption, text or prompt){_found(raw)}")
     return captions
 
 
 def recaptioned(raw: RawSample, key: str | None) -> RawSample:
-    """The sample with what stands under `key` in its .json as its captions; unchanged where `key` is None.
+    """The sample with the captions under `key` of its .json; unchanged if `key` is None.
 
-    Raises: DataError where there is no caption under it.
+    Raises: DataError when it has no caption under this key.
     """
     if key is None:
         return raw
-    told = about(raw)
-    if not (captions := texts_of(told, (key,))):
+    entry = about(raw)
+    if not (captions := texts_of(entry, (key,))):
         raise DataError(f"it has no caption under {key!r} in its .json{_found(raw)}")
-    return replace(raw, parts={**raw.parts, "json": json.dumps(told | {"captions": captions}).encode()})
+    return replace(raw, parts={**raw.parts, "json": json.dumps(entry | {"captions": captions}).encode()})
 
 
 def _found(raw: RawSample) -> str:
-    """What a sample has, for a message that says what it lacks; with the rule where a name has several dots."""
+    """A description of a sample's files for an error message, with the rule about names with several dots."""
     listed = ", ".join(f".{extension}" for extension in list(raw.parts)[:6])
     if all(extension.endswith(EMBEDDING) or "." not in extension for extension in raw.parts):
         return f"; it has {listed}"
@@ -139,21 +146,24 @@ CELL_PX = 128
 PACKED_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 """Suffixes of pictures that are packed into shards without conversion."""
 CHECK_PX = 8
-"""Side to which a picture is made when only its being whole matters."""
+"""The size at which pictures are decoded to check that they are complete."""
 
 
 def raw_samples(
     data: str | Path, damage: Damage, *, keys: Keys = USUAL_KEYS, include_held_out: bool = False
 ) -> Iterator[RawSample]:
-    """The samples of a folder or of shards, in their order, not decoded.
+    """The samples of a folder or of shards in their order, not decoded.
 
-    Held-out pictures of a folder are left out unless they are asked for; of shards there are none.
+    Pictures of a folder in formats that other readers of shards do not support (GIF, TIFF, AVIF …) become PNG.
 
-    A folder's picture of a kind that other readers of shards do not know (GIF, TIFF, AVIF …) becomes a PNG. What cannot
-    be read goes into `damage`. `keys` name pictures and captions in the metadata of a folder, and captions in the .json
-    of a shard's samples, to which "captions" is added then.
+    Args:
+        data: a folder or shards.
+        damage: is told what cannot be read.
+        keys: the keys of pictures and captions in the metadata of a folder, and of captions in the .json of a shard's
+            samples, to which "captions" is then added.
+        include_held_out: also return the held-out pictures of a folder.
 
-    Raises: DataError when the data set is not there.
+    Raises: DataError when the data set does not exist.
     """
     if is_shards(data):
         for shard in expand(data):
@@ -173,37 +183,20 @@ def raw_samples(
         if record.held_out and not include_held_out:
             continue
         damage.num_read += 1
-        about: dict[str, Any] = {name: getattr(record, name) for name in ("captions", "concept", "label", "style")}
-        if record.weight != 1:
-            about["weight"] = record.weight
+        entry: dict[str, Any] = {name: getattr(record, name) for name in ("captions", "concept", "label", "style")}
+        entry |= {"weight": record.weight} if record.weight != 1 else {}
         try:
             content = safe_join(folder, record.file_name).read_bytes()
             extension = Path(record.file_name).suffix.lstrip(".").lower()
             if extension not in PACKED_EXTENSIONS:
-                extension, content = "png", _as_png(content, record.file_name)
+                picture = io.BytesIO()
+                open_image(io.BytesIO(content), record.file_name).save(picture, "PNG")
+                extension, content = "png", picture.getvalue()
         except (OSError, UnsafeFileError, ImageError) as error:
             damage.broken[f"{record.file_name}: {number:09}"] = str(error)
             continue
-        parts = {extension: content, "json": json.dumps(about, ensure_ascii=False).encode()}
+        parts = {extension: content, "json": json.dumps(entry, ensure_ascii=False).encode()}
         yield RawSample(f"{number:09}", record.file_name, parts)
-
-
-def _as_png(content: bytes, name: str) -> bytes:
-    """The first frame as training sees it: RGB, on white where it is transparent."""
-    found = io.BytesIO()
-    open_image(io.BytesIO(content), name).save(found, "PNG")
-    return found.getvalue()
-
-
-def readable(samples: Iterable[RawSample], damage: Damage) -> Iterator[RawSample]:
-    """Those samples that training could read; the others go into `damage`."""
-    for raw in samples:
-        try:
-            decode(raw, [CHECK_PX])
-        except DataError as error:
-            damage.broken[raw.name] = str(error)
-            continue
-        yield raw
 
 
 def pack(
@@ -217,48 +210,58 @@ def pack(
 ) -> Damage:
     """Write a data set as tar shards; the folder is written atomically.
 
-    Every picture is decoded, to see whether it is whole; what is written is its file as it was (see `raw_samples`).
+    Every picture is decoded to check it, but its file is written unchanged (see `raw_samples`).
 
     Args:
         data: a folder or shards.
-        out: the folder to make.
-        per_shard: samples in a shard.
-        max_skipped_share: of the samples, and of the shards, that may be broken. They are left out, and listed with the
-            reason in `skipped_file(out)`, also when there are more and nothing is written.
+        out: the folder to create.
+        per_shard: samples per shard.
+        max_skipped_share: the share of samples, and of shards, that may be broken. They are left out, and listed with
+            the reasons in `skipped_file(out)`. If there are more, they are listed, and nothing else is written.
         keys: as for `raw_samples`.
         progress: wraps an iterable, as `tqdm` does.
 
-    Returns: how many samples there were, and what could not be read.
+    Returns: the number of samples, and what could not be read.
 
     Raises:
-        DataError: the data set is not there, nothing in it can be read, or too much cannot.
-        OutputExistsError: `out` is there already.
+        DataError: the data set does not exist, or nothing or too little in it can be read.
+        OutputExistsError: `out` exists.
     """
     damage = Damage()
     samples = raw_samples(data, damage, keys=keys)
-    told = progress(samples, desc="packing", unit="sample") if progress else samples
+    shown = progress(samples, desc="packing", unit="sample") if progress else samples
     with atomic_folder(out) as draft:
-        good = ((sample.key, sample.parts) for sample in readable(told, damage))
-        written = write_shards(good, draft, per_shard=per_shard)
+        readable = ((raw.key, raw.parts) for raw, _ in _decoded(shown, CHECK_PX, damage))
+        written = write_shards(readable, draft, per_shard=per_shard)
         settle(damage, data, out, is_empty=not written, max_skipped_share=max_skipped_share)
     return damage
 
 
+def _decoded(samples: Iterable[RawSample], size: int, damage: Damage) -> Iterator[tuple[RawSample, Sample]]:
+    for raw in samples:
+        try:
+            sample = decode(raw, [size])
+        except DataError as error:
+            damage.broken[raw.name] = str(error)
+        else:
+            yield raw, sample
+
+
 def skipped_file(out: Path) -> Path:
-    """Where it stands what was left out of `out`: beside it, with the suffix .skipped.json."""
+    """The file that lists what was left out of `out`: beside it, with the suffix .skipped.json."""
     target = output_path(out)
     return target.with_name(f"{target.name}.skipped.json")
 
 
 def escaped(text: str) -> str:
-    """What stands for a byte that is no UTF-8 (in a file's name, say) written as an escape."""
+    """The text with escapes for bytes that are not UTF-8, which file names may have."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def settle(damage: Damage, data: str | Path, out: Path, *, is_empty: bool, max_skipped_share: float) -> None:
-    """Write down what was left out of `out`.
+    """List what was left out of `out`.
 
-    Raises: DataError when there is nothing else, or more than the share allows.
+    Raises: DataError when everything was left out, or more than the share allows.
     """
     listed = skipped_file(out)
     if damage.broken:
@@ -266,21 +269,21 @@ def settle(damage: Damage, data: str | Path, out: Path, *, is_empty: bool, max_s
     else:
         listed.unlink(missing_ok=True)
     if is_empty:
-        raise DataError(f"nothing in {data} can be read: {damage.some() or 'it is empty'}")
+        raise DataError(f"nothing in {data} can be read: {some_of(damage.broken) or 'it is empty'}")
     try:
-        damage.check(max_skipped_share)
+        damage.check(max_skipped_share, max_skipped_share)
     except DataError as error:
         raise DataError(f"{error} (all of them are in {listed}); leave them out, or allow more") from error
 
 
 @dataclass
 class Inspection:
-    """What a data set holds.
+    """The result of `inspect`.
 
     Attributes:
-        num_samples: in all; num_captions: theirs together.
-        num_embeddings: samples with a CLIP embedding in them.
-        broken: what cannot be read, with the reason.
+        num_samples, num_captions: how many can be read.
+        num_embeddings: number of samples with a CLIP embedding.
+        broken: what cannot be read, with the reasons.
         sheet: pictures with their captions.
     """
 
@@ -294,23 +297,21 @@ class Inspection:
 def inspect(
     data: str | Path, *, num_shown: int = 48, keys: Keys = USUAL_KEYS, progress: Callable[..., Any] | None = None
 ) -> Inspection:
-    """Decode every sample of a data set, held-out ones too, count, and draw a sheet of some, spread over the whole.
+    """Decode and count all samples of a data set, including held-out ones, and draw a sheet of some.
 
-    Raises: DataError when the data set is not there.
+    Raises: DataError when the data set does not exist.
     """
     damage, found = Damage(), Inspection()
     samples = raw_samples(data, damage, keys=keys, include_held_out=True)
     shown: list[tuple[Image.Image, str]] = []
     every = 1
-    for raw in progress(samples, desc="reading", unit="sample") if progress else samples:
-        try:
-            sample = decode(raw, [CELL_PX])
-        except DataError as error:
-            damage.broken[raw.name] = str(error)
-            continue
+    for _, sample in _decoded(
+        progress(samples, desc="reading", unit="sample") if progress else samples, CELL_PX, damage
+    ):
         if CELL_PX in sample.pixels and found.num_samples % every == 0:
-            shown.append((to_pil(sample.pixels[CELL_PX][None].float() / 127.5 - 1)[0], sample.captions[0]))
-            if len(shown) >= 2 * num_shown:  # thin out: so the sheet is spread evenly over a set of unknown length
+            picture = Image.fromarray(sample.pixels[CELL_PX].permute(1, 2, 0).numpy())
+            shown.append((picture, sample.captions[0]))
+            if len(shown) >= 2 * num_shown:  # keep every second one: the length of the data set is unknown
                 shown, every = shown[::2], 2 * every
         found.num_samples += 1
         found.num_captions += len(sample.captions)

@@ -1,15 +1,17 @@
 """Write shards so that an interrupted run resumes after the last complete shard."""
 
 import hashlib
+import io
 import itertools
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from unclip.checkpoints.files import TEMPORARY_PREFIX, atomic_file, output_path, read_json, sync, write_json
-from unclip.data.shards import RawSample, write_shard
+from unclip.data.shards import RawSample
 from unclip.errors import DataError, OutputExistsError
 
 STATE = "unfinished.json"
@@ -17,13 +19,33 @@ STATE_LIMIT_BYTES = 1 << 30
 
 
 def unfinished_folder(out: Path) -> Path:
-    """Where the shards of `out` lie until all are there: beside it, with the suffix .unfinished."""
+    """The folder of the shards of `out` until it is complete: beside it, with the suffix .unfinished."""
     target = output_path(out)
     return target.with_name(f"{target.name}.unfinished")
 
 
+def write_shards(samples: Iterator[tuple[str, Mapping[str, bytes]]], folder: Path, *, per_shard: int) -> list[Path]:
+    """Write (key, parts) samples as 00000.tar, 00001.tar, … into an existing folder."""
+    written: list[Path] = []
+    for first in samples:
+        path = folder / f"{len(written):05}.tar"
+        write_shard(itertools.chain([first], itertools.islice(samples, per_shard - 1)), path)
+        written.append(path)
+    return written
+
+
+def write_shard(samples: Iterable[tuple[str, Mapping[str, bytes]]], path: Path) -> None:
+    """Write (key, parts) samples as one tar. Names above 100 bytes get a PAX header."""
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for key, parts in samples:
+            for extension, content in parts.items():
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
 class Portion:
-    """Some of the samples on their way, counted and hashed as they pass."""
+    """The next `count` samples of an iterator, counted and hashed as they are taken."""
 
     def __init__(self, samples: Iterator[RawSample], count: int):
         self._samples, self._hash = itertools.islice(samples, count), hashlib.sha256()
@@ -39,39 +61,39 @@ class Portion:
 
     @property
     def content(self) -> str:
-        """A hash of all that passed."""
+        """A hash of the samples that were taken."""
         return self._hash.hexdigest()
 
 
 class Unfinished:
-    """The shards that are made for a folder `out`, one of each portion of the samples, or none where nothing is good.
+    """The shards of a folder `out` that is not complete: one for each portion of the samples that has readable ones.
 
-    A shard is written atomically. It counts once the state file beside it records its source.
+    A shard is written atomically. It counts once the state file beside it records its portion.
 
     Args:
-        out: the folder to be; there is none yet, or an empty one.
-        asked: what the shards depend on besides the samples.
+        out: the final folder; it must not exist, or must be empty.
+        asked: the settings on which the shards depend.
 
-    Raises: OutputExistsError when `out` has something in it, or what is unfinished there was asked otherwise.
+    Raises: OutputExistsError when `out` is not empty, or the unfinished shards have other settings.
     """
 
     def __init__(self, out: Path, asked: Mapping[str, Any]):
         self.out, self.folder = output_path(out), unfinished_folder(out)
         self._check_out()
         self._asked, self.portions = dict(asked), self._read(dict(asked)) if self.folder.exists() else []
-        for path in self.folder.glob("*.tar"):  # cut, or written in a moment before the state was, or half
+        for path in self.folder.glob("*.tar"):  # incomplete, or written before the state
             if path.name not in self.shards:
                 path.unlink()
 
     @property
     def shards(self) -> list[str]:
-        """Names of the files that are whole."""
+        """Names of the complete files."""
         return [portion["shard"] for portion in self.portions if portion["shard"]]
 
-    def known(self, number: int, portion: Portion) -> dict[str, str] | None:
-        """What was broken in a portion that is done, which is read past here; None for one that is not.
+    def finished(self, number: int, portion: Portion) -> dict[str, str] | None:
+        """What was broken in a finished portion, whose samples are read again to compare them; None for a new one.
 
-        Raises: DataError when it is not what it was.
+        Raises: DataError when the samples have changed.
         """
         if number >= len(self.portions):
             return None
@@ -81,13 +103,13 @@ class Unfinished:
         if (portion.count, portion.content) != (done["num_samples"], done["content"]):
             first = sum(earlier["num_samples"] for earlier in self.portions[:number])
             raise DataError(
-                f"the data are not those that {self.folder} was begun with: they differ from sample {first:,} on; "
+                f"the data have changed since {self.folder} was started: they differ from sample {first:,} on; "
                 "remove that folder to start again"
             )
         return done["broken"]
 
     def add(self, portion: Portion, rows: Iterator[tuple[str, Mapping[str, bytes]]], broken: Mapping[str, str]) -> None:
-        """Write `rows`, which are made of the portion as they are drawn, as the next shard; keep what was broken."""
+        """Write `rows`, which take the samples of the portion, as the next shard, and record what was broken."""
         name, size = None, 0
         if (first := next(rows, None)) is not None:
             name = f"{len(self.shards):05}.tar"
@@ -100,7 +122,7 @@ class Unfinished:
             write_json(self.folder / STATE, {"asked": self._asked, "portions": self.portions})
 
     def finish(self) -> None:
-        """Give the folder its name."""
+        """Rename the folder to `out`."""
         self._check_out()
         if self.out.exists():
             self.out.rmdir()
@@ -109,7 +131,7 @@ class Unfinished:
         (self.out / STATE).unlink()
 
     def discard(self) -> None:
-        """Remove what is there."""
+        """Remove the unfinished shards."""
         if self.folder.exists():
             shutil.rmtree(self.folder)
 
@@ -119,9 +141,10 @@ class Unfinished:
 
     def _read(self, asked: dict[str, Any]) -> list[dict[str, Any]]:
         if not (self.folder / STATE).is_file():
-            if not self.folder.is_dir() or any(
-                not path.name.startswith(TEMPORARY_PREFIX) for path in self.folder.iterdir()
-            ):
+            is_ours = self.folder.is_dir() and all(
+                path.name.startswith(TEMPORARY_PREFIX) for path in self.folder.iterdir()
+            )
+            if not is_ours:
                 raise OutputExistsError(
                     f"{self.folder} exists already, without {STATE}; remove it, or name another --out"
                 )
@@ -130,10 +153,9 @@ class Unfinished:
         if state.get("asked") != asked:
             changed = [name for name, value in asked.items() if state.get("asked", {}).get(name) != value]
             raise OutputExistsError(
-                f"{self.folder} was begun with another {', '.join(changed)}; go on with the same, or remove it"
+                f"{self.folder} was started with another {', '.join(changed)}; use the same, or remove it"
             )
-        whole = itertools.takewhile(self._is_whole, state["portions"])
-        return list(whole)
+        return list(itertools.takewhile(self._is_whole, state["portions"]))
 
     def _is_whole(self, portion: dict[str, Any]) -> bool:
         path = self.folder / (portion["shard"] or "")

@@ -1,9 +1,8 @@
-"""Read and write tar shards in the layout of webdataset, and prepare items in a background thread."""
+"""Read tar shards in the layout of webdataset, and prepare items in a background thread."""
 
 import bz2
 import contextlib
 import gzip
-import io
 import itertools
 import json
 import lzma
@@ -15,65 +14,62 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import torch
 
-from unclip.data.folder import weight_in
+from unclip.data.folder import check_share, some_of, weight_in
 from unclip.errors import Cancelled, DataError
 
 POLL_S = 0.1
-"""How often somebody who waits for an item looks whether to stop."""
+"""How often a waiting `Prefetch` checks whether to stop."""
 PARTING_S = 0.5
-"""How long a thread that is no longer needed is waited for."""
+"""How long `Prefetch.close` waits for its thread."""
 
 T = TypeVar("T")
+_Made = queue.SimpleQueue[tuple[Any, BaseException | None]]
 
 
-class Ahead(Iterator[T]):
-    """What `items` gives, in its order: while one is used the next one is made, and no further one.
+class Prefetch(Iterator[T]):
+    """Iterates over `items` in a background thread, which makes one item ahead.
 
-    The thread that makes them may hang for long (a server's answer that does not come): it holds up neither whoever
-    asks `should_stop`, nor the end of the process.
+    The thread may hang for long, waiting for a server. It delays neither a stop nor the end of the process.
 
     Args:
-        items: only the thread takes them from now on.
-        should_stop: asked while an item is waited for.
+        items: the items; only the thread may use this iterator from now on.
+        should_stop: called while waiting for an item.
 
-    Raises: by `next`, what making the item raised; Cancelled when it was to stop.
+    Raises: on `next`, the error of making the item; Cancelled when `should_stop` returned true.
     """
 
     def __init__(self, items: Iterator[T], should_stop: Callable[[], bool] = lambda: False) -> None:
         self._should_stop = should_stop
-        self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._made: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-        # The thread knows the queues alone, so that one who is forgotten ends it.
+        self._asked, self._made = queue.SimpleQueue[bool](), _Made()
+        # The thread knows only the queues, so that deleting this object ends it.
         about = (items, self._asked, self._made)
         self._thread = threading.Thread(target=_make, args=about, name="unclip-read", daemon=True)
         self._thread.start()
         self._asked.put(True)
 
     def __next__(self) -> T:
-        item, error = self._wait()
+        while True:
+            try:
+                item, error = self._made.get(timeout=POLL_S)
+                break
+            except queue.Empty:
+                if self._should_stop():
+                    raise Cancelled("stopped while waiting for data") from None
         if error is not None:
             self._made.put((None, error))  # every later call raises it too
             raise error
         self._asked.put(True)
         return item
 
-    def _wait(self) -> tuple[Any, BaseException | None]:
-        while True:
-            try:
-                return self._made.get(timeout=POLL_S)
-            except queue.Empty:
-                if self._should_stop():
-                    raise Cancelled("stopped while waiting for data") from None
-
     def close(self) -> None:
-        """Let the thread end, and with it `items`; one that hangs is left to itself."""
+        """End the thread, and close `items`. A thread that hangs is abandoned."""
         self._asked.put(False)
         self._thread.join(PARTING_S)
 
@@ -81,13 +77,11 @@ class Ahead(Iterator[T]):
         self._asked.put(False)
 
 
-def _make(
-    items: Iterator[Any], asked: "queue.SimpleQueue[bool]", made: "queue.SimpleQueue[tuple[Any, BaseException | None]]"
-) -> None:
+def _make(items: Iterator[Any], asked: queue.SimpleQueue[bool], made: _Made) -> None:
     while asked.get():
         try:
             made.put((next(items), None))
-        except BaseException as error:  # that it is at its end is one of them
+        except BaseException as error:  # StopIteration too
             made.put((None, error))
             return
 
@@ -126,57 +120,42 @@ class RawSample:
 
 @dataclass
 class Damage:
-    """What could not be read, and how much was looked at.
+    """What could not be read.
 
     Attributes:
-        broken: the reason, by the name of a picture, sample or shard.
-        num_read: samples in all, the broken ones too.
-        shards: names in `broken` that are whole shards: cut off, damaged or not there.
-        recovered: the shards among them that were read completely later, for example after a network failure.
-        num_shards: in all, where they are counted.
+        broken: the reasons, by the name of a picture, sample or shard.
+        num_read: number of samples, including broken ones.
+        shards: names in `broken` that are shards (cut off, damaged or missing), and whether they are still broken.
+            A shard may be read completely later, for example after a network failure.
+        num_shards: number of shards.
     """
 
     broken: dict[str, str] = field(default_factory=dict)
     num_read: int = 0
-    shards: set[str] = field(default_factory=set)
-    recovered: set[str] = field(default_factory=set)
+    shards: dict[str, bool] = field(default_factory=dict)
     num_shards: int = 0
 
     @property
     def num_broken_samples(self) -> int:
-        """Samples that could not be read; those that a damaged shard lost are in no count."""
+        """Broken samples, without those that a damaged shard lost."""
         return len(self.broken) - len(self.shards)
 
     @property
     def num_broken_shards(self) -> int:
-        """Shards that could not be read when they were last."""
-        return len(self.shards) - len(self.recovered)
+        """Shards that could not be read the last time."""
+        return sum(self.shards.values())
 
     def note_shard(self, shard: str, reason: str | None) -> None:
-        """Note how a shard was read: whole, or broken for a reason."""
+        """Note that a shard was read completely, or is broken for a reason."""
         if reason is not None:
-            self.recovered.discard(shard)
-            self.shards.add(shard)
             self.broken[shard] = reason
-        elif shard in self.shards:
-            self.recovered.add(shard)
+        if shard in self.broken:
+            self.shards[shard] = reason is not None
 
-    def some(self) -> str:
-        """The first three, for a message."""
-        return "; ".join(f"{name}: {why}" for name, why in list(self.broken.items())[:3])
-
-    def check(self, max_skipped_share: float) -> None:
-        """Raises: DataError when a larger share of the samples, or of the shards, could not be read."""
-        counts = {
-            "samples": (self.num_broken_samples, self.num_read),
-            "shards": (self.num_broken_shards, self.num_shards),
-        }
-        for what, (num_broken, num_all) in counts.items():
-            if num_broken > max_skipped_share * num_all:
-                raise DataError(
-                    f"{num_broken:,} of {num_all:,} {what} cannot be read, more than the {max_skipped_share:.3g} of "
-                    f"all that is allowed: {self.some()}"
-                )
+    def check(self, share: float, share_of_shards: float, at_least: int = 0) -> None:
+        """Raises: DataError when a larger share of the samples, or of the shards, is broken; see `check_share`."""
+        check_share(self.broken, self.num_broken_samples, self.num_read, share, at_least=at_least)
+        check_share(self.broken, self.num_broken_shards, self.num_shards, share_of_shards, "shards")
 
 
 def expand(source: str | Path) -> list[str]:
@@ -188,23 +167,20 @@ def expand(source: str | Path) -> list[str]:
     Raises: DataError when there is none.
     """
     check_ranges(source)
-    text = str(source)
-    ranges = [range(int(low), int(high) + 1) for low, high in _BRACES.findall(text)]
-    widths = [len(low) for low, _ in _BRACES.findall(text)]
-    pieces = _BRACES.split(text)[::3]
-    names = []
-    for numbers in itertools.product(*ranges):
-        filled = [f"{number:0{width}}" for number, width in zip(numbers, widths, strict=True)]
-        names.append("".join(itertools.chain(*itertools.zip_longest(pieces, filled, fillvalue=""))))
+    start, *others = _BRACES.split(str(source))  # text, low, high, text, low, high, …
+    parts = [[start]]
+    for low, high, text in zip(others[::3], others[1::3], others[2::3], strict=True):
+        parts += [[f"{number:0{len(low)}}" for number in range(int(low), int(high) + 1)], [text]]
+    names = map("".join, itertools.product(*parts))
     try:
         found = [(name, _found(name)) for name in names]
     except RuntimeError as error:
         raise DataError(f"{source!s:.80} is in a home folder that does not exist") from error
-    if not any(there for _, there in found):
+    if not any(existing for _, existing in found):
         raise DataError(
             f"{source} names no shards; give a folder with .tar files, a glob, or a URL with {{00000..00009}}"
         )
-    return [shard for name, there in found for shard in there or [str(Path(name).expanduser())]]
+    return [shard for name, existing in found for shard in existing or [str(Path(name).expanduser())]]
 
 
 def check_ranges(source: str | Path) -> None:
@@ -229,18 +205,21 @@ def is_url(name: str) -> bool:
 
 
 def about(raw: RawSample) -> dict[str, Any]:
-    """What a sample's .json says; nothing where it has none, or none that can be read."""
+    """The object in a sample's .json; empty where it has none.
+
+    Raises: DataError when it cannot be read.
+    """
     try:
         found = json.loads(raw.parts.get("json", b"{}"))
-    except (ValueError, RecursionError):
-        return {}
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"its .json cannot be read: {error}") from error
     return found if isinstance(found, dict) else {}
 
 
 def weight_of(raw: RawSample) -> float:
-    """How often a sample is drawn, relative to others: `weight` in its .json.
+    """How often a sample is drawn relative to others: `weight` in its .json.
 
-    A weight that cannot be used counts as 1, so that the order gives the sample and decoding it names the fault.
+    An invalid weight counts as 1, so the sample is drawn, and decoding it raises the error.
     """
     try:
         return float(weight_in(about(raw)))
@@ -249,85 +228,76 @@ def weight_of(raw: RawSample) -> float:
 
 
 def read_shard(shard: str, damage: Damage | None = None) -> Iterator[RawSample]:
-    """The samples of one shard, in its order, as they are streamed.
+    """The samples of one shard in its order, streamed.
 
-    A shard that is cut off or damaged gives the samples that are surely whole before the damage, and is named in
-    `damage`. A URL is tried several times before it counts as damaged; what it gave already is not given again.
+    A damaged shard gives the samples that are complete before the damage, and is named in `damage`. A URL is tried
+    several times before it counts as damaged; samples are not repeated.
     """
+    damage = damage or Damage()
     given = 0
-    is_first = damage is not None and not damage.num_read
-    for wait_s in (*(FIRST_WAITS_S if is_first else WAITS_S), None):
+    for wait_s in (*(WAITS_S if damage.num_read else FIRST_WAITS_S), None):
         try:
             for sample in itertools.islice(_samples(shard), given, None):
                 yield sample
                 given += 1
-            if damage is not None:
-                damage.note_shard(shard, None)
-            return
+            return damage.note_shard(shard, None)
         except Exception as error:  # a damaged header makes tarfile raise errors of many kinds
             if wait_s is None or not is_url(shard) or _is_final(error):
-                if damage is not None:
-                    damage.note_shard(shard, f"{type(error).__name__}: {error} (after {given} samples)")
-                return
+                return damage.note_shard(shard, f"{type(error).__name__}: {error} (after {given} samples)")
             time.sleep(wait_s)
 
 
+@dataclass
 class ShardStream:
-    """An endless, shuffled, repeatable order of the samples in shards, that can be entered at any place.
+    """An endless, shuffled, repeatable order of the samples in shards, which can be entered at any position.
 
-    Each epoch permutes the shards; of them this process takes every `world`-th; what they hold is shuffled in blocks of
-    `block` samples, which are in memory as encoded files: one block that is used, and the next one that is read.
-    All of it depends on the seed and the place alone.
+    Each epoch permutes the shards, and this process takes every `world`-th of them. Their samples are shuffled in
+    blocks of `block` samples. Two blocks of encoded files are in memory: the current one, and the next one.
+    The order depends only on the seed.
 
-    Where the samples of a block differ in weight, as many are drawn from it as it holds, with replacement, each by its
-    weight: weights compare the samples of one block, and every block counts alike. Those of weight 0 are passed over.
+    Where the samples of a block differ in weight, as many as it has are drawn from it with replacement, each by its
+    weight. So weights compare the samples of one block, and all blocks count the same. Samples of weight 0 are skipped.
 
-    Args:
+    Attributes:
         shards: as `expand` gives them; at least one for each process.
-        seed: of the order.
-        block: how many samples are shuffled together.
-        rank, world: this process's number, and how many there are.
-        counts: samples a shard, if known; learned while reading, and needed to enter in the middle.
-        weight_power: a sample is drawn by its weight to this power; 0 takes all alike (but those of weight 0).
+        seed: the seed of the order.
+        block: number of samples that are shuffled together.
+        rank, world: the number of this process, and the number of processes.
+        counts: number of samples of the shards that were read completely. Entering in the middle is fast with them.
+        weight_power: a sample is drawn by its weight to this power; 0 draws all alike (except those of weight 0).
     """
 
-    def __init__(
-        self,
-        shards: list[str],
-        *,
-        seed: int,
-        block: int = 1024,
-        rank: int = 0,
-        world: int = 1,
-        counts: Mapping[str, int] | None = None,
-        weight_power: float = 1.0,
-    ) -> None:
-        if len(shards) < world:
-            raise DataError(f"{len(shards)} shards for {world} processes; cut the data into {world} shards or more")
-        self.shards, self.seed, self.block, self.rank, self.world = shards, seed, block, rank, world
-        self.counts: dict[str, int] = dict(counts or {})
-        self.weight_power = weight_power
-        self.damage = Damage()
+    shards: list[str]
+    _: KW_ONLY
+    seed: int
+    block: int = 1024
+    rank: int = 0
+    world: int = 1
+    counts: dict[str, int] = field(default_factory=dict)
+    weight_power: float = 1.0
+
+    def __post_init__(self) -> None:
+        if len(self.shards) < self.world:
+            raise DataError(f"{len(self.shards)} shards for {self.world} processes, which need one each")
+        self.damage = Damage(num_shards=len(self.shards))
 
     def read_from(self, position: int) -> Iterator[RawSample]:
         """All samples from number `position` of this process's endless order on.
 
-        Raises: DataError when there are none at all.
+        Raises: DataError when the shards have no samples.
         """
-        with contextlib.closing(Ahead(self._blocks(position))) as blocks:
-            for block in blocks:
-                yield from self._given(block)
-                del block  # before the next but one is read
+        with contextlib.closing(Prefetch(self._blocks(position))) as blocks:
+            yield from self._samples_of(blocks)
 
     def one_epoch(self) -> Iterator[RawSample]:
-        """Every sample of this process's first epoch, once, whatever its weight (but 0)."""
-        for block in self._epoch(0, 0, weighted=False):
-            yield from self._given(block)
+        """Every sample of this process's first epoch once, whatever its weight (except 0)."""
+        return self._samples_of(self._epoch(0, 0, weighted=False))
 
-    def _given(self, block: list[RawSample]) -> Iterator[RawSample]:
-        for sample in block:
-            self.damage.num_read += 1
-            yield sample
+    def _samples_of(self, blocks: Iterator[list[RawSample]]) -> Iterator[RawSample]:
+        for block in blocks:
+            while block:  # frees the memory of a sample that was used
+                self.damage.num_read += 1
+                yield block.pop(0)
 
     def _order(self, epoch: int) -> list[str]:
         order = torch.randperm(len(self.shards), generator=self._generator(epoch)).tolist()
@@ -353,19 +323,12 @@ class ShardStream:
                     position = 0
                     continue
             if not (length := self._length(order)):
-                raise DataError(f"there is no sample in {len(self.shards)} shards: {self._some_damage()}")
+                some = some_of(self.damage.broken) or "they are empty, or all weights are 0"
+                raise DataError(f"{len(self.shards)} shards have no samples: {some}")
             position -= length
 
     def _length(self, shards: list[str]) -> int:
         return sum(self.counts[shard] for shard in shards)
-
-    def _read(self, shard: str) -> Iterator[RawSample]:
-        number = 0
-        for sample in read_shard(shard, self.damage):
-            if weight_of(sample):
-                number += 1
-                yield sample
-        self.counts[shard] = number
 
     def _epoch(self, epoch: int, start: int, *, weighted: bool = True) -> Generator[list[RawSample], None, bool]:
         """What an epoch has from number `start` on, block by block. Returns: whether that was anything."""
@@ -382,18 +345,18 @@ class ShardStream:
 
     def _raw(self, epoch: int, start: int) -> Iterator[RawSample]:
         for shard in self._order(epoch):
-            known = self.counts.get(shard)
-            if known is not None and start and start >= known:  # else read: what gave none may give some by now
-                start -= known
+            count = self.counts.get(shard)
+            if count is not None and start and start >= count:  # else read it: an empty one may have samples now
+                start -= count
                 continue
-            for sample in self._read(shard):
-                if start:
-                    start -= 1
-                else:
-                    yield sample
-
-    def _some_damage(self) -> str:
-        return self.damage.some() or "they are empty, or all weights are 0"
+            number = 0
+            for sample in read_shard(shard, self.damage):
+                if weight_of(sample):
+                    number += 1
+                    if number > start:
+                        yield sample
+            self.counts[shard] = number
+            start = max(0, start - number)
 
 
 def _places(weights: list[float], count: int, generator: torch.Generator) -> list[int]:
@@ -402,30 +365,6 @@ def _places(weights: list[float], count: int, generator: torch.Generator) -> lis
         return torch.randperm(count, generator=generator).tolist()
     shares = torch.tensor(weights, dtype=torch.float64) / max(weights)
     return torch.multinomial(shares, count, replacement=True, generator=generator).tolist()
-
-
-def write_shards(samples: Iterator[tuple[str, Mapping[str, bytes]]], folder: Path, *, per_shard: int) -> list[Path]:
-    """Write (key, parts) samples as 00000.tar, 00001.tar, … into `folder`, which is there already."""
-    written: list[Path] = []
-    for first in samples:
-        path = folder / f"{len(written):05}.tar"
-        write_shard(itertools.chain([first], itertools.islice(samples, per_shard - 1)), path)
-        written.append(path)
-    return written
-
-
-def write_shard(samples: Iterable[tuple[str, Mapping[str, bytes]]], path: Path) -> None:
-    """Write (key, parts) samples as one tar. A name of any length is kept: one above 100 bytes has a PAX header."""
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-        for key, parts in samples:
-            for extension, content in parts.items():
-                _add(tar, f"{key}.{extension}", content)
-
-
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
 
 
 def _found(name: str) -> list[str]:
@@ -552,10 +491,9 @@ def _is_long(parts: dict[str, bytes], extension: str) -> bool:
 def _files(tar: tarfile.TarFile) -> Iterator[tuple[str, IO[bytes]]]:
     for member in tar:
         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
-        if member.issparse():
-            raise tarfile.ReadError(f"{member.name} is a sparse file, which is not read")
-        if member.size > MAX_PART_BYTES:
-            raise tarfile.ReadError(f"{member.name} has {member.size:,} bytes; at most {MAX_PART_BYTES:,} are read")
+        if member.issparse() or member.size > MAX_PART_BYTES:
+            what = "is a sparse file" if member.issparse() else f"has {member.size:,} bytes"
+            raise tarfile.ReadError(f"{member.name} {what}; at most {MAX_PART_BYTES:,} are read, and no sparse files")
         if member.isfile():
             content = tar.extractfile(member)
             assert content is not None

@@ -8,16 +8,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unclip.data.batches import NUM_WORKERS, Rows, ShardSource, Source, choose_captions
+from unclip.data.batches import NUM_WORKERS, Rows, ShardSource, choose_captions
 from unclip.data.folder import MAX_SKIPPED_SHARE, USUAL_KEYS, CaptionedPictures, Keys, join, load_sizes
 from unclip.data.shards import is_shards
 from unclip.errors import DataError
 
 
 class FolderSource:
-    """Folders of captioned pictures in memory; a picture is drawn by its weight to the power of `weight_power`."""
+    """Folders of captioned pictures in memory; a picture is drawn by its weight to the power of `weight_power`.
+
+    The methods are those of `ShardSource`.
+    """
 
     is_local = False
+    """Every process draws the same full batch."""
 
     def __init__(
         self,
@@ -74,6 +78,10 @@ class FolderSource:
 
 def _folder_rows(pictures: list[CaptionedPictures], index: Tensor, captions: list[str]) -> Rows:
     return Rows(captions, {part.pixels.shape[-1]: part.images(index) for part in pictures}, index)
+
+
+Source = FolderSource | ShardSource
+"""A data set for training tasks."""
 
 
 def open_source(

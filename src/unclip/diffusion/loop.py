@@ -31,9 +31,7 @@ class NoiseSource:
     def __init__(self, generator: torch.Generator | Sequence[torch.Generator] | None, batch_size: int) -> None:
         if isinstance(generator, Sequence):
             if len(generator) != batch_size:
-                raise InputError(
-                    f"there are {len(generator)} generators for {batch_size} images; give one, or one an image"
-                )
+                raise InputError(f"there are {len(generator)} generators for {batch_size} images; give one each")
             generator = list(generator)
         each = generator if isinstance(generator, list) else [generator]
         if generator is not None and not all(isinstance(one, torch.Generator) for one in each):
@@ -47,13 +45,8 @@ class NoiseSource:
         Args:
             shape: [batch, ...], with the source's batch size.
             device: the device of the result.
-
-        Raises:
-            InputError: `shape` is for another number of images.
         """
         shape = tuple(shape)
-        if not shape or shape[0] != self._batch_size:
-            raise InputError(f"noise of shape {shape} is wanted from a source for {self._batch_size} images")
         if isinstance(self._generator, list):
             return torch.cat([_randn((1, *shape[1:]), one, device) for one in self._generator])
         return _randn(shape, self._generator, device)
@@ -99,22 +92,15 @@ def generators_from_seed(seed: int | Sequence[int], batch_size: int) -> list[tor
         InputError: a seed is not an integer or is outside its limits, or the number of seeds is not that of images.
     """
     given = several(seed)
-    if given is not None:
-        seeds = [_check_seed(one) for one in given]
-        if len(seeds) != batch_size:
-            raise InputError(f"there are {len(seeds)} seeds for {batch_size} images; give one seed, or one an image")
-    else:
-        seeds = [following_seed(seed, index) for index in range(batch_size)]
-    return [torch.Generator().manual_seed(one) for one in seeds]
+    if given is not None and len(given) != batch_size:
+        raise InputError(f"there are {len(given)} seeds for {batch_size} images; give one seed, or one an image")
+    pairs = [(seed, index) for index in range(batch_size)] if given is None else [(one, 0) for one in given]
+    return [torch.Generator().manual_seed(following_seed(*pair)) for pair in pairs]
 
 
 def following_seed(seed: object, index: int) -> int:
     """seed + index modulo 2^64. Raises: InputError, see `generators_from_seed`."""
-    return (_check_seed(seed) + index) % _SEED_END
-
-
-def _check_seed(seed: object) -> int:
-    return whole(seed, "the seed", 0, _SEED_END - 1)
+    return (whole(seed, "the seed", 0, _SEED_END - 1) + index) % _SEED_END
 
 
 Denoiser = Callable[[Tensor, int], Tensor]
@@ -200,11 +186,9 @@ def run(
 def _replaced(x: Tensor, replacement: Tensor | None) -> Tensor:
     if replacement is None or replacement is x:
         return x
-    if not isinstance(replacement, Tensor) or replacement.shape != x.shape:
-        got = tuple(replacement.shape) if isinstance(replacement, Tensor) else type(replacement).__name__
-        raise InputError(f"on_step returned {got}; it must return None, or a tensor of shape {tuple(x.shape)}")
-    if replacement.is_meta:
-        raise InputError("on_step returned a tensor on the meta device, where tensors have no values")
+    if not isinstance(replacement, Tensor) or replacement.shape != x.shape or replacement.is_meta:
+        got = f"{tuple(replacement.shape)}" if isinstance(replacement, Tensor) else type(replacement).__name__
+        raise InputError(f"on_step returned {got}; it must return None, or a tensor {tuple(x.shape)} in memory")
     replacement = replacement.to(device=x.device, dtype=x.dtype)
     # If x was not finite before, the callback is not the cause; the caller reports that.
     if not replacement.isfinite().all() and x.isfinite().all():

@@ -2,25 +2,27 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, overload
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from unclip.diffusion import schedule
-from unclip.diffusion.schedule import Tables
-from unclip.errors import ConfigError, InputError
-from unclip.numbers import plain, real, whole
+from unclip.diffusion.schedule import BetaSchedule, Tables
+from unclip.errors import InputError
+from unclip.limits import Range, check_fields
+from unclip.numbers import whole
 
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-VARIANCE_TYPES = ("fixed_small_log", "fixed_small", "fixed_large", "learned_range")
+PredictionType = Literal["epsilon", "sample", "v_prediction"]
+VarianceType = Literal["fixed_small_log", "fixed_small", "fixed_large", "learned_range"]
+Timesteps = Annotated[int, Range(1, 100_000)]
+Beta = Annotated[float, Range(1e-12, 1, below=True)]
+"""With a smaller beta, 1 - beta is rounded to almost 1."""
+ClipRange = Annotated[float, Range(0, 1e6, above=True)]
 WEIGHTINGS = ("simple", "min_snr")
 
 _MIN_SNR_GAMMA = 5.0  # Hang et al. 2303.09556
 _LEAST_VARIANCE = 1e-20
-
-MAX_CLIP_RANGE = 1e6
-"""Far above any clean sample; a larger value is a mistake."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,6 @@ class Posterior(NamedTuple):
     beta: float
 
 
-def check_clip_range(limit: object) -> None:
-    """Raises: ConfigError unless `limit` is None, or a number above 0 and up to `MAX_CLIP_RANGE`."""
-    if limit is not None:
-        real(limit, "the clipping range", 0, MAX_CLIP_RANGE, above=True, error=ConfigError)
-
-
 @dataclass(frozen=True)
 class DiffusionProcess:
     """A noise schedule with a prediction type. Immutable, and not a module.
@@ -80,25 +76,16 @@ class DiffusionProcess:
         ConfigError: a field is unknown or outside its limits.
     """
 
-    num_timesteps: int = 1000
-    beta_schedule: str = "squaredcos_cap_v2"
-    beta_start: float = 0.0001
-    beta_end: float = 0.02
-    prediction_type: str = "epsilon"
-    variance_type: str = "fixed_small_log"
-    clip_range: float | None = 1.0
+    num_timesteps: Timesteps = 1000
+    beta_schedule: BetaSchedule = "squaredcos_cap_v2"
+    beta_start: Beta = 0.0001
+    beta_end: Beta = 0.02
+    prediction_type: PredictionType = "epsilon"
+    variance_type: VarianceType = "fixed_small_log"
+    clip_range: ClipRange | None = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("num_timesteps", "beta_start", "beta_end", "clip_range"):
-            object.__setattr__(self, name, plain(getattr(self, name)))
-        schedule.check_schedule(self.num_timesteps, self.beta_schedule, self.beta_start, self.beta_end)
-        if self.prediction_type not in PREDICTION_TYPES:
-            raise ConfigError(
-                f"prediction_type is {self.prediction_type!r}; it must be one of {', '.join(PREDICTION_TYPES)}"
-            )
-        if self.variance_type not in VARIANCE_TYPES:
-            raise ConfigError(f"variance_type is {self.variance_type!r}; it must be one of {', '.join(VARIANCE_TYPES)}")
-        check_clip_range(self.clip_range)
+        check_fields(self)
         _ = self.tables  # refuses an unusable schedule here, not at the first step
 
     @property
@@ -173,17 +160,21 @@ class DiffusionProcess:
         """
         output, fraction = self._split(output, x_t)
         x_t = x_t.float()
-        alpha, sigma = self._alpha_sigma(t, x_t)
-        if self.prediction_type == "epsilon":
-            x0, noise = (x_t - sigma * output) / alpha, output
-        elif self.prediction_type == "sample":
-            x0, noise = output, (x_t - alpha * output) / sigma
-        else:
-            x0, noise = alpha * x_t - sigma * output, alpha * output + sigma * x_t  # 2202.00512, app. D
+        x0, noise = self._x0_and_noise(output, x_t, t)
         if self.clip_range is not None:
             x0 = x0.clamp(-self.clip_range, self.clip_range)
+            alpha, sigma = self._alpha_sigma(t, x_t)
             noise = (x_t - alpha * x0) / sigma
         return Prediction(x0, noise, fraction)
+
+    def _x0_and_noise(self, output: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Unclipped, of float32 tensors; `output` is without its variance half."""
+        alpha, sigma = self._alpha_sigma(t, x_t)
+        if self.prediction_type == "epsilon":
+            return (x_t - sigma * output) / alpha, output
+        if self.prediction_type == "sample":
+            return output, (x_t - alpha * output) / sigma
+        return alpha * x_t - sigma * output, alpha * output + sigma * x_t  # 2202.00512, app. D
 
     def posterior(self, t: int, t_next: int) -> Posterior:
         """q(x_next | x_t, x0) for a step that may skip timesteps; `t_next` -1 is the clean sample.
@@ -226,16 +217,9 @@ class DiffusionProcess:
             raise InputError("the process learns its variance, but the prediction has none")
         return _between(prediction.log_variance, small, large)
 
-    @overload
-    def snr(self, t: int) -> float: ...
-    @overload
-    def snr(self, t: Tensor) -> Tensor: ...
     def snr(self, t: int | Tensor) -> float | Tensor:
         """Signal-to-noise ratio alpha^2 / sigma^2: a number for an int, float32 [batch] for a LongTensor."""
-        if isinstance(t, Tensor) and t.ndim:
-            self._check_timesteps(t)
-            return self.tables.on("snr", t.device)[t]
-        return self.tables.snr[self._checked_timestep(t)]
+        return self._at("snr", t, t if isinstance(t, Tensor) else torch.empty(0))
 
     # ---- training ----
 
@@ -283,7 +267,7 @@ class DiffusionProcess:
 
     def _min_snr_weight(self, t: Tensor) -> Tensor:
         # In terms of x0 the weight is min(snr, gamma); an error of noise is snr times, one of v is snr + 1 times x0's.
-        snr = self.snr(t)
+        snr = self.tables.on("snr", t.device)[t]
         weight = snr.clamp(max=_MIN_SNR_GAMMA)
         if self.prediction_type == "epsilon":
             return weight / snr
@@ -293,7 +277,7 @@ class DiffusionProcess:
 
     def _bound(self, output: Tensor, fraction: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """L_t in bits a dimension, [batch]."""
-        guess = self._unclipped().predict(output, x_t, t).x0
+        guess = self._x0_and_noise(output, x_t, t)[0]
         small = self._at("min_log_variance", t, x_t)
         log_variance = _between(fraction, small, self._at("max_log_variance", t, x_t))
         # x_t contributes equally to both means, so their difference depends on x0 only; this avoids cancellation.
@@ -305,33 +289,19 @@ class DiffusionProcess:
         likelihood = _level_log_likelihood(x0, guess, torch.exp(0.5 * log_variance))
         return torch.where(t == 0, -_mean(likelihood), _mean(divergence)) / math.log(2)
 
-    def _unclipped(self) -> "DiffusionProcess":
-        return DiffusionProcess(
-            self.num_timesteps,
-            self.beta_schedule,
-            self.beta_start,
-            self.beta_end,
-            self.prediction_type,
-            clip_range=None,
-        )
-
     # ---- reading arguments ----
 
     def _split(self, output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
         """The output without its variance half, and that half; both float32."""
-        plain, doubled = x_t.shape, (x_t.shape[0], 2 * x_t.shape[1], *x_t.shape[2:])
-        if output.shape != (doubled if self.learns_variance else plain):
-            expected = (
-                f"{tuple(doubled)}, half of it for the learned variance" if self.learns_variance else tuple(plain)
-            )
+        batch, channels, *size = x_t.shape
+        wanted = (batch, 2 * channels if self.learns_variance else channels, *size)
+        if output.shape != wanted:
             raise InputError(
                 f"the network's output has shape {tuple(output.shape)}; a process with variance type "
-                f"{self.variance_type!r} and samples of shape {tuple(plain)} needs {expected}"
+                f"{self.variance_type!r} and samples of shape {tuple(x_t.shape)} needs {wanted}"
             )
-        if not self.learns_variance:
-            return output.float(), None
-        mean, fraction = output.float().split(x_t.shape[1], dim=1)
-        return mean, fraction
+        output = output.float()
+        return output[:, :channels], output[:, channels:] if self.learns_variance else None
 
     def _alpha_sigma(self, t: int | Tensor, x: Tensor) -> tuple[float | Tensor, float | Tensor]:
         return self._at("alpha", t, x), self._at("sigma", t, x)
@@ -350,9 +320,7 @@ class DiffusionProcess:
 
     def _check_timesteps(self, t: Tensor) -> None:
         if t.ndim != 1 or t.dtype not in (torch.int64, torch.int32):
-            raise InputError(
-                f"timesteps are {t.dtype} of shape {tuple(t.shape)}; they must be int64 or int32 of shape [batch]"
-            )
+            raise InputError(f"timesteps are {t.dtype} {tuple(t.shape)}; they must be integers [batch]")
         # Only on the CPU: on another device the check would wait for all pending work.
         if t.device.type == "cpu" and bool(((t < 0) | (t >= self.num_timesteps)).any()):
             raise InputError(

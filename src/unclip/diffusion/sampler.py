@@ -9,18 +9,20 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from unclip.diffusion.process import DiffusionProcess, Prediction
-from unclip.errors import ConfigError, InputError
-from unclip.numbers import real, whole
+from unclip.errors import InputError
+from unclip.limits import Range, check_fields
+from unclip.numbers import whole
 
 MAX_ROUNDS = 20
 """The largest number of forwards for each step of a fixed-point inversion."""
 MAX_RESAMPLES = 100
+Eta = Annotated[float, Range(0, 1)]
 
 Memory = Any
 """The state that a sampler passes from one step to the next; None before the first step."""
@@ -114,10 +116,10 @@ class DDIMSampler(Sampler):
         ConfigError: `eta` is not a number from 0 to 1.
     """
 
-    eta: float = 0.0
+    eta: Eta = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "eta", real(self.eta, "eta", 0, 1, error=ConfigError))
+        check_fields(self, "eta")
 
     def needs_noise(self, t: int, t_next: int) -> bool:
         """True if eta is above 0, except for the step to the clean sample."""
@@ -136,69 +138,35 @@ class DDIMSampler(Sampler):
 
 
 @dataclass(frozen=True)
-class DDIMInversionSampler(Sampler):
-    """DDIM's deterministic step towards more noise: from a picture to an x_T that samples back to it.
-
-    The equation is that of `DDIMSampler` with eta 0 (Song et al. 2010.02502, section 4.3). The picture is taken as x
-    at the first timestep; at timestep 0 this ignores the lowest noise level. The inversion is exact up to first order
-    in the step size. Clipping x0 makes it less exact.
-    """
-
-    def steps(self, timesteps: Sequence[int]) -> tuple[tuple[int, int], ...]:
-        """See `Sampler.steps`: ascending, one step fewer than there are timesteps."""
-        return _ascending(self.process, timesteps)
-
-    def timesteps(self, num_steps: int) -> tuple[int, ...]:
-        """The ascending timesteps that invert a sampling in `num_steps` steps.
-
-        Raises:
-            InputError: `num_steps` is not an integer from 2 to num_timesteps (one step leaves nothing to invert).
-        """
-        timesteps = self.process.spaced_timesteps(num_steps)[::-1]
-        if len(timesteps) < 2:
-            raise InputError(f"the number of steps is {num_steps}; an inversion needs 2 or more")
-        return timesteps
-
-    def step(self, prediction, x_t, t, t_next, memory=None, noise=None):
-        """See `Sampler.step`; `t_next` is above `t`."""
-        if not 0 <= t < t_next < self.process.num_timesteps:
-            raise InputError(
-                f"an inversion step must ascend within 0 to {self.process.num_timesteps - 1}; "
-                f"this step goes from {t} to {t_next}"
-            )
-        tables = self.process.tables
-        return tables.alpha[t_next] * prediction.x0 + tables.sigma[t_next] * prediction.noise, None
-
-
-@dataclass(frozen=True)
 class FixedPointInversionSampler(Sampler):
     """The exact inverse of deterministic DDIM: each DDIM step is solved for the state that it started from.
 
     With alpha and sigma on the unit circle, DDIM's step (Song et al. 2010.02502, eq. 12) from t down to s is a rotation
     by the angle between them, x_s = cos(d) x_t - sin(d) v(x_t, t), where v = alpha noise - sigma x0 (Salimans & Ho
     2202.00512, app. D). So x_t = (x_s + sin(d) v(x_t, t)) / cos(d). This is solved by fixed-point iteration on the
-    right-hand side, with x_s as the first guess. Unlike `DDIMInversionSampler` it evaluates v at the timestep where
-    DDIM evaluates it, its error shrinks with every round, and it inverts the last step, to the clean sample, too.
+    right-hand side, with x_s as the first guess. Its error shrinks with every round, and it inverts the last step, to
+    the clean sample, too.
     Clipping x0 is part of v. Where it leaves several solutions (a pure white that any x_t would give), the iteration
     finds one of them.
 
     Args:
         process: the process of the DDIM sampling; a learned variance is split off and ignored.
-        num_rounds: forwards for each step, 1 to 20; with 1 it is about as exact as `DDIMInversionSampler`.
+        num_rounds: forwards for each step, 1 to 20.
 
     Raises:
         ConfigError: `num_rounds` is outside its limits.
     """
 
-    num_rounds: int = 2
+    num_rounds: Annotated[int, Range(1, MAX_ROUNDS)] = 2
 
     def __post_init__(self) -> None:
-        num_rounds = whole(self.num_rounds, "num_rounds", 1, MAX_ROUNDS, error=ConfigError)
-        object.__setattr__(self, "num_rounds", num_rounds)
+        check_fields(self, "num_rounds")
 
     def steps(self, timesteps: Sequence[int]) -> tuple[tuple[int, int], ...]:
         """See `Sampler.steps`: `timesteps` ascend; each (t, t_next) is a step of DDIM, repeated `num_rounds` times."""
-        _ascending(self.process, timesteps)
+        _check_range(self.process, timesteps)
+        if len(timesteps) < 2 or any(t_next <= t for t, t_next in itertools.pairwise(timesteps)):
+            raise InputError(f"an inversion needs two or more ascending timesteps; these are {_shown(timesteps)}")
         inverted = zip(timesteps, (-1, *timesteps[:-1]), strict=True)
         return tuple(step for step in inverted for _ in range(self.num_rounds))
 
@@ -240,9 +208,6 @@ class InpaintingSampler(Sampler):
         kept: bool, of `x0`'s shape or one that broadcasts to it; true where `x0` is known.
         num_resamples: how often each part of the path is sampled, 1 to 100; 1 means no repetition.
         jump_length: steps in such a part, 1 or more.
-
-    Raises:
-        InputError: a count is outside its limits; `kept` is not bool, or does not broadcast to `x0`.
     """
 
     process: DiffusionProcess = field(init=False, repr=False)
@@ -253,21 +218,7 @@ class InpaintingSampler(Sampler):
     jump_length: int = 1
 
     def __post_init__(self) -> None:
-        num_resamples, jump_length = check_resampling(self.num_resamples, self.jump_length)
         object.__setattr__(self, "process", self.sampler.process)
-        object.__setattr__(self, "num_resamples", num_resamples)
-        object.__setattr__(self, "jump_length", jump_length)
-        if self.kept.dtype != torch.bool:
-            raise InputError(f"the mask of known elements is {self.kept.dtype}; it must be bool")
-        try:
-            fits = torch.broadcast_shapes(self.kept.shape, self.x0.shape) == self.x0.shape
-        except RuntimeError:
-            fits = False
-        if not fits:
-            raise InputError(
-                f"the mask of known elements has shape {tuple(self.kept.shape)}; it must broadcast to the sample's "
-                f"{tuple(self.x0.shape)}"
-            )
 
     def steps(self, timesteps: Sequence[int]) -> tuple[tuple[int, int], ...]:
         """See `Sampler.steps`. Where a step starts above the end of the previous one, the loop adds noise first."""
@@ -289,15 +240,6 @@ class InpaintingSampler(Sampler):
 def check_resampling(num_resamples: object, jump_length: object) -> tuple[int, int]:
     """Both as ints. Raises: InputError unless they are whole numbers, from 1 to 100 and from 1."""
     return whole(num_resamples, "num_resamples", 1, MAX_RESAMPLES), whole(jump_length, "jump_length")
-
-
-def _ascending(process: DiffusionProcess, timesteps: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """The steps between neighbours. Raises: InputError unless there are two timesteps or more, and they ascend."""
-    _check_range(process, timesteps)
-    steps = tuple(itertools.pairwise(timesteps))
-    if not steps or any(t_next <= t for t, t_next in steps):
-        raise InputError(f"an inversion needs two or more ascending timesteps; these are {_shown(timesteps)}")
-    return steps
 
 
 def _check_range(process: DiffusionProcess, timesteps: Sequence[int]) -> None:

@@ -5,21 +5,26 @@ Pipelines use only the immutable parts of a scheduler: its process, its sampler 
 
 import inspect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from unclip.checkpoints.asked import settled
+from unclip.checkpoints.files import output_folder, read_json, safe_join, write_json
+from unclip.checkpoints.hub import resolve
 from unclip.diffusion import scheduler_config as _settings
 from unclip.diffusion.loop import NoiseSource
-from unclip.diffusion.process import DiffusionProcess, check_clip_range
+from unclip.diffusion.process import DiffusionProcess
 from unclip.diffusion.sampler import AncestralSampler, DDIMSampler, Memory, Sampler
-from unclip.diffusion.schedule import SPACINGS, spaced_timesteps
+from unclip.diffusion.schedule import spaced_timesteps
 from unclip.diffusion.scheduler_config import SchedulerConfig
 from unclip.errors import ConfigError, InputError
+from unclip.limits import Range, check, check_fields
 from unclip.numbers import plain, whole
 from unclip.settings import SAMPLERS
 
@@ -43,7 +48,7 @@ class SchedulerOutput(NamedTuple):
     pred_original_sample: Tensor
 
 
-class Scheduler:
+class Scheduler(ABC):
     """Base class of the schedulers.
 
     Pipelines use `process`, `spaced_timesteps` and `sampler`, which never change.
@@ -60,16 +65,13 @@ class Scheduler:
     _foreign: ClassVar[_settings.Neutral] = _settings.FOREIGN_NEUTRAL
     _includes_zero: ClassVar[bool] = True
 
-    def __init__(self, settings: Mapping[str, Any], unused: Mapping[str, object]) -> None:
-        name, settings = type(self).__name__, {key: plain(value) for key, value in settings.items()}
-        _settings.check_neutral(name, self._neutral, unused)
-        if not isinstance(settings["clip_sample"], bool):
-            raise ConfigError(f"clip_sample is {settings['clip_sample']!r}; it must be true or false")
-        check_clip_range(settings["clip_sample_range"])  # also where it is not used: another scheduler may use it
-        if settings.get("timestep_spacing", "linspace") not in SPACINGS:
-            raise ConfigError(
-                f"timestep_spacing is {settings['timestep_spacing']!r}; it must be one of {', '.join(SPACINGS)}"
-            )
+    def _configure(self, given: Mapping[str, Any]) -> None:
+        """Take the arguments of a subclass's `__init__`, which are its `locals()`."""
+        name = type(self).__name__
+        _settings.check_neutral(name, self._neutral, given["unused"])
+        settings = {key: plain(value) for key, value in given.items() if key not in ("self", "unused")}
+        for key, value in settings.items():
+            check(value, _settings.KINDS[key], key)
         self._config = SchedulerConfig({"_class_name": name, **settings})
         self._process = DiffusionProcess(
             num_timesteps=settings["num_train_timesteps"],
@@ -77,15 +79,16 @@ class Scheduler:
             beta_start=settings["beta_start"],
             beta_end=settings["beta_end"],
             prediction_type=settings["prediction_type"],
-            variance_type="fixed_small_log" if settings["variance_type"] is None else settings["variance_type"],
+            variance_type=settings["variance_type"] or "fixed_small_log",
             clip_range=settings["clip_sample_range"] if settings["clip_sample"] else None,
         )
         self._sampler = self._new_sampler()
         self.num_inference_steps: int | None = None
         self._take_path(tuple(range(self._process.num_timesteps - 1, -1, -1)), None)
 
+    @abstractmethod
     def _new_sampler(self) -> Sampler:
-        raise NotImplementedError
+        """The sampler that the settings describe."""
 
     def _take_path(self, path: tuple[int, ...], device: torch.device | str | None) -> None:
         self._path = path
@@ -117,7 +120,7 @@ class Scheduler:
         return spaced_timesteps(
             self._process.num_timesteps,
             num_steps,
-            str(self._config.get("timestep_spacing", "linspace")),
+            self._config.get("timestep_spacing", "linspace"),
             includes_zero=self._includes_zero,
         )
 
@@ -181,7 +184,11 @@ class Scheduler:
             t_next = max(whole(prev_timestep, "prev_timestep", -count, count - 1), -1)
         prediction = self._process.predict(model_output, sample, t)
         if noise is not None:
-            noise = _given_noise(noise, generator, sample)
+            if not isinstance(noise, Tensor) or noise.shape != sample.shape or not noise.is_floating_point():
+                raise InputError(f"variance_noise must be floating and of the sample's shape {tuple(sample.shape)}")
+            if generator is not None:
+                raise InputError("generator and variance_noise are both given; pass one of them")
+            noise = noise.to(sample.device)
         elif sampler.needs_noise(t, t_next):
             noise = NoiseSource(generator, sample.shape[0]).draw(sample.shape, sample.device)
         # A step that does not continue from the previous one starts a new run.
@@ -213,7 +220,8 @@ class Scheduler:
         if not isinstance(config, Mapping):
             raise ConfigError(f"the configuration is {type(config).__name__}; pass a scheduler's config, or a dict")
         known = {*cls._defaults(), *cls._neutral}
-        _settings.check_overrides(cls.__name__, known, cls._foreign, overrides)
+        more = {name: value for name, value in overrides.items() if name not in known}
+        _settings.check_neutral(cls.__name__, cls._foreign, more)
         inherited: dict[str, object] = {}
         source = SCHEDULERS.get("UnCLIPScheduler" if _settings.is_unclip(config) else str(config.get("_class_name")))
         if source is not None and source is not cls:
@@ -223,8 +231,10 @@ class Scheduler:
         given = {**inherited, **config, **overrides}
         if given.get("variance_type", ...) is None:
             del given["variance_type"]  # from a scheduler that does not use it
-        own = _settings.own_settings(cls.__name__, known, given)
-        return cls(**own)
+        for name in given:
+            if name not in known | _settings.ELSEWHERE and not name.startswith("_"):
+                raise ConfigError(f"{cls.__name__} has no setting {name!r}, nor do the other schedulers; remove it")
+        return cls(**{name: value for name, value in given.items() if name in known})
 
     @classmethod
     def _defaults(cls) -> dict[str, Any]:
@@ -257,10 +267,6 @@ class Scheduler:
             CheckpointError: the file is missing or cannot be read.
             ConfigError: see `from_config`.
         """
-        from unclip.checkpoints.asked import settled
-        from unclip.checkpoints.files import read_json, safe_join
-        from unclip.checkpoints.hub import resolve
-
         overrides = settled(overrides, cls.from_pretrained, None)
         file = CONFIG_NAME if subfolder is None else f"{subfolder}/{CONFIG_NAME}"
         folder = resolve(
@@ -279,27 +285,11 @@ class Scheduler:
         Raises:
             InputError, OutputExistsError: `folder` is not a possible name, or is a file.
         """
-        from unclip.checkpoints.files import output_folder, write_json
-
         folder = output_folder(folder)
         entries = dict(self._config)
         if self._process.beta_schedule == "squaredcos_cap_v2":
-            del (
-                entries["beta_start"],
-                entries["beta_end"],
-            )  # the cosine schedule ignores them, and Karlo's files do not have them
+            del entries["beta_start"], entries["beta_end"]  # not used; Karlo's files do not have them
         write_json(folder / CONFIG_NAME, entries)
-
-
-def _given_noise(noise: object, generator: Generators, sample: Tensor) -> Tensor:
-    if not isinstance(noise, Tensor) or noise.shape != sample.shape or not noise.is_floating_point():
-        what = tuple(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
-        raise InputError(
-            f"variance_noise is {what}; it must be floating and of the sample's shape {tuple(sample.shape)}"
-        )
-    if generator is not None:
-        raise InputError("generator and variance_noise are both given; pass one of them")
-    return noise.to(sample.device, torch.float32)
 
 
 class UnCLIPScheduler(Scheduler):
@@ -338,17 +328,7 @@ class UnCLIPScheduler(Scheduler):
         beta_end: float = 0.02,
         **unused: object,
     ) -> None:
-        entries = {
-            "num_train_timesteps": num_train_timesteps,
-            "variance_type": variance_type,
-            "clip_sample": clip_sample,
-            "clip_sample_range": clip_sample_range,
-            "prediction_type": prediction_type,
-            "beta_schedule": beta_schedule,
-            "beta_start": beta_start,
-            "beta_end": beta_end,
-        }
-        super().__init__(entries, unused)
+        self._configure(locals())
 
     def _new_sampler(self) -> AncestralSampler:
         return AncestralSampler(self._process)
@@ -420,19 +400,7 @@ class DDIMScheduler(Scheduler):
         eta: float = 0.0,
         **unused: object,
     ) -> None:
-        entries = {
-            "num_train_timesteps": num_train_timesteps,
-            "beta_start": beta_start,
-            "beta_end": beta_end,
-            "beta_schedule": beta_schedule,
-            "clip_sample": clip_sample,
-            "prediction_type": prediction_type,
-            "clip_sample_range": clip_sample_range,
-            "timestep_spacing": timestep_spacing,
-            "variance_type": variance_type,
-            "eta": eta,
-        }
-        super().__init__(entries, unused)
+        self._configure(locals())
 
     def _new_sampler(self) -> DDIMSampler:
         return DDIMSampler(self._process, self.config.eta)
@@ -502,10 +470,10 @@ class DPMSolverPlusPlus2MSampler(Sampler):
         ConfigError: `order` is neither.
     """
 
-    order: int = 2
+    order: Annotated[int, Range(1, 2)] = 2
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "order", whole(self.order, "the solver's order", 1, 2, error=ConfigError))
+        check_fields(self, "order")
 
     def step(self, prediction, x_t, t, t_next, memory=None, noise=None):
         """See `Sampler.step`."""
@@ -565,19 +533,7 @@ class DPMSolverMultistepScheduler(Scheduler):
         clip_sample_range: float = 1.0,
         **unused: object,
     ) -> None:
-        entries = {
-            "num_train_timesteps": num_train_timesteps,
-            "beta_start": beta_start,
-            "beta_end": beta_end,
-            "beta_schedule": beta_schedule,
-            "solver_order": solver_order,
-            "prediction_type": prediction_type,
-            "timestep_spacing": timestep_spacing,
-            "variance_type": variance_type,
-            "clip_sample": clip_sample,
-            "clip_sample_range": clip_sample_range,
-        }
-        super().__init__(entries, unused)
+        self._configure(locals())
 
     def _new_sampler(self) -> DPMSolverPlusPlus2MSampler:
         return DPMSolverPlusPlus2MSampler(self._process, self.config.solver_order)
@@ -598,40 +554,3 @@ class DPMSolverMultistepScheduler(Scheduler):
 
 
 SCHEDULERS: dict[str, type[Scheduler]] = {row.scheduler: globals()[row.scheduler] for row in SAMPLERS.values()}
-EQUIVALENTS = {name: SCHEDULERS[row.scheduler] for row in SAMPLERS.values() for name in row.equivalents}
-"""The schedulers of diffusers by class name, and the scheduler here that samples in the same way."""
-
-
-def is_foreign(value: object) -> bool:
-    """Whether it is a scheduler of diffusers."""
-    ours = type(value).__module__.partition(".")[0] != "diffusers"
-    return not ours and hasattr(value, "set_timesteps") and isinstance(getattr(value, "config", None), Mapping)
-
-
-def converted(scheduler: Any, replaced: Scheduler | None = None) -> Scheduler:
-    """A scheduler that samples in the same way as a scheduler of diffusers.
-
-    If that was built by `from_config` from a scheduler of unclip, the even spacing of timesteps and the variance type
-    are kept, as in unclip's own `from_config`. Where x0 is clipped, the noise is recomputed from it.
-
-    Args:
-        scheduler: see `is_foreign`.
-        replaced: the scheduler that it replaces; gives the variance type where the class of diffusers does not.
-
-    Raises: ConfigError for a class without an equivalent sampler, or a setting that is not implemented.
-    """
-    name, config = type(scheduler).__name__, scheduler.config
-    settings = {**config, "_class_name": name}
-    defaults = config.get("_use_default_values", ())
-    if settings.get("variance_type") is None:
-        settings["variance_type"] = None if replaced is None else replaced.config["variance_type"]
-    elif "_class_name" in config and "timestep_spacing" in defaults and "variance_type" not in defaults:
-        settings["timestep_spacing"] = "linspace"
-    cls, spacing = EQUIVALENTS.get(name), settings.get("timestep_spacing", "linspace")
-    if cls is None:
-        raise ConfigError(f"unclip does not have the sampler of diffusers' {name}")
-    if name.startswith("DDPM") and spacing != "linspace":
-        if not str(settings["variance_type"]).startswith("fixed_small"):
-            raise ConfigError(f"unclip does not implement timestep_spacing={spacing!r} of diffusers' {name}")
-        cls, settings["eta"] = DDIMScheduler, 1.0  # the same step (2010.02502, section 4.1), for any timesteps
-    return cls.from_config(settings)

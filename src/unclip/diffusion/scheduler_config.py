@@ -2,21 +2,28 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
+from unclip.diffusion.process import Beta, ClipRange, PredictionType, Timesteps, VarianceType
+from unclip.diffusion.sampler import Eta
+from unclip.diffusion.schedule import BetaSchedule, Spacing
 from unclip.errors import ConfigError
+from unclip.limits import Range
 
-PROCESS_SETTINGS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "prediction_type",
-    "variance_type",
-    "clip_sample",
-    "clip_sample_range",
-)
-"""The settings of all schedulers: they belong to the trained network, not to the sampler."""
+_Variance = VarianceType | None
+
+PROCESS_SETTINGS = {
+    "num_train_timesteps": Timesteps,
+    "beta_start": Beta,
+    "beta_end": Beta,
+    "beta_schedule": BetaSchedule,
+    "prediction_type": PredictionType,
+    "variance_type": _Variance,
+    "clip_sample": bool,
+    "clip_sample_range": ClipRange,
+}
+"""The settings of all schedulers, with their kinds: they belong to the trained network, not to the sampler."""
+KINDS = PROCESS_SETTINGS | {"timestep_spacing": Spacing, "eta": Eta, "solver_order": Annotated[int, Range(1, 2)]}
 
 Neutral = Mapping[str, tuple[object, ...] | None]
 """Settings of diffusers that unclip does not implement, with the values that have no effect.
@@ -52,7 +59,7 @@ NEUTRAL_DPM_SOLVER: Neutral = {
     "time_shift_type": None,
 }
 
-_ELSEWHERE = {*NEUTRAL_DDIM, *NEUTRAL_DPM_SOLVER, "timestep_spacing", "eta", "solver_order"}
+ELSEWHERE = {*NEUTRAL_DDIM, *NEUTRAL_DPM_SOLVER, "timestep_spacing", "eta", "solver_order"}
 
 _METHODS = ("algorithm_type", "solver_type")
 """Settings that select a solver's method: for another sampler, no value of them is neutral."""
@@ -78,18 +85,13 @@ class SchedulerConfig(dict[str, Any]):
         raise AttributeError(f"{name} cannot be set: create another scheduler with from_config(config, {name}=...)")
 
     def _refuse(self, *given: object, **named: object) -> NoReturn:
-        raise TypeError(
-            "a scheduler's config cannot be changed: create another scheduler with from_config(config, ...)"
-        )
+        raise TypeError("a scheduler's config cannot be changed: use from_config(config, ...)")
 
     __setitem__ = __delitem__ = clear = pop = popitem = _refuse
     __ior__ = setdefault = update = _refuse  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SchedulerConfig, (dict(self),)
-
-    def __repr__(self) -> str:
-        return f"SchedulerConfig({dict(self)})"
 
 
 def check_neutral(class_name: str, neutral: Neutral, settings: Mapping[str, object]) -> None:
@@ -108,33 +110,6 @@ def check_neutral(class_name: str, neutral: Neutral, settings: Mapping[str, obje
             )
 
 
-def own_settings(class_name: str, known: set[str], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The `known` settings, without private names ("_...") and settings of other schedulers.
-
-    Sampling settings of other schedulers are dropped at any value; every class knows those of the process.
-
-    Raises:
-        ConfigError: a setting is unknown to all schedulers.
-    """
-    for name in settings:
-        if name not in known and name not in _ELSEWHERE and not name.startswith("_"):
-            raise ConfigError(
-                f"{name!r} is not a setting of {class_name} or the other schedulers; remove it from the configuration"
-            )
-    return {name: value for name, value in settings.items() if name in known}
-
-
-def check_overrides(class_name: str, known: set[str], neutral: Neutral, overrides: Mapping[str, object]) -> None:
-    """Check settings that a caller gives in addition to a configuration.
-
-    `own_settings` drops settings of other schedulers from a configuration. A caller's own settings must not be dropped.
-
-    Raises:
-        ConfigError: a setting is unknown, or is another scheduler's, at a value that `class_name` does not implement.
-    """
-    check_neutral(class_name, neutral, {name: value for name, value in overrides.items() if name not in known})
-
-
 def is_unclip(config: Mapping[str, object]) -> bool:
     """Whether settings without a class name are those of an UnCLIPScheduler.
 
@@ -142,4 +117,4 @@ def is_unclip(config: Mapping[str, object]) -> bool:
     written to a file has no class name.
     """
     names = {name for name in config if not name.startswith("_")}
-    return "_class_name" not in config and config.get("variance_type") is not None and names <= {*PROCESS_SETTINGS}
+    return "_class_name" not in config and config.get("variance_type") is not None and names <= PROCESS_SETTINGS.keys()

@@ -3,21 +3,17 @@
 The layout of the network is that of Szegedy et al. (1512.00567), figures 5 to 7 and table 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from unclip.checkpoints.weights import PICKLE_SUFFIXES, WeightsIndex, fill, open_weights, read_header
+from unclip.checkpoints.weights import WeightsIndex, fill, open_weights, read_header
 from unclip.errors import MissingFileError, UnsafeFileError, WeightsError
 from unclip.images import rgb
-
-if TYPE_CHECKING:
-    from unclip.checkpoints.weights import TensorInfo
 
 INPUT_PX = 299
 FEATURES = 2048
@@ -26,11 +22,16 @@ FID_CLASSES, IMAGENET_CLASSES = 1008, 1000
 STEMS = ("inception", "model", "diffusion_pytorch_model")
 BATCH = 32
 
-Padding = int | tuple[int, int]
+Kernel = int | tuple[int, int]
 
 
 class InceptionFeatures:
-    """An Inception-V3 that computes features of pictures (a `FeatureSpace`)."""
+    """An Inception-V3 that computes features of pictures.
+
+    Attributes:
+        name: a description of the network.
+        is_fid: whether the Fréchet distance in this space is FID.
+    """
 
     def __init__(self, network: "Inception", name: str, *, is_fid: bool) -> None:
         self.network, self.name, self.is_fid = network.eval(), name, is_fid
@@ -55,7 +56,7 @@ class InceptionFeatures:
         is_fid = classes == FID_CLASSES
         with torch.device("meta"):
             network = Inception(fid=is_fid)
-        fill(network, WeightsIndex({n: info for n, info in index.items() if _is_used(n)}, index.files), path)
+        fill(network, WeightsIndex((n, info) for n, info in index.items() if _is_used(n)), path)
         name = "Inception-V3 pool3, FID's weights" if is_fid else "Inception-V3 pool3, torchvision's weights"
         return cls(network.to(device), name, is_fid=is_fid)
 
@@ -97,9 +98,7 @@ class Norm(nn.Module):
 class ConvNorm(nn.Module):
     """Convolution without bias, batch norm, ReLU."""
 
-    def __init__(
-        self, inputs: int, outputs: int, kernel: int | tuple[int, int], stride: int = 1, padding: Padding = 0
-    ) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: Kernel, stride: int = 1, padding: int | str = 0) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
         self.bn = Norm(outputs)
@@ -108,119 +107,86 @@ class ConvNorm(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
+Layer = tuple[int, Kernel]
+"""Output channels and kernel of a convolution."""
+Branches = Mapping[str, Sequence[Layer | list[Layer]]]
+"""Convolutions in a row by the name of their branch; two in one place get the same input and are concatenated."""
+
+
+def block_a(pool: int) -> Branches:
+    """35×35: 1×1, 5×5, two 3×3."""
+    double = [(64, 1), (96, 3), (96, 3)]
+    return {"1x1": [(64, 1)], "5x5": [(48, 1), (64, 5)], "3x3dbl": double, "_pool": [(pool, 1)]}
+
+
+def block_c(width: int) -> Branches:
+    """17×17: 1×1, a factorised 7×7, two factorised 7×7."""
+    w, across, down = width, (1, 7), (7, 1)
+    return {
+        "1x1": [(192, 1)],
+        "7x7": [(w, 1), (w, across), (192, down)],
+        "7x7dbl": [(w, 1), (w, down), (w, across), (w, down), (192, across)],
+        "_pool": [(192, 1)],
+    }
+
+
+BLOCK_B: Branches = {"3x3": [(384, 3)], "3x3dbl": [(64, 1), (96, 3), (96, 3)]}
+"""35×35 to 17×17."""
+BLOCK_D: Branches = {"3x3": [(192, 1), (320, 3)], "7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3)]}
+"""17×17 to 8×8."""
+BLOCK_E: Branches = {
+    "1x1": [(320, 1)],
+    "3x3": [(384, 1), [(384, (1, 3)), (384, (3, 1))]],
+    "3x3dbl": [(448, 1), (384, 3), [(384, (1, 3)), (384, (3, 1))]],
+    "_pool": [(192, 1)],
+}
+"""8×8: 1×1, a 3×3 in two halves, a double 3×3 in two halves."""
+
+
 class Block(nn.Module):
     """Parallel branches, the last of them after a pooling; their outputs are concatenated along the channels.
 
+    A block without convolutions after its pooling halves the size: there and at the end of each branch the stride is 2.
+
     The original network, and therefore FID's weights, excludes the padding from its averages and takes the maximum in
     the last block. Torchvision's network counts the padding as zeros and averages in every block.
+
+    Args:
+        inputs: channels.
+        branches: the convolutions.
+        pooling: "average", "average with border" or "max".
     """
 
-    def __init__(self, pooling: str) -> None:
+    def __init__(self, inputs: int, branches: Branches, pooling: str) -> None:
         super().__init__()
-        self.pooling = pooling
+        self.pooling, self.halves = pooling, "_pool" not in branches
+        self.names: dict[str, list[list[str]]] = {}
+        for branch, places in branches.items():
+            width, self.names[branch] = inputs, []
+            for number, place in enumerate(places, 1):
+                layers = place if isinstance(place, list) else [place]
+                stem = f"branch{branch}_{number}" if len(places) > 1 else f"branch{branch}"
+                names = [f"{stem}a", f"{stem}b"] if len(layers) > 1 else [stem]
+                stride, padding = (2, 0) if self.halves and number == len(places) else (1, "same")
+                for name, (outputs, kernel) in zip(names, layers, strict=True):
+                    self.add_module(name, ConvNorm(width, outputs, kernel, stride, padding))
+                self.names[branch].append(names)
+                width = layers[0][0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = []
+        for branch, places in self.names.items():
+            parts = [self.pooled(x) if branch == "_pool" else x]
+            for names in places:
+                parts = [self.get_submodule(name)(parts[0]) for name in names]
+            outputs += parts
+        return torch.cat([*outputs, F.max_pool2d(x, 3, stride=2)] if self.halves else outputs, dim=1)
 
     def pooled(self, x: Tensor) -> Tensor:
         """The input of the pooling branch, with the shape of x."""
         if self.pooling == "max":
             return F.max_pool2d(x, 3, stride=1, padding=1)
         return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=self.pooling == "average with border")
-
-
-class BlockA(Block):
-    """35×35: 1×1, 5×5, two 3×3, pooling."""
-
-    def __init__(self, inputs: int, pool_features: int, pooling: str) -> None:
-        super().__init__(pooling)
-        self.branch1x1 = ConvNorm(inputs, 64, 1)
-        self.branch5x5_1 = ConvNorm(inputs, 48, 1)
-        self.branch5x5_2 = ConvNorm(48, 64, 5, padding=2)
-        self.branch3x3dbl_1 = ConvNorm(inputs, 64, 1)
-        self.branch3x3dbl_2 = ConvNorm(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = ConvNorm(96, 96, 3, padding=1)
-        self.branch_pool = ConvNorm(inputs, pool_features, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = self.branch5x5_2(self.branch5x5_1(x))
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch1x1(x), wide, double, self.branch_pool(self.pooled(x))], dim=1)
-
-
-class BlockB(nn.Module):
-    """35×35 to 17×17."""
-
-    def __init__(self, inputs: int) -> None:
-        super().__init__()
-        self.branch3x3 = ConvNorm(inputs, 384, 3, stride=2)
-        self.branch3x3dbl_1 = ConvNorm(inputs, 64, 1)
-        self.branch3x3dbl_2 = ConvNorm(64, 96, 3, padding=1)
-        self.branch3x3dbl_3 = ConvNorm(96, 96, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch3x3(x), double, F.max_pool2d(x, 3, stride=2)], dim=1)
-
-
-class BlockC(Block):
-    """17×17: 1×1, a factorised 7×7, two factorised 7×7, pooling."""
-
-    def __init__(self, inputs: int, width: int, pooling: str) -> None:
-        super().__init__(pooling)
-        self.branch1x1 = ConvNorm(inputs, 192, 1)
-        self.branch7x7_1 = ConvNorm(inputs, width, 1)
-        self.branch7x7_2 = ConvNorm(width, width, (1, 7), padding=(0, 3))
-        self.branch7x7_3 = ConvNorm(width, 192, (7, 1), padding=(3, 0))
-        self.branch7x7dbl_1 = ConvNorm(inputs, width, 1)
-        self.branch7x7dbl_2 = ConvNorm(width, width, (7, 1), padding=(3, 0))
-        self.branch7x7dbl_3 = ConvNorm(width, width, (1, 7), padding=(0, 3))
-        self.branch7x7dbl_4 = ConvNorm(width, width, (7, 1), padding=(3, 0))
-        self.branch7x7dbl_5 = ConvNorm(width, 192, (1, 7), padding=(0, 3))
-        self.branch_pool = ConvNorm(inputs, 192, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        single = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        double = x
-        for part in (1, 2, 3, 4, 5):
-            double = getattr(self, f"branch7x7dbl_{part}")(double)
-        return torch.cat([self.branch1x1(x), single, double, self.branch_pool(self.pooled(x))], dim=1)
-
-
-class BlockD(nn.Module):
-    """17×17 to 8×8."""
-
-    def __init__(self, inputs: int) -> None:
-        super().__init__()
-        self.branch3x3_1 = ConvNorm(inputs, 192, 1)
-        self.branch3x3_2 = ConvNorm(192, 320, 3, stride=2)
-        self.branch7x7x3_1 = ConvNorm(inputs, 192, 1)
-        self.branch7x7x3_2 = ConvNorm(192, 192, (1, 7), padding=(0, 3))
-        self.branch7x7x3_3 = ConvNorm(192, 192, (7, 1), padding=(3, 0))
-        self.branch7x7x3_4 = ConvNorm(192, 192, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = self.branch7x7x3_4(self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x))))
-        return torch.cat([self.branch3x3_2(self.branch3x3_1(x)), wide, F.max_pool2d(x, 3, stride=2)], dim=1)
-
-
-class BlockE(Block):
-    """8×8: 1×1, a 3×3 in two halves, a double 3×3 in two halves, pooling."""
-
-    def __init__(self, inputs: int, pooling: str) -> None:
-        super().__init__(pooling)
-        self.branch1x1 = ConvNorm(inputs, 320, 1)
-        self.branch3x3_1 = ConvNorm(inputs, 384, 1)
-        self.branch3x3_2a = ConvNorm(384, 384, (1, 3), padding=(0, 1))
-        self.branch3x3_2b = ConvNorm(384, 384, (3, 1), padding=(1, 0))
-        self.branch3x3dbl_1 = ConvNorm(inputs, 448, 1)
-        self.branch3x3dbl_2 = ConvNorm(448, 384, 3, padding=1)
-        self.branch3x3dbl_3a = ConvNorm(384, 384, (1, 3), padding=(0, 1))
-        self.branch3x3dbl_3b = ConvNorm(384, 384, (3, 1), padding=(1, 0))
-        self.branch_pool = ConvNorm(inputs, 192, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        single, double = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        parts = [self.branch1x1(x), self.branch3x3_2a(single), self.branch3x3_2b(single)]
-        parts += [self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double), self.branch_pool(self.pooled(x))]
-        return torch.cat(parts, dim=1)
 
 
 class Inception(nn.Module):
@@ -238,46 +204,36 @@ class Inception(nn.Module):
         self.Conv2d_2b_3x3 = ConvNorm(32, 64, 3, padding=1)
         self.Conv2d_3b_1x1 = ConvNorm(64, 80, 1)
         self.Conv2d_4a_3x3 = ConvNorm(80, 192, 3)
-        self.Mixed_5b = BlockA(192, 32, average)
-        self.Mixed_5c = BlockA(256, 64, average)
-        self.Mixed_5d = BlockA(288, 64, average)
-        self.Mixed_6a = BlockB(288)
-        self.Mixed_6b = BlockC(768, 128, average)
-        self.Mixed_6c = BlockC(768, 160, average)
-        self.Mixed_6d = BlockC(768, 160, average)
-        self.Mixed_6e = BlockC(768, 192, average)
-        self.Mixed_7a = BlockD(768)
-        self.Mixed_7b = BlockE(1280, average)
-        self.Mixed_7c = BlockE(2048, last)
+        blocks = {
+            "5b": (192, block_a(32)), "5c": (256, block_a(64)), "5d": (288, block_a(64)),
+            "6a": (288, BLOCK_B), "6b": (768, block_c(128)), "6c": (768, block_c(160)), "6d": (768, block_c(160)),
+            "6e": (768, block_c(192)), "7a": (768, BLOCK_D), "7b": (1280, BLOCK_E), "7c": (2048, BLOCK_E),
+        }  # fmt: skip
+        self.blocks = [f"Mixed_{name}" for name in blocks]
+        for name, (inputs, branches) in blocks.items():
+            self.add_module(f"Mixed_{name}", Block(inputs, branches, last if name == "7c" else average))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, stride=2)))
         x = F.max_pool2d(x, 3, stride=2)
-        for name, block in self.named_children():
-            if name.startswith("Mixed"):
-                x = block(x)
+        for name in self.blocks:
+            x = self.get_submodule(name)(x)
         return x.mean(dim=(2, 3))
 
 
 def _open(path: Path) -> WeightsIndex:
     if path.is_dir():
-        stem = next((s for s in STEMS if any(path.glob(f"{s}.safetensors*"))), STEMS[0])
-        return open_weights(path, stem=stem)
+        return open_weights(path, stem=next((s for s in STEMS if any(path.glob(f"{s}.safetensors*"))), STEMS[0]))
     if not path.exists():
         raise MissingFileError(f"{path} does not exist; it must be a safetensors file of Inception-V3, or its folder")
     if path.suffix != ".safetensors":
-        kind = (
-            "a pickle or TorchScript, which can run code when it is read"
-            if path.suffix in PICKLE_SUFFIXES
-            else "unknown"
-        )
         raise UnsafeFileError(
-            f"{path} is {kind}; only safetensors are read. To convert a state dict that you trust, save it as "
-            "pytorch_model.bin in a new folder and run: unclip convert pickle FOLDER --out NEW"
+            f"{path} may be a pickle or TorchScript, which can run code; only safetensors are read. To convert a state "
+            "dict that you trust, save it as pytorch_model.bin in a new folder and run: unclip convert pickle FOLDER "
+            "--out NEW"
         )
-    tensors: dict[str, TensorInfo] = read_header(path)
-    return WeightsIndex(tensors, (path,))
+    return read_header(path)
 
 
 def _is_used(name: str) -> bool:

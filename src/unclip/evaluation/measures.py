@@ -1,7 +1,7 @@
 """Similarity of pictures by embedding and by pixel, and distances between sets of pictures."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unclip.data.folder import square_pixels
 from unclip.errors import InputError
+from unclip.evaluation.inception import InceptionFeatures
 from unclip.images import rgb
 
 SSIM_WINDOW_PX = 11
@@ -112,23 +113,7 @@ Pair = tuple[Tensor, Tensor]
 """Features of two sets of pictures, each [number, width]."""
 
 
-class FeatureSpace(Protocol):
-    """A network other than the judge that computes features of pictures.
-
-    Attributes:
-        name: a description of the network.
-        is_fid: whether the Fréchet distance in this space is FID.
-    """
-
-    name: str
-    is_fid: bool
-
-    def look(self, images: Sequence[Image.Image]) -> Tensor:
-        """Features [num_images, width]."""
-        ...
-
-
-def distances(looked: Pair, features: FeatureSpace | None = None, featured: Pair | None = None) -> dict[str, Any]:
+def distances(looked: Pair, features: InceptionFeatures | None = None, featured: Pair | None = None) -> dict[str, Any]:
     """Fréchet and kernel distance of two sets of pictures for a report; empty if a set has fewer than two.
 
     Args:

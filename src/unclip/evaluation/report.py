@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from PIL import Image
@@ -43,66 +44,38 @@ def tables(name: str, found: Mapping[str, Any]) -> list[Table]:
 
 
 def _rates(found: Mapping[str, Any]) -> list[Table]:
-    rows = []
+    rows, kinds, similar, distant = [], [], [], []
     for name, group in _groups(found):
         for kind in ("generated", "variations", "real"):
             if kind in group:
                 rows.append([f"{name}, {kind}", str(group["num"]), *_shares(group[kind])])
+        for kind, rates in group.get("kinds", {}).items():
+            whats = [what for what in ("generated", "real") if what in rates]
+            kinds += [[f"{name}, {kind}, {what}", str(rates["num"]), *_shares(rates[what])] for what in whats]
+        if "similarity" in group:
+            similar.append([name, *_each(group, ".3f", "similarity", "similarity_of_others", "pixel_difference")])
+        for of in (group[key] for key in ("distance", "feature_distance") if key in group):
+            which = "FID" if "fid" in of else "Fréchet"
+            distant.append([f"{name}, in {of['space']}", which, _distance(of), *_each(of, ".6f", "kernel")])
     if "chance_at_1" in found:
-        chance = [f"{found[f'chance_at_{k}']:.1%}" for k in (1, 5)]
-        rows.append(["chance", str(found["num_captions"]), *chance, ""])
-    made = [Table("Retrieval by the judge", ("", "number", "first", "in five", "score"), rows)]
-    by_kind = [
-        [f"{name}, {kind}, {what}", str(rates["num"]), *_shares(rates[what])]
-        for name, group in _groups(found)
-        for kind, rates in group.get("kinds", {}).items()
-        for what in ("generated", "real")
-        if what in rates
+        rows.append(["chance", str(found["num_captions"]), *_each(found, ".1%", "chance_at_1", "chance_at_5"), ""])
+    head = ("", "number", "first", "in five", "score")
+    more = [
+        Table("By kind of caption", head, kinds),
+        Table("Cosine to the picture", ("", "its own", "another's", "pixels apart"), similar),
+        Table("Distance from the real pictures", ("", "which", "distance", "kernel"), distant),
     ]
-    if by_kind:
-        made.append(Table("By kind of caption", ("", "number", "first", "in five", "score"), by_kind))
-    similar = [
-        [
-            name,
-            *(f"{group[key]:.3f}" for key in ("similarity", "similarity_of_others", "pixel_difference")),
-        ]
-        for name, group in _groups(found)
-        if "similarity" in group
-    ]
-    if similar:
-        made.append(Table("Cosine to the picture", ("", "its own", "another's", "pixels apart"), similar))
-    distant = [
-        [
-            f"{name}, in {group[key]['space']}",
-            "FID" if "fid" in group[key] else "Fréchet",
-            f"{group[key].get('fid', group[key].get('frechet')):.4f}",
-            f"{group[key]['kernel']:.6f}",
-        ]
-        for name, group in _groups(found)
-        for key in ("distance", "feature_distance")
-        if key in group
-    ]
-    if distant:
-        made.append(Table("Distance from the real pictures", ("", "which", "distance", "kernel"), distant))
-    return made
+    return [Table("Retrieval by the judge", head, rows), *(table for table in more if table.rows)]
 
 
 def _prior(found: Mapping[str, Any]) -> list[Table]:
     rows, dots = [], []
     for name, group in _groups(found):
-        if "cosine" not in group:
-            continue
-        cosine, text = group["cosine"], group["text_dot"]
-        rows.append(
-            [
-                name,
-                str(group["num"]),
-                *(f"{cosine[key]:.3f}" for key in ("prior", "text", "other", "mean")),
-                *(f"{group[f'at_{k}']:.1%}" for k in (1, 5)),
-            ]
-        )
-        norms = [f"{group['norm'][key]:.3f}" for key in ("prior", "true")]
-        dots.append([name, *(f"{text[key]:.3f}" for key in ("prior", "true")), *norms])
+        if "cosine" in group:
+            cosines = _each(group["cosine"], ".3f", "prior", "text", "other", "mean")
+            rows.append([name, str(group["num"]), *cosines, *_each(group, ".1%", "at_1", "at_5")])
+            figures = [_each(group[what], ".3f", "prior", "true") for what in ("text_dot", "norm")]
+            dots.append([name, *figures[0], *figures[1]])
     head = ("", "number", "prior", "text itself", "another's", "mean", "first", "in five")
     return [
         Table("Cosine to the true image embedding", head, rows),
@@ -113,14 +86,12 @@ def _prior(found: Mapping[str, Any]) -> list[Table]:
 def _decoder(found: Mapping[str, Any]) -> list[Table]:
     near, pixels = [], []
     for name, group in _groups(found):
-        if "own" not in group:
-            continue
-        figures = [f"{group[space][key]:.3f}" for space in ("own", "judge") for key in ("decoded", "other")]
-        near.append([name, str(group["num"]), *figures])
-        for size in ("small", "large"):
-            of = group[size]
-            figures = [f"{of['mae']:.4f}", f"{of['psnr_db']:.2f}", f"{of['ssim']:.3f}"]
-            pixels.append([f"{name}, {of['size_px']} px", *figures])
+        if "own" in group:
+            figures = [_each(group[space], ".3f", "decoded", "other") for space in ("own", "judge")]
+            near.append([name, str(group["num"]), *figures[0], *figures[1]])
+            for of in (group["small"], group["large"]):
+                errors = [*_each(of, ".4f", "mae"), *_each(of, ".2f", "psnr_db"), *_each(of, ".3f", "ssim")]
+                pixels.append([f"{name}, {of['size_px']} px", *errors])
     head = ("", "number", "own CLIP", "another's", "judge", "another's")
     return [
         Table("Cosine of a picture and its decode", head, near),
@@ -131,16 +102,12 @@ def _decoder(found: Mapping[str, Any]) -> list[Table]:
 def _sweep(found: Mapping[str, Any]) -> list[Table]:
     made = []
     for group, real in found["real"].items():
+        keys = _distances(found, group)
         rows = [
-            [
-                _settings(point["settings"]),
-                f"{point['seconds_per_picture']:.3f}",
-                *_shares(point[group]),
-                *(_distance(point[group], key) for key in _distances(found, group)),
-            ]
+            [_settings(point["settings"]), f"{point['seconds_per_picture']:.3f}", *_shares(point[group])]
+            + [_distance(point[group].get(key, {})) for key in keys]
             for point in found["points"]
         ]
-        keys = _distances(found, group)
         rows.append(["real pictures", "", *_shares(real), *("" for _ in keys)])
         head = ["guidance / steps / sampler", "s/picture", "first", "in five", "score", *keys.values()]
         made.append(Table(f"Sweep, {group.replace('_', ' ')}", head, rows))
@@ -149,10 +116,7 @@ def _sweep(found: Mapping[str, Any]) -> list[Table]:
 
 def _wordings(found: Mapping[str, Any]) -> list[Table]:
     groups = {"all": found, **found["kinds"], "chance": {f"at_{k}": found[f"chance_at_{k}"] for k in (1, 5)}}
-    rows = [
-        [name, str(rates.get("num", "")), *(f"{rates[f'at_{k}']:.1%}" for k in (1, 5))]
-        for name, rates in groups.items()
-    ]
+    rows = [[name, str(of.get("num", "")), *_each(of, ".1%", "at_1", "at_5")] for name, of in groups.items()]
     return [Table("Free wordings", ("", "number", "first", "in five"), rows)]
 
 
@@ -170,13 +134,16 @@ def _distances(found: Mapping[str, Any], group: str) -> dict[str, str]:
     return {key: word for key, word in words.items() if any(key in point[group] for point in found["points"])}
 
 
-def _distance(rates: Mapping[str, Any], key: str) -> str:
-    of = rates.get(key, {})
+def _distance(of: Mapping[str, float]) -> str:
     return f"{value:.4f}" if (value := of.get("fid", of.get("frechet"))) is not None else ""
 
 
 def _shares(rates: Mapping[str, float]) -> list[str]:
-    return [f"{rates['at_1']:.1%}", f"{rates['at_5']:.1%}", f"{rates['clip_score']:.3f}"]
+    return [*_each(rates, ".1%", "at_1", "at_5"), *_each(rates, ".3f", "clip_score")]
+
+
+def _each(of: Mapping[str, float], form: str, *keys: str) -> list[str]:
+    return [format(of[key], form) for key in keys]
 
 
 def _groups(found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -196,23 +163,6 @@ KINDS: dict[str, Callable[[Mapping[str, Any]], list[Table]]] = {
 SIDE_LIMIT_PX = 1600
 """Larger pictures are reduced for the page."""
 
-STYLE = """\
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1000px; margin: 2em auto; padding: 0 1em }
-h1 { font-size: 1.7em } h2 { margin-top: 2em; border-bottom: 1px solid #ddd }
-h3 { font-size: 1em; margin: 1.4em 0 .3em }
-table { border-collapse: collapse } td, th { padding: .2em .9em; text-align: right; border-bottom: 1px solid #eee }
-td:first-child, th:first-child { text-align: left; padding-left: 0 } th { color: #555; font-weight: 600 }
-p.about, details { color: #555; font-size: .9em } img, svg { max-width: 100%; height: auto; margin: .6em 0 }
-figure { margin: 1em 0 } figcaption { color: #555; font-size: .9em }
-"""
-HEAD = """\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-"""
 MEANING = {
     "retrieval": "Pictures were generated from captions. A CLIP that the model was not trained with ranked all "
     "captions for each picture. The rows of real pictures are the best that this judge can reach.",
@@ -257,8 +207,8 @@ def page(
             except (UnsafeFileError, ImageError) as error:
                 left_out.append(f"a picture of {path} is left out: {error}")
     body += [_figure(picture, picture.name) for picture in pictures]
-    head = f"{HEAD}<title>{escape(title)}</title>\n<style>\n{STYLE}</style>\n</head>\n"
-    return f"{head}<body>\n" + "\n".join(body) + "\n</body>\n</html>\n", left_out
+    template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
+    return template.substitute(title=escape(title), body="\n".join(body)), left_out
 
 
 def _section(name: str, report: Mapping[str, Any], path: Path) -> list[str]:
@@ -269,11 +219,8 @@ def _section(name: str, report: Mapping[str, Any], path: Path) -> list[str]:
     facts = [f"{key.replace('_', ' ')}: {_value(value)}" for key, value in known.items()]
     title = f"{name.capitalize()}: {report.get('model', path.name)}"
     title += f" on {report['data']}" if "data" in report else ""
-    parts = [f"<h2>{escape(title)}</h2>"]
-    parts.append(f"<p>{escape(MEANING[name])}</p>")
-    parts.append(f'<p class="about">{escape(" · ".join(facts))}</p>')
-    for table in tables(name, found):
-        parts.append(_table(table))
+    parts = [f"<h2>{escape(title)}</h2>", f"<p>{escape(MEANING[name])}</p>"]
+    parts += [f'<p class="about">{escape(" · ".join(facts))}</p>', *map(_table, tables(name, found))]
     if name == "sweep":
         parts += curves(found).values() if can_draw() else [NO_CHARTS]
     whole = escape(json.dumps(found, indent=1, ensure_ascii=False))

@@ -1,6 +1,6 @@
 """Retrieval of captions from pictures by a CLIP: the judge, and the measures of generated pictures and variations."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,62 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.clip.encoders import ImageEncoder, TextEncoder
+from unclip.clip.pretrained import read_parts
 from unclip.data.emoji.compose import kind_of
 from unclip.data.emoji.evaluation_set import EvaluationSet, Progress, batches, check_counts
-from unclip.evaluation.measures import FeatureSpace, cosines, difference, distances
+from unclip.evaluation.inception import InceptionFeatures
+from unclip.evaluation.measures import cosines, difference, distances
 from unclip.evaluation.report import draw_cards, draw_pairs, sheet_path
-from unclip.pipelines.clip import read_parts
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 from unclip.pipelines.text_to_image import UnCLIPPipeline
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured: captions of a data set, in batches, with seeds.
+
+    Attributes:
+        data: a data set of concepts; or of composed pictures, where every distinct caption ("a cat left of a star")
+            counts as a concept.
+        num_seen: number of concepts seen in training, sampled by their training weight; fewer if there are fewer.
+        num_held_out: number of held-out concepts; None for all.
+        batch_size: pictures per call.
+        seed: seed of the choice of concepts, and of the first picture of each group.
+        sheet: prefix of the sheets of pictures (`-seen.png`, `-held-out.png` are appended); None: no sheets.
+        progress: wraps the iterable of batches, as `tqdm` does.
+    """
+
+    data: Path
+    num_seen: int = 200
+    num_held_out: int | None = None
+    batch_size: int = 16
+    seed: int = 0
+    sheet: Path | None = None
+    progress: Progress = iter
+
+    def choose(self) -> EvaluationSet:
+        """Raises: InputError if a number is outside its limits; DataError if the data set cannot be used."""
+        check_counts(batch_size=self.batch_size)
+        numbers = {"num_seen": self.num_seen, "num_held_out": self.num_held_out, "seed": self.seed}
+        return EvaluationSet.prepare(self.data, **numbers)
+
+    def groups(
+        self, chosen: EvaluationSet, result: dict[str, Any]
+    ) -> Iterator[tuple[dict[str, Any], list[str], list[Image.Image], Path | None]]:
+        """The groups that are not empty: the entry in the result, captions, real pictures, and the sheet's file.
+
+        The entries of all groups are added to `result`, with their descriptions.
+        """
+        for name in chosen.groups:
+            result[name] = chosen.about(name)
+            if asked := chosen.asked(name):
+                result[name]["seeds"] = [self.seed, self.seed + len(asked) - 1]
+                sheet = None if self.sheet is None else sheet_path(self.sheet, name)
+                yield result[name], asked, chosen.pictures(name), sheet
+
+    def batches(self, count: int) -> Iterator[tuple[slice, list[int]]]:
+        """The rows of each batch, with their seeds."""
+        return batches(count, self.batch_size, seed=self.seed, progress=self.progress)
 
 
 @dataclass(frozen=True)
@@ -87,10 +136,10 @@ class Candidates:
         score = (features * self.known[self._rows(asked)]).sum(dim=1).mean()
         return found | {"clip_score": round(score.item(), 4)}
 
-    def chance(self) -> dict[str, float]:
-        """The rates of a judge that guesses."""
+    def about(self) -> dict[str, Any]:
+        """The number of captions, and the rates of a judge that guesses."""
         count = len(self.captions)
-        return {"chance_at_1": 1 / count, "chance_at_5": min(1.0, 5 / count)}
+        return {"num_captions": count, "chance_at_1": 1 / count, "chance_at_5": min(1.0, 5 / count)}
 
     def _rows(self, asked: Sequence[str]) -> list[int]:
         rows = {caption: row for row, caption in enumerate(self.captions)}
@@ -114,73 +163,38 @@ def ranks(images: Tensor, own: Sequence[int], captions: Tensor) -> Tensor:
 
 
 def retrieval(
-    pipeline: UnCLIPPipeline,
-    judge: Judge,
-    data: Path,
-    *,
-    num_seen: int = 200,
-    num_held_out: int | None = None,
-    batch_size: int = 16,
-    seed: int = 0,
-    sheet: Path | None = None,
-    features: FeatureSpace | None = None,
-    progress: Progress = iter,
-    **call: Any,
+    pipeline: UnCLIPPipeline, judge: Judge, plan: Plan, *, features: InceptionFeatures | None = None, **call: Any
 ) -> dict[str, Any]:
     """Retrieval at 1 and at 5 among the bare captions of all concepts, for generated and for real pictures.
-
-    Seen concepts are sampled by their training weight. All held-out concepts are used unless `num_held_out` is given.
-    In a data set of composed pictures, every distinct caption ("a cat left of a star") counts as a concept.
 
     Args:
         pipeline: the model.
         judge: a CLIP that the model was not trained with.
-        data: a data set of concepts, or of composed pictures.
-        num_seen: number of concepts seen in training; fewer if the data set has fewer.
-        num_held_out: number of held-out concepts; None for all.
-        batch_size: pictures per call.
-        seed: seed of the choice of concepts, and of the first picture of each group.
-        sheet: prefix of the sheets with generated pictures beside real ones (`-seen.png`, `-held-out.png` are
-            appended).
+        plan: the captions. Its sheets have generated pictures beside real ones.
         features: another space in which to measure the distance between generated and real pictures.
-        progress: wraps the iterable of batches, as `tqdm` does.
         call: arguments of the pipeline's call.
 
     Returns: chance, and for "seen" and "held_out": the number of concepts, how they were chosen, the first and the last
         seed, `at_1`, `at_5` and `clip_score` of generated and real pictures (absent for an empty group), the same by
         kind for composed captions, and the distance between the two sets in the judge's space and in `features`.
 
-    Raises:
-        InputError: a number is outside its limits.
-        DataError: the data set cannot be used.
+    Raises: as `Plan.choose`.
     """
-    check_counts(batch_size=batch_size)
-    evaluation_set = EvaluationSet.prepare(data, num_seen=num_seen, num_held_out=num_held_out, seed=seed)
-    candidates = Candidates.read_by(judge, evaluation_set.captions)
-    result: dict[str, Any] = {
-        "captions": "composed" if evaluation_set.composed else "concepts",
-        "num_captions": len(candidates.captions),
-        **candidates.chance(),
-        **evaluation_set.left_out(),
-    }
-    for name in evaluation_set.groups:
-        result[name] = evaluation_set.about(name)
-        asked = evaluation_set.asked(name)
-        if not asked:
-            continue
-        result[name]["seeds"] = [seed, seed + len(asked) - 1]
-        real = evaluation_set.pictures(name)
+    chosen = plan.choose()
+    candidates = Candidates.read_by(judge, chosen.captions)
+    result = {"captions": "composed" if chosen.composed else "concepts", **candidates.about(), **chosen.left_out()}
+    for entry, asked, real, sheet in plan.groups(chosen, result):
         made: list[Image.Image] = []
-        for rows, seeds in batches(len(asked), batch_size, seed=seed, progress=progress):
+        for rows, seeds in plan.batches(len(asked)):
             made += pipeline(asked[rows], seed=seeds, **call).images  # pyright: ignore
         looked = {"generated": judge.look(made), "real": judge.look(real)}
-        result[name] |= {kind: candidates.rates(seen, asked) for kind, seen in looked.items()}
-        if evaluation_set.composed:
-            result[name]["kinds"] = by_kind(candidates, looked, asked)
+        entry |= {kind: candidates.rates(seen, asked) for kind, seen in looked.items()}
+        if chosen.composed:
+            entry["kinds"] = by_kind(candidates, looked, asked)
         featured = (features.look(made), features.look(real)) if features is not None else None
-        result[name] |= distances((looked["generated"], looked["real"]), features, featured)
+        entry |= distances((looked["generated"], looked["real"]), features, featured)
         if sheet is not None:
-            draw_cards(real, made, asked, sheet_path(sheet, name))
+            draw_cards(real, made, asked, sheet)
     return result
 
 
@@ -202,61 +216,38 @@ def by_kind(candidates: Candidates, looked: dict[str, Tensor], asked: Sequence[s
     return found
 
 
-def variations(
-    pipeline: UnCLIPImageVariationPipeline,
-    judge: Judge,
-    data: Path,
-    *,
-    num_seen: int = 200,
-    num_held_out: int | None = None,
-    batch_size: int = 16,
-    seed: int = 0,
-    sheet: Path | None = None,
-    progress: Progress = iter,
-    **call: Any,
-) -> dict[str, Any]:
+def variations(pipeline: UnCLIPImageVariationPipeline, judge: Judge, plan: Plan, **call: Any) -> dict[str, Any]:
     """Vary a real picture of each concept: retrieval of its caption, and its distance from the picture.
 
     Args:
         pipeline: the model.
         judge: a CLIP that the model was not trained with.
-        data: a data set; concepts are chosen as for `retrieval`.
-        num_seen: number of concepts seen in training; fewer if the data set has fewer.
-        num_held_out: number of held-out concepts; None for all.
-        batch_size: pictures per call.
-        seed: seed of the choice of concepts, and of the first picture of each group.
-        sheet: prefix of the sheets with pictures above their variations (`-seen.png`, `-held-out.png` are appended).
-        progress: wraps the iterable of batches, as `tqdm` does.
+        plan: the pictures. Its sheets have pictures above their variations.
         call: arguments of the pipeline's call.
 
-    Returns: for "seen" and "held_out": the number; `at_1`, `at_5` and `clip_score` of the variations and of the real
-        pictures; `similarity`, the mean cosine of a variation and its picture in the judge's space;
-        `similarity_of_others`, the same for all other pictures; `pixel_difference`, the mean absolute difference of
-        pixels in [0, 1].
+    Returns: for "seen" and "held_out", with the description of the group: `at_1`, `at_5` and `clip_score` of the
+        variations and of the real pictures; `similarity`, the mean cosine of a variation and its picture in the judge's
+        space; `similarity_of_others`, the same for all other pictures; `pixel_difference`, the mean absolute difference
+        of pixels in [0, 1].
 
-    Raises: InputError if a number is outside its limits; DataError if the data set cannot be used.
+    Raises: as `Plan.choose`.
     """
-    check_counts(batch_size=batch_size)
-    evaluation_set = EvaluationSet.prepare(data, num_seen=num_seen, num_held_out=num_held_out, seed=seed)
-    candidates = Candidates.read_by(judge, evaluation_set.captions)
-    result: dict[str, Any] = {"num_captions": len(candidates.captions), **evaluation_set.left_out()}
-    for name, group in evaluation_set.groups.items():
-        result[name] = {"num": len(group)}
-        if not group:
-            continue
-        real, asked = evaluation_set.pictures(name), evaluation_set.asked(name)
+    chosen = plan.choose()
+    candidates = Candidates.read_by(judge, chosen.captions)
+    result = {"num_captions": len(candidates.captions), **chosen.left_out()}
+    for entry, asked, real, sheet in plan.groups(chosen, result):
         made: list[Image.Image] = []
-        for rows, seeds in batches(len(group), batch_size, seed=seed, progress=progress):
+        for rows, seeds in plan.batches(len(asked)):
             made += pipeline(real[rows], seed=seeds, **call).images  # pyright: ignore
         of_real, of_made = judge.look(real), judge.look(made)
         own, others = cosines(of_made, of_real)
-        result[name] |= {
-            "variations": candidates.rates(of_made, asked),
-            "real": candidates.rates(of_real, asked),
+        pixels = [difference(one, other) for one, other in zip(real, made, strict=True)]
+        entry |= {
             "similarity": own,
             "similarity_of_others": others,
-            "pixel_difference": round(float(np.mean([difference(a, b) for a, b in zip(real, made, strict=True)])), 4),
+            "pixel_difference": round(np.mean(pixels).item(), 4),
         }
+        entry |= {"variations": candidates.rates(of_made, asked), "real": candidates.rates(of_real, asked)}
         if sheet is not None:
-            draw_pairs(real, made, sheet_path(sheet, name))
+            draw_pairs(real, made, sheet)
     return result

@@ -1,6 +1,5 @@
 """Measures of single stages: the prior's image embeddings, and the decoder's reconstructions."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,10 +7,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from unclip.data.emoji.evaluation_set import EvaluationSet, Progress, batches, check_counts
 from unclip.evaluation.measures import cosines, pixel_measures
-from unclip.evaluation.report import draw_cards, sheet_path
-from unclip.evaluation.retrieval import Judge, ranks
+from unclip.evaluation.report import draw_cards
+from unclip.evaluation.retrieval import Judge, Plan, ranks
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 from unclip.pipelines.text_to_image import UnCLIPPipeline
 
@@ -19,31 +17,20 @@ from unclip.pipelines.text_to_image import UnCLIPPipeline
 def prior(
     pipeline: UnCLIPPipeline,
     own: Judge,
-    data: Path,
+    plan: Plan,
     *,
-    num_seen: int = 200,
-    num_held_out: int | None = None,
-    batch_size: int = 16,
-    seed: int = 0,
-    progress: Progress = iter,
     prior_num_inference_steps: int = 25,
     prior_guidance_scale: float = 4.0,
-    num_prior_candidates: int = 1,
-    prior_temperature: float = 1.0,
-    prior_top_p: float = 1.0,
+    **sampling: Any,
 ) -> dict[str, Any]:
     """Compare the prior's sample for a caption with the embedding of the picture with this caption.
 
     Args:
         pipeline: the model, of which the prior, its scheduler and the text encoder are used.
         own: the model's own CLIP, in whose space the prior works.
-        data: a data set; captions are chosen as for `retrieval`.
-        num_seen, num_held_out: number of captions in each group; fewer if there are fewer. None for all.
-        batch_size: embeddings per call.
-        seed: seed of the choice of captions, and of the first sample of each group.
-        progress: wraps the iterable of batches, as `tqdm` does.
-        prior_num_inference_steps, prior_guidance_scale, num_prior_candidates, prior_temperature, prior_top_p: as in the
-            pipeline's call. Of several candidates, the one that is kept is measured.
+        plan: the captions.
+        prior_num_inference_steps, prior_guidance_scale: as in the pipeline's call.
+        sampling: further arguments of `embed_captions`. Of several candidates, the one that is kept is measured.
 
     Returns: for "seen" and "held_out", with the description of the group:
         cosine: mean cosine to the true embedding of "prior" (the sample) and of the baselines "text" (the caption's
@@ -54,32 +41,20 @@ def prior(
         norm: mean lengths of both, not normalised.
         at_1, at_5: how often the true embedding is the nearest of the group's to the sample, or among the nearest five.
 
-    Raises: InputError if a number is outside its limits; DataError if the data set cannot be used.
+    Raises: as `Plan.choose`.
     """
-    check_counts(batch_size=batch_size)
-    evaluation_set = EvaluationSet.prepare(data, num_seen=num_seen, num_held_out=num_held_out, seed=seed)
-    result: dict[str, Any] = evaluation_set.left_out()
-    true_seen = own.embed(evaluation_set.pictures("seen")).float()
-    for name in evaluation_set.groups:
-        result[name] = evaluation_set.about(name)
-        asked = evaluation_set.asked(name)
-        if not asked:
-            continue
-        true = true_seen if name == "seen" else own.embed(evaluation_set.pictures(name)).float()
-        drawn = []
-        for rows, seeds in batches(len(asked), batch_size, seed=seed, progress=progress):
-            embeddings = pipeline.embed_captions(
-                asked[rows],
-                num_inference_steps=prior_num_inference_steps,
-                guidance_scale=prior_guidance_scale,
-                seed=seeds,
-                num_prior_candidates=num_prior_candidates,
-                prior_temperature=prior_temperature,
-                prior_top_p=prior_top_p,
-            )
-            drawn.append(embeddings.cpu())
-        result[name]["seeds"] = [seed, seed + len(asked) - 1]
-        result[name] |= compare(torch.cat(drawn), true, own.read(asked), mean_of_others(true, true_seen))
+    chosen = plan.choose()
+    result: dict[str, Any] = chosen.left_out()
+    sampling |= {"num_inference_steps": prior_num_inference_steps, "guidance_scale": prior_guidance_scale}
+    seen: Tensor | None = None
+    for entry, asked, real, _ in plan.groups(chosen, result):
+        true = own.embed(real).float()
+        seen = true if seen is None else seen  # the first group, which is never empty
+        drawn = [
+            pipeline.embed_captions(asked[rows], seed=seeds, **sampling).cpu()
+            for rows, seeds in plan.batches(len(asked))
+        ]
+        entry |= compare(torch.cat(drawn), true, own.read(asked), mean_of_others(true, seen))
     return result
 
 
@@ -123,15 +98,9 @@ def decoder(
     pipeline: UnCLIPImageVariationPipeline,
     own: Judge,
     judge: Judge,
-    data: Path,
+    plan: Plan,
     *,
-    num_seen: int = 200,
-    num_held_out: int | None = None,
-    batch_size: int = 16,
-    seed: int = 0,
     captions: bool = False,
-    sheet: Path | None = None,
-    progress: Progress = iter,
     **call: Any,
 ) -> dict[str, Any]:
     """Reconstruct real pictures from their true embeddings. This shows the decoder's losses without the prior's.
@@ -140,13 +109,8 @@ def decoder(
         pipeline: the model.
         own: the model's own CLIP, in whose space the embeddings lie.
         judge: a CLIP that the model was not trained with.
-        data: a data set; pictures are chosen as for `retrieval`.
-        num_seen, num_held_out: number of pictures in each group; fewer if there are fewer. None for all.
-        batch_size: pictures per call.
-        seed: seed of the choice of pictures, and of the first picture of each group.
+        plan: the pictures. Its sheets have real and decoded pictures.
         captions: whether the decoder also gets the caption, as in text to image.
-        sheet: prefix of the sheets with real and decoded pictures (`-seen.png`, `-held-out.png` are appended).
-        progress: wraps the iterable of batches, as `tqdm` does.
         call: arguments of the pipeline's call.
 
     Returns: `captions`, and for "seen" and "held_out", with the description of the group:
@@ -154,36 +118,21 @@ def decoder(
             other pictures ("other").
         small, large: `pixel_measures` of the decoder's pictures and of the enlarged ones.
 
-    Raises: InputError if a number is outside its limits; DataError if the data set cannot be used.
+    Raises: as `Plan.choose`.
     """
-    check_counts(batch_size=batch_size)
-    evaluation_set = EvaluationSet.prepare(data, num_seen=num_seen, num_held_out=num_held_out, seed=seed)
-    result: dict[str, Any] = {"captions": captions, **evaluation_set.left_out()}
-    for name in evaluation_set.groups:
-        result[name] = evaluation_set.about(name)
-        asked = evaluation_set.asked(name)
-        if not asked:
-            continue
-        real = evaluation_set.pictures(name)
+    chosen = plan.choose()
+    result: dict[str, Any] = {"captions": captions, **chosen.left_out()}
+    for entry, asked, real, sheet in plan.groups(chosen, result):
         small: list[Image.Image] = []
         large: list[Image.Image] = []
-        for rows, seeds in batches(len(real), batch_size, seed=seed, progress=progress):
+        for rows, seeds in plan.batches(len(real)):
             prompt = asked[rows] if captions else None
             output = pipeline(real[rows], prompt=prompt, seed=seeds, return_intermediates=True, **call)
             large += output.images  # pyright: ignore
             small += output.small_images  # pyright: ignore
-        result[name] |= {
-            "seeds": [seed, seed + len(real) - 1],
-            "own": _likeness(own.look(real), own.look(large)),
-            "judge": _likeness(judge.look(real), judge.look(large)),
-            "small": pixel_measures(real, small),
-            "large": pixel_measures(real, large),
-        }
+        for name, clip in (("own", own), ("judge", judge)):
+            entry[name] = dict(zip(("decoded", "other"), cosines(clip.look(large), clip.look(real)), strict=True))
+        entry |= {"small": pixel_measures(real, small), "large": pixel_measures(real, large)}
         if sheet is not None:
-            draw_cards(real, large, asked, sheet_path(sheet, name))
+            draw_cards(real, large, asked, sheet)
     return result
-
-
-def _likeness(real: Tensor, made: Tensor) -> dict[str, float]:
-    decoded, other = cosines(made, real)
-    return {"decoded": decoded, "other": other}

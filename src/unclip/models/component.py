@@ -3,54 +3,53 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from unclip.errors import CheckpointError, ConfigError, UnsafeFileError
+from unclip.checkpoints.asked import asked_type, settled
+from unclip.checkpoints.files import atomic_file, json_bytes, output_folder, read_json, safe_join, sync
+from unclip.checkpoints.hub import resolve
+from unclip.checkpoints.layout import API_VERSION
+from unclip.checkpoints.weights import load_into, open_weights, save_weights, state_of, stored_type
+from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError
+from unclip.limits import Range, check_fields
 from unclip.models.layers import set_slicing
-from unclip.numbers import plain
 
 MAX_CHANNELS = 16_384
 MAX_LAYERS = 256
 MAX_PARAMETERS = 50_000_000_000
 
 
-class Anything:
-    """Every value: for keys that cannot change what the network computes."""
+ANYTHING = ()
+"""The neutral values of a key that cannot change what the network computes: every value is."""
 
-    def __contains__(self, value: object) -> bool:
-        return True
-
-
-ANYTHING = Anything()
+Width = Annotated[int, Range(1, MAX_CHANNELS)]
+WideWidth = Annotated[int, Range(1, 65_536)]
+Depth = Annotated[int, Range(1, MAX_LAYERS)]
 
 
 @dataclass(frozen=True, eq=False)
 class ModelConfig(Mapping[str, Any]):
     """Base of the networks' configurations: `config.key`, `config["key"]`, `dict(config)`.
 
+    The annotations of the fields have their limits; see `unclip.limits`.
+
     `NEUTRAL` names the keys that the ecosystem's class of the same name has and this one does not, each with the
     values at which they change nothing; only those are accepted. Building one raises ConfigError for a value that
     is of a wrong kind, outside its limits or not implemented.
     """
 
-    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...] | Anything]] = {}
+    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            value = tuple(map(plain, value)) if isinstance(value, list | tuple) else plain(value)
-            object.__setattr__(self, field.name, value)
+        check_fields(self)
         self.check()
         count = self.approximate_parameters()
-        if count > MAX_PARAMETERS:
-            raise ConfigError(
-                f"{self._name} describes a network of about {count:.1e} parameters; the limit is {MAX_PARAMETERS:.0e}. "
-                "Use fewer layers or narrower ones."
-            )
+        self.require(count <= MAX_PARAMETERS, f"it has about {count:.1e} parameters; the limit is {MAX_PARAMETERS:.0e}")
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
@@ -64,24 +63,16 @@ class ModelConfig(Mapping[str, Any]):
         for key, value in settings.items():
             if key.startswith("_"):
                 continue
-            value = tuple(value) if isinstance(value, list) else value
             if key in known:
                 kept[key] = value
             elif key not in cls.NEUTRAL:
                 raise ConfigError(f"{cls.__name__} has no setting {key!r:.80} (its value is {value!r:.200}); remove it")
-            elif value not in cls.NEUTRAL[key]:
-                allowed = cls.NEUTRAL[key]
-                assert isinstance(allowed, tuple)
-                raise ConfigError(
-                    f"{cls.__name__}: {key} = {value!r:.200} is not implemented; supported: {_list(allowed)}"
-                )
-        missing = [
-            name
-            for name, field in known.items()
-            if name not in kept and field.default is MISSING and field.default_factory is MISSING
-        ]
-        if missing:
-            raise ConfigError(f"{cls.__name__} needs a value for {', '.join(missing)}")
+            elif (neutral := cls.NEUTRAL[key]) is not ANYTHING and value not in neutral:
+                supported = ", ".join(map(repr, neutral))
+                raise ConfigError(f"{cls.__name__}: {key} = {value!r:.200} is not implemented; supported: {supported}")
+        needed = [name for name, field in known.items() if field.default is MISSING and name not in kept]
+        if needed:
+            raise ConfigError(f"{cls.__name__} needs a value for {', '.join(needed)}")
         return cls(**kept)
 
     def check(self) -> None:
@@ -102,53 +93,10 @@ class ModelConfig(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(fields(self))
 
-    @property
-    def _name(self) -> str:
-        return type(self).__name__
-
-    def _refuse(self, key: str, wanted: str, value: Any) -> ConfigError:
-        return ConfigError(f"{self._name}: {key} is {value!r:.200}; it must be {wanted}")
-
-    def check_whole(self, *keys: str, low: int = 1, high: int = MAX_CHANNELS, optional: bool = False) -> None:
-        """Each of `keys` is a whole number from `low` to `high`, or None if `optional`; where its type allows a tuple,
-        also a tuple of such numbers, not empty.
-        """
-        for key in keys:
-            value = getattr(self, key)
-            if value is None and optional:
-                continue
-            for number in self._elements(key, value):
-                if type(number) is not int or not low <= number <= high:
-                    raise self._refuse(key, f"a whole number from {low} to {high}", value)
-
-    def check_real(self, *keys: str, low: float, high: float) -> None:
-        """Each of `keys` is a number with low <= number < high."""
-        for key in keys:
-            value = getattr(self, key)
-            if type(value) not in (int, float) or not low <= value < high:
-                raise self._refuse(key, f"a number from {low} to below {high}", value)
-
-    def check_one_of(self, key: str, allowed: tuple[Any, ...]) -> None:
-        """`key` (every element of it, if its type allows a tuple) is one of `allowed`, in value and in type."""
-        value = getattr(self, key)
-        for element in self._elements(key, value):
-            if not any(type(element) is type(choice) and element == choice for choice in allowed):
-                raise ConfigError(
-                    f"{self._name}: {key} = {element!r:.200} is not implemented; supported: {_list(allowed)}"
-                )
-
-    def _elements(self, key: str, value: Any) -> tuple[Any, ...]:
-        is_list = isinstance(value, tuple) and value and "tuple" in str(type(self).__dataclass_fields__[key].type)
-        return value if is_list else (value,)
-
-    def check_divides(self, divisor: int, number: int, why: str) -> None:
-        """`number` is a multiple of `divisor`."""
-        if number % divisor:
-            raise ConfigError(f"{self._name}: {divisor} does not divide {number}: {why}")
-
-
-def _list(values: tuple[Any, ...]) -> str:
-    return ", ".join(repr(value) for value in values)
+    def require(self, is_met: bool, problem: str) -> None:
+        """Raise ConfigError with the `problem` unless a condition is met."""
+        if not is_met:
+            raise ConfigError(f"{type(self).__name__}: {problem}")
 
 
 C = TypeVar("C", bound=ModelConfig)
@@ -243,14 +191,8 @@ class Component(nn.Module, Generic[C]):
             OutputError: the disk is full, or the folder cannot be written; what was there stays as it was.
             InputError: the weights have no values (they lie on the meta device, and no offloading keeps them).
         """
-        from unclip.checkpoints.files import atomic_file, json_bytes, output_folder, sync
-        from unclip.checkpoints.weights import save_weights, state_of
-
         if not safe_serialization:
-            raise UnsafeFileError(
-                "safe_serialization=False asks for a pickle, which can run code when it is read; "
-                "unclip writes safetensors only. Leave the argument out."
-            )
+            raise UnsafeFileError("unclip does not write pickles: leave safe_serialization at True")
         state = state_of(self)
         folder = output_folder(folder)
         path, config = folder / "config.json", self._header() | dict(self.config)
@@ -274,8 +216,6 @@ class Component(nn.Module, Generic[C]):
 
     def _header(self) -> dict[str, Any]:
         """What config.json says besides the configuration."""
-        from unclip.checkpoints.layout import API_VERSION
-
         return {"_class_name": type(self).__name__, "_diffusers_version": API_VERSION, "_unclip_version": _version()}
 
     @classmethod
@@ -308,11 +248,6 @@ class Component(nn.Module, Generic[C]):
             ConfigError: config.json describes another class, or something that is not implemented.
             CheckpointError: a file is missing, unsafe or broken, or its weights do not fit the configuration.
         """
-        from unclip.checkpoints.asked import asked_type, settled
-        from unclip.checkpoints.files import read_json, safe_join
-        from unclip.checkpoints.hub import resolve
-        from unclip.checkpoints.weights import load_into, open_weights, stored_type
-
         settled(others, cls.from_pretrained)
         asked = asked_type(torch_dtype if dtype is None else dtype, use_safetensors)
         folder = resolve(
@@ -341,7 +276,6 @@ class Component(nn.Module, Generic[C]):
 
 def _says_the_same(path: Path, config: Mapping[str, Any]) -> bool:
     """Whether the file holds this configuration, by whatever version it was written."""
-    from unclip.checkpoints.files import read_json
 
     def settings(entries: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in entries.items() if key == "_class_name" or not key.startswith("_")}
@@ -353,8 +287,6 @@ def _says_the_same(path: Path, config: Mapping[str, Any]) -> bool:
 
 
 def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         return version("unclip")
     except PackageNotFoundError:
@@ -370,8 +302,14 @@ def zero(*layers: nn.Module) -> None:
 
 def check_rows(**tensors: Tensor) -> None:
     """Raise InputError unless the tensors, given by name, agree in their first dimension."""
-    from unclip.errors import InputError
-
     if len({len(tensor) for tensor in tensors.values()}) > 1:
         sizes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
         raise InputError(f"the batch sizes differ: {sizes}")
+
+
+def check_shape(name: str, tensor: Tensor, *wanted: int | str) -> None:
+    """Raise InputError unless a tensor has this shape; a word stands for any number."""
+    shape = tuple(tensor.shape)
+    fits = len(shape) == len(wanted) and all(isinstance(b, str) or a == b for a, b in zip(shape, wanted, strict=True))
+    if not fits:
+        raise InputError(f"{name} is {shape}; it must be [{', '.join(map(str, wanted))}]")

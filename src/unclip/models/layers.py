@@ -7,35 +7,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip.errors import ConfigError, InputError
+from unclip.errors import InputError
 from unclip.models.entry import entry_point, routes_entry_points
 from unclip.models.kernels import Conv2d, GroupNorm, Linear, attention
 from unclip.numbers import whole
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "silu": nn.SiLU,
-    "swish": nn.SiLU,
-    "gelu": nn.GELU,
-    "relu": nn.ReLU,
-    "mish": nn.Mish,
-}
+Activation = Literal["silu", "swish", "gelu", "relu", "mish"]
 
 
-def activation(name: str) -> nn.Module:
-    """The activation called `name`; ConfigError when it is not one of `ACTIVATIONS`."""
-    if name not in ACTIVATIONS:
-        raise ConfigError(f"activation {name!r} is not implemented; use one of {', '.join(sorted(ACTIVATIONS))}")
-    return ACTIVATIONS[name]()
+def activation(name: Activation) -> nn.Module:
+    """The activation called `name`."""
+    return {"silu": nn.SiLU, "swish": nn.SiLU, "gelu": nn.GELU, "relu": nn.ReLU, "mish": nn.Mish}[name]()
 
 
-def timestep_rows(timestep: Tensor | float, device: torch.device) -> Tensor:
-    """`timestep` (a number, or a tensor [] or [batch]) as float32 [1] or [batch] on `device`.
+def timestep_rows(timestep: Tensor | float, samples: Tensor) -> Tensor:
+    """`timestep` (a number, or a tensor [] or [batch]) as float32 [1] or [batch] on the device of `samples`.
 
     A number becomes one row that broadcasts over the batch, filled on the device: no transfer, no waiting.
+
+    Raises: InputError for another number of timesteps than of samples.
     """
-    if isinstance(timestep, Tensor):
-        return timestep.to(device=device, dtype=torch.float32, non_blocking=True).reshape(-1)
-    return torch.full((1,), float(timestep), dtype=torch.float32, device=device)
+    device = samples.device
+    if not isinstance(timestep, Tensor):
+        return torch.full((1,), float(timestep), dtype=torch.float32, device=device)
+    rows = timestep.to(device=device, dtype=torch.float32, non_blocking=True).reshape(-1)
+    if len(rows) not in (1, len(samples)):
+        raise InputError(f"{len(rows)} timesteps for a batch of {len(samples)}; give one, or one for each")
+    return rows
 
 
 def sinusoidal_embedding(
@@ -62,7 +60,9 @@ def sinusoidal_embedding(
 class TimestepEmbedding(nn.Module):
     """Two linear layers with an activation between: [batch, in_width] → [batch, out_width]."""
 
-    def __init__(self, in_width: int, hidden_width: int, out_width: int | None = None, act_fn: str = "silu") -> None:
+    def __init__(
+        self, in_width: int, hidden_width: int, out_width: int | None = None, act_fn: Activation = "silu"
+    ) -> None:
         super().__init__()
         self.linear_1 = Linear(in_width, hidden_width)
         self.act = activation(act_fn)
@@ -252,14 +252,14 @@ class ResnetBlock(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
+        resample: Literal["up", "down"] | None = None,
         *,
         embedding_width: int,
         num_groups: int,
         eps: float,
-        act_fn: str,
+        act_fn: Activation,
         dropout: float,
         scale_shift: bool,
-        resample: Literal["up", "down"] | None = None,
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift

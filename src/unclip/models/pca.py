@@ -42,10 +42,7 @@ class PrincipalComponents:
         count, dim = self.components.shape if self.components.ndim == 2 else (0, 0)
         shapes = tuple(tuple(tensor.shape) for tensor in (self.mean, self.components, self.variances))
         if not 1 <= count <= dim or self.mean.shape != (dim,) or self.variances.shape != (count,):
-            raise ConfigError(
-                f"mean, components and variances have shapes {shapes}; they must be [dim], [num_components, dim] and "
-                "[num_components], with 1 to dim components"
-            )
+            raise ConfigError(f"mean, components and variances have shapes {shapes}, which do not fit each other")
         components = self.components.cpu().double()
         product = components @ components.T
         off = float((product - torch.eye(count, dtype=torch.float64, device=product.device)).abs().max())
@@ -100,9 +97,7 @@ class PrincipalComponents:
                 continue
             count, mean, scatter = _merged(count, mean, scatter, batch.detach().double().cpu())
         if count < 2:
-            raise DataError(
-                f"there are {count} embeddings; principal components need 2 or more, and hundreds to be useful"
-            )
+            raise DataError(f"there are {count} embeddings; principal components need 2 or more")
         dim = len(mean)
         wanted = dim if num_components is None else whole(num_components, "num_components", 1, dim)
         covariance = scatter / (count - 1)
@@ -128,9 +123,7 @@ class PrincipalComponents:
         Raises: InputError for another width, or a count that there is none of.
         """
         if embeddings.shape[-1:] != (self.dim,):
-            raise InputError(
-                f"embeddings have shape {tuple(embeddings.shape)}; these components are of width {self.dim}"
-            )
+            raise InputError(f"embeddings have shape {tuple(embeddings.shape)}; they must be of width {self.dim}")
         rows = self.components[: self._count(num_components)].to(embeddings.device)
         return (embeddings.float() - self.mean.to(embeddings.device)) @ rows.T
 
@@ -146,10 +139,7 @@ class PrincipalComponents:
         """
         count = coordinates.shape[-1] if coordinates.ndim else -1
         if not 0 <= count <= self.num_components:
-            raise InputError(
-                f"coordinates have shape {tuple(coordinates.shape)}; they must be [..., count], with a count from 0 to "
-                f"{self.num_components}"
-            )
+            raise InputError(f"coordinates are {tuple(coordinates.shape)}; at most {self.num_components} are known")
         device = coordinates.device
         return coordinates.float() @ self.components[:count].to(device) + self.mean.to(device)
 

@@ -1,19 +1,20 @@
 """The diffusion prior: a transformer that predicts an image embedding from a text's encoding."""
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.errors import InputError
-from unclip.models.component import MAX_LAYERS, Component, ModelConfig, check_rows
+from unclip.limits import Range, Share
+from unclip.models.component import Component, Depth, ModelConfig, WideWidth, Width, check_rows, check_shape
 from unclip.models.entry import entry_point, routes_entry_points
 from unclip.models.kernels import Linear
 from unclip.models.layers import (
-    ACTIVATIONS,
     MASKED,
+    Activation,
     KeyValue,
     PriorBlock,
     TimestepEmbedding,
@@ -32,21 +33,21 @@ class PriorConfig(ModelConfig):
     the noised image embedding and, if added_emb_type is "prd", the query whose output is the prediction.
     """
 
-    num_attention_heads: int = 32
-    attention_head_dim: int = 64
-    num_layers: int = 20
-    embedding_dim: int = 768
-    num_embeddings: int = 77
-    additional_embeddings: int = 4
-    dropout: float = 0.0
-    time_embed_act_fn: str = "silu"
-    norm_in_type: str | None = None
-    embedding_proj_norm_type: str | None = None
-    encoder_hid_proj_type: str | None = "linear"
-    added_emb_type: str | None = "prd"
-    time_embed_dim: int | None = None
-    embedding_proj_dim: int | None = None
-    clip_embed_dim: int | None = None
+    num_attention_heads: Width = 32
+    attention_head_dim: Width = 64
+    num_layers: Depth = 20
+    embedding_dim: Width = 768
+    num_embeddings: Width = 77
+    additional_embeddings: Annotated[int, Range(0, 1024)] = 4
+    dropout: Share = 0.0
+    time_embed_act_fn: Activation = "silu"
+    norm_in_type: Literal["layer"] | None = None
+    embedding_proj_norm_type: Literal["layer"] | None = None
+    encoder_hid_proj_type: Literal["linear"] | None = "linear"
+    added_emb_type: Literal["prd"] | None = "prd"
+    time_embed_dim: WideWidth | None = None
+    embedding_proj_dim: WideWidth | None = None
+    clip_embed_dim: WideWidth | None = None
 
     @property
     def width(self) -> int:
@@ -69,18 +70,8 @@ class PriorConfig(ModelConfig):
         return self.clip_embed_dim or self.embedding_dim
 
     def check(self) -> None:
-        self.check_whole("num_attention_heads", "attention_head_dim", "embedding_dim", "num_embeddings")
-        self.check_whole("num_layers", high=MAX_LAYERS)
-        self.check_whole("additional_embeddings", low=0, high=1024)
-        self.check_whole("time_embed_dim", "embedding_proj_dim", "clip_embed_dim", high=65_536, optional=True)
-        self.check_real("dropout", low=0.0, high=1.0)
-        self.check_one_of("time_embed_act_fn", tuple(ACTIVATIONS))
-        self.check_one_of("norm_in_type", (None, "layer"))
-        self.check_one_of("embedding_proj_norm_type", (None, "layer"))
-        self.check_one_of("encoder_hid_proj_type", (None, "linear"))
-        self.check_one_of("added_emb_type", (None, "prd"))
-        if self.width > 65_536 or self.width < 2:
-            raise self._refuse("num_attention_heads × attention_head_dim", "from 2 to 65536", self.width)
+        width = f"num_attention_heads × attention_head_dim is {self.width}; it must be from 2 to 65536"
+        self.require(2 <= self.width <= 65_536, width)
 
     def approximate_parameters(self) -> int:
         return self.num_layers * 12 * self.width**2
@@ -154,9 +145,7 @@ class PriorTransformer(Component[PriorConfig]):
 
     def _text_tokens(self, proj_embedding: Tensor, encoder_hidden_states: Tensor | None) -> Tensor:
         """[batch, text tokens + 1, width], without positions."""
-        expected = self.config.summary_width
-        if proj_embedding.dim() not in (2, 3) or proj_embedding.shape[-1] != expected:
-            raise InputError(f"proj_embedding is {tuple(proj_embedding.shape)}; it must be [batch, {expected}]")
+        check_shape("proj_embedding", proj_embedding, *_leading(proj_embedding), self.config.summary_width)
         if self.embedding_proj_norm is not None:
             proj_embedding = self.embedding_proj_norm(proj_embedding)
         summary = self.embedding_proj(proj_embedding)
@@ -166,9 +155,7 @@ class PriorTransformer(Component[PriorConfig]):
                 raise InputError('encoder_hid_proj_type is "linear": encoder_hidden_states must be given')
             return summary
         text = encoder_hidden_states
-        expected = self.config.text_width
-        if text.dim() != 3 or text.shape[-1] != expected:
-            raise InputError(f"encoder_hidden_states is {tuple(text.shape)}; it must be [batch, tokens, {expected}]")
+        check_shape("encoder_hidden_states", text, "batch", "tokens", self.config.text_width)
         check_rows(proj_embedding=proj_embedding, encoder_hidden_states=text)
         if self.encoder_hidden_states_proj is not None:
             text = self.encoder_hidden_states_proj(text)
@@ -176,13 +163,8 @@ class PriorTransformer(Component[PriorConfig]):
 
     def _step_tokens(self, hidden_states: Tensor, timestep: Tensor | float) -> Tensor:
         """[batch, 1 + image tokens + queries, width], without positions."""
-        width = self.config.embedding_dim
-        if hidden_states.dim() not in (2, 3) or hidden_states.shape[-1] != width:
-            raise InputError(f"hidden_states is {tuple(hidden_states.shape)}; it must be [batch, {width}]")
-        batch = len(hidden_states)
-        rows = timestep_rows(timestep, hidden_states.device)
-        if len(rows) not in (1, batch):
-            raise InputError(f"{len(rows)} timesteps for a batch of {batch}; give one, or one for each")
+        check_shape("hidden_states", hidden_states, *_leading(hidden_states), self.config.embedding_dim)
+        rows, batch = timestep_rows(timestep, hidden_states), len(hidden_states)
         time = self.time_embedding(sinusoidal_embedding(rows, self.config.width).to(self.dtype))
         image = self.proj_in(hidden_states)
         image = image[:, None] if image.dim() == 2 else image
@@ -222,16 +204,11 @@ class PriorTransformer(Component[PriorConfig]):
         prefix = self._text_tokens(proj_embedding, encoder_hidden_states)
         (batch, length), most = prefix.shape[:2], self.config.num_embeddings
         num_text = min(length - 1, most) or most
-        if tuple(attention_mask.shape) != (batch, num_text):
-            raise InputError(f"attention_mask is {tuple(attention_mask.shape)}; it must be {(batch, num_text)}")
+        check_shape("attention_mask", attention_mask, batch, num_text)
         left_out = most - num_text
         num_tokens = self.positional_embedding.shape[1] - left_out
         if length != num_text + 1 or num_tokens < length + 2 + self._num_queries:
-            raise InputError(
-                f"{length} tokens stand before the timestep's, of {num_tokens} in all; "
-                f"with a mask there may be num_embeddings + 1 = {most + 1}, "
-                f"and additional_embeddings ({self.config.additional_embeddings}) must leave room for the others"
-            )
+            raise InputError(f"{length} tokens stand before the timestep's; the network has {num_tokens} places in all")
         seen = F.pad(attention_mask.to(prefix.dtype), (0, num_tokens - attention_mask.shape[1]), value=1.0)
         causal = torch.full((num_tokens, num_tokens), MASKED, dtype=prefix.dtype, device=prefix.device).triu_(1)
         bias = mask_bias(seen, prefix.dtype) + causal
@@ -255,10 +232,7 @@ class PriorTransformer(Component[PriorConfig]):
         step = self._step_tokens(hidden_states, timestep)
         expected = prefix.bias.shape[2]
         if step.shape[1] != expected:
-            raise InputError(
-                f"{step.shape[1]} tokens follow the text's; this network has places for {expected} "
-                f"(additional_embeddings is {self.config.additional_embeddings})"
-            )
+            raise InputError(f"{step.shape[1]} tokens follow the text's; additional_embeddings leaves {expected}")
         check_rows(hidden_states=step, prefix=prefix.bias)
         tokens = self._placed(step, self.positional_embedding[:, -expected:])
         last = len(self.transformer_blocks) - 1
@@ -294,15 +268,13 @@ class PriorTransformer(Component[PriorConfig]):
         """
         if (prefix is None) == (proj_embedding is None):
             raise InputError("give either proj_embedding or the prefix that prepare() made of the text")
+        if proj_embedding is not None and attention_mask is not None:
+            prefix = self._read_text(proj_embedding, encoder_hidden_states, attention_mask)
         if prefix is not None:
             output = self._denoise(hidden_states, timestep, prefix)
-        elif attention_mask is None:
-            assert proj_embedding is not None
-            output = self._bidirectional(hidden_states, timestep, proj_embedding, encoder_hidden_states)
         else:
             assert proj_embedding is not None
-            prefix = self._read_text(proj_embedding, encoder_hidden_states, attention_mask)
-            output = self._denoise(hidden_states, timestep, prefix)
+            output = self._bidirectional(hidden_states, timestep, proj_embedding, encoder_hidden_states)
         return PriorTransformerOutput(output) if return_dict else (output,)
 
     def _bidirectional(
@@ -315,10 +287,7 @@ class PriorTransformer(Component[PriorConfig]):
         if positions.shape[1] < num_tokens:  # then positions are of the image's tokens only
             positions = F.pad(positions, (0, 0, length + 1, self._num_queries))
         if positions.shape[1] != num_tokens:
-            raise InputError(
-                f"there are {num_tokens} tokens and {positions.shape[1]} positions; "
-                f"num_embeddings ({self.config.num_embeddings}) and additional_embeddings do not fit this input"
-            )
+            raise InputError(f"there are {num_tokens} tokens for {positions.shape[1]} positions")
         tokens = self._placed(torch.cat([before, step], dim=1), positions)
         for block in self.transformer_blocks:
             tokens, _ = block(tokens, None)
@@ -335,3 +304,8 @@ class PriorTransformer(Component[PriorConfig]):
     def whiten(self, image_embedding: Tensor) -> Tensor:
         """The inverse of `post_process_latents`: minus `clip_mean`, divided by `clip_std`."""
         return (image_embedding - self.clip_mean) / self.clip_std
+
+
+def _leading(tensor: Tensor) -> tuple[str, ...]:
+    """The dimensions before the width of one embedding for each row, or of several."""
+    return ("batch", "tokens") if tensor.dim() > 2 else ("batch",)

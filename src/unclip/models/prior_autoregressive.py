@@ -1,14 +1,15 @@
 """The autoregressive prior: an image embedding as a sequence of codes, predicted one by one from a text's encoding."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.errors import ConfigError, InputError
-from unclip.models.component import MAX_LAYERS, Component, ModelConfig, check_rows
+from unclip.limits import Range, Share
+from unclip.models.component import Component, Depth, ModelConfig, Width, check_rows, check_shape
 from unclip.models.entry import entry_point, routes_entry_points
 from unclip.models.kernels import Embedding, Linear
 from unclip.models.layers import MASKED, KeyValue, PriorBlock, initialize_blocks, mask_bias
@@ -16,6 +17,7 @@ from unclip.models.pca import PrincipalComponents
 
 MAX_TOKENS = 16_384
 SMALLEST_RANGE = 1e-12
+Buckets = Annotated[int, Range(2, 65_536)]
 SMALLEST_VARIANCE = 1e-10
 """Share of the largest variance; smaller values are rounding errors."""
 
@@ -29,16 +31,16 @@ class AutoregressivePriorConfig(ModelConfig):
     `num_components` principal components, out of `num_buckets`.
     """
 
-    num_attention_heads: int = 32
-    attention_head_dim: int = 64
-    num_layers: int = 20
-    embedding_dim: int = 1024
-    text_dim: int | None = None
-    num_embeddings: int = 77
-    num_components: int = 319
-    num_buckets: int = 1024
-    num_dot_buckets: int = 1024
-    dropout: float = 0.0
+    num_attention_heads: Width = 32
+    attention_head_dim: Width = 64
+    num_layers: Depth = 20
+    embedding_dim: Width = 1024
+    text_dim: Width | None = None
+    num_embeddings: Width = 77
+    num_components: Width = 319
+    num_buckets: Buckets = 1024
+    num_dot_buckets: Buckets = 1024
+    dropout: Share = 0.0
 
     @property
     def width(self) -> int:
@@ -61,18 +63,13 @@ class AutoregressivePriorConfig(ModelConfig):
         return self.prefix_length + self.num_components - 1
 
     def check(self) -> None:
-        self.check_whole("num_attention_heads", "attention_head_dim", "embedding_dim", "num_embeddings")
-        self.check_whole("num_components")
-        self.check_whole("num_layers", high=MAX_LAYERS)
-        self.check_whole("text_dim", optional=True)
-        self.check_whole("num_buckets", "num_dot_buckets", low=2, high=65_536)
-        self.check_real("dropout", low=0.0, high=1.0)
-        if not 2 <= self.width <= 65_536:
-            raise self._refuse("num_attention_heads × attention_head_dim", "from 2 to 65536", self.width)
-        if self.num_components > self.embedding_dim:
-            raise self._refuse("num_components", f"at most embedding_dim, {self.embedding_dim}", self.num_components)
-        if self.num_tokens > MAX_TOKENS:
-            raise self._refuse("num_embeddings + num_components", f"at most {MAX_TOKENS} tokens", self.num_tokens)
+        width = f"num_attention_heads × attention_head_dim is {self.width}; it must be from 2 to 65536"
+        self.require(2 <= self.width <= 65_536, width)
+        components = f"num_components is {self.num_components}; it must be at most embedding_dim, {self.embedding_dim}"
+        self.require(self.num_components <= self.embedding_dim, components)
+        self.require(
+            self.num_tokens <= MAX_TOKENS, f"it has {self.num_tokens} tokens; at most {MAX_TOKENS} tokens work"
+        )
 
     def approximate_parameters(self) -> int:
         tables = 2 * self.num_buckets + self.num_dot_buckets + self.num_tokens + self.embedding_dim + self.text_width
@@ -183,7 +180,7 @@ class AutoregressivePrior(Component[AutoregressivePriorConfig]):
 
         Raises: InputError for another shape.
         """
-        self._check_width(image_embedding, "image_embedding")
+        check_shape("image_embedding", image_embedding, "batch", self.config.embedding_dim)
         coordinates = (image_embedding.float() - self.pca_mean.float()) @ self.pca_components.float().T
         low, width = self._buckets()
         return ((coordinates - low) / width).floor().long().clamp(0, self.config.num_buckets - 1)
@@ -213,7 +210,7 @@ class AutoregressivePrior(Component[AutoregressivePriorConfig]):
         Raises: InputError for another shape.
         """
         for name, embedding in (("text_embedding", text_embedding), ("image_embedding", image_embedding)):
-            self._check_width(embedding, name)
+            check_shape(name, embedding, "batch", self.config.embedding_dim)
         return torch.bucketize(dot_product(text_embedding, image_embedding), self.dot_edges.float())
 
     @property
@@ -225,11 +222,6 @@ class AutoregressivePrior(Component[AutoregressivePriorConfig]):
         low, high = self.code_low.float(), self.code_high.float()
         return low, (high - low).clamp_min(SMALLEST_RANGE) / self.config.num_buckets
 
-    def _check_width(self, embedding: Tensor, name: str) -> None:
-        width = self.config.embedding_dim
-        if embedding.dim() != 2 or embedding.shape[1] != width:
-            raise InputError(f"{name} is {tuple(embedding.shape)}; it must be [batch, {width}]")
-
     # The transformer
 
     def _prefix(
@@ -237,15 +229,11 @@ class AutoregressivePrior(Component[AutoregressivePriorConfig]):
     ) -> tuple[Tensor, Tensor]:
         """The tokens before the codes, [batch, text tokens + 2, width], and what hides the text's padding."""
         config = self.config
-        self._check_width(proj_embedding, "proj_embedding")
-        shape = tuple(encoder_hidden_states.shape)
-        if len(shape) != 3 or not 1 <= shape[1] <= config.num_embeddings or shape[2] != config.text_width:
-            raise InputError(
-                f"encoder_hidden_states is {shape}; it must be [batch, tokens, {config.text_width}] with at most "
-                f"{config.num_embeddings} tokens"
-            )
-        if tuple(attention_mask.shape) != shape[:2]:
-            raise InputError(f"attention_mask is {tuple(attention_mask.shape)}; it must be {shape[:2]}")
+        check_shape("proj_embedding", proj_embedding, "batch", config.embedding_dim)
+        check_shape("encoder_hidden_states", encoder_hidden_states, "batch", "tokens", config.text_width)
+        if not 1 <= encoder_hidden_states.shape[1] <= config.num_embeddings:
+            raise InputError(f"encoder_hidden_states must not be empty, with at most {config.num_embeddings} tokens")
+        check_shape("attention_mask", attention_mask, *encoder_hidden_states.shape[:2])
         if dot_codes.dim() != 1 or dot_codes.is_floating_point():
             raise InputError(f"dot_codes is {dot_codes.dtype} {tuple(dot_codes.shape)}; it must be whole and [batch]")
         check_rows(proj_embedding=proj_embedding, encoder_hidden_states=encoder_hidden_states, dot_codes=dot_codes)

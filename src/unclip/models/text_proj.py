@@ -1,13 +1,13 @@
 """Projects text and image embeddings into the decoder's context tokens and time embedding."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from unclip.errors import InputError
-from unclip.models.component import Component, ModelConfig, check_rows
+from unclip.limits import Range
+from unclip.models.component import Component, ModelConfig, WideWidth, Width, check_shape
 from unclip.models.kernels import Linear
 
 
@@ -15,15 +15,10 @@ from unclip.models.kernels import Linear
 class UnCLIPTextProjConfig(ModelConfig):
     """Settings of `UnCLIPTextProjModel`, with the ecosystem's keys and defaults."""
 
-    clip_extra_context_tokens: int = 4
-    clip_embeddings_dim: int = 768
-    time_embed_dim: int
-    cross_attention_dim: int
-
-    def check(self) -> None:
-        self.check_whole("clip_extra_context_tokens", high=1024)
-        self.check_whole("clip_embeddings_dim", "cross_attention_dim")
-        self.check_whole("time_embed_dim", high=65_536)
+    clip_extra_context_tokens: Annotated[int, Range(1, 1024)] = 4
+    clip_embeddings_dim: Width = 768
+    time_embed_dim: WideWidth
+    cross_attention_dim: Width
 
     def approximate_parameters(self) -> int:
         tokens = self.clip_extra_context_tokens + 1
@@ -84,21 +79,11 @@ class UnCLIPTextProjModel(Component[UnCLIPTextProjConfig]):
             given = torch.arange(2 * len(image_embeddings), device=image_embeddings.device) >= len(image_embeddings)
             image_embeddings = torch.cat([image_embeddings, image_embeddings])
         width = self.config.clip_embeddings_dim
-        for name, tensor, dimensions in (
-            ("image_embeddings", image_embeddings, 2),
-            ("prompt_embeds", prompt_embeds, 2),
-            ("text_encoder_hidden_states", text_encoder_hidden_states, 3),
-        ):
-            if tensor.dim() != dimensions or tensor.shape[-1] != width:
-                wanted = f"[batch, {'tokens, ' * (dimensions - 2)}{width}]"
-                raise InputError(f"{name} is {tuple(tensor.shape)}; it must be {wanted}")
-        check_rows(
-            image_embeddings=image_embeddings,
-            prompt_embeds=prompt_embeds,
-            text_encoder_hidden_states=text_encoder_hidden_states,
-        )
+        check_shape("image_embeddings", image_embeddings, "batch", width)
+        check_shape("prompt_embeds", prompt_embeds, len(image_embeddings), width)
+        check_shape("text_encoder_hidden_states", text_encoder_hidden_states, len(image_embeddings), "tokens", width)
         if given is not None:
-            check_rows(image_embeddings=image_embeddings, given=given)
+            check_shape("given", given, len(image_embeddings))
             absent = self.learned_classifier_free_guidance_embeddings.to(image_embeddings.dtype)
             image_embeddings = torch.where(given.bool()[:, None], image_embeddings, absent)
 

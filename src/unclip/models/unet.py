@@ -1,8 +1,6 @@
-"""The levels of a UNet: residual blocks, with or without attention to added tokens, down, in the middle and up.
+"""The two UNets: residual blocks, with or without attention to added tokens, down, in the middle and up."""
 
-Knows neither timesteps nor which network it is part of. Called by the UNets.
-"""
-
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self, TypeVar
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unclip.errors import InputError
-from unclip.models.component import Component, zero
+from unclip.models.component import Component, check_shape, zero
 from unclip.models.entry import entry_point, routes_entry_points
 from unclip.models.kernels import Conv2d, GroupNorm
 from unclip.models.layers import (
@@ -24,44 +22,24 @@ from unclip.models.layers import (
     sinusoidal_embedding,
     timestep_rows,
 )
-from unclip.models.unet_config import CROSS_DOWN, CROSS_MID, CROSS_UP, UNet2DConditionConfig, UNet2DConfig, UNetConfig
+from unclip.models.unet_config import CROSS_DOWN, CROSS_UP, UNet2DConditionConfig, UNet2DConfig, UNetConfig
 
 AddedTokens = Iterator[KeyValue]
 """The context's keys and values, handed out in the order in which a UNet's attention layers run."""
 
 
-@dataclass(frozen=True)
-class BlockMaker:
-    """Makes a UNet's residual blocks and attentions, which differ in their channels only."""
-
-    embedding_width: int
-    num_groups: int
-    eps: float
-    act_fn: str
-    dropout: float
-    scale_shift: bool
-    head_width: int = 64
-    context_width: int = 0
-
-    def resnet(self, in_channels: int, out_channels: int, resample=None) -> ResnetBlock:
-        return ResnetBlock(
-            in_channels,
-            out_channels,
-            embedding_width=self.embedding_width,
-            num_groups=self.num_groups,
-            eps=self.eps,
-            act_fn=self.act_fn,
-            dropout=self.dropout,
-            scale_shift=self.scale_shift,
-            resample=resample,
-        )
-
-    def attention(self, channels: int) -> AddedKeyValueAttention:
-        return AddedKeyValueAttention(channels, self.head_width, self.context_width, self.num_groups)
+MakeResnet = Callable[..., ResnetBlock]
+"""Makes a residual block from the numbers of channels in and out, and "up" or "down"."""
+MakeAttention = Callable[[int], AddedKeyValueAttention] | None
+"""Makes an attention to added tokens from the number of channels; None: a level without attention."""
 
 
 def _list(make: Callable[[int], nn.Module], count: int) -> nn.ModuleList:
     return nn.ModuleList([make(i) for i in range(count)])
+
+
+def _attentions(attention: MakeAttention, channels: int, count: int) -> nn.ModuleList:
+    return _list(lambda _: attention(channels), count) if attention else nn.ModuleList()
 
 
 class Level(nn.Module):
@@ -79,12 +57,19 @@ class DownBlock(Level):
     """`num_layers` residual blocks and then, unless it is the last level, a halving of height and width."""
 
     def __init__(
-        self, maker: BlockMaker, in_channels: int, out_channels: int, num_layers: int, *, attend: bool, halve: bool
+        self,
+        resnet: MakeResnet,
+        attention: MakeAttention,
+        in_channels: int,
+        out_channels: int,
+        num_layers: int,
+        *,
+        halve: bool,
     ) -> None:
         super().__init__()
-        self.resnets = _list(lambda i: maker.resnet(out_channels if i else in_channels, out_channels), num_layers)
-        self.attentions = _list(lambda _: maker.attention(out_channels), num_layers if attend else 0)
-        self.downsamplers = _list(lambda _: maker.resnet(out_channels, out_channels, "down"), int(halve))
+        self.resnets = _list(lambda i: resnet(out_channels if i else in_channels, out_channels), num_layers)
+        self.attentions = _attentions(attention, out_channels, num_layers)
+        self.downsamplers = _list(lambda _: resnet(out_channels, out_channels, "down"), int(halve))
 
     @routes_entry_points
     def forward(self, x: Tensor, embedding: Tensor, added: AddedTokens, bias: Tensor | None) -> list[Tensor]:
@@ -103,10 +88,10 @@ class DownBlock(Level):
 class MidBlock(Level):
     """A residual block, attention if there are added tokens, a residual block."""
 
-    def __init__(self, maker: BlockMaker, channels: int, *, attend: bool) -> None:
+    def __init__(self, resnet: MakeResnet, attention: MakeAttention, channels: int) -> None:
         super().__init__()
-        self.resnets = _list(lambda _: maker.resnet(channels, channels), 2)
-        self.attentions = _list(lambda _: maker.attention(channels), int(attend))
+        self.resnets = _list(lambda _: resnet(channels, channels), 2)
+        self.attentions = _attentions(attention, channels, 1)
 
     @routes_entry_points
     def forward(self, x: Tensor, embedding: Tensor, added: AddedTokens, bias: Tensor | None) -> Tensor:
@@ -121,21 +106,19 @@ class UpBlock(Level):
 
     def __init__(
         self,
-        maker: BlockMaker,
+        resnet: MakeResnet,
+        attention: MakeAttention,
         in_channels: int,
         skip_channels: list[int],
         out_channels: int,
         *,
-        attend: bool,
         double: bool,
     ) -> None:
         super().__init__()
-        self.resnets = _list(
-            lambda i: maker.resnet((out_channels if i else in_channels) + skip_channels[i], out_channels),
-            len(skip_channels),
-        )
-        self.attentions = _list(lambda _: maker.attention(out_channels), len(skip_channels) if attend else 0)
-        self.upsamplers = _list(lambda _: maker.resnet(out_channels, out_channels, "up"), int(double))
+        widths = [(out_channels if i else in_channels) + skip for i, skip in enumerate(skip_channels)]
+        self.resnets = _list(lambda i: resnet(widths[i], out_channels), len(widths))
+        self.attentions = _attentions(attention, out_channels, len(widths))
+        self.upsamplers = _list(lambda _: resnet(out_channels, out_channels, "up"), int(double))
 
     @routes_entry_points
     def forward(
@@ -155,15 +138,12 @@ C = TypeVar("C", bound=UNetConfig)
 
 
 class UNet2DOutput(NamedTuple):
-    """What `UNet2DModel` returns: `sample` [batch, out_channels, height, width]."""
+    """What the UNets return: `sample` [batch, out_channels, height, width]."""
 
     sample: Tensor
 
 
-class UNet2DConditionOutput(NamedTuple):
-    """What `UNet2DConditionModel` returns: `sample` [batch, out_channels, height, width]."""
-
-    sample: Tensor
+UNet2DConditionOutput = UNet2DOutput
 
 
 @dataclass(frozen=True)
@@ -187,16 +167,19 @@ class _UNet(Component[C]):
         channels, last = config.block_out_channels, config.num_levels - 1
         # The ecosystem's UNet2DModel has silu here, whatever act_fn says of its blocks.
         outer_act = config.act_fn if isinstance(config, UNet2DConditionConfig) else "silu"
-        maker = BlockMaker(
+        resnet = functools.partial(
+            ResnetBlock,
             embedding_width=config.embedding_width,
             num_groups=config.norm_num_groups,
             eps=config.norm_eps,
             act_fn=config.act_fn,
             dropout=config.dropout,
             scale_shift=config.resnet_time_scale_shift == "scale_shift",
-            head_width=config.attention_head_dim,
-            context_width=config.cross_attention_dim if isinstance(config, UNet2DConditionConfig) else 0,
         )
+        attention: MakeAttention = None
+        if isinstance(config, UNet2DConditionConfig):
+            sizes = (config.attention_head_dim, config.cross_attention_dim, config.norm_num_groups)
+            attention = lambda channels: AddedKeyValueAttention(channels, *sizes)  # noqa: E731
         self.conv_in = Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], config.embedding_width, act_fn=outer_act)
         self.embedding_act = activation(config.act_fn)
@@ -204,15 +187,16 @@ class _UNet(Component[C]):
         self.down_blocks = nn.ModuleList()
         width, skips = channels[0], [channels[0]]
         for i, kind in enumerate(config.down_block_types):
-            attend, halve = kind == CROSS_DOWN, i < last
-            self.down_blocks.append(DownBlock(maker, width, channels[i], config.layers[i], attend=attend, halve=halve))
+            own, halve = attention if kind == CROSS_DOWN else None, i < last
+            self.down_blocks.append(DownBlock(resnet, own, width, channels[i], config.layers[i], halve=halve))
             width = channels[i]
             skips += [width] * (config.layers[i] + int(halve))
-        self.mid_block = MidBlock(maker, width, attend=config.mid_block_type == CROSS_MID)
+        self.mid_block = MidBlock(resnet, attention, width)
         self.up_blocks = nn.ModuleList()
         for i, kind in zip(range(last, -1, -1), config.up_block_types, strict=True):
             taken = [skips.pop() for _ in range(config.layers[i] + 1)]
-            self.up_blocks.append(UpBlock(maker, width, taken, channels[i], attend=kind == CROSS_UP, double=i > 0))
+            own = attention if kind == CROSS_UP else None
+            self.up_blocks.append(UpBlock(resnet, own, width, taken, channels[i], double=i > 0))
             width = channels[i]
 
         self.conv_norm_out = GroupNorm(config.norm_num_groups, width, eps=config.norm_eps)
@@ -238,9 +222,7 @@ class _UNet(Component[C]):
     def _embed(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None) -> Tensor:
         """The time embedding, activated: [batch or 1, embedding_width]."""
         config = self.config
-        rows = timestep_rows(timestep, sample.device)
-        if len(rows) not in (1, len(sample)):
-            raise InputError(f"{len(rows)} timesteps for a batch of {len(sample)}; give one, or one for each")
+        rows = timestep_rows(timestep, sample)
         features = sinusoidal_embedding(
             rows, config.block_out_channels[0], flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
         )
@@ -254,15 +236,9 @@ class _UNet(Component[C]):
     def _run(self, sample: Tensor, embedding: Tensor, context: UNetContext) -> Tensor:
         """One pass down and up again; `embedding` is activated."""
         config = self.config
-        if sample.dim() != 4 or sample.shape[1] != config.in_channels:
-            raise InputError(
-                f"the sample is {tuple(sample.shape)}; it must be [batch, {config.in_channels}, height, width]"
-            )
-        multiple = 2 ** (config.num_levels - 1)
-        if sample.shape[2] % multiple or sample.shape[3] % multiple:
-            raise InputError(
-                f"the sample's size {sample.shape[2]} x {sample.shape[3]} must be a multiple of {multiple} both ways"
-            )
+        check_shape("the sample", sample, "batch", config.in_channels, "height", "width")
+        if sample.shape[2] % config.multiple or sample.shape[3] % config.multiple:
+            raise InputError(f"the sample is {tuple(sample.shape)}; its sides must be a multiple of {config.multiple}")
         added, bias = iter(context.layers), context.bias
         x = self.conv_in(sample)
         skips = [x]
@@ -296,12 +272,9 @@ class UNet2DConditionModel(_UNet[UNet2DConditionConfig]):
             InputError: a shape is wrong.
         """
         tokens, width = encoder_hidden_states, self.config.cross_attention_dim
-        if tokens.dim() != 3 or tokens.shape[-1] != width:
-            raise InputError(f"encoder_hidden_states is {tuple(tokens.shape)}; it must be [batch, tokens, {width}]")
-        if attention_mask is not None and attention_mask.shape != tokens.shape[:2]:
-            raise InputError(
-                f"attention_mask is {tuple(attention_mask.shape)}; the tokens need {tuple(tokens.shape[:2])}"
-            )
+        check_shape("encoder_hidden_states", tokens, "batch", "tokens", width)
+        if attention_mask is not None:
+            check_shape("attention_mask", attention_mask, *tokens.shape[:2])
         layers = tuple(layer for level in self._levels() for layer in level.prepare(tokens))
         return UNetContext(layers, None if attention_mask is None else mask_bias(attention_mask, tokens.dtype))
 

@@ -1,15 +1,15 @@
 """The settings of the two UNets, with the keys and defaults of diffusers."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from unclip.errors import ConfigError
-from unclip.models.component import ANYTHING, MAX_LAYERS, Anything, ModelConfig
-from unclip.models.layers import ACTIVATIONS
+from unclip.limits import Range, Share
+from unclip.models.component import ANYTHING, ModelConfig, WideWidth, Width
+from unclip.models.layers import Activation
 
-PLAIN_DOWN, PLAIN_UP = "ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D"
 CROSS_DOWN, CROSS_UP = "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnUpBlock2D"
-CROSS_MID, PLAIN_MID = "UNetMidBlock2DSimpleCrossAttn", "UNetMidBlock2D"
+MAX_RESNETS = 64
+"""Residual blocks on the way down, at all levels together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,26 +21,26 @@ class UNetConfig(ModelConfig):
     `layers_per_block`: residual blocks a level on the way down; one more on the way up.
     """
 
-    sample_size: int | tuple[int, int] | None = None
-    in_channels: int = 4
-    out_channels: int = 4
+    sample_size: WideWidth | tuple[WideWidth, WideWidth] | None = None
+    in_channels: Width = 4
+    out_channels: Width = 4
     flip_sin_to_cos: bool = True
-    freq_shift: int | float = 0
+    freq_shift: Annotated[float, Range(0, 2, below=True)] = 0
     down_block_types: tuple[str, ...] = ()
     mid_block_type: str | None = None
     up_block_types: tuple[str, ...] = ()
-    block_out_channels: tuple[int, ...] = ()
-    layers_per_block: int | tuple[int, ...] = 2
-    dropout: float = 0.0
-    act_fn: str = "silu"
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
-    attention_head_dim: int = 8
-    class_embed_type: str | None = None
-    resnet_time_scale_shift: str = "default"
-    time_embedding_dim: int | None = None
+    block_out_channels: tuple[Width, ...] = ()
+    layers_per_block: Width | tuple[Width, ...] = 2
+    dropout: Share = 0.0
+    act_fn: Activation = "silu"
+    norm_num_groups: Width = 32
+    norm_eps: Share = 1e-5
+    attention_head_dim: int | None = 8
+    class_embed_type: Literal["identity"] | None = None
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
+    time_embedding_dim: WideWidth | None = None
 
-    NEUTRAL: ClassVar[dict[str, tuple[Any, ...] | Anything]] = {
+    NEUTRAL: ClassVar[dict[str, tuple[Any, ...]]] = {
         "center_input_sample": (False,),
         "downsample_padding": ANYTHING,  # of a convolution that these blocks do not have
         "mid_block_scale_factor": (1,),
@@ -51,6 +51,11 @@ class UNetConfig(ModelConfig):
     @property
     def num_levels(self) -> int:
         return len(self.block_out_channels)
+
+    @property
+    def multiple(self) -> int:
+        """The number that must divide the sides of pictures, which each level but the last halves."""
+        return 2 ** (self.num_levels - 1)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -64,31 +69,16 @@ class UNetConfig(ModelConfig):
         return self.time_embedding_dim or 4 * self.block_out_channels[0]
 
     def check(self) -> None:
-        self.check_whole("sample_size", high=65_536, optional=True)
-        self.check_whole("in_channels", "out_channels", "block_out_channels", "norm_num_groups")
-        self.check_whole("layers_per_block", high=MAX_LAYERS)
-        self.check_whole("time_embedding_dim", high=65_536, optional=True)
-        self.check_real("dropout", low=0.0, high=1.0)
-        self.check_real("norm_eps", low=0.0, high=1.0)
-        self.check_real("freq_shift", low=0, high=2)
-        self.check_one_of("flip_sin_to_cos", (True, False))
-        self.check_one_of("act_fn", tuple(ACTIVATIONS))
-        self.check_one_of("class_embed_type", (None, "identity"))
-        self.check_one_of("resnet_time_scale_shift", ("default", "scale_shift"))
-        if not isinstance(self.block_out_channels, tuple) or not 1 <= self.num_levels <= 16:
-            raise self._refuse("block_out_channels", "a list of 1 to 16 widths", self.block_out_channels)
+        levels, channels = self.num_levels, self.block_out_channels
+        self.require(levels <= 16, f"block_out_channels has {levels} levels; there may be 16")
         lists = {"down_block_types": self.down_block_types, "up_block_types": self.up_block_types}
         for key, given in (lists | {"layers_per_block": self.layers}).items():
-            if not isinstance(given, tuple) or len(given) != self.num_levels:
-                raise self._refuse(key, f"a list of {self.num_levels}, one for each of block_out_channels", given)
-        if sum(self.layers) > MAX_LAYERS:
-            raise self._refuse("layers_per_block", f"at most {MAX_LAYERS} layers in all", self.layers_per_block)
-        if isinstance(self.sample_size, tuple) and len(self.sample_size) != 2:
-            raise self._refuse("sample_size", "one number, or height and width", self.sample_size)
-        for channels in self.block_out_channels:
-            self.check_divides(self.norm_num_groups, channels, "norm_num_groups must divide all block_out_channels")
-        if self.block_out_channels[0] // 2 <= self.freq_shift:
-            raise self._refuse("block_out_channels", "wider than twice freq_shift", self.block_out_channels)
+            self.require(len(given) == levels, f"{key} has {len(given)} entries; block_out_channels has {levels}")
+        resnets = f"layers_per_block is {self.layers_per_block}; it must be at most {MAX_RESNETS} layers in all"
+        self.require(sum(self.layers) <= MAX_RESNETS, resnets)
+        groups = f"norm_num_groups is {self.norm_num_groups}; it must divide all block_out_channels, {channels}"
+        self.require(not any(width % self.norm_num_groups for width in channels), groups)
+        self.require(channels[0] // 2 > self.freq_shift, f"block_out_channels is {channels}; the first is too narrow")
 
     def approximate_parameters(self) -> int:
         return sum(
@@ -101,14 +91,15 @@ class UNetConfig(ModelConfig):
 class UNet2DConditionConfig(UNetConfig):
     """Settings of `UNet2DConditionModel`; attention heads are `attention_head_dim` wide.
 
-    The ecosystem's default block types are not implemented, so the three `..._block_type(s)` must be given.
+    The ecosystem's default blocks are not implemented, so the three `..._block_type(s)` must be given.
     """
 
-    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
-    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    cross_attention_dim: int = 1280
+    down_block_types: tuple[Literal["ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"], ...] = ()
+    mid_block_type: Literal["UNetMidBlock2DSimpleCrossAttn"] = None  # pyright: ignore
+    up_block_types: tuple[Literal["ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"], ...] = ()
+    block_out_channels: tuple[Width, ...] = (320, 640, 1280, 1280)
+    attention_head_dim: Width = 8  # pyright: ignore[reportIncompatibleVariableOverride]
+    cross_attention_dim: Width = 1280
 
     NEUTRAL = UNetConfig.NEUTRAL | {
         "only_cross_attention": (False,),
@@ -138,14 +129,7 @@ class UNet2DConditionConfig(UNetConfig):
     }
 
     def check(self) -> None:
-        self.check_one_of("down_block_types", (PLAIN_DOWN, CROSS_DOWN))
-        self.check_one_of("mid_block_type", (CROSS_MID,))
-        self.check_one_of("up_block_types", (PLAIN_UP, CROSS_UP))
         super().check()
-        for key in ("attention_head_dim", "cross_attention_dim"):
-            if isinstance(getattr(self, key), tuple):
-                raise ConfigError(f"{self._name}: a {key} for each level is not implemented; give one number")
-        self.check_whole("attention_head_dim", "cross_attention_dim")
         widths = [self.block_out_channels[-1]]
         widths += [
             c for c, kind in zip(self.block_out_channels, self.down_block_types, strict=True) if kind == CROSS_DOWN
@@ -153,26 +137,28 @@ class UNet2DConditionConfig(UNetConfig):
         widths += [
             c for c, kind in zip(self.block_out_channels[::-1], self.up_block_types, strict=True) if kind == CROSS_UP
         ]
-        for channels in widths:
-            self.check_divides(self.attention_head_dim, channels, "attention_head_dim must divide the channels")
+        for width in widths:
+            is_multiple = width % self.attention_head_dim == 0
+            self.require(
+                is_multiple, f"attention_head_dim is {self.attention_head_dim}; it must divide {width} channels"
+            )
 
 
 @dataclass(frozen=True, eq=False)
 class UNet2DConfig(UNetConfig):
     """Settings of `UNet2DModel`.
 
-    The ecosystem's default block types, and its default `add_attention` true, are not implemented: they must be given.
+    The ecosystem's default block types and `add_attention` are not implemented, so they must be given.
     """
 
-    in_channels: int = 3
-    out_channels: int = 3
-    down_block_types: tuple[str, ...] = ("DownBlock2D",) + ("AttnDownBlock2D",) * 3
-    mid_block_type: str | None = PLAIN_MID
-    up_block_types: tuple[str, ...] = ("AttnUpBlock2D",) * 3 + ("UpBlock2D",)
-    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
-    layers_per_block: int | tuple[int, ...] = 2
-    attention_head_dim: int | None = 8  # pyright: ignore[reportIncompatibleVariableOverride]
-    add_attention: bool = True
+    in_channels: Width = 3
+    out_channels: Width = 3
+    down_block_types: tuple[Literal["ResnetDownsampleBlock2D"], ...] = ()
+    mid_block_type: Literal["UNetMidBlock2D"] = "UNetMidBlock2D"  # pyright: ignore[reportIncompatibleVariableOverride]
+    up_block_types: tuple[Literal["ResnetUpsampleBlock2D"], ...] = ()
+    block_out_channels: tuple[Width, ...] = (224, 448, 672, 896)
+    layers_per_block: Width = 2  # pyright: ignore[reportIncompatibleVariableOverride]
+    add_attention: Literal[False] = True  # pyright: ignore[reportAssignmentType]
 
     NEUTRAL = UNetConfig.NEUTRAL | {
         "downsample_type": ANYTHING,  # of other kinds of blocks
@@ -180,12 +166,3 @@ class UNet2DConfig(UNetConfig):
         "attn_norm_num_groups": ANYTHING,  # of the attention that is not there
         "num_train_timesteps": ANYTHING,  # of learned time embeddings
     }
-
-    def check(self) -> None:
-        self.check_one_of("down_block_types", (PLAIN_DOWN,))
-        self.check_one_of("mid_block_type", (PLAIN_MID,))
-        self.check_one_of("up_block_types", (PLAIN_UP,))
-        self.check_one_of("add_attention", (False,))
-        if isinstance(self.layers_per_block, tuple):
-            raise self._refuse("layers_per_block", "one whole number", self.layers_per_block)
-        super().check()

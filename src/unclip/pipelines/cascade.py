@@ -38,7 +38,7 @@ class SuperResParts:
     @property
     def multiple(self) -> int:
         """The number that divides the sides of every picture that both networks can halve."""
-        return max(_multiple(self.first.config), _multiple(self.last.config))
+        return max(self.first.config.multiple, self.last.config.multiple)
 
 
 def parts(components: Mapping[str, Any]) -> dict[str, SuperResParts]:
@@ -119,7 +119,7 @@ def side_multiple(decoder: UNet2DConditionModel, stages: Mapping[str, SuperResPa
     """The number that must divide a result's height and width, unless they are the networks' own."""
     own = _own_sizes(decoder, stages)
     result = list(own.values())[-1]
-    multiples = [_multiple(decoder.config), *(part.multiple for part in stages.values())]
+    multiples = [decoder.config.multiple, *(part.multiple for part in stages.values())]
     needs = [multiple * result for multiple in multiples]
     return math.lcm(*(need // math.gcd(need, size) for need, size in zip(needs, own.values(), strict=True)))
 
@@ -147,18 +147,11 @@ def per_stage(value: V | Sequence[V], count: int, name: str) -> list[V]:
     return each
 
 
-def _multiple(config: UNetConfig) -> int:
-    return 2 ** (config.num_levels - 1)
-
-
 def _own_px(name: str, config: UNetConfig) -> int:
     """The side of a network's pictures. Raises: ConfigError unless the network can halve it."""
-    size, multiple = size_px(config.sample_size), _multiple(config)
-    if size % multiple:
-        raise ConfigError(
-            f"the components do not fit: {name}.sample_size is {size}, but a network of {config.num_levels} levels "
-            f"needs a multiple of {multiple}"
-        )
+    if (size := size_px(config.sample_size)) % config.multiple:
+        found = f"{name}.sample_size is {size}, but its {config.num_levels} levels need a multiple of {config.multiple}"
+        raise ConfigError(f"the components do not fit: {found}")
     return size
 
 

@@ -23,7 +23,6 @@ from unclip.checkpoints.recommended import OF_VARIATIONS, read_recommended, writ
 from unclip.checkpoints.weights import (
     DEFAULT_STEM,
     TRANSFORMERS_STEM,
-    WeightsIndex,
     checked_cast,
     file_name,
     open_weights,
@@ -189,9 +188,7 @@ def convert_text_to_image_to_variation(
     index = read_json(safe_join(source, "model_index.json"))
     lacking = [name for name in layout.SHARED if name not in index]
     if lacking:
-        raise CheckpointError(
-            f"{source / 'model_index.json'} lacks {', '.join(lacking)}; is it a text-to-image folder?"
-        )
+        raise CheckpointError(f"{source} lacks {', '.join(lacking)}; is it a text-to-image folder?")
     shared = (*layout.SHARED, *(name for name in layout.FURTHER if name in index))
     with atomic_folder(out, overwrite=overwrite) as draft:
         for component in shared:
@@ -298,7 +295,7 @@ def _read(path: StrPath) -> dict[str, Tensor]:
 
     path = Path(path)
     if path.suffix == ".safetensors":
-        return dict(read_tensors(WeightsIndex(read_header(path), (path,))))
+        return dict(read_tensors(read_header(path)))
     state = _read_pickle(path)
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]

@@ -1,6 +1,5 @@
 """The base of the public pipelines: text encoder, decoder and super-resolution, as stages with their settings."""
 
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
@@ -43,10 +42,6 @@ class GenerationPipeline(Pipeline):
     decoder_scheduler: Scheduler
     super_res_scheduler: Scheduler
     _tiling: Tiling | None = None
-
-    @classmethod
-    def _annotation(cls, name: str) -> Any:
-        return super()._annotation(re.sub(r"^super_res_\d_", "super_res_", name))
 
     @classmethod
     def from_pipe(cls, pipeline: Pipeline, **components: Any) -> Self:

@@ -180,17 +180,12 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
             check_embeddings(image_embeddings, self.prior.config.embedding_dim)
             return "given"
         if asked is not None and asked not in EMBEDDING_SOURCES:
-            raise InputError(
-                f"embedding_from is {asked!r}; it must be one of {', '.join(map(repr, EMBEDDING_SOURCES))}"
-            )
+            raise InputError(f"embedding_from is {asked!r}; it must be one of 'prompt', 'image'")
         source = asked or ("image" if prompt is None else "prompt")
         if source == "prompt" and prompt is None:
             raise InputError("embedding_from is 'prompt', but there is no prompt")
         if source == "image" and self.image_encoder is None:
-            raise InputError(
-                "this model has no image_encoder to embed the picture: give a prompt, or image_embeddings, or load the "
-                "pipeline with image_encoder= and feature_extractor="
-            )
+            raise InputError("this model has no image_encoder to embed the picture: give a prompt, or image_embeddings")
         return source
 
     def _rows(self, prompt: Any, given: MaskedPictures, image_embeddings: Tensor | None) -> int:

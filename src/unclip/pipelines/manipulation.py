@@ -272,10 +272,7 @@ class Manipulator(ModelFiles):
         Raises: CheckpointError for a model without a prior; InputError for a wrong argument.
         """
         if self.text is None:
-            raise CheckpointError(
-                "this model has no prior, so a caption cannot become an image embedding: give pictures instead, or a "
-                "model with a prior"
-            )
+            raise CheckpointError("this model has no prior for captions: give pictures, or a model with a prior")
         captions = as_prompts(captions)
         num_samples = check_count(num_samples, len(captions), "num_samples")
         first = several(seed) or [seed] * len(captions)

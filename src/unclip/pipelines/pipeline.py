@@ -2,13 +2,13 @@
 
 import inspect
 import io
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from types import NoneType
-from typing import Any, ClassVar, Self, get_args
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -21,9 +21,11 @@ from unclip.checkpoints.layout import API_VERSION, CLASSES, CONCEPTS_FILE, FURTH
 from unclip.checkpoints.recommended import Recommended, read_recommended, write_recommended
 from unclip.checkpoints.weights import offload_hooks, original, state_of
 from unclip.clip.concepts import Concepts
+from unclip.diffusion.foreign import converted, is_foreign
 from unclip.diffusion.loop import Progress
-from unclip.diffusion.scheduler import Scheduler, converted, is_foreign
+from unclip.diffusion.scheduler import Scheduler
 from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError
+from unclip.models import AutoregressivePrior, PriorTransformer, UnCLIPTextProjModel, UNet2DConditionModel, UNet2DModel
 from unclip.numbers import whole
 from unclip.pipelines.component import index_entry, parts_with_variant, read_component, write_component
 
@@ -78,37 +80,23 @@ class Pipeline:
         Raises: ConfigError for a network that is not unclip's, such as diffusers' of the same name, a scheduler that
         cannot be converted, or a CLIP component of another kind.
         """
-        kinds = self._kinds(name)
-        if Scheduler in kinds and is_foreign(value):
+        kind = _kind(name) if name in self.component_names() else None
+        if kind is SCHEDULER and is_foreign(value):
             try:
                 value = converted(value, getattr(self, name, None))
             except ConfigError as problem:
-                raise ConfigError(
-                    f"component {name!r}: {problem}; instead: from unclip import DDIMScheduler (or UnCLIPScheduler, "
-                    f"DPMSolverMultistepScheduler), and DDIMScheduler.from_config(pipe.{name}.config)"
-                ) from problem
-        may_be_any = not kinds or (value is None and name in self.OPTIONAL)
-        if not may_be_any and not any(_is_of(kind, value) for kind in kinds):
+                classes = f"from unclip import DDIMScheduler, and DDIMScheduler.from_config(pipe.{name}.config)"
+                raise ConfigError(f"component {name!r}: {problem}; instead: {classes}") from problem
+        may_be_any = value is None and name in self.OPTIONAL
+        if kind is not None and not may_be_any and not kind.has(value):
             found = "None" if value is None else f"a {type(value).__module__}.{type(value).__name__}"
-            raise ConfigError(f"component {name!r} is {found}; it must be {_names(kinds)}")
+            raise ConfigError(f"component {name!r} is {found}; it must be {kind.words}")
         super().__setattr__(name, value)
 
     @classmethod
     def component_names(cls) -> tuple[str, ...]:
         """The names of all components, optional ones too, in the order in which they run."""
         return (*cls.COMPONENTS, *(name for name in cls.OPTIONAL if name not in cls.COMPONENTS))
-
-    @classmethod
-    def _kinds(cls, name: str) -> tuple[type | str, ...]:
-        """The classes in a component's annotation; empty for other attributes."""
-        kind = cls._annotation(name) if name in cls.component_names() else None
-        return tuple(part for part in (get_args(kind) or (kind,)) if part not in (None, NoneType))
-
-    @classmethod
-    def _annotation(cls, name: str) -> Any:
-        """A component's annotation: a class or a union; a name where the class is not imported."""
-        found = (inspect.get_annotations(base).get(name) for base in cls.__mro__)
-        return next((kind for kind in found if kind is not None), None)
 
     def check(self) -> None:
         """Raises: ConfigError when the components do not fit each other."""
@@ -317,9 +305,7 @@ class Pipeline:
     def to(self, *where: torch.device | torch.dtype | str | int, **named: Any) -> Self:
         """Move or cast all networks: `to("cuda")`, `to(torch.float16)`, `to("cuda", torch.float16)`."""
         if self._is_offloaded:
-            raise InputError(
-                "the pipeline is offloaded, so its networks cannot be moved; call remove_all_hooks() first"
-            )
+            raise InputError("the pipeline is offloaded: call remove_all_hooks() before moving its networks")
         for network in self.networks.values():
             network.to(*where, **named)  # type: ignore[call-overload]
         return self
@@ -418,38 +404,55 @@ class Source:
     own_clip: bool
 
 
-CLIP_PARTS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "CLIPTextModelWithProjection": (nn.Module, ("config.vocab_size", "config.hidden_size", "text_projection")),
-    "CLIPVisionModelWithProjection": (nn.Module, ("config.image_size", "visual_projection")),
-    "CLIPTokenizer": (Callable, ("__len__", "model_max_length")),
-    "BaseImageProcessor": (Callable, ()),
+@dataclass(frozen=True)
+class Kind:
+    """What a component must be.
+
+    Attributes:
+        classes: one of these classes (of a class of transformers: a base class, as it is not imported here).
+        needed: attributes that it must have.
+        words: the classes in messages.
+    """
+
+    classes: tuple[Any, ...]
+    needed: tuple[str, ...]
+    words: str
+
+    def has(self, value: object) -> bool:
+        """Whether a value is of this kind; `torch.compile(network)` is if the network is."""
+        try:
+            is_complete = all(attrgetter(path)(value) is not None for path in self.needed)
+        except AttributeError:
+            return False
+        return is_complete and isinstance(original(value), self.classes) and not isinstance(value, type)
+
+
+def _own(*classes: type) -> Kind:
+    names = " or ".join(f"unclip's {one.__name__}" for one in classes)
+    return Kind(classes, (), f"{names}, whose from_pretrained reads what diffusers' class of the same name saved")
+
+
+def _clip(name: str, base: Any, *needed: str) -> Kind:
+    return Kind((base,), needed, f"transformers' {name}, or unclip's own class")
+
+
+SCHEDULER = _own(Scheduler)
+KINDS = {
+    "prior": _own(PriorTransformer, AutoregressivePrior),
+    "text_proj": _own(UnCLIPTextProjModel),
+    "decoder": _own(UNet2DConditionModel),
+    "super_res_first": _own(UNet2DModel),
+    "super_res_last": _own(UNet2DModel),
+    "text_encoder": _clip("CLIPTextModelWithProjection", nn.Module, "config.vocab_size", "text_projection"),
+    "image_encoder": _clip("CLIPVisionModelWithProjection", nn.Module, "config.image_size", "visual_projection"),
+    "tokenizer": _clip("CLIPTokenizer", Callable, "__len__", "model_max_length"),
+    "feature_extractor": _clip("BaseImageProcessor", Callable),
 }
-"""A base class and the needed attributes of CLIP's components, whose classes are not imported here."""
 
 
-def _is_of(kind: type | str, value: object) -> bool:
-    """Whether a value is of a class, or has what the CLIP component of this name needs."""
-    if isinstance(kind, type):
-        return isinstance(original(value), kind)
-    base, needed = CLIP_PARTS[kind]
-    return isinstance(value, base) and not isinstance(value, type) and all(_has(value, path) for path in needed)
-
-
-def _has(value: object, path: str) -> bool:
-    try:
-        attrgetter(path)(value)
-    except AttributeError:
-        return False
-    return True
-
-
-def _names(kinds: tuple[type | str, ...]) -> str:
-    names = " or ".join(
-        f"transformers' {kind}" if isinstance(kind, str) else f"unclip's {kind.__name__}" for kind in kinds
-    )
-    if isinstance(kinds[0], str):
-        return f"{names}, or unclip's own class"
-    return f"{names}, whose from_pretrained and from_config read what diffusers' class of the same name saved"
+def _kind(component: str) -> Kind:
+    """The kind of a component; further super-resolution stages have those of the first."""
+    return SCHEDULER if component.endswith("_scheduler") else KINDS[re.sub(r"^super_res_\d_", "super_res_", component)]
 
 
 def _class_name(index: Mapping[str, Any], name: str, pipeline: str, folder: Path) -> str:
@@ -477,10 +480,8 @@ def _one_device(device_map: Any) -> torch.device | None:
     try:
         return None if device_map is None else torch.device(device_map)
     except (RuntimeError, TypeError) as error:
-        raise InputError(
-            f"device_map is {device_map!r}; it must be one device, such as 'cuda'. For a model that does not fit it, "
-            "load without device_map and call enable_model_cpu_offload()"
-        ) from error
+        wanted = "one device, or see enable_model_cpu_offload()"
+        raise InputError(f"device_map is {device_map!r}; it must be {wanted}") from error
 
 
 def _accelerator(gpu_id: int | None, device: torch.device | str | None) -> torch.device:

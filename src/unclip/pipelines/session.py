@@ -105,9 +105,7 @@ class Session:
         self.folder = resolve(model)
         log.info("model: %s", self.folder)
         self.index: dict[str, Any] = read_json(safe_join(self.folder, "model_index.json"))
-        self.compute = compute or Compute()
-        self.sampler = sampler
-        self.progress = progress
+        self.compute, self.sampler, self.progress = compute or Compute(), sampler, progress
         self._pipelines: dict[type, GenerationPipeline] = {}
         self._lock = threading.Lock()
 
@@ -146,18 +144,14 @@ class Session:
         """
         defaults = inspect.signature(kind.__call__).parameters
         recommended = read_recommended(self.folder)
-        settings: dict[str, Any] = {}
-        for name, value in given.items():
-            if value is None and name in recommended:
-                value = recommended[name]
-            elif value is None and name in PRIOR_SAMPLING:
-                continue
-            elif value is None:
-                value = defaults[name].default
-            if name in SETTINGS:
-                for number in value if isinstance(value, list | tuple) else [value]:
+        own = {name: recommended.get(name) for name in PRIOR_SAMPLING}
+        own |= {name: recommended.get(name, one.default) for name, one in defaults.items() if name not in own}
+        settings = {name: own[name] if value is None else value for name, value in given.items()}
+        settings = {name: value for name, value in settings.items() if value is not None or name not in PRIOR_SAMPLING}
+        for name, value in settings.items():
+            for number in value if isinstance(value, list | tuple) else [value]:
+                if name in SETTINGS:
                     SETTINGS[name].check(number)
-            settings[name] = value
         return settings
 
     def metadata(
@@ -176,10 +170,9 @@ class Session:
     def _load(self, kind: type[P]) -> P:
         where = pick_device(self.compute.device)
         keep_freed_memory()
-        parts = {name: part for pipe in self._pipelines.values() for name, part in pipe.components.items()}
-        if self._pipelines:
-            shared = {name: part for name, part in parts.items() if name in kind.component_names()}
-            pipe = kind.from_pipe(next(iter(self._pipelines.values())), **shared)
+        if others := list(self._pipelines.values()):
+            parts = {name: part for pipe in others for name, part in pipe.components.items()}
+            pipe = kind.from_pipe(others[0], **{name: parts[name] for name in kind.component_names() if name in parts})
         else:
             pipe = kind.from_pretrained(self.folder, torch_dtype=str(self.compute.dtype), own_clip=True)
         if self.sampler is not None:
@@ -214,7 +207,7 @@ def pick_device(name: str) -> "torch.device":
     if found is not None:
         has += [found.type, *(f"{found.type}:{i}" for i in range(torch.accelerator.device_count()))]
     if name not in has:
-        raise InputError(f"--device is {name!r}; this machine has {', '.join(has)}")
+        raise InputError(f"the device is {name!r}; this machine has {', '.join(has)}")
     return torch.device(name)
 
 
@@ -252,8 +245,7 @@ def _scheduler_class(name: str) -> "type[Scheduler]":
 
 
 def _short_name(scheduler: "Scheduler") -> str:
-    names = (name for name in SAMPLERS if isinstance(scheduler, _scheduler_class(name)))
-    return next(names, type(scheduler).__name__)
+    return next((name for name in SAMPLERS if isinstance(scheduler, _scheduler_class(name))), type(scheduler).__name__)
 
 
 def environment(pipe: "Pipeline") -> dict[str, str]:
@@ -287,14 +279,10 @@ def png_texts(facts: Mapping[str, Any]) -> "PngInfo":
 
     texts = PngInfo()
     for name, value in facts.items():
-        if value is None:
-            continue
-        text = json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else str(value)
-        text = text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
-        if text.isascii():
-            texts.add_text(name, text)
-        else:
-            texts.add_itxt(name, text)
+        if value is not None:
+            text = json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping) else str(value)
+            text = text.replace("\0", "\N{REPLACEMENT CHARACTER}").encode("utf-8", "replace").decode()
+            (texts.add_text if text.isascii() else texts.add_itxt)(name, text)
     texts.add_text("Software", f"unclip {__version__}")
     return texts
 

@@ -5,7 +5,7 @@ steps of one call share (`Call`). A decoder of another kind, in latent space for
 `Stage[DecoderCondition]` whose `finish` returns pictures.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Generic
@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.clip.encoders import TextEmbedding, TextEncoder
-from unclip.diffusion.guidance import uses_guidance
 from unclip.diffusion.loop import NoiseSource, OnStep, StepInfo
 from unclip.diffusion.sampler import Sampler
 from unclip.errors import Cancelled, InputError, NonFiniteError
@@ -23,7 +22,7 @@ from unclip.images import to_square
 from unclip.pipelines.arguments import FORMS, Callback, ImagePipelineOutput, check_latents
 from unclip.pipelines.pipeline import Pipeline, stage_words
 from unclip.stages import stage as stages
-from unclip.stages.prior import EmbeddingSampler, sample_best
+from unclip.stages.prior import AutoregressivePriorStage, PriorStage, sample_best
 from unclip.stages.stage import Condition, DecoderCondition, PriorCondition, Stage, SuperResCondition
 
 
@@ -128,7 +127,7 @@ class StageRun(Generic[Condition]):
     @property
     def guided(self) -> bool:
         """Whether a null condition is needed."""
-        return uses_guidance(self.guidance_scale)
+        return self.guidance_scale > 1
 
     def check_latents(self, batch_size: int) -> None:
         """Raises: InputError for latents of another shape than this stage needs, or that are not finite."""
@@ -188,14 +187,16 @@ class PriorRun:
     """A prior, and how a call samples it.
 
     Attributes:
-        prior: the prior with its sampler.
+        stage: the prior.
+        draw: samples it; with the arguments of `unclip.stages.stage.sample` from the condition and the noise on.
         guidance_scale: guidance is on above 1.
         latents: the noise of the first candidate; None: random.
         num_candidates: how many embeddings are sampled for each caption; one is kept.
         captions_per_choice: how many consecutive captions keep the candidate of the same number; see `closest`.
     """
 
-    prior: EmbeddingSampler
+    stage: PriorStage | AutoregressivePriorStage
+    draw: Callable[..., Tensor]
     guidance_scale: float = 1.0
     latents: Tensor | None = None
     num_candidates: int = 1
@@ -204,11 +205,11 @@ class PriorRun:
     @property
     def guided(self) -> bool:
         """Whether a null condition is needed."""
-        return uses_guidance(self.guidance_scale)
+        return self.guidance_scale > 1
 
     def check_latents(self, batch_size: int) -> None:
         """Raises: InputError for latents of another shape than this prior needs, or that are not finite."""
-        check_latents(self.latents, "prior_latents", self.prior.sample_shape(batch_size))
+        check_latents(self.latents, "prior_latents", self.stage.sample_shape(batch_size))
 
 
 def encode(
@@ -229,18 +230,27 @@ def encode(
 
 def embed(run: PriorRun, text: TextEmbedding, null_text: TextEmbedding | None, call: Call) -> Tensor:
     """Text embeddings → image embeddings, float32 [batch, embedding_dim]; guidance needs `null_text`."""
+    null = PriorCondition(null_text) if null_text is not None and run.guided else None
+
+    def draw(noise: NoiseSource, latents: Tensor | None) -> Tensor:
+        return run.draw(
+            PriorCondition(text),
+            noise=noise,
+            null=null,
+            guidance_scale=run.guidance_scale,
+            latents=latents,
+            progress=call.pipe.progress("prior"),
+            on_step=call.on_step("prior"),
+        )
+
     with call.freed_on_error():
         return sample_best(
-            run.prior,
-            PriorCondition(text),
+            draw,
+            text.embeds,
             num_candidates=run.num_candidates,
             captions_per_choice=run.captions_per_choice,
             noise=call.noise,
-            null=PriorCondition(null_text) if null_text is not None and run.guided else None,
-            guidance_scale=run.guidance_scale,
             latents=run.latents,
-            progress=call.pipe.progress("prior"),
-            on_step=call.on_step("prior"),
         )
 
 

@@ -1,6 +1,7 @@
 """Text to image: captions → image embeddings → small pictures → large pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -28,7 +29,8 @@ from unclip.pipelines.cascade import Fact, check_fits
 from unclip.pipelines.generation import GenerationPipeline
 from unclip.pipelines.steps import Call, PriorRun, decode, embed, encode, enlarge, finish
 from unclip.settings import SETTINGS
-from unclip.stages.prior import AutoregressivePriorStage, DiffusionEmbeddingSampler, EmbeddingSampler, PriorStage
+from unclip.stages.prior import AutoregressivePriorStage, PriorStage
+from unclip.stages.stage import sample
 
 
 class UnCLIPPipeline(GenerationPipeline):
@@ -218,9 +220,7 @@ class UnCLIPPipeline(GenerationPipeline):
         prompts = as_prompts(prompt)
         captions_per_choice = whole(captions_per_choice, "captions_per_choice")
         if len(prompts) % captions_per_choice:
-            raise InputError(
-                f"captions_per_choice is {captions_per_choice}; it must divide the number of captions, {len(prompts)}"
-            )
+            raise InputError(f"captions_per_choice is {captions_per_choice}; it must divide {len(prompts)} captions")
         run = self.prior_run(
             num_inference_steps,
             guidance_scale,
@@ -255,26 +255,24 @@ class UnCLIPPipeline(GenerationPipeline):
         """
         temperature = SETTINGS["prior_temperature"].check(temperature)
         top_p = SETTINGS["prior_top_p"].check(top_p)
-        return PriorRun(
-            self._prior_sampler(num_steps, temperature, top_p),
-            float(SETTINGS["prior_guidance_scale"].check(guidance_scale)),
-            latents,
-            int(SETTINGS["num_prior_candidates"].check(num_candidates)),
-            captions_per_choice,
-        )
-
-    def _prior_sampler(self, num_steps: int, temperature: float, top_p: float) -> EmbeddingSampler:
-        scheduler = self.prior_scheduler
-        if not isinstance(self.prior.config, PriorConfig):  # a compiled prior is of another class
-            return AutoregressivePriorStage(cast("AutoregressivePrior", self.prior), temperature, top_p)
-        if (temperature, top_p) != (1, 1):
-            raise InputError(
-                f"prior_temperature is {temperature} and prior_top_p {top_p}, but a diffusion prior draws no codes: "
-                "leave them out, or load an AutoregressivePrior"
-            )
-        assert scheduler is not None  # see check
-        stage = PriorStage(cast("PriorTransformer", self.prior), scheduler.process)
-        return DiffusionEmbeddingSampler(stage, scheduler.sampler(), scheduler.spaced_timesteps(num_steps))
+        stage: PriorStage | AutoregressivePriorStage
+        if isinstance(self.prior.config, PriorConfig):  # a compiled prior is of another class
+            if (temperature, top_p) != (1, 1):
+                raise InputError(
+                    f"prior_temperature is {temperature} and prior_top_p {top_p}, but a diffusion prior draws no "
+                    "codes: leave them out, or load an AutoregressivePrior"
+                )
+            assert self.prior_scheduler is not None  # see check
+            scheduler = self.prior_scheduler
+            stage = PriorStage(cast("PriorTransformer", self.prior), scheduler.process)
+            steps = scheduler.spaced_timesteps(num_steps)
+            draw: Callable[..., Tensor] = partial(sample, stage, sampler=scheduler.sampler(), timesteps=steps)
+        else:
+            stage = AutoregressivePriorStage(cast("AutoregressivePrior", self.prior), temperature, top_p)
+            draw = stage.sample
+        scale = float(SETTINGS["prior_guidance_scale"].check(guidance_scale))
+        num_candidates = int(SETTINGS["num_prior_candidates"].check(num_candidates))
+        return PriorRun(stage, draw, scale, latents, num_candidates, captions_per_choice)
 
     def _text_of(self, prompt: Any, output: Any, mask: Tensor | None, image_embeddings: Tensor | None) -> TextEmbedding:
         """The captions' embeddings, one row for each prompt."""
@@ -294,7 +292,5 @@ class UnCLIPPipeline(GenerationPipeline):
         else:
             raise InputError("give a prompt, or text_model_output with text_attention_mask, or image_embeddings")
         if image_embeddings is not None and len(image_embeddings) != len(text):
-            raise InputError(
-                f"there are {len(image_embeddings)} image_embeddings for {len(text)} prompts; give one for each"
-            )
+            raise InputError(f"there are {len(image_embeddings)} image_embeddings for {len(text)} prompts")
         return text

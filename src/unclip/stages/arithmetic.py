@@ -137,9 +137,7 @@ def difference(target: Tensor, source: Tensor) -> Tensor:
     apart = target / _norm(target, "target") - source / _norm(source, "source")
     norm = apart.norm(dim=-1, keepdim=True)
     if bool((norm < PARALLEL).any()):
-        raise InputError(
-            "the two captions have the same embedding, so there is no difference: use two different captions"
-        )
+        raise InputError("the two captions have the same embedding, so there is no difference: use two others")
     return (apart / norm).float()
 
 

@@ -41,7 +41,7 @@ class DecoderStage:
         added = time_embedding.to(dtype)
 
         def denoise(x_t: Tensor, t: int | Tensor) -> Tensor:
-            rows = timestep_rows(t, x_t.device)
+            rows = timestep_rows(t, x_t)
             return self.decoder(x_t.to(dtype), rows, class_labels=added, context=context).sample.float()
 
         return denoise

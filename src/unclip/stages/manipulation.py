@@ -56,10 +56,7 @@ class BipartiteLatent:
         shapes = [tuple(part.shape) for part in self._parts().values()]
         dims = (2, *[4] * (len(shapes) - 1))
         if any(len(shape) != dim or shape[0] != shapes[0][0] for shape, dim in zip(shapes, dims, strict=True)):
-            raise ConfigError(
-                f"a bipartite latent has parts of shapes {', '.join(map(str, shapes))}; they must be "
-                "[batch, embedding_dim] and [batch, channels, height, width], of one batch"
-            )
+            raise ConfigError(f"a bipartite latent has parts of shapes {shapes}, which do not fit each other")
 
     def __len__(self) -> int:
         return len(self.image_embedding)

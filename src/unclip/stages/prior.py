@@ -1,22 +1,20 @@
 """The diffusion prior as a stage, the autoregressive prior, and the choice among candidates (paper §2.2)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from unclip.diffusion.guidance import away, uses_guidance
+from unclip.diffusion.guidance import away
 from unclip.diffusion.loop import Denoiser, NoiseSource, OnStep, Progress, StepInfo
 from unclip.diffusion.process import DiffusionProcess
-from unclip.diffusion.sampler import Sampler
 from unclip.errors import InputError
 from unclip.models.layers import timestep_rows
 from unclip.models.prior import PriorTransformer
 from unclip.models.prior_autoregressive import AutoregressivePrior, CodeMemory, dot_product
-from unclip.settings import SETTINGS
 from unclip.stages.arithmetic import exact_type
-from unclip.stages.stage import PriorCondition, sample
+from unclip.stages.stage import PriorCondition
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class PriorStage:
         prefix = self.prior.prepare(text.embeds.to(dtype), text.hidden_states.to(dtype), text.mask)
 
         def denoise(x_t: Tensor, t: int | Tensor) -> Tensor:
-            output = self.prior(x_t.to(dtype), timestep_rows(t, x_t.device), prefix=prefix)
+            output = self.prior(x_t.to(dtype), timestep_rows(t, x_t), prefix=prefix)
             return output.predicted_image_embedding.float()
 
         return denoise
@@ -102,14 +100,14 @@ class AutoregressivePriorStage:
         numbers = latents.to(device).float()
         places = _normal_cdf(numbers)
         dots = upper_half(places[:, 0], config.num_dot_buckets)
-        guided = uses_guidance(guidance_scale)
+        guided = guidance_scale > 1
         if guided:
             assert null is not None
-            assert len(null) == len(condition)
             condition, dots = null.join(condition), torch.cat([torch.full_like(dots, self.prior.no_dot_code), dots])
         codes: list[Tensor] = []
         memory = None
-        steps = [(k, k + 1) for k in range(config.num_components)]
+        count = config.num_components
+        steps = [(k, k + 1) for k in range(count)]
         for k, _ in steps if progress is None else progress(steps):
             if memory is None:
                 logits, memory = self._read(condition, dots, dots.new_zeros(len(dots), 0))
@@ -120,7 +118,9 @@ class AutoregressivePriorStage:
                 logits = away(*logits.chunk(2), guidance_scale)
             codes.append(draw_code(logits, places[:, k + 1], self.temperature, self.top_p))
             if on_step is not None:
-                self._report(on_step, k, codes)
+                so_far = self.prior.decode(torch.stack(codes, dim=1))
+                if on_step(StepInfo(k, count, count - 1 - k, so_far, so_far)) is not None:
+                    raise InputError("the codes of an autoregressive prior cannot be replaced: return None")
         return self.prior.decode(torch.stack(codes, dim=1))
 
     def log_likelihood(self, condition: PriorCondition, dot_codes: Tensor, codes: Tensor) -> Tensor:
@@ -137,16 +137,6 @@ class AutoregressivePriorStage:
     def _read(self, condition: PriorCondition, dots: Tensor, codes: Tensor) -> tuple[Tensor, CodeMemory]:
         text, dtype = condition.text, self.prior.dtype
         return self.prior(codes, dots, text.embeds.to(dtype), text.hidden_states.to(dtype), text.mask)
-
-    def _report(self, on_step: OnStep, k: int, codes: list[Tensor]) -> None:
-        so_far, count = self.prior.decode(torch.stack(codes, dim=1)), self.prior.config.num_components
-        if on_step(StepInfo(k, count, count - 1 - k, so_far, so_far)) is not None:
-            raise InputError("the codes of an autoregressive prior cannot be replaced; on_step must return None")
-
-
-def check_drawing(temperature: object, top_p: object) -> tuple[float, float]:
-    """Both as floats. Raises: InputError for a value outside the limits of its setting."""
-    return SETTINGS["prior_temperature"].check(temperature), SETTINGS["prior_top_p"].check(top_p)
 
 
 def upper_half(places: Tensor, num_buckets: int) -> Tensor:
@@ -179,10 +169,8 @@ def draw_code(logits: Tensor, places: Tensor, temperature: float, top_p: float) 
         probabilities = probabilities.masked_fill(torch.zeros_like(spare).scatter(-1, order, spare), 0.0)
     cumulative = probabilities.cumsum(dim=-1)
     codes = torch.searchsorted(cumulative, places[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    last = (
-        probabilities.shape[-1] - 1 - (probabilities.flip(-1) > 0).long().argmax(dim=-1)
-    )  # with a probability above 0
-    return codes.minimum(last)
+    least = (probabilities.flip(-1) > 0).long().argmax(dim=-1)  # the last code may have no probability
+    return codes.minimum(probabilities.shape[-1] - 1 - least)
 
 
 def _normal_cdf(numbers: Tensor) -> Tensor:
@@ -190,76 +178,14 @@ def _normal_cdf(numbers: Tensor) -> Tensor:
     return torch.special.ndtr(numbers.to(exact_type(numbers.device)))
 
 
-class EmbeddingSampler(Protocol):
-    """A prior with its sampler, of either kind."""
-
-    def sample_shape(self, batch_size: int) -> tuple[int, ...]:
-        """The shape of the noise."""
-        ...
-
-    def sample(
-        self,
-        condition: PriorCondition,
-        *,
-        noise: NoiseSource,
-        null: PriorCondition | None = None,
-        guidance_scale: float = 1.0,
-        latents: Tensor | None = None,
-        progress: Progress | None = None,
-        on_step: OnStep | None = None,
-    ) -> Tensor:
-        """Image embeddings, float32 [batch, embedding_dim]; the arguments are those of `stages.stage.sample`."""
-        ...
-
-
-@dataclass(frozen=True)
-class DiffusionEmbeddingSampler:
-    """The diffusion prior, sampled by `sampler` along `timesteps`."""
-
-    stage: PriorStage
-    sampler: Sampler
-    timesteps: tuple[int, ...]
-
-    def sample_shape(self, batch_size: int) -> tuple[int, ...]:
-        return self.stage.sample_shape(batch_size)
-
-    def sample(
-        self,
-        condition: PriorCondition,
-        *,
-        noise: NoiseSource,
-        null: PriorCondition | None = None,
-        guidance_scale: float = 1.0,
-        latents: Tensor | None = None,
-        progress: Progress | None = None,
-        on_step: OnStep | None = None,
-    ) -> Tensor:
-        return sample(
-            self.stage,
-            condition,
-            sampler=self.sampler,
-            timesteps=self.timesteps,
-            noise=noise,
-            null=null,
-            guidance_scale=guidance_scale,
-            latents=latents,
-            progress=progress,
-            on_step=on_step,
-        )
-
-
 def sample_best(
-    prior: EmbeddingSampler,
-    condition: PriorCondition,
+    draw: Callable[[NoiseSource, Tensor | None], Tensor],
+    text_embeddings: Tensor,
     *,
     num_candidates: int,
     captions_per_choice: int = 1,
     noise: NoiseSource,
-    null: PriorCondition | None = None,
-    guidance_scale: float = 1.0,
     latents: Tensor | None = None,
-    progress: Progress | None = None,
-    on_step: OnStep | None = None,
 ) -> Tensor:
     """Sample `num_candidates` image embeddings for each caption and keep the one closest to it (see `closest`).
 
@@ -267,26 +193,17 @@ def sample_best(
     more candidates never lower the dot product, and where the first one is kept, all later noise is the same too.
 
     Args:
+        draw: samples one embedding for each caption from a source of noise, or from given noise.
+        text_embeddings: of the captions, [batch, embedding_dim].
         num_candidates: 1 or more; they are sampled one after another, so they need no more memory.
         captions_per_choice: see `closest`.
+        noise: the source of the first candidate's noise; the others have branches of it.
         latents: noise for the first candidate.
 
-    The other arguments are those of `stages.stage.sample`. Returns: float32 [batch, embedding_dim].
+    Returns: float32 [batch, embedding_dim].
     """
     starts = [(noise, latents), *((branch, None) for branch in noise.branches(num_candidates - 1))]
-    candidates = [
-        prior.sample(
-            condition,
-            noise=source,
-            null=null,
-            guidance_scale=guidance_scale,
-            latents=start,
-            progress=progress,
-            on_step=on_step,
-        )
-        for source, start in starts
-    ]
-    return closest(condition.text.embeds, torch.stack(candidates), captions_per_choice)
+    return closest(text_embeddings, torch.stack([draw(*start) for start in starts]), captions_per_choice)
 
 
 def closest(text_embeddings: Tensor, candidates: Tensor, captions_per_choice: int = 1) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unclip.clip.encoders import Batched, TextEmbedding
-from unclip.diffusion.guidance import guided, uses_guidance
+from unclip.diffusion.guidance import guided
 from unclip.diffusion.loop import Denoiser, NoiseSource, OnStep, Progress, run
 from unclip.diffusion.process import DiffusionProcess
 from unclip.diffusion.sampler import FixedPointInversionSampler, Sampler
@@ -156,10 +156,9 @@ def invert(
 
 
 def _denoiser(stage: Stage[Condition], condition: Condition, null: Condition | None, guidance_scale: float) -> Denoiser:
-    if not uses_guidance(guidance_scale):
+    if guidance_scale <= 1:
         return stage.prepare(condition)
     assert null is not None
-    assert len(null) == len(condition)
     return guided(stage.prepare(null.join(condition)), guidance_scale)
 
 

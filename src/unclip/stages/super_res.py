@@ -42,10 +42,8 @@ class Tiling:
     def check_multiple(self, multiple: int) -> None:
         """Raises: InputError unless both sizes are multiples of `multiple`."""
         if self.tile_px % multiple or self.overlap_px % multiple:
-            raise InputError(
-                f"tiles of {self.tile_px} px that overlap by {self.overlap_px} px do not fit the super-resolution "
-                f"network: both must be multiples of {multiple}"
-            )
+            sizes = f"tiles of {self.tile_px} px that overlap by {self.overlap_px} px"
+            raise InputError(f"{sizes} do not fit the networks: both must be multiples of {multiple}")
 
     def starts(self, size_px: int) -> list[int]:
         """The starts of the tiles along a side; the last tile ends with the side."""
@@ -120,7 +118,7 @@ class SuperResStage:
 
         def denoise(x_t: Tensor, t: int | Tensor) -> Tensor:
             network = self.last if isinstance(t, int) and t == 0 else self.first
-            dtype, rows = network.dtype, timestep_rows(t, x_t.device)
+            dtype, rows = network.dtype, timestep_rows(t, x_t)
             both = torch.cat([x_t.to(dtype), per_dtype[dtype]], dim=1)
             if self.tiling is None:
                 return network(both, rows).sample.float()

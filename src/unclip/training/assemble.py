@@ -12,28 +12,29 @@ from unclip.checkpoints.files import atomic_folder, read_json, write_json
 from unclip.checkpoints.hub import is_name, resolve
 from unclip.checkpoints.layout import API_VERSION, FURTHER_SUPER_RES
 from unclip.checkpoints.recommended import write_recommended
-from unclip.errors import ConfigError, InputError, MissingFileError
-from unclip.pipelines.clip import fingerprint_of, is_whole_clip, read_clip
+from unclip.clip.pretrained import fingerprint_of, is_whole_clip, read_clip
+from unclip.errors import InputError, MissingFileError
 from unclip.pipelines.component import index_entry, read_component, write_component
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 from unclip.pipelines.text_to_image import UnCLIPPipeline
+from unclip.training.sections import refuse
 from unclip.training.state import clip_of_run
 from unclip.training.task import KEYS, process_in
 
-# Component → (its run, its folder there, its class).
+# Component → (its run, its class).
 PARTS = {
-    "text_encoder": ("clip", "text_encoder", "CLIPTextModelWithProjection"),
-    "tokenizer": ("clip", "tokenizer", "CLIPTokenizer"),
-    "image_encoder": ("clip", "image_encoder", "CLIPVisionModelWithProjection"),
-    "feature_extractor": ("clip", "feature_extractor", "CLIPImageProcessor"),
-    "prior": ("prior", "prior", "PriorTransformer"),
-    "prior_scheduler": ("prior", "prior_scheduler", "UnCLIPScheduler"),
-    "text_proj": ("decoder", "text_proj", "UnCLIPTextProjModel"),
-    "decoder": ("decoder", "decoder", "UNet2DConditionModel"),
-    "decoder_scheduler": ("decoder", "decoder_scheduler", "UnCLIPScheduler"),
-    "super_res_first": ("super_res_first", "super_res_first", "UNet2DModel"),
-    "super_res_last": ("super_res_last", "super_res_last", "UNet2DModel"),
-    "super_res_scheduler": ("super_res_first", "super_res_scheduler", "UnCLIPScheduler"),
+    "text_encoder": ("clip", "CLIPTextModelWithProjection"),
+    "tokenizer": ("clip", "CLIPTokenizer"),
+    "image_encoder": ("clip", "CLIPVisionModelWithProjection"),
+    "feature_extractor": ("clip", "CLIPImageProcessor"),
+    "prior": ("prior", "PriorTransformer"),
+    "prior_scheduler": ("prior", "UnCLIPScheduler"),
+    "text_proj": ("decoder", "UnCLIPTextProjModel"),
+    "decoder": ("decoder", "UNet2DConditionModel"),
+    "decoder_scheduler": ("decoder", "UnCLIPScheduler"),
+    "super_res_first": ("super_res_first", "UNet2DModel"),
+    "super_res_last": ("super_res_last", "UNet2DModel"),
+    "super_res_scheduler": ("super_res_first", "UnCLIPScheduler"),
 }
 
 SAMPLING_KEYS = ("variance_type", "clip_range")
@@ -76,20 +77,18 @@ def assemble(
     """
     runs = {"clip": clip, "prior": prior, "decoder": decoder, "super_res_first": super_res_first}
     runs["super_res_last"] = super_res_last or super_res_first
-    index: dict[str, Any] = {"_class_name": "UnCLIPPipeline", "_diffusers_version": API_VERSION}
     with atomic_folder(out, overwrite=overwrite) as draft:
-        components: dict[str, Any] = {}
-        whole_clip = read_clip(_model(clip)).components() if is_whole_clip(_model(clip)) else {}
-        for name, (run, folder, class_name) in _parts(_model(prior)).items():
-            if name == "super_res_last" and super_res_last is None:
-                folder = "super_res_first"
-            is_there = name in whole_clip
-            components[name] = whole_clip[name] if is_there else _read(runs[run], run, folder, class_name)
+        components = read_clip(_model(clip)).components() if is_whole_clip(_model(clip)) else {}
+        for name, (run, class_name) in _parts(_model(prior)).items():
+            folder = "super_res_first" if name == "super_res_last" and super_res_last is None else name
+            if name not in components:
+                components[name] = _read(runs[run], run, folder, class_name)
         components |= _further(super_res_more)
         _check_shared_scheduler(super_res_first, runs["super_res_last"])
         _check_clip(clip, {"prior": prior, "decoder": decoder})
         for pipeline in (UnCLIPPipeline, UnCLIPImageVariationPipeline):  # they check that the components fit together
             pipeline(**{name: part for name, part in components.items() if name in pipeline.component_names()})
+        index: dict[str, Any] = {"_class_name": "UnCLIPPipeline", "_diffusers_version": API_VERSION}
         for name, component in components.items():
             if isinstance(component, nn.Module) and dtype is not None:
                 component.to(dtype)
@@ -102,12 +101,12 @@ def assemble(
             (draft / name).write_bytes(file.read_bytes())
 
 
-def _parts(prior: Path) -> dict[str, tuple[str, str, str]]:
+def _parts(prior: Path) -> dict[str, tuple[str, str]]:
     """`PARTS` for the prior in this folder: an autoregressive prior has no scheduler."""
     config = prior / "prior" / "config.json"
     if not config.is_file() or read_json(config).get("_class_name") != "AutoregressivePrior":
         return PARTS
-    parts = PARTS | {"prior": ("prior", "prior", "AutoregressivePrior")}
+    parts = PARTS | {"prior": ("prior", "AutoregressivePrior")}
     return {name: part for name, part in parts.items() if name != "prior_scheduler"}
 
 
@@ -123,8 +122,7 @@ def _further(runs: Sequence[Path | tuple[Path, int]]) -> dict[str, Any]:
         run, size_px = asked if isinstance(asked, tuple) else (asked, None)
         there = stage if (_model(run) / f"{stage}_first").is_dir() else "super_res"
         components[f"{stage}_scheduler"] = _read(run, stage, f"{there}_scheduler", "UnCLIPScheduler")
-        parts = ["first"] + ["last"] * (_model(run) / f"{there}_last").is_dir()
-        for part in parts:
+        for part in ["first"] + ["last"] * (_model(run) / f"{there}_last").is_dir():
             network = components[f"{stage}_{part}"] = _read(run, stage, f"{there}_{part}", "UNet2DModel")
             if size_px is not None:
                 network.config = dataclasses.replace(network.config, sample_size=size_px)
@@ -135,31 +133,24 @@ def _check_shared_scheduler(first: Path, last: Path) -> None:
     """Raises: ConfigError when the network of the last step was trained with another process."""
     name = "super_res_scheduler"
     one, other = (process_in(_model(run), name) for run in (first, last))
-    if one is None or other is None:
-        return
-    apart = [
-        f"{key} is {getattr(one, key)!r} and {getattr(other, key)!r}"
-        for key in KEYS
-        if key not in SAMPLING_KEYS and getattr(one, key) != getattr(other, key)
-    ]
-    if apart:
-        raise ConfigError(
-            f"super_res_first ({first}) and super_res_last ({last}) share a scheduler, but were trained with different "
-            f"processes: {'; '.join(apart)}. Train one with the process of the other, or remove super_res_last"
-        )
+    shared = [key for key in KEYS if key not in SAMPLING_KEYS]
+    values = [(key, getattr(one, key), getattr(other, key)) for key in shared if one and other]
+    apart = [f"{key} is {a!r} and {b!r}" for key, a, b in values if a != b]
+    refuse(
+        apart,
+        f"super_res_first ({first}) and super_res_last ({last}) share a scheduler, but were trained with different "
+        f"processes: {'; '.join(apart)}. Train one with the process of the other, or remove super_res_last",
+    )
 
 
 def _check_clip(clip: Path, runs: Mapping[str, Path]) -> None:
     """Raises: ConfigError when a run was trained with another CLIP. For a model, this is not known."""
-    known = {stage: found for stage, run in runs.items() if (found := clip_of_run(run)) is not None}
-    own = fingerprint_of(_model(clip)) if known else ""
-    for stage, found in known.items():
-        if found != own:
-            raise ConfigError(
-                f"{stage} ({runs[stage]}) was trained with another CLIP ({found[:12]}…) than the one in {clip} "
-                f"({own[:12]}…), or with the same one saved differently. Use that CLIP, or give "
-                f"{runs[stage] / 'model'} to use it anyway"
-            )
+    found = {stage: clip_of_run(run) for stage, run in runs.items()}
+    own = fingerprint_of(_model(clip)) if any(found.values()) else ""
+    for stage, other in found.items():
+        what = f"{stage} ({runs[stage]}) was trained with another CLIP ({other or '':.12}…) than the one in {clip}"
+        how = f"Use that CLIP, or give {runs[stage] / 'model'} to use it anyway"
+        refuse(other not in (None, own), f"{what} ({own:.12}…), or with the same one saved differently. {how}")
 
 
 def _model(run: Path) -> Path:

@@ -1,6 +1,6 @@
 """The CLIP task: tokenizer, contrastive loss, optional losses from a teacher, and the encoders."""
 
-import dataclasses
+import contextlib
 import hashlib
 import itertools
 import json
@@ -21,24 +21,23 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
-    PretrainedConfig,
 )
 from transformers.activations import ACT2FN
 from transformers.image_processing_utils import BaseImageProcessor
 
 from unclip.checkpoints.files import read_json
-from unclip.data.batches import Source
-from unclip.data.source import FolderSource
+from unclip.clip.config import check_clip_settings
+from unclip.clip.pretrained import PretrainedClip, read_clip
+from unclip.data.source import Source
 from unclip.errors import ConfigError, UnclipError
-from unclip.models.component import MAX_CHANNELS
-from unclip.pipelines.clip import PretrainedClip, read_clip
 from unclip.pipelines.component import read_component, write_component
 from unclip.training.conditions import FrozenClip, normalized
 from unclip.training.dry_run import check_parameters, try_step
-from unclip.training.recipe import ClipSettings, Limits, Recipe, TeacherSettings
+from unclip.training.recipe import ClipSettings, Recipe, TeacherSettings
+from unclip.training.sections import refuse
 from unclip.training.sharding import share_of
-from unclip.training.task import Batch, Sourced, computing_device, of_rows, source_of
-from unclip.training.teacher import Lessons, read_phrases
+from unclip.training.task import Batch, computing_device, differences, in_folders, of_rows, source_of
+from unclip.training.teacher import TeacherPhrases, read_phrases
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -50,52 +49,30 @@ def train_tokenizer(captions: Iterable[str], *, vocabulary_size: int, context_le
 
     Args:
         captions: the training texts.
-        vocabulary_size: the largest number of tokens. It is not reached if the texts have too few pairs to merge.
+        vocabulary_size: the largest number of tokens, at least 514 (each byte, alone and at a word's end, and the start
+            and end tokens). It is not reached if the texts have too few pairs to merge.
         context_length: the longest sequence in tokens, including the start and end tokens.
-
-    Raises: ConfigError when the vocabulary is too small for the bytes.
     """
     from tokenizers import pre_tokenizers, trainers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bytes_alone = [*alphabet, *(byte + "</w>" for byte in alphabet)]
-    num_merges = vocabulary_size - len(bytes_alone) - 2
-    if num_merges < 0:
-        raise ConfigError(f"vocabulary_size is {vocabulary_size}; the bytes alone need {len(bytes_alone) + 2}")
     learner = CLIPTokenizer().backend_tokenizer
-    learner.train_from_iterator(
-        captions,
-        trainers.BpeTrainer(
-            vocab_size=vocabulary_size,
-            # As special tokens, the bytes get the first numbers, in a fixed order. Numbers break ties between equally
-            # frequent pairs; otherwise they depend on the order of a hash table, which differs between runs.
-            special_tokens=bytes_alone,
-            end_of_word_suffix="</w>",
-            show_progress=False,
-        ),
-    )
+    # As special tokens, the bytes get the first numbers, in a fixed order. Numbers break ties between equally frequent
+    # pairs; otherwise they depend on the order of a hash table, which differs between runs.
+    how: dict[str, Any] = {"special_tokens": bytes_alone, "end_of_word_suffix": "</w>", "show_progress": False}
+    learner.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=vocabulary_size, **how))
+    num_merges = vocabulary_size - len(bytes_alone) - 2
     merges: Any = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]][:num_merges]
-    tokens = [*bytes_alone, *dict.fromkeys(a + b for a, b in merges), START, END]
-    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    tokens = dict.fromkeys([*bytes_alone, *(a + b for a, b in merges), START, END])
+    vocabulary = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=context_length)
 
 
+Encoders = tuple[CLIPTextModelWithProjection, CLIPVisionModelWithProjection]
+
 RECONSTRUCTION_SIZE = 16
 MAX_LOGIT_SCALE = math.log(100)
-WIDTHS = {
-    "text_config": "clip.projection_dim (or clip.text_config.hidden_size) and clip.text_heads",
-    "image_config": "clip.image_width and clip.image_heads",
-}
-"""The names of an encoder's width and heads in a recipe."""
-FURTHER = {
-    "hidden_size": Limits(1, MAX_CHANNELS),
-    "intermediate_size": Limits(1, 4 * MAX_CHANNELS),
-    "attention_dropout": Limits(0.0, 1.0, below=True),
-    "layer_norm_eps": Limits(1e-12, 1.0),
-    "initializer_range": Limits(0.0, 10.0),
-    "initializer_factor": Limits(0.0, 10.0),
-}
-"""Limits of the settings in [clip.text_config] and [clip.image_config]."""
 LENGTH_GROUPS = 4
 """The texts of a batch are encoded in this number of groups of similar length."""
 SHOWN_ROWS = 1024
@@ -114,25 +91,15 @@ class ContrastivePair(nn.Module):
     With `taught`, there are two more losses for phrases that are not captions.
     """
 
-    def __init__(
-        self,
-        text: CLIPTextModelWithProjection,
-        image: CLIPVisionModelWithProjection,
-        reconstruction_weight: float,
-        taught: "Taught | None" = None,
-    ):
+    def __init__(self, encoders: Encoders, reconstruction_weight: float, taught: "PhraseLosses | None" = None):
         super().__init__()
-        self.text, self.image = text, image
-        self.logit_scale = nn.Parameter(
-            torch.tensor([math.log(1 / 0.07)])
-        )  # one dimension, because scalars cannot be sharded
+        self.text, self.image = encoders
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / 0.07)]))  # 1-dimensional: scalars cannot be sharded
         self.reconstruction_weight = reconstruction_weight
-        width = image.config.projection_dim
         if reconstruction_weight:
-            self.thumbnail = nn.Sequential(
-                nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, 3 * RECONSTRUCTION_SIZE**2)
-            )
-
+            width = self.image.config.projection_dim
+            layers = nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, 3 * RECONSTRUCTION_SIZE**2)
+            self.thumbnail = nn.Sequential(*layers)
         self.taught = taught
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -140,37 +107,33 @@ class ContrastivePair(nn.Module):
 
         Args:
             batch: `pixels` [batch, 3, size, size], or `image_embeds` [batch, width] of a frozen image encoder;
-                `input_ids` [batch, tokens]; `index` [batch], the number of each row's picture; and the input of
-                `Taught`, if it is used.
+                `input_ids` [batch, tokens]; `index` [batch], the number of each row's picture; and, with `taught`,
+                `phrase_ids` and the inputs of `PhraseLosses`.
         """
         own_embeds = batch.get("image_embeds")
         if own_embeds is None:
             own_embeds = self.image(pixel_values=batch["pixels"]).image_embeds.float()
-        embeds = of_all_processes(own_embeds)
-        own_texts = batch["input_ids"]
-        if self.taught is not None:
-            own_texts = torch.cat([own_texts, batch["phrase_ids"]])
-        own_texts = self._read(own_texts)
-        text_embeds = of_all_processes(own_texts[: len(batch["index"])])
-        logits = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp() * (
-            F.normalize(text_embeds, dim=-1) @ F.normalize(embeds, dim=-1).T
-        )
+        embeds, count = of_all_processes(own_embeds), len(own_embeds)
+        texts = self._read(torch.cat([batch["input_ids"], batch["phrase_ids"]]) if self.taught else batch["input_ids"])
+        logits = self.scale() * (F.normalize(of_all_processes(texts[:count]), dim=-1) @ F.normalize(embeds, dim=-1).T)
         index = of_all_processes(batch["index"])
         same = (index[:, None] == index[None, :]).float()
         target = same / same.sum(dim=1, keepdim=True)
-        contrastive = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         hit = (same.gather(1, logits.argmax(dim=1, keepdim=True)) > 0).float().mean()
-        metrics = {"loss": contrastive, "contrastive": contrastive.detach(), "in_batch_retrieval": hit}
+        metrics = {"loss": loss, "contrastive": loss.detach(), "in_batch_retrieval": hit}
         if self.reconstruction_weight:
             wanted = F.adaptive_avg_pool2d(batch["pixels"].float(), RECONSTRUCTION_SIZE).flatten(1)
             error = F.mse_loss(self.thumbnail(own_embeds).float(), wanted)
-            metrics["loss"] = contrastive + self.reconstruction_weight * error
-            metrics["reconstruction"] = error.detach()
+            metrics |= {"loss": loss + self.reconstruction_weight * error, "reconstruction": error.detach()}
         if self.taught is not None:
-            scale = self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
-            found = self.taught(own_texts[len(batch["index"]) :], scale, batch)
+            found = self.taught(texts[count:], self.scale(), batch)
             metrics |= found | {"loss": metrics["loss"] + found["loss"]}
         return metrics
+
+    def scale(self) -> Tensor:
+        """The factor of the similarities."""
+        return self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
 
     def _read(self, input_ids: Tensor) -> Tensor:
         """Text embeddings [batch, width]. Texts of similar length are encoded together to reduce padding."""
@@ -191,7 +154,7 @@ class ContrastivePair(nn.Module):
         share_of(self.logit_scale).clamp_(max=MAX_LOGIT_SCALE)
 
 
-class Taught(nn.Module):
+class PhraseLosses(nn.Module):
     """The losses of phrases: the teacher's distribution over pictures, and its embedding, predicted by a head.
 
     `bank` [num_pictures, width] contains the embeddings of the pictures. The head is not saved.
@@ -200,24 +163,27 @@ class Taught(nn.Module):
     def __init__(self, settings: TeacherSettings, bank: Tensor, teacher_width: int):
         super().__init__()
         self.settings = settings
+        self.bank: Tensor
         self.register_buffer("bank", F.normalize(bank, dim=-1), persistent=False)
         self.head = nn.Linear(bank.shape[1], teacher_width)
 
     def forward(self, embeds: Tensor, scale: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """`embeds` are text embeddings [batch, width]; `batch` has `pictures`, `shares` [batch, k] and `taught`."""
+        """`embeds` are text embeddings [batch, width]; the rest of `batch` is from `TeacherPhrases`.
+
+        Args:
+            embeds: text embeddings of the phrases.
+            scale: of the similarities.
+            batch: `pictures` and `probabilities` [batch, k], and `teacher_embeds` [batch, teacher_width].
+        """
         embeds = F.normalize(embeds, dim=-1)
-        logits = scale * embeds @ self.bank.T  # type: ignore[operator]
+        logits = scale * embeds @ self.bank.T
         pictures = batch["pictures"].long()
-        cross_entropy = -(batch["shares"] * logits.log_softmax(dim=1).gather(1, pictures)).sum(dim=1).mean()
-        cosine = F.cosine_similarity(self.head(embeds).float(), batch["taught"].float(), dim=-1).mean()
-        loss = self.settings.weight * cross_entropy + self.settings.similarity_weight * (1 - cosine)
+        cross_entropy = -(batch["probabilities"] * logits.log_softmax(dim=1).gather(1, pictures)).sum(dim=1).mean()
+        cosine = F.cosine_similarity(self.head(embeds).float(), batch["teacher_embeds"].float(), dim=-1).mean()
         first = (logits.argmax(dim=1) == pictures[:, 0]).float().mean()
-        return {
-            "loss": loss,
-            "taught": cross_entropy.detach(),
-            "taught_cosine": cosine.detach(),
-            "taught_first": first.detach(),
-        }
+        loss = self.settings.weight * cross_entropy + self.settings.similarity_weight * (1 - cosine)
+        metrics = {"taught": cross_entropy, "taught_cosine": cosine, "taught_first": first}
+        return {"loss": loss} | {name: value.detach() for name, value in metrics.items()}
 
 
 def of_all_processes(rows: Tensor) -> Tensor:
@@ -233,7 +199,7 @@ def of_all_processes(rows: Tensor) -> Tensor:
     return torch.cat(all_gather(rows))
 
 
-class ClipTask(Sourced):
+class ClipTask:
     """Trains a new CLIP with a new tokenizer, or the CLIP in `recipe.start_from` with its tokenizer.
 
     A resumed run uses the tokenizer in the folder `run`.
@@ -243,58 +209,42 @@ class ClipTask(Sourced):
         assert recipe.clip is not None
         settings = self.settings = recipe.clip
         start = None if recipe.start_from is None else _start(Path(recipe.start_from), settings)
-        locked = None if settings.image_from is None else read_clip(Path(settings.image_from))
-        images = locked or start
-        self.image_size = settings.image_size if images is None else images.image_size
-        self.context_length = settings.context_length if start is None else start.context_length
+        frozen = None if settings.image_from is None else FrozenClip(settings.image_from)
+        images = frozen or start
+        self.image_size = (images or settings).image_size
+        self.context_length = (start or settings).context_length
         with torch.device("meta"):
-            text, image = blank_encoders(settings) if start is None else (start.text_encoder, start.image_encoder)
-            pair = ContrastivePair(text, image, settings.reconstruction_weight)
+            tried = new_encoders(settings, settings.vocabulary_size) if start is None else _encoders(start)
+            pair = ContrastivePair(tried, settings.reconstruction_weight)
         if start is None:
             check_parameters(pair, recipe, "the encoders of [clip]")
-        if locked is None and recipe.teacher is None:
+        if frozen is None:
             try_step(pair, self._blank, recipe)
-        self.source = source_of(
-            recipe,
-            (self.image_size,),
-            weight_power=settings.weight_power,
-            include_held_out=settings.include_held_out,
-        )
-        if start is None:
-            known = None if run is None else _tokenizer_of(run, settings)
-            self.tokenizer = known if known is not None else _learned_tokenizer(self.source, recipe)
-        else:
-            self.tokenizer = start.tokenizer
-        self.feature_extractor: BaseImageProcessor = (
-            image_processor(settings.image_size) if images is None else images.feature_extractor
-        )
+        how = {"weight_power": settings.weight_power, "include_held_out": settings.include_held_out}
+        self.source = source_of(recipe, (self.image_size,), **how)
+        self.tokenizer = _tokenizer(recipe, self.source, run) if start is None else start.tokenizer
+        self.fingerprint = hashlib.sha256(json.dumps(self.tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
+        made = image_processor(settings.image_size)
+        self.feature_extractor: BaseImageProcessor = made if images is None else images.feature_extractor
         torch.manual_seed(recipe.seed)
-        text, image = fresh_encoders(settings, self.tokenizer) if start is None else _encoders(start)
+        text, image = new_encoders(settings, len(self.tokenizer)) if start is None else _encoders(start)
         self.table: Tensor | None = None
-        self.lessons: Lessons | None = None
-        if locked is not None:
-            image = locked.image_encoder.requires_grad_(False)
-            if text.config.projection_dim != image.config.projection_dim:
-                raise ConfigError(
-                    f"clip.projection_dim is {text.config.projection_dim}, but the image encoder in "
-                    f"{settings.image_from} has {image.config.projection_dim}"
-                )
-            if not isinstance(self.source, FolderSource):
-                raise ConfigError("clip.image_from needs data in folders; it does not support shards")
-            assert settings.image_from is not None
-            clip = FrozenClip(settings.image_from)
-            self.table = clip.embeddings_of(self.source.of_size(self.image_size), progress)
+        self.phrases: TeacherPhrases | None = None
         taught = None
-        if recipe.teacher is not None:
-            assert self.table is not None
-            assert isinstance(self.source, FolderSource)
-            self.lessons = Lessons(recipe.teacher, self.source, device=computing_device(), progress=progress)
-            taught = Taught(recipe.teacher, self.table, self.lessons.embeddings.shape[1])
-            if start is None:
-                words: Any = text.get_input_embeddings().weight
-                rows = known_words(self.tokenizer)
-                words.data[list(rows)] = self.lessons.teacher.words(list(rows.values()), words.shape[1])
-        self.module = ContrastivePair(text, image, settings.reconstruction_weight, taught)
+        if frozen is not None:
+            image, width = frozen.image_encoder.requires_grad_(False), text.config.projection_dim
+            wrong = f"clip.projection_dim is {width}, but the image encoder in {settings.image_from} has {frozen.width}"
+            refuse(width != frozen.width, wrong)
+            source = in_folders(self.source, "clip.image_from")
+            self.table = frozen.embeddings_of(source.of_size(self.image_size), progress)
+            if recipe.teacher is not None:
+                self.phrases = TeacherPhrases(recipe.teacher, source, computing_device(), progress)
+                taught = PhraseLosses(recipe.teacher, self.table, self.phrases.embeddings.shape[1])
+                if start is None:
+                    table: Any = text.get_input_embeddings().weight
+                    words = words_of(self.tokenizer)
+                    table.data[list(words)] = self.phrases.teacher.words(list(words.values()), table.shape[1])
+        self.module = ContrastivePair((text, image), settings.reconstruction_weight, taught)
         if start is not None and start.logit_scale is not None:
             nn.init.constant_(self.module.logit_scale, start.logit_scale)
 
@@ -303,27 +253,16 @@ class ClipTask(Sourced):
         ids = torch.empty(rows, self.context_length, dtype=torch.long, device="meta")
         return {"pixels": pixels, "input_ids": ids, "index": ids[:, 0]}
 
-    @property
-    def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(self.tokenizer.get_vocab(), sort_keys=True).encode()).hexdigest()
-
     def batch(self, step: int, batch_size: int, generator: torch.Generator, own: Tensor | None = None) -> Batch:
         rows = self.source.draw(step, batch_size, generator)
-        texts, taught = rows.captions, {}
-        if self.lessons is not None:
-            phrases, lesson = self.lessons.draw(batch_size, generator)
+        texts, batch = rows.captions, {"index": rows.index}
+        if self.phrases is not None:
+            phrases, own_rows = self.phrases.draw(batch_size, generator)
             texts = texts + phrases
-            taught = {
-                "pictures": self.lessons.pictures[lesson],
-                "shares": self.lessons.shares[lesson],
-                "taught": self.lessons.embeddings[lesson],
-            }
-        tokens = self.tokenizer(
-            texts, padding="longest", truncation=True, max_length=self.context_length, return_tensors="pt"
-        )["input_ids"]
-        batch = {"input_ids": tokens[:batch_size], "index": rows.index} | taught
-        if taught:
-            batch["phrase_ids"] = tokens[batch_size:]
+            batch |= self.phrases.targets(own_rows)
+        how: dict[str, Any] = {"truncation": True, "max_length": self.context_length, "return_tensors": "pt"}
+        tokens = self.tokenizer(texts, padding="longest", **how)["input_ids"]
+        batch |= dict(zip(("input_ids", "phrase_ids"), tokens.split(batch_size), strict=False))
         if self.table is not None:
             batch["image_embeds"] = self.table[rows.index]
         else:
@@ -332,14 +271,10 @@ class ClipTask(Sourced):
         return of_rows(batch, own)
 
     def save(self, folder: Path) -> None:
-        parts = {
-            "text_encoder": self.module.text,
-            "image_encoder": self.module.image,
-            "tokenizer": self.tokenizer,
-            "feature_extractor": self.feature_extractor,
-        }
-        for name, part in parts.items():
-            write_component(part, folder / name, variant=None)
+        write_component(self.module.text, folder / "text_encoder", variant=None)
+        write_component(self.module.image, folder / "image_encoder", variant=None)
+        write_component(self.tokenizer, folder / "tokenizer", variant=None)
+        write_component(self.feature_extractor, folder / "feature_extractor", variant=None)
 
     @torch.no_grad()
     def sample_sheet(self, path: Path) -> None:
@@ -368,113 +303,68 @@ def retrieval_ranks(module: ContrastivePair, tokenizer, captions: list[str], ima
     return (scores > scores.diagonal()[:, None]).sum(dim=1)
 
 
-def fresh_encoders(
-    settings: ClipSettings, tokenizer: CLIPTokenizer
-) -> tuple[CLIPTextModelWithProjection, CLIPVisionModelWithProjection]:
+def new_encoders(settings: ClipSettings, vocabulary_size: int) -> Encoders:
     """Text and image encoders with random weights from torch's default generator.
 
-    Raises: ConfigError when a size is not a multiple of its part, or for a wrong setting of transformers.
+    The start and end tokens are the last two of the vocabulary.
+
+    Raises: ConfigError for settings that do not fit each other, or a wrong setting of transformers.
     """
-    vocabulary = tokenizer.get_vocab()
-    return _fresh(settings, size=len(tokenizer), start=vocabulary[START], end=vocabulary[END])
-
-
-def blank_encoders(settings: ClipSettings) -> tuple[CLIPTextModelWithProjection, CLIPVisionModelWithProjection]:
-    """As `fresh_encoders`, with the largest possible vocabulary."""
-    size = settings.vocabulary_size
-    return _fresh(settings, size=size, start=size - 2, end=size - 1)
-
-
-def _fresh(
-    settings: ClipSettings, *, size: int, start: int, end: int
-) -> tuple[CLIPTextModelWithProjection, CLIPVisionModelWithProjection]:
-    width = settings.projection_dim
-    named = {
-        "vocab_size": size,
-        "projection_dim": width,
-        "num_hidden_layers": settings.text_layers,
-        "num_attention_heads": settings.text_heads,
-        "max_position_embeddings": settings.context_length,
-        "bos_token_id": start,
-        "eos_token_id": end,
-        "pad_token_id": end,
-    }
-    text = _config(CLIPTextConfig, named, settings.text_config, "text_config", width)
-    named = {
+    width, end, side = settings.projection_dim, vocabulary_size - 1, settings.image_size
+    text = {
+        "projection_dim": width, "vocab_size": vocabulary_size, "max_position_embeddings": settings.context_length,
+        "num_hidden_layers": settings.text_layers, "num_attention_heads": settings.text_heads,
+        "bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end,
+    }  # fmt: skip
+    image = {
+        "projection_dim": width, "image_size": side, "patch_size": settings.patch_size, "num_channels": 3,
         "hidden_size": settings.image_width,
-        "projection_dim": width,
-        "num_hidden_layers": settings.image_layers,
-        "num_attention_heads": settings.image_heads,
-        "image_size": settings.image_size,
-        "patch_size": settings.patch_size,
-        "num_channels": 3,
-    }
-    if settings.image_size % settings.patch_size:
-        raise ConfigError(
-            f"clip.image_size and clip.patch_size are {settings.image_size} and {settings.patch_size}; the first must "
-            "be a multiple of the second"
-        )
-    image = _config(CLIPVisionConfig, named, settings.image_config, "image_config", settings.image_width)
-    return CLIPTextModelWithProjection(text), CLIPVisionModelWithProjection(image)
-
-
-def _config(kind: type, named: dict[str, Any], further: dict[str, Any], section: str, width: int) -> Any:
-    """The configuration of an encoder, of class `kind`: the settings `named` in [clip], and those of its own section.
-
-    Raises: ConfigError for a key that is unknown or is set in [clip], or for an invalid value.
-    """
-    known = {name for name in kind().to_dict() if name not in PretrainedConfig().to_dict() and name != "model_type"}
-    for key in further:
-        if key in named or key not in known:
-            free = ", ".join(sorted(known - named.keys()))
-            raise ConfigError(
-                f"clip.{section}.{key} cannot be set; it may have these settings of {kind.__name__}: {free}"
-            )
-    settings = {"hidden_size": width, "intermediate_size": 4 * width} | named | further
-    for name, limits in FURTHER.items():
-        value = settings.get(name, limits.low)
-        kinds = int if isinstance(limits.high, int) else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not limits.allow(value):
-            raise ConfigError(f"clip.{section}.{name} is {value!r}; it must be a number {limits}")
-    width, heads = settings["hidden_size"], settings["num_attention_heads"]
-    if width % heads:
-        raise ConfigError(f"{WIDTHS[section]} are {width} and {heads}; the first must be a multiple of the second")
-    activation = settings.get("hidden_act")
-    if activation is not None and not (isinstance(activation, str) and activation in ACT2FN):
-        raise ConfigError(f"clip.{section}.hidden_act is {activation!r}; it must be one of {', '.join(sorted(ACT2FN))}")
+        "num_hidden_layers": settings.image_layers, "num_attention_heads": settings.image_heads,
+    }  # fmt: skip
+    refuse(side % settings.patch_size, f"clip.image_size is {side}; it must be a multiple of clip.patch_size")
     try:
-        return kind(**settings)
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"[clip.{section}] cannot be used: {further!r:.200}. Check the types of its values"
-        ) from error
+        text_config = _config(CLIPTextConfig, text, {"hidden_size": width} | settings.text_config, "text_config")
+        image_config = _config(CLIPVisionConfig, image, settings.image_config, "image_config")
+        return CLIPTextModelWithProjection(text_config), CLIPVisionModelWithProjection(image_config)
+    except (StrictDataclassError, TypeError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"the encoders of [clip] cannot be built: {error!s:.300}") from error
 
 
-def _learned_tokenizer(source: Source, recipe: Recipe) -> CLIPTokenizer:
-    """A tokenizer trained on the captions, and on the teacher's phrases if there are any."""
-    settings, texts = recipe.clip, source.all_captions()
+def _config(kind: type, named: dict[str, Any], further: dict[str, Any], section: str) -> Any:
+    """The configuration of class `kind`, of the settings `named` in [clip] and those of the encoder's own section."""
+    free = sorted(kind.__annotations__.keys() - named.keys())
+    if wrong := further.keys() - free:
+        raise ConfigError(f"clip.{section}.{min(wrong)} cannot be set; {kind.__name__} may have {', '.join(free)}")
+    settings = named | further
+    check_clip_settings(settings, f"[clip.{section}]")
+    act, known = settings.get("hidden_act", "gelu"), ", ".join(sorted(ACT2FN))
+    refuse(act not in ACT2FN, f"hidden_act in [clip.{section}] is {act!r}; it must be one of {known}")
+    return kind(**{"intermediate_size": 4 * settings["hidden_size"]} | settings)
+
+
+def _tokenizer(recipe: Recipe, source: Source, run: Path | None) -> CLIPTokenizer:
+    """The tokenizer of the resumed run if its settings are the same, or else a new one.
+
+    It is trained on the captions, and on the teacher's phrases if there are any.
+    """
+    settings = recipe.clip
     assert settings is not None
+    wanted = {"vocabulary_size": settings.vocabulary_size, "context_length": settings.context_length}
+    if run is not None and (run / "state").is_dir():
+        with contextlib.suppress(UnclipError, KeyError, AttributeError):
+            before = read_json(run / "recipe.json", allow_infinity=True)["clip"]
+            if before.items() >= wanted.items():
+                return read_component(run / "model", "tokenizer", "CLIPTokenizer", torch_dtype=None, variant=None)
+    texts = source.all_captions()
     if recipe.teacher is not None and recipe.teacher.phrases is not None:
         texts = itertools.chain(texts, (phrase.text for phrase in read_phrases(recipe.teacher.phrases) if phrase.means))
-    return train_tokenizer(texts, vocabulary_size=settings.vocabulary_size, context_length=settings.context_length)
+    return train_tokenizer(texts, **wanted)
 
 
-def known_words(tokenizer: CLIPTokenizer) -> dict[int, str]:
-    """The words, or parts of words, of the tokens with more than one byte, by the number of the token."""
+def words_of(tokenizer: CLIPTokenizer) -> dict[int, str]:
+    """The words, or parts of words, of the tokens with more than one byte, by the number of the token, in order."""
     texts = {row: token.removesuffix("</w>") for token, row in tokenizer.get_vocab().items()}
-    return {row: text for row, text in texts.items() if len(text) > 1 and text not in (START, END)}
-
-
-def _tokenizer_of(run: Path, settings: ClipSettings) -> CLIPTokenizer | None:
-    """The tokenizer of a resumed run; None if there is none, or it has other settings."""
-    try:
-        before = read_json(run / "recipe.json", allow_infinity=True)["clip"]
-        wanted = {key: getattr(settings, key) for key in ("vocabulary_size", "context_length")}
-        if not (run / "state").is_dir() or {key: before[key] for key in wanted} != wanted:
-            return None
-        return read_component(run / "model", "tokenizer", "CLIPTokenizer", torch_dtype=None, variant=None)
-    except (UnclipError, KeyError, TypeError):
-        return None
+    return {row: text for row, text in sorted(texts.items()) if len(text) > 1 and text not in (START, END)}
 
 
 def _start(folder: Path, settings: ClipSettings) -> PretrainedClip:
@@ -485,43 +375,27 @@ def _start(folder: Path, settings: ClipSettings) -> PretrainedClip:
     clip = read_clip(folder)
     text, image = clip.text_encoder.config, clip.image_encoder.config
     found = {
-        "projection_dim": text.projection_dim,
-        "vocabulary_size": text.vocab_size,
-        "context_length": clip.context_length,
-        "text_layers": text.num_hidden_layers,
-        "text_heads": text.num_attention_heads,
-        "image_size": image.image_size,
-        "patch_size": image.patch_size,
-        "image_width": image.hidden_size,
-        "image_layers": image.num_hidden_layers,
-        "image_heads": image.num_attention_heads,
-    }
-    other = [
-        f"{field.name} is {found[field.name]} there and {getattr(settings, field.name)} here"
-        for field in dataclasses.fields(settings)
-        if field.name in found and getattr(settings, field.name) not in (field.default, found[field.name])
-    ]
-    other += [f"[clip.{name}] is stated" for name in ("text_config", "image_config") if getattr(settings, name)]
-    if other:
-        raise ConfigError(
-            f"the recipe's CLIP differs from the one in {folder}: {'; '.join(other)}. Remove these settings"
-        )
+        "projection_dim": text.projection_dim, "vocabulary_size": text.vocab_size,
+        "context_length": clip.context_length, "text_layers": text.num_hidden_layers,
+        "text_heads": text.num_attention_heads, "image_size": image.image_size, "patch_size": image.patch_size,
+        "image_width": image.hidden_size, "image_layers": image.num_hidden_layers,
+        "image_heads": image.num_attention_heads, "text_config": {}, "image_config": {},
+    }  # fmt: skip
+    default = vars(ClipSettings())
+    asked = {name: value for name, value in vars(settings).items() if name in found and value != default[name]}
+    other = differences(found, asked)
+    refuse(other, f"the recipe's CLIP differs from the one in {folder}: {other}. Remove these settings")
     return clip
 
 
-def _encoders(clip: PretrainedClip) -> tuple[CLIPTextModelWithProjection, CLIPVisionModelWithProjection]:
+def _encoders(clip: PretrainedClip) -> Encoders:
     return clip.text_encoder.train(), clip.image_encoder.train()
 
 
 def image_processor(size_px: int) -> CLIPImageProcessorPil:
     """The preprocessing of a CLIP trained here: resized to a square without cropping, pixels in [-1, 1]."""
-    return CLIPImageProcessorPil(
-        size={"height": size_px, "width": size_px},
-        do_center_crop=False,
-        crop_size={"height": size_px, "width": size_px},
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.5, 0.5, 0.5],
-    )
+    square, half = {"height": size_px, "width": size_px}, [0.5] * 3
+    return CLIPImageProcessorPil(size=square, do_center_crop=False, crop_size=square, image_mean=half, image_std=half)
 
 
 def shift_and_zoom(images: Tensor, generator: torch.Generator, *, shift: float = 0.08, zoom: float = 0.12) -> Tensor:

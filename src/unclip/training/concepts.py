@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unclip.clip.concepts import Concepts, best_threshold
-from unclip.data.folder import CaptionedPictures, load_pictures
+from unclip.data.folder import CaptionedPictures, load_sizes
 from unclip.data.nonsense import Nonsense
 from unclip.errors import DataError
 from unclip.training.conditions import FrozenClip
@@ -52,7 +52,7 @@ def concepts_of(
     Raises: DataError for a data set or phrases that cannot be used; CheckpointError for a folder without CLIP.
     """
     clip = FrozenClip(model)
-    pictures = load_pictures(data, clip.image_size)
+    pictures = load_sizes(data, [clip.image_size])[0]
     groups = _groups(pictures)
     embeds = clip.embeddings_of(pictures, progress)
     weights = torch.tensor([record.weight for record in pictures.records])
@@ -110,8 +110,8 @@ def _known_captions(phrases: Path) -> list[str]:
 
 
 def _closeness(concepts: Concepts, clip: FrozenClip, captions: list[str]) -> Tensor:
-    """The cosine of each caption with the nearest concept."""
+    """How close each caption is to the concepts."""
     parts = [captions[start : start + AT_ONCE] for start in range(0, len(captions), AT_ONCE)]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of captions that are too long
-        return torch.cat([concepts.nearest(clip.text.encode(part).embeds, 1)[0][:, 0] for part in parts])
+        return torch.cat([concepts.nearest(clip.text.encode(part).embeds, 1)[0] for part in parts])

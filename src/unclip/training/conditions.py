@@ -3,7 +3,7 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,17 @@ from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor
 
 from unclip.clip.encoders import TextEmbedding, TextEncoder
+from unclip.clip.pretrained import fingerprint_of, read_clip
 from unclip.data.batches import Rows
 from unclip.data.folder import CaptionedPictures
 from unclip.data.source import FolderSource
 from unclip.errors import ConfigError
-from unclip.pipelines.clip import PretrainedClip, fingerprint_of, read_clip
-from unclip.training.embedding_cache import known_embeddings
+from unclip.training.embedding_cache import Progress, cached_embeddings
 from unclip.training.recipe import Recipe
+from unclip.training.sections import refuse
 from unclip.training.state import clip_of_run
-from unclip.training.task import Batch, computing_device, source_of
-from unclip.training.teacher import taught
+from unclip.training.task import Batch, computing_device, in_folders, source_of
+from unclip.training.teacher import TeacherPhrases
 
 
 def normalized(pixels: Tensor, feature_extractor: BaseImageProcessor) -> Tensor:
@@ -58,10 +59,13 @@ SPREAD_ROWS = 4096
 class FrozenClip:
     """The CLIP in whose embedding space prior and decoder are trained.
 
-    Its device is `device`, or by default that of the run.
+    It warns when the model `start` was trained with another CLIP, if that CLIP is known: for the `model/` of a run, and
+    for a complete model. Its device is `device`, or by default that of the run.
     """
 
-    def __init__(self, folder: Path | str, device: torch.device | str | None = None):
+    def __init__(
+        self, folder: Path | str, *, start: Path | str | None = None, device: torch.device | str | None = None
+    ):
         clip = read_clip(Path(folder))
         self.device = computing_device() if device is None else torch.device(device)
         for encoder in (clip.text_encoder, clip.image_encoder):
@@ -74,40 +78,25 @@ class FrozenClip:
         self.context: int = text.max_position_embeddings
         self.image_size = clip.image_size
         self.fingerprint = clip.fingerprint
-        self._image_side = _image_side(clip)
         with torch.no_grad():
             self.empty = self.text.encode([""])
+        found = None if start is None else _clip_of(Path(start))
+        if found not in (None, self.fingerprint):
+            warnings.warn(
+                f"the model in {start} was trained with another CLIP ({found:.12}…) than the one in {folder} "
+                f"({self.fingerprint:.12}…), or with the same one saved differently: it must adapt to the new one",
+                stacklevel=3,
+            )
 
     def one_width(self) -> int:
         """The width of tokens and embeddings.
 
         Raises: ConfigError when the two widths differ.
         """
-        tokens = self.text.text_encoder.config.hidden_size
-        if tokens != self.width:
-            raise ConfigError(
-                f"the CLIP in {self.folder} has tokens of width {tokens} and embeddings of width {self.width}; the "
-                "diffusion prior and the decoder need equal widths"
-            )
+        width = self.text.text_encoder.config.hidden_size
+        both = f"tokens of width {width} and embeddings of width {self.width}"
+        refuse(width != self.width, f"the CLIP in {self.folder} has {both}; prior and decoder need equal widths")
         return self.width
-
-    def warn_of_start(self, start: Path | str | None) -> None:
-        """Warn when the model `start` was trained with another CLIP, if its CLIP is known.
-
-        It is known for the `model/` of a run, and for a complete model.
-        """
-        if start is None:
-            return
-        model = Path(start)
-        known = clip_of_run(model.parent) if model.name == "model" else None
-        if known is None and all((model / part).is_dir() for part in ("text_encoder", "image_encoder")):
-            known = fingerprint_of(model)
-        if known is not None and known != self.fingerprint:
-            warnings.warn(
-                f"the model in {start} was trained with another CLIP ({known[:12]}…) than the one in {self.folder} "
-                f"({self.fingerprint[:12]}…), or with the same one saved differently: it must adapt to the new one",
-                stacklevel=3,
-            )
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
@@ -115,37 +104,46 @@ class FrozenClip:
         parts = (normalized(part.to(self.device), self.feature_extractor) for part in images.split(AT_ONCE))
         return torch.cat([self.image_encoder(pixel_values=part).image_embeds.cpu() for part in parts])
 
-    def embeddings_of(self, pictures: CaptionedPictures, progress: Callable[..., Any] | None = None) -> Tensor:
-        """Image embeddings [num_pictures, width] of the pictures of a folder. They are cached on disk."""
-        return known_embeddings(pictures, self.embed, self.width, self._image_side, progress=progress)
+    def embeddings_of(self, pictures: CaptionedPictures, progress: Progress | None = None) -> Tensor:
+        """Image embeddings [num_pictures, width] of the pictures of a folder, with a cache on disk."""
+        # The name in the cache depends on image encoder and preprocessing, but not on text encoder or saved type.
+        digest = hashlib.sha256()
+        for name, value in self.image_encoder.state_dict().items():
+            digest.update(f"{name} {tuple(value.shape)}".encode())
+            digest.update(value.float().cpu().numpy().tobytes())
+        config: Any = self.image_encoder.config
+        settings = {key: value for key, value in config.to_dict().items() if key not in OF_THE_FILE}
+        about = f"{json.dumps(settings, sort_keys=True)} {self.feature_extractor.to_json_string()}"
+        return cached_embeddings(pictures, self.embed, f"{digest.hexdigest()} {about}", progress)
 
 
-def _image_side(clip: PretrainedClip) -> str:
-    """A text that identifies the image encoder and its preprocessing, whatever the text encoder and the saved type."""
-    digest = hashlib.sha256()
-    for name, value in clip.image_encoder.state_dict().items():
-        digest.update(f"{name} {tuple(value.shape)}".encode())
-        digest.update(value.float().cpu().numpy().tobytes())
-    config: Any = clip.image_encoder.config
-    settings = {key: value for key, value in config.to_dict().items() if key not in OF_THE_FILE}
-    return f"{digest.hexdigest()} {json.dumps(settings, sort_keys=True)} {clip.feature_extractor.to_json_string()}"
+def _clip_of(model: Path) -> str | None:
+    """The fingerprint of the CLIP of a run's `model/` or of a complete model; None if it is unknown."""
+    found = clip_of_run(model.parent) if model.name == "model" else None
+    is_complete = all((model / part).is_dir() for part in ("text_encoder", "image_encoder"))
+    return fingerprint_of(model) if found is None and is_complete else found
 
 
 class Captioned:
-    """Batches of image embeddings and captions for prior and decoder. Captions are dropped with `text_drop`."""
+    """Batches of image embeddings and captions for prior and decoder, and of pictures of `sizes` in pixels.
+
+    Captions are dropped with the probability `text_drop`.
+    """
 
     def __init__(
         self,
         recipe: Recipe,
         clip: FrozenClip,
         text_drop: float,
-        sizes_px: tuple[int, ...] = (),
-        progress: Callable[..., Any] | None = None,
+        sizes: tuple[int, ...],
+        progress: Progress | None = None,
     ):
         self.clip, self.text_drop = clip, text_drop
-        self.source = source_of(recipe, tuple(dict.fromkeys((clip.image_size, *sizes_px))))
+        self.source = source_of(recipe, tuple(dict.fromkeys((clip.image_size, *sizes))))
+        self.phrases: TeacherPhrases | None = None
         if recipe.teacher is not None:
-            self.source = taught(recipe.teacher, self.source, device=clip.device, progress=progress)
+            source = in_folders(self.source, "[teacher]")
+            self.phrases = TeacherPhrases(recipe.teacher, source, clip.device, progress)
         # The embeddings of a folder are computed once; those of shards for each batch, unless the shards contain them.
         self.table: Tensor | None = None
         if isinstance(self.source, FolderSource):
@@ -159,6 +157,8 @@ class Captioned:
         With `own`, only the captions of the rows with these indices are encoded.
         """
         rows = self.source.draw(step, batch_size, generator)
+        if self.phrases is not None:
+            rows = self.phrases.mixed(rows, generator)
         keep = torch.rand(batch_size, generator=generator) >= self.text_drop
         captions = [c if k else "" for c, k in zip(rows.captions, keep.tolist(), strict=True)]
         with torch.no_grad():
@@ -174,20 +174,17 @@ class Captioned:
             return self.table[rows.index]
         if rows.embeddings is None:
             return self.clip.embed(rows.pictures(self.clip.image_size))
-        if rows.embeddings.shape[1] != self.clip.width:
+        width, clip = rows.embeddings.shape[1], self.clip
+        what = f"the embeddings in the data have width {width}, those of the CLIP {clip.width}"
+        refuse(width != clip.width, f"{what}: they are of another CLIP")
+        if others := rows.clips - {clip.fingerprint}:
             raise ConfigError(
-                f"the embeddings in the data have width {rows.embeddings.shape[1]}, those of the CLIP "
-                f"{self.clip.width}: they are of another CLIP"
-            )
-        if others := rows.clips - {self.clip.fingerprint}:
-            raise ConfigError(
-                f"the data were embedded with another CLIP ({min(others)[:12]}…) than the one in {self.clip.folder} "
-                f"({self.clip.fingerprint[:12]}…): embed them again with this CLIP (unclip data embed), or use the "
-                "other one in the recipe"
+                f"the data were embedded with another CLIP ({min(others):.12}…) than the one in {clip.folder} "
+                f"({clip.fingerprint:.12}…): embed them again (unclip data embed), or change the recipe's CLIP"
             )
         return rows.embeddings
 
-    def known(self) -> tuple[Tensor, Tensor]:
+    def weighted(self) -> tuple[Tensor, Tensor]:
         """Embeddings [count, width] and their probabilities [count]; for a stream, a sample of them."""
         if isinstance(self.source, FolderSource) and self.table is not None:
             return self.table, self.source.weights / self.source.weights.sum()
@@ -196,7 +193,7 @@ class Captioned:
 
     def spread(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [1, width] of the embeddings, weighted as they are sampled."""
-        embeddings, weights = self.known()
+        embeddings, weights = self.weighted()
         weights = weights[:, None]
         mean = (weights * embeddings).sum(0, keepdim=True)
         return mean, (weights * (embeddings - mean) ** 2).sum(0, keepdim=True).sqrt().clamp_min(1e-6)
@@ -213,21 +210,17 @@ def text_batch(text: TextEmbedding) -> Batch:
     """Text embeddings as entries of a batch, without unnecessary padding."""
     longest = int(text.mask.any(dim=0).nonzero().max()) + 1
     longest = min(-longest // LENGTH_STEP * -LENGTH_STEP, text.mask.shape[1])
-    return {
-        "text_embeds": text.embeds,
-        "text_hidden_states": text.hidden_states[:, :longest],
-        "text_mask": text.mask[:, :longest],
-    }
+    return _entries(TextEmbedding(text.embeds, text.hidden_states[:, :longest], text.mask[:, :longest]))
 
 
 def blank_text(clip: FrozenClip, rows: int) -> Batch:
     """As `text_batch` for `rows` captions of full length, on the meta device."""
-    one = {
-        "text_embeds": clip.empty.embeds,
-        "text_hidden_states": clip.empty.hidden_states,
-        "text_mask": clip.empty.mask,
-    }
+    one = _entries(clip.empty)
     return {name: torch.empty(rows, *t.shape[1:], dtype=t.dtype, device="meta") for name, t in one.items()}
+
+
+def _entries(text: TextEmbedding) -> Batch:
+    return {"text_embeds": text.embeds, "text_hidden_states": text.hidden_states, "text_mask": text.mask}
 
 
 def batch_text(batch: Batch) -> TextEmbedding:

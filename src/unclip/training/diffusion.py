@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from unclip.clip.encoders import TextEmbedding
 from unclip.diffusion.loop import NoiseSource
 from unclip.diffusion.sampler import DDIMSampler
-from unclip.errors import ConfigError
 from unclip.images import grid, to_pil
 from unclip.models.component import Component
 from unclip.models.prior import PriorTransformer
@@ -24,11 +23,12 @@ from unclip.stages.prior import PriorStage
 from unclip.stages.stage import DecoderCondition, PriorCondition, SuperResCondition, sample, size_px
 from unclip.stages.super_res import SuperResStage, enlarge
 from unclip.training.conditions import Captioned, FrozenClip, batch_text, blank_text, text_batch, write_cosines
-from unclip.training.dry_run import built, try_step
+from unclip.training.dry_run import check_parameters, try_step
 from unclip.training.lora import adapt, merged, write_adapter
 from unclip.training.losses import absolute_error, perceptual_loss
 from unclip.training.recipe import DecoderSettings, PriorSettings, Recipe, SuperResSettings
-from unclip.training.task import Batch, Sourced, of_rows, process_of, scheduler_of, source_of
+from unclip.training.sections import refuse
+from unclip.training.task import Batch, differences, of_rows, process_of, scheduler_of, source_of
 
 SHEET_PICTURES = 48
 SHEET_STEPS = 20
@@ -46,13 +46,7 @@ class StageModule(nn.Module):
     `of_x0`, if set, replaces the loss of the process; it takes the predicted and the true clean samples.
     """
 
-    def __init__(
-        self,
-        stage: Any,
-        condition: Callable[[Batch], Any],
-        weighting: str,
-        **networks: nn.Module,
-    ):
+    def __init__(self, stage: Any, condition: Callable[[Batch], Any], weighting: str, **networks: nn.Module):
         super().__init__()
         for name, network in networks.items():
             self.add_module(name, network)
@@ -80,25 +74,17 @@ def first_network(cls: type[N], name: str, settings: dict[str, Any], recipe: Rec
     Raises: ConfigError when the recipe's settings differ from those of the component.
     """
     if recipe.start_from is None:
-        network = built(lambda: cls(**settings), recipe, f"the network {name} of [{recipe.stage}.model]")
+        with torch.device("meta"):
+            check_parameters(cls(**settings), recipe, f"the network {name} of [{recipe.stage}.model]")
+        network = cls(**settings)
         network.initialize_for_training(torch.Generator().manual_seed(recipe.seed))
         return network
     network = read_component(Path(recipe.start_from), name, cls.__name__, torch_dtype=torch.float32, variant=None)
-    found = dict(network.config)
-    asked = dict(network.config_class.from_dict(found | settings))
-    other = [f"{key} is {found[key]!r} there and {asked[key]!r} here" for key in settings if found[key] != asked[key]]
-    if other:
-        raise ConfigError(
-            f"the recipe's {name} differs from the one in {recipe.start_from}: {'; '.join(other)}. Remove these "
-            "settings, or remove start_from"
-        )
+    asked = network.config_class.from_dict(dict(network.config) | settings)
+    other = differences(network.config, {key: asked[key] for key in settings})
+    what = f"the recipe's {name} differs from the one in {recipe.start_from}: {other}"
+    refuse(other, f"{what}. Remove these settings, or remove start_from")
     return network.train()
-
-
-def put_adapters(network: nn.Module, recipe: Recipe) -> None:
-    """Add adapters to a network if the recipe has [lora]."""
-    if recipe.lora is not None:
-        adapt(network, recipe.lora, recipe.seed)
 
 
 def noised(x0: Tensor, num_timesteps: int, generator: torch.Generator | None) -> Batch:
@@ -110,25 +96,24 @@ def noised(x0: Tensor, num_timesteps: int, generator: torch.Generator | None) ->
     }
 
 
-class PriorTask(Sourced):
+class PriorTask:
     """Trains the diffusion prior: caption → whitened image embedding, mean squared error of x0 (paper §2.2)."""
 
     def __init__(self, recipe: Recipe, progress: Callable[..., Any] | None = None, run: Path | None = None):
         assert recipe.prior is not None
         self.settings: PriorSettings = recipe.prior
-        self.clip = FrozenClip(self.settings.clip)
-        self.clip.warn_of_start(recipe.start_from)
+        self.clip = FrozenClip(self.settings.clip, start=recipe.start_from)
+        self.fingerprint = self.clip.fingerprint
         sizes = {"embedding_dim": self.clip.one_width(), "num_embeddings": self.clip.context}
         prior = first_network(PriorTransformer, "prior", sizes | self.settings.model, recipe)
         for parameter in (prior.clip_mean, prior.clip_std):
             parameter.requires_grad_(False)
-        put_adapters(prior, recipe)
+        adapt(prior, recipe.lora, recipe.seed)
         self.stage = PriorStage(prior, process_of(self.settings.process))
-        self.module = StageModule(
-            self.stage, lambda b: PriorCondition(batch_text(b)), self.settings.process.weighting, prior=prior
-        )
+        weighting = self.settings.process.weighting
+        self.module = StageModule(self.stage, lambda b: PriorCondition(batch_text(b)), weighting, prior=prior)
         try_step(self.module, self._blank, recipe)
-        self.data = Captioned(recipe, self.clip, self.settings.text_drop, progress=progress)
+        self.data = Captioned(recipe, self.clip, self.settings.text_drop, (), progress)
         self.source = self.data.source
         if recipe.start_from is None:  # otherwise the network keeps its whitening
             mean, std = self.data.spread()
@@ -138,10 +123,6 @@ class PriorTask(Sourced):
     def _blank(self, rows: int) -> Batch:
         x0 = torch.empty(rows, self.clip.width, device="meta")
         return blank_text(self.clip, rows) | noised(x0, self.stage.process.num_timesteps, None)
-
-    @property
-    def fingerprint(self) -> str:
-        return self.clip.fingerprint
 
     def batch(self, step: int, batch_size: int, generator: torch.Generator, own: Tensor | None = None) -> Batch:
         _, embeddings, text = self.data.draw(step, batch_size, generator, own)
@@ -167,23 +148,21 @@ def forget_text(text_proj: UnCLIPTextProjModel, empty: TextEmbedding) -> None:
     `empty` is the empty caption, encoded by the text encoder with which `text_proj` was trained.
     """
     tokens = empty.hidden_states[0][empty.mask[0]].to(text_proj.embedding_proj.weight.device)
-    for layer, read in (
-        (text_proj.embedding_proj, empty.embeds[0]),
-        (text_proj.encoder_hidden_states_proj, tokens),
-    ):
+    layers = (text_proj.embedding_proj, empty.embeds[0]), (text_proj.encoder_hidden_states_proj, tokens)
+    for layer, read in layers:
         given = layer(read.to(layer.weight.device))
         layer.bias.copy_(given.reshape(-1, given.shape[-1]).mean(dim=0))
         layer.weight.zero_()
 
 
-class DecoderTask(Sourced):
+class DecoderTask:
     """Trains the decoder: image embedding and caption → small picture (paper §2.1)."""
 
     def __init__(self, recipe: Recipe, progress: Callable[..., Any] | None = None, run: Path | None = None):
         assert recipe.decoder is not None
         self.settings: DecoderSettings = recipe.decoder
-        self.clip = FrozenClip(self.settings.clip)
-        self.clip.warn_of_start(recipe.start_from)
+        self.clip = FrozenClip(self.settings.clip, start=recipe.start_from)
+        self.fingerprint = self.clip.fingerprint
         decoder = first_network(UNet2DConditionModel, "decoder", self.settings.model, recipe)
         self.size_px = size_px(decoder.config.sample_size)
         sizes = {
@@ -196,13 +175,10 @@ class DecoderTask(Sourced):
             assert recipe.start_from is not None
             forget_text(text_proj, FrozenClip(Path(recipe.start_from)).empty)
         process = process_of(self.settings.process)
-        wanted = decoder.config.in_channels * (2 if process.learns_variance else 1)
-        if decoder.config.out_channels != wanted:
-            raise ConfigError(
-                f"decoder.model.out_channels is {decoder.config.out_channels}; variance_type "
-                f"{process.variance_type!r} needs {wanted}"
-            )
-        put_adapters(decoder, recipe)
+        found, wanted = decoder.config.out_channels, decoder.config.in_channels * (2 if process.learns_variance else 1)
+        needs = f"variance_type {process.variance_type!r} needs {wanted}"
+        refuse(found != wanted, f"decoder.model.out_channels is {found}; {needs}")
+        adapt(decoder, recipe.lora, recipe.seed)
         text_proj.requires_grad_(recipe.lora is None)
         self.stage = DecoderStage(decoder, text_proj, process)
         self.module = StageModule(
@@ -223,10 +199,6 @@ class DecoderTask(Sourced):
         image = {"image_embedding": torch.empty(rows, self.clip.width, device="meta")}
         given = {"given": torch.empty(rows, dtype=torch.bool, device="meta")}
         return blank_text(self.clip, rows) | noised(x0, self.stage.process.num_timesteps, None) | image | given
-
-    @property
-    def fingerprint(self) -> str:
-        return self.clip.fingerprint
 
     def batch(self, step: int, batch_size: int, generator: torch.Generator, own: Tensor | None = None) -> Batch:
         rows, embedding, text = self.data.draw(step, batch_size, generator, own)
@@ -251,32 +223,24 @@ class DecoderTask(Sourced):
         grid(to_pil(F.interpolate(torch.cat(pairs), scale_factor=2)), columns=12).save(path)
 
 
-class SuperResTask(Sourced):
+class SuperResTask:
     """Trains super-resolution: degraded small picture → large picture, on crops (paper §2.1)."""
 
     def __init__(self, recipe: Recipe, progress: Callable[..., Any] | None = None, run: Path | None = None):
         assert recipe.super_res is not None
         self.settings: SuperResSettings = recipe.super_res
-        start = "super_res_first"
+        self.fingerprint, start = "", "super_res_first"
         if self.settings.only_last_step and recipe.start_from and Path(recipe.start_from, "super_res_last").is_dir():
             start = "super_res_last"
         network = first_network(UNet2DModel, start, self.settings.model, recipe)
         self.network = network
         self.size_px = size_px(network.config.sample_size)
-        if self.settings.crop_size > self.size_px:
-            raise ConfigError(
-                f"super_res.crop_size is {self.settings.crop_size}; it must be at most {self.size_px}, the size of the "
-                "network's pictures"
-            )
+        crop = self.settings.crop_size
+        refuse(crop > self.size_px, f"super_res.crop_size is {crop}; the network's pictures have {self.size_px} px")
         process = process_of(self.settings.process)
         self.stage = SuperResStage(network, network, process)
-        self.module = StageModule(
-            _EnlargedStage(self.stage),
-            lambda b: b["enlarged"],
-            self.settings.process.weighting,
-            network=network,
-        )
-        crop = self.settings.crop_size
+        weighting = self.settings.process.weighting
+        self.module = StageModule(_EnlargedStage(self.stage), lambda b: b["enlarged"], weighting, network=network)
         try_step(self.module, lambda rows: self._blank(rows, crop), recipe, large=self._blank(1, self.size_px))
         self.module.of_x0 = _last_loss(self.settings)
         self.source = source_of(recipe, (self.size_px,), weight_power=0.5)
@@ -284,10 +248,6 @@ class SuperResTask(Sourced):
     def _blank(self, rows: int, side_px: int) -> Batch:
         x0 = torch.empty(rows, 3, side_px, side_px, device="meta")
         return noised(x0, self.stage.process.num_timesteps, None) | {"enlarged": x0}
-
-    @property
-    def fingerprint(self) -> str:
-        return ""
 
     def batch(self, step: int, batch_size: int, generator: torch.Generator, own: Tensor | None = None) -> Batch:
         settings, size = self.settings, self.size_px

@@ -11,17 +11,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from unclip.data.batches import ShardSource
-from unclip.data.source import FolderSource
 from unclip.errors import ConfigError, UnclipError
 from unclip.training.recipe import Recipe
 from unclip.training.sharding import is_sharded
-from unclip.training.task import Batch, Sourced, Task, check_room, computing_device, num_processes
+from unclip.training.task import Batch, Task, check_room, computing_device, place
 from unclip.training.trainer import Trainer, step_generator
 
 STATE_COPIES = 4
@@ -30,32 +27,13 @@ STATE_COPIES = 4
 SURE_SHARE = 0.8
 """Share of the counted bytes that a step needs with any kernel; kernels differ in what they save."""
 
-N = TypeVar("N", bound=nn.Module)
-
-
-def built(make: Callable[[], N], recipe: Recipe, what: str) -> N:
-    """Build a network, unless it is too large to be trained in this machine's memory.
-
-    Args:
-        make: builds the network on torch's default device.
-        recipe: of the run.
-        what: the network's name in messages.
-
-    Raises: ConfigError when the network is too large.
-    """
-    with torch.device("meta"):
-        check_parameters(make(), recipe, what)
-    return make()
-
 
 def check_parameters(module: nn.Module, recipe: Recipe, what: str) -> None:
     """Raises: ConfigError when training all of `module` needs more memory than this machine has."""
     count = sum(parameter.numel() for parameter in module.parameters())
+    num_bytes = 4 * count * (1 if recipe.shard else STATE_COPIES)
     check_room(
-        4 * count * (1 if recipe.shard else STATE_COPIES),
-        computing_device(),
-        f"{what} has {count:,} parameters; to train them",
-        "make the network smaller",
+        num_bytes, computing_device(), f"{what} has {count:,} parameters; to train them", "make the network smaller"
     )
 
 
@@ -76,21 +54,18 @@ def try_step(module: nn.Module, batch: Callable[[int], Batch], recipe: Recipe, *
         try:
             kept_bytes(module, tried)
         except (UnclipError, RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise ConfigError(
-                f"the networks of [{recipe.stage}] do not fit their inputs: {error!s:.300}. Check their settings"
-            ) from error
-    rows = -(-recipe.batch_size // (recipe.accumulation * num_processes()))
+            what = f"the networks of [{recipe.stage}] do not fit their inputs: {error!s:.300}"
+            raise ConfigError(f"{what}. Check their settings") from error
+    rows = -(-recipe.batch_size // (recipe.accumulation * place().num_processes))
     try:
         kept = kept_bytes(module, batch(rows))
     except RuntimeError:  # the count exceeds 64 bits
         kept = 2**63
     share = SURE_SHARE / 2 if recipe.precision != "no" or recipe.compile else SURE_SHARE
-    check_room(
-        int(share * kept),
-        computing_device(),
-        f"batch_size is {recipe.batch_size}, with accumulation {recipe.accumulation}; for a step of {rows:,} pictures",
-        "lower batch_size, or raise accumulation",
+    what = (
+        f"batch_size is {recipe.batch_size}, with accumulation {recipe.accumulation}; for a step of {rows:,} pictures"
     )
+    check_room(int(share * kept), computing_device(), what, "lower batch_size, or raise accumulation")
 
 
 def kept_bytes(module: nn.Module, batch: Batch) -> int:
@@ -168,34 +143,23 @@ def measure_cost(task: Task, recipe: Recipe, *, num_steps: int = 3) -> Cost:
         for _ in range(num_steps):
             trainer.take_step()
         step_s = (time.perf_counter() - start) / num_steps
-        tensors = [*task.module.parameters(), *trainer.ema.values()]
-        tensors += [p for p in task.module.parameters() if p.requires_grad]  # their gradients
+        trained = [p for p in task.module.parameters() if p.requires_grad]
+        tensors = [*task.module.parameters(), *trained, *trainer.ema.values()]  # the second are gradients
         for state in trainer.optimizer.state.values():
             tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+        batch = task.batch(trainer.step, recipe.batch_size, step_generator(recipe.seed, trainer.step))
         return Cost(
             parameters={name: sum(p.numel() for p in part.parameters()) for name, part in task.module.named_children()},
-            trained=sum(p.numel() for p in task.module.parameters() if p.requires_grad),
+            trained=sum(p.numel() for p in trained),
             state_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
             peak_bytes=_peak_bytes(trainer.accelerator.device),
-            read_px=_read_px(task),
-            trained_px=_trained_px(task, recipe, trainer.step),
+            read_px=tuple(sorted(getattr(task.source, "sizes", ()))),
+            trained_px=tuple(sorted({values.shape[-1] for values in batch.values() if values.dim() == 4})),
             step_s=step_s,
             steps=recipe.steps,
             batch_size=recipe.batch_size,
             is_sharded=is_sharded(trainer.weights),
         )
-
-
-def _read_px(task: Task) -> tuple[int, ...]:
-    if isinstance(task, Sourced) and isinstance(task.source, FolderSource | ShardSource):
-        return tuple(sorted(task.source.sizes))
-    return ()
-
-
-def _trained_px(task: Task, recipe: Recipe, step: int) -> tuple[int, ...]:
-    """Sides of the pictures in the next batch."""
-    batch = task.batch(step, recipe.batch_size, step_generator(recipe.seed, step))
-    return tuple(sorted({values.shape[-1] for values in batch.values() if values.dim() == 4}))
 
 
 def _peak_bytes(device: torch.device) -> int:

@@ -58,7 +58,7 @@ def embed(
             those of the unfinished shards.
         OutputExistsError: `out` exists, or was started with other settings.
     """
-    encoder, damage = FrozenClip(clip, device), Damage()
+    encoder, damage = FrozenClip(clip, device=device), Damage()
     pixels_as = json.loads(encoder.feature_extractor.to_json_string())
     asked = {"clip": encoder.fingerprint, "feature_extractor": pixels_as}
     shards = Unfinished(out, asked | {"keep_pictures": keep_pictures, "per_shard": per_shard})
@@ -66,7 +66,7 @@ def embed(
     stream = iter(progress(samples, desc="embedding", unit="sample") if progress else samples)
     for number in itertools.count():
         portion = Portion(stream, per_shard)
-        broken = shards.known(number, portion)
+        broken = shards.finished(number, portion)
         if broken is None:
             broken = {}
             shards.add(portion, _embedded(portion, encoder, keep_pictures, broken, batch_size), broken)
@@ -84,30 +84,24 @@ def _embedded(
     samples: Iterable[RawSample], encoder: FrozenClip, keep_pictures: bool, broken: dict[str, str], batch_size: int
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Shard entries of the readable samples. The others are added to `broken`."""
-    stream = iter(samples)
+    stream, size = iter(samples), encoder.image_size
     while batch := list(itertools.islice(stream, batch_size)):
-        yield from _batch(batch, encoder, keep_pictures, broken)
-
-
-def _batch(
-    batch: list[RawSample], encoder: FrozenClip, keep_pictures: bool, broken: dict[str, str]
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    good = []
-    for raw in batch:
-        try:
-            sample = decode(raw, [encoder.image_size])
-            if not sample.pixels:
-                raise DataError("it has no picture")
-            good.append((raw, sample))
-        except DataError as error:
-            broken[escaped(raw.name)] = escaped(str(error))
-    if not good:
-        return
-    pixels = torch.stack([sample.pixels[encoder.image_size] for _, sample in good])
-    for (raw, sample), embedding in zip(good, encoder.embed(pixels.float() / 127.5 - 1), strict=True):
-        content = io.BytesIO()
-        np.save(content, embedding.numpy().astype(np.float16))
-        entry = about(raw) | {"captions": sample.captions, CLIP: encoder.fingerprint}
-        entry_json = json.dumps(entry).encode()  # ASCII, which preserves lone surrogates
-        pictures = {name: raw.parts[name] for name in IMAGE_EXTENSIONS if keep_pictures and name in raw.parts}
-        yield raw.key, {**pictures, "json": entry_json, EMBEDDING: content.getvalue()}
+        good = []
+        for raw in batch:
+            try:
+                sample = decode(raw, [size])
+                if not sample.pixels:
+                    raise DataError("it has no picture")
+                good.append((raw, sample.captions, sample.pixels[size]))
+            except DataError as error:
+                broken[escaped(raw.name)] = escaped(str(error))
+        if not good:
+            continue
+        embeddings = encoder.embed(torch.stack([pixels for _, _, pixels in good]).float() / 127.5 - 1)
+        for (raw, captions, _), embedding in zip(good, embeddings.numpy().astype(np.float16), strict=True):
+            content = io.BytesIO()
+            np.save(content, embedding)
+            entry = about(raw) | {"captions": captions, CLIP: encoder.fingerprint}
+            entry_json = json.dumps(entry).encode()  # ASCII, which preserves lone surrogates
+            pictures = {name: raw.parts[name] for name in IMAGE_EXTENSIONS if keep_pictures and name in raw.parts}
+            yield raw.key, {**pictures, "json": entry_json, EMBEDDING: content.getvalue()}

@@ -1,7 +1,6 @@
-"""A cache on disk for the CLIP image embeddings of a folder of pictures.
+"""A cache on disk for embeddings that take minutes to compute and that several runs use.
 
-Prior, decoder and resumed runs use the same embeddings, which take minutes to compute for ten thousand pictures. The
-file name is a hash of the pictures and of the CLIP. Deleting the cache is safe.
+The name of a file is a hash of all that its content depends on. Deleting the cache is safe.
 """
 
 import hashlib
@@ -19,6 +18,9 @@ from unclip.checkpoints.files import atomic_file
 from unclip.data.folder import CaptionedPictures
 from unclip.errors import UnclipError
 
+Progress = Callable[..., Any]
+"""Wraps an iterable, as `tqdm` does."""
+
 PART = 128
 """Batch size of the image encoder."""
 MIN_PICTURES = 256
@@ -30,55 +32,46 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unclip" / "embeddings"
 
 
-def known_embeddings(
-    pictures: CaptionedPictures,
-    embed: Callable[[Tensor], Tensor],
-    width: int,
-    fingerprint: str,
-    *,
-    progress: Callable[..., Any] | None = None,
+def cached(path: Path, names: set[str], count: int, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors `names`, each with `count` rows, from a file, or else computed and written to it.
+
+    A file that cannot be written is ignored: the next run computes the tensors again.
+    """
+    try:
+        found = load_file(path)
+        if found.keys() == names and all(len(each) == count and each.isfinite().all() for each in found.values()):
+            return found
+    except (OSError, SafetensorError):
+        pass
+    found = compute()
+    try:
+        with atomic_file(path) as draft:
+            save_file({name: value.contiguous() for name, value in found.items()}, draft)
+    except (OSError, SafetensorError, UnclipError):
+        pass
+    return found
+
+
+def cached_embeddings(
+    pictures: CaptionedPictures, embed: Callable[[Tensor], Tensor], fingerprint: str, progress: Progress | None = None
 ) -> Tensor:
-    """Embeddings float32 [num_pictures, width] from the cache, or else computed and cached.
+    """Image embeddings float32 [num_pictures, width] from the cache, or else computed and cached.
 
     Args:
         pictures: at the size of the encoder.
         embed: [batch, 3, size, size] in [-1, 1] → [batch, width].
-        width: of an embedding.
         fingerprint: identifies the encoder's weights and preprocessing.
         progress: wraps an iterable, as `tqdm` does.
     """
-    path = cache_folder() / f"{_name_of(pictures, fingerprint)}.safetensors"
-    if (known := _read(path, (len(pictures), width))) is not None:
-        return known
-    rows = torch.arange(len(pictures)).split(PART)
-    parts = progress(rows, desc="embedding the pictures", unit="batch") if progress else rows
-    embeddings = torch.cat([embed(pictures.images(part)).float() for part in parts])
-    if len(pictures) >= MIN_PICTURES:
-        _remember(path, embeddings)
-    return embeddings
 
+    def compute() -> dict[str, Tensor]:
+        rows = torch.arange(len(pictures)).split(PART)
+        parts = progress(rows, desc="embedding the pictures", unit="batch") if progress else rows
+        return {"embeddings": torch.cat([embed(pictures.images(part)).float() for part in parts])}
 
-def _name_of(pictures: CaptionedPictures, fingerprint: str) -> str:
+    if len(pictures) < MIN_PICTURES:
+        return compute()["embeddings"]
     digest = hashlib.sha256(f"{fingerprint} {PART} {tuple(pictures.pixels.shape)} ".encode())
     digest.update(pictures.pixels.contiguous().numpy().data)
-    return digest.hexdigest()
-
-
-def _read(path: Path, shape: tuple[int, int]) -> Tensor | None:
-    """The cached embeddings; None if they are missing or damaged."""
-    try:
-        known = load_file(path).get("embeddings")
-    except (OSError, SafetensorError):
-        return None
-    whole = known is not None and known.shape == shape and known.dtype == torch.float32 and known.isfinite().all()
-    return known if whole else None
-
-
-def _remember(path: Path, embeddings: Tensor) -> None:
-    """Write the cache file. A failure is ignored: the next run computes the embeddings again."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as draft:
-            save_file({"embeddings": embeddings.contiguous()}, draft)
-    except (OSError, SafetensorError, UnclipError):
-        return
+    path = cache_folder() / f"{digest.hexdigest()}.safetensors"
+    return cached(path, {"embeddings"}, len(pictures), compute)["embeddings"]

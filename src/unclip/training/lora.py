@@ -13,29 +13,25 @@ from unclip.training.recipe import LoraSettings
 N = TypeVar("N", bound=nn.Module)
 
 
-def adapt(network: N, settings: LoraSettings, seed: int) -> N:
-    """Freeze a network, and add adapters to its linear layers, in place. Only the adapters are trained.
+def adapt(network: nn.Module, settings: LoraSettings | None, seed: int) -> None:
+    """Freeze a network, and add adapters to its linear layers, in place; nothing without settings.
 
-    New adapters do not change the network's output.
+    Only the adapters are trained. New adapters do not change the network's output.
 
     Raises:
         MissingDependencyError: peft is not installed.
         ConfigError: no layer has one of the names in `settings.targets`.
     """
-    peft = _peft()
-    config = peft.LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=list(settings.targets),
-    )
+    if settings is None:
+        return
+    peft, sizes = _peft(), {"r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout}
+    config = peft.LoraConfig(target_modules=list(settings.targets), **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             peft.inject_adapter_in_model(config, network)
         except ValueError as error:
             raise ConfigError(f"lora.targets are {', '.join(settings.targets)}: {error}") from error
-    return network
 
 
 def is_adapted(network: nn.Module) -> bool:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from unclip.checkpoints.files import read_json
 from unclip.checkpoints.weights import check_finite, open_weights, read_tensors
 from unclip.clip.preprocessing import numbers
+from unclip.clip.pretrained import is_whole_clip, read_clip
 from unclip.errors import CheckpointError, ConfigError, MissingFileError, WeightsError
-from unclip.pipelines.clip import is_whole_clip, read_clip
 from unclip.training.conditions import normalized, scaled
 
 Hidden = Sequence[Tensor]
@@ -92,19 +92,14 @@ def _image_model(folder: Path) -> tuple[Any, Sequence[float], Sequence[float]]:
     from transformers import AutoModel
 
     if not (folder / "config.json").is_file():
-        raise MissingFileError(
-            f"{folder} has no config.json; it must be the folder of a CLIP, or of another image model"
-        )
+        raise MissingFileError(f"{folder} has no config.json; it must be a CLIP's folder, or another image model's")
     for name, tensor in read_tensors(open_weights(folder, stem="model")):
         check_finite(tensor, name, str(folder))
+    how: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
-        network, about_weights = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
+        network, about_weights = AutoModel.from_pretrained(folder, dtype=torch.float32, **how)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{folder} does not contain an image model that transformers can load: {error}"
-        ) from error
+        raise CheckpointError(f"{folder} is not an image model that transformers can load: {error}") from error
     # The checkpoint of a classifier has no pooling layer; hidden states do not need it.
     missing = sorted(name for name in map(str, about_weights["missing_keys"]) if not name.startswith("pooler."))
     if missing:

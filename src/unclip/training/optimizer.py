@@ -16,6 +16,9 @@ ITERATIONS = 5
 MATCH_ADAM = 0.2
 """The root mean square of AdamW's updates, so that both take the same learning rates (arXiv 2502.16982, §2.2)."""
 
+MUON = {"momentum": 0.95, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01, "matrices": False}
+"""The default settings."""
+
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) with the scaling of Liu et al. 2025 (arXiv 2502.16982); AdamW for the other parameters.
@@ -25,29 +28,16 @@ class Muon(torch.optim.Optimizer):
     Args:
         groups: parameter groups. Muon updates the groups with `matrices=True`, whose tensors have two or more
             dimensions; AdamW updates the others.
-        lr: learning rate of both.
-        momentum: Nesterov momentum of Muon.
-        betas, eps: of AdamW.
-        weight_decay: decoupled weight decay of both; a group may set its own.
+        settings: `lr`, the learning rate of both, and those of `MUON`: `momentum` (Nesterov) of Muon, `betas` and `eps`
+            of AdamW, and the decoupled `weight_decay` of both. A group may set its own.
     """
 
-    def __init__(
-        self,
-        groups: Iterable[dict[str, Any]],
-        *,
-        lr: float,
-        momentum: float = 0.95,
-        betas: tuple[float, float] = (0.9, 0.99),
-        eps: float = 1e-8,
-        weight_decay: float = 0.01,
-    ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(groups, defaults | {"matrices": False})
+    def __init__(self, groups: Iterable[dict[str, Any]], **settings: Any) -> None:
+        super().__init__(groups, MUON | settings)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update the parameters that have gradients."""
-        assert closure is None
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             for p in parameters:

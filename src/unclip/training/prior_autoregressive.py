@@ -14,10 +14,11 @@ from unclip.models.prior_autoregressive import AutoregressivePrior, dot_product
 from unclip.stages.prior import AutoregressivePriorStage
 from unclip.stages.stage import PriorCondition
 from unclip.training.conditions import Captioned, FrozenClip, batch_text, blank_text, text_batch, write_cosines
-from unclip.training.diffusion import SHEET_PICTURES, first_network, put_adapters, write_network
+from unclip.training.diffusion import SHEET_PICTURES, first_network, write_network
 from unclip.training.dry_run import try_step
+from unclip.training.lora import adapt
 from unclip.training.recipe import AutoregressivePriorSettings, Recipe
-from unclip.training.task import Batch, Sourced
+from unclip.training.task import Batch
 
 FITTED_ROWS = 16_384
 """Number of sampled embeddings to which the principal components are fitted."""
@@ -39,14 +40,14 @@ class CodeModule(nn.Module):
         return {"loss": -found.mean()}
 
 
-class AutoregressivePriorTask(Sourced):
+class AutoregressivePriorTask:
     """Trains the autoregressive prior: caption → codes of the image embedding's principal components (paper §2.2)."""
 
     def __init__(self, recipe: Recipe, progress: Callable[..., Any] | None = None, run: Path | None = None):
         assert recipe.prior_autoregressive is not None
         self.settings: AutoregressivePriorSettings = recipe.prior_autoregressive
-        self.clip = FrozenClip(self.settings.clip)
-        self.clip.warn_of_start(recipe.start_from)
+        self.clip = FrozenClip(self.settings.clip, start=recipe.start_from)
+        self.fingerprint = self.clip.fingerprint
         sizes = {
             "embedding_dim": self.clip.width,
             "text_dim": self.clip.text.text_encoder.config.hidden_size,
@@ -56,16 +57,16 @@ class AutoregressivePriorTask(Sourced):
         tables = (prior.pca_mean, prior.pca_components, prior.code_low, prior.code_high, prior.dot_edges)
         for table in tables:
             table.requires_grad_(False)
-        put_adapters(prior, recipe)
+        adapt(prior, recipe.lora, recipe.seed)
         self.stage = AutoregressivePriorStage(prior)
         self.module = CodeModule(self.stage)
         try_step(self.module, self._blank, recipe)
         # `batch` drops captions itself, together with their dot products.
-        self.data = Captioned(recipe, self.clip, text_drop=0.0, progress=progress)
+        self.data = Captioned(recipe, self.clip, 0.0, (), progress)
         self.source = self.data.source
         self.jitter = torch.zeros(prior.pca_components.shape)
         if recipe.start_from is None or self.settings.code_noise:
-            embeddings, weights = self.data.known()
+            embeddings, weights = self.data.weighted()
             if recipe.start_from is None:  # otherwise the network keeps its codes
                 self._fit_codes(prior, embeddings, weights, recipe.seed)
             coordinates = (embeddings - prior.pca_mean) @ prior.pca_components.T
@@ -75,10 +76,6 @@ class AutoregressivePriorTask(Sourced):
     def _blank(self, rows: int) -> Batch:
         codes = torch.empty(rows, self.stage.prior.config.num_components, dtype=torch.long, device="meta")
         return blank_text(self.clip, rows) | {"codes": codes, "dot_codes": codes[:, 0]}
-
-    @property
-    def fingerprint(self) -> str:
-        return self.clip.fingerprint
 
     def batch(self, step: int, batch_size: int, generator: torch.Generator, own: Tensor | None = None) -> Batch:
         _, embeddings, text = self.data.draw(step, batch_size, generator, own)

@@ -7,10 +7,10 @@ import os
 import platform
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,49 +20,18 @@ from torch import Tensor, nn
 from unclip import __version__
 from unclip.checkpoints.files import TEMPORARY_PREFIX, atomic_file, atomic_folder, file_size, read_json, write_json
 from unclip.errors import CheckpointError, ConfigError, TrainingError
-from unclip.training.recipe import MAX_TEXT, TASKS, Recipe, as_dict, fixed_settings, flat
+from unclip.training.recipe import TASKS, Recipe, fixed_settings
+from unclip.training.sections import Limits, Section, flat, refuse
 from unclip.training.sharding import shared_like
 
 LISTS_LIMIT_BYTES = 2**30
 """The largest file that lists samples; there may be a million of them."""
 
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**64
-
-
-def _are_numbers(value: object) -> bool:
-    return isinstance(value, dict) and all(type(each) in (int, float) for each in value.values())
-
-
-def _is_log(value: object) -> bool:
-    return isinstance(value, dict) and _are_numbers(value.get("sums")) and _is_count(value.get("num_summed"))
-
-
-def _is_scaler(value: object) -> bool:
-    return isinstance(value, dict) and _are_numbers(value) and all(0 <= each <= 2**64 for each in value.values())
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and len(value) <= MAX_TEXT
-
-
 STATE_OF_ADAMW = {"step", "exp_avg", "exp_avg_sq"}
 STATE_OF_MUON = {"momentum"}
 """The state of a parameter in an optimizer. Muon uses that of AdamW except for hidden matrices."""
 
-FITS: dict[str, Callable[[Any], bool]] = {
-    "step": _is_count,
-    "seed": _is_count,
-    "stage": _is_text,
-    "fingerprint": _is_text,
-    "optimizer": _is_text,
-    "log": _is_log,
-    "scaler": _is_scaler,
-    "settings": lambda value: isinstance(value, dict),
-    "num_optimizer_tensors": _is_count,
-}
-"""Checks of the values of state.json."""
+Count = Annotated[int, Limits(0, 2**64 - 1)]
 
 
 def versions() -> dict[str, str]:
@@ -73,16 +42,49 @@ def versions() -> dict[str, str]:
 
 
 @dataclass(frozen=True)
+class StateInfo(Section):
+    """The content of state.json. A value that old runs do not have has a default.
+
+    Attributes:
+        step: the number of completed steps.
+        seed, stage, settings: of the recipe.
+        log: sums of the metrics since the last row of the log, and the number of steps in them.
+        fingerprint: of the task.
+        optimizer: the optimizer's name.
+        num_optimizer_tensors: the number of tensors in its state.
+        scaler: the state of float16's loss scaler; None with another precision.
+    """
+
+    step: Count
+    seed: Count
+    stage: str
+    log: dict[str, Any] = field(default_factory=lambda: {"sums": {}, "num_summed": 0})
+    fingerprint: str | None = None
+    optimizer: str = "adamw"
+    num_optimizer_tensors: Count | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        count = self.log.get("num_summed")
+        is_log = _are_numbers(self.log.get("sums")) and type(count) is int and 0 <= count < 2**64
+        refuse(not is_log, f"log is {self.log!r:.80}; it must have sums and num_summed")
+        is_scaler = self.scaler is None or (
+            _are_numbers(self.scaler) and all(0 <= x <= 2**64 for x in self.scaler.values())
+        )
+        refuse(not is_scaler, f"scaler is {self.scaler!r:.80}; it must have numbers")
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """The state of a run from which it is resumed.
 
     Attributes:
-        step: the number of completed steps.
-        log: sums of the metrics since the last row of the log, and the number of steps in them.
+        step, log, scaler: see `StateInfo`.
         module: the module's state dict.
         ema: the moving average of the trained parameters.
         optimizer: the state of the optimizer, by `optimizer_tensors`.
-        scaler: the state of float16's loss scaler; None with another precision.
         counts: the number of samples in each shard that was read to its end.
     """
 
@@ -95,23 +97,13 @@ class Snapshot:
     counts: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """The folder of a run. `state/` and `model/` are replaced atomically."""
 
-    path: Path
-
-    @property
-    def state(self) -> Path:
-        return self.path / "state"
-
-    @property
-    def skipped_samples(self) -> Path:
-        return self.path / "skipped.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+    def __init__(self, path: Path):
+        self.path = path
+        self.state, self.model, self.samples = path / "state", path / "model", path / "samples"
+        self.metrics, self.skipped_samples = path / "metrics.jsonl", path / "skipped.json"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -119,24 +111,21 @@ class RunFolder:
 
         Raises: TrainingError when another trainer uses the folder, or it cannot be created.
         """
+        import fcntl  # not on Windows, where models can be assembled but not trained
+
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise TrainingError(f"{self.path} cannot be created: {error}; choose another run folder") from error
-        try:
-            import fcntl
-        except ImportError:  # not on Windows
-            yield
-            return
         handle = os.open(self.path, os.O_RDONLY)
         try:
-            with contextlib.suppress(OSError):  # a file system without locks
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise TrainingError(
-                        f"another process trains in {self.path}; wait, or choose another folder"
-                    ) from error
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise TrainingError(f"another process trains in {self.path}; wait, or choose another folder") from error
+        except OSError:
+            pass  # a file system without locks
+        try:
             yield
         finally:
             os.close(handle)
@@ -146,7 +135,7 @@ class RunFolder:
         for left in self.path.glob(f"{TEMPORARY_PREFIX}*"):
             if not left.name.endswith("-old"):  # it may be the only complete copy
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
-        write_json(self.path / "recipe.json", as_dict(recipe))
+        write_json(self.path / "recipe.json", recipe.as_dict())
         self._note_versions(step)
         if not step:
             self.skipped_samples.unlink(missing_ok=True)
@@ -168,82 +157,57 @@ class RunFolder:
         path = self.path / "run_id"
         with contextlib.suppress(OSError, UnicodeDecodeError, CheckpointError):
             file_size(path)
-            known = path.read_text(encoding="ascii").strip()
-            if step and known.isalnum():
-                return known
-        drawn = uuid.uuid4().hex
+            found = path.read_text(encoding="ascii").strip()
+            if step and found.isalnum():
+                return found
+        new = uuid.uuid4().hex
         with atomic_file(path) as draft:
-            draft.write_text(f"{drawn}\n", encoding="ascii")
-        return drawn
+            draft.write_text(f"{new}\n", encoding="ascii")
+        return new
 
     def note_skipped(self, skipped: Mapping[str, str]) -> dict[str, str]:
         """Add samples that could not be read, with the reasons, to skipped.json. Without any, the file is not created.
 
         Returns: everything that the file lists.
         """
-        every: dict[str, str] = {}
-        with contextlib.suppress(CheckpointError):  # missing or incomplete
-            found = read_json(self.skipped_samples, limit_bytes=LISTS_LIMIT_BYTES)
-            every = {name: why for name, why in found.items() if isinstance(why, str)}
+        listed = {name: why for name, why in _read_if_sound(self.skipped_samples).items() if isinstance(why, str)}
         # A name in a tar may not be UTF-8, but JSON must be.
         new = {name.encode(errors="replace").decode(): why for name, why in skipped.items()}
-        if new.items() - every.items():
-            write_json(self.skipped_samples, every | new)
-        return every | new
+        if new.items() - listed.items():
+            write_json(self.skipped_samples, listed | new)
+        return listed | new
 
     def _note_versions(self, step: int) -> None:
         """Add the versions to versions.json if they differ from the previous ones."""
-        before: list[dict[str, Any]] = []
-        path = self.path / "versions.json"
-        if step:
-            with contextlib.suppress(CheckpointError):  # missing or incomplete
-                found = read_json(path)
-                before = found.get("runs", [])
-            if not isinstance(before, list) or not all(isinstance(run, dict) for run in before):
-                raise CheckpointError(f"{path} is not a list of versions: remove it")
-        now = versions()
+        path, now = self.path / "versions.json", versions()
+        before = _read_if_sound(path).get("runs", []) if step else []
+        if not isinstance(before, list) or not all(isinstance(run, dict) for run in before):
+            raise CheckpointError(f"{path} is not a list of versions: remove it")
         if not before or {key: before[-1].get(key) for key in now} != now:
             write_json(path, {"runs": [*before, {"from_step": step, **now}]})
 
-    def sample_path(self, step: int) -> Path:
-        """The path of the sample sheet of a step."""
-        (self.path / "samples").mkdir(exist_ok=True)
-        return self.path / "samples" / f"{step:07d}.png"
-
     def save_state(self, snapshot: Snapshot, recipe: Recipe, fingerprint: str) -> None:
         """Write `state/`; the previous one is replaced when the new one is complete."""
-        about = {
-            "step": snapshot.step,
-            "seed": recipe.seed,
-            "stage": recipe.stage,
-            "log": snapshot.log,
-            "fingerprint": fingerprint,
-            "optimizer": recipe.optimizer.name,
-            "num_optimizer_tensors": len(snapshot.optimizer),
-            "settings": fixed_settings(recipe),
-        }
-        if snapshot.scaler is not None:
-            about["scaler"] = snapshot.scaler
+        about = StateInfo(
+            snapshot.step, recipe.seed, recipe.stage, snapshot.log, fingerprint, recipe.optimizer.name,
+            len(snapshot.optimizer), fixed_settings(recipe), snapshot.scaler,
+        )  # fmt: skip
         with atomic_folder(self.state, overwrite=True) as draft:
             for name in ("module", "ema", "optimizer"):
-                tensors = getattr(snapshot, name)
-                save_file(
-                    {k: v.detach().contiguous().clone() for k, v in tensors.items()}, draft / f"{name}.safetensors"
-                )
+                tensors = {key: t.detach().contiguous().clone() for key, t in getattr(snapshot, name).items()}
+                save_file(tensors, draft / f"{name}.safetensors")
             if snapshot.counts:
                 write_json(draft / "shards.json", {"num_samples": dict(snapshot.counts)})
-            write_json(draft / "state.json", about)
-
-    def new_model(self) -> contextlib.AbstractContextManager[Path]:
-        """A context with a temporary folder, which replaces `model/` at the end unless there is an error."""
-        return atomic_folder(self.path / "model", overwrite=True)
+            write_json(draft / "state.json", about.as_dict())
 
     def last_checkpoint(self) -> str:
         """A phrase for messages: which checkpoint exists."""
-        try:
-            return f"the checkpoint of step {read_json(self.state / 'state.json')['step']} in {self.state} is complete"
-        except (CheckpointError, KeyError, OSError):
-            return "there is no checkpoint yet"
+        step = _read_if_sound(self.state / "state.json").get("step")
+        return (
+            "there is no checkpoint yet"
+            if step is None
+            else f"the checkpoint of step {step} in {self.state} is complete"
+        )
 
     def read_state(self, recipe: Recipe, module: nn.Module, fingerprint: str) -> Snapshot | None:
         """The state to resume from; None if there is none.
@@ -257,60 +221,48 @@ class RunFolder:
             ConfigError: the state belongs to another network.
             CheckpointError: a file is missing or damaged.
         """
-        for folder in (self.state, self.path / "model", self.path / "samples"):
+        for folder in (self.state, self.model, self.samples):
             if folder.exists() and not folder.is_dir():
                 raise CheckpointError(f"{folder} is not a folder: remove it")
         if not self.state.is_dir():
             return None
-        about = self._about()
-        step, seed, stage = about["step"], about["seed"], about["stage"]
-        if stage != recipe.stage or seed != recipe.seed:
+        try:
+            found = read_json(self.state / "state.json")
+            about = StateInfo.read({key: found[key] for key in StateInfo.hints() if key in found}, self.state)
+        except ConfigError as error:
+            raise self._damaged("state.json", f"is damaged ({error})") from error
+        stage, seed = recipe.stage, recipe.seed
+        if (about.stage, about.seed) != (stage, seed):
             raise ConfigError(
-                f"{self.state} belongs to a run with stage {stage!r:.80} and seed {seed}, but the recipe has "
-                f"{recipe.stage!r} and {recipe.seed}: choose another run folder"
+                f"{self.state} belongs to a run with stage {about.stage!r:.80} and seed {about.seed}, but the recipe "
+                f"has {stage!r} and {seed}: choose another run folder"
             )
-        changed = self._changed_settings(recipe, about.get("settings") or {})
         tensors = {name: self._read(name) for name in ("module", "ema", "optimizer")}
         wanted = module.state_dict()
         trained = {name: wanted[name] for name, p in module.named_parameters() if p.requires_grad}
-        self._check_alike(tensors["module"], wanted, changed)
-        self._check_alike(tensors["ema"], trained, changed)
-        if changed:
-            raise self._other_run(changed)
-        optimizer = about.get("optimizer", "adamw")
-        if optimizer != recipe.optimizer.name:
-            raise self._other_run([f"optimizer.name was {optimizer!r:.80} and is {recipe.optimizer.name!r}"])
-        if stage == "clip" and "fingerprint" not in about:
-            raise self._other_run(["its state does not identify the tokenizer"])
-        if about.get("fingerprint", fingerprint) != fingerprint:
+        reasons = _differences(tensors["module"], wanted) or _differences(tensors["ema"], trained)
+        reasons += self._changed_settings(recipe, about.settings)
+        if about.optimizer != recipe.optimizer.name:
+            reasons.append(f"optimizer.name was {about.optimizer!r:.80} and is {recipe.optimizer.name!r}")
+        if stage == "clip" and about.fingerprint is None:
+            reasons.append("its state does not identify the tokenizer")
+        elif about.fingerprint not in (None, fingerprint):
             what = "captions of the data set, from which the tokenizer is built," if stage == "clip" else "CLIP"
-            raise self._other_run([f"the {what} changed"])
-        if about.get("num_optimizer_tensors", len(tensors["optimizer"])) != len(tensors["optimizer"]):
+            reasons.append(f"the {what} changed")
+        what = f"{self.state} belongs to another network than the recipe: {'; '.join(reasons)}"
+        refuse(reasons, f"{what}. Choose another run folder, or restore the recipe")
+        if about.num_optimizer_tensors not in (None, len(tensors["optimizer"])):
             raise self._damaged("optimizer.safetensors", "lacks tensors")
-        log = about.get("log") or {"sums": {}, "num_summed": 0}
-        return Snapshot(step, log, **tensors, scaler=about.get("scaler"), counts=self._counts())
-
-    def _about(self) -> dict[str, Any]:
-        """The content of state.json, with checked types."""
-        about = read_json(self.state / "state.json")
-        for key in ("step", "seed", "stage"):
-            if key not in about:
-                raise self._damaged("state.json", f"lacks {key!r}")
-        for key, fits in FITS.items():
-            if key in about and not fits(about[key]):
-                raise self._damaged("state.json", f"has the invalid value {about[key]!r:.80} for {key}")
-        return about
+        return Snapshot(about.step, about.log, **tensors, scaler=about.scaler, counts=self._counts())
 
     def _damaged(self, name: str, what: str) -> CheckpointError:
         return CheckpointError(f"{self.state / name} {what}: remove {self.state} to start again from step 0")
 
     def _counts(self) -> dict[str, int]:
         """The content of shards.json. If it is missing or broken, the shards are counted again."""
-        try:
-            found = read_json(self.state / "shards.json", limit_bytes=LISTS_LIMIT_BYTES)["num_samples"]
-            return {name: count for name, count in found.items() if type(count) is int and count >= 0}
-        except (CheckpointError, KeyError, AttributeError):
-            return {}
+        found = _read_if_sound(self.state / "shards.json").get("num_samples")
+        found = found if isinstance(found, dict) else {}
+        return {name: count for name, count in found.items() if type(count) is int and count >= 0}
 
     def _read(self, name: str) -> dict[str, Tensor]:
         path = self.state / f"{name}.safetensors"
@@ -327,43 +279,48 @@ class RunFolder:
     def _changed_settings(self, recipe: Recipe, before: Mapping[str, Any]) -> list[str]:
         """Descriptions of the fixed settings that differ from the recipe.
 
-        `before` are the settings in state.json, which is empty in old runs. recipe.json is compared too.
+        `before` are the settings in state.json, which is empty in old runs. recipe.json is compared too. A setting that
+        only one side has counts in a table of network settings.
         """
-        earlier = [before]
-        with contextlib.suppress(CheckpointError, RecursionError):
-            written = read_json(self.path / "recipe.json", allow_infinity=True)
-            earlier.append(flat({name: written.get(name) or {} for name in (recipe.stage, "lora")}))
-        now = json.loads(json.dumps(fixed_settings(recipe)))
-
-        def is_stated(key: str, before: Mapping[str, Any]) -> bool:
-            """Whether both sides have the setting. In a table of network settings, a missing setting counts too."""
-            section, _, rest = key.partition(".")
-            is_of_table = isinstance(getattr(getattr(recipe, section, None), rest.partition(".")[0], None), dict)
-            return (key in before and key in now) or (is_of_table and bool(before))
-
+        earlier, stage = [before], recipe.stage
+        with contextlib.suppress(RecursionError):
+            written = _read_if_sound(self.path / "recipe.json")
+            earlier.append(flat({name: written.get(name) or {} for name in (stage, "lora")}))
+        now, section = fixed_settings(recipe), getattr(recipe, stage)
+        tables = tuple(f"{stage}.{name}." for name, value in vars(section).items() if isinstance(value, dict))
         changed = [
             f"{key} was {before.get(key)!r:.80} and is {now.get(key)!r:.80}"
             for before in earlier
             for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and is_stated(key, before)
+            if before.get(key) != now.get(key)
+            and (key in before.keys() & now.keys() or (before and key.startswith(tables)))
         ]
         return list(dict.fromkeys(changed))
 
-    def _check_alike(self, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], changed: list[str]) -> None:
-        kinds, needed = (
-            {name: (tuple(value.shape), value.dtype) for name, value in each.items()} for each in (found, wanted)
-        )
-        wrong = [name for name in sorted(kinds.keys() | needed.keys()) if kinds.get(name) != needed.get(name)]
-        if wrong:
-            name = wrong[0]
-            there, here = (_kind(each.get(name)) for each in (kinds, needed))
-            raise self._other_run([f"{name} has {there} there and {here} in the recipe", *changed])
 
-    def _other_run(self, reasons: list[str]) -> ConfigError:
-        return ConfigError(
-            f"{self.state} belongs to another network than the recipe: {'; '.join(reasons)}. Choose another run "
-            "folder, or restore the recipe"
-        )
+def _are_numbers(table: object) -> bool:
+    return isinstance(table, dict) and all(type(value) in (int, float) for value in table.values())
+
+
+def _read_if_sound(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if the file is missing or damaged."""
+    try:
+        return read_json(path, limit_bytes=LISTS_LIMIT_BYTES, allow_infinity=True)
+    except (CheckpointError, OSError):
+        return {}
+
+
+def _differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    """A description of the first tensor with another shape or type."""
+    there, here = (
+        {name: f"shape {tuple(t.shape)} ({t.dtype})" for name, t in each.items()} for each in (found, wanted)
+    )
+    wrong = [
+        f"{name} has {there.get(name, 'no values')} there and {here.get(name, 'no values')} in the recipe"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+    return wrong[:1]
 
 
 def clip_of_run(run: Path) -> str | None:
@@ -372,12 +329,9 @@ def clip_of_run(run: Path) -> str | None:
     Args:
         run: the folder with `model/` and `state/`.
     """
-    try:
-        about = read_json(run / "state" / "state.json")
-    except CheckpointError:
-        return None
-    task = TASKS.get(str(about.get("stage")))
-    return str(about["fingerprint"]) if task is not None and task.uses_clip and about.get("fingerprint") else None
+    about = _read_if_sound(run / "state" / "state.json")
+    task, found = TASKS.get(str(about.get("stage"))), about.get("fingerprint")
+    return str(found) if task is not None and "clip" in task.settings.hints() and found else None
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -403,30 +357,26 @@ def restore_optimizer(
     """
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     state: dict[int, dict[str, Tensor]] = {}
+    numbers = {str(index): index for index in range(len(parameters))}
     for key, value in tensors.items():
-        index, _, name = key.partition("/")
-        if not (index.isdecimal() and len(index) < 10 and int(index) < len(parameters)):
+        number, _, name = key.partition("/")
+        if (index := numbers.get(number)) is None:
             raise CheckpointError(f"the optimizer's state has {key!r:.80}; there are {len(parameters)} parameters")
-        parameter = parameters[int(index)]
-        is_single = name == "step"
-        is_sound = value.dtype == torch.float32 and value.shape == (() if is_single else parameter.shape)
-        if not is_sound or (is_single and value <= 0) or (name == "exp_avg_sq" and (value < 0).any()):
+        parameter, is_step = parameters[index], name == "step"
+        is_sound = value.dtype == torch.float32 and value.shape == (() if is_step else parameter.shape)
+        if not is_sound or (is_step and value <= 0) or (name == "exp_avg_sq" and (value < 0).any()):
             raise CheckpointError(f"the optimizer's state has invalid values in {key!r:.80}")
         own = shared_like(value, parameter)
-        if not is_single:  # a fused step needs the layout of the parameter
+        if not is_step:  # a fused step needs the layout of the parameter
             own = torch.empty_like(parameter.detach()).copy_(own)
-        state.setdefault(int(index), {})[name] = own
+        state.setdefault(index, {})[name] = own
     for index, entry in state.items():
         wanted = STATE_OF_MUON if groups[id(parameters[index])].get("matrices") else STATE_OF_ADAMW
         if entry.keys() != wanted:
             raise CheckpointError(
-                f"the optimizer's state of parameter {index} has {sorted(entry)}, not {sorted(wanted)}"
+                f"the optimizer's state has {sorted(entry)} for parameter {index}, not {sorted(wanted)}"
             )
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _kind(found: tuple[tuple[int, ...], torch.dtype] | None) -> str:
-    return "no values" if found is None else f"shape {found[0]} ({str(found[1]).removeprefix('torch.')})"
 
 
 def _logged_step(line: bytes, *, default: int) -> int:

@@ -3,9 +3,8 @@
 import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast
 
 import psutil
 import torch
@@ -15,14 +14,14 @@ from torch import Tensor, nn
 
 from unclip.checkpoints.files import read_json, safe_join
 from unclip.checkpoints.hub import resolve
-from unclip.data.batches import Source
 from unclip.data.folder import Keys
-from unclip.data.source import open_source
+from unclip.data.source import FolderSource, Source, open_source
 from unclip.diffusion.process import DiffusionProcess
 from unclip.diffusion.scheduler import CONFIG_NAME, SCHEDULERS, UnCLIPScheduler
 from unclip.errors import ConfigError
 from unclip.models.kernels import is_emulated
 from unclip.training.recipe import TASKS, ProcessRecipe, Recipe, located
+from unclip.training.sections import refuse
 
 KEYS = tuple(field.name for field in dataclasses.fields(DiffusionProcess))
 """The settings that belong to a trained network; `weighting` of a recipe does not."""
@@ -41,20 +40,26 @@ def settled(recipe: Recipe) -> Recipe:
     own = TASKS[recipe.stage].process
     if own is None:
         return recipe
-    settings = getattr(recipe, recipe.stage)
+    settings, name = getattr(recipe, recipe.stage), f"{recipe.stage}_scheduler"
     stated = {key: value for key in KEYS if (value := getattr(settings.process, key)) is not None}
     if (start := recipe.start_from) is not None:
-        name = f"{recipe.stage}_scheduler"
         found = process_in(resolve(start) if isinstance(start, str) else start, name)
         if found is not None:
-            _check_agreement(stated, found, recipe, name)
-            own = found
+            own, other = found, differences(dataclasses.asdict(found), stated)
+            what = f"the recipe's {recipe.stage}.process differs from the process of the model in {start} ({name})"
+            refuse(other, f"{what}: {other}. Remove these settings, or remove start_from")
     process = dataclasses.replace(settings.process, **dataclasses.asdict(own) | stated)
     try:
         process_of(process)
     except ConfigError as error:
         raise ConfigError(f"[{recipe.stage}.process] cannot be used: {error}") from error
     return dataclasses.replace(recipe, **{recipe.stage: dataclasses.replace(settings, process=process)})
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """The settings in `here` that differ from those in `there`, in words."""
+    other = {key: value for key, value in here.items() if there[key] != value}
+    return "; ".join(f"{key} is {there[key]!r} there and {value!r} here" for key, value in other.items())
 
 
 def process_of(recipe: ProcessRecipe) -> DiffusionProcess:
@@ -64,16 +69,10 @@ def process_of(recipe: ProcessRecipe) -> DiffusionProcess:
 
 def scheduler_of(process: DiffusionProcess) -> UnCLIPScheduler:
     """The scheduler that is saved with a network trained on this process."""
-    return UnCLIPScheduler(
-        num_train_timesteps=process.num_timesteps,
-        beta_schedule=process.beta_schedule,
-        beta_start=process.beta_start,
-        beta_end=process.beta_end,
-        prediction_type=process.prediction_type,
-        variance_type=process.variance_type,
-        clip_sample=process.clip_range is not None,
-        clip_sample_range=process.clip_range or 1.0,
-    )
+    settings = dataclasses.asdict(process)
+    count, limit = settings.pop("num_timesteps"), settings.pop("clip_range")
+    clip = {"clip_sample": limit is not None, "clip_sample_range": limit or 1.0}
+    return UnCLIPScheduler(num_train_timesteps=count, **clip, **settings)
 
 
 def process_in(model: Path, name: str) -> DiffusionProcess | None:
@@ -93,19 +92,6 @@ def process_in(model: Path, name: str) -> DiffusionProcess | None:
         raise ConfigError(f"the process of {model / name} cannot be trained on: {error}") from error
 
 
-def _check_agreement(stated: dict[str, object], found: DiffusionProcess, recipe: Recipe, name: str) -> None:
-    other = [
-        f"{key} is {getattr(found, key)!r} there and {value!r} here"
-        for key, value in stated.items()
-        if getattr(found, key) != value
-    ]
-    if other:
-        raise ConfigError(
-            f"the recipe's {recipe.stage}.process differs from the process of the model in {recipe.start_from} "
-            f"({name}): {'; '.join(other)}. Remove these settings, or remove start_from"
-        )
-
-
 Batch = dict[str, Tensor]
 
 DRAWN_BYTES = 9
@@ -116,23 +102,16 @@ class Task(Protocol):
     """What is trained. The batch contains all randomness of a step, so a step is a function of (seed, step)."""
 
     @property
-    def is_local(self) -> bool:
-        """Whether `batch` returns only rows of this process. Otherwise all processes get the same batch."""
+    def source(self) -> Source:
+        """The data set."""
         ...
 
     @property
     def module(self) -> nn.Module:
-        """The trained module. Its forward takes a batch and returns named scalars, including `loss`."""
-        ...
+        """The trained module. Its forward takes a batch and returns named scalars, including `loss`.
 
-    @property
-    def skipped(self) -> Mapping[str, str]:
-        """The samples that could not be read so far, with the reason."""
-        ...
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """The number of samples in each shard, as far as known. Shards with a known number are not counted again."""
+        If it has a method `keep_limits`, this is called after each optimizer step to clamp the shard of this process.
+        """
         ...
 
     @property
@@ -144,25 +123,12 @@ class Task(Protocol):
         """The data of a step: tensors with `batch_size` rows; with `own`, only the rows with these indices."""
         ...
 
-    def reading(self, should_stop: Callable[[], bool]) -> AbstractContextManager[None]:
-        """A context in which waiting for data raises Cancelled once `should_stop()`. It ends reading ahead."""
-        ...
-
     def save(self, folder: Path) -> None:
         """Write the networks in the layout of diffusers and transformers."""
         ...
 
     def sample_sheet(self, path: Path) -> None:
         """Write a picture of sampled results, or a text file with figures (with the suffix .txt)."""
-        ...
-
-
-@runtime_checkable
-class Limited(Protocol):
-    """A module with limits for some of its parameters."""
-
-    def keep_limits(self) -> None:
-        """Clamp the parameters after an optimizer step; each process clamps its shard."""
         ...
 
 
@@ -177,28 +143,7 @@ def make_task(recipe: Recipe, progress: Callable[..., Any] | None = None, *, run
     Raises: UnclipError when a setting does not fit the data, a named model, or this machine.
     """
     module, _, name = TASKS[recipe.stage].task.partition(":")
-    return getattr(importlib.import_module(module), name)(located(settled(recipe)), progress, run)
-
-
-class Sourced:
-    """The part of a task that its data set answers."""
-
-    source: Source
-
-    @property
-    def is_local(self) -> bool:
-        return self.source.is_local
-
-    @property
-    def skipped(self) -> Mapping[str, str]:
-        return self.source.skipped
-
-    @property
-    def counts(self) -> dict[str, int]:
-        return self.source.counts
-
-    def reading(self, should_stop: Callable[[], bool]) -> AbstractContextManager[None]:
-        return self.source.reading(should_stop)
+    return getattr(importlib.import_module(f"unclip.training.{module}"), name)(located(settled(recipe)), progress, run)
 
 
 def computes_on_cpu() -> bool:
@@ -212,14 +157,14 @@ def mixed_precision(precision: str) -> str:
     return "no" if emulated else precision
 
 
+def place() -> PartialState:
+    """The device of this process, its number, and the number of processes."""
+    return PartialState(cpu=computes_on_cpu())
+
+
 def computing_device() -> torch.device:
     """The device of this process."""
-    return cast(torch.device, PartialState(cpu=computes_on_cpu()).device)
-
-
-def num_processes() -> int:
-    """The number of processes of this run."""
-    return PartialState(cpu=computes_on_cpu()).num_processes
+    return cast(torch.device, place().device)
 
 
 def available_bytes(device: torch.device) -> int:
@@ -231,12 +176,9 @@ def available_bytes(device: torch.device) -> int:
 
 def check_room(needed_bytes: int, device: torch.device, what: str, remedy: str) -> None:
     """Raises: ConfigError when `device` has less free memory. `what` and `remedy` are parts of the message."""
-    free = available_bytes(device)
-    if needed_bytes > free:
-        raise ConfigError(
-            f"{what} at least {needed_bytes / 2**30:,.1f} GiB of memory are needed, but only {free / 2**30:,.1f} GiB "
-            f"are available: {remedy}"
-        )
+    needed, free = (count / 2**30 for count in (needed_bytes, available_bytes(device)))
+    have = f"{needed:,.1f} GiB of memory are needed, but only {free:,.1f} GiB are available"
+    refuse(needed > free, f"{what} at least {have}: {remedy}")
 
 
 def of_rows(batch: Batch, own: Tensor | None) -> Batch:
@@ -244,18 +186,22 @@ def of_rows(batch: Batch, own: Tensor | None) -> Batch:
     return batch if own is None else {name: value[own] for name, value in batch.items()}
 
 
+def in_folders(source: Source, what: str) -> FolderSource:
+    """The source. Raises: ConfigError for shards, which `what` does not support."""
+    if not isinstance(source, FolderSource):
+        raise ConfigError(f"{what} needs data in folders; it does not support shards")
+    return source
+
+
 def source_of(recipe: Recipe, sizes_px: tuple[int, ...], **how: Any) -> Source:
     """The data set of a recipe, for this process.
 
     Raises: ConfigError when the pictures of a batch do not fit into memory.
     """
-    place = PartialState(cpu=computes_on_cpu())
-    check_room(
-        recipe.batch_size // place.num_processes * DRAWN_BYTES * sum(3 * side**2 for side in sizes_px),
-        torch.device("cpu"),
-        f"batch_size is {recipe.batch_size}; for the pictures of a batch",
-        "lower batch_size",
-    )
+    here = place()
+    num_bytes = recipe.batch_size // here.num_processes * DRAWN_BYTES * sum(3 * side**2 for side in sizes_px)
+    what = f"batch_size is {recipe.batch_size}; for the pictures of a batch"
+    check_room(num_bytes, torch.device("cpu"), what, "lower batch_size")
     return open_source(
         recipe.data,
         sizes_px,
@@ -263,7 +209,7 @@ def source_of(recipe: Recipe, sizes_px: tuple[int, ...], **how: Any) -> Source:
         max_skipped_share=recipe.max_skipped_share,
         num_workers=recipe.reader_workers,
         keys=Keys(recipe.image_key, recipe.caption_key),
-        rank=place.process_index,
-        world=place.num_processes,
+        rank=here.process_index,
+        world=here.num_processes,
         **how,
     )

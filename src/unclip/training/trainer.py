@@ -6,25 +6,28 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, LoggerType, gather_object, set_seed
+from accelerate.utils import GradientAccumulationPlugin, gather_object, set_seed
 from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from unclip.checkpoints.files import atomic_folder
 from unclip.errors import Cancelled, CheckpointError, ConfigError, DataError, TrainingError
 from unclip.training.optimizer import learning_rate, make_optimizer
-from unclip.training.recipe import Recipe, as_dict, flat
+from unclip.training.recipe import Recipe
+from unclip.training.sections import flat, refuse
 from unclip.training.sharding import is_sharded, leave_group, sharded, share_of, shared_like, shares_of, whole
 from unclip.training.state import RunFolder, Snapshot, optimizer_tensors, restore_optimizer
-from unclip.training.task import Batch, Limited, Task, computes_on_cpu, mixed_precision
+from unclip.training.task import Batch, Task, computes_on_cpu, mixed_precision
+
+OnLog = Callable[[int, Mapping[str, float]], None]
 
 
 @contextmanager
@@ -36,30 +39,17 @@ def first_signal(ask: Callable[[int], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def stop(number: int, frame: Any) -> None:
         ask(number)
-        signal.signal(number, old[signal.Signals(number)])
+        signal.signal(number, old[number])
 
-    for number in old:
-        signal.signal(number, stop)
+    old = {int(number): signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
-
-
-def check_trackers(names: Iterable[str]) -> None:
-    """Raises: ConfigError for a tracker that the installed accelerate does not support."""
-    known = [kind.value for kind in LoggerType]
-    for name in names:
-        if name not in known:
-            raise ConfigError(
-                f"trackers has {name!r}, which accelerate {accelerate.__version__} does not know: "
-                "pip install --upgrade accelerate, or remove it"
-            )
 
 
 def start_trackers(accelerator: Accelerator, recipe: Recipe, folder: Path, run_id: str | None) -> None:
@@ -71,13 +61,11 @@ def start_trackers(accelerator: Accelerator, recipe: Recipe, folder: Path, run_i
         folder: the run's folder; its name is the name of the run.
         run_id: identifies the run, also after it is resumed.
     """
-    settings = flat(as_dict(recipe))
+    settings = flat(recipe.as_dict())
     plain = {name: v if isinstance(v, int | float | str) else str(v) for name, v in settings.items()}
     name = folder.absolute().name
-    how = {
-        "wandb": {"name": name, "dir": str(folder), "id": run_id, "resume": "allow"},
-        "trackio": {"name": name, "resume": "allow"},
-    }
+    how: dict[str, Any] = {"trackio": {"name": name, "resume": "allow"}}
+    how["wandb"] = how["trackio"] | {"dir": str(folder), "id": run_id}
     accelerator.init_trackers("unclip", config=plain, init_kwargs=how)
 
 
@@ -95,11 +83,10 @@ def own_rows(batch_size: int, *, num_processes: int, rank: int, num_pieces: int)
     Raises: ConfigError when the rows cannot be split evenly.
     """
     count = num_processes * num_pieces
-    if batch_size % count:
-        raise ConfigError(
-            f"a batch of {batch_size} cannot be split evenly among {num_processes} processes with "
-            f"accumulation {num_pieces}: make batch_size a multiple of {count}"
-        )
+    what = (
+        f"a batch of {batch_size} cannot be split evenly among {num_processes} processes with accumulation {num_pieces}"
+    )
+    refuse(batch_size % count, f"{what}: make batch_size a multiple of {count}")
     return torch.arange(batch_size).view(num_pieces, num_processes, -1)[:, rank].flatten()
 
 
@@ -117,8 +104,8 @@ class Trainer:
     """
 
     def __init__(self, task: Task, recipe: Recipe, folder: Path):
-        self.task, self.recipe, self.run_folder = task, recipe, RunFolder(Path(folder))
-        check_trackers(recipe.trackers)
+        self.task, self.recipe, self.folder = task, recipe, Path(folder)
+        self.run_folder = RunFolder(self.folder)
         try:
             self.accelerator = Accelerator(
                 cpu=computes_on_cpu(),
@@ -129,13 +116,17 @@ class Trainer:
                 gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             )
         except ValueError as error:
-            raise ConfigError(f"precision {recipe.precision!r} is not available here: {error}") from error
+            raise ConfigError(f"accelerate does not support this precision or tracker here: {error}") from error
+        self._is_main = self.accelerator.is_main_process
         set_seed(recipe.seed % 2**32)  # the limit of NumPy
         snapshot = self.run_folder.read_state(recipe, task.module, task.fingerprint)
-        self._check_same_step(0 if snapshot is None else snapshot.step)
+        step = 0 if snapshot is None else snapshot.step
+        steps = set(gather_object([step])) if self.accelerator.num_processes > 1 else {step}
+        apart = f"{folder} is at step {min(steps)} for one process and at {max(steps)} for another"
+        refuse(len(steps) > 1, f"{apart}: all machines of a run need a shared folder")
         if snapshot is not None:
             task.module.load_state_dict(snapshot.module)
-            task.counts.update(snapshot.counts)
+            task.source.counts.update(snapshot.counts)
         self.weights = task.module  # the module that the optimizer updates
         if recipe.shard and self.accelerator.num_processes > 1:
             self.weights = sharded(task.module, self.accelerator.device)
@@ -157,17 +148,7 @@ class Trainer:
         if snapshot is not None:
             self._resume(snapshot)
 
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return self.run_folder.path
-
-    def run(
-        self,
-        *,
-        progress: Callable[..., Any] | None = None,
-        on_log: Callable[[int, Mapping[str, float]], None] | None = None,
-    ) -> None:
+    def run(self, *, progress: Callable[..., Any] | None = None, on_log: OnLog | None = None) -> None:
         """Train to the last step. The first SIGINT or SIGTERM saves and returns; a second one kills the process.
 
         With several processes, a process that waits for data does not stop, because the others wait for its step.
@@ -193,21 +174,18 @@ class Trainer:
             bar = progress(total=self.recipe.steps, initial=self.step, unit="step") if progress else None
             if bar is not None:
                 stack.callback(bar.close)
-            stack.enter_context(self.task.reading(lambda: self._stop))
+            stack.enter_context(self.task.source.reading(lambda: self._stop))
             stack.enter_context(first_signal(self._ask_to_stop))
             if not is_finished:
-                with self._recording_skipped(), contextlib.suppress(Cancelled):  # stopped while it waited for data
+                try:
                     self._loop(bar, on_log)
+                except Cancelled:  # stopped while it waited for data
+                    pass
+                except DataError:
+                    with self._writing():
+                        self.skipped = self.run_folder.note_skipped(self.task.source.skipped)
+                    raise
                 self.save()
-
-    def _check_same_step(self, step: int) -> None:
-        """Raises: ConfigError when the processes see different folders, and would resume from different steps."""
-        steps = set(gather_object([step])) if self.accelerator.num_processes > 1 else {step}
-        if len(steps) > 1:
-            raise ConfigError(
-                f"{self.folder} is at step {min(steps)} for one process and at {max(steps)} for another: all machines "
-                "of a run need a shared folder"
-            )
 
     def save(self) -> None:
         """Write the state to resume from, and the averaged model. Each replaces the previous one when it is complete.
@@ -219,12 +197,12 @@ class Trainer:
         log = {"sums": self._sums, "num_summed": self._num_summed}
         module, ema = self._gathered(self.weights.state_dict()), self._gathered(self.ema)
         optimizer, scaler = self._gathered(optimizer_tensors(self.optimizer)), self.accelerator.scaler
-        skipped, counts = self._merged(self.task.skipped), self._merged(self.task.counts)
+        skipped, counts = self._merged(self.task.source.skipped), self._merged(self.task.source.counts)
         snapshot = Snapshot(self.step, log, module, ema, optimizer, scaler.state_dict() if scaler else None, counts)
         if not self._is_main:
             return
         with self._writing():
-            with self._with_weights(ema), self.run_folder.new_model() as draft:
+            with self._with_weights(ema), atomic_folder(self.run_folder.model, overwrite=True) as draft:
                 self.task.save(draft)
             self.skipped = self.run_folder.note_skipped(skipped)
             # Last, so that a state of the last step implies that the model is complete.
@@ -246,7 +224,7 @@ class Trainer:
             merged |= part
         return merged
 
-    @contextlib.contextmanager
+    @contextmanager
     def _with_weights(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """A context in which the task's module has these weights, on the training device and in evaluation mode."""
         module = self.task.module
@@ -263,15 +241,11 @@ class Trainer:
             module.train()
 
     @property
-    def _is_main(self) -> bool:
-        return self.accelerator.is_main_process
-
-    @property
     def _stop(self) -> bool:
         """Whether to stop before the next step. Several processes stop together; otherwise some would wait for ever."""
         return self._all_stop if self.accelerator.num_processes > 1 else self.stopped_by is not None
 
-    def _loop(self, bar: Any, on_log: Callable[[int, Mapping[str, float]], None] | None) -> None:
+    def _loop(self, bar: Any, on_log: OnLog | None) -> None:
         recipe = self.recipe
         saved_at = logged_at = time.monotonic()
         timed = 0
@@ -311,11 +285,9 @@ class Trainer:
         except (MemoryError, RuntimeError) as error:
             if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
                 raise
-            recipe = self.recipe
-            raise TrainingError(
-                f"a step of batch_size {recipe.batch_size} with accumulation {recipe.accumulation} does not fit into "
-                f"memory: lower batch_size, or raise accumulation ({error!s:.200})"
-            ) from error
+            size, pieces = self.recipe.batch_size, self.recipe.accumulation
+            what = f"a step of batch_size {size} with accumulation {pieces} does not fit into memory"
+            raise TrainingError(f"{what}: lower batch_size, or raise accumulation ({error!s:.200})") from error
         self.step += 1
         return metrics
 
@@ -341,8 +313,8 @@ class Trainer:
         norm = accelerator.clip_grad_norm_(self.module.parameters(), recipe.optimizer.max_grad_norm)
         self._check_finite(totals["loss"], norm if norm is None else whole(norm))
         self.optimizer.step()
-        if isinstance(self.weights, Limited):
-            self.weights.keep_limits()
+        if callable(keep_limits := getattr(self.weights, "keep_limits", None)):
+            keep_limits()
         self.optimizer.zero_grad(set_to_none=True)
         self._update_average()
         return totals
@@ -352,7 +324,7 @@ class Trainer:
         size, seed, pieces = self.recipe.batch_size, self.recipe.seed, self.recipe.accumulation
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         own = own_rows(size, num_processes=world, rank=rank, num_pieces=pieces)
-        if self.task.is_local:
+        if self.task.source.is_local:
             generator = step_generator(seed + rank * 7_919, self.step)  # each process has its own noise
             return self.task.batch(self.step, size // world, generator)
         return self.task.batch(self.step, size, step_generator(seed, self.step), own if world > 1 else None)
@@ -370,23 +342,21 @@ class Trainer:
 
     def _check_finite(self, loss: float, norm: Any) -> None:
         """Called before the update, because a gradient that is not finite would destroy the weights."""
-        wrong = None if math.isfinite(loss) else f"the loss is {loss}"
-        # With float16, the scaler skips a step whose gradient overflows.
-        if wrong is None and self.accelerator.scaler is None and norm is not None and not math.isfinite(float(norm)):
-            wrong = f"the gradient's norm is {float(norm)}"
-        if wrong is not None:
-            raise TrainingError(
-                f"{wrong} at step {self.step}; {self.run_folder.last_checkpoint()}. Lower the learning rate, or look "
-                "for a broken picture, and run again"
-            )
+        found = {"the loss": loss}
+        if self.accelerator.scaler is None and norm is not None:  # a scaler skips a step whose gradient overflows
+            found["the gradient's norm"] = float(norm)
+        for what, value in found.items():
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"{what} is {value} at step {self.step}; {self.run_folder.last_checkpoint()}. Lower the learning "
+                    "rate, or look for a broken picture, and run again"
+                )
 
     @torch.no_grad()
     def _update_average(self) -> None:
         decay = min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step))
         trained = [p.detach() for name, p in self.weights.named_parameters() if name in self.ema]
-        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-            shares_of(self.ema.values()), shares_of(trained), 1 - decay
-        )
+        torch._foreach_lerp_(shares_of(self.ema.values()), shares_of(trained), 1 - decay)  # pyright: ignore
 
     def _resume(self, snapshot: Snapshot) -> None:
         for name, value in snapshot.ema.items():
@@ -394,12 +364,10 @@ class Trainer:
             share_of(own).copy_(share_of(shared_like(value, own)))
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         restore_optimizer(self.optimizer, snapshot.optimizer, parameters)
-        if self.accelerator.scaler is not None and snapshot.scaler:
-            if snapshot.scaler.keys() != self.accelerator.scaler.state_dict().keys():
-                raise CheckpointError(
-                    f"{self.run_folder.state / 'state.json'} does not have the loss scaler of float16"
-                )
-            self.accelerator.scaler.load_state_dict(snapshot.scaler)
+        if (scaler := self.accelerator.scaler) is not None and snapshot.scaler:
+            if snapshot.scaler.keys() != scaler.state_dict().keys():
+                raise CheckpointError(f"{self.run_folder.state / 'state.json'} lacks the loss scaler of float16")
+            scaler.load_state_dict(snapshot.scaler)
         self.step = snapshot.step
         self._sums, self._num_summed = snapshot.log["sums"], snapshot.log["num_summed"]
 
@@ -419,7 +387,8 @@ class Trainer:
         ema = self._gathered(self.ema)
         if self._is_main:
             with self._writing(), self._with_weights(ema), torch.no_grad():
-                self.task.sample_sheet(self.run_folder.sample_path(self.step))
+                self.run_folder.samples.mkdir(exist_ok=True)
+                self.task.sample_sheet(self.run_folder.samples / f"{self.step:07d}.png")
 
     def _leave(self) -> None:
         """Close the trackers and the process group.
@@ -438,7 +407,7 @@ class Trainer:
             gc.collect()
         self.accelerator.end_training()
 
-    @contextlib.contextmanager
+    @contextmanager
     def _writing(self) -> Iterator[None]:
         """A context in which a file that cannot be written raises TrainingError, whose message names the checkpoint."""
         try:
@@ -448,16 +417,6 @@ class Trainer:
                 f"{self.folder} cannot be written at step {self.step}: {error}; {self.run_folder.last_checkpoint()}: "
                 "make room on the disk, or check the folder's permissions, and run again"
             ) from error
-
-    @contextlib.contextmanager
-    def _recording_skipped(self) -> Iterator[None]:
-        """A context in which a DataError is raised only after skipped.json lists what this process could not read."""
-        try:
-            yield
-        except DataError:
-            with self._writing():
-                self.skipped = self.run_folder.note_skipped(self.task.skipped)
-            raise
 
 
 @torch.no_grad()

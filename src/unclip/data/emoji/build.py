@@ -11,7 +11,7 @@ import subprocess
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,35 +42,23 @@ class Package:
 
 
 LABELS = Package(
-    "emojibase-data",
-    "17.0.0",
-    "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
-    "MIT",
+    "emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a", "MIT",
     "emojibase by Miles Johnson",
-)
+)  # fmt: skip
 STYLES = {
     "flat": Package(
-        "@iconify-json/fluent-emoji-flat",
-        "1.2.6",
-        "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
-        "MIT",
-        "Fluent Emoji by Microsoft",
+        "@iconify-json/fluent-emoji-flat", "1.2.6", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+        "MIT", "Fluent Emoji by Microsoft",
     ),
     "noto": Package(
-        "@iconify-json/noto",
-        "1.2.9",
-        "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
-        "Apache-2.0",
-        "Noto Emoji by Google",
+        "@iconify-json/noto", "1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
+        "Apache-2.0", "Noto Emoji by Google",
     ),
     "twemoji": Package(
-        "@iconify-json/twemoji",
-        "1.2.5",
-        "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
-        "CC-BY-4.0",
-        "Twemoji by Twitter, Inc. and other contributors",
+        "@iconify-json/twemoji", "1.2.5", "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
+        "CC-BY-4.0", "Twemoji by Twitter, Inc. and other contributors",
     ),
-}
+}  # fmt: skip
 
 # How often training samples a style. A single default style without a name is learned fastest.
 STYLE_WEIGHTS = {"flat": 0.78, "noto": 0.13, "twemoji": 0.09}
@@ -137,11 +125,10 @@ def build_emoji(
             counts["held_out_concepts"] += held_out
             for style, svg in found.items():
                 file_name = f"images/{style}/{code}.png"
-                png = resvg_py.svg_to_bytes(
-                    svg_string=svg, width=RENDER_SIZE_PX, height=RENDER_SIZE_PX, skip_system_fonts=True
-                )
-                (draft / file_name).write_bytes(bytes(png))
-                with Image.open(io.BytesIO(bytes(png))) as rendered:
+                side = RENDER_SIZE_PX
+                png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side, skip_system_fonts=True))
+                (draft / file_name).write_bytes(png)
+                with Image.open(io.BytesIO(png)) as rendered:
                     colour = colour_of(rendered.convert("RGBA"))
                 record = {
                     "file_name": file_name,
@@ -154,7 +141,8 @@ def build_emoji(
                 }
                 lines.write(json.dumps(record, ensure_ascii=False) + "\n")
                 counts["pictures"] += 1
-        (draft / "SOURCES.json").write_text(json.dumps(_sources(), indent=2) + "\n", encoding="utf-8")
+        sources = [asdict(package) for package in (LABELS, *STYLES.values())]
+        (draft / "SOURCES.json").write_text(json.dumps(sources, indent=2) + "\n", encoding="utf-8")
     return counts
 
 
@@ -276,25 +264,16 @@ def _icons(folder: Path, package: Package) -> dict[str, str]:
 def _svg(icon_set: dict[str, Any], name: str) -> str | None:
     flip = False
     while name not in icon_set["icons"]:
-        alias = icon_set.get("aliases", {}).get(name)
-        if alias is None:
+        if (alias := icon_set.get("aliases", {}).get(name)) is None:
             return None
         flip ^= bool(alias.get("hFlip"))
         name = alias["parent"]
-    icon = icon_set["icons"][name]
-    width = icon.get("width", icon_set.get("width", 16))
-    height = icon.get("height", icon_set.get("height", 16))
-    body = icon["body"]
+    icon = {"left": 0, "top": 0, "width": icon_set.get("width", 16), "height": icon_set.get("height", 16)}
+    icon |= icon_set["icons"][name]
+    width, height, body = icon["width"], icon["height"], icon["body"]
     if flip:
         body = f'<g transform="translate({width} 0) scale(-1 1)">{body}</g>'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="{icon.get("left", 0)} {icon.get("top", 0)} {width} {height}">{body}</svg>'
+        f'viewBox="{icon["left"]} {icon["top"]} {width} {height}">{body}</svg>'
     )
-
-
-def _sources() -> list[dict[str, str]]:
-    return [
-        {"name": p.name, "version": p.version, "sha256": p.sha256, "licence": p.licence, "credit": p.credit}
-        for p in (LABELS, *STYLES.values())
-    ]

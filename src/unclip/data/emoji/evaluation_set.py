@@ -11,7 +11,7 @@ from PIL import Image
 
 from unclip.checkpoints.files import safe_join
 from unclip.data.emoji.compose import STYLE as COMPOSED_STYLE
-from unclip.data.folder import MAX_SKIPPED_SHARE, Record, in_percent, read_records, square_pixels
+from unclip.data.folder import MAX_SKIPPED_SHARE, Record, check_share, read_records, some_of, square_pixels
 from unclip.errors import DataError, ImageError, InputError
 from unclip.images import MAX_PIXELS, open_image
 
@@ -140,14 +140,11 @@ def _readable(data: Path, groups: dict[str, list[Record]]) -> tuple[dict[str, li
         return groups, broken
     kept = {name: [each for each in records if each.file_name not in broken] for name, records in groups.items()}
     count = sum(map(len, groups.values()))
-    some = "; ".join(f"{name}: {why}" for name, why in list(broken.items())[:3])
-    message = f"{len(broken)} of the {count} chosen pictures in {data} cannot be read"
-    if not kept["seen"] or len(broken) > MAX_SKIPPED_SHARE * count:
-        limit = (
-            f"more than the {in_percent(MAX_SKIPPED_SHARE)} allowed" if kept["seen"] else "none of the seen ones can"
-        )
-        raise DataError(f"{message}, {limit}: {some}")
-    warnings.warn(f"{message} and are skipped: {some}", stacklevel=4)
+    what = f"chosen pictures in {data}"
+    if not kept["seen"]:
+        raise DataError(f"none of the seen {what} can be read: {some_of(broken)}")
+    check_share(broken, len(broken), count, MAX_SKIPPED_SHARE, what)
+    warnings.warn(f"{len(broken)} of {count} {what} cannot be read and are skipped: {some_of(broken)}", stacklevel=4)
     return kept, broken
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from unclip.data.folder import CaptionedPictures, Record
 from unclip.training import embedding_cache as module
 from unclip.training.conditions import FrozenClip
-from unclip.training.embedding_cache import MIN_PICTURES, cache_folder, known_embeddings
+from unclip.training.embedding_cache import MIN_PICTURES, cache_folder, cached_embeddings
 
 WIDTH = 4
 
@@ -37,18 +37,18 @@ def some(count: int = MIN_PICTURES, seed: int = 0) -> CaptionedPictures:
 
 def test_a_second_run_reads_what_the_first_computed(empty_cache):
     encoder, pictures = Encoder(), some()
-    first = known_embeddings(pictures, encoder, WIDTH, "a")
+    first = cached_embeddings(pictures, encoder, "a")
     assert encoder.seen == len(pictures)
     assert [path.suffix for path in empty_cache.iterdir()] == [".safetensors"]
-    assert torch.equal(known_embeddings(pictures, encoder, WIDTH, "a"), first)
+    assert torch.equal(cached_embeddings(pictures, encoder, "a"), first)
     assert encoder.seen == len(pictures)
 
 
 def test_other_pictures_and_another_encoder_are_embedded(empty_cache):
     encoder = Encoder()
-    first = known_embeddings(some(), encoder, WIDTH, "a")
-    assert not torch.equal(known_embeddings(some(seed=1), encoder, WIDTH, "a"), first)
-    known_embeddings(some(), encoder, WIDTH, "b")
+    first = cached_embeddings(some(), encoder, "a")
+    assert not torch.equal(cached_embeddings(some(seed=1), encoder, "a"), first)
+    cached_embeddings(some(), encoder, "b")
     assert encoder.seen == 3 * MIN_PICTURES
 
 
@@ -64,12 +64,12 @@ def test_other_pictures_and_another_encoder_are_embedded(empty_cache):
 )
 def test_a_damaged_file_is_made_anew(empty_cache, content):
     encoder = Encoder()
-    first = known_embeddings(some(), encoder, WIDTH, "a")
+    first = cached_embeddings(some(), encoder, "a")
     (path,) = empty_cache.iterdir()
     path.write_bytes(content) if isinstance(content, bytes) else module.save_file(content, path)
-    assert torch.equal(known_embeddings(some(), encoder, WIDTH, "a"), first)
+    assert torch.equal(cached_embeddings(some(), encoder, "a"), first)
     assert encoder.seen == 2 * MIN_PICTURES
-    known_embeddings(some(), encoder, WIDTH, "a")
+    cached_embeddings(some(), encoder, "a")
     assert encoder.seen == 2 * MIN_PICTURES
 
 
@@ -78,12 +78,12 @@ def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     encoder = Encoder()
     for times in (1, 2):
-        assert known_embeddings(some(), encoder, WIDTH, "a").shape == (MIN_PICTURES, WIDTH)
+        assert cached_embeddings(some(), encoder, "a").shape == (MIN_PICTURES, WIDTH)
         assert encoder.seen == times * MIN_PICTURES
 
 
 def test_few_pictures_leave_nothing(empty_cache):
-    known_embeddings(some(MIN_PICTURES - 1), Encoder(), WIDTH, "a")
+    cached_embeddings(some(MIN_PICTURES - 1), Encoder(), "a")
     assert not empty_cache.exists()
 
 
@@ -100,7 +100,7 @@ def test_progress_is_told(empty_cache):
         told.append(about["desc"])
         return parts
 
-    known_embeddings(some(), Encoder(), WIDTH, "a", progress=progress)
+    cached_embeddings(some(), Encoder(), "a", progress=progress)
     assert told == ["embedding the pictures"]
 
 

@@ -1,0 +1,59 @@
+"""Conversion of schedulers of diffusers to those of unclip that sample in the same way."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from unclip.diffusion.scheduler import SCHEDULERS, DDIMScheduler, Scheduler
+from unclip.errors import ConfigError
+from unclip.settings import SAMPLERS
+
+EQUIVALENTS = {name: SCHEDULERS[row.scheduler] for row in SAMPLERS.values() for name in row.equivalents}
+"""The schedulers of diffusers by class name, and the scheduler here that samples in the same way."""
+DDPM_DEFAULTS = {"beta_schedule": "linear", "variance_type": "fixed_small", "timestep_spacing": "leading"}
+"""Where diffusers' DDPMScheduler differs from UnCLIPScheduler."""
+
+
+def is_foreign(value: object) -> bool:
+    """Whether it is a scheduler of diffusers."""
+    ours = type(value).__module__.partition(".")[0] != "diffusers"
+    return not ours and hasattr(value, "set_timesteps") and isinstance(getattr(value, "config", None), Mapping)
+
+
+def converted(scheduler: Any, replaced: Scheduler | None = None) -> Scheduler:
+    """A scheduler that samples in the same way as a scheduler of diffusers.
+
+    If that was built by `from_config` from a scheduler of unclip, the even spacing of timesteps and the variance type
+    are kept, as in unclip's own `from_config`. Where x0 is clipped, the noise is recomputed from it.
+
+    Args:
+        scheduler: see `is_foreign`.
+        replaced: the scheduler that it replaces; gives the variance type where the class of diffusers does not.
+
+    Raises: ConfigError for a class without an equivalent sampler, or a setting that is not implemented.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    settings = dict(config)
+    defaults = config.get("_use_default_values", ())
+    if settings.get("variance_type") is None:
+        settings["variance_type"] = None if replaced is None else replaced.config["variance_type"]
+    elif "_class_name" in config and "timestep_spacing" in defaults and "variance_type" not in defaults:
+        settings["timestep_spacing"] = "linspace"
+    if name not in EQUIVALENTS:
+        raise ConfigError(f"unclip does not have the sampler of diffusers' {name}")
+    return of_settings(name, settings)
+
+
+def of_settings(name: str, settings: Mapping[str, Any]) -> Scheduler:
+    """A scheduler that samples in the same way as diffusers' class `name` in `EQUIVALENTS` with these settings.
+
+    Raises: ConfigError for a setting that is not implemented.
+    """
+    cls, settings = EQUIVALENTS[name], {**settings, "_class_name": name}
+    if name.startswith("DDPM"):
+        settings = DDPM_DEFAULTS | settings
+        spacing = settings["timestep_spacing"]
+        if spacing != "linspace":
+            if not str(settings["variance_type"]).startswith("fixed_small"):
+                raise ConfigError(f"unclip does not implement timestep_spacing={spacing!r} of diffusers' {name}")
+            cls, settings["eta"] = DDIMScheduler, 1.0  # the same step (2010.02502, section 4.1), for any timesteps
+    return cls.from_config(settings)
