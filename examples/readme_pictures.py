@@ -1,16 +1,21 @@
 """Make the pictures of the README with the built-in model.
 
 python examples/readme_pictures.py                                         # writes docs/images/*.png
+python examples/readme_pictures.py --wordings wordings.json                # forty free wordings and what the judge saw
 python examples/readme_pictures.py --evaluated sheet-held-out.png held-out # the first rows of an evaluation sheet
 """
 
 import argparse
+import json
+import random
 from pathlib import Path
 
 from guide_pictures import save
 from PIL import Image
 
 from unclip import UnCLIPImageVariationPipeline, UnCLIPPipeline
+from unclip.checkpoints.hub import BUILT_IN_JUDGE, resolve
+from unclip.evaluation.wordings import read_wordings
 from unclip.images import grid, labelled
 
 CAPTIONS = [
@@ -29,6 +34,7 @@ def main() -> None:
     parser.add_argument("--model", default="unclip-emoji")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "images", metavar="DIR")
     parser.add_argument("--evaluated", nargs=2, metavar=("SHEET", "NAME"), help="only save the first rows of a sheet")
+    parser.add_argument("--wordings", type=Path, metavar="REPORT", help="only the sheet of forty wordings of a report")
     args = parser.parse_args()
     folder: Path = args.out
     folder.mkdir(parents=True, exist_ok=True)
@@ -38,6 +44,9 @@ def main() -> None:
             save(whole.crop((0, 0, whole.width, min(whole.height, EVALUATED_ROWS_PX))), folder / f"{name}.png")
         return
     pipe = UnCLIPPipeline.from_pretrained(args.model)
+    if args.wordings is not None:
+        draw_wordings(pipe, args.wordings, folder / "wordings.png")
+        return
     vary = UnCLIPImageVariationPipeline.from_pretrained(args.model)
     images = pipe(CAPTIONS, seed=1, **pipe.recommended).images
     sheet = [labelled(image, text) for image, text in zip(images, CAPTIONS, strict=True)]
@@ -49,6 +58,19 @@ def main() -> None:
     for place, original in enumerate(originals):
         rows += [original, *variations[5 * place : 5 * place + 5]]
     grid(rows, columns=6, gap=8).save(folder / "variations.png", optimize=True)
+
+
+def draw_wordings(pipe: UnCLIPPipeline, report: Path, path: Path) -> None:
+    """Forty random wordings with the seeds of `unclip evaluate wordings`; under each, the judge's caption if wrong."""
+    listed = [wording for wording in read_wordings(resolve(BUILT_IN_JUDGE) / "wordings.json") if wording.accepted]
+    first = json.loads(report.read_text(encoding="utf-8"))["wordings"]["first_captions"]
+    chosen = sorted(random.Random(0).sample(range(len(listed)), 40))
+    images = pipe([listed[row].text for row in chosen], seed=chosen, **pipe.recommended).images
+    cards = []
+    for row, image in zip(chosen, images, strict=True):
+        seen = first[listed[row].text][0]
+        cards.append(labelled(labelled(image, listed[row].text), "" if seen in listed[row].accepted else f"({seen})"))
+    grid(cards, columns=8, gap=8).save(path, optimize=True)
 
 
 if __name__ == "__main__":

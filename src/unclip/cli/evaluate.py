@@ -123,7 +123,7 @@ def wordings(
 
     texts = read_wordings(listed or measures.find_judge(BUILT_IN_JUDGE) / "wordings.json")
     check_free(*([] if sheet is None else [sheet]), overwrite=asked.overwrite)
-    asked = replace(asked, num_seen=len(texts))
+    asked = replace(asked, num_seen=sum(bool(text.accepted) for text in texts))
     subject = prepare("wordings", UnCLIPPipeline, ["prior"], asked, how, sampling.given())
     more = {"batch_size": asked.batch_size, "seed": asked.seed, "sheet": sheet, "progress": subject.plan.progress}
     subject.finish(measure(subject.pipe, subject.judge, asked.data, texts, **more, **subject.settings))
