@@ -287,7 +287,7 @@ def test_a_download_and_what_can_go_wrong_with_it(tmp_path):
     assert "cannot be reached" in unknown[1]
     assert "go online once" in unknown[1]
     assert unknown_local[0] == "MissingFileError"
-    assert "only local files were asked for" in unknown_local[1]
+    assert "only local files were requested" in unknown_local[1]
 
 
 def test_other_failures_of_the_hub_are_checkpoint_errors(monkeypatch, tmp_path):

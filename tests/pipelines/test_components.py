@@ -37,8 +37,8 @@ from unclip import (
     UnsafeFileError,
     WeightsError,
 )
-from unclip.checkpoints.asked import IGNORED, REFUSED
 from unclip.checkpoints.layout import CLASSES, FURTHER
+from unclip.checkpoints.loading_arguments import IGNORED, REFUSED
 
 
 def picture(pipeline, few, seed=1):

@@ -129,7 +129,7 @@ def _download(
 
     place = None if cache_dir is None else os.fspath(cache_dir)
     download = functools.partial(huggingface_hub.snapshot_download, name, revision=revision, cache_dir=place)
-    why = "only local files were asked for"
+    why = "only local files were requested"
     try:
         if not local_files_only:
             try:

@@ -9,7 +9,7 @@ import typer
 from unclip.checkpoints.files import atomic_file, read_json
 from unclip.checkpoints.hub import BUILT_IN_JUDGE
 from unclip.cli import measures, options
-from unclip.cli.measures import Asked, How, prepare
+from unclip.cli.measures import ComputeOptions, MeasureOptions, prepare
 from unclip.cli.messages import note, warn
 from unclip.cli.options import argument, command, flag, option
 from unclip.cli.output import check_free
@@ -23,7 +23,7 @@ def evaluate_group() -> None:
 
 
 @dataclass(frozen=True)
-class FewAsked(Asked):
+class FewerCaptionsOptions(MeasureOptions):
     """Options of the slower measures, which use fewer captions.
 
     Attributes:
@@ -34,7 +34,7 @@ class FewAsked(Asked):
 
 
 @dataclass(frozen=True)
-class WordingsAsked(Asked):
+class WordingsOptions(MeasureOptions):
     """Options of `wordings`, which takes its captions from a list."""
 
     num_seen: int = 0
@@ -43,7 +43,7 @@ class WordingsAsked(Asked):
 
 
 @dataclass(frozen=True)
-class PriorAsked(Asked):
+class PriorOptions(MeasureOptions):
     """Options of `prior`, which needs no judge."""
 
     judge: str = BUILT_IN_JUDGE
@@ -52,7 +52,7 @@ class PriorAsked(Asked):
 
 
 @dataclass(frozen=True)
-class SweepAsked(FewAsked):
+class SweepOptions(FewerCaptionsOptions):
     """Options of `sweep`.
 
     Attributes:
@@ -66,10 +66,10 @@ class SweepAsked(FewAsked):
 @command(evaluate, "retrieval")
 def retrieval(
     *,
-    asked: Asked,
+    request: MeasureOptions,
     features: measures.Features = None,
     sampling: options.Sampling,
-    how: How,
+    compute: ComputeOptions,
 ) -> None:
     r"""Generate pictures of many captions; a judge retrieves the captions from them.
 
@@ -89,18 +89,20 @@ def retrieval(
     from unclip.evaluation.retrieval import retrieval as measure
     from unclip.pipelines.text_to_image import UnCLIPPipeline
 
-    subject = prepare("retrieval", UnCLIPPipeline, ["prior"], asked, how, sampling.given(), features=features)
-    subject.finish(measure(subject.pipe, subject.judge, subject.plan, features=subject.features, **subject.settings))
+    prepared = prepare("retrieval", UnCLIPPipeline, ["prior"], request, compute, sampling.given(), features=features)
+    prepared.finish(
+        measure(prepared.pipe, prepared.judge, prepared.plan, features=prepared.features, **prepared.settings)
+    )
 
 
 @command(evaluate, "wordings")
 def wordings(
     *,
-    asked: WordingsAsked,
+    request: WordingsOptions,
     listed: Annotated[Path | None, option("FILE", "--wordings", default="the built-in list, for emoji")] = None,
     sheet: Annotated[Path | None, option("FILE", default="no")] = None,
     sampling: options.Sampling,
-    how: How,
+    compute: ComputeOptions,
 ) -> None:
     r"""Generate pictures of free wordings ("a mug of hot coffee"); a judge names them.
 
@@ -122,19 +124,19 @@ def wordings(
     from unclip.pipelines.text_to_image import UnCLIPPipeline
 
     texts = read_wordings(listed or measures.find_judge(BUILT_IN_JUDGE) / "wordings.json")
-    check_free(*([] if sheet is None else [sheet]), overwrite=asked.overwrite)
-    asked = replace(asked, num_seen=len(texts))
-    subject = prepare("wordings", UnCLIPPipeline, ["prior"], asked, how, sampling.given())
-    more = {"batch_size": asked.batch_size, "seed": asked.seed, "sheet": sheet, "progress": subject.plan.progress}
-    subject.finish(measure(subject.pipe, subject.judge, asked.data, texts, **more, **subject.settings))
+    check_free(*([] if sheet is None else [sheet]), overwrite=request.overwrite)
+    request = replace(request, num_seen=len(texts))
+    prepared = prepare("wordings", UnCLIPPipeline, ["prior"], request, compute, sampling.given())
+    more = {"batch_size": request.batch_size, "seed": request.seed, "sheet": sheet, "progress": prepared.plan.progress}
+    prepared.finish(measure(prepared.pipe, prepared.judge, request.data, texts, **more, **prepared.settings))
 
 
 @command(evaluate, "variations")
 def variations(
     *,
-    asked: Asked,
+    request: MeasureOptions,
     decoding: options.Decoding,
-    how: How,
+    compute: ComputeOptions,
 ) -> None:
     r"""Make variations of real pictures; a judge retrieves their captions.
 
@@ -149,16 +151,16 @@ def variations(
     from unclip.evaluation.retrieval import variations as measure
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline as Pipeline
 
-    subject = prepare("variations", Pipeline, ["image_encoder"], asked, how, decoding.given())
-    subject.finish(measure(subject.pipe, subject.judge, subject.plan, **subject.settings))
+    prepared = prepare("variations", Pipeline, ["image_encoder"], request, compute, decoding.given())
+    prepared.finish(measure(prepared.pipe, prepared.judge, prepared.plan, **prepared.settings))
 
 
 @command(evaluate, "prior")
 def prior(
     *,
-    asked: PriorAsked,
+    request: PriorOptions,
     sampling: options.PriorSampling,
-    how: How,
+    compute: ComputeOptions,
 ) -> None:
     r"""Compare the prior's image embeddings with the true ones.
 
@@ -174,17 +176,17 @@ def prior(
     from unclip.pipelines.text_to_image import UnCLIPPipeline
 
     needed, given = ["prior", "image_encoder"], sampling.given()
-    subject = prepare("prior", UnCLIPPipeline, needed, asked, how, given, judged=False, task="sampling")
-    subject.finish(measure(subject.pipe, subject.judge, subject.plan, **subject.settings))
+    prepared = prepare("prior", UnCLIPPipeline, needed, request, compute, given, judged=False, task="sampling")
+    prepared.finish(measure(prepared.pipe, prepared.judge, prepared.plan, **prepared.settings))
 
 
 @command(evaluate, "decoder")
 def decoder(
     *,
-    asked: FewAsked,
+    request: FewerCaptionsOptions,
     captions: Annotated[bool, flag("--captions")] = False,
     decoding: options.Decoding,
-    how: How,
+    compute: ComputeOptions,
 ) -> None:
     r"""Reconstruct real pictures from their true embeddings.
 
@@ -203,17 +205,17 @@ def decoder(
     from unclip.evaluation.stages import decoder as measure
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline as Pipeline
 
-    subject = prepare("decoder", Pipeline, ["image_encoder"], asked, how, decoding.given(), task="decoding")
-    own = Judge.load(subject.folder, subject.pipe.device)
-    subject.finish(measure(subject.pipe, own, subject.judge, subject.plan, captions=captions, **subject.settings))
+    prepared = prepare("decoder", Pipeline, ["image_encoder"], request, compute, decoding.given(), task="decoding")
+    own = Judge.load(prepared.folder, prepared.pipe.device)
+    prepared.finish(measure(prepared.pipe, own, prepared.judge, prepared.plan, captions=captions, **prepared.settings))
 
 
 @command(evaluate, "sweep")
 def sweep(
     *,
-    asked: SweepAsked,
+    request: SweepOptions,
     features: measures.Features = None,
-    lists: measures.Lists,
+    values: measures.SweepValues,
     precision: options.Precision,
     quiet: options.Quiet = False,
 ) -> None:
@@ -229,7 +231,7 @@ def sweep(
         unclip evaluate sweep --data data/emoji --sampler ancestral,ddim,dpm \
           --decoder-steps 4,8,16,32 --num-seen 50 --out samplers.json
     """
-    measures.run_sweep(lists, asked, How(precision=precision, quiet=quiet), features)
+    measures.run_sweep(values, request, ComputeOptions(precision=precision, quiet=quiet), features)
 
 
 @command(evaluate, "report")

@@ -51,7 +51,7 @@ EXAMPLES = options.examples(
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the process to end. As a KeyboardInterrupt it lets temporary files be removed first."""
+    """A signal to end the process. It is a KeyboardInterrupt, so that temporary files are removed first."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -131,8 +131,8 @@ app = typer.Typer(
 )
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(requested: bool) -> None:
+    if requested:
         print(f"unclip {__version__}")
         raise typer.Exit
 

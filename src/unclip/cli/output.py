@@ -159,7 +159,7 @@ class PictureWriter:
         return self.write(stem, ".png", lambda draft: image.save(draft, format="PNG", pnginfo=texts))
 
     def write(self, stem: str, suffix: str, writer: Callable[[Path], None]) -> Path:
-        """Have `writer` write the file `stem` + `suffix`, atomically, and return its path.
+        """Write the file `stem` + `suffix` atomically by `writer`, and return its path.
 
         Raises: OutputError when it cannot be written; InputError when `out` names one file and that is written already.
         """
@@ -193,7 +193,7 @@ class PictureWriter:
     def save_sheet(
         self, stem: str, facts: Mapping[str, Any], *, columns: int | None = None, labels: Sequence[str] | None = None
     ) -> None:
-        """If asked for, write the sheet of all pictures, with labels if given, and print its path."""
+        """If requested, write the sheet of all pictures, with labels if given, and print its path."""
         from unclip.images import grid, labelled
 
         if self.kept and self.output.grid:

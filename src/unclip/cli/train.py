@@ -45,7 +45,7 @@ def train(
     """
     from unclip.pipelines.session import silence
     from unclip.training.recipe import read_recipe
-    from unclip.training.sharding import asked_by_launcher
+    from unclip.training.sharding import requested_by_launcher
     from unclip.training.task import make_task, settled
     from unclip.training.trainer import Trainer
 
@@ -53,7 +53,7 @@ def train(
         raise typer.BadParameter("name the run's folder with --out RUN, or give --dry-run")
     silence(downloads=True)
     keep_freed_memory()
-    settings = settled(read_recipe(recipe, steps=steps, shard=asked_by_launcher() or None))
+    settings = settled(read_recipe(recipe, steps=steps, shard=requested_by_launcher() or None))
     if out is None or dry_run:
         tell_cost(settings)
         return

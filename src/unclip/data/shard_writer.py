@@ -72,15 +72,15 @@ class Unfinished:
 
     Args:
         out: the final folder; it must not exist, or must be empty.
-        asked: the settings on which the shards depend.
+        settings: the settings on which the shards depend.
 
     Raises: OutputExistsError when `out` is not empty, or the unfinished shards have other settings.
     """
 
-    def __init__(self, out: Path, asked: Mapping[str, Any]):
+    def __init__(self, out: Path, settings: Mapping[str, Any]):
         self.out, self.folder = output_path(out), unfinished_folder(out)
         self._check_out()
-        self._asked, self.portions = dict(asked), self._read(dict(asked)) if self.folder.exists() else []
+        self._settings, self.portions = dict(settings), self._read(dict(settings)) if self.folder.exists() else []
         for path in self.folder.glob("*.tar"):  # incomplete, or written before the state
             if path.name not in self.shards:
                 path.unlink()
@@ -119,7 +119,7 @@ class Unfinished:
         if portion.count:
             about = {"num_samples": portion.count, "content": portion.content, "broken": dict(broken)}
             self.portions.append(about | {"shard": name, "num_bytes": size})
-            write_json(self.folder / STATE, {"asked": self._asked, "portions": self.portions})
+            write_json(self.folder / STATE, {"asked": self._settings, "portions": self.portions})
 
     def finish(self) -> None:
         """Rename the folder to `out`."""
@@ -139,7 +139,7 @@ class Unfinished:
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise OutputExistsError(f"{self.out} exists already; name another place")
 
-    def _read(self, asked: dict[str, Any]) -> list[dict[str, Any]]:
+    def _read(self, settings: dict[str, Any]) -> list[dict[str, Any]]:
         if not (self.folder / STATE).is_file():
             is_ours = self.folder.is_dir() and all(
                 path.name.startswith(TEMPORARY_PREFIX) for path in self.folder.iterdir()
@@ -150,8 +150,8 @@ class Unfinished:
                 )
             return []
         state = read_json(self.folder / STATE, limit_bytes=STATE_LIMIT_BYTES)
-        if state.get("asked") != asked:
-            changed = [name for name, value in asked.items() if state.get("asked", {}).get(name) != value]
+        if state.get("asked") != settings:
+            changed = [name for name, value in settings.items() if state.get("asked", {}).get(name) != value]
             raise OutputExistsError(
                 f"{self.folder} was started with another {', '.join(changed)}; use the same, or remove it"
             )

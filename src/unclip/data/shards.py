@@ -47,12 +47,12 @@ class Prefetch(Iterator[T]):
 
     def __init__(self, items: Iterator[T], should_stop: Callable[[], bool] = lambda: False) -> None:
         self._should_stop = should_stop
-        self._asked, self._made = queue.SimpleQueue[bool](), _Made()
+        self._requests, self._made = queue.SimpleQueue[bool](), _Made()
         # The thread knows only the queues, so that deleting this object ends it.
-        about = (items, self._asked, self._made)
+        about = (items, self._requests, self._made)
         self._thread = threading.Thread(target=_make, args=about, name="unclip-read", daemon=True)
         self._thread.start()
-        self._asked.put(True)
+        self._requests.put(True)
 
     def __next__(self) -> T:
         while True:
@@ -65,20 +65,20 @@ class Prefetch(Iterator[T]):
         if error is not None:
             self._made.put((None, error))  # every later call raises it too
             raise error
-        self._asked.put(True)
+        self._requests.put(True)
         return item
 
     def close(self) -> None:
         """End the thread, and close `items`. A thread that hangs is abandoned."""
-        self._asked.put(False)
+        self._requests.put(False)
         self._thread.join(PARTING_S)
 
     def __del__(self) -> None:
-        self._asked.put(False)
+        self._requests.put(False)
 
 
-def _make(items: Iterator[Any], asked: queue.SimpleQueue[bool], made: _Made) -> None:
-    while asked.get():
+def _make(items: Iterator[Any], requests: queue.SimpleQueue[bool], made: _Made) -> None:
+    while requests.get():
         try:
             made.put((next(items), None))
         except BaseException as error:  # StopIteration too
@@ -97,7 +97,7 @@ UNPACKERS: dict[bytes, Any] = {rb"\x1f\x8b": gzip.open, rb"BZh\d1AY&SY": bz2.ope
 """How a compressed shard is read, by a pattern of its first bytes."""
 EMBEDDING = "img_emb.npy"
 WAITS_S = (2.0, 8.0, 20.0)
-"""Before a URL is asked again, the first time, the second, the last: networks fail for a while."""
+"""Waiting times before the attempts to read a URL again, because networks fail for a while."""
 FIRST_WAITS_S = (0.4, 0.8, 1.6)
 """The same while nothing at all was read yet: then it is rather the address that is wrong."""
 TIMEOUT_S = 60.0

@@ -14,9 +14,9 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from unclip.checkpoints.asked import settled
 from unclip.checkpoints.files import output_folder, read_json, safe_join, write_json
 from unclip.checkpoints.hub import resolve
+from unclip.checkpoints.loading_arguments import accepted_arguments
 from unclip.diffusion import scheduler_config as _settings
 from unclip.diffusion.loop import NoiseSource
 from unclip.diffusion.process import DiffusionProcess
@@ -267,7 +267,7 @@ class Scheduler(ABC):
             CheckpointError: the file is missing or cannot be read.
             ConfigError: see `from_config`.
         """
-        overrides = settled(overrides, cls.from_pretrained, None)
+        overrides = accepted_arguments(overrides, cls.from_pretrained, None)
         file = CONFIG_NAME if subfolder is None else f"{subfolder}/{CONFIG_NAME}"
         folder = resolve(
             name_or_folder,

@@ -101,7 +101,7 @@ def wordings(
     made: list[Image.Image] = []
     for rows, seeds in batches(len(listed), batch_size, seed=seed, progress=progress):
         made += pipeline([wording.text for wording in listed[rows]], seed=seeds, **call).images  # pyright: ignore
-    scores = judge.look(made) @ candidates.known.T
+    scores = judge.look(made) @ candidates.embeddings.T
     first = [
         [candidates.captions[i] for i in row] for row in scores.topk(min(5, scores.shape[1]), dim=1).indices.tolist()
     ]

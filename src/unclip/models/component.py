@@ -10,10 +10,10 @@ from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from unclip.checkpoints.asked import asked_type, settled
 from unclip.checkpoints.files import atomic_file, json_bytes, output_folder, read_json, safe_join, sync
 from unclip.checkpoints.hub import resolve
 from unclip.checkpoints.layout import API_VERSION
+from unclip.checkpoints.loading_arguments import accepted_arguments, weights_type
 from unclip.checkpoints.weights import load_into, open_weights, save_weights, state_of, stored_type
 from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError
 from unclip.limits import Range, check_fields
@@ -248,8 +248,8 @@ class Component(nn.Module, Generic[C]):
             ConfigError: config.json describes another class, or something that is not implemented.
             CheckpointError: a file is missing, unsafe or broken, or its weights do not fit the configuration.
         """
-        settled(others, cls.from_pretrained)
-        asked = asked_type(torch_dtype if dtype is None else dtype, use_safetensors)
+        accepted_arguments(others, cls.from_pretrained)
+        requested = weights_type(torch_dtype if dtype is None else dtype, use_safetensors)
         folder = resolve(
             name_or_folder,
             revision=revision,
@@ -267,9 +267,9 @@ class Component(nn.Module, Generic[C]):
             raise ConfigError(f"{folder} holds a {name}, not a {cls.__name__}, as its config.json says; use that class")
         with torch.device("meta"):
             model = cls.from_config(settings)
-        if isinstance(asked, str):
-            asked = stored_type(open_weights(folder, stem=cls.weights_stem, variant=variant))
-        dtype = asked or torch.float32  # whatever torch's default type is
+        if isinstance(requested, str):
+            requested = stored_type(open_weights(folder, stem=cls.weights_stem, variant=variant))
+        dtype = requested or torch.float32  # whatever torch's default type is
         load_into(model, folder, stem=cls.weights_stem, variant=variant, dtype=dtype, passed_over=cls.tables)
         return model.eval()
 

@@ -172,16 +172,16 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
             output.images = known.with_transparency(output.images)
         return output if return_dict else output.to_tuple()
 
-    def _embedding_source(self, asked: str | None, prompt: Any, image_embeddings: Tensor | None) -> str:
+    def _embedding_source(self, requested: str | None, prompt: Any, image_embeddings: Tensor | None) -> str:
         """The source of the image embeddings: "prompt", "image" or "given"."""
         if image_embeddings is not None:
-            if asked is not None:
+            if requested is not None:
                 raise InputError("give image_embeddings or embedding_from, not both")
             check_embeddings(image_embeddings, self.prior.config.embedding_dim)
             return "given"
-        if asked is not None and asked not in EMBEDDING_SOURCES:
-            raise InputError(f"embedding_from is {asked!r}; it must be one of 'prompt', 'image'")
-        source = asked or ("image" if prompt is None else "prompt")
+        if requested is not None and requested not in EMBEDDING_SOURCES:
+            raise InputError(f"embedding_from is {requested!r}; it must be one of 'prompt', 'image'")
+        source = requested or ("image" if prompt is None else "prompt")
         if source == "prompt" and prompt is None:
             raise InputError("embedding_from is 'prompt', but there is no prompt")
         if source == "image" and self.image_encoder is None:

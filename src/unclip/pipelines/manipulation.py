@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from unclip.checkpoints.asked import settled
+from unclip.checkpoints.loading_arguments import accepted_arguments
 from unclip.clip.encoders import TextEmbedding
 from unclip.diffusion.loop import NoiseSource, following_seed, generators_from_seed
 from unclip.diffusion.scheduler import DDIMScheduler
@@ -69,7 +69,7 @@ class Manipulator(ModelFiles):
         """
         of_text, of_variation = UnCLIPPipeline.component_names(), UnCLIPImageVariationPipeline.component_names()
         own = [*inspect.signature(UnCLIPPipeline.from_pretrained).parameters][1:-1]
-        options = settled(options, cls.from_pretrained, [*own, *of_text, *of_variation])
+        options = accepted_arguments(options, cls.from_pretrained, [*own, *of_text, *of_variation])
         for_text = {name: each for name, each in options.items() if name in of_text or name not in of_variation}
         text = UnCLIPPipeline.from_pretrained(name_or_folder, **for_text)
         shared = {name: part for name, part in text.components.items() if name in of_variation}

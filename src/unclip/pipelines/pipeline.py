@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from unclip.checkpoints.asked import asked_type, settled
 from unclip.checkpoints.files import atomic_folder, read_json, safe_join, write_json
 from unclip.checkpoints.hub import resolve
 from unclip.checkpoints.layout import API_VERSION, CLASSES, CONCEPTS_FILE, FURTHER, ProbeFile
+from unclip.checkpoints.loading_arguments import accepted_arguments, weights_type
 from unclip.checkpoints.recommended import Recommended, read_recommended, write_recommended
 from unclip.checkpoints.weights import offload_hooks, original, state_of
 from unclip.clip.concepts import Concepts
@@ -177,7 +177,7 @@ class Pipeline:
             CheckpointError: something is missing, broken or unsafe; the message names the component.
             ConfigError: a component is of an unknown class, or does not fit the others.
         """
-        parts = settled(components, cls.from_pretrained, cls.component_names())
+        parts = accepted_arguments(components, cls.from_pretrained, cls.component_names())
         types = _types(torch_dtype if dtype is None else dtype, use_safetensors)
         device = _one_device(device_map)
         folder = resolve(
@@ -466,14 +466,14 @@ def _class_name(index: Mapping[str, Any], name: str, pipeline: str, folder: Path
     return entry[1]
 
 
-def _types(asked: Any, use_safetensors: bool | None) -> dict[str, torch.dtype | str | None]:
+def _types(torch_dtype: Any, use_safetensors: bool | None) -> dict[str, torch.dtype | str | None]:
     """The types of the weights by component, and "default" for all others."""
-    given = asked if isinstance(asked, Mapping) else {"default": asked}
+    given = torch_dtype if isinstance(torch_dtype, Mapping) else {"default": torch_dtype}
     for name in given:
         if name not in {"default", *CLASSES, *FURTHER}:
             raise InputError(f"torch_dtype has a type for {name!r}, which no pipeline has; all others: 'default'")
-    asked_type(None, use_safetensors)
-    return {name: asked_type(one) for name, one in given.items()}
+    weights_type(None, use_safetensors)
+    return {name: weights_type(one) for name, one in given.items()}
 
 
 def _one_device(device_map: Any) -> torch.device | None:

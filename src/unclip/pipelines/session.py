@@ -74,8 +74,8 @@ class Compute:
 class Session:
     """One model with its settings, and the pipelines that are loaded from it.
 
-    Opening a session reads no weights. Each kind of pipeline is loaded when it is first asked for, and uses the parts
-    that are loaded already. Several threads may use one session: loading is serialized, and calls of a pipeline change
+    Opening a session reads no weights. Each kind of pipeline is loaded when it is first needed, and shares the parts
+    that were loaded before. Several threads may use one session: loading is serialized, and calls of a pipeline change
     nothing in it. `sampler_switch` does change the pipeline, for all threads.
 
     Args:
@@ -309,7 +309,7 @@ def read_texts(path: Path) -> dict[str, Any]:
 
 
 def silence(*, downloads: bool) -> None:
-    """Turn off progress bars and advice of transformers, and the download bars of the hub client if asked."""
+    """Turn off progress bars and advice of transformers, and the download bars of the hub client if requested."""
     from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging
 

@@ -118,8 +118,8 @@ def _further(runs: Sequence[Path | tuple[Path, int]]) -> dict[str, Any]:
     if len(runs) > len(FURTHER_SUPER_RES):
         raise InputError(f"there are {len(runs)} further super-resolution stages; at most {len(FURTHER_SUPER_RES)}")
     components: dict[str, Any] = {}
-    for stage, asked in zip(FURTHER_SUPER_RES, runs, strict=False):
-        run, size_px = asked if isinstance(asked, tuple) else (asked, None)
+    for stage, given in zip(FURTHER_SUPER_RES, runs, strict=False):
+        run, size_px = given if isinstance(given, tuple) else (given, None)
         there = stage if (_model(run) / f"{stage}_first").is_dir() else "super_res"
         components[f"{stage}_scheduler"] = _read(run, stage, f"{there}_scheduler", "UnCLIPScheduler")
         for part in ["first"] + ["last"] * (_model(run) / f"{there}_last").is_dir():

@@ -382,8 +382,8 @@ def _start(folder: Path, settings: ClipSettings) -> PretrainedClip:
         "image_heads": image.num_attention_heads, "text_config": {}, "image_config": {},
     }  # fmt: skip
     default = vars(ClipSettings())
-    asked = {name: value for name, value in vars(settings).items() if name in found and value != default[name]}
-    other = differences(found, asked)
+    requested = {name: value for name, value in vars(settings).items() if name in found and value != default[name]}
+    other = differences(found, requested)
     refuse(other, f"the recipe's CLIP differs from the one in {folder}: {other}. Remove these settings")
     return clip
 

@@ -22,15 +22,15 @@ UNITS = (PriorBlock, ResnetBlock, AddedKeyValueAttention, CLIPEncoderLayer)
 LAUNCHER_FLAG = "ACCELERATE_USE_FSDP"
 
 
-def asked_by_launcher() -> bool:
+def requested_by_launcher() -> bool:
     """Whether `accelerate launch --use_fsdp` started this process. The call removes the launcher's flag.
 
     With the flag set, accelerate would wrap the module itself (only on accelerators, and only its `forward`), and
     transformers would not load the frozen CLIP's weights except in the first process.
     """
-    asked = parse_flag_from_env(LAUNCHER_FLAG)
+    requested = parse_flag_from_env(LAUNCHER_FLAG)
     os.environ.pop(LAUNCHER_FLAG, None)
-    return asked
+    return requested
 
 
 def sharded(module: nn.Module, device: torch.device) -> nn.Module:

@@ -67,7 +67,7 @@ class Teacher:
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # similar lengths together: less padding
         parts = [order[start : start + AT_ONCE] for start in range(0, len(order), AT_ONCE)]
         found = []
-        for part in progress(parts, desc="reading by the teacher", unit="batch") if progress else parts:
+        for part in progress(parts, desc="encoding by the teacher", unit="batch") if progress else parts:
             some = [texts[row] for row in part]
             how: dict[str, Any] = {"padding": True, "truncation": True, "max_length": MAX_TOKENS}
             tokens = self.tokenizer(some, return_tensors="pt", **how).to(self.device)

@@ -89,7 +89,7 @@ class EvaluationSet:
         """Whether captions name combinations (see `unclip.data.emoji.compose`), not single concepts."""
         return all(record.style == COMPOSED_STYLE for record in self.concepts)
 
-    def asked(self, group: str) -> list[str]:
+    def captions_of(self, group: str) -> list[str]:
         """The bare captions of a group."""
         return [bare_caption(record) for record in self.groups[group]]
 

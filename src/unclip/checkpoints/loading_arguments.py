@@ -54,7 +54,9 @@ REFUSED = {
 """Arguments of diffusers' `from_pretrained` that unclip does not support, with the alternative."""
 
 
-def settled(arguments: Mapping[str, Any], method: Any, others: Collection[str] | None = ()) -> dict[str, Any]:
+def accepted_arguments(
+    arguments: Mapping[str, Any], method: Any, others: Collection[str] | None = ()
+) -> dict[str, Any]:
     """Remove the arguments that unclip ignores, with one warning, and return the rest.
 
     Args:
@@ -88,7 +90,7 @@ def settled(arguments: Mapping[str, Any], method: Any, others: Collection[str] |
     return left
 
 
-def asked_type(torch_dtype: Any, use_safetensors: object = None) -> torch.dtype | str | None:
+def weights_type(torch_dtype: Any, use_safetensors: object = None) -> torch.dtype | str | None:
     """The requested type of the weights: a torch dtype, "auto" (the type in the file), or None for float32.
 
     Args:
