@@ -71,7 +71,7 @@ def retrieval(
     sampling: options.Sampling,
     compute: ComputeOptions,
 ) -> None:
-    r"""Generate pictures of many captions; a judge retrieves the captions from them.
+    r"""Generate pictures of many captions, and let a judge retrieve the captions.
 
     The judge ranks the captions of all concepts for each picture, or of all composed pictures ("a cat left of a star").
     The report has the share of pictures whose caption comes first, or among the first five, separately for captions
@@ -100,11 +100,11 @@ def wordings(
     *,
     request: WordingsOptions,
     listed: Annotated[Path | None, option("FILE", "--wordings", default="the built-in list, for emoji")] = None,
-    sheet: Annotated[Path | None, option("FILE", default="no")] = None,
+    sheet: Annotated[Path | None, option("FILE", default="not written")] = None,
     sampling: options.Sampling,
     compute: ComputeOptions,
 ) -> None:
-    r"""Generate pictures of free wordings ("a mug of hot coffee"); a judge names them.
+    r"""Generate pictures of free wordings ("a mug of hot coffee"), which a judge recognises.
 
     The judge ranks the captions of all concepts for each picture. The report has the share of pictures whose first
     caption, or one of the first five, is accepted for the wording: for all wordings and for each kind. A wording may
@@ -138,7 +138,7 @@ def variations(
     decoding: options.Decoding,
     compute: ComputeOptions,
 ) -> None:
-    r"""Make variations of real pictures; a judge retrieves their captions.
+    r"""Make variations of real pictures, and let a judge retrieve their captions.
 
     The report has the retrieval of captions, as for generated pictures, and the distance of each variation from its
     picture: in the judge's space and in pixels.
@@ -191,10 +191,10 @@ def decoder(
     r"""Reconstruct real pictures from their true embeddings.
 
     The report has the similarity of the decoded and the real picture: by cosine in the model's own CLIP and in the
-    judge's, and in pixels, before and after super-resolution. No prior can restore what is lost here.
+    judge's, and in pixels, before and after super-resolution. A prior cannot restore what the decoder loses.
 
     Args:
-        captions: Also give the decoder the caption, as in text to image.
+        captions: Also condition the decoder on the caption, as in text to image.
 
     Examples:
         unclip evaluate decoder --data data/emoji --out decoder.json

@@ -1,4 +1,4 @@
-"""`unclip generate`: pictures from captions."""
+"""`unclip generate`: make pictures from captions."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -29,7 +29,7 @@ def generate(
     sampling: options.Sampling,
     common: options.Common,
 ) -> None:
-    """Make pictures from captions.
+    """Make make pictures from captions.
 
     Each picture becomes a PNG file named after its caption and seed. The file also records how it was made, so that
     `unclip rerun` can make it again. The paths are printed to stdout, one on each line.

@@ -89,7 +89,7 @@ class Commands(TyperGroup):
             except (typer.Exit, typer.Abort, typer.TyperException):
                 raise  # typer's own ways to leave, wrong usage among them
             except KeyboardInterrupt as problem:
-                note("stopped; what was finished stays")
+                note("stopped; finished results are kept")
                 raise typer.Exit(problem.exit_code if isinstance(problem, Stopped) else INTERRUPTED) from problem
             except (UnclipError, OSError) as problem:
                 if (ctx.params.get("debug") or says_more()) and not isinstance(problem, BrokenPipeError):
@@ -106,7 +106,7 @@ class Commands(TyperGroup):
 
 
 def _code_of(problem: OSError) -> int:
-    """Say what went wrong with a file or with stdout. Returns the exit code."""
+    """Print an error of a file or of stdout. Returns: the exit code."""
     lost = flush(sys.stdout)
     if lost is not None or isinstance(problem, BrokenPipeError):
         return _code_of_stdout(lost or problem)
@@ -170,7 +170,7 @@ def show_help(
     ctx: typer.Context,
     command: Annotated[list[str] | None, options.argument("[COMMAND]")] = None,
 ) -> None:
-    """Show the help of a command, as --help after it does.
+    """Show the help of a command, like COMMAND --help.
 
     Args:
         command: A command, as in: data pack

@@ -55,7 +55,7 @@ class MeasureOptions:
     judge: Annotated[str, option("DIR")] = BUILT_IN_JUDGE
     num_seen: Annotated[int, option("N", min=1)] = 200
     num_held_out: Annotated[int | None, option("N", default="all", min=0)] = None
-    sheet: Annotated[Path | None, option("PREFIX", default="no")] = None
+    sheet: Annotated[Path | None, option("PREFIX", default="not written")] = None
     seed: Annotated[int, option("N", min=0, max=2**32)] = 0
     batch_size: options.BatchSize = 16
     overwrite: Overwrite = False
@@ -63,7 +63,7 @@ class MeasureOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeOptions:
-    """The sampler, the device and what is printed."""
+    """Options of the computation and of the output."""
 
     sampler: options.Sampler = None
     precision: options.Precision
@@ -124,7 +124,7 @@ def prepare(
     session = Session(request.model, compute.precision, sampler=compute.sampler, progress=not compute.quiet)
     for component in needed:
         if component not in session.index:
-            raise CheckpointError(f"{request.model} has no {component}, so it cannot be measured by its {name}")
+            raise CheckpointError(f"{request.model} has no {component}, which this measure ({name}) needs")
 
     from unclip.evaluation.inception import InceptionFeatures
     from unclip.evaluation.retrieval import Judge, Plan
@@ -319,7 +319,7 @@ def _resumed(out: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
     for key, value in about.items():
         if key not in ("unclip", "model", "judge", "data") and before.get(key) != value:
             raise OutputExistsError(
-                f"{out} is of another sweep: its {key} is {before.get(key)!r}, now {value!r}; use another name, or "
+                f"{out} contains another sweep: its {key} is {before.get(key)!r}, not {value!r}; use another name, or "
                 "give --overwrite to start again"
             )
     return _points_of(out)

@@ -1,4 +1,4 @@
-"""Error messages about a wrong command line, in place of those of typer's validator."""
+"""Print error messages about a wrong command line, in place of those of typer."""
 
 import io
 import os
@@ -33,8 +33,8 @@ def say_usage(problem: typer.TyperException) -> None:
     text = io.StringIO()
     try:
         problem.show(text)  # type: ignore[attr-defined]
-        told = re.sub(r"^Error: ", "error: ", text.getvalue(), flags=re.MULTILINE)
-        print(printable(told), file=sys.stderr, end="", flush=True)
+        message = re.sub(r"^Error: ", "error: ", text.getvalue(), flags=re.MULTILINE)
+        print(printable(message), file=sys.stderr, end="", flush=True)
     except OSError:
         drop(sys.stderr)
 

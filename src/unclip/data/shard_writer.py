@@ -66,7 +66,7 @@ class Portion:
 
 
 class Unfinished:
-    """The shards of a folder `out` that is not complete: one for each portion of the samples that has readable ones.
+    """The shards of an incomplete folder `out`: one for each portion of the samples that has readable ones.
 
     A shard is written atomically. It counts once the state file beside it records its portion.
 
@@ -103,7 +103,7 @@ class Unfinished:
         if (portion.count, portion.content) != (done["num_samples"], done["content"]):
             first = sum(earlier["num_samples"] for earlier in self.portions[:number])
             raise DataError(
-                f"the data have changed since {self.folder} was started: they differ from sample {first:,} on; "
+                f"the data have changed since {self.folder} was started: samples from number {first:,} on differ; "
                 "remove that folder to start again"
             )
         return done["broken"]
@@ -137,7 +137,7 @@ class Unfinished:
 
     def _check_out(self) -> None:
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise OutputExistsError(f"{self.out} exists already; name another place")
+            raise OutputExistsError(f"{self.out} exists; choose another --out")
 
     def _read(self, settings: dict[str, Any]) -> list[dict[str, Any]]:
         if not (self.folder / STATE).is_file():
@@ -145,15 +145,14 @@ class Unfinished:
                 path.name.startswith(TEMPORARY_PREFIX) for path in self.folder.iterdir()
             )
             if not is_ours:
-                raise OutputExistsError(
-                    f"{self.folder} exists already, without {STATE}; remove it, or name another --out"
-                )
+                raise OutputExistsError(f"{self.folder} exists but has no {STATE}; remove it, or choose another --out")
             return []
         state = read_json(self.folder / STATE, limit_bytes=STATE_LIMIT_BYTES)
         if state.get("asked") != settings:
             changed = [name for name, value in settings.items() if state.get("asked", {}).get(name) != value]
             raise OutputExistsError(
-                f"{self.folder} was started with another {', '.join(changed)}; use the same, or remove it"
+                f"{self.folder} was started with other settings ({', '.join(changed)}); use the same "
+                "ones, or remove the folder"
             )
         return list(itertools.takewhile(self._is_whole, state["portions"]))
 

@@ -72,7 +72,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Judge:
-    """A CLIP that ranks captions for a picture: one that the model was not trained with, or the model's own."""
+    """A CLIP that ranks captions for a picture: a CLIP that the model was not trained with, or its own."""
 
     text: TextEncoder
     image: ImageEncoder
@@ -116,7 +116,7 @@ class Candidates:
 
     @classmethod
     def read_by(cls, judge: Judge, captions: Sequence[str]) -> "Candidates":
-        """The captions with their embeddings by a judge."""
+        """The distinct captions, embedded by a judge."""
         once = list(dict.fromkeys(captions))
         return cls(once, judge.read(once))
 

@@ -1,4 +1,4 @@
-"""The measure of free wordings: whether a picture of "a mug of hot coffee" shows an accepted concept.
+"""Measure whether pictures of free wordings, such as "a mug of hot coffee", show an accepted concept.
 
 A list gives the accepted concepts of each wording. A judge ranks the captions of all concepts for each picture.
 """
@@ -70,7 +70,7 @@ def wordings(
 ) -> dict[str, Any]:
     """How often the judge's first caption, or one of its first five, is accepted.
 
-    Of a model with a list of concepts, also how often wordings and nonsense are reported as unknown.
+    For a model with a list of concepts, also how often wordings and nonsense are reported as unknown.
 
     Args:
         pipeline: the model.

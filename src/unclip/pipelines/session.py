@@ -46,7 +46,7 @@ P = TypeVar("P", bound="GenerationPipeline")
 
 @dataclass(frozen=True)
 class Compute:
-    """Where a model computes, and in which precision.
+    """The device and the precision of the computation.
 
     Attributes:
         dtype: type of the weights: "float32", "bfloat16" or "float16".
@@ -62,12 +62,12 @@ class Compute:
 
     @property
     def tile_fact(self) -> dict[str, int]:
-        """What the metadata of pictures and latents says of the tile."""
+        """The tile in the metadata of pictures and latents."""
         return {} if self.tile is None else {TILE: self.tile}
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the metadata of pictures says of the computation."""
+        """The device and the precision in the metadata of pictures."""
         return {**self.tile_fact, "dtype": str(self.dtype)}
 
 
@@ -157,7 +157,7 @@ class Session:
     def metadata(
         self, pipe: "Pipeline", settings: Mapping[str, Any], call: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """What the files of all pictures of a call say of the model, the settings, the software and the device.
+        """The metadata of all pictures of a call: the model, the settings, the software and the device.
 
         Args:
             pipe: the pipeline that makes the pictures.
@@ -189,7 +189,7 @@ class Session:
 
 
 def model_name(name: str) -> str:
-    """The model as metadata records it: of a folder only its own name, without its place on this machine."""
+    """The model's name in metadata: for a folder, its own name without the path."""
     return Path(name).resolve().name if os.path.isdir(name) else name
 
 
@@ -207,7 +207,7 @@ def pick_device(name: str) -> "torch.device":
     if found is not None:
         has += [found.type, *(f"{found.type}:{i}" for i in range(torch.accelerator.device_count()))]
     if name not in has:
-        raise InputError(f"the device is {name!r}; this machine has {', '.join(has)}")
+        raise InputError(f"the device is {name!r}; available devices: {', '.join(has)}")
     return torch.device(name)
 
 

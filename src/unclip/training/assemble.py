@@ -162,5 +162,5 @@ def _model(run: Path) -> Path:
 def _read(run: Path, stage: str, name: str, class_name: str) -> Any:
     model = _model(run)
     if not (model / name).is_dir():
-        raise MissingFileError(f"{run} has neither model/{name} nor {name}: train {stage} there first")
+        raise MissingFileError(f"{run} has neither model/{name} nor {name}: train the stage {stage} first")
     return read_component(model, name, class_name, torch_dtype=None, variant=None)

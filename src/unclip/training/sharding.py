@@ -64,7 +64,7 @@ def is_sharded(module: nn.Module) -> bool:
 def leave_group(module: nn.Module) -> None:
     """Release the process group of a sharded module that is no longer used.
 
-    The device meshes and PyTorch's caches of sharded operations refer to the group. There is no public API for it.
+    The device meshes and PyTorch's caches of sharded operations refer to the group. PyTorch has no public API for it.
     """
     for mesh in {parameter.device_mesh for parameter in module.parameters() if isinstance(parameter, DTensor)}:
         getattr(mesh, "_pg_registry", {}).clear()
