@@ -17,7 +17,7 @@ from unclip.checkpoints.weights import offload_hooks
 from unclip.cli.inputs import read_part
 from unclip.cli.latents import ManipulationRun
 from unclip.cli.options import Common, Compute, Output
-from unclip.cli.probe import drawn
+from unclip.cli.probe import sampled
 from unclip.errors import InputError
 from unclip.images import open_image
 from unclip.models.pca import PrincipalComponents
@@ -671,13 +671,13 @@ def test_a_fit_on_some_of_the_pictures(unclip, model, data, files, kind):
 
 
 def test_drawn_at_random():
-    some = drawn(iter(range(10_000)), 500)
+    some = sampled(iter(range(10_000)), 500)
     assert len(set(some)) == 500
     assert 4_600 < sum(some) / 500 < 5_400  # five deviations of the mean are 645
     assert sum(place < 500 for place in some) < 60  # and of those that came first, 25
-    assert some == drawn(range(10_000), 500)
-    assert drawn(range(3), 5) == [0, 1, 2]
-    assert list(drawn(range(3), None)) == [0, 1, 2]
+    assert some == sampled(range(10_000), 500)
+    assert sampled(range(3), 5) == [0, 1, 2]
+    assert list(sampled(range(3), None)) == [0, 1, 2]
 
 
 def test_a_broken_picture_is_left_out_of_a_fit(unclip, model, data, files):

@@ -29,7 +29,7 @@ def generate(
     sampling: options.Sampling,
     common: options.Common,
 ) -> None:
-    """Make make pictures from captions.
+    """Make pictures from captions.
 
     Each picture becomes a PNG file named after its caption and seed. The file also records how it was made, so that
     `unclip rerun` can make it again. The paths are printed to stdout, one on each line.
