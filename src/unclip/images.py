@@ -53,7 +53,7 @@ _TURNS = {
 }
 """The operation that makes a picture upright, by its EXIF orientation."""
 _ORIENTED = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
-"""Keys of Pillow's metadata that may hold an orientation."""
+"""Keys of Pillow's metadata that may contain an orientation."""
 _CHUNK_ROWS = 256
 _filters = threading.Lock()
 

@@ -269,7 +269,7 @@ def test_a_download_and_what_can_go_wrong_with_it(tmp_path):
     assert empty[0] == "MissingFileError"
     assert "has no usable files (.json" in empty[1]
     assert variant[0] == "MissingFileError"
-    assert "there are: fp16" in variant[1]
+    assert "existing files: fp16" in variant[1]
     assert broken[0] == "MissingFileError"
     assert "cannot be reached" in broken[1]
 

@@ -213,7 +213,7 @@ def test_steps_of_several_stages_in_a_model_of_one(edit, photo):
         (["inpaint", "PHOTO", "--mask", "SMALL"], 1, "the mask is 8×8 pixels, its picture 32×32"),
         (["inpaint", "PHOTO", "--mask", "MASK", "--strength", "0"], 2, "--strength is 0"),
         (["inpaint", "PHOTO", "--mask", "MASK", "--resamples", "0"], 2, "resamples"),
-        (["inpaint", "PHOTO", "--mask", "MASK", "--super-res-steps", "2,x"], 2, "'2,x' is not a number"),
+        (["inpaint", "PHOTO", "--mask", "MASK", "--super-res-steps", "2,x"], 2, "'2,x' must be a number"),
         (["redraw", "PHOTO", "--prompt", "a cat", "--strength", "1"], 2, "below 1"),
         (["redraw", "PHOTO", "--prompt", "a cat", "--height", "30", "--width", "32"], 1, "height is 30"),
         (["redraw", "PHOTO", "--prompt", "a cat", "--height", "32"], 1, "height and width, or neither"),

@@ -469,8 +469,8 @@ def test_the_largest_seed(run):
 
 def test_edits_without_a_difference_or_a_picture(run):
     assert "difference is zero" in run("edit", "cat.png", "--from", "a cat", "--to", "a  cat").err
-    assert "no file" in run("edit", "a cat", "--from", "a", "--to", "b").err
-    assert "no file" in run("edit", "none.png", "--from", "a", "--to", "b").err
+    assert "does not exist" in run("edit", "a cat", "--from", "a", "--to", "b").err
+    assert "does not exist" in run("edit", "none.png", "--from", "a", "--to", "b").err
     assert run("edit", "cat.png", "--from", "a", "--to", "b", "--strength", 1.5).code == 2
 
 
@@ -785,10 +785,10 @@ def test_parts_of_a_command(files, monkeypatch):
     assert read_part("a:2.png", weighted=True).kind == "picture"
     assert read_part("x" * 5000).kind == "caption"
     for wrong in ("none.png", "none.safetensors", "none.jfif", "pics/cat.Image", "my pics\\cat.x2", "~/none.heic:2"):
-        with pytest.raises(InputError, match="no file"):
+        with pytest.raises(InputError, match="does not exist"):
             read_part(wrong, weighted=True)
     for slip in ("none.pgn", "none.jpgg", "none.jepg", "none.pn", "~", "~/cat", "./cat", "/cat", "c:\\cat"):
-        with pytest.raises(InputError, match=r"no file .*--caption"):
+        with pytest.raises(InputError, match=r"does not exist.*--caption"):
             read_part(slip)
         assert read_part(slip, caption=True).kind == "caption"
     with pytest.raises(InputError, match=r"did you mean 'cat\.png'"):
@@ -812,7 +812,7 @@ def test_parts_of_a_command(files, monkeypatch):
     (files / "data" / "lion.png").touch()
     with pytest.raises(InputError, match=r"did you mean 'data/lion\.png'"):
         read_part("data/lino.png")
-    with pytest.raises(InputError, match="no file"):
+    with pytest.raises(InputError, match="does not exist"):
         read_part("data/lion")
     for folder in ("data", "data/", ".", "data:0.5"):
         with pytest.raises(InputError, match="is a folder"):

@@ -398,7 +398,7 @@ def test_an_embedding_does_not_go_on_with_something_else(pictures, clip_model, t
         embed(other, clip_model, tmp_path / "out", per_shard=3)
     (tmp_path / "new.unfinished").mkdir()
     (tmp_path / "new.unfinished" / "mine.tar").touch()
-    with pytest.raises(OutputExistsError, match=r"without unfinished\.json; remove it"):
+    with pytest.raises(OutputExistsError, match=r"has no unfinished\.json; remove it"):
         embed(packed, clip_model, tmp_path / "new", per_shard=3)
     assert (tmp_path / "new.unfinished" / "mine.tar").exists()
 

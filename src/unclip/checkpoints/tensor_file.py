@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".safetensors"
 LIMIT_BYTES = 4 << 30
-"""The size limit of such a file, far above any real one."""
+"""The size limit of such a file, far above that of real files."""
 
 
 def write_tensor_file(

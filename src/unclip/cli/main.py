@@ -87,7 +87,7 @@ class Commands(TyperGroup):
             try:
                 return super().invoke(ctx)
             except (typer.Exit, typer.Abort, typer.TyperException):
-                raise  # typer's own ways to leave, wrong usage among them
+                raise  # typer's own exits, such as for wrong usage
             except KeyboardInterrupt as problem:
                 note("stopped; finished results are kept")
                 raise typer.Exit(problem.exit_code if isinstance(problem, Stopped) else INTERRUPTED) from problem
@@ -215,5 +215,5 @@ def main() -> None:
 
 
 def _stop(number: int, frame: object) -> None:
-    signal.signal(number, signal.SIG_IGN)  # nothing interrupts the removal of temporary files
+    signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the removal of temporary files
     raise Stopped(number)

@@ -164,5 +164,5 @@ def drop(stream: TextIO) -> None:
 def _say(text: str) -> None:
     try:
         print(printable(text), file=sys.stderr, flush=True)
-    except OSError:  # stderr is closed or the disk is full: results matter more than messages
+    except OSError:  # stderr is closed, or the disk is full: the command continues without messages
         drop(sys.stderr)

@@ -65,7 +65,7 @@ def train(
         note("this CPU has no instructions for bfloat16: training in float32, which is faster here")
     if trainer.step and is_verbose:
         note(f"continuing from step {trainer.step} of {settings.steps}")
-    lines = is_verbose and not (sys.stderr is not None and sys.stderr.isatty())  # a terminal has a bar instead
+    lines = is_verbose and not (sys.stderr is not None and sys.stderr.isatty())  # on a terminal, a bar is shown instead
     trainer.run(progress=progress, on_log=functools.partial(tell_step, settings) if lines else None)
     if first and trainer.skipped:
         some = "; ".join(f"{name}: {why}" for name, why in list(trainer.skipped.items())[:3])

@@ -41,7 +41,7 @@ def say_usage(problem: typer.TyperException) -> None:
 
 def _plain(found: dict[str, Any]) -> str:
     inner = found.get("ctx", {}).get("error")
-    if hasattr(inner, "errors"):  # of one value of several
+    if hasattr(inner, "errors"):  # the error concerns one of several values
         return _plain(inner.errors()[0])
     if found["type"] in PLAIN:
         shown = str(found["input"])[:80]

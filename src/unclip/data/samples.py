@@ -138,7 +138,7 @@ def _embedding(content: bytes) -> Tensor:
     with np.errstate(over="ignore"):
         numbers = array.astype(np.float32)
     if not np.isfinite(numbers).all():
-        raise DataError(f".{EMBEDDING} has numbers that are too large for float32")
+        raise DataError(f".{EMBEDDING} must have finite numbers within the range of float32")
     return torch.from_numpy(numbers)
 
 

@@ -86,7 +86,7 @@ class DiffusionProcess:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _ = self.tables  # refuses an unusable schedule here, not at the first step
+        _ = self.tables  # an unusable schedule is refused here, not at the first step
 
     @property
     def tables(self) -> Tables:
@@ -266,7 +266,7 @@ class DiffusionProcess:
         return error + vlb_weight * self.num_timesteps * self._bound(output.detach(), fraction, x0, x_t, t)
 
     def _min_snr_weight(self, t: Tensor) -> Tensor:
-        # In terms of x0 the weight is min(snr, gamma); an error of noise is snr times, one of v is snr + 1 times x0's.
+        # In terms of x0 the weight is min(snr, gamma); the error of the noise is snr times that of x0, and that of v snr + 1 times.
         snr = self.tables.on("snr", t.device)[t]
         weight = snr.clamp(max=_MIN_SNR_GAMMA)
         if self.prediction_type == "epsilon":

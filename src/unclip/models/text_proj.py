@@ -89,7 +89,7 @@ class UnCLIPTextProjModel(Component[UnCLIPTextProjConfig]):
 
         addition = self.clip_image_embeddings_project_to_time_embeddings(image_embeddings)
         addition = addition + self.embedding_proj(prompt_embeds)
-        # Karlo's weights hold the tokens interleaved: token number runs fastest.
+        # In Karlo's weights, the tokens are interleaved: the token index varies fastest.
         extra = self.clip_extra_context_tokens_proj(image_embeddings)
         extra = extra.unflatten(-1, (-1, self.config.clip_extra_context_tokens)).transpose(1, 2)
         text = self.text_encoder_hidden_states_norm(self.encoder_hidden_states_proj(text_encoder_hidden_states))

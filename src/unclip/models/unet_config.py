@@ -104,7 +104,7 @@ class UNet2DConditionConfig(UNetConfig):
 
     NEUTRAL = UNetConfig.NEUTRAL | {
         "only_cross_attention": (False,),
-        "transformer_layers_per_block": ANYTHING,  # of blocks that are not implemented, as are the next two
+        "transformer_layers_per_block": ANYTHING,  # this and the next two are of blocks that are not implemented
         "reverse_transformer_layers_per_block": ANYTHING,
         "use_linear_projection": ANYTHING,
         "encoder_hid_dim": (None,),
@@ -164,6 +164,6 @@ class UNet2DConfig(UNetConfig):
     NEUTRAL = UNetConfig.NEUTRAL | {
         "downsample_type": ANYTHING,  # of other kinds of blocks
         "upsample_type": ANYTHING,
-        "attn_norm_num_groups": ANYTHING,  # of the attention that is not there
+        "attn_norm_num_groups": ANYTHING,  # of attention, which these blocks do not have
         "num_train_timesteps": ANYTHING,  # of learned time embeddings
     }

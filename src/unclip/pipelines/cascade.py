@@ -18,7 +18,7 @@ MAX_SIDE_PX = 8192
 
 V = TypeVar("V")
 Fact = tuple[str, object, str, object]
-"""Two settings that must agree: a name and its value, and another name and the value that it asks for."""
+"""Two settings that must agree: a name and its value, and another name and the value that it requires."""
 
 
 @dataclass(frozen=True)

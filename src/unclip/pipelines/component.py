@@ -36,7 +36,7 @@ NETWORKS = {
     for cls in (AutoregressivePrior, PriorTransformer, UnCLIPTextProjModel, UNet2DConditionModel, UNet2DModel)
 }
 ONLY_HERE = ("AutoregressivePrior", "UnCLIPTextProjModel")
-"""Networks that diffusers does not have, or does not find by itself."""
+"""Networks that diffusers does not have, or does not load by name."""
 
 
 def read_component(

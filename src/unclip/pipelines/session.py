@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 STAGES = ("prior", "decoder", "super_res", *FURTHER_SUPER_RES)
 PRIOR_SAMPLING = ("num_prior_candidates", "prior_temperature", "prior_top_p")
-"""Settings that a call gets only where they are given or recommended: most models have no use for them."""
+"""Settings that a call receives only if they are given or recommended, since most models do not use them."""
 MADE_WITH = "made_with"
 """The PNG text that records the software, the device and the weights."""
 

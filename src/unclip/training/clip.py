@@ -139,7 +139,7 @@ class ContrastivePair(nn.Module):
         """Text embeddings [batch, width]. Texts of similar length are encoded together to reduce padding."""
         if len(input_ids) < LENGTH_GROUPS or input_ids.is_meta:
             return self.text(input_ids=input_ids).text_embeds.float()
-        is_padding = (input_ids == input_ids[:, -1:]).flip(1).cumprod(dim=1)  # at the end, one token again and again
+        is_padding = (input_ids == input_ids[:, -1:]).flip(1).cumprod(dim=1)  # repetitions of one token at the end
         lengths = input_ids.shape[1] - is_padding.sum(dim=1) + 1
         order = lengths.argsort()
         groups = [
