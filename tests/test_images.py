@@ -647,7 +647,7 @@ def test_what_a_pipeline_gives_as_arrays_is_taken():
         (np.zeros((0, 4, 4, 3), np.uint8), "it is empty"),
         (np.zeros((0, 4), np.uint8), "it is empty"),
         (np.zeros((1, 101), np.uint8), "one side may be at most 100 times"),
-        (np.broadcast_to(np.uint8(0), (20_000, 20_000, 3)), "at most 64,000,000 are read"),
+        (np.broadcast_to(np.uint8(0), (20_000, 20_000, 3)), "the limit is 64,000,000"),
         ([COLOURS, "cat.png"], "not a list with a str"),
         ([[COLOURS]], "not a list with a list"),
         ("cat.png", "not a str"),

@@ -118,7 +118,7 @@ def check_size(size: tuple[int, int], name: str = "the image") -> None:
     """Raises: ImageError when a side is 0, there are too many pixels, or the aspect ratio is too large."""
     width, height = size
     if width < 1 or height < 1:
-        raise ImageError(f"{name} is empty: {width}×{height} pixels")
+        raise ImageError(f"{name} is {width}×{height} pixels: it is empty")
     if width * height > MAX_PIXELS:
         raise ImageError(
             f"{name} has {width * height:,} pixels ({width}×{height}); the limit is {MAX_PIXELS:,}: make it smaller"
@@ -169,7 +169,7 @@ def _levels(array: np.ndarray, name: str, *, are_masks: bool) -> list[np.ndarray
             "[batch, height, width, channels], with 1 to 4 channels in the last axis"
         )
     if not len(batch):
-        raise ImageError(f"{name} is an empty array of the shape {array.shape}")
+        raise ImageError(f"{name} is an array of the shape {array.shape}: it is empty")
     check_size((batch.shape[2], batch.shape[1]), name)
     if array.dtype != np.uint8:
         batch = _rounded(batch, name)

@@ -100,7 +100,7 @@ def test_json_larger_than_the_limit_is_not_read(tmp_path):
     path = tmp_path / "config.json"
     path.write_text('{"a": "' + "x" * 100 + '"}')
     assert read_json(path, limit_bytes=200)["a"] == "x" * 100
-    with pytest.raises(CheckpointError, match="at most 50"):
+    with pytest.raises(CheckpointError, match="the limit for this JSON file is 50"):
         read_json(path, limit_bytes=50)
 
 

@@ -159,7 +159,7 @@ def test_help_is_a_command(unclip):
         (["--seed", "-1"], "-1 is too small; it must be 0 or more"),
         (["--guidance", "x"], "'x' is not a number"),
         (["--sampler", "x"], "'x' is not one of 'ancestral', 'ddim', 'dpm'"),
-        (["--super-res-steps", "x"], "'x' is not a number from 1 to 1000"),
+        (["--super-res-steps", "x"], "'x' must be a number from 1 to 1000"),
         (["--device"], "requires an argument"),
     ],
 )

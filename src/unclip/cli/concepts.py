@@ -54,7 +54,7 @@ def concepts(
 
     Examples:
         unclip concepts                        list everything
-        unclip concepts cat                    concepts with a name that has this word
+        unclip concepts cat                    concepts with this word in a name
         unclip concepts poodle                 no name has it: nearest in meaning
         unclip concepts fruit --sheet fruit.png
         unclip concepts --json > concepts.jsonl
