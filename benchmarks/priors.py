@@ -140,7 +140,7 @@ def judged(
     candidates = Candidates.read_by(judge, evaluation_set.captions)
     found: dict[str, dict[str, Any]] = {}
     for group in evaluation_set.groups:
-        captions = evaluation_set.asked(group)
+        captions = evaluation_set.captions_of(group)
         found[group] = {"num": len(captions)}
         made: dict[tuple[int, tuple[float, ...]], Image.Image] = {}
         for count, draw in draws.items():

@@ -82,7 +82,7 @@ def main(root: Path) -> None:
         files = sorted(
             str(path.relative_to(source / "unclip")) for path, text in texts.items() if re.search(pattern, text)
         )
-        print(f"files that know {what}: {len(files)}  ({', '.join(files)})")
+        print(f"files that contain {what}: {len(files)}  ({', '.join(files)})")
 
 
 def print_area(root: Path, area: str) -> None:

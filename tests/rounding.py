@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 UNIT = torch.finfo(torch.float32).eps
-"""Of the last place, relative to the number."""
+"""A unit of the last place, relative to the number."""
 
 TIMES = 10
-"""Of the distance that random changes of one unit make; two ways of computing differ by 0.4 to 2 times as much."""
+"""Multiple of the distance of random changes of one unit; two ways of computing differ by 0.4 to 2 times as much."""
 
 
 def assert_equal_but_rounding(
@@ -27,7 +27,7 @@ def assert_equal_but_rounding(
     times: float = TIMES,
     dtype: torch.dtype = torch.float32,
 ) -> float:
-    """`got`, an array or a tuple of them, is what `run()` gives from its operands, but for rounding.
+    """`got`, an array or a tuple of them, is the result of `run()` with its operands, except for rounding.
 
     `dtype` is what `got` was computed in; `run()` computes in float32. Returns the largest difference. The operands,
     tensors or networks, are changed in place and put back.

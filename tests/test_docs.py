@@ -104,7 +104,7 @@ def test_workflows_run_parts_that_exist():
 def test_an_unknown_part_is_refused():
     run = subprocess.run([str(ROOT / ".ci" / "run"), "lint", "nothing"], capture_output=True, text=True, check=False)
     assert run.returncode == 2
-    assert "there is no part nothing" in run.stderr
+    assert "unknown part nothing" in run.stderr
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: page.stem)

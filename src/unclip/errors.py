@@ -5,15 +5,15 @@ UnclipError
 │   └── ImageError                     a picture cannot be used: broken, too large, not an image
 ├── ConfigError (ValueError)           a setting is unknown, out of its limits, or not implemented
 ├── CheckpointError (ValueError)       a model on disk cannot be used
-│   ├── MissingFileError (FileNotFoundError)   a folder, file or shard is not there
+│   ├── MissingFileError (FileNotFoundError)   a folder, a file or a shard does not exist
 │   ├── UnsafeFileError                a pickle, or a path that leaves its folder
 │   └── WeightsError                   truncated, overlapping, duplicate, NaN, missing or extra weights
 ├── DataError (ValueError)             a data set or one of its samples cannot be used
-├── TrainingError (RuntimeError)       a training run cannot go on (a loss that is not a number)
-├── NonFiniteError (ArithmeticError)   what was computed is NaN or infinite, and no picture
+├── TrainingError (RuntimeError)       a training run cannot continue, such as after a loss of NaN
+├── NonFiniteError (ArithmeticError)   a result is NaN or infinite
 ├── OutputError (OSError)              a file cannot be written: a full disk, no permission
-├── OutputExistsError (FileExistsError)        a file would be overwritten and nobody asked for it
-├── MissingDependencyError (ImportError)       an optional package is needed for what was asked
+├── OutputExistsError (FileExistsError)        a file exists, and overwriting was not requested
+├── MissingDependencyError (ImportError)       an optional package is required
 └── Cancelled                          a callback stopped the run
 """
 

@@ -53,7 +53,7 @@ _TURNS = {
 }
 """The operation that makes a picture upright, by its EXIF orientation."""
 _ORIENTED = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
-"""Keys of Pillow's metadata that may hold an orientation."""
+"""Keys of Pillow's metadata that may contain an orientation."""
 _CHUNK_ROWS = 256
 WARNING_FILTERS = threading.Lock()
 """Held while warning filters are changed, since all threads share them."""
@@ -122,7 +122,7 @@ def check_size(size: tuple[int, int], name: str = "the image") -> None:
         raise ImageError(f"{name} is {width}×{height} pixels: it is empty")
     if width * height > MAX_PIXELS:
         raise ImageError(
-            f"{name} has {width * height:,} pixels ({width}×{height}); at most {MAX_PIXELS:,} are read: make it smaller"
+            f"{name} has {width * height:,} pixels ({width}×{height}); the limit is {MAX_PIXELS:,}: make it smaller"
         )
     if max(size) > MAX_ASPECT * min(size):
         raise ImageError(

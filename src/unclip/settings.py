@@ -91,11 +91,11 @@ _ROWS = (
     Setting("decoder_guidance_scale", "--decoder-guidance", "decoder guidance", 8.0, 0, MAX_SCALE,
             f"Guidance scale of the decoder: how strongly it follows the embedding and the caption. {_OFF}"),
     Setting("num_prior_candidates", "--candidates", "candidates", 1, 1, MAX_CANDIDATES,
-            "Image embeddings that the prior samples for each picture; the one closest to the caption is kept."),
+            "Number of image embeddings to sample for each picture; the one closest to the caption is kept."),
     Setting("prior_temperature", "--prior-temperature", "temperature", 1.0, 0, MAX_TEMPERATURE,
-            "Sampling temperature of an autoregressive prior; 0 takes the likeliest code."),
+            "Sampling temperature of an autoregressive prior; 0 always takes the likeliest code."),
     Setting("prior_top_p", "--prior-top-p", "top-p", 1.0, 0, 1,
-            "Nucleus sampling of an autoregressive prior: only the likeliest codes, whose probabilities sum to P.",
+            "Nucleus sampling of an autoregressive prior: only from the likeliest codes, whose probabilities sum to P.",
             above=True),
 )
 # fmt: on

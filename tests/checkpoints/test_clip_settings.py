@@ -177,7 +177,7 @@ def test_a_preprocessor_that_does_more_is_refused_by_name(tmp_path, settings, wo
 
 
 def test_a_preprocessor_that_is_none(tmp_path):
-    with pytest.raises(MissingFileError, match=r"preprocessor_config\.json is not there"):
+    with pytest.raises(MissingFileError, match=r"preprocessor_config\.json does not exist"):
         read_image_processor_settings(tmp_path)
     (tmp_path / "processor_config.json").write_text('{"image_processor": 3}')
     with pytest.raises(ConfigError, match=r"image_processor in .* is 3; it must be an object"):

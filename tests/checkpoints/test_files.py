@@ -1,4 +1,4 @@
-"""JSON that cannot be trusted, files and folders that appear whole or not at all, names that stay inside."""
+"""Untrusted JSON, files and folders that are written atomically, and names that stay inside their folder."""
 
 import errno
 import os
@@ -100,7 +100,7 @@ def test_json_larger_than_the_limit_is_not_read(tmp_path):
     path = tmp_path / "config.json"
     path.write_text('{"a": "' + "x" * 100 + '"}')
     assert read_json(path, limit_bytes=200)["a"] == "x" * 100
-    with pytest.raises(CheckpointError, match="at most 50"):
+    with pytest.raises(CheckpointError, match="the limit for this JSON file is 50"):
         read_json(path, limit_bytes=50)
 
 
@@ -136,7 +136,7 @@ def test_a_file_is_not_overwritten_unasked(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     with atomic_file(path, overwrite=False) as draft:
         draft.write_text("one")
-    with pytest.raises(OutputExistsError, match="exists already"), atomic_file(path, overwrite=False):
+    with pytest.raises(OutputExistsError, match="already exists"), atomic_file(path, overwrite=False):
         pytest.fail("must not get so far")
     with pytest.raises(OutputExistsError, match="is a folder"), atomic_file(tmp_path):
         pytest.fail("must not get so far")
@@ -223,7 +223,7 @@ def test_no_exchange_where_the_system_has_none(tmp_path, monkeypatch):
 
 
 def test_a_folder_is_not_overwritten_unasked(tmp_path, old):
-    with pytest.raises(OutputExistsError, match="exists already"), atomic_folder(old):
+    with pytest.raises(OutputExistsError, match="already exists"), atomic_folder(old):
         pytest.fail("must not get so far")
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputExistsError, match="is a file"), atomic_folder(tmp_path / "file", overwrite=True):

@@ -61,14 +61,14 @@ def test_built_in_names_need_no_network(tmp_path, monkeypatch):
         resolve("unclip-emoji")
     asset = tmp_path / "unclip" / "assets" / "emoji"
     asset.mkdir(parents=True)
-    with pytest.raises(MissingFileError):  # a folder with nothing in it is no model
+    with pytest.raises(MissingFileError):  # an empty folder is not a model
         resolve("unclip-emoji")
     (asset / "model_index.json").write_text("{}")
     assert resolve("unclip-emoji") == asset
     judge = asset.with_name("emoji-judge")
     with pytest.raises(MissingFileError, match="unclip-emoji-judge is not part"):
         resolve(hub.BUILT_IN_JUDGE)
-    (judge / "text_encoder").mkdir(parents=True)  # a CLIP alone is no pipeline, and has no model_index.json
+    (judge / "text_encoder").mkdir(parents=True)  # a CLIP alone is not a pipeline; it lacks model_index.json
     assert resolve(hub.BUILT_IN_JUDGE) == judge
 
 
@@ -144,7 +144,7 @@ def test_a_variant_where_there_is_one_and_plain_files_elsewhere():
         "text_encoder/model.safetensors",
         "tokenizer/merges.txt",
     ]
-    with pytest.raises(MissingFileError, match="no bf16 weights; there are: fp16"):
+    with pytest.raises(MissingFileError, match="no bf16 weights; existing files: fp16"):
         pick_files(list(REPOSITORY), "bf16")
 
 
@@ -269,7 +269,7 @@ def test_a_download_and_what_can_go_wrong_with_it(tmp_path):
     assert empty[0] == "MissingFileError"
     assert "has no usable files (.json" in empty[1]
     assert variant[0] == "MissingFileError"
-    assert "there are: fp16" in variant[1]
+    assert "existing files: fp16" in variant[1]
     assert broken[0] == "MissingFileError"
     assert "cannot be reached" in broken[1]
 
@@ -285,9 +285,9 @@ def test_a_download_and_what_can_go_wrong_with_it(tmp_path):
     assert cached == local
     assert unknown[0] == "MissingFileError"
     assert "cannot be reached" in unknown[1]
-    assert "go online once" in unknown[1]
+    assert "download it while online" in unknown[1]
     assert unknown_local[0] == "MissingFileError"
-    assert "only local files were asked for" in unknown_local[1]
+    assert "only local files were requested" in unknown_local[1]
 
 
 def test_other_failures_of_the_hub_are_checkpoint_errors(monkeypatch, tmp_path):

@@ -200,9 +200,9 @@ def test_a_files_names_are_divided_by_prefix():
     groups = karlo.split_by_prefix(state, ["a.", "b."])
     assert list(groups["a."]) == ["a.x"]
     assert list(groups["b."]) == ["b.y"]
-    with pytest.raises(WeightsError, match=r"1 names belong to no known part \(\['b.y'\]\)"):
+    with pytest.raises(WeightsError, match=r"1 names do not belong to a known part \(\['b.y'\]\)"):
         karlo.split_by_prefix(state, ["a."])
-    with pytest.raises(WeightsError, match=r"nothing is named \['c\.'\]"):
+    with pytest.raises(WeightsError, match=r"no tensor is named \['c\.'\]"):
         karlo.split_by_prefix(state, ["a.", "b.", "c."])
 
 

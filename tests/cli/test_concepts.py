@@ -41,7 +41,7 @@ def test_a_sheet(unclip, listed, tmp_path):
     assert done.lines[-1] == str(sheet)
     with Image.open(sheet) as image:
         assert image.width > image.height
-    assert "exists already" in unclip("concepts", "dog", "--model", listed, "--sheet", sheet).err
+    assert "already exists" in unclip("concepts", "dog", "--model", listed, "--sheet", sheet).err
 
 
 def test_a_model_without_a_list(unclip, model):
@@ -63,7 +63,7 @@ def test_a_list_is_written(unclip, model, tmp_path):
     assert done.lines == [str(folder / "concepts.safetensors")]
     assert "2 concepts; a caption is unknown below a closeness of" in done.err
     assert unclip("concepts", "--model", folder).lines == ["red square", "blue square"]
-    assert "exists already" in unclip("concepts", "--from", data, "--model", folder).err
+    assert "already exists" in unclip("concepts", "--from", data, "--model", folder).err
     assert unclip("concepts", "--from", data, "--model", folder, "--overwrite").code == 0
 
 
@@ -75,4 +75,4 @@ def test_generate_reports_once(unclip, listed, tmp_path):
 
 
 def test_phrases_need_a_data_set(unclip, listed):
-    assert "--phrases goes with --from" in unclip("concepts", "--phrases", "x.jsonl", "--model", listed).err
+    assert "--phrases needs --from" in unclip("concepts", "--phrases", "x.jsonl", "--model", listed).err

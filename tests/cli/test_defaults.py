@@ -116,11 +116,11 @@ def test_size(unclip, text_to_image, tmp_path, size):
 def test_sizes_that_are_none(unclip, size):
     done = unclip("generate", "a", f"--size={size}")
     assert done.code == 2
-    assert "is not a number of pixels, nor WIDTHxHEIGHT" in done.err
+    assert "must be a number of pixels or WIDTHxHEIGHT" in done.err
 
 
 def test_a_side_given_twice(unclip):
-    assert "give --size, or --height and --width" in unclip("generate", "a", "--size", 64, "--width", 64).err
+    assert "give either --size, or --height and --width" in unclip("generate", "a", "--size", 64, "--width", 64).err
 
 
 def test_verbose_names_files_device_and_times(unclip, text_to_image, tmp_path):
@@ -159,7 +159,7 @@ def test_help_is_a_command(unclip):
         (["--seed", "-1"], "-1 is too small; it must be 0 or more"),
         (["--guidance", "x"], "'x' is not a number"),
         (["--sampler", "x"], "'x' is not one of 'ancestral', 'ddim', 'dpm'"),
-        (["--super-res-steps", "x"], "'x' is not a number from 1 to 1000"),
+        (["--super-res-steps", "x"], "'x' must be a number from 1 to 1000"),
         (["--device"], "requires an argument"),
     ],
 )

@@ -143,8 +143,8 @@ def test_sizes_and_tiles(edit, photo, mask, command, more):
 def test_the_default_size_is_as_the_help_says(edit, unclip, photo, mask, command):
     text = " ".join(unclip(command, "--help").out.split())
     assert text.count("(the picture's shape, in the model's size)") == 2
-    assert "goes with --width" in text
-    assert "goes with --height" in text
+    assert "needs --width" in text
+    assert "needs --height" in text
     for path in (photo, mask):
         with Image.open(path) as image:
             image.resize((64, 16)).save(path)
@@ -182,7 +182,7 @@ def test_how_the_prior_draws(edit, photo, mask, model, tmp_path, monkeypatch, co
     assert asked == [1]
     for option, value in (("--prior-temperature", 0.5), ("--prior-top-p", 0.9)):
         done = edit(command, photo, *more, "--prompt", "a cat", option, value)
-        assert (done.code, "a diffusion prior draws no codes" in done.err) == (1, True)
+        assert (done.code, "a diffusion prior samples no codes" in done.err) == (1, True)
     for without in ((), ("--prompt", "a cat", "--embedding-from", "image")):
         done = edit(command, photo, *more, *without, "--candidates", 3, model=folder)
         assert (done.code, "leave out --candidates" in done.err) == (1, True)
@@ -209,11 +209,11 @@ def test_steps_of_several_stages_in_a_model_of_one(edit, photo):
     [
         (["inpaint", "PHOTO", "--prompt", "a cat"], 1, "give --mask, or make it transparent"),
         (["inpaint", "OPAQUE", "--prompt", "a cat"], 1, "give --mask, or make it transparent"),
-        (["inpaint", "PHOTO", "--mask", "PHOTO.none"], 1, "there is no file"),
+        (["inpaint", "PHOTO", "--mask", "PHOTO.none"], 1, "does not exist"),
         (["inpaint", "PHOTO", "--mask", "SMALL"], 1, "the mask is 8×8 pixels, its picture 32×32"),
         (["inpaint", "PHOTO", "--mask", "MASK", "--strength", "0"], 2, "--strength is 0"),
         (["inpaint", "PHOTO", "--mask", "MASK", "--resamples", "0"], 2, "resamples"),
-        (["inpaint", "PHOTO", "--mask", "MASK", "--super-res-steps", "2,x"], 2, "'2,x' is not a number"),
+        (["inpaint", "PHOTO", "--mask", "MASK", "--super-res-steps", "2,x"], 2, "'2,x' must be a number"),
         (["redraw", "PHOTO", "--prompt", "a cat", "--strength", "1"], 2, "below 1"),
         (["redraw", "PHOTO", "--prompt", "a cat", "--height", "30", "--width", "32"], 1, "height is 30"),
         (["redraw", "PHOTO", "--prompt", "a cat", "--height", "32"], 1, "height and width, or neither"),

@@ -30,7 +30,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def ask(unclip, model, data, tmp_path):
-    """Runs the command; the model's own CLIP is the judge, which is no fair one, but a judge."""
+    """Runs the command with the model's own CLIP as the judge, which is enough for a test."""
 
     def run(*more, out="report.json", judge=model, **named):
         where = ["--model", named.get("model", model), "--data", data, "--out", tmp_path / out, *FEW]
@@ -91,7 +91,7 @@ def test_nothing_is_overwritten_unasked(ask, tmp_path, name):
     sheet = ("--sheet", tmp_path / "s") if name != "report.json" else ()
     done = ask(*sheet, "-q")
     assert (done.code, done.out) == (1, "")
-    assert f"{name} exists already: use --overwrite" in done.err
+    assert f"{name} already exists: use --overwrite" in done.err
     assert (tmp_path / name).read_text() == "mine"
     done = ask(*sheet, "--overwrite", "-q")
     assert done.code == 0, done.err
@@ -186,7 +186,7 @@ def test_variations_by_the_command_line(unclip, model, data, tmp_path):
     assert report["settings"]["decoder_num_inference_steps"] == 2
     again = unclip("evaluate", "variations", "--model", model, "--data", data, "--out", out, *few)
     assert again.code == 1
-    assert "exists already: use --overwrite" in again.err
+    assert "already exists: use --overwrite" in again.err
 
 
 def test_broken_pictures_by_the_command_line(unclip, model, data, tmp_path):
@@ -252,7 +252,7 @@ def test_prior(unclip, model, data, tmp_path, variation):
     assert "judge" not in report
     again = unclip("evaluate", "prior", "--model", model, *where)
     assert (again.code, again.out) == (1, "")
-    assert "exists already: use --overwrite" in again.err
+    assert "already exists: use --overwrite" in again.err
     done = unclip("evaluate", "prior", "--model", variation, *where, "--overwrite")
     assert "has no prior" in done.err
 
@@ -278,7 +278,7 @@ def test_prior_of_several_candidates(unclip, model, data, tmp_path):
     assert dots[2] <= dots[6]
     for option, value in (("--prior-temperature", 0.5), ("--prior-top-p", 0.9)):
         done = unclip("evaluate", "prior", *where, "--model", model, option, value)
-        assert (done.code, "a diffusion prior draws no codes" in done.err) == (1, True)
+        assert (done.code, "a diffusion prior samples no codes" in done.err) == (1, True)
 
 
 def test_prior_needs_an_image_encoder(unclip, text_to_image, data, tmp_path):
@@ -367,7 +367,7 @@ def test_a_sweep_of_something_else_is_not_gone_on_with(swept, tmp_path, model):
     before = out.read_bytes()
     done = swept("--decoder-steps", "1", "--seed", "9")
     assert (done.code, done.out) == (1, "")
-    assert "its seed is 0, now 9" in done.err
+    assert "its seed is 0, not 9" in done.err
     other = shutil.copytree(model, tmp_path / "tiny")
     (other / "generation_defaults.json").write_text('{"decoder_guidance_scale": 3.0}')
     assert "its model_sha256 is" in swept("--decoder-steps", "1", model=other).err
@@ -425,7 +425,7 @@ def test_a_sweep_replaces_no_charts_of_another(swept, tmp_path):
     (tmp_path / "sweep-seconds.svg").write_text("mine")
     done = swept()
     assert (done.code, done.out) == (1, "")
-    assert "sweep-seconds.svg exists already" in done.err
+    assert "sweep-seconds.svg already exists" in done.err
 
 
 # -- a user's own Inception, and the page ------------------------------------------------------------------------------
@@ -499,4 +499,4 @@ def test_wordings(unclip, model, data, tmp_path):
     assert [line.split()[0] for line in done.lines] == ["number", "all", "words", "chance"]
     again = unclip("evaluate", "wordings", *where, "--wordings", tmp_path / "list.json")
     assert again.code == 1
-    assert "exists already: use --overwrite" in again.err
+    assert "already exists: use --overwrite" in again.err

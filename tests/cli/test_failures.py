@@ -134,7 +134,7 @@ def test_control_c_in_a_real_process(text_to_image, tmp_path):
         process.send_signal(signal.SIGINT)
         rest, err = process.stdout.read(), process.stderr.read()
     assert process.returncode == 130
-    assert err == "stopped; what was finished stays\n"
+    assert err == "stopped; finished results are kept\n"
     assert {path.name for path in tmp_path.iterdir()} >= {Path(line).name for line in rest.splitlines()}
     assert all(path.suffix == ".png" and path.name.startswith("a-cat-") for path in tmp_path.iterdir())
 
@@ -149,7 +149,7 @@ def test_reader_that_goes_away(text_to_image, tmp_path):
         err = process.stderr.read()
     assert process.returncode == 141
     assert err == ""
-    assert len(list(tmp_path.glob("*.png"))) % 2 == 0  # of the batch that could not be told of, nothing is lost
+    assert len(list(tmp_path.glob("*.png"))) % 2 == 0  # no picture of a batch is lost if its paths cannot be printed
 
 
 WAITING = """
@@ -184,5 +184,5 @@ def test_signals_leave_no_temporary_file(tmp_path, name, code):
             process.send_signal(getattr(signal, name))
         err = process.stderr.read()
     assert process.returncode == code
-    assert err == "stopped; what was finished stays\n"
+    assert err == "stopped; finished results are kept\n"
     assert not list(tmp_path.iterdir())

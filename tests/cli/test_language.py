@@ -39,6 +39,6 @@ def test_an_existing_file_stays(unclip, asked, tmp_path):
     out.write_text("kept")
     done = unclip("data", "language", tmp_path, "--out", out)
     assert done.code == 1
-    assert "exists already" in done.err
+    assert "already exists" in done.err
     assert (out.read_text(), asked) == ("kept", [])
     assert unclip("data", "language", tmp_path, "--out", out, "--overwrite").code == 0

@@ -17,7 +17,7 @@ from unclip.checkpoints.weights import offload_hooks
 from unclip.cli.inputs import read_part
 from unclip.cli.latents import ManipulationRun
 from unclip.cli.options import Common, Compute, Output
-from unclip.cli.probe import drawn
+from unclip.cli.probe import sampled
 from unclip.errors import InputError
 from unclip.images import open_image
 from unclip.models.pca import PrincipalComponents
@@ -103,7 +103,7 @@ def test_what_is_in_the_way_of_a_latent_is_found_first(run, monkeypatch):
     monkeypatch.setattr(Manipulator, "invert", None)  # nothing is computed in vain
     done = run("invert", "cat.png", "dog.png")
     assert (done.code, done.out) == (1, "")
-    assert "dog.safetensors exists already" in done.err
+    assert "dog.safetensors already exists" in done.err
     assert not Path("out/cat.safetensors").exists()
 
 
@@ -136,7 +136,7 @@ def test_a_latent_is_decoded_in_the_tiles_it_was_found_in(run):
         for other, words in ((8, "in tiles of 8 px"), (32, "as a whole")):
             done = run(*command, "--tile", other)
             assert (done.code, done.out) == (1, "")
-            assert f"in tiles of 16 px, and would be decoded {words}: leave out --tile {other}" in done.err
+            assert f"in tiles of 16 px, but would be decoded {words}: leave out --tile {other}" in done.err
     names(run("invert", "cat.png", "--super-res", "--overwrite"))
     assert "as a whole" in run("vary", "out/cat.safetensors", *KEEP, "--tile", 16).err
     whole = run("vary", "out/cat.safetensors", *KEEP, "--tile", 32, "--overwrite")  # as large as the picture
@@ -153,7 +153,7 @@ def test_latents_found_in_other_tiles_are_not_decoded_alike(run, files):
         done = run(*command)
         assert (done.code, done.out) == (1, "")
         assert all(path in done.err for path in both)
-        assert "two commands" in done.err
+        assert "use a separate command for each" in done.err
     run("invert", "cat.png", "--overwrite")  # keeps no noise that a tile could spoil
     assert len(names(run("vary", *both, *KEEP))) == 2
     assert len(names(run("vary", both[0], *KEEP, "--tile", 16))) == 1
@@ -468,9 +468,9 @@ def test_the_largest_seed(run):
 
 
 def test_edits_without_a_difference_or_a_picture(run):
-    assert "no difference" in run("edit", "cat.png", "--from", "a cat", "--to", "a  cat").err
-    assert "no file" in run("edit", "a cat", "--from", "a", "--to", "b").err
-    assert "no file" in run("edit", "none.png", "--from", "a", "--to", "b").err
+    assert "difference is zero" in run("edit", "cat.png", "--from", "a cat", "--to", "a  cat").err
+    assert "does not exist" in run("edit", "a cat", "--from", "a", "--to", "b").err
+    assert "does not exist" in run("edit", "none.png", "--from", "a", "--to", "b").err
     assert run("edit", "cat.png", "--from", "a", "--to", "b", "--strength", 1.5).code == 2
 
 
@@ -563,7 +563,7 @@ def test_how_the_prior_draws(run, recommending, monkeypatch, command):
     for option, value in (("--prior-temperature", 0.5), ("--prior-top-p", 0.9)):
         done = run(*command, option, value)
         assert done.code == 1
-        assert "a diffusion prior draws no codes" in done.err
+        assert "a diffusion prior samples no codes" in done.err
 
 
 @pytest.mark.parametrize(
@@ -671,13 +671,13 @@ def test_a_fit_on_some_of_the_pictures(unclip, model, data, files, kind):
 
 
 def test_drawn_at_random():
-    some = drawn(iter(range(10_000)), 500)
+    some = sampled(iter(range(10_000)), 500)
     assert len(set(some)) == 500
     assert 4_600 < sum(some) / 500 < 5_400  # five deviations of the mean are 645
     assert sum(place < 500 for place in some) < 60  # and of those that came first, 25
-    assert some == drawn(range(10_000), 500)
-    assert drawn(range(3), 5) == [0, 1, 2]
-    assert list(drawn(range(3), None)) == [0, 1, 2]
+    assert some == sampled(range(10_000), 500)
+    assert sampled(range(3), 5) == [0, 1, 2]
+    assert list(sampled(range(3), None)) == [0, 1, 2]
 
 
 def test_a_broken_picture_is_left_out_of_a_fit(unclip, model, data, files):
@@ -768,7 +768,7 @@ def test_the_prior_is_offloaded_as_all_others(model, offload):
 
 def test_models_that_lack_a_part(run, text_to_image, variation):
     for command in (["invert", "cat.png"], ["interpolate", "cat.png", "dog.png"]):
-        assert "cannot look at pictures" in run(*command, model=text_to_image).err
+        assert "cannot encode pictures" in run(*command, model=text_to_image).err
     assert "no prior" in run("interpolate", "cat.png", "a cat", model=variation).err
     assert names(run("interpolate", "cat.png", "dog.png", "--frames", 1, model=variation))
 
@@ -785,10 +785,10 @@ def test_parts_of_a_command(files, monkeypatch):
     assert read_part("a:2.png", weighted=True).kind == "picture"
     assert read_part("x" * 5000).kind == "caption"
     for wrong in ("none.png", "none.safetensors", "none.jfif", "pics/cat.Image", "my pics\\cat.x2", "~/none.heic:2"):
-        with pytest.raises(InputError, match="no file"):
+        with pytest.raises(InputError, match="does not exist"):
             read_part(wrong, weighted=True)
     for slip in ("none.pgn", "none.jpgg", "none.jepg", "none.pn", "~", "~/cat", "./cat", "/cat", "c:\\cat"):
-        with pytest.raises(InputError, match=r"no file .*--caption"):
+        with pytest.raises(InputError, match=r"does not exist.*--caption"):
             read_part(slip)
         assert read_part(slip, caption=True).kind == "caption"
     with pytest.raises(InputError, match=r"did you mean 'cat\.png'"):
@@ -812,7 +812,7 @@ def test_parts_of_a_command(files, monkeypatch):
     (files / "data" / "lion.png").touch()
     with pytest.raises(InputError, match=r"did you mean 'data/lion\.png'"):
         read_part("data/lino.png")
-    with pytest.raises(InputError, match="no file"):
+    with pytest.raises(InputError, match="does not exist"):
         read_part("data/lion")
     for folder in ("data", "data/", ".", "data:0.5"):
         with pytest.raises(InputError, match="is a folder"):

@@ -87,7 +87,7 @@ def test_convert_variation(unclip, text_to_image, model, tmp_path):
     assert json.loads((out / "feature_extractor" / "preprocessor_config.json").read_text())["do_center_crop"] is False
     again = unclip("convert", "variation", text_to_image, "--clip", model, "--out", out)
     assert again.code == 1
-    assert "exists already" in again.err
+    assert "already exists" in again.err
     picture = unclip("generate", "a cat", "--model", text_to_image, *FEW_STEPS, "--out", tmp_path).lines[0]
     done = unclip("vary", picture, "--model", out, *FEW_DECODER_STEPS, "--out", tmp_path)
     assert done.code == 0, done.err

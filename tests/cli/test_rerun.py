@@ -224,7 +224,7 @@ def test_damaged_texts(unclip, model, files, made):
 
 
 def test_pictures_of_others(unclip, files):
-    for name, why in (("cat.png", "does not say how it was made"), ("car.png", "did you mean 'cat.png'")):
+    for name, why in (("cat.png", "does not record how it was made"), ("car.png", "did you mean 'cat.png'")):
         done = unclip("rerun", name)
         assert (done.code, done.out) == (1, "")
         assert why in done.err

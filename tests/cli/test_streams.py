@@ -84,7 +84,7 @@ main()
         process.send_signal(getattr(signal, name))
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (128 + getattr(signal, name), "")
-    assert err == "stopped; what was finished stays\n"
+    assert err == "stopped; finished results are kept\n"
     assert not list(tmp_path.iterdir())
 
 

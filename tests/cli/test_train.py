@@ -124,7 +124,7 @@ def test_stopped_training(unclip, recipe, tmp_path, monkeypatch, number, code):
     monkeypatch.setattr(ClipTask, "batch", stopped)
     done = unclip("train", recipe, "--out", tmp_path / "run")
     assert (done.code, done.out) == (code, "")
-    assert "stopped and saved at step 1 of 3; the same command continues" in done.err
+    assert "stopped and saved at step 1 of 3; repeat the command to continue" in done.err
     assert json.loads((tmp_path / "run" / "state" / "state.json").read_text())["step"] == 1
     assert not list(tmp_path.rglob(".unclip-tmp*"))
 

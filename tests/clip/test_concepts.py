@@ -105,7 +105,7 @@ def test_pipelines_warn_and_make_the_same_pictures(own_pipeline, few, tmp_path):
 def test_concepts_of_another_width_are_refused(own_pipeline, tmp_path):
     own_pipeline.save_pretrained(tmp_path / "model")
     Concepts("other", NAMES, torch.eye(3, 8), 0.5).write(tmp_path / "model")
-    with pytest.raises(CheckpointError, match="embeddings of width 8, the text encoder of width 16"):
+    with pytest.raises(CheckpointError, match="embeddings of width 8, but the text encoder has width 16"):
         UnCLIPPipeline.from_pretrained(tmp_path / "model")
 
 

@@ -83,18 +83,18 @@ def test_a_full_context_that_fits_exactly(encode):
 @pytest.mark.parametrize("cut", ["red", "red apple cat"])
 def test_what_does_not_fit_is_named(encode, cut):
     fitting = "a cat a cat a cat a cat a"
-    with pytest.warns(UserWarning, match=f"left out: '{cut}'"):
+    with pytest.warns(UserWarning, match=f"ignored: '{cut}'"):
         value = encode(f"{fitting} {cut}")
     torch.testing.assert_close(value.embeds, encode(fitting).embeds)
 
 
 def test_a_long_rest_is_shortened_in_the_warning(encode):
-    with pytest.warns(UserWarning, match="left out: '.{200}…'$"):
+    with pytest.warns(UserWarning, match="ignored: '.{200}…'$"):
         encode("a cat " * 500)
 
 
 def test_each_caption_that_is_cut_is_named(encode):
-    with pytest.warns(UserWarning, match="left out") as seen:
+    with pytest.warns(UserWarning, match="ignored") as seen:
         encode(LONG, "a cat", LONG + " cat", LONG)
     assert len(seen) == 2
 
@@ -108,7 +108,7 @@ EXPANDING = {
 
 @pytest.mark.parametrize("name", EXPANDING)
 def test_few_characters_of_many_tokens_are_noticed(encode, name):
-    with pytest.warns(UserWarning, match="left out"):
+    with pytest.warns(UserWarning, match="ignored"):
         encode(EXPANDING[name])
 
 
@@ -149,7 +149,7 @@ def test_what_is_no_caption(encode, prompt):
 
 
 def test_the_longest_caption(encode):
-    with pytest.warns(UserWarning, match="left out"):
+    with pytest.warns(UserWarning, match="ignored"):
         encode("a" * MAX_PROMPT_CHARACTERS)
 
 

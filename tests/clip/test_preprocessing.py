@@ -1,4 +1,4 @@
-"""unclip's own preprocessing gives the pixels of transformers', to the bit, or refuses the folder."""
+"""unclip's own preprocessing gives exactly the pixels of transformers', or refuses the folder."""
 
 import importlib.resources
 import json

@@ -1,4 +1,4 @@
-"""What a run does whose shards do not come, or are broken: it stops when it is told to, and says what it met."""
+"""A run whose shards are delayed or broken: it stops when requested, and reports what it found."""
 
 import collections
 import json
@@ -205,7 +205,7 @@ def test_what_is_read_at_the_start_is_fetched_once(shards, serve):
     folder = shards(12, per_shard=4)
     url, asked, _ = serve(folder)
     generator = torch.Generator().manual_seed(0)
-    for step in (0, 1):  # from the beginning, and where a run goes on that counted nothing
+    for step in (0, 1):  # from the beginning, and where a run resumes that counted nothing
         asked.clear()
         source = ShardSource(shards_of(folder, url), [8], block=4)
         source.draw(step, 4, generator)

@@ -115,13 +115,13 @@ def test_a_csv_that_names_pictures_from_its_own_place(pictures, tmp_path, monkey
 
 def test_what_exists_is_replaced_only_when_asked(pictures):
     root = pictures("cat.png", metadata_dot_csv="file_name,text\ncat.png,of the CSV\n")
-    with pytest.raises(OutputExistsError, match=r"metadata\.csv exists already"):
+    with pytest.raises(OutputExistsError, match=r"metadata\.csv already exists"):
         write_captions(root)
     assert not (root / "metadata.jsonl").exists()
     write_captions(root, csv=root / "metadata.csv")
     assert told(root) == {"cat.png": ("of the CSV",)}
     before = (root / "metadata.jsonl").read_bytes()
-    with pytest.raises(OutputExistsError, match=r"metadata\.jsonl exists already; give --overwrite"):
+    with pytest.raises(OutputExistsError, match=r"metadata\.jsonl already exists; give --overwrite"):
         write_captions(root, origin="names")
     assert (root / "metadata.jsonl").read_bytes() == before
     write_captions(root, origin="names", overwrite=True)

@@ -176,7 +176,7 @@ def test_a_held_out_combination_is_never_trained_on(objects, tmp_path, monkeypat
     told: dict[frozenset[str], set[bool]] = {}
     for record in read_records(tmp_path / "out"):
         if "background" not in record.captions[0]:
-            names = frozenset(record.captions[1].split(" and "))  # in either order: what is left of what is no matter
+            names = frozenset(record.captions[1].split(" and "))  # in either order
             told.setdefault(names, set()).add(record.held_out)
     assert all(len(answers) == 1 for answers in told.values())
     assert any(len(names) == 2 for names in told)

@@ -59,7 +59,7 @@ def test_records(folder):
         ({"captions": ["x"]}, "needs the name of a picture under file_name or image"),
         ({"file_name": 3, "text": "x"}, "needs the name of a picture"),
         ({"file_name": "", "text": "x"}, "needs the name of a picture"),
-        ('{"file_name": "\\ud83d.png", "text": "x"}', "a text in it is not Unicode text"),
+        ('{"file_name": "\\ud83d.png", "text": "x"}', "it contains text that is not valid Unicode"),
         ({"file_name": "a.png"}, "needs a caption under captions or text"),
         ({"file_name": "a.png", "text": ""}, "needs a caption"),
         ({"file_name": "a.png", "text": None}, "needs a caption"),
@@ -78,9 +78,12 @@ def test_records(folder):
         (entry(held_out="no"), "held_out is 'no'"),
         (
             '{"file_name": "a.png", "text": "a smile \\ud83d"}',
-            "line 2: a text in it is not Unicode text: .*surrogates",
+            "line 2: it contains text that is not valid Unicode: .*surrogates",
         ),
-        ('{"file_name": "a.png", "text": "x", "label": "\\ude00"}', "line 2: a text in it is not Unicode text"),
+        (
+            '{"file_name": "a.png", "text": "x", "label": "\\ude00"}',
+            "line 2: it contains text that is not valid Unicode",
+        ),
     ],
 )
 def test_bad_lines(folder, line, words):
@@ -191,7 +194,7 @@ def test_what_a_csv_says_more(tmp_path):
     assert records[1].captions == ("a\ncat",)
     assert [name.removeprefix("metadata.csv, line ") for name in broken] == ["3", "4", "5", "6", "7"]
     assert "weight is 'heavy'" in broken["metadata.csv, line 3"]
-    assert "6 columns and the first line has 5" in broken["metadata.csv, line 7"]
+    assert "6 columns, but the first line has 5" in broken["metadata.csv, line 7"]
 
 
 @pytest.mark.parametrize(
@@ -359,7 +362,7 @@ def test_a_huge_picture_is_not_decoded(folder, monkeypatch):
     root = folder(entry())
     tile(root, size=(100, 100))
     monkeypatch.setattr("unclip.images.MAX_PIXELS", 9_999)
-    with pytest.raises(DataError, match=r"10,000 pixels \(100×100\); at most 9,999"):
+    with pytest.raises(DataError, match=r"10,000 pixels \(100×100\); the limit is 9,999"):
         load_sizes(root, [8])
 
 

@@ -435,7 +435,7 @@ def test_every_epoch_has_every_sample_once_in_another_order(shards):
 
 @pytest.fixture
 def weighed(shards):
-    """Twenty samples; the first of weight 9, the second of weight 0, others of 1 or of something that is no weight."""
+    """Twenty samples; the first of weight 9, the second of weight 0, others of 1 or of an invalid weight."""
     weights = {0: 9, 1: 0, 2: 1.0, 3: "heavy", 4: True, 5: -1, 6: float("nan"), 7: float("inf"), 8: None}
 
     def change(number, parts):

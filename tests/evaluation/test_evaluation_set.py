@@ -32,8 +32,8 @@ def scenes(tmp_path):
 def test_every_composed_caption_counts_once(scenes):
     evaluation_set = EvaluationSet.prepare(scenes, num_seen=10, seed=0)
     assert evaluation_set.composed
-    assert sorted(evaluation_set.asked("seen")) == ["a cat left of a star", "a red cat"]
-    assert evaluation_set.asked("held_out") == [f"a blue thing{n}" for n in range(3, 7)]
+    assert sorted(evaluation_set.captions_of("seen")) == ["a cat left of a star", "a red cat"]
+    assert evaluation_set.captions_of("held_out") == [f"a blue thing{n}" for n in range(3, 7)]
     assert len(evaluation_set.captions) == 6
     assert evaluation_set.about("held_out") == {"num": 4, "drawn": "all", "num_in_all": 4}
     assert evaluation_set.about("seen") == {"num": 2, "drawn": "at random, each caption once at most"}
@@ -50,9 +50,10 @@ def test_a_caption_that_training_saw_once_is_not_held_out():
 
 def test_some_of_the_held_out_ones(scenes):
     chosen = [
-        tuple(EvaluationSet.prepare(scenes, num_seen=2, num_held_out=2, seed=s).asked("held_out")) for s in range(12)
+        tuple(EvaluationSet.prepare(scenes, num_seen=2, num_held_out=2, seed=s).captions_of("held_out"))
+        for s in range(12)
     ]
-    assert chosen[0] == tuple(EvaluationSet.prepare(scenes, num_seen=2, num_held_out=2, seed=0).asked("held_out"))
+    assert chosen[0] == tuple(EvaluationSet.prepare(scenes, num_seen=2, num_held_out=2, seed=0).captions_of("held_out"))
     assert all(len(set(each)) == 2 for each in chosen)
     assert len(set(chosen)) > 1
     evaluation_set = EvaluationSet.prepare(scenes, num_seen=2, num_held_out=0, seed=0)
@@ -61,7 +62,9 @@ def test_some_of_the_held_out_ones(scenes):
 
 
 def test_fewer_held_out_ones_leave_the_seen_ones_as_they_are(scenes):
-    asked = [EvaluationSet.prepare(scenes, num_seen=1, num_held_out=n, seed=4).asked("seen") for n in (None, 0, 2)]
+    asked = [
+        EvaluationSet.prepare(scenes, num_seen=1, num_held_out=n, seed=4).captions_of("seen") for n in (None, 0, 2)
+    ]
     assert asked[0] == asked[1] == asked[2]
 
 
@@ -69,7 +72,7 @@ def test_a_set_with_concepts_is_not_composed(tmp_path):
     rows = [composed(0, "a red cat"), {"file_name": "1.png", "captions": ["cat"], "concept": "cat", "style": "flat"}]
     evaluation_set = EvaluationSet.prepare(write(tmp_path, rows), num_seen=9, seed=0)
     assert not evaluation_set.composed
-    assert evaluation_set.asked("seen") == ["cat"]
+    assert evaluation_set.captions_of("seen") == ["cat"]
     assert evaluation_set.captions == ["a red cat", "cat"]
 
 
@@ -107,7 +110,7 @@ def test_a_few_pictures_that_cannot_be_read_are_left_out(many):
     with pytest.warns(UserWarning, match=r"1 of 121 chosen pictures .* are skipped: 7\.png: "):
         evaluation_set = EvaluationSet.prepare(many, num_seen=1, seed=0)
     assert (len(evaluation_set.pictures("seen")), len(evaluation_set.pictures("held_out"))) == (1, 119)
-    assert "thing 7" not in evaluation_set.asked("held_out")
+    assert "thing 7" not in evaluation_set.captions_of("held_out")
     assert "thing 7" in evaluation_set.captions
     assert evaluation_set.about("held_out")["num"] == 119
     assert evaluation_set.left_out()["num_skipped"] == 1

@@ -57,11 +57,11 @@ def test_ssim_sees_structure_and_not_only_brightness():
 
 
 def test_pairs_that_do_not_fit():
-    with pytest.raises(InputError, match="not pairs"):
+    with pytest.raises(InputError, match="do not form pairs"):
         pixel_measures([grey(0)], [grey(0), grey(0)])
-    with pytest.raises(InputError, match="not pairs"):
+    with pytest.raises(InputError, match="do not form pairs"):
         pixel_measures([grey(0), grey(0)], [grey(0), grey(0, (8, 8))])
-    with pytest.raises(InputError, match="not pairs"):
+    with pytest.raises(InputError, match="do not form pairs"):
         pixel_measures([], [])
 
 

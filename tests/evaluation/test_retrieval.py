@@ -192,7 +192,7 @@ def test_bad_arguments(data, tmp_path):
     with pytest.raises(InputError, match="batch_size is 0"):
         retrieval(FakePipeline(), FakeJudge(), Plan(data, batch_size=0))
     (data / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "red", "held_out": true}')
-    with pytest.raises(DataError, match="no concept that a model could have been trained on"):
+    with pytest.raises(DataError, match="no concepts for training"):
         retrieval(FakePipeline(), FakeJudge(), Plan(data))
 
 
@@ -269,5 +269,5 @@ def test_a_judge_in_the_layout_of_transformers(tmp_path, tiny_components):
 
 
 def test_a_judge_that_is_none(tmp_path):
-    with pytest.raises(ConfigError, match=r"holds no trained CLIP \(neither text_encoder/ nor .*CLIPModel"):
+    with pytest.raises(ConfigError, match=r"contains no trained CLIP \(neither text_encoder/ nor .*CLIPModel"):
         Judge.load(tmp_path)

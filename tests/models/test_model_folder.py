@@ -115,7 +115,7 @@ def die_at_the_configuration(monkeypatch):
 
 @pytest.fixture
 def other():
-    """Of the same shapes: its weights load with the configuration of `model`, and mean nothing then."""
+    """A network with the same shapes: its weights load with the configuration of `model`, but have no meaning."""
     settings = {**PRIOR, "num_attention_heads": 4, "attention_head_dim": 4}
     return PriorTransformer(settings).initialize_for_training(torch.Generator().manual_seed(1))
 

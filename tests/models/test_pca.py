@@ -113,7 +113,7 @@ def test_a_count_that_there_is_none_of(fitted, count):
 def test_wrong_widths(fitted):
     with pytest.raises(InputError, match="width 12"):
         fitted.project(torch.zeros(2, 5))
-    with pytest.raises(InputError, match="at most 12"):
+    with pytest.raises(InputError, match="only 12 components"):
         fitted.reconstruct(torch.zeros(2, DIM + 1))
 
 

@@ -119,9 +119,9 @@ def test_data_of_too_few_dimensions(prior):
     data = embeddings()
     flat = prior.pca_mean + (data - prior.pca_mean) @ prior.pca_components[:3].T @ prior.pca_components[:3]
     for data in (embeddings(5), flat):
-        with pytest.raises(ConfigError, match="its num_components 7: make that smaller"):
+        with pytest.raises(ConfigError, match="num_components 7: reduce num_components"):
             prior.fit_codes(PrincipalComponents.fit([data]), data, torch.zeros(3))
-    with pytest.raises(ConfigError, match="embeddings of 6 numbers"):
+    with pytest.raises(ConfigError, match="embeddings have width 6"):
         prior.fit_codes(PrincipalComponents.fit([torch.randn(40, 6)]), torch.randn(40, 6), torch.zeros(3))
 
 
@@ -141,9 +141,9 @@ def test_cached_steps_equal_the_whole_sequence(prior, text):
             before = memory
             logits, memory = prior(codes[:, k : k + 1], memory=memory)
             torch.testing.assert_close(logits[:, 0], whole[:, k + 1], rtol=1e-4, atol=1e-5)
-            again, _ = prior(codes[:, k : k + 1], memory=before)  # a memory can be gone on from twice
+            again, _ = prior(codes[:, k : k + 1], memory=before)  # a memory can be used twice
             assert torch.equal(again, logits)
-        with pytest.raises(InputError, match="all 7 codes are predicted"):
+        with pytest.raises(InputError, match="all 7 codes were predicted"):
             prior(codes[:, 6:], memory=memory)
 
 

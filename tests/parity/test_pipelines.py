@@ -4,7 +4,7 @@ The reference joins the context's mask wrongly where a level has exactly as many
 (it then takes the mask for one that already covers the pixels); the tiny sizes avoid that.
 
 Diffusers keeps its schedule in float32, which scales the result of a stage's last step by 0.9995 (see
-test_schedulers.py). So its tables are replaced by float64 ones, and the pictures agree but for rounding; with its
+test_schedulers.py). So its tables are replaced by float64 ones, and the pictures agree except for rounding; with its
 tables as they are they differ by what those change in its own pictures.
 
 At timestep 999 the predicted picture is a difference of two floats, times 20,000. A random network's lands in [-1, 1]
@@ -320,7 +320,7 @@ def test_the_reference_pipeline_refuses_a_folder_saved_here_but_takes_its_parts(
     """Measured with diffusers 0.42.1, which cannot read its own unCLIP folders either.
 
     It finds `unclip.UnCLIPTextProjModel` once unclip is imported, but loads no class outside its own and transformers'.
-    Each part loads by its own class, and the pipeline made of them gives our picture.
+    Each part loads with its class, and the pipeline made of them gives our picture.
     """
     assert unclip.UnCLIPTextProjModel
     folder = saved_by_us / "text"

@@ -221,7 +221,7 @@ def test_the_samplers_take_the_schedulers_steps() -> None:
 
 @pytest.mark.parametrize("name", ["UnCLIPScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler"])
 def test_a_scheduler_saved_by_the_reference_loads_here(name, tmp_path):
-    """Theirs writes -Infinity into the solver's file, which is no JSON but must be read."""
+    """diffusers writes -Infinity into the solver's file, which is not JSON but must be read."""
     theirs = getattr(diffusers, name)()
     theirs.save_pretrained(tmp_path)
     ours = globals()[name].from_pretrained(tmp_path)

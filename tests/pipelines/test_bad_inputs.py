@@ -103,7 +103,7 @@ GIVEN_TEXT = [
     case("shapes", prompt=None, text_model_output=TEXT, text_attention_mask=MASK[0]),
     case("shapes", prompt=None, text_model_output=TEXT, text_attention_mask=MASK[:, :5]),
     case("shapes", prompt=None, text_model_output=(TEXT[0].expand(2, -1), TEXT[1]), text_attention_mask=MASK),
-    case("text_embeds holds NaN", prompt=None, text_model_output=(TEXT[0] * NAN, TEXT[1]), text_attention_mask=MASK),
+    case("text_embeds has NaN", prompt=None, text_model_output=(TEXT[0] * NAN, TEXT[1]), text_attention_mask=MASK),
     case("last_hidden_state must", prompt=None, text_model_output=(TEXT[0], [1]), text_attention_mask=MASK),
     case("shapes", prompt=None, text_model_output=(torch.tensor(0.0), TEXT[1]), text_attention_mask=MASK),
     case("shapes", prompt=None, text_model_output=tuple(t[:0] for t in TEXT), text_attention_mask=MASK[:0]),
@@ -121,7 +121,7 @@ PROMPTS = [
     case("must be a string, not int", prompt=["a cat", 3]),
     case("must be a string, not list", prompt=[["a cat"]]),
     case("1,000,000 characters", prompt="a" * 1_000_000),
-    case("half a character at 2", prompt="a \ud800"),
+    case("not valid Unicode at 2", prompt="a \ud800"),
     case("1001 prompts", prompt=["a"] * 1001),
     case("must be a string, not int", negative_prompt=["a", 3]),
     case("prompt must be", negative_prompt=[]),
@@ -228,7 +228,7 @@ def test_a_tuple_of_prompts(make):
 
 
 def test_a_warning_shows_the_text_that_was_cut(make):
-    with pytest.warns(UserWarning, match="the text encoder reads 9; left out: 'red'"):
+    with pytest.warns(UserWarning, match="the text encoder reads 9; ignored: 'red'"):
         make("a cat a cat a cat a cat a red", seed=1)
 
 

@@ -281,8 +281,8 @@ def test_latents_of_another_size(make):
 @pytest.mark.parametrize(
     ("side", "message"),
     [
-        (10, "height is 10; this model's pictures need a multiple of 4, such as 8"),
-        (1, "height is 1; this model's pictures need a multiple of 4, such as 4"),
+        (10, "height is 10; for this model it must be a multiple of 4, such as 8"),
+        (1, "height is 1; for this model it must be a multiple of 4, such as 4"),
         (0, "height is 0; it must be a whole number of pixels from 1 to 8192"),
         (-16, "height is -16"),
         (16.0, "height is 16.0"),

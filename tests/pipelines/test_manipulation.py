@@ -163,7 +163,7 @@ def test_a_cascade_takes_the_steps_that_it_recommends(in_three_stages, pictures,
 
 def test_noise_of_more_stages_than_there_are(tool, in_three_stages, pictures):
     latent = in_three_stages.invert(pictures[0], super_res=True, **STEPS)
-    with pytest.raises(InputError, match="2 super-resolution stages; this model has 1"):
+    with pytest.raises(InputError, match="2 super-resolution stages, but this model has 1"):
         tool.decode(latent, **STEPS)
 
 
@@ -305,9 +305,9 @@ def test_a_caption_has_the_embedding_of_its_picture(recommending):
     found = tool.embed_captions(prompts, seed=list(seeds))
     torch.testing.assert_close(found, made, rtol=0, atol=1e-5)
     assert distance(tool.embed_captions(prompts, seed=list(seeds), num_prior_candidates=1), made) > 1e-3
-    with pytest.raises(InputError, match="a diffusion prior draws no codes"):
+    with pytest.raises(InputError, match="a diffusion prior samples no codes"):
         tool.embed_captions("a cat", prior_temperature=0.5)
-    with pytest.raises(InputError, match="a diffusion prior draws no codes"):
+    with pytest.raises(InputError, match="a diffusion prior samples no codes"):
         tool.caption_difference("a cat", "an apple", prior_top_p=0.5)
 
 
@@ -469,7 +469,7 @@ def test_noise_of_other_super_resolution_networks_is_refused(tool, pictures, tmp
         other[network].conv_in.weight.neg_()
     other = Manipulator(build_pipeline("variation", other))
     with_noise = tool.save(tool.invert(pictures, super_res=True, **STEPS), tmp_path / "wide.safetensors")
-    with pytest.raises(CheckpointError, match="found with other super-resolution networks"):
+    with pytest.raises(CheckpointError, match="noise of other super-resolution networks"):
         other.load(with_noise)
     assert tool.load(with_noise)[1] == {}
     without = tool.save(tool.invert(pictures, **STEPS), tmp_path / "x.safetensors")
@@ -504,7 +504,7 @@ def test_a_file_has_the_settings_of_the_inversion(tool, pictures, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"eta": 0.5}, "settings have 'eta'; a latent is kept with decoder_num_inference_steps"),
+        ({"eta": 0.5}, "settings have the unknown name 'eta'; a latent's file has decoder_num_inference_steps"),
         ({"decoder_num_inference_steps": 2.5}, "decoder_num_inference_steps is 2.5"),
         ({"decoder_guidance_scale": "much"}, "decoder_guidance_scale is 'much'"),
         ({"prompt": ["a cat"]}, "it must be a text"),
@@ -545,7 +545,7 @@ def test_wrong_arguments(tool, pictures, arguments, words):
 def test_an_inversion_that_gives_nan(tool, pictures, monkeypatch):
     run = UNet2DConditionModel._run
     monkeypatch.setattr(UNet2DConditionModel, "_run", lambda *given: run(*given) * float("nan"))
-    with pytest.raises(NonFiniteError, match="decoder's noise came out as NaN"):
+    with pytest.raises(NonFiniteError, match="decoder's noise: the result is NaN"):
         tool.invert(pictures)
 
 

@@ -213,7 +213,7 @@ def test_given_embeddings_need_no_candidates(either):
 
 def test_a_diffusion_prior_draws_no_codes(tiny_pipeline):
     for more in ({"prior_temperature": 0.5}, {"prior_top_p": 0.9}):
-        with pytest.raises(InputError, match="but a diffusion prior draws no codes"):
+        with pytest.raises(InputError, match="but a diffusion prior samples no codes"):
             tiny_pipeline("a cat", **more)
 
 
@@ -262,7 +262,7 @@ def test_one_validation_for_all(either, edited):
             with pytest.raises(InputError, match=r"prior_(temperature|top_p) is"):
                 run("a cat", **more)
         if not ways(either.pipe):
-            with pytest.raises(InputError, match="a diffusion prior draws no codes"):
+            with pytest.raises(InputError, match="a diffusion prior samples no codes"):
                 run("a cat", prior_temperature=0.5)
 
 

@@ -154,7 +154,7 @@ def test_defect_09_a_converted_folder_has_karlos_clamp(tiny_pipeline, tiny_varia
 def test_defect_10_preprocessing_is_the_feature_extractors(tiny_pipeline, own_variation, tmp_path):
     """As it is configured: one that crops sees the centre only, one that squashes (as Karlo's code) sees it all.
 
-    The file decides, so that a folder gives the reference's pictures; there is no second rule in the code. Folders
+    The file decides, so that a folder gives the reference's pictures; the code has no second rule. Folders
     made here squash, from whatever CLIP they are made, unless they were asked to crop.
     """
     wide = np.full((16, 48, 3), 255, dtype=np.uint8)

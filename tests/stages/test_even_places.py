@@ -130,7 +130,7 @@ def test_latents_are_decoded_without_super_resolution_noise():
     ("draw", "error", "words"),
     [
         (lambda latent: Drawing()(latent)[:1], InputError, "3 pictures"),
-        (lambda latent: None, InputError, "no tensor"),
+        (lambda latent: None, InputError, "must return a tensor"),
         (lambda latent: Drawing()(latent) * torch.nan, NonFiniteError, "NaN"),
     ],
 )

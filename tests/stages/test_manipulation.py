@@ -74,7 +74,7 @@ def test_through_a_file(tmp_path, super_res):
         ({"decoder_latents": torch.ones(1, 3, 8, 8)}, {}, WeightsError, "lacks image_embedding"),
         ({"decoder_latents": torch.full((1, 3, 8, 8), torch.nan)}, None, WeightsError, "NaN"),
         ({"decoder_latents": torch.ones(2, 3, 8, 8)}, None, WeightsError, "do not fit each other"),
-        ({"noise": torch.ones(1)}, None, WeightsError, "has noise"),
+        ({"noise": torch.ones(1)}, None, WeightsError, "noise"),
         ({"super_res_2_latents": torch.ones(1, 3, 8, 8)}, None, WeightsError, "must have .*super_res_latents"),
         ({}, {"kind": "unclip principal components"}, CheckpointError, "'unclip principal components'"),
         ({}, {"version": "7"}, CheckpointError, "version '7'"),
@@ -132,7 +132,7 @@ def test_an_edit_turns_the_embedding_and_keeps_the_noise():
         with pytest.raises(InputError, match="strength"):
             edit(one, direction, [strength])
     for strengths in ([0.1, 0.2], [0.1, 0.2, 0.3]):
-        with pytest.raises(InputError, match="take one"):
+        with pytest.raises(InputError, match="select one"):
             edit(latent(2).select([0, 1]), direction, strengths)
     for strengths in (0.4, (0.4,), torch.tensor(0.4), [torch.tensor(0.4)], np.array([0.4])):
         alone = edit(one, direction, strengths).image_embedding
@@ -160,5 +160,5 @@ def test_probing_is_closer_with_every_component():
     for counts in ([], None, 2.5):
         with pytest.raises(InputError, match=r"counts (are|is)"):
             probe(one, components, counts)
-    with pytest.raises(InputError, match="take one"):
+    with pytest.raises(InputError, match="select one"):
         probe(latent(2), components, [4])

@@ -92,7 +92,7 @@ def test_a_folder_that_is_there(runs, tmp_path):
 
 def test_a_run_that_is_not_trained(runs, tmp_path):
     shutil.rmtree(runs["prior"] / "model")
-    with pytest.raises(MissingFileError, match="train prior there first"):
+    with pytest.raises(MissingFileError, match="train the stage prior first"):
         assemble(**runs, out=tmp_path / "out")
 
 
@@ -133,7 +133,7 @@ def test_a_last_step_of_another_process(runs, tmp_path, tiny, changes, words):
 
 
 def test_a_last_step_that_was_to_be_drawn_otherwise(runs, tmp_path, tiny):
-    """The variance and the clipping are the sampler's affair, and there may be a network without a scheduler."""
+    """The sampler determines the variance and the clipping, and a network may have no scheduler."""
     process = dataclasses.replace(tiny("super_res").super_res.process, variance_type="fixed_small", clip_range=2.0)
     recipe = tiny("super_res", section={"only_last_step": True, "process": process})
     runs["super_res_last"] = write_run(make_task(recipe), tmp_path / "other")
@@ -180,7 +180,7 @@ def test_runs_under_another_clip(trained, runs, tmp_path, other_clip):
 def test_a_start_under_another_clip(trained, tmp_path, tiny, other_clip, stage):
     section = {"clip": other_clip / "model"}
     start = trained[stage] / "model"
-    with pytest.warns(UserWarning, match="was trained with another CLIP .* must adapt to the new one"):
+    with pytest.warns(UserWarning, match="was trained with another CLIP .* must adapt to it"):
         make_task(tiny(stage, start_from=start, section=section))
     make_task(tiny(stage, start_from=start))
     assemble(**trained, out=tmp_path / "whole")
@@ -259,7 +259,7 @@ def test_a_model_by_its_name(runs, tmp_path, monkeypatch):
 def test_further_stages_that_do_not_fit(runs, more, tmp_path):
     with pytest.raises(ConfigError, match=r"super_res_3_first.sample_size is 64, no more than the 128"):
         assemble(**runs, super_res_more=more[::-1], out=tmp_path / "out")
-    with pytest.raises(MissingFileError, match="train super_res_2 there first"):
+    with pytest.raises(MissingFileError, match="train the stage super_res_2 first"):
         assemble(**runs, super_res_more=[runs["prior"]], out=tmp_path / "out")
     with pytest.raises(InputError, match="there are 9 further super-resolution stages; at most 8"):
         assemble(**runs, super_res_more=more[:1] * 9, out=tmp_path / "out")

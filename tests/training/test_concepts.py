@@ -40,7 +40,7 @@ def test_phrases_for_the_threshold(clip_model, pictures, tmp_path):
     corpus.write_text('{"text": "a crimson disc", "concepts": ["red circle"]}\n{"text": "zxcv", "means": []}\n')
     concepts_of(clip_model, pictures, phrases=corpus)
     corpus.write_text('{"text": "zxcv", "means": []}\n')
-    with pytest.raises(DataError, match="names concepts"):
+    with pytest.raises(DataError, match="has concepts"):
         concepts_of(clip_model, pictures, phrases=corpus)
 
 

@@ -180,7 +180,7 @@ def test_tokens_and_embeddings_of_different_widths(tiny, tmp_path):
 
 
 def test_what_is_no_clip(tmp_path):
-    with pytest.raises(ConfigError, match=r"holds no trained CLIP \(neither text_encoder/ nor .*: train that stage"):
+    with pytest.raises(ConfigError, match=r"contains no trained CLIP \(neither text_encoder/ nor .*: train that stage"):
         read_clip(tmp_path)
     save_whole(tmp_path)
     weights = tmp_path / "model.safetensors"

@@ -82,7 +82,7 @@ def test_a_start_keeps_its_codes(tiny, tmp_path):
 
 def test_more_components_than_the_data_have(tiny):
     model = tiny("prior_autoregressive").prior_autoregressive.model | {"num_components": 30}
-    with pytest.raises(ConfigError, match="its num_components 30: make that smaller"):
+    with pytest.raises(ConfigError, match="num_components 30: reduce num_components"):
         task_of(tiny, model=model)
 
 

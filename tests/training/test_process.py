@@ -207,7 +207,7 @@ def test_a_runs_recipe_says_the_process_in_full(command, tmp_path):
 
 
 def test_runs_of_before(command, tmp_path):
-    """Their recipe.json has no betas. One under another process than its start's is not gone on from."""
+    """Their recipe.json has no betas. A run with another process than its start is not resumed."""
     run = tmp_path / "run"
     assert command("--out", run, "--steps", 1).exit_code == 0
     recipe = json.loads((run / "recipe.json").read_text())

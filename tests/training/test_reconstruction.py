@@ -77,7 +77,7 @@ def test_a_network_whose_file_lacks_weights(tmp_path):
     lost = next(name for name in tensors if "layers.0" in name and name.endswith("convolution.weight"))
     del tensors[lost]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(WeightsError, match=f"lacks 1 weights of the model in its config.json .{lost}"):
+    with pytest.raises(WeightsError, match=f"lacks 1 weights of the model that its config.json describes .{lost}"):
         perceptual_loss(tmp_path, 1.0)
 
 

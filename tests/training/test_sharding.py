@@ -9,7 +9,7 @@ from unclip.errors import ConfigError
 from unclip.training import sharding
 from unclip.training.clip import MAX_LOGIT_SCALE, ClipTask
 from unclip.training.recipe import OptimizerRecipe
-from unclip.training.sharding import asked_by_launcher, is_sharded, sharded, share_of, shared_like, whole
+from unclip.training.sharding import is_sharded, requested_by_launcher, sharded, share_of, shared_like, whole
 from unclip.training.task import make_task
 from unclip.training.trainer import step_generator
 
@@ -76,9 +76,9 @@ def test_a_whole_tensor_is_cut_like_another(group, tiny):
 
 def test_the_launchers_flag_is_taken_down(monkeypatch):
     monkeypatch.setenv(sharding.LAUNCHER_FLAG, "true")
-    assert asked_by_launcher()
+    assert requested_by_launcher()
     assert sharding.LAUNCHER_FLAG not in os.environ
-    assert not asked_by_launcher()
+    assert not requested_by_launcher()
 
 
 @pytest.mark.parametrize(

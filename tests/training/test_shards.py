@@ -1,4 +1,4 @@
-"""Every stage trains on shards: from a folder, over HTTP, with a damaged shard among them, and goes on where it was."""
+"""Every stage trains on shards: from a folder, over HTTP, with a damaged shard among them, and resumes where it was."""
 
 import dataclasses
 import functools
@@ -160,7 +160,7 @@ def test_a_prior_learns_from_embeddings_alone(tiny, pictures, tmp_path, request)
 def test_shards_without_pictures(pictures, clip_model, tiny, tmp_path, request, stage):
     embed(pictures, clip_model, tmp_path / "embedded")
     task = closing(request, make_task(tiny(stage, data=tmp_path / "embedded")))
-    with pytest.raises(DataError, match=r"have no picture, and pictures are needed here: .* --keep-pictures"):
+    with pytest.raises(DataError, match=r"have no picture, but pictures are needed here: .* --keep-pictures"):
         task.batch(0, 4, step_generator(0, 0))
 
 
@@ -389,16 +389,16 @@ def test_an_embedding_does_not_go_on_with_something_else(pictures, clip_model, t
     with pytest.raises(_StopError):
         embed(packed, clip_model, tmp_path / "out", per_shard=3, progress=_stop_after(5))
     with pytest.raises(
-        OutputExistsError, match=r"out\.unfinished was started with another keep_pictures, per_shard; use"
+        OutputExistsError, match=r"out\.unfinished was started with other settings \(keep_pictures, per_shard\); use"
     ):
         embed(packed, clip_model, tmp_path / "out", per_shard=4, keep_pictures=True)
     other = pack(pictures, tmp_path / "other", copies=1)
     write_shard([("0", {"png": b"", "txt": b"a"})], other / "00000.tar")
-    with pytest.raises(DataError, match="they differ from sample 0 on; remove that folder"):
+    with pytest.raises(DataError, match="samples from number 0 on differ; remove that folder"):
         embed(other, clip_model, tmp_path / "out", per_shard=3)
     (tmp_path / "new.unfinished").mkdir()
     (tmp_path / "new.unfinished" / "mine.tar").touch()
-    with pytest.raises(OutputExistsError, match=r"without unfinished\.json; remove it"):
+    with pytest.raises(OutputExistsError, match=r"has no unfinished\.json; remove it"):
         embed(packed, clip_model, tmp_path / "new", per_shard=3)
     assert (tmp_path / "new.unfinished" / "mine.tar").exists()
 

@@ -87,13 +87,14 @@ def test_nonsense_stands_for_any_picture(encoder, corpus, source, tmp_path):
     with_nonsense = tmp_path / "with-nonsense.jsonl"
     with_nonsense.write_text(corpus.read_text() + '{"text": "asdfgh", "means": []}\n{"text": "blorf", "means": []}\n')
     _, before = closest_of(TeacherSettings(encoder, corpus), source)
-    closest, phrases = closest_of(TeacherSettings(encoder, with_nonsense), source)
+    _, phrases = closest_of(TeacherSettings(encoder, with_nonsense), source)
     assert torch.equal(phrases.probabilities[:3], before.probabilities)
     row, other = phrases.rows[-2:].tolist()
     assert row != other
     assert phrases.probabilities[row].unique().numel() == 1
     assert phrases.embeddings[row].eq(0).all()
-    assert set(closest["asdfgh"]) == {record.concept for record in source.records if not record.held_out}
+    shown = {source.records[number].concept for number in phrases.pictures[3:].flatten().tolist()}
+    assert shown == {record.concept for record in source.records if not record.held_out}
     with_nonsense.write_text('{"text": "asdfgh", "means": []}\n')
     with pytest.raises(DataError, match="meaning"):
         closest_of(TeacherSettings(encoder, with_nonsense), source)

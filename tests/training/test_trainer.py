@@ -1,4 +1,4 @@
-"""The trainer: what a step is, what a kill, a full disk or a bad loss leave behind, and what is gone on from."""
+"""The trainer: what a step is, what a kill, a full disk or a bad loss leave behind, and what is resumed."""
 
 import contextlib
 import dataclasses
@@ -558,7 +558,7 @@ def test_other_captions(tmp_path):
         Trainer(task, line_recipe(), tmp_path)
 
 
-# -- what is not gone on from --------------------------------------------------------------------------------------
+# -- runs that are not resumed --------------------------------------------------------------------------------------
 
 
 def test_another_seed_or_stage(tmp_path):
@@ -676,7 +676,7 @@ def test_a_gradient_that_is_no_number(tmp_path):
     task = LineTask()
     task.module = Root()
     trainer = Trainer(task, line_recipe(), tmp_path)
-    with pytest.raises(TrainingError, match=r"the gradient's norm is nan at step 0; there is no checkpoint yet"):
+    with pytest.raises(TrainingError, match=r"the gradient's norm is nan at step 0; no checkpoint exists yet"):
         trainer.run()
     assert task.module.line.weight.isfinite().all()
 
@@ -793,7 +793,7 @@ def test_metrics_go_to_the_trackers_that_are_installed(tmp_path, monkeypatch, na
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "kept"))  # read when trackio is imported
     pytest.importorskip(name)
     recipe = line_recipe(trackers=(name,), log_every_steps=3)
-    for steps in (6, 12):  # a run that goes on
+    for steps in (6, 12):  # a resumed run
         Trainer(LineTask(), dataclasses.replace(recipe, steps=steps), tmp_path / "run").run()
     assert [path for path in tmp_path.glob(left) if path.stat().st_size > 1000]
     assert {path.name for path in tmp_path.iterdir()} <= {"run", "kept"}
@@ -840,7 +840,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         Trainer(LineTask(), line_recipe(), tmp_path / "file" / "run").run()
 
 
-# -- a damaged folder: gone on from exactly, or refused with a typed error; no traceback and no endless wait ---------
+# -- a damaged folder: resumed exactly, or refused with a typed error; no traceback and no endless wait ---------
 
 
 Damage = Callable[[Path], None]

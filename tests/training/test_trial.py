@@ -15,7 +15,7 @@ from unclip.training.task import make_task
 
 
 def refused(tiny, tmp_path, stage: str, table: str, settings: dict, words: str) -> None:
-    """Of a recipe whose data do not exist: they must not even be looked for."""
+    """Runs a recipe whose data do not exist, and must not be read."""
     recipe = tiny(stage)
     section = getattr(recipe, stage)
     changed = settings if not table else {table: getattr(section, table) | settings}

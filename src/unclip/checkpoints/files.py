@@ -59,7 +59,7 @@ def parse_json_object(
     def number(text: str) -> float:
         value = float(text)
         if not math.isfinite(value) and not (allow_infinity and text.endswith("Infinity")):
-            raise ValueError(f"it holds {text[:40]}; only finite numbers are allowed")
+            raise ValueError(f"it contains {text[:40]}; only finite numbers are allowed")
         return value
 
     try:
@@ -67,7 +67,7 @@ def parse_json_object(
     except (ValueError, RecursionError) as problem:
         raise error(f"{what} is not JSON: {problem}") from problem
     if not isinstance(value, dict):
-        raise error(f"{what} must hold a JSON object in braces, not a {type(value).__name__}")
+        raise error(f"{what} must be a JSON object in braces, not a {type(value).__name__}")
     return value
 
 
@@ -81,7 +81,7 @@ def read_json(
     """
     size_bytes = file_size(path)
     if size_bytes > limit_bytes:
-        raise CheckpointError(f"{path} is {size_bytes} bytes; a JSON file here may have at most {limit_bytes}")
+        raise CheckpointError(f"{path} is {size_bytes} bytes; the limit for this JSON file is {limit_bytes}")
     return parse_json_object(Path(path).read_bytes(), str(path), allow_infinity=allow_infinity)
 
 
@@ -133,7 +133,7 @@ def output_path(path: str | os.PathLike[str]) -> Path:
     """
     text = os.fspath(path)
     if not _is_possible(text, OUTPUT_LIMIT):
-        raise InputError(f"{_shown(path)} is not a valid output path: it is empty or too long, or has a NUL in it")
+        raise InputError(f"{_shown(path)} is not a valid output path: it is empty or too long, or contains a NUL")
     return Path(os.path.realpath(text))
 
 
@@ -251,7 +251,7 @@ def _put_folder(temporary: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two paths atomically (renameat2 of Linux); False where this is not possible, or one does not exist."""
+    """Swap two paths atomically (renameat2 of Linux). Returns: False if this is not possible."""
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError, TypeError):  # not Linux
@@ -295,14 +295,16 @@ def safe_join(folder: str | os.PathLike[str], name: str) -> Path:
     model are allowed, because snapshots consist of links to `blobs/`.
     """
     if not isinstance(name, str) or "\\" in name or not _is_possible(name, PATH_LIMIT):
-        raise UnsafeFileError(f"the file name {_shown(name)} is empty or too long, or has a NUL or a backslash in it")
+        raise UnsafeFileError(f"the file name {_shown(name)} is empty or too long, or contains a NUL or a backslash")
     if PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or ".." in PurePosixPath(name).parts:
         raise UnsafeFileError(f"the file name {_shown(name)} leads out of its folder {folder}")
     base = Path(os.path.realpath(folder))
     joined = Path(folder, name)
     resolved = Path(os.path.realpath(joined))
     if not resolved.is_relative_to(base) and not resolved.is_relative_to(hub_root(base) or base):
-        raise UnsafeFileError(f"{joined} is a link that leaves its folder (to {resolved}); put the file itself there")
+        raise UnsafeFileError(
+            f"{joined} is a link that leaves its folder (to {resolved}); replace it by the file itself"
+        )
     return joined
 
 
@@ -330,4 +332,4 @@ def _shown(path: object) -> str:
 
 
 def _exists(path: str | os.PathLike[str]) -> str:
-    return f"{path} exists already; allow overwriting, or name another path"
+    return f"{path} already exists; allow overwriting, or choose another path"

@@ -82,7 +82,7 @@ def pick_files(
     variants = {variant for _, _, variant in kinds.values() if variant}
     if variant is not None and variant not in variants:
         some = ", ".join(sorted(variants)) or "plain ones"
-        raise MissingFileError(f"there are no {variant} weights; there are: {some}")
+        raise MissingFileError(f"there are no {variant} weights; existing files: {some}")
     has_variant = {(folder, stem) for folder, stem, its in kinds.values() if its == variant}
     kept = [name for name in wanted if name not in kinds and not name.endswith(".safetensors")]
     for name, (folder, stem, its) in kinds.items():
@@ -129,7 +129,7 @@ def _download(
 
     place = None if cache_dir is None else os.fspath(cache_dir)
     download = functools.partial(huggingface_hub.snapshot_download, name, revision=revision, cache_dir=place)
-    why = "only local files were asked for"
+    why = "only local files were requested"
     try:
         if not local_files_only:
             try:
@@ -152,7 +152,7 @@ def _download(
             f"{name} is gated: accept its terms on https://huggingface.co/{name}, then `hf auth login` or pass token="
         ) from problem
     except errors.RevisionNotFoundError as problem:
-        raise MissingFileError(f"{name} has no revision {revision!r}; omit it for the newest") from problem
+        raise MissingFileError(f"{name} has no revision {revision!r}; omit it for the latest") from problem
     except errors.RepositoryNotFoundError as problem:
         raise MissingFileError(
             f"{name} is not a folder, and the hub has no public model of that name{_suggestion(name)}. "
@@ -160,7 +160,7 @@ def _download(
         ) from problem
     except errors.LocalEntryNotFoundError as problem:
         raise MissingFileError(
-            f"{name} is not in the cache and {why}; go online once, or name a folder{_suggestion(name)}"
+            f"{name} is not in the cache, and {why}; download it while online, or name a folder{_suggestion(name)}"
         ) from problem
     except Exception as problem:
         raise CheckpointError(f"{name} could not be downloaded: {problem}. Try again, or name a folder") from problem

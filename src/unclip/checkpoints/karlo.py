@@ -95,7 +95,7 @@ def convert_prior(
     width = converted["proj_in.weight"].shape[1]
     for name, value in (("clip_mean", mean), ("clip_std", std)):
         if value.numel() != width:
-            raise WeightsError(f"{name} has {value.numel()} values, and the prior's embeddings have {width}")
+            raise WeightsError(f"{name} has {value.numel()} values, but the prior's embeddings have {width}")
         converted[name] = value.reshape(1, width)
     return converted
 
@@ -115,8 +115,8 @@ def convert_unet(
 ) -> dict[str, Tensor]:
     """A U-Net's weights by the folder layout's names; the numbers of blocks and resnets come from the names.
 
-    `kind` "decoder" has attention and shares its file with the text projection, which is passed over; "super_res" has
-    none. Only names under `prefix` are looked at. Raises WeightsError, with names, for missing and left-over tensors.
+    `kind` "decoder" has attention and shares its file with the text projection, which is skipped; "super_res" has
+    none. Only names under `prefix` are used. Raises WeightsError, with names, for missing and left-over tensors.
     """
     foreign = {rule.source for rule in _TEXT_RULES if kind == "decoder"}
     source = {name: value for name, value in _under(state_dict, prefix).items() if name not in foreign}
@@ -145,7 +145,7 @@ def split_by_prefix(state_dict: Mapping[str, Tensor], prefixes: Iterable[str]) -
     empty = [prefix for prefix, group in groups.items() if not group]
     if left or empty:
         raise WeightsError(
-            f"nothing is named {empty}…, and {len(left)} names belong to no known part ({sorted(left)[:4]})"
+            f"no tensor is named {empty}…, and {len(left)} names do not belong to a known part ({sorted(left)[:4]})"
         )
     return groups
 
@@ -217,7 +217,7 @@ def _apply(rules: list[_Rule], source: Mapping[str, Tensor], head_dim: int, what
     differences = {"missing": sorted(wanted - set(source)), "unknown": sorted(set(source) - wanted)}
     parts = [f"{len(names)} {word} ({', '.join(names[:4])})" for word, names in differences.items() if names]
     if parts:
-        raise WeightsError(f"the {what} does not have the names of its layout: {'; '.join(parts)}")
+        raise WeightsError(f"the {what} does not have the expected names: {'; '.join(parts)}")
     converted: dict[str, Tensor] = {}
     for name, targets, point in rules:
         tensor = source[name]

@@ -18,7 +18,7 @@ API_VERSION = "0.26.3"
 """The value of `_diffusers_version` in written folders: the version of the layout."""
 
 PRIOR_CLIP_RANGE = 10.0
-"""Range to which Karlo's own code clamps the prior's prediction; the published diffusers folders say 5."""
+"""Range to which Karlo's own code clamps the prior's prediction; the published diffusers folders have 5."""
 
 DECODER_SIZE_PX = 64
 SUPER_RES_SIZE_PX = 256
@@ -53,7 +53,7 @@ CONCEPTS_FILE = "concepts.safetensors"
 FURTHER_SUPER_RES = tuple(f"super_res_{number}" for number in range(2, 10))
 """Super-resolution stages beyond the first (such as 256 → 1024 px), the prefixes of their components."""
 FURTHER = tuple(f"{stage}_{part}" for stage in FURTHER_SUPER_RES for part in ("first", "last", "scheduler"))
-"""Optional components of every pipeline's folder. Loaders that do not know them ignore them."""
+"""Optional components of every pipeline's folder. Other loaders ignore them."""
 
 
 def model_index(class_name: str, components: Iterable[str]) -> dict[str, Any]:
@@ -215,7 +215,7 @@ class ProbeFile:
         if not path.exists():
             return None
         if file_size(path) > LIMIT_BYTES:
-            raise CheckpointError(f"{path} has more than {LIMIT_BYTES:,} bytes, the limit of such a file: remove it")
+            raise CheckpointError(f"{path} has more than {LIMIT_BYTES:,} bytes, the limit for this file: remove it")
         try:
             with safe_open(path, framework="pt") as file:
                 return cls(path.read_bytes(), (file.metadata() or {}).get("image_encoder", ""))
@@ -227,5 +227,5 @@ class ProbeFile:
         (folder / PROBE_FILE).write_bytes(self.content)
 
     def may_be_of(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether it belongs to the image encoder with these weights, or does not state its image encoder."""
+        """Whether it belongs to the image encoder with these weights, or its image encoder is unknown."""
         return may_be_of(self.image_encoder, [state])

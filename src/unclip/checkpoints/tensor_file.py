@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".safetensors"
 LIMIT_BYTES = 4 << 30
-"""The size limit of such a file, far above any real one."""
+"""The size limit of such a file, far above that of real files."""
 
 
 def write_tensor_file(
@@ -53,7 +53,7 @@ def write_tensor_file(
 
     path = Path(path)
     if path.suffix != SUFFIX:
-        raise CheckpointError(f"{path} must end in {SUFFIX}: name it {path.name}{SUFFIX}, say")
+        raise CheckpointError(f"{path} must end in {SUFFIX}, such as {path.name}{SUFFIX}")
     kept = {}
     for name, tensor in tensors.items():
         check_tensor_name(name, kind)
@@ -89,7 +89,7 @@ def read_tensor_file(
     header = read_header(path)
     size_bytes = sum(info.nbytes for info in header.values())
     if size_bytes > LIMIT_BYTES:
-        raise CheckpointError(f"{path} holds {size_bytes:,} bytes; a file of {kind} has at most {LIMIT_BYTES:,}")
+        raise CheckpointError(f"{path} has {size_bytes:,} bytes; the limit for a file of {kind} is {LIMIT_BYTES:,}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             about = dict(file.metadata() or {})
@@ -99,7 +99,7 @@ def read_tensor_file(
         raise WeightsError(f"{path} cannot be read: {problem}") from problem
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
-            raise WeightsError(f"{name} in {path} is {tensor.dtype}; it must hold floating-point numbers")
+            raise WeightsError(f"{name} in {path} is {tensor.dtype}; it must have floating-point numbers")
         check_finite(tensor, name, str(path))
     return {name: tensor.float() for name, tensor in tensors.items()}, about
 
@@ -112,7 +112,8 @@ def _check(
         raise CheckpointError(f"{path} is a file of kind {own[:80]!r}; a file of {kind!r} is needed")
     if number not in map(str, range(1, version + 1)):
         raise CheckpointError(
-            f"{path} is of version {number[:20]!r}; this unclip reads {kind!r} up to version {version}: update it"
+            f"{path} has version {number[:20]!r}; this version of unclip reads {kind!r} up to version {version}: "
+            "update unclip"
         )
     lacking = {name for name, is_needed in names.items() if is_needed} - found
     problems = {"lacks": lacking, "has the unknown": found - set(names)}
@@ -137,7 +138,7 @@ def record_texts(settings: Mapping[str, Any]) -> dict[str, str]:
     given = {name: value for name, value in settings.items() if value is not None}
     names = (*RECORDED, TILE, PROMPT)
     if unknown := given.keys() - set(names):
-        raise InputError(f"settings have {min(unknown)!r}; a latent is kept with {', '.join(names)}")
+        raise InputError(f"settings have the unknown name {min(unknown)!r}; a latent's file has {', '.join(names)}")
     prompt = given.pop(PROMPT, "")
     if not isinstance(prompt, str):
         raise InputError(f"the prompt is {prompt!r:.100}; it must be a text")

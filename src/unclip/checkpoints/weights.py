@@ -145,7 +145,7 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
                 state[full] = next((weights[name] for weights in kept if name in weights), state[full])
     if empty := [name for name, value in state.items() if value.is_meta]:
         raise InputError(
-            f"{len(empty)} weights of {type(original(module)).__name__} (such as {empty[0]}) lie on the meta device "
+            f"{len(empty)} weights of {type(original(module)).__name__} (such as {empty[0]}) are on the meta device "
             "and have no values: load them before saving, or call remove_all_hooks() on an offloaded pipeline"
         )
     return state
@@ -175,10 +175,10 @@ def index_name(stem: str = DEFAULT_STEM, variant: str | None = None) -> str:
 def open_weights(
     folder: str | os.PathLike[str], *, stem: str = DEFAULT_STEM, variant: str | None = None
 ) -> WeightsIndex:
-    """Find the weights `stem` in `folder` and judge every header, without reading weights.
+    """Find the weights `stem` in `folder` and check every header, without reading weights.
 
-    Raises MissingFileError (the message names what is there), UnsafeFileError when
-    there are only pickles or an index points out of the folder, WeightsError for damaged files, an index that disagrees
+    Raises MissingFileError, which names the existing files; UnsafeFileError when there are only pickles, or an index
+    points out of the folder; WeightsError for damaged files, an index that disagrees
     with its shards, or a folder with both a whole file and an index.
     """
     folder = Path(folder)
@@ -188,7 +188,7 @@ def open_weights(
     index = safe_join(folder, index_name(stem, variant))
     if single.exists() and index.exists():
         raise WeightsError(
-            f"{folder} has its weights twice: whole in {single.name}, and in the shards that {index.name} lists; "
+            f"{folder} has its weights twice: in {single.name}, and in the shards of {index.name}; "
             "remove one of the two"
         )
     if single.exists():
@@ -206,12 +206,14 @@ def _open_shards(folder: Path, index: Path) -> WeightsIndex:
     if unsafe := [name for name in shards if not name.endswith(".safetensors")]:
         raise UnsafeFileError(f"{index} names {_some(unsafe)}; only .safetensors files are read")
     if missing := [name for name, path in shards.items() if not path.exists()]:
-        raise MissingFileError(f"{index} names {_some(missing)}, which {folder} lacks; download the model again")
+        raise MissingFileError(
+            f"{index} names {_some(missing)}, which do not exist in {folder}; download the model again"
+        )
     headers = {shard: read_header(path) for shard, path in shards.items()}
     found = {(name, shard) for shard, header in headers.items() for name in header}
     if different := found.symmetric_difference(weight_map.items()):
         places = (f"{name} in {shard}" for name, shard in sorted(different))
-        raise WeightsError(f"{index} does not agree with its shards about {_some(places)}; download the model again")
+        raise WeightsError(f"{index} and its shards differ in {_some(places)}; download the model again")
     return WeightsIndex(item for header in headers.values() for item in header.items())
 
 
@@ -273,7 +275,7 @@ def check_finite(tensor: Tensor, name: str, where: str = "the weights") -> None:
             chunk = chunk.float()  # torch has no minimum for its 8-bit floats
         if not torch.isfinite(torch.stack(torch.aminmax(chunk))).all():
             what = "NaN" if torch.isnan(chunk).any() else "an infinity"
-            raise WeightsError(f"{name} in {where} holds {what}; the file is damaged or its training went wrong")
+            raise WeightsError(f"{name} in {where} has {what}; the file is damaged, or training failed")
 
 
 def checked_cast(tensor: Tensor, dtype: torch.dtype, name: str, where: str = "the weights") -> Tensor:
@@ -294,7 +296,7 @@ def load_into(
     stem: str = DEFAULT_STEM,
     variant: str | None = None,
     dtype: torch.dtype | None = None,
-    passed_over: tuple[str, ...] = (),
+    skipped: tuple[str, ...] = (),
 ) -> None:
     """Fill `module`, usually built on the meta device, with the weights in `folder`.
 
@@ -302,10 +304,10 @@ def load_into(
     become `dtype`, or the module's type for them, and take the memory layout of its kernels; requires_grad does not
     change. Memory holds about one copy of the weights: those that keep their type stay mapped from the file, so the
     file may be replaced but not changed in place while the module exists. In a channels-last module all weights are
-    copied. Tensors whose names end with one of `passed_over` are not read.
+    copied. Tensors whose names end with one of `skipped` are not read.
     Raises what `open_weights` raises, and WeightsError when names or shapes differ, or a weight is not finite.
     """
-    fill(module, open_weights(folder, stem=stem, variant=variant).without(passed_over), folder, dtype=dtype)
+    fill(module, open_weights(folder, stem=stem, variant=variant).without(skipped), folder, dtype=dtype)
 
 
 def fill(
@@ -328,7 +330,7 @@ def fill(
     module.load_state_dict(loaded, strict=True, assign=True)
     left = [name for name, value in (*module.named_parameters(), *module.named_buffers()) if value.is_meta]
     if left:
-        raise WeightsError(f"{_some(left)} of {type(module).__name__} are not part of a checkpoint and have no value")
+        raise WeightsError(f"{_some(left)} of {type(module).__name__} are not in the checkpoint and have no value")
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""`unclip concepts`: what a model knows, as a list, a search, or a sheet of pictures."""
+"""`unclip concepts`: list, search and draw the concepts that a model knows."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def concepts(
     model: options.Model = "unclip-emoji",
     limit: Annotated[int | None, option("N", default="all", min=1)] = None,
     as_json: Annotated[bool, flag("--json")] = False,
-    sheet: Annotated[Path | None, option("FILE", default="no")] = None,
+    sheet: Annotated[Path | None, option("FILE", default="not written")] = None,
     source: Annotated[Path | None, option("DATA", "--from")] = None,
     phrases: Annotated[Path | None, option("FILE")] = None,
     overwrite: Annotated[bool, flag("--overwrite")] = False,
@@ -41,7 +41,7 @@ def concepts(
 
     A model's folder may have a list of the concepts that it was trained on. The commands that read captions use it to
     warn of a caption that is not close to any of them. The output has one concept on each line: its label, and other
-    names after a colon. A word that is in no name shows the concepts that are nearest in meaning.
+    names after a colon. If no name has the word, the concepts that are nearest in meaning are shown.
 
     Args:
         words: Show the concepts that have one of these words in a name.
@@ -49,7 +49,7 @@ def concepts(
         as_json: Print a JSON object with the names on each line.
         sheet: Also write a PNG sheet with a picture of each shown concept.
         source: Write the list of the data set DATA into the model's folder.
-        phrases: Captions for the threshold, as of unclip data language; with --from.
+        phrases: With --from: known captions for the threshold, such as those of unclip data language.
         overwrite: Replace an existing list or sheet.
 
     Examples:
@@ -61,7 +61,7 @@ def concepts(
         unclip concepts --from data/mine --model models/mine
     """
     if phrases is not None and source is None:
-        raise typer.BadParameter("--phrases goes with --from")
+        raise typer.BadParameter("--phrases needs --from")
     silence_later(downloads=quiet)
     folder = resolve(model)
     if source is not None:

@@ -41,9 +41,9 @@ def karlo(
         prior: The prior's checkpoint.
         decoder: The decoder's checkpoint.
         super_res: The super-resolution checkpoint.
-        stats: Mean and spread of the image embeddings.
-        variant: Put WORD into the weights' file names: fp16, say.
-        prior_clip_range: Clamp the prior's prediction to ±X; published folders in diffusers' layout: 5.
+        stats: File with mean and standard deviation of the image embeddings.
+        variant: Put WORD into the weights' file names: for example fp16.
+        prior_clip_range: Clamp the prior's prediction to ±X. Published folders in diffusers' layout have 5.
 
     Examples:
         unclip convert karlo --prior prior-ckpt-step=01000000-of-01000000.ckpt \
@@ -82,11 +82,11 @@ def variation(
 ) -> None:
     r"""Make a folder for `unclip vary` from a text-to-image model.
 
-    It has the model's components, and the image encoder of the CLIP model that the model was trained with.
+    It contains the components of the model, and the image encoder of its CLIP model.
 
     Args:
         model: Folder or hub id of a text-to-image model.
-        crop: Look at the centre of pictures, as CLIP does; or squash them, as Karlo.
+        crop: Crop pictures to a square, as CLIP does, instead of squashing them, as Karlo does.
 
     Examples:
         unclip convert variation models/karlo \
@@ -109,7 +109,7 @@ def pickle(
     """Copy a model's folder, with every pickle (.bin) converted to safetensors.
 
     A pickle can run code when it is read. This command reads only tensors and refuses a file with anything else; still,
-    use it only on files from people whom you trust.
+    use it only for files from people whom you trust.
 
     Args:
         folder: A model's folder with .bin files.

@@ -121,16 +121,16 @@ def language(
     overwrite: Overwrite = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Write many wordings of what the emoji show, as input of a teacher.
+    """Write many phrases about the emoji, as input of a teacher.
 
-    The phrases are made of labels, keywords and the nouns of WordNet. They train a CLIP's text encoder, a prior and a
-    decoder whose recipe has a section [teacher]. The wordings of unclip evaluate wordings are left out.
+    The phrases consist of labels, keywords and nouns of WordNet. Recipes for CLIP's text encoder, a prior or a decoder
+    use them in a section [teacher]. The built-in wordings of unclip evaluate wordings are left out.
 
     Args:
         source: The folder of unclip data emoji.
         out: The file to write, one phrase on each line.
         count: Phrases to write.
-        languages: More languages, such as de,fr: Unicode's names and keywords in them.
+        languages: Further languages, such as de,fr, for names and keywords from Unicode.
 
     Examples:
         unclip data language data/emoji --out data/language.jsonl
@@ -161,8 +161,8 @@ def caption(
 ) -> None:
     """Write the captions of your own pictures to FOLDER/metadata.jsonl.
 
-    Training and the other data commands read that file. Pictures without a caption are named and left out. Check the
-    captions from file names: a number at the end is removed if it only distinguishes pictures.
+    Training and the other data commands read that file. Pictures without a caption are named and left out. A number at
+    the end of a file name is removed if it only distinguishes pictures. Check these captions.
 
     Args:
         folder: A folder of pictures; its subfolders are read too.
@@ -182,7 +182,7 @@ def caption(
     from unclip.data.captions import write_captions
 
     if csv is None and columns != Columns():
-        raise typer.BadParameter("--image-key and --caption-key name columns of --csv FILE")
+        raise typer.BadParameter("--image-key and --caption-key need --csv FILE")
     if csv is not None and origin is not None:
         raise typer.BadParameter("give --from or --csv, not both")
     where = None if origin is None else origin.value
@@ -247,10 +247,10 @@ def compose(
 ) -> None:
     """Make pictures that combine concepts, with captions that describe them.
 
-    They show objects in other colours, on backgrounds, and two in a scene. One combination in twenty is held out.
+    The pictures show objects in other colours, on backgrounds, and in pairs. One combination in twenty is held out.
 
     Args:
-        source: A folder of single objects: unclip data emoji.
+        source: A folder of single objects, such as that of unclip data emoji.
         count: Pictures to make.
         weight: Weight of each picture in training.
 
@@ -292,14 +292,14 @@ def embed(
     device: options.Device = "auto",
     quiet: options.Quiet = False,
 ) -> None:
-    """Compute CLIP embeddings once, and write shards on which a prior is trained.
+    """Compute CLIP embeddings once, and write them as shards for training.
 
     Broken samples are left out; DIR.skipped.json lists them. The shards are in DIR.unfinished until all are complete;
     after Ctrl-C the same command continues.
 
     Args:
-        clip: A folder with an image_encoder: of a CLIP run, or of a model.
-        keep_pictures: Copy the pictures too, for a decoder.
+        clip: A folder with an image_encoder, such as model/ of a CLIP run, or a whole model.
+        keep_pictures: Also copy the pictures, which a decoder needs for training.
 
     Examples:
         unclip data embed data/emoji --clip runs/clip/model --out embedded
@@ -318,14 +318,14 @@ def embed(
 
 
 def finish(damage: "Damage", out: Path, quiet: bool) -> None:
-    """Print what was read for `out`, what could not be, and the path."""
+    """Print the numbers of read and broken samples, and the path."""
     from unclip.data.samples import skipped_file
 
     name_some(damage.broken)
     if not quiet:
         note(f"{damage.num_read:,} samples read, {len(damage.broken):,} samples or shards broken")
         if damage.broken:
-            note(f"all broken ones are listed in {skipped_file(out)}")
+            note(f"the broken ones are listed in {skipped_file(out)}")
     print(out, flush=True)
 
 

@@ -9,7 +9,7 @@ import typer
 from unclip.checkpoints.files import atomic_file, read_json
 from unclip.checkpoints.hub import BUILT_IN_JUDGE
 from unclip.cli import measures, options
-from unclip.cli.measures import Asked, How, prepare
+from unclip.cli.measures import ComputeOptions, MeasureOptions, prepare
 from unclip.cli.messages import note, warn
 from unclip.cli.options import argument, command, flag, option
 from unclip.cli.output import check_free
@@ -23,7 +23,7 @@ def evaluate_group() -> None:
 
 
 @dataclass(frozen=True)
-class FewAsked(Asked):
+class FewerCaptionsOptions(MeasureOptions):
     """Options of the slower measures, which use fewer captions.
 
     Attributes:
@@ -34,7 +34,7 @@ class FewAsked(Asked):
 
 
 @dataclass(frozen=True)
-class WordingsAsked(Asked):
+class WordingsOptions(MeasureOptions):
     """Options of `wordings`, which takes its captions from a list."""
 
     num_seen: int = 0
@@ -43,7 +43,7 @@ class WordingsAsked(Asked):
 
 
 @dataclass(frozen=True)
-class PriorAsked(Asked):
+class PriorOptions(MeasureOptions):
     """Options of `prior`, which needs no judge."""
 
     judge: str = BUILT_IN_JUDGE
@@ -52,7 +52,7 @@ class PriorAsked(Asked):
 
 
 @dataclass(frozen=True)
-class SweepAsked(FewAsked):
+class SweepOptions(FewerCaptionsOptions):
     """Options of `sweep`.
 
     Attributes:
@@ -66,12 +66,12 @@ class SweepAsked(FewAsked):
 @command(evaluate, "retrieval")
 def retrieval(
     *,
-    asked: Asked,
+    request: MeasureOptions,
     features: measures.Features = None,
     sampling: options.Sampling,
-    how: How,
+    compute: ComputeOptions,
 ) -> None:
-    r"""Generate pictures of many captions; a judge retrieves the captions from them.
+    r"""Generate pictures of many captions, and let a judge retrieve the captions.
 
     The judge ranks the captions of all concepts for each picture, or of all composed pictures ("a cat left of a star").
     The report has the share of pictures whose caption comes first, or among the first five, separately for captions
@@ -89,20 +89,22 @@ def retrieval(
     from unclip.evaluation.retrieval import retrieval as measure
     from unclip.pipelines.text_to_image import UnCLIPPipeline
 
-    subject = prepare("retrieval", UnCLIPPipeline, ["prior"], asked, how, sampling.given(), features=features)
-    subject.finish(measure(subject.pipe, subject.judge, subject.plan, features=subject.features, **subject.settings))
+    prepared = prepare("retrieval", UnCLIPPipeline, ["prior"], request, compute, sampling.given(), features=features)
+    prepared.finish(
+        measure(prepared.pipe, prepared.judge, prepared.plan, features=prepared.features, **prepared.settings)
+    )
 
 
 @command(evaluate, "wordings")
 def wordings(
     *,
-    asked: WordingsAsked,
+    request: WordingsOptions,
     listed: Annotated[Path | None, option("FILE", "--wordings", default="the built-in list, for emoji")] = None,
-    sheet: Annotated[Path | None, option("FILE", default="no")] = None,
+    sheet: Annotated[Path | None, option("FILE", default="not written")] = None,
     sampling: options.Sampling,
-    how: How,
+    compute: ComputeOptions,
 ) -> None:
-    r"""Generate pictures of free wordings ("a mug of hot coffee"); a judge names them.
+    r"""Generate pictures of free wordings ("a mug of hot coffee"), which a judge recognises.
 
     The judge ranks the captions of all concepts for each picture. The report has the share of pictures whose first
     caption, or one of the first five, is accepted for the wording: for all wordings and for each kind. A wording may
@@ -122,21 +124,21 @@ def wordings(
     from unclip.pipelines.text_to_image import UnCLIPPipeline
 
     texts = read_wordings(listed or measures.find_judge(BUILT_IN_JUDGE) / "wordings.json")
-    check_free(*([] if sheet is None else [sheet]), overwrite=asked.overwrite)
-    asked = replace(asked, num_seen=sum(bool(text.accepted) for text in texts))
-    subject = prepare("wordings", UnCLIPPipeline, ["prior"], asked, how, sampling.given())
-    more = {"batch_size": asked.batch_size, "seed": asked.seed, "sheet": sheet, "progress": subject.plan.progress}
-    subject.finish(measure(subject.pipe, subject.judge, asked.data, texts, **more, **subject.settings))
+    check_free(*([] if sheet is None else [sheet]), overwrite=request.overwrite)
+    request = replace(request, num_seen=sum(bool(text.accepted) for text in texts))
+    prepared = prepare("wordings", UnCLIPPipeline, ["prior"], request, compute, sampling.given())
+    more = {"batch_size": request.batch_size, "seed": request.seed, "sheet": sheet, "progress": prepared.plan.progress}
+    prepared.finish(measure(prepared.pipe, prepared.judge, request.data, texts, **more, **prepared.settings))
 
 
 @command(evaluate, "variations")
 def variations(
     *,
-    asked: Asked,
+    request: MeasureOptions,
     decoding: options.Decoding,
-    how: How,
+    compute: ComputeOptions,
 ) -> None:
-    r"""Make variations of real pictures; a judge retrieves their captions.
+    r"""Make variations of real pictures, and let a judge retrieve their captions.
 
     The report has the retrieval of captions, as for generated pictures, and the distance of each variation from its
     picture: in the judge's space and in pixels.
@@ -149,16 +151,16 @@ def variations(
     from unclip.evaluation.retrieval import variations as measure
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline as Pipeline
 
-    subject = prepare("variations", Pipeline, ["image_encoder"], asked, how, decoding.given())
-    subject.finish(measure(subject.pipe, subject.judge, subject.plan, **subject.settings))
+    prepared = prepare("variations", Pipeline, ["image_encoder"], request, compute, decoding.given())
+    prepared.finish(measure(prepared.pipe, prepared.judge, prepared.plan, **prepared.settings))
 
 
 @command(evaluate, "prior")
 def prior(
     *,
-    asked: PriorAsked,
+    request: PriorOptions,
     sampling: options.PriorSampling,
-    how: How,
+    compute: ComputeOptions,
 ) -> None:
     r"""Compare the prior's image embeddings with the true ones.
 
@@ -174,25 +176,25 @@ def prior(
     from unclip.pipelines.text_to_image import UnCLIPPipeline
 
     needed, given = ["prior", "image_encoder"], sampling.given()
-    subject = prepare("prior", UnCLIPPipeline, needed, asked, how, given, judged=False, task="sampling")
-    subject.finish(measure(subject.pipe, subject.judge, subject.plan, **subject.settings))
+    prepared = prepare("prior", UnCLIPPipeline, needed, request, compute, given, judged=False, task="sampling")
+    prepared.finish(measure(prepared.pipe, prepared.judge, prepared.plan, **prepared.settings))
 
 
 @command(evaluate, "decoder")
 def decoder(
     *,
-    asked: FewAsked,
+    request: FewerCaptionsOptions,
     captions: Annotated[bool, flag("--captions")] = False,
     decoding: options.Decoding,
-    how: How,
+    compute: ComputeOptions,
 ) -> None:
     r"""Reconstruct real pictures from their true embeddings.
 
     The report has the similarity of the decoded and the real picture: by cosine in the model's own CLIP and in the
-    judge's, and in pixels, before and after super-resolution. No prior can restore what is lost here.
+    judge's, and in pixels, before and after super-resolution. A prior cannot restore what the decoder loses.
 
     Args:
-        captions: Also give the decoder the caption, as in text to image.
+        captions: Also condition the decoder on the caption, as in text to image.
 
     Examples:
         unclip evaluate decoder --data data/emoji --out decoder.json
@@ -203,17 +205,17 @@ def decoder(
     from unclip.evaluation.stages import decoder as measure
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline as Pipeline
 
-    subject = prepare("decoder", Pipeline, ["image_encoder"], asked, how, decoding.given(), task="decoding")
-    own = Judge.load(subject.folder, subject.pipe.device)
-    subject.finish(measure(subject.pipe, own, subject.judge, subject.plan, captions=captions, **subject.settings))
+    prepared = prepare("decoder", Pipeline, ["image_encoder"], request, compute, decoding.given(), task="decoding")
+    own = Judge.load(prepared.folder, prepared.pipe.device)
+    prepared.finish(measure(prepared.pipe, own, prepared.judge, prepared.plan, captions=captions, **prepared.settings))
 
 
 @command(evaluate, "sweep")
 def sweep(
     *,
-    asked: SweepAsked,
+    request: SweepOptions,
     features: measures.Features = None,
-    lists: measures.Lists,
+    values: measures.SweepValues,
     precision: options.Precision,
     quiet: options.Quiet = False,
 ) -> None:
@@ -229,7 +231,7 @@ def sweep(
         unclip evaluate sweep --data data/emoji --sampler ancestral,ddim,dpm \
           --decoder-steps 4,8,16,32 --num-seen 50 --out samplers.json
     """
-    measures.run_sweep(lists, asked, How(precision=precision, quiet=quiet), features)
+    measures.run_sweep(values, request, ComputeOptions(precision=precision, quiet=quiet), features)
 
 
 @command(evaluate, "report")

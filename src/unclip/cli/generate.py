@@ -1,4 +1,4 @@
-"""`unclip generate`: pictures from captions."""
+"""`unclip generate`: make pictures from captions."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

@@ -35,8 +35,8 @@ class Size(options.Size):
     """Width and height of the results.
 
     Attributes:
-        height: Height of the result; goes with --width.
-        width: Width of the result; goes with --height.
+        height: Height of the result; needs --width.
+        width: Width of the result; needs --height.
     """
 
     height: Annotated[int | None, options.side("--height", OWN_SIZE)] = None
@@ -52,7 +52,7 @@ class Edit:
         embedding_from: Source of the image embedding: prompt or image (the prompt then only conditions the decoder).
     """
 
-    prompt: Annotated[str | None, option("TEXT", default="what the picture shows already")] = None
+    prompt: Annotated[str | None, option("TEXT", default="none: the picture's own embedding is used")] = None
     model: options.Model = "unclip-emoji"
     num_images: options.NumImages = 1
     seed: options.Seed = None
@@ -75,19 +75,19 @@ def inpaint(
 ) -> None:
     """Regenerate a part of a picture.
 
-    A mask marks the part, or transparency in the picture does; all other pixels stay as they are. The result has the
-    model's size in the picture's shape, and a picture of another size is resized to it first. Each result becomes a PNG
+    A mask, or transparency in the picture, marks the part; all other pixels do not change. The result has the shape of
+    the picture and the size of the model, and a picture of another size is resized first. Each result becomes a PNG
     file named after the given file and the seed. The paths are printed to stdout, one on each line.
 
     Args:
-        mask: The part to regenerate: a picture of the same size, transparent there; or white there, black elsewhere.
+        mask: A picture of the same size. The part to regenerate is transparent in it, or white on black.
         strength: Share of the denoising steps that are run; below 1 some of the masked content stays.
         resamples: Repetitions of each jump. More of them fit the surroundings better, but take longer.
         jump: Denoising steps in each jump.
 
     Examples:
         unclip inpaint photo.png --mask mask.png --prompt "a dog with a hat"
-        unclip inpaint holed.png          fills what is transparent, to fit the rest
+        unclip inpaint holed.png          regenerate the transparent part
         unclip inpaint dog.png --mask mask.png --prompt "a cat" -n 4 --seed 1 --grid
     """
     from unclip.pipelines.masks import drawn_region
@@ -97,7 +97,7 @@ def inpaint(
     picture = open_picture(image, keep_alpha=True)
     mask_image = None if mask is None else open_picture(mask, keep_alpha=True)
     if drawn_region(picture, mask_image) is None:
-        raise InputError(f"nothing marks the part to regenerate: give --mask, or make it transparent in {image}")
+        raise InputError(f"the part to regenerate is not marked: give --mask, or make it transparent in {image}")
     inputs = {"image": picture, "mask_image": mask_image}
     settings = {"strength": strength, "num_resamples": resamples, "jump_length": jump}
     _make("inpaint", image, inputs, {"mask": None if mask is None else plain(mask.name)}, edit, settings)
@@ -111,16 +111,16 @@ def redraw(
 ) -> None:
     """Regenerate a whole picture from a noisy version of it.
 
-    This is image to image: the result keeps the layout and the colours as far as the strength allows, and shows what
-    the prompt says. Transparent parts become white. Sizes, files and output are as for `unclip inpaint`.
+    This is image to image: a low strength keeps layout and colours, and a high one follows the prompt. Transparent
+    parts become white. Sizes, files and output are as for `unclip inpaint`.
 
     Args:
-        strength: How much changes: near 0 the picture stays, near 1 almost nothing of it is left.
+        strength: Size of the change: near 0 the picture is kept, near 1 it is replaced.
 
     Examples:
         unclip redraw sketch.png --prompt "a red apple"
         unclip redraw dog.png --prompt "a lion" --strength 0.8 -n 4 --grid
-        unclip redraw photo.jpg --strength 0.4     its own content, regenerated
+        unclip redraw photo.jpg --strength 0.4     without a prompt
     """
     if not 0 < strength < 1:
         raise typer.BadParameter(f"--strength is {strength}; it must be above 0 and below 1")

@@ -70,7 +70,7 @@ def usable(texts: list[str]) -> dict[int, str]:
 
 
 def _escaped(text: str) -> bool:
-    """Whether every lone surrogate of `text` stands for a byte, as Python has it on the command line."""
+    """Whether every lone surrogate of `text` represents a byte, as in Python's command-line arguments."""
     return all(not "\ud800" <= c <= "\udfff" or "\udc80" <= c <= "\udcff" for c in text)
 
 
@@ -131,8 +131,8 @@ def read_part(text: str, *, weighted: bool = False, caption: bool = False) -> Pa
 def looks_like_path(text: str) -> bool:
     """Whether a text is more likely a file's name than a caption.
 
-    That is: it has the suffix of a picture or of latents, or one like that; it begins as a path does; or it has a
-    separator, and a suffix or an existing folder's name before the separator.
+    It does if its suffix is that of a picture or of latents, or similar; if it begins like a path; or if it has a
+    separator, and either a suffix, or an existing folder before the separator.
     """
     from unclip.images import PICTURE_SUFFIXES
 
@@ -148,14 +148,14 @@ def looks_like_path(text: str) -> bool:
 
 
 def is_latent(path: str | Path) -> bool:
-    """Whether a file's name says that it holds latents."""
+    """Whether a file's name is that of a file of latents."""
     return Path(path).suffix.lower() == SUFFIX
 
 
 def _is(kind: Callable[[Path], bool], text: str) -> bool:
     try:
         return kind(Path(text))
-    except (OSError, ValueError):  # no path at all: too long, or with a NUL
+    except (OSError, ValueError):  # not a valid path: too long, or with a NUL
         return False
 
 
@@ -167,7 +167,7 @@ def _number(text: str) -> float | None:
 
 
 MAX_LISTED = 10_000
-"""Files of a folder that are compared with a missing name."""
+"""The largest number of files of a folder that are compared with a missing name."""
 
 
 def open_picture(path: str | Path, *, keep_alpha: bool = False) -> "Image":
@@ -187,7 +187,7 @@ def check_exists(path: str | Path) -> None:
 def no_file(text: str) -> str:
     """The message for a file that does not exist; it suggests the file with the nearest name."""
     near = nearest_file(text)
-    return f"there is no file {text!r:.200}" + (f"; did you mean {near!r}?" if near else "")
+    return f"the file {text!r:.200} does not exist" + (f"; did you mean {near!r}?" if near else "")
 
 
 def nearest_file(text: str) -> str | None:
@@ -197,7 +197,7 @@ def nearest_file(text: str) -> str | None:
     try:
         path = Path(text).expanduser()
         files = list(islice(path.parent.iterdir(), MAX_LISTED))
-    except (OSError, ValueError, RuntimeError):  # no such folder, no such home, no path at all
+    except (OSError, ValueError, RuntimeError):  # the folder or the home does not exist, or the path is not valid
         return None
     names = [file.name for file in files if file.suffix.lower() in (*PICTURE_SUFFIXES, SUFFIX)]
     found = difflib.get_close_matches(path.name, names, n=1)
@@ -215,8 +215,8 @@ def check_can_vary(model: str, index: Mapping[str, object]) -> None:
     lacking = [name for name in ("image_encoder", "feature_extractor") if name not in index]
     if lacking:
         raise CheckpointError(
-            f"{model} has no {' and no '.join(lacking)}, so it cannot look at pictures. Make a folder that can: "
-            f"unclip convert variation {model} --clip CLIP --out DIR (CLIP is the CLIP model that it was trained with)"
+            f"{model} has no {' and no '.join(lacking)}, so it cannot encode pictures. Make a folder that can: "
+            f"unclip convert variation {model} --clip CLIP --out DIR (CLIP is the CLIP model used in its training)"
         )
 
 
@@ -228,7 +228,7 @@ class Opened:
         place: position among all inputs; each row of a latent's file counts.
         path: its file.
         given: a picture, or a latent of one row.
-        row: of the latent, where its file has several.
+        row: the row of the latent, if its file has several.
     """
 
     place: int

@@ -54,7 +54,7 @@ class Record:
         return cls(path, settings, settings.pop(TILE, None), side_px)
 
     def tiles(self, tile: int | None) -> str:
-        """How super-resolution sees this picture with a tile; one as large as the picture changes nothing."""
+        """How super-resolution processes this picture with a tile; a tile as large as the picture has no effect."""
         return "as a whole" if tile is None or tile >= self.side_px else f"in tiles of {tile} px"
 
 
@@ -71,9 +71,9 @@ def records(latents: Iterable[Path], failed: list[Path]) -> list[Record]:
 
 
 def recorded(found: Iterable[Record], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The steps, the guidance and the prompt of inversions: decoding needs the same.
+    """The steps, the guidance and the prompt of inversions, which decoding needs too.
 
-    Settings that are given are not read from the files. Raises: InputError for files that differ.
+    Given settings are not read from the files. Raises: InputError for files with different settings.
     """
     known: dict[str, tuple[Any, Path]] = {}
     for record in found:
@@ -84,14 +84,14 @@ def recorded(found: Iterable[Record], given: Mapping[str, Any]) -> dict[str, Any
             if first != value:
                 instead = f", or give {SETTINGS[name].option}" if name in SETTINGS else ""
                 raise InputError(
-                    f"{other} was inverted with {name} {first} and {record.path} with {value}, and one command decodes "
-                    f"all alike: name them in two commands{instead}"
+                    f"{other} was inverted with {name} {first}, but {record.path} with {value}: use a separate "
+                    f"command for each{instead}"
                 )
     return {name: value for name, (value, _) in known.items()}
 
 
 def recorded_tile(found: Sequence[Record], given: int | None) -> int | None:
-    """The tile for decoding: the given one, else that of the inversions.
+    """The tile for decoding: the given one, or else that of the inversions.
 
     Raises: InputError for a latent with super-resolution noise that was inverted with another tile, because that noise
         only leads to its picture with the same tile.
@@ -103,13 +103,13 @@ def recorded_tile(found: Sequence[Record], given: int | None) -> int | None:
         then, now = record.tiles(record.tile), record.tiles(tile)
         if then != now and given is not None:
             raise InputError(
-                f"{record.path} was inverted with super-resolution {then}, and would be decoded {now}: leave out "
+                f"{record.path} was inverted with super-resolution {then}, but would be decoded {now}: leave out "
                 f"--tile {given}, or invert the picture again with it"
             )
         if then != now and first is not None:
             raise InputError(
-                f"{first.path} was inverted with super-resolution {first.tiles(first.tile)} and {record.path} {then}, "
-                "and one command decodes all alike: name them in two commands"
+                f"{first.path} was inverted with super-resolution {first.tiles(first.tile)}, but {record.path} {then}: "
+                "use a separate command for each"
             )
     return tile
 
@@ -165,7 +165,7 @@ class ManipulationRun:
         session = Session(model, compute, progress=not common.quiet)
         check_can_vary(model, session.index)
         if captions and "prior" not in session.index:
-            raise CheckpointError(f"{model} has no prior, so it cannot read captions: give pictures")
+            raise CheckpointError(f"{model} has no prior, so it cannot use captions: give pictures")
         if not captions:
             options.refuse_prior_choice(prior or {}, "no caption becomes an image embedding")
 
@@ -286,5 +286,5 @@ class StructureVariations:
 def one_row(latent: "BipartiteLatent", part: Part) -> "BipartiteLatent":
     """The same latent. Raises: InputError when it has several rows."""
     if len(latent) > 1:
-        raise InputError(f"{part.text} holds {len(latent)} latents, and one is needed here: save it alone")
+        raise InputError(f"{part.text} contains {len(latent)} latents, but this command needs a file with one")
     return latent

@@ -51,7 +51,7 @@ EXAMPLES = options.examples(
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the process to end. As a KeyboardInterrupt it lets temporary files be removed first."""
+    """A signal to end the process. It is a KeyboardInterrupt, so that temporary files are removed first."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -87,9 +87,9 @@ class Commands(TyperGroup):
             try:
                 return super().invoke(ctx)
             except (typer.Exit, typer.Abort, typer.TyperException):
-                raise  # typer's own ways to leave, wrong usage among them
+                raise  # typer's own exits, such as for wrong usage
             except KeyboardInterrupt as problem:
-                note("stopped; what was finished stays")
+                note("stopped; finished results are kept")
                 raise typer.Exit(problem.exit_code if isinstance(problem, Stopped) else INTERRUPTED) from problem
             except (UnclipError, OSError) as problem:
                 if (ctx.params.get("debug") or says_more()) and not isinstance(problem, BrokenPipeError):
@@ -106,7 +106,7 @@ class Commands(TyperGroup):
 
 
 def _code_of(problem: OSError) -> int:
-    """Say what went wrong with a file or with stdout. Returns the exit code."""
+    """Print an error of a file or of stdout. Returns: the exit code."""
     lost = flush(sys.stdout)
     if lost is not None or isinstance(problem, BrokenPipeError):
         return _code_of_stdout(lost or problem)
@@ -131,8 +131,8 @@ app = typer.Typer(
 )
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(requested: bool) -> None:
+    if requested:
         print(f"unclip {__version__}")
         raise typer.Exit
 
@@ -170,7 +170,7 @@ def show_help(
     ctx: typer.Context,
     command: Annotated[list[str] | None, options.argument("[COMMAND]")] = None,
 ) -> None:
-    """Show the help of a command, as --help after it does.
+    """Show the help of a command, like COMMAND --help.
 
     Args:
         command: A command, as in: data pack
@@ -216,5 +216,5 @@ def main() -> None:
 
 
 def _stop(number: int, frame: object) -> None:
-    signal.signal(number, signal.SIG_IGN)  # nothing interrupts the removal of temporary files
+    signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the removal of temporary files
     raise Stopped(number)

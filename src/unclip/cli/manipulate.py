@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Spacing(StrEnum):
-    """Where the frames of a path are."""
+    """The spacing of the frames of a path."""
 
     jumps = "jumps"
     turns = "turns"
@@ -62,9 +62,9 @@ def interpolate(
 
     Args:
         parts: Two or more files of pictures or latents, or captions.
-        frames: Frames from each input to the next, without the next.
-        one_noise: Keep the noise of the first input: only the content changes.
-        spacing: jumps: neighbouring frames differ equally, which needs two extra passes of the decoder. turns: equal
+        frames: Frames for each step from one input to the next, not counting the next input.
+        one_noise: Keep the noise of the first input, so that only the content changes.
+        spacing: jumps: neighbouring frames differ equally, which takes two extra passes of the decoder; turns: equal
             steps of the angle.
         super_res: Also invert super-resolution, to reconstruct the ends in detail.
         seed: Seed of the noise that all frames share.
@@ -124,7 +124,7 @@ def _ends(read: list[Part]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class EditPriorChoice(options.PriorChoice):
-    """Which of its samples the prior takes, with the defaults of `unclip edit`."""
+    """How the prior chooses among its samples, with the defaults of `unclip edit`."""
 
     candidates: Annotated[
         int | None,
@@ -155,7 +155,7 @@ def edit(
 
     The picture is inverted. Its embedding moves in the direction from one caption to the other and its noise stays, so
     everything else keeps its place. The prior samples the embeddings of both captions from the same noise, and takes
-    the same candidate for both, so they differ only by what they say. The paths are printed to stdout, one on each
+    the same candidate for both, so they differ only in meaning. The paths are printed to stdout, one on each
     line.
 
     Args:
@@ -175,10 +175,10 @@ def edit(
     film.check()
     source, target = plain(source), plain(target)
     if source.split() == target.split():
-        raise InputError(f"--from and --to are both {source!r:.100}, so there is no difference to apply")
+        raise InputError(f"--from and --to are both {source!r:.100}, so their difference is zero")
     part = read_part(image, caption=True)
     if part.kind == "caption":
-        raise InputError(f"{no_file(image)}; an edit starts from a picture")
+        raise InputError(f"{no_file(image)}; give a picture to edit")
     filmed = film.film is not None
     writer = PictureWriter(common, sweep + filmed, seed=seed, film=filmed)
     prior_settings = prior.given()
@@ -212,13 +212,13 @@ def blend(
 ) -> None:
     """Mix the content of several pictures and captions, with weights.
 
-    Pictures count with their image embeddings, captions with those that `generate` samples with the same seed. Lengths
-    of embeddings do not matter, only the weights. A caption that ends in a colon and a number needs a weight after it.
+    Pictures have their image embeddings, captions those that `generate` samples with the same seed. Only
+    the weights matter, not the norms of the embeddings. A caption that ends in a colon and a number needs a weight too.
     The paths are printed to stdout, one on each line.
 
     Args:
         parts: Files of pictures or latents, or captions, each with an optional weight after a colon (default 1). A
-            negative weight takes away.
+            negative weight subtracts.
 
     Examples:
         unclip blend cat.png dog.png

@@ -36,7 +36,7 @@ Features = Annotated[Path | None, option("PATH", help=FEATURES, default="none")]
 
 
 @dataclass(frozen=True)
-class Asked:
+class MeasureOptions:
     """Options of every measure.
 
     Attributes:
@@ -55,15 +55,15 @@ class Asked:
     judge: Annotated[str, option("DIR")] = BUILT_IN_JUDGE
     num_seen: Annotated[int, option("N", min=1)] = 200
     num_held_out: Annotated[int | None, option("N", default="all", min=0)] = None
-    sheet: Annotated[Path | None, option("PREFIX", default="no")] = None
+    sheet: Annotated[Path | None, option("PREFIX", default="not written")] = None
     seed: Annotated[int, option("N", min=0, max=2**32)] = 0
     batch_size: options.BatchSize = 16
     overwrite: Overwrite = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class How:
-    """The sampler, the device and what is printed."""
+class ComputeOptions:
+    """Options of the computation and of the output."""
 
     sampler: options.Sampler = None
     precision: options.Precision
@@ -71,11 +71,11 @@ class How:
 
 
 @dataclass(frozen=True)
-class Subject:
+class PreparedMeasure:
     """A loaded model: its pipeline, the settings of its calls, the judge, and the plan of the measure."""
 
     name: str
-    asked: Asked
+    request: MeasureOptions
     pipe: Any
     folder: Path
     settings: dict[str, Any]
@@ -87,7 +87,7 @@ class Subject:
 
     def finish(self, found: dict[str, Any]) -> None:
         """Write the report and print its tables."""
-        write_report(self.asked, self.about, self.name, found)
+        write_report(self.request, self.about, self.name, found)
         show(self.name, found)
 
 
@@ -95,21 +95,21 @@ def prepare(
     name: str,
     kind: type[Any],
     needed: Sequence[str],
-    asked: Asked,
-    how: How,
+    request: MeasureOptions,
+    compute: ComputeOptions,
     given: Mapping[str, Any],
     *,
     features: Path | None = None,
     judged: bool = True,
     task: str = "generating",
-) -> Subject:
+) -> PreparedMeasure:
     """Load the model and the judge for a measure.
 
     Args:
         name: name of the measure.
         kind: class of the pipeline.
         needed: components that the model must have.
-        asked, how: options of the command.
+        request, compute: options of the command.
         given: settings of the pipeline's call; None for the model's own.
         features: Inception weights.
         judged: whether a judge is needed; otherwise it is the model's own CLIP.
@@ -119,12 +119,12 @@ def prepare(
         for a model without the components `needed`. All are raised before anything is loaded.
     """
     if name != "sweep":
-        check_free(asked.out, *sheet_paths(asked.sheet), overwrite=asked.overwrite)
-    judge_folder = find_judge(asked.judge) if judged else None
-    session = Session(asked.model, how.precision, sampler=how.sampler, progress=not how.quiet)
+        check_free(request.out, *sheet_paths(request.sheet), overwrite=request.overwrite)
+    judge_folder = find_judge(request.judge) if judged else None
+    session = Session(request.model, compute.precision, sampler=compute.sampler, progress=not compute.quiet)
     for component in needed:
         if component not in session.index:
-            raise CheckpointError(f"{asked.model} has no {component}, so it cannot be measured by its {name}")
+            raise CheckpointError(f"{request.model} has no {component}, which this measure ({name}) needs")
 
     from unclip.evaluation.inception import InceptionFeatures
     from unclip.evaluation.retrieval import Judge, Plan
@@ -132,22 +132,22 @@ def prepare(
     settings = session.settings(kind, given)
     pipe = session.pipeline(kind)
     pipe.set_progress_bar_config(disable=True)
-    numbers: dict[str, Any] = {"num_seen": asked.num_seen, "num_held_out": asked.num_held_out, "seed": asked.seed}
-    about = {"unclip": __version__, "model": session.name, "data": asked.data.resolve().name, **numbers}
-    dtype, size = how.precision.dtype.value, asked.batch_size
+    numbers: dict[str, Any] = {"num_seen": request.num_seen, "num_held_out": request.num_held_out, "seed": request.seed}
+    about = {"unclip": __version__, "model": session.name, "data": request.data.resolve().name, **numbers}
+    dtype, size = compute.precision.dtype.value, request.batch_size
     about["settings"] = {**settings, "sampler": sampler_name(pipe), "dtype": dtype, "batch_size": size}
     if judge_folder is not None:
         about |= {
-            "judge": model_name(asked.judge),
-            "judge_saw_all_concepts": saw_all_concepts(asked.judge, judge_folder),
+            "judge": model_name(request.judge),
+            "judge_saw_all_concepts": saw_all_concepts(request.judge, judge_folder),
         }
     judge = Judge.load(judge_folder or session.folder, pipe.device)
     space = None if features is None else InceptionFeatures.load(features, pipe.device)
     if space is not None:
         about["features"] = space.name
-    progress = bar(how.quiet, desc=task, unit="batch", leave=name != "sweep")
-    plan = Plan(asked.data, batch_size=size, sheet=asked.sheet, progress=progress, **numbers)
-    return Subject(name, asked, pipe, session.folder, settings, judge, plan, space, about)
+    progress = bar(compute.quiet, desc=task, unit="batch", leave=name != "sweep")
+    plan = Plan(request.data, batch_size=size, sheet=request.sheet, progress=progress, **numbers)
+    return PreparedMeasure(name, request, pipe, session.folder, settings, judge, plan, space, about)
 
 
 def fingerprint(folder: Path, pattern: str = "**/*") -> str:
@@ -166,11 +166,11 @@ def fingerprint(folder: Path, pattern: str = "**/*") -> str:
     return digest.hexdigest()
 
 
-def write_report(asked: Asked, about: Mapping[str, Any], name: str, found: Mapping[str, Any]) -> None:
+def write_report(request: MeasureOptions, about: Mapping[str, Any], name: str, found: Mapping[str, Any]) -> None:
     """Write the report, with the paths of its sheets relative to its folder."""
-    drawn = [path for path in sheet_paths(asked.sheet) if path.is_file()]
-    pictures = [Path(os.path.relpath(path, asked.out.parent)).as_posix() for path in drawn]
-    write_json(asked.out, {**about, name: dict(found)} | ({"pictures": pictures} if pictures else {}))
+    drawn = [path for path in sheet_paths(request.sheet) if path.is_file()]
+    pictures = [Path(os.path.relpath(path, request.out.parent)).as_posix() for path in drawn]
+    write_json(request.out, {**about, name: dict(found)} | ({"pictures": pictures} if pictures else {}))
 
 
 def sheet_paths(prefix: Path | None) -> list[Path]:
@@ -213,24 +213,24 @@ def saw_all_concepts(name: str, folder: Path) -> bool | None:
         return None
 
 
-def values(name: str) -> OptionInfo:
+def values_option(name: str) -> OptionInfo:
     """The option for the values of one setting in a sweep."""
     text = f"Values of {SETTINGS[name].label}, separated by commas."
     return option("LIST", *options.names_of(SETTINGS[name]), help=text, default="the model's own")
 
 
 @dataclass(frozen=True)
-class Lists:
+class SweepValues:
     """Options of a sweep: comma-separated values of each setting; None for the model's own value."""
 
-    prior_steps: Annotated[str | None, values("prior_num_inference_steps")] = None
-    prior_guidance: Annotated[str | None, values("prior_guidance_scale")] = None
-    candidates: Annotated[str | None, values("num_prior_candidates")] = None
-    prior_temperature: Annotated[str | None, values("prior_temperature")] = None
-    prior_top_p: Annotated[str | None, values("prior_top_p")] = None
-    decoder_steps: Annotated[str | None, values("decoder_num_inference_steps")] = None
-    super_res_steps: Annotated[str | None, values("super_res_num_inference_steps")] = None
-    decoder_guidance: Annotated[str | None, values("decoder_guidance_scale")] = None
+    prior_steps: Annotated[str | None, values_option("prior_num_inference_steps")] = None
+    prior_guidance: Annotated[str | None, values_option("prior_guidance_scale")] = None
+    candidates: Annotated[str | None, values_option("num_prior_candidates")] = None
+    prior_temperature: Annotated[str | None, values_option("prior_temperature")] = None
+    prior_top_p: Annotated[str | None, values_option("prior_top_p")] = None
+    decoder_steps: Annotated[str | None, values_option("decoder_num_inference_steps")] = None
+    super_res_steps: Annotated[str | None, values_option("super_res_num_inference_steps")] = None
+    decoder_guidance: Annotated[str | None, values_option("decoder_guidance_scale")] = None
     sampler: Annotated[
         str | None,
         option("LIST", help=f"Samplers, separated by commas: {', '.join(SAMPLERS)}.", default="the model's own"),
@@ -254,59 +254,59 @@ class Lists:
         return found
 
 
-def run_sweep(lists: Lists, asked: Asked, how: How, features: Path | None) -> None:
+def run_sweep(values: SweepValues, request: MeasureOptions, compute: ComputeOptions, features: Path | None) -> None:
     """Run a sweep, write the report after every point, and print the tables and the paths of the charts.
 
     Raises: OutputExistsError if the report exists and is not of a sweep with the same model, data set and numbers.
     """
     from unclip.evaluation import charts
 
-    axes = lists.axes()
-    resumed = asked.out.exists() and not asked.overwrite
+    axes = values.axes()
+    resumed = request.out.exists() and not request.overwrite
     if resumed:  # checked before anything is loaded
-        _points_of(asked.out)
+        _points_of(request.out)
     else:
-        check_free(*(_chart_path(asked.out, name) for name in charts.NAMES), overwrite=asked.overwrite)
+        check_free(*(_chart_path(request.out, name) for name in charts.NAMES), overwrite=request.overwrite)
 
     from unclip.data.folder import metadata_file, read_records
     from unclip.evaluation.sweep import SAMPLER, grid_of, sweep
     from unclip.pipelines.text_to_image import UnCLIPPipeline
 
-    read_records(asked.data)
+    read_records(request.data)
     with_charts = charts.can_draw()
     if not with_charts:
         warn("no charts will be written because matplotlib is not installed: pip install 'unclip[evaluation]'")
-    subject = prepare("sweep", UnCLIPPipeline, ["prior"], asked, how, dict.fromkeys(SETTINGS), features=features)
-    defaults = {**subject.settings, SAMPLER: sampler_name(subject.pipe)}
+    prepared = prepare("sweep", UnCLIPPipeline, ["prior"], request, compute, dict.fromkeys(SETTINGS), features=features)
+    defaults = {**prepared.settings, SAMPLER: sampler_name(prepared.pipe)}
     places = grid_of({name: [value] for name, value in defaults.items()} | axes)
     about = {
         "features": None,
-        **{key: value for key, value in subject.about.items() if key != "settings"},
-        "dtype": how.precision.dtype.value,
-        "batch_size": asked.batch_size,
-        "device": subject.pipe.device.type,
-        "model_sha256": fingerprint(subject.folder),
-        "judge_sha256": fingerprint(find_judge(asked.judge)),
-        "data_sha256": fingerprint(asked.data, metadata_file(asked.data).name),
+        **{key: value for key, value in prepared.about.items() if key != "settings"},
+        "dtype": compute.precision.dtype.value,
+        "batch_size": request.batch_size,
+        "device": prepared.pipe.device.type,
+        "model_sha256": fingerprint(prepared.folder),
+        "judge_sha256": fingerprint(find_judge(request.judge)),
+        "data_sha256": fingerprint(request.data, metadata_file(request.data).name),
     }
-    keep = functools.partial(write_report, asked, about, "sweep")
+    keep = functools.partial(write_report, request, about, "sweep")
     found = sweep(
-        subject.pipe,
-        subject.judge,
-        subject.plan,
+        prepared.pipe,
+        prepared.judge,
+        prepared.plan,
         places,
-        use_sampler=sampler_switch(subject.pipe),
-        finished=_resumed(asked.out, about) if resumed else [],
+        use_sampler=sampler_switch(prepared.pipe),
+        finished=_resumed(request.out, about) if resumed else [],
         on_point=keep,
-        features=subject.features,
-        points_progress=bar(how.quiet, desc="settings", unit="point"),
+        features=prepared.features,
+        points_progress=bar(compute.quiet, desc="settings", unit="point"),
     )
     keep(found)
     show("sweep", found)
     for name, text in charts.curves(found).items() if with_charts else ():
-        with atomic_file(_chart_path(asked.out, name)) as draft:
+        with atomic_file(_chart_path(request.out, name)) as draft:
             draft.write_text(text, encoding="utf-8")
-        print(_chart_path(asked.out, name), flush=True)
+        print(_chart_path(request.out, name), flush=True)
 
 
 def _chart_path(out: Path, name: str) -> Path:
@@ -319,7 +319,7 @@ def _resumed(out: Path, about: dict[str, Any]) -> list[dict[str, Any]]:
     for key, value in about.items():
         if key not in ("unclip", "model", "judge", "data") and before.get(key) != value:
             raise OutputExistsError(
-                f"{out} is of another sweep: its {key} is {before.get(key)!r}, now {value!r}; use another name, or "
+                f"{out} contains another sweep: its {key} is {before.get(key)!r}, not {value!r}; use another name, or "
                 "give --overwrite to start again"
             )
     return _points_of(out)

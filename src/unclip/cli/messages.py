@@ -69,13 +69,13 @@ def bar(quiet: bool, **words: Any) -> Callable[..., Any]:
 
 
 def printable(text: str) -> str:
-    """`text` with "?" for control characters except line breaks, because terminals execute them."""
+    """`text` with "?" for control characters except line breaks, because terminals interpret them."""
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 @contextlib.contextmanager
 def shown_warnings() -> Iterator[None]:
-    """Within it, each Python warning is printed once as a `warning: …` line; at its end `--verbose` is reset."""
+    """A context that prints each Python warning once as a line `warning: …`, and resets `--verbose` at its end."""
     seen: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
@@ -164,5 +164,5 @@ def drop(stream: TextIO) -> None:
 def _say(text: str) -> None:
     try:
         print(printable(text), file=sys.stderr, flush=True)
-    except OSError:  # stderr is closed or the disk is full: results matter more than messages
+    except OSError:  # stderr is closed, or the disk is full: the command continues without messages
         drop(sys.stderr)

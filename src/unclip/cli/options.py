@@ -100,12 +100,12 @@ def described(docstring: str | None) -> dict[str, str]:
 
 
 def examples(*lines: str) -> str:
-    """An epilogue of examples that the help leaves as they are."""
+    """An epilogue of examples, which the help does not wrap."""
     return kept("\n".join(["Examples:", *(f"  {line}" for line in lines)]))
 
 
 def kept(text: str) -> str:
-    """A text whose lines the help leaves as they are."""
+    """A text whose lines the help does not wrap."""
     return "\n\n".join(f"\b\n{paragraph}" for paragraph in text.split("\n\n"))
 
 
@@ -165,7 +165,7 @@ def steps_of_stages(text: str) -> int | list[int]:
         counts = [int(row.parse(part)) for part in text.replace(" ", "").split(",")]
     except InputError:
         raise typer.BadParameter(
-            f"{text!r} is not a number from {row.low} to {row.high}, nor a list of such numbers, as in 7,15"
+            f"{text!r} must be a number from {row.low} to {row.high}, or a list of such numbers, such as 7,15"
         ) from None
     return counts[0] if len(counts) == 1 else counts
 
@@ -181,7 +181,7 @@ def size_of(text: str) -> tuple[int, int]:
     """ "256" as (256, 256), "640x480" as width and height. Raises: BadParameter for anything else."""
     found = re.fullmatch(r"([1-9][0-9]{0,5})(?:[x×]([1-9][0-9]{0,5}))?", text.strip().lower())
     if not found:
-        raise typer.BadParameter(f"{text!r} is not a number of pixels, nor WIDTHxHEIGHT, such as 256 or 640x480")
+        raise typer.BadParameter(f"{text!r} must be a number of pixels or WIDTHxHEIGHT, such as 256 or 640x480")
     return int(found[1]), int(found[2] or found[1])
 
 
@@ -232,7 +232,7 @@ KeptDtype = Annotated[
         "TYPE",
         "--dtype",
         help="Type of the weights to write: float32, bfloat16 or float16.",
-        default="the type that they have",
+        default="unchanged",
     ),
 ]
 Device = Annotated[
@@ -271,10 +271,10 @@ class _Settings:
 
 
 def refuse_prior_choice(given: Mapping[str, object], why: str) -> None:
-    """For a command whose prior does not run. Raises: InputError for a given setting of `PriorChoice`."""
+    """Refuse the settings of `PriorChoice` for a command that does not run the prior. Raises: InputError."""
     for name in session.PRIOR_SAMPLING:
         if given.get(name) is not None:
-            raise InputError(f"{why}, so the prior does not run: leave out {SETTINGS[name].option}")
+            raise InputError(f"{why}, so the prior is not used: leave out {SETTINGS[name].option}")
 
 
 @dataclass(frozen=True)
@@ -293,7 +293,7 @@ INVERSION = "Guidance scale of inversion and of the decoder. 1 or less turns gui
 
 @dataclass(frozen=True)
 class InversionDecoding(Decoding):
-    """The same for a picture that is inverted and decoded again."""
+    """As `Decoding`, for a picture that is inverted and decoded again."""
 
     decoder_guidance: Annotated[
         float | None, setting("decoder_guidance_scale", "SCALE", help=INVERSION, default="1")
@@ -302,7 +302,7 @@ class InversionDecoding(Decoding):
 
 @dataclass(frozen=True)
 class PriorChoice(_Settings):
-    """Which of its samples the prior takes."""
+    """How the prior chooses among its samples."""
 
     candidates: Annotated[int | None, setting("num_prior_candidates")] = None
     prior_temperature: Annotated[float | None, setting("prior_temperature", "T")] = None
@@ -346,7 +346,7 @@ class Size:
         """The given sides by the names of a call's arguments. Raises: BadParameter for a side that is given twice."""
         height, width, size = self.height, self.width, self.size
         if size is not None and (height is not None or width is not None):
-            raise typer.BadParameter("give --size, or --height and --width")
+            raise typer.BadParameter("give either --size, or --height and --width")
         if isinstance(size, tuple):  # the parser's result
             width, height = size
         return {name: side for name, side in (("height", height), ("width", width)) if side is not None}
@@ -354,7 +354,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Output:
-    """Where pictures go, and how many are made at once.
+    """Output files, and the batch size.
 
     Attributes:
         grid: Also write a sheet of all pictures.
@@ -370,7 +370,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Precision(session.Compute):
-    """The device and the precision, for commands that need no more."""
+    """The device and the precision, for commands that need only these."""
 
     dtype: DtypeOption = Dtype.float32
     device: Device = "auto"
@@ -378,7 +378,7 @@ class Precision(session.Compute):
 
 @dataclass(frozen=True)
 class Compute(Precision):
-    """Where a model computes, and in which precision.
+    """The device and the precision of the computation.
 
     Attributes:
         cpu_offload: Keep only the active network on the accelerator: less memory, slower.

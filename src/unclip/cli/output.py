@@ -33,7 +33,7 @@ SOME_FAILED = 3
 
 
 def slug(text: str, *, empty: str = "picture") -> str:
-    """A short file name out of any text: letters and digits of every script, hyphens between them, nothing else."""
+    """A short file name from any text: letters and digits of every script, joined by hyphens."""
     kept: list[str] = []
     for character in unicodedata.normalize("NFKC", text[:1000]).lower():
         on_letter = bool(kept) and kept[-1] != "-"
@@ -54,7 +54,7 @@ def check_free(*paths: Path, overwrite: bool) -> None:
     """Raises: OutputExistsError for an existing file, unless `overwrite` is set, and for a folder."""
     for path in paths:
         if path.is_dir() or (os.path.lexists(path) and not overwrite):
-            raise OutputExistsError(f"{path} exists already: use --overwrite, or another name")
+            raise OutputExistsError(f"{path} already exists: use --overwrite, or another name")
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,12 @@ class Job:
 
 
 class PictureWriter:
-    """Makes and writes the pictures of a command: into one folder, or one file of a given name; prints their paths.
+    """Makes the pictures of a command, writes them into a folder or into one named file, and prints their paths.
 
     Args:
         common: the command's options. `out` is a folder; or, unless a folder has this name, a file name that ends in
             `suffix`.
-        num_files: how many files will be written at least, without the sheet.
+        num_files: the smallest number of files that will be written, without the sheet.
         seed: of the first picture; None: a random one that is short enough to type. It is printed, unless `quiet`.
         film: whether a film will be made of the pictures.
         suffix: of the files, with a dot.
@@ -91,8 +91,8 @@ class PictureWriter:
         folder: where the files go.
         file: the file that `out` names, if it names one; files with another suffix go beside it.
         seed: of the first picture.
-        num_saved: how many files have been written.
-        kept: the pictures so far, for a sheet or a film; None: they are not kept.
+        num_saved: the number of written files.
+        kept: the pictures so far, for a sheet or a film; None if they are not needed.
 
     Raises: InputError for a file name where several files will be written, or with the suffix of another kind of
         picture; OutputExistsError for an existing file, unless it may be replaced.
@@ -110,7 +110,7 @@ class PictureWriter:
         if self.file is not None:
             self._check_one(num_files + output.grid)
             if not output.overwrite and os.path.lexists(out):
-                raise OutputExistsError(f"{out} exists already: use --overwrite, or another --out")
+                raise OutputExistsError(f"{out} already exists: use --overwrite, or another --out")
         output_folder(self.folder)
         self.seed = secrets.randbelow(2**32) if seed is None else seed
         self._note = f"seed {self.seed}" if seed is None and not common.quiet else None
@@ -159,7 +159,7 @@ class PictureWriter:
         return self.write(stem, ".png", lambda draft: image.save(draft, format="PNG", pnginfo=texts))
 
     def write(self, stem: str, suffix: str, writer: Callable[[Path], None]) -> Path:
-        """Have `writer` write the file `stem` + `suffix`, atomically, and return its path.
+        """Write the file `stem` + `suffix` atomically by `writer`, and return its path.
 
         Raises: OutputError when it cannot be written; InputError when `out` names one file and that is written already.
         """
@@ -193,7 +193,7 @@ class PictureWriter:
     def save_sheet(
         self, stem: str, facts: Mapping[str, Any], *, columns: int | None = None, labels: Sequence[str] | None = None
     ) -> None:
-        """If asked for, write the sheet of all pictures, with labels if given, and print its path."""
+        """If requested, write the sheet of all pictures, with labels if given, and print its path."""
         from unclip.images import grid, labelled
 
         if self.kept and self.output.grid:
@@ -203,12 +203,12 @@ class PictureWriter:
             self.announce(self.save(grid(cards, columns=columns), f"{stem}-{self.seed}-grid", facts), facts)
 
     def exit_if_failed(self, num_failed: int) -> None:
-        """Exit with the right code when inputs failed, whose errors are printed already."""
+        """Exit with the right code when inputs failed; their errors were printed before."""
         if num_failed:
             raise typer.Exit(SOME_FAILED if self.num_saved else 1)
 
     def _save_batch(self, batch: list[Job], images: "list[Image]", all_facts: Mapping[str, Any]) -> None:
-        """Write all files before the first path is printed: a reader that closes stdout costs no picture."""
+        """Write all files before the first path is printed, so that no picture is lost if stdout is closed."""
         saved, again = [], _again()
         prompts = [job.facts.get("prompt") for job in batch]
         rows = [prompts.index(prompt) for prompt in prompts] if again is None else again.prompts
@@ -229,7 +229,7 @@ class PictureWriter:
     def _check_one(self, num_files: int) -> None:
         if num_files > 1:
             raise InputError(
-                f"--out {self.file} is the name of one file, and there are {num_files} to write or more: name a folder"
+                f"--out {self.file} is the name of one file, but there are {num_files} or more files: name a folder"
             )
 
 
@@ -240,9 +240,9 @@ def _again() -> Replay | None:
 
 
 def _as_before(job: Job, again: Replay) -> list[Job]:
-    """A batch like that of the picture before: with as many different prompts, because equal ones are encoded once.
+    """A batch with as many different prompts as before, because equal prompts are encoded only once.
 
-    Spaces at its end make another prompt of the same tokens.
+    Spaces at the end of a prompt make a different prompt with the same tokens.
     """
     shifts = [(row - again.prompts[again.place]) % again.size for row in again.prompts] or [0] * again.size
     several = isinstance(job.given, str)
@@ -257,7 +257,9 @@ def _names_file(out: Path, suffix: str) -> bool:
     if found not in (suffix, *PICTURE_SUFFIXES) or out.is_dir():
         return False
     if found != suffix:
-        raise InputError(f"--out {out} ends in {found}, and the file will be {suffix}: use {out.with_suffix(suffix)}")
+        raise InputError(
+            f"--out {out} ends in {found}, but the file has the type {suffix}: use {out.with_suffix(suffix)}"
+        )
     return True
 
 
@@ -270,7 +272,7 @@ def within_memory(batch_size: int) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as problem:
         raise InputError(
-            f"the device's memory does not hold a batch of {batch_size}: make --batch-size smaller, or try "
+            f"a batch of {batch_size} does not fit into the device's memory: reduce --batch-size, or try "
             "--dtype bfloat16 or --cpu-offload"
         ) from problem
 
@@ -302,7 +304,7 @@ class Film:
                 import av  # noqa: F401  # type: ignore[import-not-found]
             except ImportError as problem:
                 raise MissingDependencyError(
-                    "an MP4 film needs PyAV: pip install av; or use --film gif or --film webp, which need nothing"
+                    "an MP4 film needs PyAV: pip install av; or use --film gif or --film webp"
                 ) from problem
 
     def save(self, path: Path, frames: "list[Image]") -> None:
@@ -317,7 +319,7 @@ class Film:
 
 
 def _in_one_palette(frames: "list[Image]") -> "list[Image]":
-    """With a palette for each frame, parts that do not move would change their colours."""
+    """Give all frames one palette. With separate ones, parts that do not move would change their colours."""
     from PIL import Image
 
     strip = Image.new("RGB", (frames[0].width, frames[0].height * len(frames)))

@@ -34,7 +34,7 @@ probe = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 @probe.callback()
 def probe_group() -> None:
-    """See what the principal components of the image embeddings contain."""
+    """Show what the principal components of the image embeddings contain."""
 
 
 @command(probe, "fit")
@@ -52,12 +52,12 @@ def fit(
 ) -> None:
     """Fit principal components to the embeddings of a data set's pictures.
 
-    DATA is the folder of a data set (without the samples that it holds out), any folder with picture files, or tar
+    DATA is the folder of a data set (held-out samples are not used), any folder with picture files, or tar
     shards: a folder, a pattern, or URLs. Without --out the components are written into the model's folder, and `unclip
     probe show` finds them there. The path is printed to stdout.
 
     Args:
-        data: A data set: a folder, as of unclip data emoji, or tar shards.
+        data: A data set: a folder, such as that of unclip data emoji, or tar shards.
         out: The .safetensors file to write.
         num_components: Components to keep.
         num_pictures: Use only N pictures, chosen at random.
@@ -107,16 +107,16 @@ def show(
     decoding: options.InversionDecoding,
     common: options.Common,
 ) -> None:
-    """Decode a picture from growing numbers of its embedding's principal components.
+    """Decode a picture from a growing number of principal components of its embedding.
 
-    The picture is inverted and keeps its own noise throughout. Without components the embedding is the mean of all
-    pictures; with as many as the embedding has dimensions it is the picture's own. The paths are printed to stdout, one
+    The picture is inverted and keeps its own noise throughout. Without components, the embedding is the mean of all
+    pictures; with all components, it is that of the picture. The paths are printed to stdout, one
     on each line.
 
     Args:
         image: A picture file, or a file of `unclip invert`.
         pca: Components from `unclip probe fit`.
-        dims: Number of dimensions of each picture.
+        dims: Numbers of components, one for each picture.
         seed: Seed of super-resolution's noise.
 
     Examples:
@@ -127,7 +127,7 @@ def show(
 
     part = read_part(image, caption=True)
     if part.kind == "caption":
-        raise InputError(f"{no_file(image)}; probing starts from a picture")
+        raise InputError(f"{no_file(image)}; give a picture to probe")
     if pca is None:
         pca = resolve(model) / PROBE_FILE
         if not pca.exists():
@@ -149,7 +149,7 @@ def show(
 def own_file(model: str) -> Path:
     """The file of components in a model's folder. Raises: InputError for a model that is not a writable folder."""
     if not os.path.isdir(model) or not os.access(model, os.W_OK):
-        raise InputError(f"{model} is not a folder that can be written to: give --out FILE")
+        raise InputError(f"{model} is not a writable folder: give --out FILE")
     return Path(model) / PROBE_FILE
 
 
@@ -169,8 +169,8 @@ def dimensions(text: str | None, components: "PrincipalComponents") -> list[int]
     return counts
 
 
-def drawn(items: Iterable[T], most: int | None) -> Iterable[T]:
-    """A uniform random sample of `most` items, in no particular order; the same one in every run. None: all items.
+def sampled(items: Iterable[T], most: int | None) -> Iterable[T]:
+    """A uniform random sample of `most` items, the same in every run, in no particular order; all items for None.
 
     Source: Vitter 1985, "Random sampling with a reservoir", algorithm R.
     """
@@ -206,8 +206,8 @@ def pictures_of(data: str, most: int | None, broken: dict[str, str]) -> "Iterato
     else:
         items, read = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES), open_image
         if not items:
-            raise DataError(f"{data} is not a data set and has no pictures in it")
-    return _readable(drawn(items, most), read, broken)
+            raise DataError(f"{data} is not a data set and contains no pictures")
+    return _readable(sampled(items, most), read, broken)
 
 
 def _readable(items: Iterable[Any], read: "Callable[[Any], Image]", broken: dict[str, str]) -> "Iterator[Image]":

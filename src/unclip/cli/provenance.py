@@ -40,8 +40,8 @@ class Replay:
         index: number of the picture among those that the command makes.
         place: of the picture in its batch. Results depend on the batch in their last digits.
         size: of the batch.
-        prompts: for each row of the batch the first row with the same prompt; empty: all have the same.
-        only: whether to make only this picture.
+        prompts: for each row of the batch, the first row with the same prompt; empty if all rows have one prompt.
+        only: whether only this picture is made.
     """
 
     before: Mapping[str, Any]
@@ -95,7 +95,7 @@ def replaying(picture: Replay) -> Iterator[None]:
 
 
 def metadata(session: Session, pipe: "Pipeline", settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata of all pictures of the running command; arguments as of `Session.metadata`.
+    """The metadata of all pictures of the running command; arguments as in `Session.metadata`.
 
     It warns of what has changed when `unclip rerun` makes a picture again.
     """

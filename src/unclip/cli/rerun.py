@@ -39,7 +39,7 @@ def rerun(
 
     Args:
         picture: A PNG file that unclip made.
-        inputs: Folder of the pictures and latents that it was made from.
+        inputs: Folder of the pictures and latents that the picture was made from.
 
     Examples:
         unclip rerun a-red-apple-42.png
@@ -93,12 +93,12 @@ def _checked(texts: Mapping[str, Any], picture: Path) -> dict[str, Any]:
     except (AttributeError, KeyError, TypeError, ValueError):
         sound = False
     if not sound:
-        raise InputError(f"{picture} does not say how it was made: its texts of unclip are missing or damaged")
+        raise InputError(f"{picture} does not record how it was made: the metadata of unclip is missing or damaged")
     return {"unclip": texts.get("Software", "").removeprefix("unclip "), **made}
 
 
 def _guessed(texts: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The same for a picture from before version 0.2, which records no command; None where it cannot be known."""
+    """The same for a picture from before version 0.2, which records no command; None if the command is unknown."""
     settings = texts.get("settings", {})
     words = {name: texts[name] for name in ("prompt", "negative", "mask") if name in texts}
     edits = {"strength": "strength", "num_resamples": "resamples", "jump_length": "jump"}
@@ -157,7 +157,7 @@ def _arguments(
 
 
 def _device(recorded: str) -> list[str]:
-    """The option for the device that a picture was made on, if this machine has one of its kind."""
+    """The option for the device that a picture was made on, if this machine has a device of this kind."""
     kind = recorded.partition(" ")[0]
     try:
         return [f"--device={pick_device(kind)}"]
@@ -171,7 +171,9 @@ def _input(name: str, folders: list[Path]) -> str:
         if name and (folder / Path(name).name).is_file():
             return str(folder / Path(name).name)
     looked = " or ".join(repr(str(folder)) for folder in folders)
-    raise InputError(f"the picture was made from the file {name!r:.200}, which is not in {looked}: give --inputs DIR")
+    raise InputError(
+        f"the picture was made from the file {name!r:.200}, which is not in {looked}: give its folder with --inputs"
+    )
 
 
 def _part(text: str, folders: list[Path]) -> str:

@@ -26,17 +26,17 @@ def train(
     dry_run: Annotated[bool, flag("--dry-run")] = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Train one stage by a recipe: clip, prior, prior_autoregressive, decoder or
+    """Train one stage from a recipe: clip, prior, prior_autoregressive, decoder or
     super_res.
 
     Ctrl-C or SIGTERM saves and stops; the same command continues the run. The run's folder contains metrics.jsonl,
-    samples/ and model/, whose path is printed to stdout.
+    samples/ and model/. The path of model/ is printed to stdout.
 
     Args:
-        recipe: A TOML file that describes the run.
-        out: The run's folder; an existing run is continued. Required without --dry-run.
-        steps: Optimizer steps in all.
-        dry_run: Run a few steps and print sizes, memory and time; write nothing.
+        recipe: A TOML file with the settings of the run.
+        out: The run's folder. An existing run is continued. Required without --dry-run.
+        steps: Total number of optimizer steps.
+        dry_run: Take a few steps, and print sizes, memory and time; write nothing.
 
     Examples:
         unclip train recipes/emoji/clip.toml --out runs/clip
@@ -45,7 +45,7 @@ def train(
     """
     from unclip.pipelines.session import silence
     from unclip.training.recipe import read_recipe
-    from unclip.training.sharding import asked_by_launcher
+    from unclip.training.sharding import requested_by_launcher
     from unclip.training.task import make_task, settled
     from unclip.training.trainer import Trainer
 
@@ -53,33 +53,33 @@ def train(
         raise typer.BadParameter("name the run's folder with --out RUN, or give --dry-run")
     silence(downloads=True)
     keep_freed_memory()
-    settings = settled(read_recipe(recipe, steps=steps, shard=asked_by_launcher() or None))
+    settings = settled(read_recipe(recipe, steps=steps, shard=requested_by_launcher() or None))
     if out is None or dry_run:
         tell_cost(settings)
         return
     first = is_first()
-    told = first and not quiet
-    progress = bar(quiet) if told else None
+    is_verbose = first and not quiet
+    progress = bar(quiet) if is_verbose else None
     trainer = Trainer(make_task(settings, progress, run=out), settings, out)
-    if trainer.accelerator.mixed_precision != settings.precision and told:
+    if trainer.accelerator.mixed_precision != settings.precision and is_verbose:
         note("this CPU has no instructions for bfloat16: training in float32, which is faster here")
-    if trainer.step and told:
+    if trainer.step and is_verbose:
         note(f"continuing from step {trainer.step} of {settings.steps}")
-    lines = told and not (sys.stderr is not None and sys.stderr.isatty())  # a terminal has a bar instead
+    lines = is_verbose and not (sys.stderr is not None and sys.stderr.isatty())  # on a terminal, a bar is shown instead
     trainer.run(progress=progress, on_log=functools.partial(tell_step, settings) if lines else None)
     if first and trainer.skipped:
         some = "; ".join(f"{name}: {why}" for name, why in list(trainer.skipped.items())[:3])
         note(f"{len(trainer.skipped)} samples or shards could not be read ({out / 'skipped.json'}): {some}")
     if trainer.step < settings.steps:
         if first:
-            note(f"stopped and saved at step {trainer.step} of {settings.steps}; the same command continues")
+            note(f"stopped and saved at step {trainer.step} of {settings.steps}; repeat the command to continue")
         raise typer.Exit(128 + (trainer.stopped_by or signal.SIGINT))
     if first:
         print(out / "model", flush=True)
 
 
 def tell_step(recipe: "Recipe", step: int, row: Mapping[str, float]) -> None:
-    """One line on a run's progress: step, loss, pictures a second, and the time that is left."""
+    """One line on a run's progress: step, loss, pictures per second, and the remaining time."""
     rate = row["pictures_per_s"]
     left = duration((recipe.steps - step) * recipe.batch_size / rate)
     note(f"step {step:,} of {recipe.steps:,}: loss {row['loss']:.4f}, {rate:.1f} pictures/s, {left} left")
@@ -91,7 +91,7 @@ def is_first() -> bool:
 
 
 def tell_cost(recipe: "Recipe") -> None:
-    """Print what a run of this recipe takes; of several processes, all of which must call it, the first one does."""
+    """Print the cost of a run of this recipe. All processes must call it; the first one prints."""
     from unclip.training.dry_run import measure_cost
     from unclip.training.task import make_task
 
@@ -129,7 +129,7 @@ def assemble(
     decoder: Annotated[Path, option("RUN")],
     super_res_first: Annotated[Path, option("RUN")],
     out: options.NewFolder,
-    super_res_last: Annotated[Path | None, option("RUN", default="the first's network does it too")] = None,
+    super_res_last: Annotated[Path | None, option("RUN", default="the first network takes all steps")] = None,
     super_res_more: Annotated[list[str] | None, option("RUN[:SIZE]")] = None,
     defaults: Annotated[Path | None, option("FILE", default="none")] = None,
     dtype: options.KeptDtype = None,
@@ -138,17 +138,17 @@ def assemble(
 ) -> None:
     r"""Combine trained stages in one model folder.
 
-    Instead of a run, a model's folder or name may be given; its stage is then used unchanged. The folder works with
+    A model's folder or name can be given instead of a run; its stage is then used unchanged. The folder works with
     both `unclip generate` and `unclip vary`. Its path is printed to stdout.
 
     Args:
-        clip: Run of stage clip.
-        prior: Run of stage prior.
-        decoder: Run of stage decoder.
-        super_res_first: Run of super_res, for all steps but the last.
+        clip: Run of the stage clip.
+        prior: Run of the stage prior.
+        decoder: Run of the stage decoder.
+        super_res_first: Run of super_res, for all steps except the last.
         super_res_last: Run of super_res, for the last step.
-        super_res_more: Run of super_res for a further stage, which enlarges again, to SIZE pixels a side if it was
-            trained for another size; once for each.
+        super_res_more: Run of super_res for a further stage, which enlarges the pictures again. SIZE is its output in
+            pixels, if it differs from the training. May be given several times.
         defaults: JSON that becomes the model's generation_defaults.json.
 
     Examples:
@@ -182,7 +182,7 @@ def assemble(
 
 
 def _sized(text: str) -> Path | tuple[Path, int]:
-    """`RUN` or `RUN:SIZE`; a folder of that very name comes first."""
+    """Parse `RUN` or `RUN:SIZE`; an existing folder with the whole name has precedence."""
     run, _, size = text.rpartition(":")
     if not (run and size.isdecimal()) or Path(text).is_dir():
         return Path(text)

@@ -1,4 +1,4 @@
-"""Error messages about a wrong command line, in place of those of typer's validator."""
+"""Print error messages about a wrong command line, in place of those of typer."""
 
 import io
 import os
@@ -33,15 +33,15 @@ def say_usage(problem: typer.TyperException) -> None:
     text = io.StringIO()
     try:
         problem.show(text)  # type: ignore[attr-defined]
-        told = re.sub(r"^Error: ", "error: ", text.getvalue(), flags=re.MULTILINE)
-        print(printable(told), file=sys.stderr, end="", flush=True)
+        message = re.sub(r"^Error: ", "error: ", text.getvalue(), flags=re.MULTILINE)
+        print(printable(message), file=sys.stderr, end="", flush=True)
     except OSError:
         drop(sys.stderr)
 
 
 def _plain(found: dict[str, Any]) -> str:
     inner = found.get("ctx", {}).get("error")
-    if hasattr(inner, "errors"):  # of one value of several
+    if hasattr(inner, "errors"):  # the error concerns one of several values
         return _plain(inner.errors()[0])
     if found["type"] in PLAIN:
         shown = str(found["input"])[:80]

@@ -1,4 +1,4 @@
-"""`unclip vary`: variations of given pictures."""
+"""`unclip vary`: make variations of pictures."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -60,9 +60,9 @@ def vary(
         unclip vary cat.png --keep-structure --eta 0.5 -n 4
     """
     if eta is not None and not keep_structure:
-        raise typer.BadParameter("--eta goes with --keep-structure")
+        raise typer.BadParameter("--eta needs --keep-structure")
     if keep_structure and (negative is not None or sampler is not None):
-        raise typer.BadParameter("--keep-structure samples by DDIM, and has no --negative and no other --sampler")
+        raise typer.BadParameter("--keep-structure samples by DDIM: leave out --negative and --sampler")
     if keep_structure and size.sides:
         raise typer.BadParameter(
             "--keep-structure makes pictures of the model's own size: leave out --size, --height, --width"

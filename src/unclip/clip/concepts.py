@@ -1,4 +1,4 @@
-"""What a model knows: names of concepts and their image embeddings, in the optional file concepts.safetensors."""
+"""The concepts that a model knows, with names and image embeddings, and their file concepts.safetensors."""
 
 import json
 import re
@@ -30,7 +30,7 @@ class Concepts:
         model: the model's name in messages.
         names: the names of each concept; the first is its label.
         embeddings: float32 [num_concepts, embedding_dim], image embeddings of the concepts, not normalised.
-        threshold: a closeness, from -2 to 2. A caption that is less close to the concepts is unknown.
+        threshold: from -2 to 2. A caption with a smaller closeness to the concepts is unknown.
     """
 
     model: str
@@ -61,9 +61,9 @@ class Concepts:
             names = tuple(tuple(map(str, each)) for each in json.loads(about["names"]))
             threshold = float(about["threshold"])
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise WeightsError(f"{path} does not state its names and its threshold: {error!r}") from error
+            raise WeightsError(f"{path} has no valid names or threshold: {error!r}") from error
         if embeddings.ndim != 2 or not 0 < len(names) == len(embeddings) or not all(names):
-            raise WeightsError(f"{path} has embeddings {tuple(embeddings.shape)} of {len(names)} concepts")
+            raise WeightsError(f"{path} has embeddings {tuple(embeddings.shape)} for {len(names)} concepts")
         return cls(about.get("model", "this model")[:100], names, embeddings, threshold)
 
     def write(self, folder: Path, *, overwrite: bool = False) -> Path:
@@ -89,8 +89,8 @@ class Concepts:
     def nearest(self, text_embeds: Tensor, count: int = NUM_NEAREST) -> tuple[Tensor, Tensor]:
         """How close text embeddings are to the concepts, and which concepts are nearest.
 
-        The closeness is the cosine with the nearest concept less the mean cosine with all concepts: a caption that is
-        about as similar to everything is close to nothing.
+        The closeness is the cosine with the nearest concept minus the mean cosine with all concepts. So a caption that
+        is equally similar to all concepts has a closeness of about 0.
 
         Args:
             text_embeds: [batch, embedding_dim].
@@ -106,7 +106,7 @@ class Concepts:
     def reports(self, captions: Sequence[str], text_embeds: Tensor) -> list[str]:
         """A message for each unknown caption, with the three nearest concepts.
 
-        Empty captions are not reported. Without concepts of this width there are no messages.
+        Empty captions are not reported, and nothing is reported if the embeddings have another width.
 
         Args:
             captions: [batch] texts.
@@ -127,8 +127,8 @@ class Concepts:
 def best_threshold(known: Tensor, unknown: Tensor) -> float:
     """The threshold that separates the closeness [n] of known captions from that of unknown ones [m] best.
 
-    It maximises the share of unknown captions below it less `FALSE_ALARM_WEIGHT` times the share of known ones below
-    it. Of equally good ones it is the middle.
+    It maximises the share of unknown captions below it, minus `FALSE_ALARM_WEIGHT` times the share of known captions
+    below it. If several are equally good, it is their centre.
     """
     candidates = torch.cat([known, unknown]).sort().values
     edges = (candidates[1:] + candidates[:-1]) / 2

@@ -1,4 +1,4 @@
-"""Checks the settings of a CLIP and of its image preprocessor: those implemented, and those without effect."""
+"""Checks the settings of a CLIP and of its image preprocessor."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -118,7 +118,7 @@ PROCESSOR_NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def check_clip_settings(settings: Mapping[str, Any], where: str) -> None:
-    """Refuse what would change results and is not implemented, in `settings` (a parsed config.json of `where`).
+    """Refuse settings that would change results and are not implemented, in a parsed config.json of `where`.
 
     Either encoder's configuration, or a whole CLIP's with both. Keys with a leading _ are skipped.
 
@@ -138,7 +138,7 @@ def check_clip_settings(settings: Mapping[str, Any], where: str) -> None:
         for key in half.keys() & other.keys() & HONOURED.keys():
             if half[key] != other[key]:
                 twice = f"{half[key]!r} in {name}, {other[key]!r} in {old}"
-                raise ConfigError(f"{where} says {key} twice: {twice}; remove {name}")
+                raise ConfigError(f"{where} has two values of {key}: {twice}; remove {name}")
 
 
 def read_image_processor_settings(folder: Path) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def read_image_processor_settings(folder: Path) -> dict[str, Any]:
     inner = read_json(combined).get("image_processor") if combined.is_file() else None
     path = safe_join(folder, "preprocessor_config.json") if inner is None else combined
     if inner is None and not path.is_file():
-        raise MissingFileError(f"{path} is not there; without it nothing says how pictures are made ready for CLIP")
+        raise MissingFileError(f"{path} does not exist; it describes how pictures are preprocessed for CLIP")
     settings = read_json(path) if inner is None else inner
     if not isinstance(settings, dict):
         raise ConfigError(f"image_processor in {path} is {settings!r:.100}; it must be an object in braces")
@@ -194,7 +194,7 @@ def _check(
         elif key not in neutral:
             raise ConfigError(
                 f"{where} has the setting {key!r} (its value is {value!r:.100}), which is not implemented; "
-                "remove it if the model computes the same without it"
+                "remove it if it does not change the model's results"
             )
         elif value not in neutral[key]:
             allowed = ", ".join(map(repr, neutral[key]))

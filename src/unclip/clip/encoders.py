@@ -95,7 +95,7 @@ class TextEncoder:
         """Encode captions, each padded to the whole context. Equal captions are encoded once.
 
         Args:
-            prompts: any text; text that does not fit the context is cut off, with a warning that shows it.
+            prompts: any text; text that does not fit into the context is cut off, and a warning shows it.
             device: the device of the computation and the result; the encoder's own by default.
 
         Raises: InputError for a value that is not a string, or has over 100,000 characters.
@@ -131,7 +131,7 @@ class TextEncoder:
                 cut = str(self.tokenizer.decode(ids[context - 2 :]))
                 shown = cut if len(cut) <= 200 else cut[:200] + "…"
                 warnings.warn(
-                    f"the prompt has {len(ids)} tokens, the text encoder reads {context - 2}; left out: {shown!r}",
+                    f"the prompt has {len(ids)} tokens, but the text encoder reads {context - 2}; ignored: {shown!r}",
                     stacklevel=4,
                 )
 
@@ -184,7 +184,7 @@ class ImageEncoder:
         if pixels.ndim != 4 or len(pixels) < 1 or pixels.shape[1:] != (3, size, size):
             raise InputError(f"an image tensor must be [batch, 3, {size}, {size}]; this one is {tuple(pixels.shape)}")
         if not pixels.is_floating_point() or pixels.is_meta or not pixels.isfinite().all():
-            raise InputError(f"an image tensor must hold finite floating-point numbers; this one is {pixels.dtype}")
+            raise InputError(f"an image tensor must have finite floating-point numbers; this one is {pixels.dtype}")
         return pixels
 
 
@@ -198,12 +198,12 @@ def check_prompt(prompt: object) -> None:
         prompt.encode()
     except UnicodeEncodeError as error:
         where = f"at {error.start} (a lone surrogate)"
-        raise InputError(f"the prompt has half a character {where}: {prompt!a:.100}") from None
+        raise InputError(f"the prompt is not valid Unicode {where}: {prompt!a:.100}") from None
 
 
 def _plain(prompt: str) -> str:
-    """The prompt with special tokens broken up, so that a user's "<|endoftext|>" does not end the caption early.
+    """The prompt with special tokens split, so that "<|endoftext|>" in a prompt does not end it early.
 
-    Capitals count too: some tokenizers look for special tokens after conversion to lower case.
+    Capital letters are included: some tokenizers search for special tokens after conversion to lower case.
     """
     return _SPECIAL_TOKEN.sub(r"< |\1| >", prompt)

@@ -1,4 +1,4 @@
-"""Reads the parts of a CLIP from a folder, by classes of transformers or by unclip's own, which are imported faster."""
+"""Reads the parts of a CLIP from a folder, by transformers' classes or by unclip's own, which are imported faster."""
 
 import copy
 import hashlib
@@ -131,7 +131,7 @@ def read_parts(folder: Path) -> tuple[dict[str, Any], float | None]:
     if is_whole_clip(folder):
         return _parts_of_whole(folder)
     raise ConfigError(
-        f"{folder} holds no trained CLIP (neither text_encoder/ nor a config.json of transformers' CLIPModel): "
+        f"{folder} contains no trained CLIP (neither text_encoder/ nor a config.json of transformers' CLIPModel): "
         "train that stage first, or give another folder"
     )
 

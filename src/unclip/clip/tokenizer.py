@@ -224,7 +224,7 @@ def _check_added(added: Any, vocabulary: Mapping[str, int]) -> None:
     for number, token in added.items() if isinstance(added, Mapping) else [("?", None)]:
         content = token.get("content") if isinstance(token, Mapping) else None
         if not isinstance(token, Mapping) or content not in (START, END) or str(number) != str(vocabulary[content]):
-            raise ConfigError(f"the added token {content!r:.80} is not one of CLIP's two")
+            raise ConfigError(f"the added token {content!r:.80} is not one of CLIP's two special tokens")
         _check_plain(token, "added_tokens_decoder")
 
 

@@ -48,8 +48,8 @@ class Rows:
             return self.images[size_px]
         others = ", others have no embedding" if self.embeddings is None else ""
         raise DataError(
-            f"some samples of the data have no picture{others}, and pictures are needed here: if unclip data embed "
-            "made the shards, make them again with --keep-pictures, else leave out the samples without a picture"
+            f"some samples have no picture{others}, but pictures are needed here: if unclip data embed made the "
+            "shards, create them again with --keep-pictures; otherwise leave out the samples without a picture"
         )
 
 
@@ -83,7 +83,7 @@ class ShardSource:
         block: see `ShardStream`.
         rank, world: the number of this process and the number of processes; each reads its own shards.
         max_skipped_share: largest share of broken samples. At least half of the shards may be damaged.
-        weight_power: a sample is drawn in proportion to its weight to this power.
+        weight_power: samples are used in proportion to their weight to this power.
         num_workers: threads that decode.
         caption_key: the key of the caption in a sample's .json; None for the usual keys.
 
@@ -173,13 +173,13 @@ class ShardSource:
             try:
                 yield from read_captions(recaptioned(raw, self.caption_key))
             except DataError:
-                continue  # reported when it is drawn
+                continue  # reported when it is used
 
     @contextlib.contextmanager
     def reading(self, should_stop: Callable[[], bool]) -> Iterator[None]:
         """A context in which waiting for data raises Cancelled when `should_stop` returns true.
 
-        Prefetching stops at its end. Later draws are not affected.
+        Prefetching stops when it ends. Later draws are not affected.
         """
         self._should_stop = should_stop
         try:
@@ -189,7 +189,7 @@ class ShardSource:
             self._stop_prefetch()
 
     def close(self) -> None:
-        """End the threads, without waiting for one that is blocked by a server."""
+        """End the threads, without waiting for a thread that a server blocks."""
         self._stop_prefetch()
         self._decoders.shutdown(cancel_futures=True)
 
@@ -236,7 +236,7 @@ class ShardSource:
                 return found
             self._check_damage([raw], [found])
             met.add(raw.name)
-            # Enough samples to span a whole epoch, although a block drawn by weight repeats some.
+            # Enough samples to span a whole epoch, although a block sampled by weight repeats some.
             if count >= 3 * len(met) + 2 * self.stream.block:
                 break
         raise DataError(f"none of {len(met)} samples can be read: {some_of(self.skipped)}")
@@ -268,5 +268,5 @@ class ShardSource:
 
 
 def _number(name: str) -> int:
-    """A number that is the same in every process. A name in a tar may not be UTF-8."""
+    """A hash of a name that is the same in every process. Names in a tar may not be UTF-8."""
     return int.from_bytes(hashlib.sha256(name.encode(errors="surrogatepass")).digest()[:7])

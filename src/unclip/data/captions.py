@@ -58,9 +58,8 @@ def write_captions(
             picture's file name (see `captions_of_names`); "folders" for the name of its folder. None takes the text
             file where a picture has one, otherwise the file name.
         csv: a file like metadata.csv or metadata.jsonl with the captions, used instead of `origin`. It names pictures
-            relative to `folder` or to the folder of the file itself, with or without their extension, or by
-            absolute paths. Several
-            lines of one picture become its captions, in their order.
+            by absolute paths, or by paths relative to `folder` or to its own folder, with or without their
+            extension. Several lines of one picture become its captions, in their order.
         keys: the names of its columns.
         overwrite: replace an existing metadata.jsonl.
 
@@ -73,7 +72,7 @@ def write_captions(
         raise DataError(f"{folder} is not a folder; name a folder of pictures")
     for existing in (folder / name for name in METADATA):
         if existing.exists() and not overwrite and not (csv is not None and existing.resolve() == csv.resolve()):
-            raise OutputExistsError(f"{existing} exists already; give --overwrite to use a new {METADATA[0]} instead")
+            raise OutputExistsError(f"{existing} already exists; give --overwrite to use a new {METADATA[0]} instead")
     found = Captioned(folder / METADATA[0])
     pictures = list(_usable(folder, found))
     if not pictures:
@@ -189,7 +188,7 @@ def _read_csv(csv: Path, folder: Path, pictures: Sequence[str], keys: Keys, foun
 
 
 def _line(record: Record) -> str:
-    told = {key: value for key, value in asdict(record).items() if value != getattr(Record("", ()), key)}
+    written = {key: value for key, value in asdict(record).items() if value != getattr(Record("", ()), key)}
     if len(record.captions) == 1:
-        told["text"] = told.pop("captions")[0]
-    return json.dumps(told, ensure_ascii=False) + "\n"
+        written["text"] = written.pop("captions")[0]
+    return json.dumps(written, ensure_ascii=False) + "\n"

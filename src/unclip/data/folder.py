@@ -62,7 +62,7 @@ USUAL_KEYS = Keys()
 
 @dataclass(frozen=True)
 class Record:
-    """One picture of a data set: its file, its captions (the first is the plain one) and how often it is drawn."""
+    """One picture of a data set: its file, its captions (the first is the plain one) and its sampling weight."""
 
     file_name: str
     captions: tuple[str, ...]
@@ -206,7 +206,7 @@ def texts_of(entry: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
 
 
 def weight_in(entry: Mapping[str, Any]) -> float:
-    """How often a picture is drawn relative to others: `weight`, by default 1.
+    """How often a picture is used relative to others: `weight`, by default 1.
 
     Raises: DataError unless it is 0 or a number within `WEIGHT_LIMITS`, whose squares and sums fit into float32.
     """
@@ -264,7 +264,7 @@ def _csv_rows(path: Path, text: str, keys: Keys) -> _Rows:
 def _csv_entry(header: list[str], fields: list[str]) -> dict[str, Any]:
     if len(fields) != len(header):
         raise DataError(
-            f"it has {len(fields)} columns and the first line has {len(header)}; a caption with the separator "
+            f"it has {len(fields)} columns, but the first line has {len(header)}; a caption with the separator "
             "must be in double quotes"
         )
     entry: dict[str, Any] = {name: field for name, field in zip(header, fields, strict=True) if field.strip()}
@@ -301,7 +301,7 @@ def _check_unicode(*texts: str) -> None:
     try:
         "".join(texts).encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"a text in it is not Unicode text: {error}") from error
+        raise DataError(f"it contains text that is not valid Unicode: {error}") from error
 
 
 def _spelled(folder: Path, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Captions without meaning, from which a model learns, and is measured on, what it does not know."""
+"""Make captions without meaning, to train a model to recognise unknown captions, and to test this."""
 
 from collections import defaultdict
 from collections.abc import Iterable

@@ -90,7 +90,7 @@ def _reading() -> Iterator[None]:
 def read_captions(raw: RawSample) -> tuple[str, ...]:
     """The captions in .json under "captions" or "caption", else in .txt, else in .json under "text" or "prompt".
 
-    The plain one comes first.
+    The plain caption comes first.
 
     Raises: DataError when there is none, or one that is not Unicode text.
     """
@@ -138,7 +138,7 @@ def _embedding(content: bytes) -> Tensor:
     with np.errstate(over="ignore"):
         numbers = array.astype(np.float32)
     if not np.isfinite(numbers).all():
-        raise DataError(f".{EMBEDDING} is not a list of finite numbers: float32 does not hold all of them")
+        raise DataError(f".{EMBEDDING} must have finite numbers within the range of float32")
     return torch.from_numpy(numbers)
 
 
@@ -158,7 +158,7 @@ def raw_samples(
 
     Args:
         data: a folder or shards.
-        damage: is told what cannot be read.
+        damage: records what cannot be read.
         keys: the keys of pictures and captions in the metadata of a folder, and of captions in the .json of a shard's
             samples, to which "captions" is then added.
         include_held_out: also return the held-out pictures of a folder.
@@ -273,7 +273,7 @@ def settle(damage: Damage, data: str | Path, out: Path, *, is_empty: bool, max_s
     try:
         damage.check(max_skipped_share, max_skipped_share)
     except DataError as error:
-        raise DataError(f"{error} (all of them are in {listed}); leave them out, or allow more") from error
+        raise DataError(f"{error} (all of them are in {listed}); leave them out, or allow a larger share") from error
 
 
 @dataclass

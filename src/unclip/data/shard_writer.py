@@ -66,21 +66,21 @@ class Portion:
 
 
 class Unfinished:
-    """The shards of a folder `out` that is not complete: one for each portion of the samples that has readable ones.
+    """The shards of an incomplete folder `out`: one for each portion of the samples that has readable ones.
 
     A shard is written atomically. It counts once the state file beside it records its portion.
 
     Args:
         out: the final folder; it must not exist, or must be empty.
-        asked: the settings on which the shards depend.
+        settings: the settings on which the shards depend.
 
     Raises: OutputExistsError when `out` is not empty, or the unfinished shards have other settings.
     """
 
-    def __init__(self, out: Path, asked: Mapping[str, Any]):
+    def __init__(self, out: Path, settings: Mapping[str, Any]):
         self.out, self.folder = output_path(out), unfinished_folder(out)
         self._check_out()
-        self._asked, self.portions = dict(asked), self._read(dict(asked)) if self.folder.exists() else []
+        self._settings, self.portions = dict(settings), self._read(dict(settings)) if self.folder.exists() else []
         for path in self.folder.glob("*.tar"):  # incomplete, or written before the state
             if path.name not in self.shards:
                 path.unlink()
@@ -103,7 +103,7 @@ class Unfinished:
         if (portion.count, portion.content) != (done["num_samples"], done["content"]):
             first = sum(earlier["num_samples"] for earlier in self.portions[:number])
             raise DataError(
-                f"the data have changed since {self.folder} was started: they differ from sample {first:,} on; "
+                f"the data have changed since {self.folder} was started: samples from number {first:,} on differ; "
                 "remove that folder to start again"
             )
         return done["broken"]
@@ -119,7 +119,7 @@ class Unfinished:
         if portion.count:
             about = {"num_samples": portion.count, "content": portion.content, "broken": dict(broken)}
             self.portions.append(about | {"shard": name, "num_bytes": size})
-            write_json(self.folder / STATE, {"asked": self._asked, "portions": self.portions})
+            write_json(self.folder / STATE, {"asked": self._settings, "portions": self.portions})
 
     def finish(self) -> None:
         """Rename the folder to `out`."""
@@ -137,23 +137,22 @@ class Unfinished:
 
     def _check_out(self) -> None:
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise OutputExistsError(f"{self.out} exists already; name another place")
+            raise OutputExistsError(f"{self.out} exists; choose another --out")
 
-    def _read(self, asked: dict[str, Any]) -> list[dict[str, Any]]:
+    def _read(self, settings: dict[str, Any]) -> list[dict[str, Any]]:
         if not (self.folder / STATE).is_file():
             is_ours = self.folder.is_dir() and all(
                 path.name.startswith(TEMPORARY_PREFIX) for path in self.folder.iterdir()
             )
             if not is_ours:
-                raise OutputExistsError(
-                    f"{self.folder} exists already, without {STATE}; remove it, or name another --out"
-                )
+                raise OutputExistsError(f"{self.folder} exists but has no {STATE}; remove it, or choose another --out")
             return []
         state = read_json(self.folder / STATE, limit_bytes=STATE_LIMIT_BYTES)
-        if state.get("asked") != asked:
-            changed = [name for name, value in asked.items() if state.get("asked", {}).get(name) != value]
+        if state.get("asked") != settings:
+            changed = [name for name, value in settings.items() if state.get("asked", {}).get(name) != value]
             raise OutputExistsError(
-                f"{self.folder} was started with another {', '.join(changed)}; use the same, or remove it"
+                f"{self.folder} was started with other settings ({', '.join(changed)}); use the same "
+                "ones, or remove the folder"
             )
         return list(itertools.takewhile(self._is_whole, state["portions"]))
 

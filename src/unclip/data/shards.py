@@ -36,23 +36,23 @@ _Made = queue.SimpleQueue[tuple[Any, BaseException | None]]
 class Prefetch(Iterator[T]):
     """Iterates over `items` in a background thread, which makes one item ahead.
 
-    The thread may hang for long, waiting for a server. It delays neither a stop nor the end of the process.
+    The thread may wait for a server for a long time, which does not delay a stop or the end of the process.
 
     Args:
         items: the items; only the thread may use this iterator from now on.
         should_stop: called while waiting for an item.
 
-    Raises: on `next`, the error of making the item; Cancelled when `should_stop` returned true.
+    Raises: on `next`, the error that occurred in `items`; Cancelled when `should_stop` returned true.
     """
 
     def __init__(self, items: Iterator[T], should_stop: Callable[[], bool] = lambda: False) -> None:
         self._should_stop = should_stop
-        self._asked, self._made = queue.SimpleQueue[bool](), _Made()
-        # The thread knows only the queues, so that deleting this object ends it.
-        about = (items, self._asked, self._made)
+        self._requests, self._made = queue.SimpleQueue[bool](), _Made()
+        # The thread refers only to the queues, so deleting this object ends it.
+        about = (items, self._requests, self._made)
         self._thread = threading.Thread(target=_make, args=about, name="unclip-read", daemon=True)
         self._thread.start()
-        self._asked.put(True)
+        self._requests.put(True)
 
     def __next__(self) -> T:
         while True:
@@ -65,20 +65,20 @@ class Prefetch(Iterator[T]):
         if error is not None:
             self._made.put((None, error))  # every later call raises it too
             raise error
-        self._asked.put(True)
+        self._requests.put(True)
         return item
 
     def close(self) -> None:
         """End the thread, and close `items`. A thread that hangs is abandoned."""
-        self._asked.put(False)
+        self._requests.put(False)
         self._thread.join(PARTING_S)
 
     def __del__(self) -> None:
-        self._asked.put(False)
+        self._requests.put(False)
 
 
-def _make(items: Iterator[Any], asked: queue.SimpleQueue[bool], made: _Made) -> None:
-    while asked.get():
+def _make(items: Iterator[Any], requests: queue.SimpleQueue[bool], made: _Made) -> None:
+    while requests.get():
         try:
             made.put((next(items), None))
         except BaseException as error:  # StopIteration too
@@ -89,24 +89,24 @@ def _make(items: Iterator[Any], asked: queue.SimpleQueue[bool], made: _Made) -> 
 MAX_PART_BYTES = 256 * 2**20
 MAX_SHARDS = 1_000_000
 MAX_STEP_BYTES = MAX_PART_BYTES + 2**20
-"""Read or passed over in a shard at once."""
+"""The largest number of bytes that are read or skipped in a shard at once."""
 MAX_HELD_PARTS = 32
-"""Files whose names all have several dots that are held before they are counted as samples."""
+"""The largest number of files with several dots in their names that are held before they are split into samples."""
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 UNPACKERS: dict[bytes, Any] = {rb"\x1f\x8b": gzip.open, rb"BZh\d1AY&SY": bz2.open, rb"\xfd7zXZ": lzma.open}
 """How a compressed shard is read, by a pattern of its first bytes."""
 EMBEDDING = "img_emb.npy"
 WAITS_S = (2.0, 8.0, 20.0)
-"""Before a URL is asked again, the first time, the second, the last: networks fail for a while."""
+"""Waiting times before the attempts to read a URL again, because networks fail for a while."""
 FIRST_WAITS_S = (0.4, 0.8, 1.6)
-"""The same while nothing at all was read yet: then it is rather the address that is wrong."""
+"""The same if nothing was read before: the URL is probably wrong."""
 TIMEOUT_S = 60.0
 _BRACES = re.compile(r"\{(\d{1,20})\.\.(\d{1,20})\}")
 
 
 @dataclass(frozen=True)
 class RawSample:
-    """The files of one sample as they lie in a shard: {"jpg": …, "txt": …}, by what follows the key's first dot."""
+    """The files of one sample in a shard: {"jpg": …, "txt": …}, by the part of the name after the first dot."""
 
     key: str
     shard: str
@@ -114,7 +114,7 @@ class RawSample:
 
     @property
     def name(self) -> str:
-        """How it is called in messages."""
+        """Its name in messages."""
         return f"{self.shard}: {self.key}"
 
 
@@ -137,16 +137,16 @@ class Damage:
 
     @property
     def num_broken_samples(self) -> int:
-        """Broken samples, without those that a damaged shard lost."""
+        """The number of broken samples, not counting those after the damage in a shard."""
         return len(self.broken) - len(self.shards)
 
     @property
     def num_broken_shards(self) -> int:
-        """Shards that could not be read the last time."""
+        """The number of shards whose last reading failed."""
         return sum(self.shards.values())
 
     def note_shard(self, shard: str, reason: str | None) -> None:
-        """Note that a shard was read completely, or is broken for a reason."""
+        """Record that a shard was read completely (no reason), or the reason why it is broken."""
         if reason is not None:
             self.broken[shard] = reason
         if shard in self.broken:
@@ -161,10 +161,10 @@ class Damage:
 def expand(source: str | Path) -> list[str]:
     """The shards that `source` names: a folder, one tar, a glob, or any of them or a URL with ranges in braces.
 
-    "https://host/set/{00000..00041}.tar" is 42 shards. What a range names and is not there stays among them: reading
-    it counts as damage, for a file as for a URL.
+    "https://host/set/{00000..00041}.tar" is 42 shards. Missing files of a range are returned too, and count as damaged
+    when they are read, as missing URLs do.
 
-    Raises: DataError when there is none.
+    Raises: DataError if no shard exists.
     """
     check_ranges(source)
     start, *others = _BRACES.split(str(source))  # text, low, high, text, low, high, …
@@ -187,7 +187,7 @@ def check_ranges(source: str | Path) -> None:
     """Raises: DataError where the ranges in braces of `source` name more than `MAX_SHARDS` shards."""
     bounds = [(int(low), int(high)) for low, high in _BRACES.findall(str(source))]
     if math.prod(max(0, high - low + 1) for low, high in bounds) > MAX_SHARDS:
-        raise DataError(f"{source!s:.80} names more than {MAX_SHARDS:,} shards; that many are the limit")
+        raise DataError(f"{source!s:.80} names more than {MAX_SHARDS:,} shards, the limit")
 
 
 def is_shards(source: str | Path) -> bool:
@@ -217,9 +217,9 @@ def about(raw: RawSample) -> dict[str, Any]:
 
 
 def weight_of(raw: RawSample) -> float:
-    """How often a sample is drawn relative to others: `weight` in its .json.
+    """How often a sample is used relative to others: `weight` in its .json.
 
-    An invalid weight counts as 1, so the sample is drawn, and decoding it raises the error.
+    An invalid weight counts as 1, so the sample is used, and decoding it raises the error.
     """
     try:
         return float(weight_in(about(raw)))
@@ -228,9 +228,9 @@ def weight_of(raw: RawSample) -> float:
 
 
 def read_shard(shard: str, damage: Damage | None = None) -> Iterator[RawSample]:
-    """The samples of one shard in its order, streamed.
+    """Stream the samples of one shard in their order.
 
-    A damaged shard gives the samples that are complete before the damage, and is named in `damage`. A URL is tried
+    A damaged shard yields the complete samples before the damage, and is recorded in `damage`. A URL is tried
     several times before it counts as damaged; samples are not repeated.
     """
     damage = damage or Damage()
@@ -249,22 +249,24 @@ def read_shard(shard: str, damage: Damage | None = None) -> Iterator[RawSample]:
 
 @dataclass
 class ShardStream:
-    """An endless, shuffled, repeatable order of the samples in shards, which can be entered at any position.
+    """An endless, shuffled, reproducible sequence of the samples in shards, which can start at any position.
 
     Each epoch permutes the shards, and this process takes every `world`-th of them. Their samples are shuffled in
     blocks of `block` samples. Two blocks of encoded files are in memory: the current one, and the next one.
     The order depends only on the seed.
 
-    Where the samples of a block differ in weight, as many as it has are drawn from it with replacement, each by its
-    weight. So weights compare the samples of one block, and all blocks count the same. Samples of weight 0 are skipped.
+    If the samples of a block have different weights, the block is resampled with replacement, in proportion to the
+    weights. So weights compare the samples of one block, and all blocks count the same. Samples of weight 0 are
+    skipped.
 
     Attributes:
-        shards: as `expand` gives them; at least one for each process.
+        shards: as `expand` returns them; at least one for each process.
         seed: the seed of the order.
         block: number of samples that are shuffled together.
         rank, world: the number of this process, and the number of processes.
-        counts: number of samples of the shards that were read completely. Entering in the middle is fast with them.
-        weight_power: a sample is drawn by its weight to this power; 0 draws all alike (except those of weight 0).
+        counts: number of samples of the shards that were read completely. They make a start in the middle fast.
+        weight_power: samples are used in proportion to their weight to this power; with 0, all are used equally often
+            (except those of weight 0).
     """
 
     shards: list[str]
@@ -278,11 +280,11 @@ class ShardStream:
 
     def __post_init__(self) -> None:
         if len(self.shards) < self.world:
-            raise DataError(f"{len(self.shards)} shards for {self.world} processes, which need one each")
+            raise DataError(f"there are {len(self.shards)} shards for {self.world} processes; each process needs one")
         self.damage = Damage(num_shards=len(self.shards))
 
     def read_from(self, position: int) -> Iterator[RawSample]:
-        """All samples from number `position` of this process's endless order on.
+        """All samples of this process's endless sequence from `position` on.
 
         Raises: DataError when the shards have no samples.
         """
@@ -310,9 +312,9 @@ class ShardStream:
         return torch.Generator().manual_seed(number)
 
     def _blocks(self, position: int) -> Iterator[list[RawSample]]:
-        """The endless order from number `position` on, block by block.
+        """The endless sequence from `position` on, block by block.
 
-        An epoch of which every shard is counted already is passed over; of another one what lies before is read.
+        Earlier epochs are skipped if all their shards were counted; otherwise they are read.
         """
         for epoch in itertools.count():
             order = self._order(epoch)
@@ -331,7 +333,7 @@ class ShardStream:
         return sum(self.counts[shard] for shard in shards)
 
     def _epoch(self, epoch: int, start: int, *, weighted: bool = True) -> Generator[list[RawSample], None, bool]:
-        """What an epoch has from number `start` on, block by block. Returns: whether that was anything."""
+        """The samples of an epoch from number `start` on, block by block. Returns: whether there were any."""
         number, skip = divmod(start, self.block)
         samples = self._raw(epoch, number * self.block)
         is_reached = False
@@ -346,7 +348,7 @@ class ShardStream:
     def _raw(self, epoch: int, start: int) -> Iterator[RawSample]:
         for shard in self._order(epoch):
             count = self.counts.get(shard)
-            if count is not None and start and start >= count:  # else read it: an empty one may have samples now
+            if count is not None and start and start >= count:  # otherwise read it: an empty shard may have samples now
                 start -= count
                 continue
             number = 0
@@ -360,7 +362,7 @@ class ShardStream:
 
 
 def _places(weights: list[float], count: int, generator: torch.Generator) -> list[int]:
-    """`count` numbers of samples of a block: each once, or, if they have weights that differ, drawn by weight."""
+    """`count` indices of samples of a block: each once, or sampled by weight if the weights differ."""
     if len(set(weights)) < 2:
         return torch.randperm(count, generator=generator).tolist()
     shares = torch.tensor(weights, dtype=torch.float64) / max(weights)
@@ -385,7 +387,7 @@ def _shards_in(folder: Path) -> list[str]:
 
 
 class _Member(tarfile.TarInfo):
-    """A member's header. tarfile takes a damaged one after the first for the end of the file; here it is an error."""
+    """A member's header. If it is damaged, this is an error; tarfile would treat it as the end of the file."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> "_Member":  # type: ignore[override]  # `tarfile` is the module here
@@ -399,7 +401,7 @@ class _Member(tarfile.TarInfo):
 
 
 class _Stream:
-    """A file that tarfile reads forward only, and never far at once, whatever a header says."""
+    """A file that tarfile reads forwards, with a limit for each step, whatever size a header states."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._position = file, 0
@@ -409,7 +411,7 @@ class _Stream:
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= MAX_STEP_BYTES:
-            raise tarfile.ReadError(f"a header says {size:,} bytes; at most {MAX_STEP_BYTES:,} are read")
+            raise tarfile.ReadError(f"a header states {size:,} bytes; at most {MAX_STEP_BYTES:,} are read")
         content = self._file.read(size)
         self._position += len(content)
         return content
@@ -417,16 +419,16 @@ class _Stream:
     def seek(self, position: int) -> int:
         distance = position - self._position
         if not 0 <= distance <= MAX_STEP_BYTES:
-            raise tarfile.ReadError(f"a header says {distance:,} bytes; at most {MAX_STEP_BYTES:,} are read")
+            raise tarfile.ReadError(f"a header states {distance:,} bytes; at most {MAX_STEP_BYTES:,} are read")
         while (left := position - self._position) and self.read(min(left, 2**20)):
             pass
         return self._position
 
 
 def _samples(shard: str) -> Iterator[RawSample]:
-    """Neighbours of one key together, as webdataset has them.
+    """Group consecutive files with the same key into samples, as webdataset does.
 
-    A kind of file that a sample has already begins the next sample. A key that the shard had before gets a number.
+    A second file with the same extension begins the next sample. A key that was used before gets a number.
     """
     counts: dict[str, int] = {}
 
@@ -441,7 +443,7 @@ def _samples(shard: str) -> Iterator[RawSample]:
 
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(_opened(shard))
-        start = file.peek(10)  # type: ignore[attr-defined]  # all that `_opened` gives have it
+        start = file.peek(10)  # type: ignore[attr-defined]  # all files from `_opened` have it
         for pattern, unpacked in UNPACKERS.items():
             if re.match(pattern, start):
                 file = stack.enter_context(unpacked(file))
@@ -461,8 +463,8 @@ def _samples(shard: str) -> Iterator[RawSample]:
 
 
 def _by_name(key: str, parts: dict[str, bytes]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The sample with its key; where all its files have several dots in their names (a.000.jpg, a.000.txt, a.001.jpg),
-    one for each name before the last dot, so that each of them is counted."""
+    """The sample with its key. If the names of all its files have several dots (a.000.jpg, a.000.txt, a.001.jpg), one
+    sample for each name before the last dot, so that each of them is counted."""
     if not all(map(_middle, parts)):
         yield key, parts
         return
@@ -474,14 +476,14 @@ def _by_name(key: str, parts: dict[str, bytes]) -> Iterator[tuple[str, dict[str,
 
 
 def _middle(extension: str) -> str:
-    """What precedes the kind of a file: "000" of 000.jpg, nothing of jpg."""
+    """The part before the file extension: "000" of 000.jpg, nothing of jpg."""
     if extension.endswith(EMBEDDING):
         return extension.removesuffix(EMBEDDING).rstrip(".")
     return extension.rpartition(".")[0]
 
 
 def _is_long(parts: dict[str, bytes], extension: str) -> bool:
-    """Whether these parts are not of one sample, by their number and names, so that they need not be held longer."""
+    """Whether these parts are too many for one sample and can be split by their names."""
     if len(parts) < MAX_HELD_PARTS:
         return False
     middles = set(map(_middle, parts))
@@ -508,5 +510,5 @@ def _opened(shard: str) -> IO[bytes]:
 
 
 def _is_final(error: BaseException) -> bool:
-    """A server's word that asking again will not change."""
+    """Whether a server's answer will not change at another attempt."""
     return isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500 and error.code not in (408, 429)

@@ -15,7 +15,7 @@ from unclip.errors import DataError
 
 
 class FolderSource:
-    """Folders of captioned pictures in memory; a picture is drawn by its weight to the power of `weight_power`.
+    """Folders of captioned pictures in memory; they are sampled by their weights to the power of `weight_power`.
 
     The methods are those of `ShardSource`.
     """
@@ -40,7 +40,7 @@ class FolderSource:
         self.pictures = everything if include_held_out else [training for training, _ in split]
         self.held_out = [held for _, held in split]
         self.records = self.pictures[0].records
-        # Weight 0 is never drawn, by the power 0 neither, though 0**0 is 1.
+        # Pictures of weight 0 are never sampled, even with the power 0, although 0**0 is 1.
         self.weights = torch.tensor([record.weight**weight_power if record.weight else 0.0 for record in self.records])
         self.counts: dict[str, int] = {}
 
@@ -49,7 +49,7 @@ class FolderSource:
         return self.pictures[0].skipped
 
     def of_size(self, size_px: int) -> CaptionedPictures:
-        """The pictures that are trained on."""
+        """The pictures used for training."""
         return self.pictures[self.sizes.index(size_px)]
 
     def draw(self, step: int, count: int, generator: torch.Generator) -> Rows:
@@ -108,7 +108,7 @@ def open_source(
     places = [data] if isinstance(data, str | Path) else list(data)
     if any(is_shards(place) for place in places):
         if len(places) > 1:
-            raise DataError("shards are read from one place; put them into one folder, or name them with one pattern")
+            raise DataError("shards must be in one place; put them into one folder, or name them with one pattern")
         return ShardSource(
             places[0],
             sizes,

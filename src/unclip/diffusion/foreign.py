@@ -39,7 +39,7 @@ def converted(scheduler: Any, replaced: Scheduler | None = None) -> Scheduler:
     elif "_class_name" in config and "timestep_spacing" in defaults and "variance_type" not in defaults:
         settings["timestep_spacing"] = "linspace"
     if name not in EQUIVALENTS:
-        raise ConfigError(f"unclip does not have the sampler of diffusers' {name}")
+        raise ConfigError(f"unclip has no sampler like that of diffusers' {name}")
     return of_settings(name, settings)
 
 

@@ -7,7 +7,7 @@ from unclip.diffusion.loop import Denoiser
 
 
 def away(null: Tensor, given: Tensor, scale: float) -> Tensor:
-    """null + scale * (given - null): a scale above 1 pushes the given prediction away from the null one."""
+    """null + scale * (given - null). A scale above 1 moves the prediction away from the null one."""
     return null + scale * (given - null)
 
 

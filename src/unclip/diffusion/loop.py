@@ -31,7 +31,7 @@ class NoiseSource:
     def __init__(self, generator: torch.Generator | Sequence[torch.Generator] | None, batch_size: int) -> None:
         if isinstance(generator, Sequence):
             if len(generator) != batch_size:
-                raise InputError(f"there are {len(generator)} generators for {batch_size} images; give one each")
+                raise InputError(f"there are {len(generator)} generators for {batch_size} images; give one for each")
             generator = list(generator)
         each = generator if isinstance(generator, list) else [generator]
         if generator is not None and not all(isinstance(one, torch.Generator) for one in each):
@@ -93,7 +93,7 @@ def generators_from_seed(seed: int | Sequence[int], batch_size: int) -> list[tor
     """
     given = several(seed)
     if given is not None and len(given) != batch_size:
-        raise InputError(f"there are {len(given)} seeds for {batch_size} images; give one seed, or one an image")
+        raise InputError(f"there are {len(given)} seeds for {batch_size} images; give one seed, or one for each image")
     pairs = [(seed, index) for index in range(batch_size)] if given is None else [(one, 0) for one in given]
     return [torch.Generator().manual_seed(following_seed(*pair)) for pair in pairs]
 
@@ -188,9 +188,11 @@ def _replaced(x: Tensor, replacement: Tensor | None) -> Tensor:
         return x
     if not isinstance(replacement, Tensor) or replacement.shape != x.shape or replacement.is_meta:
         got = f"{tuple(replacement.shape)}" if isinstance(replacement, Tensor) else type(replacement).__name__
-        raise InputError(f"on_step returned {got}; it must return None, or a tensor {tuple(x.shape)} in memory")
+        raise InputError(
+            f"on_step returned {got}; it must return None, or a tensor of shape {tuple(x.shape)} with values"
+        )
     replacement = replacement.to(device=x.device, dtype=x.dtype)
     # If x was not finite before, the callback is not the cause; the caller reports that.
     if not replacement.isfinite().all() and x.isfinite().all():
-        raise InputError(f"on_step returned a tensor that holds NaN or infinity in {x.dtype}; it must be finite")
+        raise InputError(f"on_step returned a tensor with NaN or infinity in {x.dtype}; it must be finite")
     return replacement

@@ -86,7 +86,7 @@ class DiffusionProcess:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        _ = self.tables  # refuses an unusable schedule here, not at the first step
+        _ = self.tables  # an unusable schedule is refused here, not at the first step
 
     @property
     def tables(self) -> Tables:
@@ -187,7 +187,7 @@ class DiffusionProcess:
         """
         t = self._checked_timestep(t)
         if not -1 <= t_next < t:
-            raise InputError(f"the next timestep is {t_next}; it must be from -1 (clean) to {t - 1}, below {t}")
+            raise InputError(f"the next timestep is {t_next}; it must be from -1 (the clean sample) to {t - 1}")
         left = self.tables.alphas_cumprod[t]
         left_next = self.tables.alphas_cumprod[t_next] if t_next >= 0 else 1.0
         beta = 1 - left / left_next
@@ -236,7 +236,7 @@ class DiffusionProcess:
     ) -> Tensor:
         """Mean-squared error of each sample, float32 [batch]; with a learned variance, the hybrid loss.
 
-        The hybrid adds `vlb_weight` * num_timesteps * L_t, an estimate of the whole variational bound in bits a
+        The hybrid adds `vlb_weight` * num_timesteps * L_t, an estimate of the whole variational bound in bits per
         dimension (Nichol & Dhariwal 2102.09672, eq. 16). The mean in it is behind a stop-gradient, so it trains
         only the variance. L_0 is the likelihood of pictures with 256 even levels in [-1, 1] (Ho et al. 2006.11239,
         eq. 13); the other terms are Gaussian divergences (2102.09672, eq. 6), of the unclipped x0.
@@ -266,7 +266,7 @@ class DiffusionProcess:
         return error + vlb_weight * self.num_timesteps * self._bound(output.detach(), fraction, x0, x_t, t)
 
     def _min_snr_weight(self, t: Tensor) -> Tensor:
-        # In terms of x0 the weight is min(snr, gamma); an error of noise is snr times, one of v is snr + 1 times x0's.
+        # In terms of x0 the weight is min(snr, gamma); the error of the noise is snr times that of x0, and that of v snr + 1 times.
         snr = self.tables.on("snr", t.device)[t]
         weight = snr.clamp(max=_MIN_SNR_GAMMA)
         if self.prediction_type == "epsilon":
@@ -276,7 +276,7 @@ class DiffusionProcess:
         return weight
 
     def _bound(self, output: Tensor, fraction: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """L_t in bits a dimension, [batch]."""
+        """L_t in bits per dimension, [batch]."""
         guess = self._x0_and_noise(output, x_t, t)[0]
         small = self._at("min_log_variance", t, x_t)
         log_variance = _between(fraction, small, self._at("max_log_variance", t, x_t))
@@ -312,7 +312,9 @@ class DiffusionProcess:
             return getattr(self.tables, name)[self._checked_timestep(t)]
         self._check_timesteps(t)
         if t.shape[0] not in (1, x.shape[0]):
-            raise InputError(f"there are {t.shape[0]} timesteps for {x.shape[0]} samples; give one, or one a sample")
+            raise InputError(
+                f"there are {t.shape[0]} timesteps for {x.shape[0]} samples; give one, or one for each sample"
+            )
         return self.tables.on(name, x.device)[t.to(x.device)].view(-1, *[1] * (x.ndim - 1))
 
     def _checked_timestep(self, t: object) -> int:

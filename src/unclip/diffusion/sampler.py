@@ -1,4 +1,4 @@
-"""Samplers: one step from x_t towards the clean sample, or back.
+"""Samplers: the rule for one step from x_t towards the clean sample, or back to noise.
 
 This module has the base class and the samplers that other code creates directly. A sampler that only its scheduler
 creates is defined beside that scheduler, in `scheduler`.
@@ -45,7 +45,7 @@ class Sampler(ABC):
         """The steps (t, t_next) along `timesteps`; t_next -1 is the clean sample.
 
         Raises:
-            InputError: `timesteps` is empty, has a value outside the process's range, or goes in the wrong direction.
+            InputError: `timesteps` is empty, has a value outside the process's range, or is in the wrong direction.
         """
         _check_range(self.process, timesteps)
         steps = tuple(itertools.pairwise((*timesteps, -1)))
@@ -77,7 +77,7 @@ class Sampler(ABC):
             noise: standard normal, of x_t's shape. Required where `needs_noise` is true, ignored elsewhere.
 
         Raises:
-            InputError: the noise is missing, or the timesteps go in the wrong direction.
+            InputError: the noise is missing, or the timesteps are in the wrong direction.
         """
 
 
@@ -195,8 +195,8 @@ class InpaintingSampler(Sampler):
     """Any descending sampler, with the known part of the sample restored after each step (RePaint, 2201.09865, eq. 8).
 
     At each timestep the known part is the clean sample, noised to that timestep; at the end it is exactly the clean
-    sample. The rest comes from the wrapped sampler. Both use the same noise tensor: every element belongs to one part
-    only, so no noise is used twice.
+    sample. The rest comes from the wrapped sampler. Both use the same noise tensor: each element belongs to only one
+    part, so no noise is used twice.
 
     A single step cannot make the restored part and the generated part agree. So parts of the path are repeated
     (section 4.2): `jump_length` steps down, back up by the forward process, `num_resamples` times in all. The last

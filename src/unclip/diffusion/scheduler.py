@@ -1,6 +1,6 @@
 """Schedulers with the interface of diffusers: settings, files, timesteps, and steps of hand-written loops.
 
-Pipelines use only the immutable parts of a scheduler: its process, its sampler and its timesteps.
+Pipelines use only the immutable parts of a scheduler: the process, the sampler and the timesteps.
 """
 
 import inspect
@@ -14,9 +14,9 @@ from typing import Annotated, Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from unclip.checkpoints.asked import settled
 from unclip.checkpoints.files import output_folder, read_json, safe_join, write_json
 from unclip.checkpoints.hub import resolve
+from unclip.checkpoints.loading_arguments import accepted_arguments
 from unclip.diffusion import scheduler_config as _settings
 from unclip.diffusion.loop import NoiseSource
 from unclip.diffusion.process import DiffusionProcess
@@ -185,7 +185,9 @@ class Scheduler(ABC):
         prediction = self._process.predict(model_output, sample, t)
         if noise is not None:
             if not isinstance(noise, Tensor) or noise.shape != sample.shape or not noise.is_floating_point():
-                raise InputError(f"variance_noise must be floating and of the sample's shape {tuple(sample.shape)}")
+                raise InputError(
+                    f"variance_noise must be floating-point and have the sample's shape {tuple(sample.shape)}"
+                )
             if generator is not None:
                 raise InputError("generator and variance_noise are both given; pass one of them")
             noise = noise.to(sample.device)
@@ -233,7 +235,7 @@ class Scheduler(ABC):
             del given["variance_type"]  # from a scheduler that does not use it
         for name in given:
             if name not in known | _settings.ELSEWHERE and not name.startswith("_"):
-                raise ConfigError(f"{cls.__name__} has no setting {name!r}, nor do the other schedulers; remove it")
+                raise ConfigError(f"no scheduler has the setting {name!r}; remove it")
         return cls(**{name: value for name, value in given.items() if name in known})
 
     @classmethod
@@ -267,7 +269,7 @@ class Scheduler(ABC):
             CheckpointError: the file is missing or cannot be read.
             ConfigError: see `from_config`.
         """
-        overrides = settled(overrides, cls.from_pretrained, None)
+        overrides = accepted_arguments(overrides, cls.from_pretrained, None)
         file = CONFIG_NAME if subfolder is None else f"{subfolder}/{CONFIG_NAME}"
         folder = resolve(
             name_or_folder,
@@ -438,7 +440,7 @@ class DDIMScheduler(Scheduler):
         """
         if use_clipped_model_output is False and self._process.clip_range is not None:
             raise ConfigError(
-                "use_clipped_model_output=False is not implemented where clip_sample is on: leave it out, "
+                "use_clipped_model_output=False is not implemented with clip_sample: leave it out, "
                 "or create the scheduler with clip_sample=False"
             )
         sampler = self._sampler if eta is None else DDIMSampler(self._process, eta)

@@ -106,7 +106,7 @@ def check_neutral(class_name: str, neutral: Neutral, settings: Mapping[str, obje
         allowed = neutral[name]
         if allowed is not None and not any(type(value) is type(one) and value == one for one in allowed):
             raise ConfigError(
-                f"{class_name} does not implement {name}={value!r}; only {' or '.join(map(repr, allowed))} is possible"
+                f"{class_name} does not implement {name}={value!r}; supported: {', '.join(map(repr, allowed))}"
             )
 
 

@@ -51,7 +51,7 @@ class InceptionFeatures:
         if classes not in (FID_CLASSES, IMAGENET_CLASSES):
             raise WeightsError(
                 f"{path} has no fc.weight with {FID_CLASSES} (FID's weights) or {IMAGENET_CLASSES} outputs "
-                "(torchvision's), so the kind of Inception is unknown; use a file of the whole network"
+                "(torchvision's), so the kind of Inception is unknown; use a file with the whole network"
             )
         is_fid = classes == FID_CLASSES
         with torch.device("meta"):

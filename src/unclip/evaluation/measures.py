@@ -48,7 +48,9 @@ def pixel_measures(real: Sequence[Image.Image], made: Sequence[Image.Image]) -> 
     """
     sizes = {image.size for image in made}
     if len(sizes) != 1 or len(real) != len(made):
-        raise InputError(f"{len(real)} and {len(made)} pictures of the sizes {sorted(sizes)} are not pairs of one size")
+        raise InputError(
+            f"{len(real)} and {len(made)} pictures of the sizes {sorted(sizes)} do not form pairs of one size"
+        )
     size_px = made[0].width
     one = torch.stack([square_pixels(rgb(image), size_px) for image in real]).double() / 255
     other = torch.stack([square_pixels(rgb(image), size_px) for image in made]).double() / 255
@@ -184,7 +186,7 @@ def _factor(features: Tensor) -> Tensor:
 def _checked(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     if min(len(one), len(other)) < 2 or one.shape[1] != other.shape[1]:
         raise InputError(
-            f"features of the shapes {tuple(one.shape)} and {tuple(other.shape)} cannot be compared: each needs two "
-            "rows or more, and both the same width"
+            f"features of the shapes {tuple(one.shape)} and {tuple(other.shape)} cannot be compared: each must have "
+            "two or more rows, and both the same width"
         )
     return one.double(), other.double()

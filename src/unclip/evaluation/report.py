@@ -194,7 +194,7 @@ def page(
     for path, report in reports:
         names = [name for name in KINDS if isinstance(report.get(name), Mapping)]
         if not names:
-            raise DataError(f"{path} is not a report of unclip evaluate: it has none of {', '.join(KINDS)}")
+            raise DataError(f"{path} is not a report of unclip evaluate: it needs one of the keys {', '.join(KINDS)}")
         for name in names:
             try:
                 body += _section(name, report, path)

@@ -60,10 +60,10 @@ class Plan:
         """
         for name in chosen.groups:
             result[name] = chosen.about(name)
-            if asked := chosen.asked(name):
-                result[name]["seeds"] = [self.seed, self.seed + len(asked) - 1]
+            if prompts := chosen.captions_of(name):
+                result[name]["seeds"] = [self.seed, self.seed + len(prompts) - 1]
                 sheet = None if self.sheet is None else sheet_path(self.sheet, name)
-                yield result[name], asked, chosen.pictures(name), sheet
+                yield result[name], prompts, chosen.pictures(name), sheet
 
     def batches(self, count: int) -> Iterator[tuple[slice, list[int]]]:
         """The rows of each batch, with their seeds."""
@@ -72,7 +72,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Judge:
-    """A CLIP that ranks captions for a picture: one that the model was not trained with, or the model's own."""
+    """A CLIP that ranks captions for a picture: a CLIP that the model was not trained with, or its own."""
 
     text: TextEncoder
     image: ImageEncoder
@@ -109,31 +109,31 @@ class Judge:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The distinct captions that a judge ranks, and their embeddings `known` [num_captions, width]."""
+    """The distinct captions that a judge ranks, and their `embeddings` [num_captions, width]."""
 
     captions: list[str]
-    known: Tensor
+    embeddings: Tensor
 
     @classmethod
     def read_by(cls, judge: Judge, captions: Sequence[str]) -> "Candidates":
-        """The captions with their embeddings by a judge."""
+        """The distinct captions, embedded by a judge."""
         once = list(dict.fromkeys(captions))
         return cls(once, judge.read(once))
 
-    def places(self, features: Tensor, asked: Sequence[str]) -> Tensor:
+    def places(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
         """The rank (0 is first) of each picture's own caption."""
-        return ranks(features, self._rows(asked), self.known)
+        return ranks(features, self._rows(prompts), self.embeddings)
 
-    def rates(self, features: Tensor, asked: Sequence[str]) -> dict[str, float]:
+    def rates(self, features: Tensor, prompts: Sequence[str]) -> dict[str, float]:
         """How often a picture's own caption is first or among the first five, and the mean cosine (CLIP score).
 
         Args:
             features: the judge's embeddings of pictures [num_images, width], normalised.
-            asked: the caption of each picture, one of the candidates.
+            prompts: the caption of each picture, one of the candidates.
         """
-        places = self.places(features, asked)
+        places = self.places(features, prompts)
         found = {f"at_{k}": round((places < k).float().mean().item(), 4) for k in (1, 5)}
-        score = (features * self.known[self._rows(asked)]).sum(dim=1).mean()
+        score = (features * self.embeddings[self._rows(prompts)]).sum(dim=1).mean()
         return found | {"clip_score": round(score.item(), 4)}
 
     def about(self) -> dict[str, Any]:
@@ -141,9 +141,9 @@ class Candidates:
         count = len(self.captions)
         return {"num_captions": count, "chance_at_1": 1 / count, "chance_at_5": min(1.0, 5 / count)}
 
-    def _rows(self, asked: Sequence[str]) -> list[int]:
+    def _rows(self, prompts: Sequence[str]) -> list[int]:
         rows = {caption: row for row, caption in enumerate(self.captions)}
-        return [rows[caption] for caption in asked]
+        return [rows[caption] for caption in prompts]
 
 
 def ranks(images: Tensor, own: Sequence[int], captions: Tensor) -> Tensor:
@@ -183,34 +183,34 @@ def retrieval(
     chosen = plan.choose()
     candidates = Candidates.read_by(judge, chosen.captions)
     result = {"captions": "composed" if chosen.composed else "concepts", **candidates.about(), **chosen.left_out()}
-    for entry, asked, real, sheet in plan.groups(chosen, result):
+    for entry, prompts, real, sheet in plan.groups(chosen, result):
         made: list[Image.Image] = []
-        for rows, seeds in plan.batches(len(asked)):
-            made += pipeline(asked[rows], seed=seeds, **call).images  # pyright: ignore
+        for rows, seeds in plan.batches(len(prompts)):
+            made += pipeline(prompts[rows], seed=seeds, **call).images  # pyright: ignore
         looked = {"generated": judge.look(made), "real": judge.look(real)}
-        entry |= {kind: candidates.rates(seen, asked) for kind, seen in looked.items()}
+        entry |= {kind: candidates.rates(seen, prompts) for kind, seen in looked.items()}
         if chosen.composed:
-            entry["kinds"] = by_kind(candidates, looked, asked)
+            entry["kinds"] = by_kind(candidates, looked, prompts)
         featured = (features.look(made), features.look(real)) if features is not None else None
         entry |= distances((looked["generated"], looked["real"]), features, featured)
         if sheet is not None:
-            draw_cards(real, made, asked, sheet)
+            draw_cards(real, made, prompts, sheet)
     return result
 
 
-def by_kind(candidates: Candidates, looked: dict[str, Tensor], asked: Sequence[str]) -> dict[str, Any]:
+def by_kind(candidates: Candidates, looked: dict[str, Tensor], prompts: Sequence[str]) -> dict[str, Any]:
     """The number and the rates for each kind of composed caption: "colour", "scene on background", …
 
     Args:
         candidates: the captions that the judge ranks.
         looked: its embeddings of pictures [num_images, width], by "generated" and "real".
-        asked: the caption of each picture.
+        prompts: the caption of each picture.
     """
-    kinds = [kind_of(caption) or "other" for caption in asked]
+    kinds = [kind_of(caption) or "other" for caption in prompts]
     found = {}
     for kind in sorted(set(kinds)):
         rows = [row for row, each in enumerate(kinds) if each == kind]
-        captions = [asked[row] for row in rows]
+        captions = [prompts[row] for row in rows]
         rates = {what: candidates.rates(features[rows], captions) for what, features in looked.items()}
         found[kind] = {"num": len(rows), **rates}
     return found
@@ -235,9 +235,9 @@ def variations(pipeline: UnCLIPImageVariationPipeline, judge: Judge, plan: Plan,
     chosen = plan.choose()
     candidates = Candidates.read_by(judge, chosen.captions)
     result = {"num_captions": len(candidates.captions), **chosen.left_out()}
-    for entry, asked, real, sheet in plan.groups(chosen, result):
+    for entry, prompts, real, sheet in plan.groups(chosen, result):
         made: list[Image.Image] = []
-        for rows, seeds in plan.batches(len(asked)):
+        for rows, seeds in plan.batches(len(prompts)):
             made += pipeline(real[rows], seed=seeds, **call).images  # pyright: ignore
         of_real, of_made = judge.look(real), judge.look(made)
         own, others = cosines(of_made, of_real)
@@ -247,7 +247,7 @@ def variations(pipeline: UnCLIPImageVariationPipeline, judge: Judge, plan: Plan,
             "similarity_of_others": others,
             "pixel_difference": round(np.mean(pixels).item(), 4),
         }
-        entry |= {"variations": candidates.rates(of_made, asked), "real": candidates.rates(of_real, asked)}
+        entry |= {"variations": candidates.rates(of_made, prompts), "real": candidates.rates(of_real, prompts)}
         if sheet is not None:
             draw_pairs(real, made, sheet)
     return result

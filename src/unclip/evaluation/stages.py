@@ -47,14 +47,14 @@ def prior(
     result: dict[str, Any] = chosen.left_out()
     sampling |= {"num_inference_steps": prior_num_inference_steps, "guidance_scale": prior_guidance_scale}
     seen: Tensor | None = None
-    for entry, asked, real, _ in plan.groups(chosen, result):
+    for entry, prompts, real, _ in plan.groups(chosen, result):
         true = own.embed(real).float()
         seen = true if seen is None else seen  # the first group, which is never empty
         drawn = [
-            pipeline.embed_captions(asked[rows], seed=seeds, **sampling).cpu()
-            for rows, seeds in plan.batches(len(asked))
+            pipeline.embed_captions(prompts[rows], seed=seeds, **sampling).cpu()
+            for rows, seeds in plan.batches(len(prompts))
         ]
-        entry |= compare(torch.cat(drawn), true, own.read(asked), mean_of_others(true, seen))
+        entry |= compare(torch.cat(drawn), true, own.read(prompts), mean_of_others(true, seen))
     return result
 
 
@@ -122,11 +122,11 @@ def decoder(
     """
     chosen = plan.choose()
     result: dict[str, Any] = {"captions": captions, **chosen.left_out()}
-    for entry, asked, real, sheet in plan.groups(chosen, result):
+    for entry, prompts, real, sheet in plan.groups(chosen, result):
         small: list[Image.Image] = []
         large: list[Image.Image] = []
         for rows, seeds in plan.batches(len(real)):
-            prompt = asked[rows] if captions else None
+            prompt = prompts[rows] if captions else None
             output = pipeline(real[rows], prompt=prompt, seed=seeds, return_intermediates=True, **call)
             large += output.images  # pyright: ignore
             small += output.small_images  # pyright: ignore
@@ -134,5 +134,5 @@ def decoder(
             entry[name] = dict(zip(("decoded", "other"), cosines(clip.look(large), clip.look(real)), strict=True))
         entry |= {"small": pixel_measures(real, small), "large": pixel_measures(real, large)}
         if sheet is not None:
-            draw_cards(real, large, asked, sheet)
+            draw_cards(real, large, prompts, sheet)
     return result

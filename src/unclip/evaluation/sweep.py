@@ -78,17 +78,19 @@ def sweep(
     """
     chosen = plan.choose()
     candidates = Candidates.read_by(judge, chosen.captions)
-    captions = {name: chosen.asked(name) for name, records in chosen.groups.items() if records}
+    captions = {name: chosen.captions_of(name) for name, records in chosen.groups.items() if records}
     real = {name: chosen.pictures(name) for name in captions}
     looked = {name: judge.look(real[name]) for name in captions}
     featured = {name: features.look(real[name]) for name in captions} if features is not None else {}
-    rates = {name: {"num": len(asked), **candidates.rates(looked[name], asked)} for name, asked in captions.items()}
+    rates = {
+        name: {"num": len(prompts), **candidates.rates(looked[name], prompts)} for name, prompts in captions.items()
+    }
     about: dict[str, Any] = {**candidates.about(), **chosen.left_out(), "real": rates}
     done, warm = list(finished), False
 
     def found() -> dict[str, Any]:
-        asked = [point for place in places if (point := point_at(done, place)) is not None]
-        return {**about, "points": asked + [point for point in done if point not in asked]}
+        requested = [point for place in places if (point := point_at(done, place)) is not None]
+        return {**about, "points": requested + [point for point in done if point not in requested]}
 
     for settings in points_progress([place for place in places if point_at(done, place) is None]):
         call = {name: value for name, value in settings.items() if name != SAMPLER}
@@ -99,15 +101,15 @@ def sweep(
             warm = True
         point: Point = {"settings": dict(settings)}
         seconds = 0.0
-        for name, asked in captions.items():
+        for name, prompts in captions.items():
             made: list[Image.Image] = []
-            for rows, seeds in plan.batches(len(asked)):
+            for rows, seeds in plan.batches(len(prompts)):
                 start = time.perf_counter()
-                made += pipeline(asked[rows], seed=seeds, **call).images  # pyright: ignore
+                made += pipeline(prompts[rows], seed=seeds, **call).images  # pyright: ignore
                 seconds += time.perf_counter() - start
             of_made = judge.look(made)
             pair = (features.look(made), featured[name]) if features is not None else None
-            point[name] = {"num": len(made), **candidates.rates(of_made, asked)}
+            point[name] = {"num": len(made), **candidates.rates(of_made, prompts)}
             point[name] |= distances((of_made, looked[name]), features, pair)
         point["seconds_per_picture"] = round(seconds / sum(map(len, captions.values())), 5)
         done.append(point)

@@ -1,4 +1,4 @@
-"""The measure of free wordings: whether a picture of "a mug of hot coffee" shows an accepted concept.
+"""Measure whether pictures of free wordings, such as "a mug of hot coffee", show an accepted concept.
 
 A list gives the accepted concepts of each wording. A judge ranks the captions of all concepts for each picture.
 """
@@ -70,7 +70,7 @@ def wordings(
 ) -> dict[str, Any]:
     """How often the judge's first caption, or one of its first five, is accepted.
 
-    Of a model with a list of concepts, also how often wordings and nonsense are reported as unknown.
+    For a model with a list of concepts, also how often wordings and nonsense are reported as unknown.
 
     Args:
         pipeline: the model.
@@ -101,7 +101,7 @@ def wordings(
     made: list[Image.Image] = []
     for rows, seeds in batches(len(listed), batch_size, seed=seed, progress=progress):
         made += pipeline([wording.text for wording in listed[rows]], seed=seeds, **call).images  # pyright: ignore
-    scores = judge.look(made) @ candidates.known.T
+    scores = judge.look(made) @ candidates.embeddings.T
     first = [
         [candidates.captions[i] for i in row] for row in scores.topk(min(5, scores.shape[1]), dim=1).indices.tolist()
     ]

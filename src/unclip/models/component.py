@@ -10,10 +10,10 @@ from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from unclip.checkpoints.asked import asked_type, settled
 from unclip.checkpoints.files import atomic_file, json_bytes, output_folder, read_json, safe_join, sync
 from unclip.checkpoints.hub import resolve
 from unclip.checkpoints.layout import API_VERSION
+from unclip.checkpoints.loading_arguments import accepted_arguments, weights_type
 from unclip.checkpoints.weights import load_into, open_weights, save_weights, state_of, stored_type
 from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError
 from unclip.limits import Range, check_fields
@@ -25,7 +25,7 @@ MAX_PARAMETERS = 50_000_000_000
 
 
 ANYTHING = ()
-"""The neutral values of a key that cannot change what the network computes: every value is."""
+"""Marks a key that does not change what the network computes, so any value is accepted."""
 
 Width = Annotated[int, Range(1, MAX_CHANNELS)]
 WideWidth = Annotated[int, Range(1, 65_536)]
@@ -36,11 +36,10 @@ Depth = Annotated[int, Range(1, MAX_LAYERS)]
 class ModelConfig(Mapping[str, Any]):
     """Base of the networks' configurations: `config.key`, `config["key"]`, `dict(config)`.
 
-    The annotations of the fields have their limits; see `unclip.limits`.
+    The annotations of the fields contain their limits; see `unclip.limits`. `NEUTRAL` lists the keys that only
+    diffusers' class of the same name has. Each key has the values that have no effect; other values are refused.
 
-    `NEUTRAL` names the keys that the ecosystem's class of the same name has and this one does not, each with the
-    values at which they change nothing; only those are accepted. Building one raises ConfigError for a value that
-    is of a wrong kind, outside its limits or not implemented.
+    Raises: ConfigError for a value of a wrong type, outside its limits, or not implemented.
     """
 
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
@@ -53,7 +52,7 @@ class ModelConfig(Mapping[str, Any]):
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
-        """The configuration that `settings` (a parsed config.json, say) describes; keys with a leading _ are skipped.
+        """The configuration from `settings`, such as a parsed config.json. Keys with a leading _ are skipped.
 
         Raises:
             ConfigError: an unknown or missing key, a value outside its limits, or a setting that is not implemented.
@@ -79,7 +78,7 @@ class ModelConfig(Mapping[str, Any]):
         """Raise ConfigError for a value that cannot be used."""
 
     def approximate_parameters(self) -> int:
-        """About how many parameters such a network has; only to refuse the absurd."""
+        """The approximate number of parameters of the network, to refuse absurd sizes."""
         return 0
 
     def __getitem__(self, key: str) -> Any:
@@ -107,15 +106,15 @@ class Component(nn.Module, Generic[C]):
 
     Args:
         config: a configuration, or a mapping with its keys.
-        settings: single settings by name, over those of `config`.
+        settings: single settings, which override those of `config`.
 
     Raises:
-        ConfigError: see `ModelConfig`; nothing has been allocated then.
+        ConfigError: see `ModelConfig`. It is raised before memory is allocated.
     """
 
     config_class: ClassVar[type[ModelConfig]]
     weights_stem: ClassVar[str] = "diffusion_pytorch_model"
-    """The name of the file of weights, without its ending."""
+    """The name of the weights file without its extension."""
     tables: ClassVar[tuple[str, ...]] = ()
     """Endings of the names of tensors in files that are not weights and are skipped."""
     config: C
@@ -133,11 +132,11 @@ class Component(nn.Module, Generic[C]):
 
     @classmethod
     def from_config(cls, config: ModelConfig | Mapping[str, Any], /) -> Self:
-        """A network with fresh weights as PyTorch's layers draw them; `initialize_for_training` has better ones."""
+        """A network with PyTorch's default random weights; `initialize_for_training` gives better ones."""
         return cls(config)
 
     def initialize_for_training(self, generator: torch.Generator | None = None) -> Self:
-        """Initialize every weight for training from scratch, with `generator` if it is given."""
+        """Initialize every weight for training from scratch, with `generator` if given."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=5**0.5, generator=generator)
@@ -156,7 +155,7 @@ class Component(nn.Module, Generic[C]):
 
     @property
     def device(self) -> torch.device:
-        """Where the network computes: its offloading hook's device if it has one, else where its weights are."""
+        """The device that the network computes on: that of its offloading hook, if any, or else that of its weights."""
         for module in self.modules():
             hook = vars(module).get("_hf_hook")
             device = getattr(hook, "execution_device", None)
@@ -165,7 +164,7 @@ class Component(nn.Module, Generic[C]):
         return next(self.parameters()).device
 
     def enable_attention_slicing(self, slice_size: str | int = "auto") -> None:
-        """Bound the memory of attention: half of the heads at a time ("auto"), one ("max"), or `slice_size` maps."""
+        """Compute attention in slices to save memory: half of the heads ("auto"), one ("max"), or a number of maps."""
         set_slicing(self, slice_size)
 
     def disable_attention_slicing(self) -> None:
@@ -181,15 +180,15 @@ class Component(nn.Module, Generic[C]):
     ) -> None:
         """Write config.json and the weights, as safetensors, into `folder`, which is created if it does not exist.
 
-        An existing model stays complete until the new weights are on the disk. Its config.json goes before
-        its weights do, unless it says the same: a kill leaves the old model, the new one, or a folder without
-        config.json, which does not load; never the weights of one with the configuration of the other.
+        An existing model stays complete until the new weights are on the disk. If its configuration differs, its
+        config.json is removed before its weights are replaced. A killed process therefore leaves the old model, the
+        new one, or a folder without config.json, which does not load.
 
         Raises:
-            UnsafeFileError: `safe_serialization` is False: pickles can run code when read and are not written.
-            InputError, OutputExistsError: `folder` is not a possible name, or is a file.
-            OutputError: the disk is full, or the folder cannot be written; what was there stays as it was.
-            InputError: the weights have no values (they lie on the meta device, and no offloading keeps them).
+            UnsafeFileError: `safe_serialization` is False. Pickles are not written, since reading one can run code.
+            InputError, OutputExistsError: `folder` is not a valid path, or is a file.
+            OutputError: the disk is full, or the folder cannot be written. Existing files are unchanged.
+            InputError: the weights are on the meta device and have no values.
         """
         if not safe_serialization:
             raise UnsafeFileError("unclip does not write pickles: leave safe_serialization at True")
@@ -198,7 +197,7 @@ class Component(nn.Module, Generic[C]):
         path, config = folder / "config.json", self._header() | dict(self.config)
 
         def forget() -> None:
-            if path.exists() and not _says_the_same(path, config):
+            if path.exists() and not _has_same_settings(path, config):
                 path.unlink()
                 sync(folder)
 
@@ -215,7 +214,7 @@ class Component(nn.Module, Generic[C]):
             )
 
     def _header(self) -> dict[str, Any]:
-        """What config.json says besides the configuration."""
+        """The entries of config.json that are not settings."""
         return {"_class_name": type(self).__name__, "_diffusers_version": API_VERSION, "_unclip_version": _version()}
 
     @classmethod
@@ -234,13 +233,13 @@ class Component(nn.Module, Generic[C]):
         use_safetensors: bool | None = None,
         **others: Any,
     ) -> Self:
-        """A network read from a folder or a hub repository, in evaluation mode; float32 unless `torch_dtype` is given.
+        """Read a network from a folder or a hub repository, in evaluation mode; float32 unless `torch_dtype` is given.
 
-        The layers are built without memory and get the file's weights assigned: nothing is drawn and thrown away.
+        The layers are built on the meta device, and the weights of the file are then assigned to them.
 
-        Nothing but safetensors is read, whether `use_safetensors` is None or True. `torch_dtype` may be a type's name,
-        or "auto" for the type in the file; `dtype` is another name of it. `others` are arguments of the ecosystem's
-        method: they are ignored with one warning, or refused.
+        Only safetensors are read, whether `use_safetensors` is None or True. `torch_dtype` may be a type's name, or
+        "auto" for the type in the file; `dtype` is another name for it. `others` are arguments of diffusers' method:
+        they are ignored with one warning, or refused.
 
         Raises:
             InputError: `torch_dtype` is not a floating type, or an argument is unknown or refused.
@@ -248,8 +247,8 @@ class Component(nn.Module, Generic[C]):
             ConfigError: config.json describes another class, or something that is not implemented.
             CheckpointError: a file is missing, unsafe or broken, or its weights do not fit the configuration.
         """
-        settled(others, cls.from_pretrained)
-        asked = asked_type(torch_dtype if dtype is None else dtype, use_safetensors)
+        accepted_arguments(others, cls.from_pretrained)
+        requested = weights_type(torch_dtype if dtype is None else dtype, use_safetensors)
         folder = resolve(
             name_or_folder,
             revision=revision,
@@ -264,18 +263,18 @@ class Component(nn.Module, Generic[C]):
         settings = read_json(safe_join(folder, "config.json"))
         name = settings.get("_class_name", cls.__name__)
         if name != cls.__name__:
-            raise ConfigError(f"{folder} holds a {name}, not a {cls.__name__}, as its config.json says; use that class")
+            raise ConfigError(f"{folder} contains a {name} (see its config.json), not a {cls.__name__}; use that class")
         with torch.device("meta"):
             model = cls.from_config(settings)
-        if isinstance(asked, str):
-            asked = stored_type(open_weights(folder, stem=cls.weights_stem, variant=variant))
-        dtype = asked or torch.float32  # whatever torch's default type is
-        load_into(model, folder, stem=cls.weights_stem, variant=variant, dtype=dtype, passed_over=cls.tables)
+        if isinstance(requested, str):
+            requested = stored_type(open_weights(folder, stem=cls.weights_stem, variant=variant))
+        dtype = requested or torch.float32  # not torch's default type
+        load_into(model, folder, stem=cls.weights_stem, variant=variant, dtype=dtype, skipped=cls.tables)
         return model.eval()
 
 
-def _says_the_same(path: Path, config: Mapping[str, Any]) -> bool:
-    """Whether the file holds this configuration, by whatever version it was written."""
+def _has_same_settings(path: Path, config: Mapping[str, Any]) -> bool:
+    """Whether the file contains this configuration; the version that wrote it does not matter."""
 
     def settings(entries: Mapping[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in entries.items() if key == "_class_name" or not key.startswith("_")}

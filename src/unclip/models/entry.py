@@ -1,8 +1,8 @@
-"""Methods besides `forward` that run inside whatever replaces a module's `forward`.
+"""Run methods besides `forward` through the function that replaces a module's `forward`, such as an offloading hook.
 
-Offloading (accelerate's hooks, diffusers' group offloading) replaces `forward` on the instance by a function that
-brings the weights to the device first. A method decorated with `entry_point` goes through that function too. PyTorch's
-own hooks and compilation act on calls of the module, and not on these methods.
+Offloading (accelerate's hooks, diffusers' group offloading) replaces `forward` on the instance with a function that
+first moves the weights to the device. A method decorated with `entry_point` is called through that function too.
+PyTorch's own hooks and compilation apply to calls of the module, not to these methods.
 """
 
 import functools
@@ -16,11 +16,11 @@ R = TypeVar("R")
 M = TypeVar("M", bound=nn.Module)
 
 _METHOD = "_entry_point"
-"""The keyword under which a replaced `forward` hands on which method is meant."""
+"""The keyword argument that names the method to a replaced `forward`."""
 
 
 def entry_point(method: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, P], R]:
-    """Send a call of `method` through the module's `forward` if that is replaced on the instance.
+    """Call `method` through the module's `forward` if that is replaced on the instance.
 
     The class's `forward` must be decorated with `routes_entry_points`, and must not call entry points itself.
     """
@@ -35,7 +35,7 @@ def entry_point(method: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[
 
 
 def routes_entry_points(forward: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, P], R]:
-    """Run the entry point that a replaced `forward` was called for, or else `forward`."""
+    """Run the entry point for which a replaced `forward` was called, or else `forward`."""
 
     @functools.wraps(forward)
     def route(self: M, *args: P.args, **kwargs: P.kwargs) -> R:

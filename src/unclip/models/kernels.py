@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 MAX_SCORES_ON_CPU = 2**26
-"""How many attention scores may stand in memory at once (128 MiB in bfloat16) for speed's sake."""
+"""The largest number of attention scores in memory at once (128 MiB in bfloat16) for the faster kernel."""
 
 MIN_PIXELS_TO_MERGE_WEIGHTS = 512
-"""From how many pixels on (batch × h × w) preparing the weights costs less than it saves: 1.2 to 1.4 times as fast
-there, 1.6 at 1,024, 2.3 at 16,384 (one core, AVX2, 96 to 320 channels)."""
+"""The smallest number of pixels (batch × h × w) for which merging the weights saves time: 1.2 to 1.4 times as fast
+here, 1.6 at 1,024 pixels, 2.3 at 16,384 (one core, AVX2, 96 to 320 channels)."""
 
 
 @functools.cache
 def _cpu_computes(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has kernels for a half type on this CPU (they need AVX-512, or its like on ARM)."""
+    """Whether oneDNN has kernels for a half type on this CPU (which need AVX-512, or the equivalent on ARM)."""
     name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
     return torch.backends.mkldnn.is_available() and bool(getattr(torch.ops.mkldnn, name)())
 
@@ -52,7 +52,7 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None
 
 
 class Linear(nn.Linear):
-    """As PyTorch's; a half type that the CPU only emulates is computed in float32, one layer's weights at a time."""
+    """PyTorch's layer. Half types that the CPU only emulates are computed in float32, one layer at a time."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not is_emulated(input.dtype, input.device):
@@ -62,12 +62,12 @@ class Linear(nn.Linear):
 
 
 class Conv2d(nn.Conv2d):
-    """As PyTorch's; a half type that the CPU only emulates is computed in float32, one layer's weights at a time.
+    """PyTorch's layer. Half types that the CPU only emulates are computed in float32, one layer at a time.
 
-    With `doubled` the input is first enlarged twice by nearest neighbour, for kernels of 3×3 with a padding of 1. Four
-    pixels of the enlarged picture are one of the input, so that the nine weights meet only four values: on a CPU in
-    float32 one transposed convolution of 4×4 and stride 2 does both, with four products in nine. Wide layers train
-    faster by `models.winograd`.
+    With `doubled`, the input is first enlarged to twice its size by nearest neighbour; the kernel must then be 3×3 with
+    a padding of 1. Four pixels of the enlarged picture equal one of the input, so the nine weights meet only four
+    values. On a CPU in float32, one transposed convolution of 4×4 with stride 2 does both, with four products in place
+    of nine. Wide layers are trained by Winograd convolutions (`convolution`).
     """
 
     def forward(self, input: Tensor, doubled: bool = False) -> Tensor:
@@ -88,7 +88,7 @@ class Conv2d(nn.Conv2d):
         return self._conv_forward(input, weight, bias)
 
     def _is_3x3(self) -> bool:
-        """And nothing else: neither a stride nor holes nor groups."""
+        """Whether this is a plain 3×3 convolution, without stride, dilation or groups."""
         settings = self.kernel_size, self.padding, self.stride, self.dilation, self.groups, self.padding_mode
         return settings == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
@@ -98,10 +98,10 @@ def _doubled(x: Tensor) -> Tensor:
 
 
 def _merged_for_doubling(weight: Tensor) -> Tensor:
-    """[out, in, 3, 3] of a convolution after doubling → [in, out, 4, 4] of the transposed one that does both.
+    """Merge doubling with the convolution after it: kernel [out, in, 3, 3] → transposed kernel [in, out, 4, 4].
 
-    Along each axis an even pixel sees the pixel before it with weight 0 and its own with 1 + 2; an odd one its own with
-    0 + 1 and the next with 2. The transposed kernel lists them from the last to the first.
+    Along each axis, an even output pixel uses the previous input pixel with weight 0 and its own with weights 1 + 2. An
+    odd one uses its own with weights 0 + 1 and the next with weight 2. The transposed kernel has them in reverse order.
     """
     num_out, num_in = weight.shape[:2]
     axis = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
@@ -110,7 +110,7 @@ def _merged_for_doubling(weight: Tensor) -> Tensor:
 
 
 class Embedding(nn.Embedding):
-    """As PyTorch's; on the meta device nothing is drawn, since that alone imports PyTorch's compiler, for seconds."""
+    """PyTorch's layer without random weights on the meta device, since they import PyTorch's compiler for seconds."""
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:
@@ -118,7 +118,7 @@ class Embedding(nn.Embedding):
 
 
 class GroupNorm(nn.GroupNorm):
-    """As PyTorch's; half types on the CPU are computed in float32, which is 2 to 4 times faster there."""
+    """PyTorch's layer. Half types are computed in float32 on the CPU, which is 2 to 4 times faster."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not _is_half_on_cpu(input):
@@ -128,19 +128,19 @@ class GroupNorm(nn.GroupNorm):
 
 
 BLOCK = 4
-"""Width and height of a block of output pixels; a tile of input pixels reaches one pixel farther on every side."""
+"""Side of a block of output pixels. A tile of input pixels is one pixel larger on every side."""
 
 MIN_CHANNELS = 128
-"""With fewer channels, in or out, the transforms cost what the products save."""
+"""With fewer input or output channels, the transforms cost as much as they save."""
 
 MIN_PIXELS = 1024
-"""From how many pixels on (batch × h × w) transforming the weights pays.
+"""The smallest number of pixels (batch × h × w) for which Winograd convolutions save time.
 
-Forward and backward, float32, AVX2, one core: 1.3 to 1.8 times as fast as oneDNN's from 128 to 512 channels and 1,024
+Forward and backward, float32, AVX2, one core: 1.3 to 1.8 times as fast as oneDNN from 128 to 512 channels and 1,024
 to 16,384 pixels; 1.0 times at 96 channels. Two cores: 1.3 to 2 times."""
 
 MAX_CHUNK_BYTES = 6 * 2**20
-"""Limit of transformed tiles at a time, so that they fit the processor's cache: 1.2 times as fast as a whole batch."""
+"""Largest size of the transformed tiles in memory. They fit into the processor's cache: 1.2 times as fast."""
 
 INPUT = [
     [4, 0, -5, 0, 1, 0],
@@ -167,7 +167,10 @@ OUTPUT = [
 
 
 def is_faster(input: Tensor, weight: Tensor, *, enlarged: int = 1) -> bool:
-    """Whether `convolution` may take these, the input `enlarged`, and is the faster way, both passes together."""
+    """Whether `convolution` supports these tensors and is faster, forward and backward together.
+
+    `enlarged` is the factor by which the sides of the input will be enlarged first.
+    """
     batch, _, height, width = input.shape
     height, width = height * enlarged, width * enlarged
     return (
@@ -184,10 +187,10 @@ def is_faster(input: Tensor, weight: Tensor, *, enlarged: int = 1) -> bool:
 
 
 def convolution(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A convolution of 3×3 with a padding of 1: [batch, in, h, w], [out, in, 3, 3], [out] → [batch, out, h, w].
+    """A 3×3 Winograd convolution with a padding of 1: [batch, in, h, w], [out, in, 3, 3], [out] → [batch, out, h, w].
 
-    h and w are multiples of 4. The result is channels-last; it and the gradients differ from the plain way's by about
-    1e-5 of the largest value (float32). There is no second derivative.
+    h and w are multiples of 4. The result is channels-last. The result and the gradients differ from those of a direct
+    convolution by about 1e-5 of the largest value (float32). It cannot be differentiated twice.
     """
     return _Convolution.apply(input, weight, bias)  # pyright: ignore[reportReturnType]
 
@@ -237,7 +240,7 @@ class _Convolution(torch.autograd.Function):
 
 
 class _Tiles:
-    """The overlapping tiles of pictures [batch, h, w, channels], a chunk of pictures at a time."""
+    """The overlapping tiles of pictures [batch, h, w, channels], for one chunk of pictures at a time."""
 
     def __init__(self, pictures: Tensor, *, chunk_channels: int) -> None:
         self.pictures = pictures
@@ -253,7 +256,7 @@ class _Tiles:
             yield slice(start, min(start + self.chunk, len(self.pictures)))
 
     def transformed(self, chunk: slice) -> Tensor:
-        """[36, tiles, channels] of the chunk's pictures."""
+        """The transformed tiles of a chunk: [36, tiles, channels]."""
         pictures = self.pictures[chunk]
         padded = self.padded[: len(pictures)]
         padded[:, 1:-1, 1:-1] = pictures
@@ -262,7 +265,7 @@ class _Tiles:
         return (_matrix("input") @ tiles.reshape(36, -1)).view(36, -1, pictures.shape[-1])
 
     def add_up(self, tiles: Tensor, pictures: Tensor) -> None:
-        """The transpose of cutting: [36, tiles × channels] added where they overlap, written into `pictures`."""
+        """Add tiles [36, tiles × channels] where they overlap, and write the sum into `pictures`."""
         batch, height, width, channels = pictures.shape
         rows, columns = self.grid
         wide = pictures.new_zeros(batch, height + BLOCK, width + BLOCK, channels)
@@ -283,13 +286,13 @@ def _as_blocks(pictures: Tensor) -> Tensor:
 
 
 def _weights(weight: Tensor) -> Tensor:
-    """[out, in, 3, 3] → [36, in, out], transformed."""
+    """Transform weights [out, in, 3, 3] to [36, in, out]."""
     return (_matrix("weight") @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(36, *weight.shape[1::-1])
 
 
 @functools.cache
 def _matrix(name: str) -> Tensor:
-    """The transform of both axes at once, [36 or 16, 36 or 9]."""
+    """The transform of both axes together: [36 or 16, 36 or 9]."""
     rows = {"input": INPUT, "weight": WEIGHT, "output": OUTPUT}[name]
     axis = torch.tensor(rows, dtype=torch.float64, device="cpu")
     return torch.kron(axis, axis).float()

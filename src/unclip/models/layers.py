@@ -23,9 +23,9 @@ def activation(name: Activation) -> nn.Module:
 def timestep_rows(timestep: Tensor | float, samples: Tensor) -> Tensor:
     """`timestep` (a number, or a tensor [] or [batch]) as float32 [1] or [batch] on the device of `samples`.
 
-    A number becomes one row that broadcasts over the batch, filled on the device: no transfer, no waiting.
+    A number becomes one row that broadcasts over the batch. It is filled on the device, without a transfer.
 
-    Raises: InputError for another number of timesteps than of samples.
+    Raises: InputError if the numbers of timesteps and samples differ.
     """
     device = samples.device
     if not isinstance(timestep, Tensor):
@@ -46,8 +46,8 @@ def sinusoidal_embedding(
 ) -> Tensor:
     """Features of `timesteps` [batch] at geometrically spaced frequencies: float32 [batch, width].
 
-    The first half holds sines and the second cosines, or the other way round with `flip_sin_to_cos`;
-    an odd `width` ends in a zero. Source: Vaswani et al. 2017, §3.5, as used by Ho et al. 2020.
+    The first half contains sines and the second cosines, or the reverse with `flip_sin_to_cos`. If `width` is odd,
+    the last feature is zero. Source: Vaswani et al. 2017, §3.5, as used by Ho et al. 2020.
     """
     half = width // 2
     steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
@@ -58,7 +58,7 @@ def sinusoidal_embedding(
 
 
 class TimestepEmbedding(nn.Module):
-    """Two linear layers with an activation between: [batch, in_width] → [batch, out_width]."""
+    """Two linear layers with an activation between them: [batch, in_width] → [batch, out_width]."""
 
     def __init__(
         self, in_width: int, hidden_width: int, out_width: int | None = None, act_fn: Activation = "silu"
@@ -73,11 +73,11 @@ class TimestepEmbedding(nn.Module):
 
 
 MASKED = -10_000.0
-"""What the ecosystem adds to the score of a token that must not be seen (and not minus infinity)."""
+"""The value that diffusers adds to the score of a masked token, instead of minus infinity."""
 
 
 class KeyValue(NamedTuple):
-    """Keys and values of some tokens in one layer, heads not yet split: each [batch, tokens, width]."""
+    """Keys and values of some tokens in one layer, before the heads are split: each [batch, tokens, width]."""
 
     key: Tensor
     value: Tensor
@@ -88,7 +88,7 @@ class KeyValue(NamedTuple):
 
 
 def mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask [batch, tokens] (true or 1: seen) as an additive bias [batch, 1, 1, tokens]: 0 or `MASKED`."""
+    """A mask [batch, tokens] (true or 1: not masked) as an additive bias [batch, 1, 1, tokens]: 0 or `MASKED`."""
     if mask.dim() != 2:
         raise InputError(f"an attention mask must be [batch, tokens]; this one is {tuple(mask.shape)}")
     return ((1.0 - mask.to(dtype)) * MASKED)[:, None, None, :]
@@ -97,8 +97,8 @@ def mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 class HeadedAttention(nn.Module):
     """Projections to queries, keys and values and back, and softmax attention over `num_heads` heads.
 
-    `slice_size`: None computes all heads at once; "auto" half of them at a time, "max" one, and a number that many
-    of the batch × heads attention maps at a time. It bounds memory and leaves the result as it is.
+    `slice_size`: None computes all heads at once, "auto" half of them at a time, "max" one head at a time, and a
+    number that many of the batch × heads attention maps at a time. Slices save memory; the result is the same.
     """
 
     def __init__(self, width: int, head_width: int, dropout: float = 0.0) -> None:
@@ -115,7 +115,7 @@ class HeadedAttention(nn.Module):
         return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def attend(self, query: Tensor, memory: KeyValue, bias: Tensor | None) -> Tensor:
-        """Answers to `query` [batch, tokens, width]; `bias` broadcasts to [batch, heads, tokens, memory's tokens]."""
+        """The output for `query` [batch, tokens, width]. `bias` broadcasts to [batch, heads, tokens, memory tokens]."""
         queries, keys, values = self.split_heads(query), self.split_heads(memory.key), self.split_heads(memory.value)
         if bias is not None:
             bias = bias.to(queries.dtype)
@@ -156,12 +156,12 @@ class AddedKeyValueAttention(HeadedAttention):
         self.add_v_proj = Linear(context_width, channels)
 
     def prepare(self, context: Tensor) -> KeyValue:
-        """Keys and values of the context [batch, tokens, context width]; the same at every step."""
+        """Keys and values of the context [batch, tokens, context width]. They do not depend on the step."""
         return KeyValue(self.add_k_proj(context), self.add_v_proj(context))
 
     def forward(self, pixels: Tensor, added: KeyValue, bias: Tensor | None) -> Tensor:
         """`pixels` [batch, channels, height, width]; `bias` [batch, 1, 1, context tokens] or None."""
-        # A channels-last picture is already laid out as tokens: both reshapes are views then.
+        # A channels-last picture is laid out as tokens, so both reshapes are views.
         tokens = self.group_norm(pixels).flatten(2).transpose(1, 2)
         if bias is not None:
             bias = F.pad(bias, (0, tokens.shape[1]))
@@ -180,7 +180,7 @@ class _GeluLinear(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU, dropout, linear; four times as wide inside."""
+    """Linear, GELU, dropout, linear. The hidden layer is four times as wide."""
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class FeedForward(nn.Module):
 
 
 class PriorBlock(nn.Module):
-    """One pre-norm transformer block, able to stand on the keys and values of tokens that went before."""
+    """One pre-norm transformer block, which can also attend to keys and values of earlier tokens."""
 
     def __init__(self, width: int, head_width: int, dropout: float) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class PriorBlock(nn.Module):
 
     @entry_point
     def prepare(self, tokens: Tensor) -> KeyValue:
-        """Keys and values of `tokens` [batch, tokens, width], and nothing more."""
+        """Only the keys and values of `tokens` [batch, tokens, width]."""
         normed = self.norm1(tokens)
         return KeyValue(self.attn1.to_k(normed), self.attn1.to_v(normed))
 
@@ -210,7 +210,7 @@ class PriorBlock(nn.Module):
     def forward(
         self, tokens: Tensor, bias: Tensor | None, *, before: KeyValue | None = None, first_read: int = 0
     ) -> tuple[Tensor, KeyValue]:
-        """New tokens, from number `first_read` on, and the keys and values of all the tokens that were given."""
+        """The output tokens from index `first_read` on, and the keys and values of all input tokens."""
         normed = self.norm1(tokens)
         own = KeyValue(self.attn1.to_k(normed), self.attn1.to_v(normed))
         if first_read:
@@ -223,7 +223,7 @@ class PriorBlock(nn.Module):
 
 @torch.no_grad()
 def initialize_blocks(blocks: nn.ModuleList) -> None:
-    """Scale what `PriorBlock`s add to their tokens down by the depth, so that a deep stack starts as a shallow one."""
+    """Scale the residual branches of `PriorBlock`s down by the depth, so that a deep stack is stable at the start."""
     scale = (2 * len(blocks)) ** -0.5
     for name, parameter in blocks.named_parameters():
         if name.endswith(("to_out.0.weight", "net.2.weight")):
@@ -233,7 +233,7 @@ def initialize_blocks(blocks: nn.ModuleList) -> None:
 
 
 def set_slicing(module: nn.Module, slice_size: Any) -> None:
-    """Set how many attention maps every attention inside `module` computes at a time; see `HeadedAttention`."""
+    """Set `slice_size` of every attention in `module`; see `HeadedAttention`."""
     if slice_size is not None and slice_size not in ("auto", "max"):
         slice_size = whole(slice_size, 'slice_size, if neither "auto" nor "max",')
     for part in module.modules():
@@ -244,8 +244,8 @@ def set_slicing(module: nn.Module, slice_size: Any) -> None:
 class ResnetBlock(nn.Module):
     """[batch, in_channels, h, w] → [batch, out_channels, h', w'], where h' is h, h / 2 ("down") or 2 h ("up").
 
-    With `scale_shift` the embedding scales and shifts the second normalisation's result (Dhariwal and Nichol 2021,
-    "adaptive group normalisation"); without, it is added before that normalisation.
+    With `scale_shift`, the embedding scales and shifts the result of the second normalisation (Dhariwal and Nichol
+    2021, "adaptive group normalisation"). Otherwise it is added before that normalisation.
     """
 
     def __init__(
@@ -274,9 +274,9 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """`embedding` [batch or 1, embedding_width] has been through its activation already, once for all blocks."""
+        """`embedding` [batch or 1, embedding_width] is after its activation, which is computed once for all blocks."""
         h = self.act(self.norm1(x))
-        # A wrapper, of an adapter for one, knows nothing of doubling.
+        # A wrapper, such as that of an adapter, has no argument `doubled`.
         is_plain = type(self.conv1) is Conv2d
         h = self.conv1(h, doubled=True) if self.resample == "up" and is_plain else self.conv1(self._resampled(h))
         condition = self.time_emb_proj(embedding)[:, :, None, None]

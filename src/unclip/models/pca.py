@@ -20,17 +20,17 @@ ORTHONORMAL_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class PrincipalComponents:
-    """An orthonormal basis of embeddings around their mean, the direction of the largest variance first.
+    """Principal components of embeddings: their mean and an orthonormal basis, in order of decreasing variance.
 
     Attributes:
         mean: float32 [dim].
-        components: float32 [num_components, dim], orthonormal rows; the largest entry of a row in size is positive,
-            so that two fits agree in sign.
-        variances: float32 [num_components], descending: the covariance's eigenvalues, the variance along each row.
-        total_variance: of the embeddings in all their dimensions, so what was cut off counts too.
+        components: float32 [num_components, dim], orthonormal rows. The entry of largest absolute value in a row is
+            positive, so that two fits agree in sign.
+        variances: float32 [num_components], the variance along each row (eigenvalues of the covariance), descending.
+        total_variance: the variance of the embeddings in all dimensions, including omitted components.
 
     Raises:
-        ConfigError: shapes disagree, or the rows are not orthonormal and in order.
+        ConfigError: shapes do not match, or the rows are not orthonormal or not in order.
     """
 
     mean: Tensor
@@ -47,7 +47,9 @@ class PrincipalComponents:
         product = components @ components.T
         off = float((product - torch.eye(count, dtype=torch.float64, device=product.device)).abs().max())
         if not off <= ORTHONORMAL_TOLERANCE:
-            raise ConfigError(f"the components are off orthonormal by {off:.3g}; at most {ORTHONORMAL_TOLERANCE} is")
+            raise ConfigError(
+                f"the components deviate from orthonormality by {off:.3g}; at most {ORTHONORMAL_TOLERANCE} is allowed"
+            )
         if not bool((self.variances >= 0).all()) or bool((self.variances.diff() > 0).any()):
             raise ConfigError("the variances must descend, and none may be below 0")
 
@@ -63,7 +65,7 @@ class PrincipalComponents:
 
     @property
     def explained(self) -> Tensor:
-        """float32 [num_components]: the share of all variance that the first 1, 2, … components hold."""
+        """float32 [num_components]: the share of the total variance in the first 1, 2, … components."""
         if self.total_variance <= 0:
             return torch.ones_like(self.variances)
         shares = self.variances.cpu().double().cumsum(0) / self.total_variance
@@ -71,15 +73,15 @@ class PrincipalComponents:
 
     @classmethod
     def fit(cls, batches: Iterable[Tensor], num_components: int | None = None) -> Self:
-        """Fit to embeddings that come batch by batch; the batches need not fit in memory together.
+        """Fit components to embeddings, one batch at a time; only one batch is in memory.
 
-        Mean and covariance are float64, and batches are merged without ever subtracting large sums from each other
-        (Chan, Golub & LeVeque 1979), so the order and size of batches make no difference beyond rounding.
+        Mean and covariance are float64. Batches are merged without subtracting large sums (Chan, Golub & LeVeque 1979),
+        so the order and the size of batches do not matter, except for rounding.
 
         Args:
-            batches: floating-point [batch, dim] each; empty ones are passed over.
-            num_components: how many to keep, the first; all by default. No more are kept than the number of
-                embeddings less one: they span no further direction.
+            batches: floating-point [batch, dim] each; empty ones are skipped.
+            num_components: number of components to keep; all by default. At most the number of embeddings minus one
+                are kept, because the embeddings span no further direction.
 
         Raises:
             DataError: there are fewer than two embeddings, they are all equal, one is not finite, or a batch has
@@ -92,7 +94,7 @@ class PrincipalComponents:
                 wanted = f"[batch, {len(mean)}]" if count else "[batch, dim]"
                 raise DataError(f"a batch is {batch.dtype} of shape {tuple(batch.shape)}; it must be float {wanted}")
             if not batch.isfinite().all():
-                raise DataError(f"an embedding after the first {count} holds NaN or infinity; leave its picture out")
+                raise DataError(f"an embedding after the first {count} has NaN or infinity; leave its picture out")
             if len(batch) == 0:
                 continue
             count, mean, scatter = _merged(count, mean, scatter, batch.detach().double().cpu())
@@ -116,11 +118,11 @@ class PrincipalComponents:
 
         Args:
             embeddings: [..., dim].
-            num_components: how many coordinates; all by default.
+            num_components: number of coordinates; all by default.
 
         Returns: float32 [..., num_components], on the embeddings' device.
 
-        Raises: InputError for another width, or a count that there is none of.
+        Raises: InputError for another width, or a count that is out of range.
         """
         if embeddings.shape[-1:] != (self.dim,):
             raise InputError(f"embeddings have shape {tuple(embeddings.shape)}; they must be of width {self.dim}")
@@ -128,7 +130,7 @@ class PrincipalComponents:
         return (embeddings.float() - self.mean.to(embeddings.device)) @ rows.T
 
     def reconstruct(self, coordinates: Tensor) -> Tensor:
-        """The embeddings of these coordinates, every further one being that of the mean.
+        """The embeddings with these coordinates; further coordinates are those of the mean.
 
         Args:
             coordinates: [..., count] along the first components, count from 0 to num_components.
@@ -139,14 +141,16 @@ class PrincipalComponents:
         """
         count = coordinates.shape[-1] if coordinates.ndim else -1
         if not 0 <= count <= self.num_components:
-            raise InputError(f"coordinates are {tuple(coordinates.shape)}; at most {self.num_components} are known")
+            raise InputError(
+                f"coordinates are {tuple(coordinates.shape)}; there are only {self.num_components} components"
+            )
         device = coordinates.device
         return coordinates.float() @ self.components[:count].to(device) + self.mean.to(device)
 
     def save(
         self, path: str | os.PathLike[str], *, about: Mapping[str, str] | None = None, overwrite: bool = False
     ) -> Path:
-        """Write one safetensors file; `about` are texts to keep in it.
+        """Write one safetensors file; `about` is stored in it as metadata.
 
         Raises: as `write_tensor_file`.
         """
@@ -162,14 +166,14 @@ class PrincipalComponents:
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read what `save` wrote.
 
-        Raises: as `read_tensor_file`; WeightsError too when shapes disagree, or the rows are not an ordered
-        orthonormal basis.
+        Raises: as `read_tensor_file`; WeightsError also if shapes do not match, or the rows are not orthonormal and in
+        order.
         """
         return cls.load_with_texts(path)[0]
 
     @classmethod
     def load_with_texts(cls, path: str | os.PathLike[str]) -> tuple[Self, dict[str, str]]:
-        """As `load`, and the texts beside the components."""
+        """The components as by `load`, and the metadata of the file."""
         names: dict[str, bool] = dict.fromkeys(("mean", "components", "variances", "total_variance"), True)
         tensors, about = read_tensor_file(path, kind=KIND, version=VERSION, names=names)
         total = tensors.pop("total_variance")
@@ -187,7 +191,7 @@ class PrincipalComponents:
 
 
 def _merged(count: int, mean: Tensor, scatter: Tensor, batch: Tensor) -> tuple[int, Tensor, Tensor]:
-    """Count, mean and scatter matrix of what was seen and `batch` together."""
+    """Count, mean and scatter matrix of the previous embeddings and `batch` together."""
     own_mean = batch.mean(dim=0)
     centred = batch - own_mean
     own_scatter = centred.T @ centred

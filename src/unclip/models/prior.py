@@ -27,7 +27,7 @@ from unclip.models.layers import (
 
 @dataclass(frozen=True, eq=False)
 class PriorConfig(ModelConfig):
-    """Settings of `PriorTransformer`, with the ecosystem's keys and defaults.
+    """Settings of `PriorTransformer`, with the keys and defaults of diffusers.
 
     The tokens are num_embeddings of the text, then additional_embeddings: the text's embedding, the timestep,
     the noised image embedding and, if added_emb_type is "prd", the query whose output is the prediction.
@@ -56,12 +56,12 @@ class PriorConfig(ModelConfig):
 
     @property
     def summary_width(self) -> int:
-        """Width of the text's embedding as it is given."""
+        """Width of the text embedding in the input."""
         return self.embedding_proj_dim or self.embedding_dim
 
     @property
     def text_width(self) -> int:
-        """Width of the text's tokens as they are given."""
+        """Width of the text's tokens in the input."""
         return self.embedding_dim if self.encoder_hid_proj_type else self.width
 
     @property
@@ -85,9 +85,9 @@ class PriorTransformerOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class PriorPrefix:
-    """What the tokens before the timestep's contribute to every step.
+    """What the tokens before the timestep contribute to every step.
 
-    `layers`: their keys and values in each layer; `bias`: what is added to the scores of the tokens that follow,
+    `layers` are their keys and values in each layer. `bias` is added to the scores of the tokens that follow:
     [batch, 1, following tokens, all tokens].
     """
 
@@ -98,9 +98,9 @@ class PriorPrefix:
 class PriorTransformer(Component[PriorConfig]):
     """A causal transformer over the text, its embedding, the timestep and the noised image embedding.
 
-    Source: arXiv 2204.06125 §2.2 ("diffusion prior"), predicting the embedding itself rather than the noise.
+    Source: arXiv 2204.06125 §2.2 ("diffusion prior"). It predicts the embedding itself, not the noise.
 
-    `clip_mean` and `clip_std` [1, clip_embed_dim] whiten embeddings: the network works on those, see `whiten`.
+    The network works on embeddings that `whiten` normalised by `clip_mean` and `clip_std` [1, clip_embed_dim].
     """
 
     config_class: ClassVar = PriorConfig
@@ -123,14 +123,14 @@ class PriorTransformer(Component[PriorConfig]):
         self.norm_in = nn.LayerNorm(width) if config.norm_in_type else None
         self.norm_out = nn.LayerNorm(width)
         self.proj_to_clip_embeddings = Linear(width, config.output_width)
-        # Statistics of the data: in the state dict, and not for an optimizer.
+        # Statistics of the data: they are in the state dict, but are not trained.
         self.clip_mean = nn.Parameter(torch.zeros(1, config.output_width), requires_grad=False)
         self.clip_std = nn.Parameter(torch.ones(1, config.output_width), requires_grad=False)
 
     def initialize_for_training(self, generator: torch.Generator | None = None) -> Self:
-        """As `Component`'s; besides, small random positions, and branches scaled down by the depth.
+        """Initialize as `Component` does, with small random positions, and branches scaled down by the depth.
 
-        `clip_mean` and `clip_std` are set to 0 and 1: the data's have to be put there.
+        `clip_mean` and `clip_std` are set to 0 and 1; replace them by those of the data.
         """
         super().initialize_for_training(generator)
         nn.init.normal_(self.positional_embedding, std=0.01, generator=generator)
@@ -190,12 +190,12 @@ class PriorTransformer(Component[PriorConfig]):
     def _read_text(
         self, proj_embedding: Tensor, encoder_hidden_states: Tensor | None, attention_mask: Tensor
     ) -> PriorPrefix:
-        """All that the text contributes to every step: causality makes it independent of what follows.
+        """What the text contributes to every step. As attention is causal, it does not depend on later tokens.
 
         Args:
             proj_embedding: the text's embedding [batch, embedding_dim].
-            encoder_hidden_states: the text's tokens [batch, tokens, embedding_dim], num_embeddings of them; fewer where
-                all that are left out are masked in every row: the result is the same, and costs less.
+            encoder_hidden_states: the text's tokens [batch, num_embeddings, embedding_dim]. Tokens at the end that are
+                masked in every row may be omitted: the result is the same, and takes less time.
             attention_mask: [batch, tokens], true or 1 for the text's own tokens.
 
         Raises:
@@ -208,13 +208,15 @@ class PriorTransformer(Component[PriorConfig]):
         left_out = most - num_text
         num_tokens = self.positional_embedding.shape[1] - left_out
         if length != num_text + 1 or num_tokens < length + 2 + self._num_queries:
-            raise InputError(f"{length} tokens stand before the timestep's; the network has {num_tokens} places in all")
+            raise InputError(
+                f"there are {length} tokens before that of the timestep; the network has {num_tokens} positions in all"
+            )
         seen = F.pad(attention_mask.to(prefix.dtype), (0, num_tokens - attention_mask.shape[1]), value=1.0)
         causal = torch.full((num_tokens, num_tokens), MASKED, dtype=prefix.dtype, device=prefix.device).triu_(1)
         bias = mask_bias(seen, prefix.dtype) + causal
 
         positions = self.positional_embedding[:, : most + 1]
-        if left_out:  # the text's embedding keeps its place after them
+        if left_out:  # the text embedding keeps its position
             positions = torch.cat([positions[:, :num_text], positions[:, most:]], dim=1)
         tokens = self._placed(prefix, positions)
         own_bias = bias[:, :, :length, :length]
@@ -222,7 +224,7 @@ class PriorTransformer(Component[PriorConfig]):
         for block in self.transformer_blocks[:-1]:
             tokens, memory = block(tokens, own_bias)
             layers.append(memory)
-        # Nobody reads these tokens' output, so of the last layer only keys and values are needed.
+        # The output of these tokens is not used, so the last layer computes only keys and values.
         layers.append(self.transformer_blocks[-1].prepare(tokens))  # pyright: ignore[reportCallIssue]
         return PriorPrefix(tuple(layers), bias[:, :, length:])
 
@@ -232,7 +234,7 @@ class PriorTransformer(Component[PriorConfig]):
         step = self._step_tokens(hidden_states, timestep)
         expected = prefix.bias.shape[2]
         if step.shape[1] != expected:
-            raise InputError(f"{step.shape[1]} tokens follow the text's; additional_embeddings leaves {expected}")
+            raise InputError(f"{step.shape[1]} tokens follow the text; additional_embeddings allows {expected}")
         check_rows(hidden_states=step, prefix=prefix.bias)
         tokens = self._placed(step, self.positional_embedding[:, -expected:])
         last = len(self.transformer_blocks) - 1
@@ -258,16 +260,16 @@ class PriorTransformer(Component[PriorConfig]):
         Args:
             hidden_states: the noised image embedding [batch, embedding_dim], or n of them [batch, n, embedding_dim].
             timestep: a number, or a tensor [] or [batch].
-            proj_embedding, encoder_hidden_states, attention_mask: the text, as for `prepare`. Without a mask every
-                token sees every other, as in the ecosystem's class.
+            proj_embedding, encoder_hidden_states, attention_mask: the text, as for `prepare`. Without a mask,
+                every token attends to every other one, as in diffusers' class.
             return_dict: whether the result is a `PriorTransformerOutput` or a plain tuple.
-            prefix: from `prepare`, for the same batch, instead of the text.
+            prefix: the result of `prepare` for the same batch, instead of the text.
 
         Raises:
-            InputError: a shape is wrong, or not one of text and prefix is given.
+            InputError: a shape is wrong, or not exactly one of text and prefix is given.
         """
         if (prefix is None) == (proj_embedding is None):
-            raise InputError("give either proj_embedding or the prefix that prepare() made of the text")
+            raise InputError("give either proj_embedding, or the prefix from prepare()")
         if proj_embedding is not None and attention_mask is not None:
             prefix = self._read_text(proj_embedding, encoder_hidden_states, attention_mask)
         if prefix is not None:
@@ -284,7 +286,7 @@ class PriorTransformer(Component[PriorConfig]):
         check_rows(hidden_states=step, proj_embedding=before)
         length, num_tokens = before.shape[1], before.shape[1] + step.shape[1]
         positions = self.positional_embedding
-        if positions.shape[1] < num_tokens:  # then positions are of the image's tokens only
+        if positions.shape[1] < num_tokens:  # then only the image's tokens have positions
             positions = F.pad(positions, (0, 0, length + 1, self._num_queries))
         if positions.shape[1] != num_tokens:
             raise InputError(f"there are {num_tokens} tokens for {positions.shape[1]} positions")
@@ -297,15 +299,15 @@ class PriorTransformer(Component[PriorConfig]):
 
     @entry_point
     def post_process_latents(self, prior_latents: Tensor) -> Tensor:
-        """A whitened embedding [batch, clip_embed_dim] as CLIP's own: times `clip_std`, plus `clip_mean`."""
+        """Undo `whiten`: multiply by `clip_std` and add `clip_mean`; [batch, clip_embed_dim]."""
         return prior_latents * self.clip_std + self.clip_mean
 
     @entry_point
     def whiten(self, image_embedding: Tensor) -> Tensor:
-        """The inverse of `post_process_latents`: minus `clip_mean`, divided by `clip_std`."""
+        """Whiten CLIP embeddings [batch, clip_embed_dim]: subtract `clip_mean` and divide by `clip_std`."""
         return (image_embedding - self.clip_mean) / self.clip_std
 
 
 def _leading(tensor: Tensor) -> tuple[str, ...]:
-    """The dimensions before the width of one embedding for each row, or of several."""
+    """The names of the dimensions before the last one."""
     return ("batch", "tokens") if tensor.dim() > 2 else ("batch",)

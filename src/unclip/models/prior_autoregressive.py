@@ -1,4 +1,4 @@
-"""The autoregressive prior: an image embedding as a sequence of codes, predicted one by one from a text's encoding."""
+"""The autoregressive prior: it predicts an image embedding from a text's encoding, as a sequence of codes."""
 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Self
@@ -24,11 +24,11 @@ SMALLEST_VARIANCE = 1e-10
 
 @dataclass(frozen=True, eq=False)
 class AutoregressivePriorConfig(ModelConfig):
-    """Settings of `AutoregressivePrior`; components and buckets are by default as many as arXiv 2204.06125 §2.2 has.
+    """Settings of `AutoregressivePrior`. The default numbers of components and buckets are those of arXiv 2204.06125.
 
-    The tokens are `num_embeddings` of the text (each `text_dim` wide, `embedding_dim` unless given), the text's
-    embedding, the bucket of its dot product with the image's (of `num_dot_buckets`), and then one code for each of
-    `num_components` principal components, out of `num_buckets`.
+    The tokens are, in order: `num_embeddings` of the text, each `text_dim` wide (by default `embedding_dim`); the text
+    embedding; the bucket of its dot product with the image embedding, one of `num_dot_buckets`; and one code for each
+    of `num_components` principal components, one of `num_buckets`.
     """
 
     num_attention_heads: Width = 32
@@ -49,7 +49,7 @@ class AutoregressivePriorConfig(ModelConfig):
 
     @property
     def text_width(self) -> int:
-        """Width of the text's tokens as they are given."""
+        """Width of the text's tokens in the input."""
         return self.text_dim or self.embedding_dim
 
     @property
@@ -80,8 +80,8 @@ class AutoregressivePriorConfig(ModelConfig):
 class CodeMemory:
     """What the tokens so far contribute to the next code.
 
-    `layers`: their keys and values in each layer; `bias`: what is added to their scores, [batch, 1, 1, tokens];
-    `num_codes`: how many codes are among them.
+    `layers` are their keys and values in each layer. `bias` [batch, 1, 1, tokens] is added to their scores. `num_codes`
+    is the number of codes among them.
     """
 
     layers: tuple[KeyValue, ...]
@@ -93,12 +93,11 @@ class AutoregressivePrior(Component[AutoregressivePriorConfig]):
     """A causal transformer over the text, its embedding, their dot product with the image, and the image's codes.
 
     Source: arXiv 2204.06125 §2.2 ("autoregressive prior"). An image embedding is projected to its principal
-    components, those of the largest variance first, and each coordinate falls into one of `num_buckets` buckets of
-    equal width between the least and the largest that the training data have: its code.
+    components, the one of the largest variance first. The range of each coordinate in the training data is divided into
+    `num_buckets` buckets of equal width, and the code is the number of the bucket.
 
-    The dot product is that of normalised embeddings, their cosine, because CLIP compares directions and its encoders'
-    lengths say nothing. Its buckets are quantiles of the training data, and one further token stands for a dot product
-    that is not given.
+    The dot product is that of normalised embeddings, because CLIP was trained to compare directions. Its buckets are
+    quantiles of the training data. One further token means that the dot product is unknown.
 
     `fit_codes` sets the tables: `pca_mean` [1, embedding_dim], `pca_components` [num_components, embedding_dim],
     `code_low` and `code_high` [num_components], `dot_edges` [num_dot_buckets − 1].
@@ -119,11 +118,11 @@ class AutoregressivePrior(Component[AutoregressivePriorConfig]):
         self.norm_out = nn.LayerNorm(width)
         self.proj_to_codes = Linear(width, config.num_buckets)
 
-        def table(values: Tensor) -> nn.Parameter:  # statistics of the data: in the state dict, not for an optimizer
+        def table(values: Tensor) -> nn.Parameter:  # statistics of the data: in the state dict, but not trained
             return nn.Parameter(values, requires_grad=False)
 
         self.pca_mean = table(torch.zeros(1, config.embedding_dim))
-        # Neither `eye` nor `linspace`, which on the meta device import PyTorch's compiler, for seconds.
+        # On the meta device, `eye` and `linspace` would import PyTorch's compiler, which takes seconds.
         buckets = config.num_dot_buckets
         axes = torch.zeros(count, config.embedding_dim)
         axes.diagonal().fill_(1)
@@ -133,9 +132,9 @@ class AutoregressivePrior(Component[AutoregressivePriorConfig]):
         self.dot_edges = table(torch.tensor([2 * edge / buckets - 1 for edge in range(1, buckets)]))
 
     def initialize_for_training(self, generator: torch.Generator | None = None) -> Self:
-        """As `Component`'s; besides, small random positions and tokens, and branches scaled down by the depth.
+        """Initialize as `Component` does, with small random embeddings, and branches scaled down by the depth.
 
-        The tables of codes stay as they are: the data's have to be put there by `fit_codes`.
+        The tables of codes do not change; set them by `fit_codes`.
         """
         super().initialize_for_training(generator)
         nn.init.normal_(self.positional_embedding, std=0.01, generator=generator)
@@ -148,21 +147,21 @@ class AutoregressivePrior(Component[AutoregressivePriorConfig]):
 
     @torch.no_grad()
     def fit_codes(self, components: PrincipalComponents, image_embeddings: Tensor, dot_products: Tensor) -> None:
-        """Set the tables from data.
+        """Compute the tables from the training data.
 
         Args:
-            components: of the embeddings; the first `num_components` are used.
-            image_embeddings: [count, embedding_dim]: what the codes' ranges are taken from.
-            dot_products: [count], from `dot_product`, of captions with their pictures: for the buckets' quantiles.
+            components: principal components of the embeddings; the first `num_components` are used.
+            image_embeddings: [count, embedding_dim], which give the ranges of the codes.
+            dot_products: [count], of captions and their pictures (see `dot_product`), which give the quantiles.
 
-        Raises: ConfigError when there are fewer components than `num_components`, or they do not vary.
+        Raises: ConfigError if fewer than `num_components` components vary.
         """
         count = self.config.num_components
         varying = int((components.variances > SMALLEST_VARIANCE * components.variances[0]).sum())
         if components.dim != self.config.embedding_dim or varying < count:
             raise ConfigError(
-                f"the data have embeddings of {components.dim} numbers that vary in {varying} components; the prior's "
-                f"embedding_dim is {self.config.embedding_dim} and its num_components {count}: make that smaller"
+                f"the data's embeddings have width {components.dim} and vary in {varying} components; the prior has "
+                f"embedding_dim {self.config.embedding_dim} and num_components {count}: reduce num_components"
             )
         coordinates = components.project(image_embeddings, count)
         shares = torch.arange(1, self.config.num_dot_buckets) / self.config.num_dot_buckets
@@ -176,7 +175,7 @@ class AutoregressivePrior(Component[AutoregressivePriorConfig]):
     def encode(self, image_embedding: Tensor) -> Tensor:
         """Image embeddings [batch, embedding_dim] as codes, int64 [batch, num_components].
 
-        What lies beyond the training data's range falls into the outermost bucket.
+        Coordinates outside the range of the training data fall into the outermost bucket.
 
         Raises: InputError for another shape.
         """
@@ -187,9 +186,9 @@ class AutoregressivePrior(Component[AutoregressivePriorConfig]):
 
     @entry_point
     def decode(self, codes: Tensor) -> Tensor:
-        """Image embeddings, float32 [batch, embedding_dim], of codes [batch, count]: the middles of their buckets.
+        """Image embeddings, float32 [batch, embedding_dim], of codes [batch, count]: the centres of their buckets.
 
-        With fewer codes than `num_components` the other components are those of the mean embedding.
+        With fewer codes than `num_components`, the other components are those of the mean embedding.
 
         Raises: InputError for more codes than components.
         """
@@ -215,7 +214,7 @@ class AutoregressivePrior(Component[AutoregressivePriorConfig]):
 
     @property
     def no_dot_code(self) -> int:
-        """What stands for a dot product that is not given."""
+        """The code of an unknown dot product."""
         return self.config.num_dot_buckets
 
     def _buckets(self) -> tuple[Tensor, Tensor]:
@@ -227,7 +226,7 @@ class AutoregressivePrior(Component[AutoregressivePriorConfig]):
     def _prefix(
         self, proj_embedding: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor, dot_codes: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The tokens before the codes, [batch, text tokens + 2, width], and what hides the text's padding."""
+        """The tokens before the codes [batch, text tokens + 2, width], and the bias that masks the text's padding."""
         config = self.config
         check_shape("proj_embedding", proj_embedding, "batch", config.embedding_dim)
         check_shape("encoder_hidden_states", encoder_hidden_states, "batch", "tokens", config.text_width)
@@ -235,7 +234,7 @@ class AutoregressivePrior(Component[AutoregressivePriorConfig]):
             raise InputError(f"encoder_hidden_states must not be empty, with at most {config.num_embeddings} tokens")
         check_shape("attention_mask", attention_mask, *encoder_hidden_states.shape[:2])
         if dot_codes.dim() != 1 or dot_codes.is_floating_point():
-            raise InputError(f"dot_codes is {dot_codes.dtype} {tuple(dot_codes.shape)}; it must be whole and [batch]")
+            raise InputError(f"dot_codes is {dot_codes.dtype} {tuple(dot_codes.shape)}; it must be integers [batch]")
         check_rows(proj_embedding=proj_embedding, encoder_hidden_states=encoder_hidden_states, dot_codes=dot_codes)
         text = self.encoder_hidden_states_proj(encoder_hidden_states)
         summary = self.embedding_proj(proj_embedding)[:, None]
@@ -263,7 +262,7 @@ class AutoregressivePrior(Component[AutoregressivePriorConfig]):
     def _read_on(self, codes: Tensor, memory: CodeMemory) -> tuple[Tensor, CodeMemory]:
         """`forward` for one more code [batch, 1] of each row."""
         if memory.num_codes + 1 >= self.config.num_components:
-            raise InputError(f"all {self.config.num_components} codes are predicted; there is no step after the last")
+            raise InputError(f"all {self.config.num_components} codes were predicted, and none can follow")
         check_rows(codes=codes, memory=memory.bias)
         if codes.shape != (len(codes), 1):
             raise InputError(f"codes are {tuple(codes.shape)}; with a memory they must be [batch, 1]")
@@ -295,15 +294,16 @@ class AutoregressivePrior(Component[AutoregressivePriorConfig]):
                 num_components - 1. With `memory`: [batch, 1], the code that follows those of the memory.
             dot_codes: int64 [batch], from `dot_code`, or `no_dot_code`.
             proj_embedding: the text's embedding [batch, embedding_dim].
-            encoder_hidden_states: the text's tokens [batch, tokens, text_dim], at most num_embeddings of them: padding
-                that no text of the batch reaches can be left out.
+            encoder_hidden_states: the text's tokens [batch, tokens, text_dim], at most num_embeddings. Padding that is
+                common to all rows may be omitted.
             attention_mask: [batch, tokens], true or 1 for the text's own tokens.
-            memory: what an earlier call returned, instead of the text; it stays as it is.
+            memory: the result of an earlier call, instead of the text. It is not changed.
 
         Returns: float32 [batch, 1 + count, num_buckets], or with `memory` [batch, 1, num_buckets]; and the memory of
             the text and the codes so far.
 
-        Raises: InputError for a wrong shape, when all codes are predicted, or when not one of text and memory is given.
+        Raises: InputError for a wrong shape, if all codes were predicted, or unless exactly one of text and memory is
+            given.
         """
         if memory is not None:
             return self._read_on(codes, memory)
@@ -314,12 +314,12 @@ class AutoregressivePrior(Component[AutoregressivePriorConfig]):
             raise InputError(f"codes are {tuple(codes.shape)}; they must be [batch, count] with at most {most} codes")
         prefix, bias = self._prefix(proj_embedding, encoder_hidden_states, attention_mask, dot_codes)
         check_rows(codes=codes, proj_embedding=prefix)
-        told = self._placed(self.code_embedding(codes), self.config.prefix_length).to(prefix.dtype)
-        tokens = torch.cat([prefix, told], dim=1)
+        given = self._placed(self.code_embedding(codes), self.config.prefix_length).to(prefix.dtype)
+        tokens = torch.cat([prefix, given], dim=1)
         logits, layers = self._run(tokens, self._causal(tokens, bias), prefix.shape[1] - 1)
         return logits, CodeMemory(layers, F.pad(bias, (0, codes.shape[1])), codes.shape[1])
 
 
 def dot_product(text_embedding: Tensor, image_embedding: Tensor) -> Tensor:
-    """The dot product of normalised embeddings, float32 [batch], of two [batch, embedding_dim]: their cosine."""
+    """The dot product of normalised embeddings (cosine), float32 [batch], of two tensors [batch, embedding_dim]."""
     return F.cosine_similarity(text_embedding.float(), image_embedding.float(), dim=-1)

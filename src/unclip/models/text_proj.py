@@ -13,7 +13,7 @@ from unclip.models.kernels import Linear
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class UnCLIPTextProjConfig(ModelConfig):
-    """Settings of `UnCLIPTextProjModel`, with the ecosystem's keys and defaults."""
+    """Settings of `UnCLIPTextProjModel`, with the keys and defaults of diffusers."""
 
     clip_extra_context_tokens: Annotated[int, Range(1, 1024)] = 4
     clip_embeddings_dim: Width = 768
@@ -44,7 +44,7 @@ class UnCLIPTextProjModel(Component[UnCLIPTextProjConfig]):
         self.text_encoder_hidden_states_norm = nn.LayerNorm(context_width)
 
     def initialize_for_training(self, generator: torch.Generator | None = None) -> Self:
-        """As `Component`'s; besides, the embedding that stands for "no image" starts at zero."""
+        """Initialize as `Component` does, with the embedding for "no image" at zero."""
         super().initialize_for_training(generator)
         nn.init.zeros_(self.learned_classifier_free_guidance_embeddings)
         return self
@@ -58,16 +58,16 @@ class UnCLIPTextProjModel(Component[UnCLIPTextProjConfig]):
         do_classifier_free_guidance: bool = False,
         given: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The decoder's context tokens and its addition to the time embedding.
+        """The decoder's context tokens, and the embedding that is added to its time embedding.
 
         Args:
             image_embeddings: [batch, clip_embeddings_dim], not whitened.
             prompt_embeds: the texts' embeddings [batch, clip_embeddings_dim].
             text_encoder_hidden_states: the texts' tokens [batch, tokens, clip_embeddings_dim].
-            do_classifier_free_guidance: the texts are [null; given], twice as many as the images: the images are
-                doubled, and the first half takes the learned embedding for "no image". `given` is not used then.
-            given: bool [batch]; rows with False take the learned embedding for "no image" instead of their own,
-                for guidance as for training without a condition. None: all are given.
+            do_classifier_free_guidance: the texts are [null; given], twice as many as the images. The images are
+                repeated, and the first half is replaced by the learned embedding for "no image". `given` is ignored.
+            given: bool [batch]. In rows with False, the learned embedding for "no image" replaces the image embedding.
+                None keeps all.
 
         Returns:
             [batch, clip_extra_context_tokens + tokens, cross_attention_dim] and [batch, time_embed_dim].
@@ -89,7 +89,7 @@ class UnCLIPTextProjModel(Component[UnCLIPTextProjConfig]):
 
         addition = self.clip_image_embeddings_project_to_time_embeddings(image_embeddings)
         addition = addition + self.embedding_proj(prompt_embeds)
-        # Karlo's weights hold the tokens interleaved: token number runs fastest.
+        # In Karlo's weights, the tokens are interleaved: the token index varies fastest.
         extra = self.clip_extra_context_tokens_proj(image_embeddings)
         extra = extra.unflatten(-1, (-1, self.config.clip_extra_context_tokens)).transpose(1, 2)
         text = self.text_encoder_hidden_states_norm(self.encoder_hidden_states_proj(text_encoder_hidden_states))

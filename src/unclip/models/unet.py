@@ -1,4 +1,4 @@
-"""The two UNets: residual blocks, with or without attention to added tokens, down, in the middle and up."""
+"""The U-Nets of the decoder and of super-resolution: residual blocks, with or without attention to context tokens."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -25,13 +25,13 @@ from unclip.models.layers import (
 from unclip.models.unet_config import CROSS_DOWN, CROSS_UP, UNet2DConditionConfig, UNet2DConfig, UNetConfig
 
 AddedTokens = Iterator[KeyValue]
-"""The context's keys and values, handed out in the order in which a UNet's attention layers run."""
+"""The context's keys and values, in the order in which the attention layers run."""
 
 
 MakeResnet = Callable[..., ResnetBlock]
 """Makes a residual block from the numbers of channels in and out, and "up" or "down"."""
 MakeAttention = Callable[[int], AddedKeyValueAttention] | None
-"""Makes an attention to added tokens from the number of channels; None: a level without attention."""
+"""Makes an attention layer from the number of channels; None for a level without attention."""
 
 
 def _list(make: Callable[[int], nn.Module], count: int) -> nn.ModuleList:
@@ -43,7 +43,7 @@ def _attentions(attention: MakeAttention, channels: int, count: int) -> nn.Modul
 
 
 class Level(nn.Module):
-    """One level of a UNet: has `resnets` and, if it looks at added tokens, `attentions`."""
+    """One level of a U-Net, with `resnets` and, if it attends to context tokens, `attentions`."""
 
     attentions: nn.ModuleList
 
@@ -54,7 +54,7 @@ class Level(nn.Module):
 
 
 class DownBlock(Level):
-    """`num_layers` residual blocks and then, unless it is the last level, a halving of height and width."""
+    """`num_layers` residual blocks. All levels except the last then halve height and width."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class DownBlock(Level):
 
     @routes_entry_points
     def forward(self, x: Tensor, embedding: Tensor, added: AddedTokens, bias: Tensor | None) -> list[Tensor]:
-        """All that the way up will need, in order; the last is where the next level begins."""
+        """The outputs for the skip connections, in order; the last one is the input of the next level."""
         outputs = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, embedding)
@@ -86,7 +86,7 @@ class DownBlock(Level):
 
 
 class MidBlock(Level):
-    """A residual block, attention if there are added tokens, a residual block."""
+    """A residual block, attention if there are context tokens, and a residual block."""
 
     def __init__(self, resnet: MakeResnet, attention: MakeAttention, channels: int) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class MidBlock(Level):
 
 
 class UpBlock(Level):
-    """A residual block for each output of the way down and then, unless it is the last level, twice the size."""
+    """A residual block for each skip connection. All levels except the last then double height and width."""
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class UpBlock(Level):
     def forward(
         self, x: Tensor, skips: list[Tensor], embedding: Tensor, added: AddedTokens, bias: Tensor | None
     ) -> Tensor:
-        """`skips`: its own outputs of the way down, one for each of `resnets`, the newest last; they are used up."""
+        """`skips` are the skip connections, one for each of `resnets`, the newest last. The list is emptied."""
         for i, resnet in enumerate(self.resnets):
             x = resnet(torch.cat([x, skips.pop()], dim=1), embedding)
             if len(self.attentions):
@@ -138,7 +138,7 @@ C = TypeVar("C", bound=UNetConfig)
 
 
 class UNet2DOutput(NamedTuple):
-    """What the UNets return: `sample` [batch, out_channels, height, width]."""
+    """Output of the U-Nets: `sample` [batch, out_channels, height, width]."""
 
     sample: Tensor
 
@@ -148,9 +148,9 @@ UNet2DConditionOutput = UNet2DOutput
 
 @dataclass(frozen=True)
 class UNetContext:
-    """What a UNet needs of its context tokens at every step: their keys and values in each attention, and the mask.
+    """The context tokens prepared for every step: their keys and values in each attention layer, and the mask.
 
-    `layers` are in the order in which the attentions run; `bias` is [batch, 1, 1, tokens] or None.
+    `layers` are in the order in which the attention layers run; `bias` is [batch, 1, 1, tokens] or None.
     """
 
     layers: tuple[KeyValue, ...]
@@ -161,11 +161,11 @@ NO_CONTEXT = UNetContext((), None)
 
 
 class _UNet(Component[C]):
-    """What the two UNets share: a way down, a middle, a way up, and skips between the ways."""
+    """Base of the two U-Nets: a downward path, a middle, an upward path, and skip connections."""
 
     def build(self, config: C) -> None:
         channels, last = config.block_out_channels, config.num_levels - 1
-        # The ecosystem's UNet2DModel has silu here, whatever act_fn says of its blocks.
+        # diffusers' UNet2DModel has silu here, whatever the act_fn of its blocks.
         outer_act = config.act_fn if isinstance(config, UNet2DConditionConfig) else "silu"
         resnet = functools.partial(
             ResnetBlock,
@@ -202,11 +202,11 @@ class _UNet(Component[C]):
         self.conv_norm_out = GroupNorm(config.norm_num_groups, width, eps=config.norm_eps)
         self.conv_act = activation(outer_act)
         self.conv_out = Conv2d(width, config.out_channels, 3, padding=1)
-        # Convolutions are faster so, and their outputs follow: on a CPU 1.1 to 1.2 times (AVX2, float32, 2026-11).
+        # Convolutions are faster in this layout, and their outputs keep it: 1.1 to 1.2 times (CPU, AVX2, float32).
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def initialize_for_training(self, generator: torch.Generator | None = None) -> Self:
-        """As `Component`'s; besides, every residual branch and the output start at zero."""
+        """Initialize as `Component` does, with every residual branch and the output at zero."""
         super().initialize_for_training(generator)
         for module in self.modules():
             if isinstance(module, ResnetBlock):
@@ -220,7 +220,7 @@ class _UNet(Component[C]):
         return [*self.down_blocks, self.mid_block, *self.up_blocks]  # pyright: ignore[reportReturnType]
 
     def _embed(self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None) -> Tensor:
-        """The time embedding, activated: [batch or 1, embedding_width]."""
+        """The time embedding after its activation: [batch or 1, embedding_width]."""
         config = self.config
         rows = timestep_rows(timestep, sample)
         features = sinusoidal_embedding(
@@ -234,7 +234,7 @@ class _UNet(Component[C]):
         return self.embedding_act(embedding)
 
     def _run(self, sample: Tensor, embedding: Tensor, context: UNetContext) -> Tensor:
-        """One pass down and up again; `embedding` is activated."""
+        """Run the network; `embedding` is after its activation."""
         config = self.config
         check_shape("the sample", sample, "batch", config.in_channels, "height", "width")
         if sample.shape[2] % config.multiple or sample.shape[3] % config.multiple:
@@ -246,7 +246,7 @@ class _UNet(Component[C]):
             skips += down_block(skips[-1], embedding, added, bias)
         x = self.mid_block(skips[-1], embedding, added, bias)
         for up_block in self.up_blocks:
-            # Its own part alone, as a hook may hand the block a copy: taking from the copy would leave ours as it is.
+            # The block gets only its own part, because a hook may pass it a copy, which it would empty instead of ours.
             count = len(up_block.resnets)  # pyright: ignore[reportArgumentType]
             skips, taken = skips[:-count], skips[-count:]
             x = up_block(x, taken, embedding, added, bias)
@@ -254,7 +254,7 @@ class _UNet(Component[C]):
 
 
 class UNet2DConditionModel(_UNet[UNet2DConditionConfig]):
-    """The decoder's network: pictures conditioned on context tokens and on an addition to the time embedding.
+    """The decoder's network: pictures conditioned on context tokens and on a class embedding.
 
     Source: arXiv 2204.06125 §2.1 (a modified GLIDE, Nichol et al. 2021).
     """
@@ -262,11 +262,11 @@ class UNet2DConditionModel(_UNet[UNet2DConditionConfig]):
     config_class: ClassVar = UNet2DConditionConfig
 
     def _read_context(self, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None) -> UNetContext:
-        """All that the context contributes to every step.
+        """What the context contributes to every step.
 
         Args:
             encoder_hidden_states: the context tokens [batch, tokens, cross_attention_dim].
-            attention_mask: [batch, tokens], true or 1 for tokens that are seen; None: all are.
+            attention_mask: [batch, tokens], true or 1 for tokens that are not masked; None masks none.
 
         Raises:
             InputError: a shape is wrong.
@@ -302,13 +302,13 @@ class UNet2DConditionModel(_UNet[UNet2DConditionConfig]):
             class_labels: [batch, time embedding width], added to the time embedding.
             attention_mask, encoder_attention_mask: [batch, tokens] over the context; the first one given is used.
             return_dict: whether the result is a `UNet2DConditionOutput` or a plain tuple.
-            context: from `prepare`, for the same batch, instead of the tokens and their mask.
+            context: the result of `prepare` for the same batch, instead of the tokens and their mask.
 
         Raises:
-            InputError: a shape is wrong, class_labels are missing, or not one of tokens and context is given.
+            InputError: a shape is wrong, class_labels are missing, or not exactly one of tokens and context is given.
         """
         if (context is None) == (encoder_hidden_states is None):
-            raise InputError("give either encoder_hidden_states or the context that prepare() made of them")
+            raise InputError("give either encoder_hidden_states, or the context from prepare()")
         if encoder_hidden_states is not None:
             mask = encoder_attention_mask if attention_mask is None else attention_mask
             context = self._read_context(encoder_hidden_states, mask)
@@ -318,7 +318,7 @@ class UNet2DConditionModel(_UNet[UNet2DConditionConfig]):
 
 
 class UNet2DModel(_UNet[UNet2DConfig]):
-    """Super-resolution's network: pictures conditioned on the timestep and on what is stacked into their channels.
+    """The network of super-resolution: pictures conditioned on the timestep and on further input channels.
 
     Source: arXiv 2204.06125 §2.1, "upsamplers": no attention, no text.
     """
@@ -340,7 +340,7 @@ class UNet2DModel(_UNet[UNet2DConfig]):
             class_labels: only with class_embed_type "identity": [batch, time embedding width].
 
         Raises:
-            InputError: a shape is wrong, or class_labels are missing or too many.
+            InputError: a shape is wrong, or class_labels are missing or not supported.
         """
         if class_labels is not None and self.config.class_embed_type is None:
             raise InputError("class_labels are given to a network without class_embed_type; leave them out")

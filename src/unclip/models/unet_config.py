@@ -14,11 +14,11 @@ MAX_RESNETS = 64
 
 @dataclass(frozen=True, eq=False)
 class UNetConfig(ModelConfig):
-    """What both UNets have in common.
+    """Settings of both U-Nets.
 
-    `sample_size`: height and width in pixels, an information only; any multiple of 2 ** (levels - 1) works.
+    `sample_size`: height and width in pixels. It is only informative; any multiple of 2 ** (levels - 1) works.
     `block_out_channels`: the width of each level, each a multiple of `norm_num_groups`.
-    `layers_per_block`: residual blocks a level on the way down; one more on the way up.
+    `layers_per_block`: residual blocks of each level on the downward path; the upward path has one more.
     """
 
     sample_size: WideWidth | tuple[WideWidth, WideWidth] | None = None
@@ -54,7 +54,7 @@ class UNetConfig(ModelConfig):
 
     @property
     def multiple(self) -> int:
-        """The number that must divide the sides of pictures, which each level but the last halves."""
+        """The number that must divide the sides of pictures, since each level except the last halves them."""
         return 2 ** (self.num_levels - 1)
 
     @property
@@ -89,9 +89,10 @@ class UNetConfig(ModelConfig):
 
 @dataclass(frozen=True, eq=False)
 class UNet2DConditionConfig(UNetConfig):
-    """Settings of `UNet2DConditionModel`; attention heads are `attention_head_dim` wide.
+    """Settings of `UNet2DConditionModel`. Attention heads are `attention_head_dim` wide.
 
-    The ecosystem's default blocks are not implemented, so the three `..._block_type(s)` must be given.
+    The default blocks of diffusers are not implemented, so `down_block_types`, `mid_block_type` and `up_block_types`
+    are required.
     """
 
     down_block_types: tuple[Literal["ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"], ...] = ()
@@ -103,7 +104,7 @@ class UNet2DConditionConfig(UNetConfig):
 
     NEUTRAL = UNetConfig.NEUTRAL | {
         "only_cross_attention": (False,),
-        "transformer_layers_per_block": ANYTHING,  # of blocks that are not implemented, as are the next two
+        "transformer_layers_per_block": ANYTHING,  # this and the next two are of blocks that are not implemented
         "reverse_transformer_layers_per_block": ANYTHING,
         "use_linear_projection": ANYTHING,
         "encoder_hid_dim": (None,),
@@ -148,7 +149,7 @@ class UNet2DConditionConfig(UNetConfig):
 class UNet2DConfig(UNetConfig):
     """Settings of `UNet2DModel`.
 
-    The ecosystem's default block types and `add_attention` are not implemented, so they must be given.
+    The default block types and `add_attention` of diffusers are not implemented, so these settings are required.
     """
 
     in_channels: Width = 3
@@ -163,6 +164,6 @@ class UNet2DConfig(UNetConfig):
     NEUTRAL = UNetConfig.NEUTRAL | {
         "downsample_type": ANYTHING,  # of other kinds of blocks
         "upsample_type": ANYTHING,
-        "attn_norm_num_groups": ANYTHING,  # of the attention that is not there
+        "attn_norm_num_groups": ANYTHING,  # of attention, which these blocks do not have
         "num_train_timesteps": ANYTHING,  # of learned time embeddings
     }

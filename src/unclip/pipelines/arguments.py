@@ -27,13 +27,14 @@ FORMS: Mapping[str, Callable[[Tensor], Images]] = {"pil": to_pil, "np": to_numpy
 
 @dataclass
 class ImagePipelineOutput:
-    """The pictures of one call; also readable as a mapping (`out["images"]`) and as a tuple (`out[0]`).
+    """The pictures of one call, which can also be read as a mapping (`out["images"]`) and as a tuple (`out[0]`).
 
     Attributes:
         images: a list of PIL images ("pil"), a float32 array [batch, height, width, 3] in [0, 1] ("np"), or a float32
             tensor [batch, 3, height, width] in [0, 1] ("pt").
         image_embeddings: float32 [batch, embedding_dim]; None without `return_intermediates`.
-        small_images: the decoder's pictures before super-resolution, in the form of `images`; None likewise.
+        small_images: the decoder's pictures before super-resolution, in the form of `images`; None without
+            `return_intermediates`.
     """
 
     images: Images
@@ -121,7 +122,7 @@ def check_tensor(tensor: object, name: str) -> None:
     if tensor.is_meta:
         raise InputError(f"{name} is on the meta device, where tensors have no values")
     if not tensor.isfinite().all():
-        raise InputError(f"{name} holds NaN or infinity")
+        raise InputError(f"{name} has NaN or infinity")
 
 
 def check_latents(latents: Tensor | None, name: str, shape: tuple[int, ...]) -> None:
@@ -146,7 +147,7 @@ def given_text(output: Any, mask: Tensor | None, config: Any) -> TextEmbedding:
     Args:
         output: CLIPTextModelOutput, or (text_embeds [batch, width], last_hidden_state [batch, tokens, text_width]).
         mask: [batch, tokens].
-        config: the text encoder's, which says the sizes.
+        config: the configuration of the text encoder, which has the sizes.
 
     Raises: InputError for a missing mask or a wrong shape.
     """
@@ -169,7 +170,7 @@ def given_text(output: Any, mask: Tensor | None, config: Any) -> TextEmbedding:
             f"{tuple(mask.shape)}; they must be [batch, {width}], [batch, {tokens}, {text_width}] and [batch, {tokens}]"
         )
     if mask.is_meta or not ((mask == 0) | (mask == 1)).all():
-        raise InputError("text_attention_mask must hold only true and false, or 1 and 0")
+        raise InputError("text_attention_mask must have only true and false, or 1 and 0")
     return TextEmbedding(embeds, hidden_states, mask.bool().to(embeds.device))
 
 

@@ -18,7 +18,7 @@ MAX_SIDE_PX = 8192
 
 V = TypeVar("V")
 Fact = tuple[str, object, str, object]
-"""Two settings that must agree: a name and its value, and another name and the value that it asks for."""
+"""Two settings that must agree: a name and its value, and another name and the value that it requires."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class SuperResParts:
     """One super-resolution stage's components.
 
     Attributes:
-        first: the network of every step but the last.
-        last: the network of the last step; the first one in a further stage without its own.
+        first: the network of every step except the last.
+        last: the network of the last step. In a further stage without its own, this is the first network.
         scheduler: of both networks.
     """
 
@@ -55,7 +55,7 @@ def parts(components: Mapping[str, Any]) -> dict[str, SuperResParts]:
             continue
         if first is None or scheduler is None:
             lacking = f"{stage}_first" if first is None else f"{stage}_scheduler"
-            raise ConfigError(f"the components do not fit: {stage} has no {lacking}; give it, or leave the stage out")
+            raise ConfigError(f"the components do not fit: {stage} has no {lacking}; give it, or omit the stage")
         if ended_at:
             raise ConfigError(f"the components do not fit: {stage} needs {ended_at}, which is missing")
         found[stage] = SuperResParts(first, first if last is None else last, scheduler)
@@ -93,7 +93,7 @@ def fits(decoder: UNet2DConditionConfig, stages: Mapping[str, SuperResParts]) ->
 
 
 def check_fits(facts: Sequence[Fact]) -> None:
-    """Raises: ConfigError for the first fact that does not hold."""
+    """Raises: ConfigError for the first pair of settings that do not agree."""
     for name, value, other, wanted in facts:
         if value != wanted:
             raise ConfigError(f"the components do not fit: {name} is {value}, but {other} is {wanted}")
@@ -104,8 +104,8 @@ def picture_sizes(
 ) -> dict[str, Size]:
     """Height and width at "decoder" and at each super-resolution stage, for a result of this height and width.
 
-    A side that is None is the networks' own. Any other must be a whole number at every stage, and that stage's networks
-    must be able to halve it.
+    A side of None is that of the networks. Any other side must be a whole number of pixels at every stage, and the
+    networks of the stage must be able to halve it.
 
     Raises: InputError with the nearest valid size.
     """
@@ -143,7 +143,9 @@ def per_stage(value: V | Sequence[V], count: int, name: str) -> list[V]:
     if each is None:
         return [value] * count  # type: ignore[list-item]
     if len(each) != count:
-        raise InputError(f"{name} has {len(each)} values for {count} super-resolution stages; give one, or one each")
+        raise InputError(
+            f"{name} has {len(each)} values for {count} super-resolution stages; give one, or one for each stage"
+        )
     return each
 
 
@@ -166,5 +168,5 @@ def _side(name: str, given: object, own_px: int, multiple: int) -> int:
     side = whole(given, name, 1, MAX_SIDE_PX, unit="whole number of pixels")
     if side != own_px and side % multiple:
         near = max(1, round(side / multiple)) * multiple
-        raise InputError(f"{name} is {side}; this model's pictures need a multiple of {multiple}, such as {near}")
+        raise InputError(f"{name} is {side}; for this model it must be a multiple of {multiple}, such as {near}")
     return side

@@ -36,7 +36,7 @@ NETWORKS = {
     for cls in (AutoregressivePrior, PriorTransformer, UnCLIPTextProjModel, UNet2DConditionModel, UNet2DModel)
 }
 ONLY_HERE = ("AutoregressivePrior", "UnCLIPTextProjModel")
-"""Networks that diffusers does not have, or does not find by itself."""
+"""Networks that diffusers does not have, or does not load by name."""
 
 
 def read_component(
@@ -63,7 +63,7 @@ def read_component(
     with naming(folder, name, class_name):
         place = safe_join(folder, name)
         if not place.is_dir():
-            raise MissingFileError(f"{place} is not there")
+            raise MissingFileError(f"{place} does not exist")
         if class_name in SCHEDULERS:
             return SCHEDULERS[class_name].from_pretrained(place)
         if class_name in EQUIVALENTS:
@@ -76,7 +76,7 @@ def read_component(
             return NETWORKS[class_name].from_pretrained(place, torch_dtype=dtype, variant=variant)
         if not is_clip:
             known = ", ".join(sorted({*NETWORKS, *EQUIVALENTS, *OWN, *ALIASES}))
-            raise ConfigError(f"unclip has no class {class_name!r}; it reads {known}")
+            raise ConfigError(f"unclip has no class {class_name!r}; supported: {known}")
     return read_part(folder, name, class_name, dtype=dtype, variant=variant, own_clip=own_clip)
 
 

@@ -246,7 +246,7 @@ def _link_files(source: Path, target: Path, suffixes: tuple[str, ...] = (".json"
 def convert_pickle(folder: StrPath, out: StrPath, *, overwrite: bool = False) -> Path:
     """Copy the pipeline or component `folder` to `out` with every .bin converted to .safetensors, and return `out`.
 
-    Pickles are read with weights_only. Raises MissingFileError when there are none, UnsafeFileError for one that holds
+    Pickles are read with weights_only. Raises MissingFileError when there are none, UnsafeFileError for one that has
     more than tensors, WeightsError for a broken one, OutputExistsError.
     """
     source = Path(folder)
@@ -279,7 +279,7 @@ def _convert_folder(source: Path, target: Path) -> int:
         more = _read(safe_join(source, entry.name))
         twice = state.keys() & more.keys()
         if twice:
-            raise WeightsError(f"{entry} holds {min(twice)}, which another of its shards holds too")
+            raise WeightsError(f"{entry} has {min(twice)}, which another shard has too")
         state.update(more)
     for (stem, variant), state in sets.items():
         save_weights(target, state, stem=stem, variant=variant)
@@ -317,7 +317,7 @@ def _read_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as problem:
         raise UnsafeFileError(
-            f"{path} is not read; it holds more than tensors or is not a checkpoint: {str(problem)[:200]}"
+            f"{path} is refused: it contains more than tensors, or is not a checkpoint: {str(problem)[:200]}"
         ) from problem
     except Exception as problem:  # the unpickler raises many kinds of errors on damaged files
         raise WeightsError(
@@ -340,7 +340,7 @@ def _read_stats(path: StrPath) -> tuple[Tensor, Tensor]:
         or len(pair) != 2
         or not all(isinstance(part, torch.Tensor) and part.is_floating_point() for part in pair)
     ):
-        raise WeightsError(f"{path} must hold the pair (mean, std) of the image embeddings")
+        raise WeightsError(f"{path} must contain the pair (mean, std) of the image embeddings")
     return pair[0].reshape(-1), pair[1].reshape(-1)
 
 

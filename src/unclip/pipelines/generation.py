@@ -57,12 +57,12 @@ class GenerationPipeline(Pipeline):
         return cascade.parts(self.components)
 
     def enable_super_res_tiling(self, tile_px: int = 256, overlap_px: int = 32) -> None:
-        """Run super-resolution's networks on overlapping tiles, so that memory does not grow with the pictures' size.
+        """Run super-resolution's networks on overlapping tiles, so that memory does not grow with the pictures.
 
         Every step averages the tiles where they overlap. Stages whose pictures are not larger than a tile do not
         change. Tiles of the size that the network was trained on look best.
 
-        Raises: InputError for sizes that are not valid, or that a network cannot halve as often as it needs to.
+        Raises: InputError for sizes that are not valid, or that the networks cannot halve.
         """
         tiling = Tiling(tile_px, overlap_px)
         for part in self.cascade.values():
@@ -81,7 +81,7 @@ class GenerationPipeline(Pipeline):
         largest = max(self.tokenizer.get_vocab().values())
         if largest >= text.vocab_size:
             raise ConfigError(
-                f"the components do not fit: tokenizer's largest token id is {largest}, and text_encoder has "
+                f"the components do not fit: tokenizer's largest token id is {largest}, but text_encoder has "
                 f"{text.vocab_size} tokens"
             )
         if decoder.class_embed_type != "identity":
@@ -115,7 +115,7 @@ class GenerationPipeline(Pipeline):
         return TextEncoder(self.text_encoder, self.tokenizer)
 
     def report_unknown(self, captions: Sequence[str], text: TextEmbedding) -> None:
-        """Warn of each caption that is not close to anything that the model knows (`concepts`).
+        """Warn of each caption that is not close to any concept that the model knows (`concepts`).
 
         Args:
             captions: as many as `text` has rows.
@@ -169,12 +169,12 @@ class GenerationPipeline(Pipeline):
         latents: Tensor | Sequence[Tensor | None] | None = None,
         sizes: Mapping[str, Size] | None = None,
     ) -> list[StageRun[SuperResCondition]]:
-        """The super-resolution stages, in order, as `decoder_run` has the decoder.
+        """The super-resolution stages, in order, as in `decoder_run`.
 
         Args:
             num_steps: one number for all stages, or one for each.
             latents: x_T of the first stage, or one or None for each.
-            sizes: as of `super_res_stages`.
+            sizes: as in `super_res_stages`.
 
         Raises: InputError for a wrong setting, or another number of them than of stages.
         """

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 
 class UnCLIPImageVariationPipeline(GenerationPipeline):
-    """Makes pictures with a given picture's CLIP embedding (arXiv 2204.06125, §3.1).
+    """Makes variations of pictures: new pictures with the same CLIP embedding (arXiv 2204.06125, §3.1).
 
-    Components as of `UnCLIPPipeline` without the prior, and `feature_extractor` and `image_encoder` (transformers'
-    CLIP).
+    The components are those of `UnCLIPPipeline` without the prior, and `feature_extractor` and `image_encoder`
+    (transformers' CLIP).
     """
 
     COMPONENTS = (
@@ -86,11 +86,12 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
             decoder_num_inference_steps, super_res_num_inference_steps: 1 to 1000 each, as in `UnCLIPPipeline`.
             generator: the source of all noise; a list has one for each picture.
             decoder_latents, super_res_latents: x_T of the stages, [batch, 3, height, width].
-            image_embeddings: [batch, embedding_dim] instead of the image's, an interpolation for example.
+            image_embeddings: [batch, embedding_dim] in place of `image`, for example an interpolation.
             decoder_guidance_scale: 1 or less turns guidance off.
             output_type: "pil", "np" or "pt".
             return_dict: False returns a plain tuple.
-            prompt: a caption for the decoder beside the embedding; one, or one for each picture. Empty by default.
+            prompt: a caption for the decoder in addition to the embedding; one, or one for each picture. Empty by
+                default.
             negative_prompt, seed, height, width, callback_on_step_end, return_intermediates: as in `UnCLIPPipeline`.
 
         Raises:
@@ -125,9 +126,9 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
         return output if return_dict else output.to_tuple()
 
     def embed_images(self, image: Pictures | Tensor | None, image_embeddings: Tensor | None = None) -> Tensor:
-        """The pictures' embeddings, or those that are given: float32 [batch, embedding_dim].
+        """The embeddings of pictures, or the given ones: float32 [batch, embedding_dim].
 
-        Args: as of a call.
+        Args: as in a call.
 
         Raises: InputError unless exactly one of the two is given (ImageError: a picture is wrong).
         """

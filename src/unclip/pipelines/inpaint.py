@@ -1,4 +1,4 @@
-"""Inpainting and image to image: a part of a picture, or all of it, is generated again."""
+"""Inpainting and image to image: regenerate a part of a picture, or all of it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,12 +37,12 @@ EMBEDDING_SOURCES = ("prompt", "image")
 
 
 class UnCLIPInpaintPipeline(UnCLIPPipeline):
-    """Generates a part of a picture again (inpainting), or all of it from a noised state (image to image).
+    """Regenerates a part of a picture (inpainting), or all of it from a noised state (image to image).
 
-    Components as of `UnCLIPPipeline`, so any of its folders can be loaded. With `image_encoder` and `feature_extractor`
-    (transformers' CLIP), the picture's own embedding can take the place of a prompt.
+    The components are those of `UnCLIPPipeline`, so any of its folders can be loaded. With `image_encoder` and
+    `feature_extractor` (transformers' CLIP), the picture's own embedding can be used in place of a prompt.
 
-    The decoder and super-resolution sample the masked region with the known pixels put back at every step, and repeat
+    The decoder and super-resolution sample the masked region and restore the known pixels at every step. They repeat
     parts of the path (RePaint, Lugmayr et al. 2201.09865). Pixels outside the mask do not change at the result's size,
     transparent ones included. With `strength` below 1, sampling starts from the noised picture instead of pure noise
     (SDEdit, Meng et al. 2108.01073).
@@ -104,8 +104,8 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
                 size. Fully transparent pixels are replaced, or white ones in a mask without transparency (an alpha
                 channel that is opaque everywhere counts as none). Without a mask, the pixels of the picture that are
                 not opaque are replaced; in a picture without transparency, all of it, which needs a strength below 1.
-            strength: above 0 to 1, the share of the steps that are taken. 1 starts from pure noise; less keeps more of
-                the picture, under the mask too.
+            strength: the share of the steps that are taken, above 0 and up to 1. 1 starts from pure noise; a lower
+                value keeps more of the picture, also under the mask.
             num_images_per_prompt: results of each prompt or picture, which are next to each other in the output.
             prior_num_inference_steps, decoder_num_inference_steps, super_res_num_inference_steps, generator,
                 prior_guidance_scale, decoder_guidance_scale, return_dict: as in `UnCLIPPipeline`.
@@ -116,11 +116,11 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
             jump_length: the steps of each part.
             embedding_from: "prompt", the prior's embedding; or "image", the picture's own, with the prompt only as the
                 decoder's caption. The prompt's by default, if there is one.
-            image_embeddings: [batch, embedding_dim] instead of both, an interpolation of the two for example.
+            image_embeddings: [batch, embedding_dim] in place of both, for example an interpolation of the two.
             negative_prompt, seed, callback_on_step_end, return_intermediates: as in `UnCLIPPipeline`.
             num_prior_candidates, prior_temperature, prior_top_p: as in `UnCLIPPipeline`, for a prompt's embedding.
-            height, width: of the result, both or neither. By default the result has the picture's shape and about as
-                many pixels as the model's own square.
+            height, width: size of the result; give both or neither. By default the result has the picture's shape and
+                about as many pixels as the model's own square.
 
         Raises:
             InputError: an argument is wrong (ImageError: a picture or mask is); no stage has run.
@@ -135,7 +135,7 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
         source = self._embedding_source(embedding_from, prompt, image_embeddings)
         given = read_pictures(image, mask_image, lambda size: self._result_size(size, height, width))
         if given.region is None and strength == 1:
-            raise InputError("nothing of the picture would stay: give mask_image, or a strength below 1")
+            raise InputError("nothing of the picture would be kept: give mask_image, or a strength below 1")
         rows = self._rows(prompt, given, image_embeddings)
         captions, negative = as_captions(prompt, rows), as_captions(negative_prompt, rows)
         count = check_count(num_images_per_prompt, rows)
@@ -172,24 +172,24 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
             output.images = known.with_transparency(output.images)
         return output if return_dict else output.to_tuple()
 
-    def _embedding_source(self, asked: str | None, prompt: Any, image_embeddings: Tensor | None) -> str:
+    def _embedding_source(self, requested: str | None, prompt: Any, image_embeddings: Tensor | None) -> str:
         """The source of the image embeddings: "prompt", "image" or "given"."""
         if image_embeddings is not None:
-            if asked is not None:
+            if requested is not None:
                 raise InputError("give image_embeddings or embedding_from, not both")
             check_embeddings(image_embeddings, self.prior.config.embedding_dim)
             return "given"
-        if asked is not None and asked not in EMBEDDING_SOURCES:
-            raise InputError(f"embedding_from is {asked!r}; it must be one of 'prompt', 'image'")
-        source = asked or ("image" if prompt is None else "prompt")
+        if requested is not None and requested not in EMBEDDING_SOURCES:
+            raise InputError(f"embedding_from is {requested!r}; it must be one of 'prompt', 'image'")
+        source = requested or ("image" if prompt is None else "prompt")
         if source == "prompt" and prompt is None:
-            raise InputError("embedding_from is 'prompt', but there is no prompt")
+            raise InputError("embedding_from is 'prompt', but no prompt is given")
         if source == "image" and self.image_encoder is None:
             raise InputError("this model has no image_encoder to embed the picture: give a prompt, or image_embeddings")
         return source
 
     def _rows(self, prompt: Any, given: MaskedPictures, image_embeddings: Tensor | None) -> int:
-        """The number of rows: of prompts, pictures or embeddings, of which any may be one for all."""
+        """The number of rows: that of the prompts, pictures or embeddings. One of a kind is used for all rows."""
         counts = {
             "prompts": 1 if prompt is None else len(as_prompts(prompt)),
             "pictures": len(given.originals),
@@ -204,7 +204,7 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
     def _result_size(self, size: Size, height: int | None, width: int | None) -> Size:
         """The result's height and width for a picture of height and width `size`."""
         if (height is None) != (width is None):
-            raise InputError("give height and width, or neither for the picture's shape")
+            raise InputError("give both height and width, or neither to keep the picture's shape")
         if height is None and size[0] != size[1]:
             own = list(self.sizes().values())[-1][0]
             height, width = cascade.fitted_size(own, cascade.side_multiple(self.decoder, self.cascade), size)

@@ -23,7 +23,7 @@ Seed = int | Sequence[int] | None
 
 
 class UnCLIPTextInterpolationPipeline(UnCLIPPipeline):
-    """Makes pictures that go from one caption to another; components as of `UnCLIPPipeline`.
+    """Makes pictures that change from one caption to another. The components are those of `UnCLIPPipeline`.
 
     The text embeddings and the hidden state of each token are interpolated spherically, and the prior and the decoder
     run for each picture.
@@ -56,14 +56,14 @@ class UnCLIPTextInterpolationPipeline(UnCLIPPipeline):
 
         Args:
             start_prompt, end_prompt: the two captions.
-            steps: how many pictures, from 1 to 1000; one is the first caption's.
+            steps: number of pictures, from 1 to 1000. A single picture is that of the first caption.
             generator: the source of all noise; a list has one for each picture.
             enable_sequential_cpu_offload: call the method of this name with `gpu_id` first. The community pipeline does
                 so by default.
             seed: one gives all pictures the same noise, so that only their captions differ; a list has one for each.
             prior_num_inference_steps, decoder_num_inference_steps, super_res_num_inference_steps, prior_guidance_scale,
                 decoder_guidance_scale, output_type, return_dict, num_prior_candidates, prior_temperature, prior_top_p,
-                callback_on_step_end: as of `UnCLIPPipeline`.
+                callback_on_step_end: as in `UnCLIPPipeline`.
 
         Raises: as `UnCLIPPipeline`.
         """
@@ -99,7 +99,9 @@ class UnCLIPTextInterpolationPipeline(UnCLIPPipeline):
 
 
 class UnCLIPImageInterpolationPipeline(UnCLIPImageVariationPipeline):
-    """Makes variations that go from one picture to another; components as of `UnCLIPImageVariationPipeline`.
+    """Makes variations that change from one picture to another.
+
+    The components are those of `UnCLIPImageVariationPipeline`.
 
     The image embeddings are interpolated spherically. To start and end with the pictures themselves, invert them; see
     `Manipulator` and `interpolate`.
@@ -127,20 +129,20 @@ class UnCLIPImageInterpolationPipeline(UnCLIPImageVariationPipeline):
 
         Args:
             image: two pictures or more, as `UnCLIPImageVariationPipeline` takes them.
-            steps: how many pictures, from 1 to 1000; of two given pictures, in equal steps of the angle.
+            steps: number of pictures, from 1 to 1000; between two pictures, in equal steps of the angle.
             generator: the source of all noise; a list has one for each picture.
-            image_embeddings: [batch, embedding_dim] instead of the pictures', two rows or more.
+            image_embeddings: [batch, embedding_dim] in place of `image`, two rows or more.
             decoder_latents, super_res_latents: x_T of the stages, [steps, 3, height, width].
             seed: one gives all pictures the same noise, so that only their embeddings differ; a list has one for each.
             decoder_num_inference_steps, super_res_num_inference_steps, decoder_guidance_scale, output_type,
-                return_dict, callback_on_step_end: as of `UnCLIPImageVariationPipeline`.
+                return_dict, callback_on_step_end: as in `UnCLIPImageVariationPipeline`.
 
         Raises: as `UnCLIPImageVariationPipeline`; InputError for only one picture.
         """
         self.check()
         embeddings = self.embed_images(image, image_embeddings)
         if len(embeddings) < 2:
-            raise InputError("there is one picture; an interpolation needs two or more, such as image=[first, last]")
+            raise InputError("an interpolation needs two or more pictures, such as image=[first, last]")
         places = _places(steps, len(embeddings))
         return super().__call__(
             image_embeddings=slerp_path(embeddings, places),

@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from unclip.checkpoints.asked import settled
+from unclip.checkpoints.loading_arguments import accepted_arguments
 from unclip.clip.encoders import TextEmbedding
 from unclip.diffusion.loop import NoiseSource, following_seed, generators_from_seed
 from unclip.diffusion.scheduler import DDIMScheduler
@@ -46,15 +46,15 @@ NUM_ROUNDS = 2
 
 
 class Manipulator(ModelFiles):
-    """Inverts pictures, decodes latents, turns captions into embeddings and directions, and writes and reads files.
+    """Inverts pictures, decodes latents, and computes embeddings and directions of captions.
 
-    It uses loaded pipelines and does not change them. Steps and guidance are those that the model recommends unless a
-    call sets them, but guidance is off (1) where a picture is inverted and decoded again.
+    It uses loaded pipelines and does not change them. Steps and guidance are those that the model recommends, unless
+    they are given. Only for pictures that are inverted and decoded again, guidance is off (1) by default.
 
     Args:
-        variation: embeds and decodes pictures.
-        text: samples embeddings of captions with its prior; None for a model without a prior. It may share components
-            with `variation`.
+        variation: the pipeline that embeds and decodes pictures.
+        text: the pipeline whose prior samples embeddings of captions; None for a model without a prior. It may share
+            components with `variation`.
     """
 
     def __init__(self, variation: UnCLIPImageVariationPipeline, text: UnCLIPPipeline | None = None) -> None:
@@ -65,11 +65,11 @@ class Manipulator(ModelFiles):
     def from_pretrained(cls, name_or_folder: str | Path = "unclip-emoji", **options: Any) -> Self:
         """Load a folder with an image encoder and a prior.
 
-        Arguments and errors as of a pipeline; components of either pipeline may be given.
+        Arguments and errors as in a pipeline; components of either pipeline may be given.
         """
         of_text, of_variation = UnCLIPPipeline.component_names(), UnCLIPImageVariationPipeline.component_names()
         own = [*inspect.signature(UnCLIPPipeline.from_pretrained).parameters][1:-1]
-        options = settled(options, cls.from_pretrained, [*own, *of_text, *of_variation])
+        options = accepted_arguments(options, cls.from_pretrained, [*own, *of_text, *of_variation])
         for_text = {name: each for name, each in options.items() if name in of_text or name not in of_variation}
         text = UnCLIPPipeline.from_pretrained(name_or_folder, **for_text)
         shared = {name: part for name, part in text.components.items() if name in of_variation}
@@ -106,7 +106,7 @@ class Manipulator(ModelFiles):
         """Find the latents that `decode` turns into these pictures, with the same steps, guidance and prompt.
 
         Args:
-            images: pictures of any mode, or arrays, as of `UnCLIPImageVariationPipeline`; those that are not square are
+            images: pictures of any mode, or arrays, as in `UnCLIPImageVariationPipeline`; those that are not square are
                 squashed, as for the image encoder.
             decoder_num_inference_steps, super_res_num_inference_steps: 2 to 1000; more steps are more exact (paper:
                 250). A list has one number for each super-resolution stage.
@@ -115,7 +115,7 @@ class Manipulator(ModelFiles):
             super_res: also find the x_T of every super-resolution stage, to keep the picture's fine detail. Each starts
                 from the smaller picture that `decode` will make.
             num_rounds: network evaluations for each step; more are more exact.
-            callback_on_step_end: as of a pipeline's call.
+            callback_on_step_end: as in a pipeline's call.
 
         Returns: one row for each picture, on the CPU.
 
@@ -162,13 +162,13 @@ class Manipulator(ModelFiles):
 
         Args:
             latent: one row for each picture.
-            eta: 0 is deterministic, and gives an inverted picture back; towards 1, more noise varies it.
+            eta: from 0 (deterministic; reconstructs an inverted picture) to 1 (most new noise in each step).
             seed: of all other noise: that of the steps, and of super-resolution where the latent has none. One seed
                 gives all rows the same noise, so that only their latents differ and a film does not flicker. A list has
                 one for each row; None draws from torch's global generator.
             decoder_num_inference_steps, super_res_num_inference_steps, decoder_guidance_scale, prompt: those of the
-                inversion give its picture back.
-            output_type, return_intermediates, callback_on_step_end: as of a pipeline's call.
+                inversion reconstruct its picture.
+            output_type, return_intermediates, callback_on_step_end: as in a pipeline's call.
 
         Raises:
             InputError: an argument is wrong, or the latent has the sizes of another model.
@@ -211,7 +211,7 @@ class Manipulator(ModelFiles):
 
         Args:
             latent: one row for each picture; super-resolution's noise is not needed.
-            decoder_num_inference_steps, decoder_guidance_scale, prompt, callback_on_step_end: as of `decode`.
+            decoder_num_inference_steps, decoder_guidance_scale, prompt, callback_on_step_end: as in `decode`.
 
         Returns: float32 [batch, 3, size, size] in [0, 1], on the CPU.
 
@@ -262,7 +262,7 @@ class Manipulator(ModelFiles):
             seed: one gives all captions the same noise; a list has one for each caption.
             num_samples: samples of each caption, with consecutive seeds from `seed`, that are averaged. A mean has less
                 random variation.
-            prior_num_inference_steps, prior_guidance_scale, num_prior_candidates, prior_temperature, prior_top_p: as of
+            prior_num_inference_steps, prior_guidance_scale, num_prior_candidates, prior_temperature, prior_top_p: as in
                 a call of `UnCLIPPipeline`; by default as the model recommends. One sample of a caption is the embedding
                 of such a call with the same seed.
             one_choice: False: each caption keeps its closest candidate, so captions may keep candidates of different
@@ -272,7 +272,9 @@ class Manipulator(ModelFiles):
         Raises: CheckpointError for a model without a prior; InputError for a wrong argument.
         """
         if self.text is None:
-            raise CheckpointError("this model has no prior for captions: give pictures, or a model with a prior")
+            raise CheckpointError(
+                "this model has no prior, which captions need: give pictures, or use a model with a prior"
+            )
         captions = as_prompts(captions)
         num_samples = check_count(num_samples, len(captions), "num_samples")
         first = several(seed) or [seed] * len(captions)
@@ -308,7 +310,7 @@ class Manipulator(ModelFiles):
             through_prior: True: the difference of the image embeddings that the prior samples for the two captions with
                 the same noise. Texts and images are apart in CLIP's space, more so in a small CLIP, and the prior
                 bridges this gap. False, as in the paper: the difference of the two text embeddings.
-            seed, num_samples, num_prior_candidates, prior_temperature, prior_top_p: of the prior, as of
+            seed, num_samples, num_prior_candidates, prior_temperature, prior_top_p: of the prior, as in
                 `embed_captions`. Both captions keep the candidate of the same number (`one_choice`), so that their
                 noise does not differ. One candidate is enough, since the samples are averaged.
 
@@ -339,7 +341,7 @@ class Manipulator(ModelFiles):
         return pipe
 
     def _setting(self, name: str, given: Any) -> Any:
-        """An argument of a pipeline's call: as given, or as the model recommends, or the default."""
+        """An argument of a pipeline's call: the given value, else the recommended one, else the default."""
         if given is not None:
             return given
         pipe = self.text if SETTINGS[name].of_prior and self.text is not None else self.variation
@@ -353,7 +355,7 @@ class Manipulator(ModelFiles):
     def _texts(
         self, prompt: str | Sequence[str] | None, rows: int, run: StageRun[DecoderCondition]
     ) -> tuple[TextEmbedding, TextEmbedding | None]:
-        """The captions that the decoder sees, and the empty one where it is guided."""
+        """The captions for the decoder, and the empty caption if it is guided."""
         pipe = self.variation
         text = encode(pipe.caption_encoder, as_captions(prompt, rows), rows, 1, pipe.device)
         return text, encode(pipe.caption_encoder, [""], rows, 1, pipe.device) if run.guided else None

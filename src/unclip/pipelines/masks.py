@@ -89,7 +89,8 @@ def read_pictures(image: Any, mask_image: Any, fit: Callable[[Size], Size]) -> M
     if len(sizes) > 1:
         some = ", ".join(f"{width}×{height}" for height, width in sorted(sizes))
         raise InputError(
-            f"these pictures have different shapes (they would become {some}); give height and width, or one at a time"
+            f"these pictures have different shapes (their results would be {some}); give height and "
+            "width, or one picture at a time"
         )
     size = sizes.pop()
     regions = [drawn_region(*pair) for pair in zip(pictures, masks, strict=True)]
@@ -125,7 +126,7 @@ def drawn_region(picture: Image.Image, mask: Image.Image | None) -> Tensor | Non
     if mask is not None and region.shape != (upright := rgb(picture)).size[::-1]:
         raise ImageError(
             f"the mask is {region.shape[1]}×{region.shape[0]} pixels, its picture {upright.width}×{upright.height}; "
-            "they must be of one size"
+            "they must have the same size"
         )
     if not region.any():
         raise ImageError(f"the {'picture' if mask is None else 'mask'} {remedy}")

@@ -68,7 +68,7 @@ class ModelFiles:
         latent, about = BipartiteLatent.load(path)
         if not _may_be_made_by(about.pop("fingerprint", ""), _decoder(self.variation)):
             raise CheckpointError(
-                f"{path} was made with {_model(about)}, not with this one, and means nothing to it. "
+                f"{path} was made with {_model(about)}, not with this one, and cannot be used with it. "
                 "Invert the picture again with this model"
             )
         try:
@@ -78,8 +78,8 @@ class ModelFiles:
         noise = about.pop("super_res_fingerprints", "").split(",")
         if not all(map(_may_be_made_by, noise, _super_res(self.variation))):
             raise CheckpointError(
-                f"{path} has super-resolution noise that was found with other super-resolution networks than this "
-                "model's, and means nothing to them. Invert the picture again with this model"
+                f"{path} has super-resolution noise of other super-resolution networks than those of this model. "
+                "Invert the picture again with this model"
             )
         return latent, about
 
@@ -91,7 +91,7 @@ class ModelFiles:
         about: Mapping[str, str] | None = None,
         overwrite: bool = False,
     ) -> Path:
-        """Write components of this model's embeddings, with its image encoder's fingerprint; arguments as of `save`."""
+        """Write components of this model's embeddings, with its image encoder's fingerprint; arguments as in `save`."""
         texts = {**(about or {}), "image_encoder": _made_by([self.variation.image_encoder])}
         return components.save(path, about=texts, overwrite=overwrite)
 
@@ -105,8 +105,8 @@ class ModelFiles:
         known = _may_be_made_by(about.get("image_encoder", ""), [encoder])
         if not known or components.dim != encoder.config.projection_dim:
             raise CheckpointError(
-                f"{path} was fitted with the image encoder of {_model(about)}, and this model has another one, whose "
-                "embeddings have other components. Fit them again with this model"
+                f"{path} was fitted with the image encoder of {_model(about)}, but this model has another one. Fit "
+                "the components again with this model"
             )
         return components
 
@@ -116,7 +116,9 @@ class ModelFiles:
         check_embeddings(latent.image_embedding, pipe.text_proj.config.clip_embeddings_dim)
         stages = {"decoder": pipe.decoder_stage(), **pipe.super_res_stages()}
         if len(noise) >= len(stages):
-            raise InputError(f"it has noise of {len(noise)} super-resolution stages; this model has {len(stages) - 1}")
+            raise InputError(
+                f"it has noise of {len(noise)} super-resolution stages, but this model has {len(stages) - 1} stages"
+            )
         for (name, stage), given in zip(stages.items(), (latent.decoder_latents, *noise), strict=False):
             check_latents(given, f"{name}_latents", stage.sample_shape(len(latent)))
 

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from unclip.checkpoints.asked import asked_type, settled
 from unclip.checkpoints.files import atomic_folder, read_json, safe_join, write_json
 from unclip.checkpoints.hub import resolve
 from unclip.checkpoints.layout import API_VERSION, CLASSES, CONCEPTS_FILE, FURTHER, ProbeFile
+from unclip.checkpoints.loading_arguments import accepted_arguments, weights_type
 from unclip.checkpoints.recommended import Recommended, read_recommended, write_recommended
 from unclip.checkpoints.weights import offload_hooks, original, state_of
 from unclip.clip.concepts import Concepts
@@ -160,10 +160,10 @@ class Pipeline:
             name_or_folder: a folder, a hub repository (`owner/name`), or the built-in model's name.
             torch_dtype: the type of all weights, or its name; float32 by default. "auto" keeps the type of each
                 component's file. A mapping has types by component, and "default" for the others.
-            dtype: another name of `torch_dtype`.
+            dtype: another name for `torch_dtype`.
             variant: "fp16" for example reads `diffusion_pytorch_model.fp16.safetensors` of the components that have
                 this file, and the plain weights of the others.
-            revision, cache_dir, local_files_only, token: as of the hub client.
+            revision, cache_dir, local_files_only, token: as in the hub client.
             use_safetensors: True or None; other files are not read.
             device_map: the device to load to; only one is supported.
             own_clip: read CLIP by unclip's own classes (`clip/networks.py`, `clip/tokenizer.py`,
@@ -177,7 +177,7 @@ class Pipeline:
             CheckpointError: something is missing, broken or unsafe; the message names the component.
             ConfigError: a component is of an unknown class, or does not fit the others.
         """
-        parts = settled(components, cls.from_pretrained, cls.component_names())
+        parts = accepted_arguments(components, cls.from_pretrained, cls.component_names())
         types = _types(torch_dtype if dtype is None else dtype, use_safetensors)
         device = _one_device(device_map)
         folder = resolve(
@@ -203,8 +203,8 @@ class Pipeline:
         width = self.networks["text_encoder"].config.projection_dim if concepts is not None else 0  # type: ignore[union-attr]
         if concepts is not None and concepts.embeddings.shape[1] != width:
             raise CheckpointError(
-                f"{folder / CONCEPTS_FILE} has embeddings of width {concepts.embeddings.shape[1]}, the text encoder "
-                f"of width {width}: remove the file, or write it again"
+                f"{folder / CONCEPTS_FILE} has embeddings of width {concepts.embeddings.shape[1]}, but the text "
+                f"encoder has width {width}: remove the file, or write it again"
             )
         self.concepts = concepts
 
@@ -212,7 +212,7 @@ class Pipeline:
     def _read(
         cls, source: "Source", names: Iterable[str], types: Mapping[str, torch.dtype | str | None]
     ) -> dict[str, Any]:
-        """The named components of a folder, without optional ones that it lacks; `types` as of `_types`."""
+        """The named components of a folder, without optional ones that it lacks; `types` as in `_types`."""
         index = read_json(safe_join(source.folder, "model_index.json"))
         missing = {name for name in cls.OPTIONAL if index.get(name) in (None, [None, None])}
         to_read = [name for name in names if name not in missing]
@@ -242,7 +242,7 @@ class Pipeline:
         networks, so a change in one of the two pipelines holds for both; networks that were read here take part when
         offloading is next enabled.
 
-        Raises: InputError when `pipeline` is not a pipeline of unclip's, or lacks components and was not loaded from a
+        Raises: InputError when `pipeline` is not a pipeline of unclip, or lacks components and was not loaded from a
         folder; CheckpointError when that folder lacks them too.
         """
         if not isinstance(pipeline, Pipeline):
@@ -258,8 +258,8 @@ class Pipeline:
                     part.to(pipeline.device)
         elif needed := [name for name in lacking if name not in cls.OPTIONAL]:
             raise InputError(
-                f"{cls.__name__} needs {', '.join(needed)}, and the {type(pipeline).__name__} was not loaded from a "
-                f"folder that could have them; give them by name, as in from_pipe(pipe, {needed[0]}=…)"
+                f"{cls.__name__} needs {', '.join(needed)}, but the {type(pipeline).__name__} was not loaded from a "
+                f"folder; give them by name, as in from_pipe(pipe, {needed[0]}=…)"
             )
         made = cls(**shared | read | components)
         made._source = pipeline._source
@@ -466,14 +466,16 @@ def _class_name(index: Mapping[str, Any], name: str, pipeline: str, folder: Path
     return entry[1]
 
 
-def _types(asked: Any, use_safetensors: bool | None) -> dict[str, torch.dtype | str | None]:
+def _types(torch_dtype: Any, use_safetensors: bool | None) -> dict[str, torch.dtype | str | None]:
     """The types of the weights by component, and "default" for all others."""
-    given = asked if isinstance(asked, Mapping) else {"default": asked}
+    given = torch_dtype if isinstance(torch_dtype, Mapping) else {"default": torch_dtype}
     for name in given:
         if name not in {"default", *CLASSES, *FURTHER}:
-            raise InputError(f"torch_dtype has a type for {name!r}, which no pipeline has; all others: 'default'")
-    asked_type(None, use_safetensors)
-    return {name: asked_type(one) for name, one in given.items()}
+            raise InputError(
+                f"torch_dtype has a type for {name!r}, but no pipeline has this component; use 'default' for all others"
+            )
+    weights_type(None, use_safetensors)
+    return {name: weights_type(one) for name, one in given.items()}
 
 
 def _one_device(device_map: Any) -> torch.device | None:
@@ -489,5 +491,5 @@ def _accelerator(gpu_id: int | None, device: torch.device | str | None) -> torch
         return torch.device(device)
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if found is None:
-        raise InputError("offloading needs an accelerator, and this machine has none; use device='cpu' to try it")
+        raise InputError("offloading needs an accelerator, but this machine has none; use device='cpu' to test it")
     return torch.device(found.type, 0 if gpu_id is None else whole(gpu_id, "gpu_id", 0))

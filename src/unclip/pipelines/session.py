@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 STAGES = ("prior", "decoder", "super_res", *FURTHER_SUPER_RES)
 PRIOR_SAMPLING = ("num_prior_candidates", "prior_temperature", "prior_top_p")
-"""Settings that a call gets only where they are given or recommended: most models have no use for them."""
+"""Settings that a call receives only if they are given or recommended, since most models do not use them."""
 MADE_WITH = "made_with"
 """The PNG text that records the software, the device and the weights."""
 
@@ -46,7 +46,7 @@ P = TypeVar("P", bound="GenerationPipeline")
 
 @dataclass(frozen=True)
 class Compute:
-    """Where a model computes, and in which precision.
+    """The device and the precision of the computation.
 
     Attributes:
         dtype: type of the weights: "float32", "bfloat16" or "float16".
@@ -62,20 +62,20 @@ class Compute:
 
     @property
     def tile_fact(self) -> dict[str, int]:
-        """What the metadata of pictures and latents says of the tile."""
+        """The tile in the metadata of pictures and latents."""
         return {} if self.tile is None else {TILE: self.tile}
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the metadata of pictures says of the computation."""
+        """The device and the precision in the metadata of pictures."""
         return {**self.tile_fact, "dtype": str(self.dtype)}
 
 
 class Session:
     """One model with its settings, and the pipelines that are loaded from it.
 
-    Opening a session reads no weights. Each kind of pipeline is loaded when it is first asked for, and uses the parts
-    that are loaded already. Several threads may use one session: loading is serialized, and calls of a pipeline change
+    Opening a session reads no weights. Each kind of pipeline is loaded when it is first needed, and shares the parts
+    that were loaded before. Several threads may use one session: loading is serialized, and calls of a pipeline change
     nothing in it. `sampler_switch` does change the pipeline, for all threads.
 
     Args:
@@ -157,7 +157,7 @@ class Session:
     def metadata(
         self, pipe: "Pipeline", settings: Mapping[str, Any], call: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """What the files of all pictures of a call say of the model, the settings, the software and the device.
+        """The metadata of all pictures of a call: the model, the settings, the software and the device.
 
         Args:
             pipe: the pipeline that makes the pictures.
@@ -189,7 +189,7 @@ class Session:
 
 
 def model_name(name: str) -> str:
-    """The model as metadata records it: of a folder only its own name, without its place on this machine."""
+    """The model's name in metadata: for a folder, its own name without the path."""
     return Path(name).resolve().name if os.path.isdir(name) else name
 
 
@@ -207,7 +207,7 @@ def pick_device(name: str) -> "torch.device":
     if found is not None:
         has += [found.type, *(f"{found.type}:{i}" for i in range(torch.accelerator.device_count()))]
     if name not in has:
-        raise InputError(f"the device is {name!r}; this machine has {', '.join(has)}")
+        raise InputError(f"the device is {name!r}; available devices: {', '.join(has)}")
     return torch.device(name)
 
 
@@ -309,7 +309,7 @@ def read_texts(path: Path) -> dict[str, Any]:
 
 
 def silence(*, downloads: bool) -> None:
-    """Turn off progress bars and advice of transformers, and the download bars of the hub client if asked."""
+    """Turn off progress bars and advice of transformers, and the download bars of the hub client if requested."""
     from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging
 

@@ -91,15 +91,15 @@ class Call:
         for name, result in results.items():
             if bool(result.isfinite().all()):
                 continue
-            inputs = "embeddings, latents or text_model_output that were given are too large"
+            inputs = "given embeddings, latents or text_model_output are too large"
             cause = f"the {inputs}, or the model's weights are damaged"
             if any(network.dtype == torch.float16 for network in self.pipe.networks.values()):
                 largest = f"{torch.finfo(torch.float16).max:g}"
                 cause = (
-                    f"float16 ends at {largest}, which some number exceeded: load the model with "
+                    f"a number exceeded {largest}, the largest of float16: load the model with "
                     f"torch_dtype=torch.bfloat16 or torch.float32; or the {inputs}"
                 )
-            raise NonFiniteError(f"the {name} came out as NaN or infinity. Most likely {cause}")
+            raise NonFiniteError(f"{name}: the result is NaN or infinite. Likely cause: {cause}")
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,7 @@ def invert_super_res(
     Args:
         runs: sample by DDIM without noise.
         small: the decoder's pictures, [batch, 3, size, size] in [-1, 1].
-        pictures, call, num_rounds: as of `StageRun.invert`.
+        pictures, call, num_rounds: as in `StageRun.invert`.
     """
     found: list[Tensor] = []
     for run in runs:

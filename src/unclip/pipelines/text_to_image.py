@@ -130,8 +130,8 @@ class UnCLIPPipeline(GenerationPipeline):
                 prompt.
             seed: picture i is made with seed + i (or the i-th of a list), independently of the others in its batch.
             num_prior_candidates: image embeddings sampled for each caption, 1 to 1000 (paper §2.2: 2). The one with the
-                largest dot product with the text embedding, both normalised, is kept. The first candidate is the one
-                that is sampled without others, and gets `prior_latents`.
+                largest dot product with the text embedding, both normalised, is kept. The first candidate is the same
+                as without others, and uses `prior_latents`.
             prior_temperature, prior_top_p: the sampling of an autoregressive prior's codes, from 0 to 100 and above 0
                 to 1; see `AutoregressivePriorStage`. A diffusion prior takes only 1.
             image_embeddings: [batch, embedding_dim]; the prior does not run then.
@@ -165,7 +165,9 @@ class UnCLIPPipeline(GenerationPipeline):
         if image_embeddings is not None:
             check_embeddings(image_embeddings, self.prior.config.embedding_dim)
             if prior_latents is not None:
-                raise InputError("prior_latents are not used with image_embeddings, as no prior runs: give one of them")
+                raise InputError(
+                    "give either prior_latents or image_embeddings: with image_embeddings, the prior does not run"
+                )
         text = self._text_of(prompt, text_model_output, text_attention_mask, image_embeddings)
         rows = len(text)
         negative = as_captions(negative_prompt, rows)
@@ -207,9 +209,9 @@ class UnCLIPPipeline(GenerationPipeline):
         Args:
             prompt: a caption, or several.
             num_inference_steps, guidance_scale: of the prior.
-            generator, seed: as of a call; `seed=[7] * n` gives all captions the same noise, so that only their meaning
+            generator, seed: as in a call; `seed=[7] * n` gives all captions the same noise, so that only their meaning
                 differs.
-            num_prior_candidates, prior_temperature, prior_top_p: as of a call, which samples the same embedding.
+            num_prior_candidates, prior_temperature, prior_top_p: as in a call, which samples the same embedding.
             captions_per_choice: this many consecutive captions keep the candidate of the same number, whose dot
                 products with all of them have the largest sum. With 1, captions of one seed may keep candidates of
                 different noise. It must divide the number of captions.
@@ -259,7 +261,7 @@ class UnCLIPPipeline(GenerationPipeline):
         if isinstance(self.prior.config, PriorConfig):  # a compiled prior is of another class
             if (temperature, top_p) != (1, 1):
                 raise InputError(
-                    f"prior_temperature is {temperature} and prior_top_p {top_p}, but a diffusion prior draws no "
+                    f"prior_temperature is {temperature} and prior_top_p {top_p}, but a diffusion prior samples no "
                     "codes: leave them out, or load an AutoregressivePrior"
                 )
             assert self.prior_scheduler is not None  # see check

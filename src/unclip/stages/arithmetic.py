@@ -109,13 +109,13 @@ def blend(embeddings: Tensor, weights: Sequence[float] | Tensor) -> Tensor:
         found = f"{_shape(embeddings)} and {_shape(factor)}"
         raise InputError(f"a blend needs embeddings [count, dim] and [count] weights, not {found}")
     if not factor.any():
-        raise InputError(f"the weights are {factor.tolist()}; they must be numbers, not all 0")
+        raise InputError(f"the weights are {factor.tolist()}; they must be finite numbers, not all 0")
     x = embeddings.to(exact)
     norms = _norm(x, "blend's embeddings")
     factor = (factor / factor.abs().sum())[:, None]
     total = (factor * x / norms).sum(dim=0)
     if float(total.norm()) < PARALLEL:
-        raise InputError("the embeddings cancel out with these weights: nothing is left to show")
+        raise InputError("the embeddings cancel out with these weights: change the weights")
     return (total / total.norm() * (factor.abs() * norms).sum()).float()
 
 
@@ -137,7 +137,7 @@ def difference(target: Tensor, source: Tensor) -> Tensor:
     apart = target / _norm(target, "target") - source / _norm(source, "source")
     norm = apart.norm(dim=-1, keepdim=True)
     if bool((norm < PARALLEL).any()):
-        raise InputError("the two captions have the same embedding, so there is no difference: use two others")
+        raise InputError("the two captions have the same embedding, so their difference is zero: use other captions")
     return (apart / norm).float()
 
 
@@ -155,7 +155,7 @@ def turn(embedding: Tensor, direction: Tensor, strength: float | Sequence[float]
     """
     if not isinstance(direction, Tensor) or direction.ndim not in (1, 2) or direction.shape[-1] != embedding.shape[-1]:
         found = _shape(direction) if isinstance(direction, Tensor) else type(direction).__name__
-        raise InputError(f"the direction is {found}; embeddings {_shape(embedding)} are turned by one of their width")
+        raise InputError(f"the direction is {found}; it must have the width of the embeddings {_shape(embedding)}")
     scale = embedding.float().norm(dim=-1, keepdim=True) / _norm(direction.float(), "direction")
     return slerp(embedding, direction.float() * scale, strength)
 
@@ -168,7 +168,7 @@ def exact_type(device: torch.device) -> torch.dtype:
 def _norm(rows: Tensor, what: str) -> Tensor:
     norm = rows.norm(dim=-1, keepdim=True)
     if not bool((norm.isfinite() & (norm > 0)).all()):
-        raise InputError(f"{what} has a row that is zero or not finite, and has no direction")
+        raise InputError(f"{what} has a row without a direction: it is zero or not finite")
     return norm
 
 

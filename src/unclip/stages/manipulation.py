@@ -83,7 +83,7 @@ class BipartiteLatent:
         for name in kept:
             parts = [each._parts()[name] for each in every]
             if len({part.shape[1:] for part in parts}) > 1:
-                raise InputError(f"{name} are of different sizes; the latents are of different models")
+                raise InputError(f"{name} have different sizes; the latents belong to different models")
             joined[name] = torch.cat(parts)
         return self._named(joined)
 
@@ -142,7 +142,7 @@ def interpolate(latent: BipartiteLatent, num_between: int, *, one_noise: bool = 
     Args:
         latent: two rows or more.
         num_between: frames between neighbouring rows, 0 or more.
-        one_noise: as of `path_at`.
+        one_noise: as in `path_at`.
 
     Returns: (rows - 1) * (num_between + 1) + 1 rows, with the given ones among them.
 
@@ -196,7 +196,7 @@ def probe(latent: BipartiteLatent, components: PrincipalComponents, counts: int 
     """
     kept = [counts] if (each := several(counts)) is None else each
     if not kept:
-        raise InputError("counts are []; give one number of components, or a list of one or more")
+        raise InputError("counts are empty; give one or more numbers of components")
     embedding = _one_row(latent).image_embedding
     coordinates = [
         components.project(embedding, whole(count, "counts", 0, components.num_components)) for count in kept
@@ -207,7 +207,7 @@ def probe(latent: BipartiteLatent, components: PrincipalComponents, counts: int 
 def _one_row(latent: BipartiteLatent) -> BipartiteLatent:
     """The latent itself. Raises: InputError unless it is one row."""
     if len(latent) != 1:
-        raise InputError(f"there are {len(latent)} rows; take one: latent.select([0])")
+        raise InputError(f"there are {len(latent)} rows; select one: latent.select([0])")
     return latent
 
 
@@ -236,7 +236,7 @@ def even_places(
         num_between: frames between neighbouring rows, 0 or more.
         draw: decodes latents without super-resolution's noise into pictures [batch, ...] in [0, 1], with the settings
             of the final frames: `Manipulator.decode_small`, or a `functools.partial` of it.
-        one_noise: as of `path_at`.
+        one_noise: as in `path_at`.
         num_drawings: how many times the path is decoded; more are more even. 0 gives equal steps of the angle.
         batch_size: frames that are decoded at once.
 
@@ -255,7 +255,7 @@ def even_places(
             batch = path_at(points, places[start : start + batch_size], one_noise=one_noise)
             made = draw(batch)
             if not isinstance(made, Tensor) or len(made) != len(batch):
-                raise InputError(f"draw returned no tensor of {len(batch)} pictures, one for each latent")
+                raise InputError(f"draw must return a tensor of {len(batch)} pictures, one for each latent")
             pictures += made
         return pictures
 

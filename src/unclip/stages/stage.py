@@ -135,9 +135,9 @@ def invert(
 
     Args:
         stage: the diffusion model.
-        condition, null, guidance_scale: as of `sample`.
+        condition, null, guidance_scale: as in `sample`.
         x0: clean samples, of `stage.sample_shape`.
-        timesteps: as of `sample`, descending.
+        timesteps: as in `sample`, descending.
         num_rounds: network evaluations for each step; see `FixedPointInversionSampler`.
 
     Returns: float32, of x0's shape.

@@ -37,7 +37,9 @@ class Tiling:
         for name in ("tile_px", "overlap_px"):
             object.__setattr__(self, name, whole(getattr(self, name), name, unit="whole number of pixels"))
         if 2 * self.overlap_px > self.tile_px:
-            raise InputError(f"tiles of {self.tile_px} px overlap by {self.overlap_px} px; they may overlap by half")
+            raise InputError(
+                f"tiles of {self.tile_px} px overlap by {self.overlap_px} px; they may overlap by at most half"
+            )
 
     def check_multiple(self, multiple: int) -> None:
         """Raises: InputError unless both sizes are multiples of `multiple`."""
@@ -98,7 +100,7 @@ class SuperResStage:
     """Diffuses large pictures [batch, 3, height, width], conditioned on the enlarged small ones.
 
     Attributes:
-        first: the network of every timestep but 0.
+        first: the network of every timestep except 0.
         last: the network of timestep 0. Karlo's schedule always ends there, and its second network was tuned only for
             it. A path without timestep 0 (of one step, or DPM-Solver's) uses only the first network.
         size: height and width; None: a square of the first network's `sample_size`.

@@ -118,8 +118,8 @@ def _further(runs: Sequence[Path | tuple[Path, int]]) -> dict[str, Any]:
     if len(runs) > len(FURTHER_SUPER_RES):
         raise InputError(f"there are {len(runs)} further super-resolution stages; at most {len(FURTHER_SUPER_RES)}")
     components: dict[str, Any] = {}
-    for stage, asked in zip(FURTHER_SUPER_RES, runs, strict=False):
-        run, size_px = asked if isinstance(asked, tuple) else (asked, None)
+    for stage, given in zip(FURTHER_SUPER_RES, runs, strict=False):
+        run, size_px = given if isinstance(given, tuple) else (given, None)
         there = stage if (_model(run) / f"{stage}_first").is_dir() else "super_res"
         components[f"{stage}_scheduler"] = _read(run, stage, f"{there}_scheduler", "UnCLIPScheduler")
         for part in ["first"] + ["last"] * (_model(run) / f"{there}_last").is_dir():
@@ -162,5 +162,5 @@ def _model(run: Path) -> Path:
 def _read(run: Path, stage: str, name: str, class_name: str) -> Any:
     model = _model(run)
     if not (model / name).is_dir():
-        raise MissingFileError(f"{run} has neither model/{name} nor {name}: train {stage} there first")
+        raise MissingFileError(f"{run} has neither model/{name} nor {name}: train the stage {stage} first")
     return read_component(model, name, class_name, torch_dtype=None, variant=None)

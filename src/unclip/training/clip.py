@@ -139,7 +139,7 @@ class ContrastivePair(nn.Module):
         """Text embeddings [batch, width]. Texts of similar length are encoded together to reduce padding."""
         if len(input_ids) < LENGTH_GROUPS or input_ids.is_meta:
             return self.text(input_ids=input_ids).text_embeds.float()
-        is_padding = (input_ids == input_ids[:, -1:]).flip(1).cumprod(dim=1)  # at the end, one token again and again
+        is_padding = (input_ids == input_ids[:, -1:]).flip(1).cumprod(dim=1)  # repetitions of one token at the end
         lengths = input_ids.shape[1] - is_padding.sum(dim=1) + 1
         order = lengths.argsort()
         groups = [
@@ -382,8 +382,8 @@ def _start(folder: Path, settings: ClipSettings) -> PretrainedClip:
         "image_heads": image.num_attention_heads, "text_config": {}, "image_config": {},
     }  # fmt: skip
     default = vars(ClipSettings())
-    asked = {name: value for name, value in vars(settings).items() if name in found and value != default[name]}
-    other = differences(found, asked)
+    requested = {name: value for name, value in vars(settings).items() if name in found and value != default[name]}
+    other = differences(found, requested)
     refuse(other, f"the recipe's CLIP differs from the one in {folder}: {other}. Remove these settings")
     return clip
 

@@ -1,4 +1,4 @@
-"""Writes down what a model knows: the concepts of its data set, and how close a caption must be to one of them."""
+"""Computes the concepts of a data set, and the threshold below which a caption is unknown."""
 
 import itertools
 import re
@@ -80,7 +80,7 @@ def _groups(pictures: CaptionedPictures) -> dict[str, list[int]]:
         if key:
             groups.setdefault(key, []).append(row)
     if not groups:
-        raise DataError("the data set has no pictures that a model is trained on")
+        raise DataError("the data set has no pictures for training")
     return groups
 
 
@@ -105,7 +105,7 @@ def _known_captions(phrases: Path) -> list[str]:
     """
     found = [phrase.text for phrase in read_phrases(phrases) if phrase.concepts]
     if not found:
-        raise DataError(f"no phrase in {phrases} names concepts")
+        raise DataError(f"no phrase in {phrases} has concepts")
     return found
 
 

@@ -84,7 +84,7 @@ class FrozenClip:
         if found not in (None, self.fingerprint):
             warnings.warn(
                 f"the model in {start} was trained with another CLIP ({found:.12}…) than the one in {folder} "
-                f"({self.fingerprint:.12}…), or with the same one saved differently: it must adapt to the new one",
+                f"({self.fingerprint:.12}…), or with the same CLIP in another form: the network must adapt to it",
                 stacklevel=3,
             )
 

@@ -80,8 +80,8 @@ def first_network(cls: type[N], name: str, settings: dict[str, Any], recipe: Rec
         network.initialize_for_training(torch.Generator().manual_seed(recipe.seed))
         return network
     network = read_component(Path(recipe.start_from), name, cls.__name__, torch_dtype=torch.float32, variant=None)
-    asked = network.config_class.from_dict(dict(network.config) | settings)
-    other = differences(network.config, {key: asked[key] for key in settings})
+    requested = network.config_class.from_dict(dict(network.config) | settings)
+    other = differences(network.config, {key: requested[key] for key in settings})
     what = f"the recipe's {name} differs from the one in {recipe.start_from}: {other}"
     refuse(other, f"{what}. Remove these settings, or remove start_from")
     return network.train()

@@ -60,8 +60,8 @@ def embed(
     """
     encoder, damage = FrozenClip(clip, device=device), Damage()
     pixels_as = json.loads(encoder.feature_extractor.to_json_string())
-    asked = {"clip": encoder.fingerprint, "feature_extractor": pixels_as}
-    shards = Unfinished(out, asked | {"keep_pictures": keep_pictures, "per_shard": per_shard})
+    settings = {"clip": encoder.fingerprint, "feature_extractor": pixels_as}
+    shards = Unfinished(out, settings | {"keep_pictures": keep_pictures, "per_shard": per_shard})
     samples = raw_samples(data, damage, keys=keys)
     stream = iter(progress(samples, desc="embedding", unit="sample") if progress else samples)
     for number in itertools.count():

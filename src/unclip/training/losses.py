@@ -103,7 +103,9 @@ def _image_model(folder: Path) -> tuple[Any, Sequence[float], Sequence[float]]:
     # The checkpoint of a classifier has no pooling layer; hidden states do not need it.
     missing = sorted(name for name in map(str, about_weights["missing_keys"]) if not name.startswith("pooler."))
     if missing:
-        raise WeightsError(f"{folder} lacks {len(missing)} weights of the model in its config.json ({missing[0]}…)")
+        raise WeightsError(
+            f"{folder} lacks {len(missing)} weights of the model that its config.json describes ({missing[0]}…)"
+        )
     return network, *_mean_and_spread(folder)
 
 

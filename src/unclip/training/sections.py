@@ -92,7 +92,7 @@ class Section:
         """
         hints = cls.hints()
         for key in table.keys() - hints.keys():
-            raise ConfigError(f"unknown key {where}{key:.80}; known here: {', '.join(sorted(hints))}")
+            raise ConfigError(f"unknown key {where}{key:.80}; supported: {', '.join(sorted(hints))}")
         values = {key: _value(hints[key], value, base, f"{where}{key}") for key, value in table.items()}
         for field in dataclasses.fields(cls):
             is_needed = field.default is MISSING and field.default_factory is MISSING

@@ -22,15 +22,15 @@ UNITS = (PriorBlock, ResnetBlock, AddedKeyValueAttention, CLIPEncoderLayer)
 LAUNCHER_FLAG = "ACCELERATE_USE_FSDP"
 
 
-def asked_by_launcher() -> bool:
+def requested_by_launcher() -> bool:
     """Whether `accelerate launch --use_fsdp` started this process. The call removes the launcher's flag.
 
     With the flag set, accelerate would wrap the module itself (only on accelerators, and only its `forward`), and
     transformers would not load the frozen CLIP's weights except in the first process.
     """
-    asked = parse_flag_from_env(LAUNCHER_FLAG)
+    requested = parse_flag_from_env(LAUNCHER_FLAG)
     os.environ.pop(LAUNCHER_FLAG, None)
-    return asked
+    return requested
 
 
 def sharded(module: nn.Module, device: torch.device) -> nn.Module:
@@ -64,7 +64,7 @@ def is_sharded(module: nn.Module) -> bool:
 def leave_group(module: nn.Module) -> None:
     """Release the process group of a sharded module that is no longer used.
 
-    The device meshes and PyTorch's caches of sharded operations refer to the group. There is no public API for it.
+    The device meshes and PyTorch's caches of sharded operations refer to the group. PyTorch has no public API for it.
     """
     for mesh in {parameter.device_mesh for parameter in module.parameters() if isinstance(parameter, DTensor)}:
         getattr(mesh, "_pg_registry", {}).clear()

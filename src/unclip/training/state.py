@@ -122,7 +122,9 @@ class RunFolder:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(handle)
-            raise TrainingError(f"another process trains in {self.path}; wait, or choose another folder") from error
+            raise TrainingError(
+                f"another process is training in {self.path}; wait, or choose another folder"
+            ) from error
         except OSError:
             pass  # a file system without locks
         try:
@@ -182,7 +184,7 @@ class RunFolder:
         path, now = self.path / "versions.json", versions()
         before = _read_if_sound(path).get("runs", []) if step else []
         if not isinstance(before, list) or not all(isinstance(run, dict) for run in before):
-            raise CheckpointError(f"{path} is not a list of versions: remove it")
+            raise CheckpointError(f"{path} is not a valid list of versions: remove it")
         if not before or {key: before[-1].get(key) for key in now} != now:
             write_json(path, {"runs": [*before, {"from_step": step, **now}]})
 
@@ -204,9 +206,7 @@ class RunFolder:
         """A phrase for messages: which checkpoint exists."""
         step = _read_if_sound(self.state / "state.json").get("step")
         return (
-            "there is no checkpoint yet"
-            if step is None
-            else f"the checkpoint of step {step} in {self.state} is complete"
+            "no checkpoint exists yet" if step is None else f"the checkpoint of step {step} in {self.state} is complete"
         )
 
     def read_state(self, recipe: Recipe, module: nn.Module, fingerprint: str) -> Snapshot | None:

@@ -147,7 +147,7 @@ def make_task(recipe: Recipe, progress: Callable[..., Any] | None = None, *, run
 
 
 def computes_on_cpu() -> bool:
-    """Whether training runs on the CPU: there is no accelerator, or ACCELERATE_USE_CPU is set."""
+    """Whether training runs on the CPU: an accelerator is missing, or ACCELERATE_USE_CPU is set."""
     return not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
 
 

@@ -67,7 +67,7 @@ class Teacher:
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # similar lengths together: less padding
         parts = [order[start : start + AT_ONCE] for start in range(0, len(order), AT_ONCE)]
         found = []
-        for part in progress(parts, desc="reading by the teacher", unit="batch") if progress else parts:
+        for part in progress(parts, desc="encoding by the teacher", unit="batch") if progress else parts:
             some = [texts[row] for row in part]
             how: dict[str, Any] = {"padding": True, "truncation": True, "max_length": MAX_TOKENS}
             tokens = self.tokenizer(some, return_tensors="pt", **how).to(self.device)
@@ -122,7 +122,7 @@ def _phrase(line: str, where: str) -> Phrase:
         text, means, concepts = entry["text"], entry.get("means", [entry["text"]]), entry.get("concepts", [])
         are_lists = isinstance(means, list) and isinstance(concepts, list)
         if not are_lists or not all(isinstance(each, str) and each.strip() for each in [text, *means, *concepts]):
-            raise ValueError("text must be a text; means and concepts must be lists of texts")
+            raise ValueError("text must be a string; means and concepts must be lists of strings")
     except (ValueError, KeyError, RecursionError) as error:
         raise DataError(f"{where} is not a JSON object with a text: {error!r}") from error
     return Phrase(text, tuple(means), tuple(concepts))
@@ -158,7 +158,7 @@ class TeacherPhrases:
         numbers: dict[Meaning, int] = {}
         meant = [each for each in phrases if each.means]
         if not meant:
-            raise DataError("no phrase has a meaning that the teacher could read")
+            raise DataError("no phrase has a text for the teacher")
         for each in meant:
             numbers.setdefault((each.means, each.concepts), len(numbers))
         unknown = itertools.cycle(range(len(numbers), len(numbers) + NUM_UNKNOWN))

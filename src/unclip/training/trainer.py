@@ -333,11 +333,11 @@ class Trainer:
         """The means over all processes. Requests to stop or save are also shared, so that all processes follow them."""
         if self.accelerator.num_processes == 1:
             return metrics
-        asked = [float(self.stopped_by is not None), float(self._save_is_due)]
-        values = torch.tensor([*metrics.values(), *asked], device=self.accelerator.device)
+        requests = [float(self.stopped_by is not None), float(self._save_is_due)]
+        values = torch.tensor([*metrics.values(), *requests], device=self.accelerator.device)
         found: Tensor = self.accelerator.reduce(values, "mean")  # pyright: ignore[reportAssignmentType]
-        *means, asked_to_stop, asked_to_save = found.tolist()
-        self._all_stop, self._save_is_due = asked_to_stop > 0, asked_to_save > 0
+        *means, requested_to_stop, requested_to_save = found.tolist()
+        self._all_stop, self._save_is_due = requested_to_stop > 0, requested_to_save > 0
         return dict(zip(metrics, means, strict=True))
 
     def _check_finite(self, loss: float, norm: Any) -> None:

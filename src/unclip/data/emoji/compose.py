@@ -256,7 +256,7 @@ def _thing(
         thing = things[int(draw.choice(len(things), p=chances))]
         if fits(thing):
             return thing
-    raise DataError("the data set has too few different pictures, or too few with a main colour that can be changed")
+    raise DataError("the data set has too few pictures, or too few whose main colour can be changed")
 
 
 def _hues(image: Image.Image) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -30,7 +30,7 @@ class EvaluationSet:
         data: the data set's folder.
         concepts: one record for each concept or composed caption of the data set.
         groups: the chosen records, by "seen" and "held_out".
-        drawn: a description of how the records of each group were chosen.
+        drawn: a description of how the records of each group were sampled.
         skipped: chosen files that could not be read, with the reasons. Their records are in no group.
     """
 
@@ -61,7 +61,7 @@ class EvaluationSet:
         plain = [record for record in concepts if record.style == PLAIN_STYLE] or list(concepts)
         seen = [record for record in plain if not record.held_out and record.weight > 0]
         if not seen:
-            raise DataError("the data set has no concept that a model could have been trained on")
+            raise DataError("the data set has no concepts for training")
         generator = torch.Generator().manual_seed(seed)
         weights = torch.tensor([record.weight for record in seen], dtype=torch.float64)
         # torch.multinomial takes at most 2^24 weights, far more than a data set in memory has.
@@ -89,7 +89,7 @@ class EvaluationSet:
         """Whether captions name combinations (see `unclip.data.emoji.compose`), not single concepts."""
         return all(record.style == COMPOSED_STYLE for record in self.concepts)
 
-    def asked(self, group: str) -> list[str]:
+    def captions_of(self, group: str) -> list[str]:
         """The bare captions of a group."""
         return [bare_caption(record) for record in self.groups[group]]
 

@@ -373,7 +373,7 @@ class _Writer:
         return choices[int(self.draw.random() * len(choices))]
 
     def _pick(self, name: str, chances: Sequence[float] | np.ndarray) -> int:
-        """A random index with these probabilities. Thousands are drawn at a time, which is faster."""
+        """A random index with these probabilities. Thousands are sampled at a time, which is faster."""
         if (found := next(self._chosen.get(name, iter(())), None)) is None:
             self._chosen[name] = iter(self.draw.choice(len(chances), 10_000, p=chances).tolist())
             found = next(self._chosen[name])

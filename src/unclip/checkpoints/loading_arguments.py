@@ -15,25 +15,25 @@ if TYPE_CHECKING:
     import torch
 
 IGNORED = {
-    "custom_revision": "no code of a model is run",
-    "disable_mmap": "weights are mapped where that saves memory",
-    "load_connected_pipeline": "a folder is one pipeline",
-    "low_cpu_mem_usage": "weights never take twice their memory",
-    "max_memory": "it belongs to a device_map of several devices; see enable_model_cpu_offload",
+    "custom_revision": "unclip does not run code of a model",
+    "disable_mmap": "weights are memory-mapped where possible",
+    "load_connected_pipeline": "a folder contains one pipeline",
+    "low_cpu_mem_usage": "weights are always loaded without a second copy",
+    "max_memory": "only one device is supported; see enable_model_cpu_offload",
     "mirror": "the hub's client has no mirrors; set the environment variable HF_ENDPOINT",
-    "offload_folder": "it belongs to a device_map of several devices; see enable_sequential_cpu_offload",
-    "offload_state_dict": "weights never take twice their memory",
+    "offload_folder": "only one device is supported; see enable_sequential_cpu_offload",
+    "offload_state_dict": "weights are always loaded without a second copy",
     "provider": "ONNX is not read",
     "provider_options": "ONNX is not read",
-    "requires_safety_checker": "there is no safety checker",
+    "requires_safety_checker": "unclip has no safety checker",
     "resume_download": "downloads are always resumed",
     "sess_options": "ONNX is not read",
-    "trust_remote_code": "no code of a model is run",
+    "trust_remote_code": "unclip does not run code of a model",
 }
 """Arguments of diffusers' `from_pretrained` that have no effect here, with the reason."""
 
 REFUSED = {
-    "custom_pipeline": "no code of a model is run; import the class instead, such as "
+    "custom_pipeline": "unclip does not run code of a model; import the class instead, such as "
     "unclip.UnCLIPTextInterpolationPipeline or unclip.UnCLIPImageInterpolationPipeline",
     "force_download": "use `hf download NAME --force-download`",
     "from_flax": "only safetensors are read",
@@ -44,7 +44,7 @@ REFUSED = {
     "proxies": "set the environment variable HTTPS_PROXY",
     "quantization_config": "weights cannot be quantised; torch_dtype=torch.bfloat16 halves their memory",
     "return_cached_folder": "use `hf download NAME`, which prints the folder",
-    "safety_checker": "there is no safety checker; check the pictures of a call yourself",
+    "safety_checker": "unclip has no safety checker; check the generated pictures yourself",
     "scheduler": "each stage has its own: prior_scheduler, decoder_scheduler, super_res_scheduler",
     "subfolder": "give the folder itself as the first argument",
     "use_auth_token": "it is called token",
@@ -54,12 +54,14 @@ REFUSED = {
 """Arguments of diffusers' `from_pretrained` that unclip does not support, with the alternative."""
 
 
-def settled(arguments: Mapping[str, Any], method: Any, others: Collection[str] | None = ()) -> dict[str, Any]:
-    """Remove the arguments that unclip ignores, with one warning, and return the rest.
+def accepted_arguments(
+    arguments: Mapping[str, Any], method: Any, others: Collection[str] | None = ()
+) -> dict[str, Any]:
+    """Remove the arguments that unclip ignores, warn of them once, and return the others.
 
     Args:
-        arguments: the keyword arguments of `from_pretrained` that it does not define.
-        method: that method.
+        arguments: the keyword arguments that the signature of `from_pretrained` does not have.
+        method: the method.
         others: further names that are allowed; None allows any.
 
     Raises: InputError for an argument that is unsupported or unknown.
@@ -70,7 +72,7 @@ def settled(arguments: Mapping[str, Any], method: Any, others: Collection[str] |
     for name, value in arguments.items():
         is_default = value is None or value is (name == "low_cpu_mem_usage")
         if name in REFUSED and not is_default:
-            raise InputError(f"{where} cannot take {name}: {REFUSED[name]}")
+            raise InputError(f"{where} does not support {name}: {REFUSED[name]}")
         if name in IGNORED and not is_default:
             ignored.append(f"{name} ({IGNORED[name]})")
         elif name in IGNORED or name in REFUSED:
@@ -88,7 +90,7 @@ def settled(arguments: Mapping[str, Any], method: Any, others: Collection[str] |
     return left
 
 
-def asked_type(torch_dtype: Any, use_safetensors: object = None) -> torch.dtype | str | None:
+def weights_type(torch_dtype: Any, use_safetensors: object = None) -> torch.dtype | str | None:
     """The requested type of the weights: a torch dtype, "auto" (the type in the file), or None for float32.
 
     Args:
@@ -100,7 +102,9 @@ def asked_type(torch_dtype: Any, use_safetensors: object = None) -> torch.dtype 
     import torch
 
     if use_safetensors is not None and not use_safetensors:
-        raise UnsafeFileError("only safetensors are read; for pickles you trust: unclip convert pickle --help")
+        raise UnsafeFileError(
+            "only safetensors are read; to convert pickles that you trust: unclip convert pickle --help"
+        )
     if torch_dtype is None or (isinstance(torch_dtype, str) and torch_dtype == "auto"):
         return torch_dtype
     found = getattr(torch, torch_dtype.removeprefix("torch."), None) if isinstance(torch_dtype, str) else torch_dtype
