@@ -6,6 +6,7 @@ Files are decoded by Pillow, within limits that are checked first.
 import contextlib
 import io
 import math
+import os
 import re
 import struct
 import threading
@@ -73,6 +74,8 @@ def open_image(file: str | Path | IO[bytes], name: str | None = None, *, keep_al
     Raises: ImageError for a missing, broken or truncated file, a file that is not a picture, or too many pixels.
     """
     name = name or str(file)
+    if isinstance(file, str | Path) and os.path.exists(file) and not os.path.isfile(file):
+        raise ImageError(f"{name} is not a regular file")
     with _decoding(name, "cannot be read as a picture"):
         try:
             return _read(file, name, keep_alpha)

@@ -6,7 +6,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from unclip.errors import ConfigError
-from unclip.numbers import plain
+from unclip.numbers import plain, shown
 
 
 @dataclass(frozen=True)
@@ -88,4 +88,4 @@ def check_fields(settings: Any, *names: str) -> None:
 def check(value: object, kind: Any, name: str) -> None:
     """Raises: ConfigError unless a value is of a kind."""
     if not fits(value, kind):
-        raise ConfigError(f"{name} is {value!r:.200}; it must be {described(kind)}")
+        raise ConfigError(f"{name} is {shown(value)}; it must be {described(kind)}")

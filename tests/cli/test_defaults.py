@@ -1,6 +1,7 @@
 """Defaults of options: the environment, the configuration file, and what counts first; short names; help."""
 
 import json
+import os
 
 import pytest
 import typer
@@ -56,7 +57,8 @@ def test_every_kind_of_value(unclip, text_to_image, tmp_path, configure):
         ("modle = 1", "unknown key 'modle'; did you mean 'model'?"),
         ("[generate]\nsteps = 3", "unknown key 'generate'"),
         ("model = {a = 1}", "model is {'a': 1}"),
-        ("steps = [1", "is not TOML"),
+        ("steps = [1", "cannot be read as TOML"),
+        (f"steps = 0x{'f' * 16_000}", "steps is a value of type int; it must be finite"),
         ('dtype = "float8"', "'float8' is not one of 'float32', 'bfloat16', 'float16' (from "),
         ("steps = 0", "Invalid value for '--decoder-steps' / '--steps': 0 is too small; it must be 1 or more (from "),
     ],
@@ -75,7 +77,7 @@ def test_a_broken_file_does_not_stop_the_help(unclip, configure, arguments):
     done = unclip(*arguments)
     assert (done.code, done.err) == (0, "")
     assert "Examples:" in done.out
-    assert "is not TOML" in unclip("generate", "--", "--help").err
+    assert "cannot be read as TOML" in unclip("generate", "--", "--help").err
 
 
 def test_mistakes_in_the_environment(unclip, monkeypatch):
@@ -88,8 +90,15 @@ def test_mistakes_in_the_environment(unclip, monkeypatch):
 def test_a_file_that_is_named_must_exist(unclip, tmp_path, monkeypatch):
     monkeypatch.setenv("UNCLIP_CONFIG", str(tmp_path / "none.toml"))
     done = unclip("generate", "a cat")
-    assert done.err == f"error: {tmp_path / 'none.toml'} cannot be read: No such file or directory\n"
+    assert done.err == f"error: {tmp_path / 'none.toml'} does not exist\n"
     assert unclip("--version").out == f"unclip {__version__}\n"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_a_pipe_in_place_of_the_file(unclip, tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "config.toml")
+    monkeypatch.setenv("UNCLIP_CONFIG", str(tmp_path / "config.toml"))
+    assert "config.toml is not a regular file" in unclip("generate", "a cat").err
 
 
 def test_where_the_file_is(monkeypatch):

@@ -1,6 +1,7 @@
 """A folder of captioned pictures: what is read and how, what is skipped, what is refused."""
 
 import json
+import os
 import struct
 import unicodedata
 
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from unclip.data.folder import Keys, load_sizes, read_metadata, read_records, square_pixels
-from unclip.data.samples import decode
+from unclip.data.samples import decode, inspect
 from unclip.data.shards import RawSample
 from unclip.errors import DataError
 
@@ -346,6 +347,19 @@ def test_broken_pictures_are_skipped_and_named(folder):
     assert sorted(pictures.skipped) == [str(root / "0.png"), str(root / "1.png")]
     assert len(pictures) == 18
     assert [record.file_name for record in pictures.records] == [f"{i}.png" for i in range(2, 20)]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names")
+def test_a_pipe_in_place_of_a_picture_or_a_shard(folder, tmp_path_factory):
+    path = folder(entry(), entry("pipe.jpg"))
+    tile(path)
+    os.mkfifo(path / "pipe.jpg")
+    with pytest.warns(UserWarning, match="not a regular file"):
+        (found,) = load_sizes(path, [8], max_skipped_share=0.5)
+    assert [record.file_name for record in found.records] == ["a.png"]
+    assert "not a regular file" in inspect(path).broken["pipe.jpg: 000000001"]
+    os.mkfifo((shards := tmp_path_factory.mktemp("shards")) / "a.tar")
+    assert "not a regular file" in inspect(shards).broken[str(shards / "a.tar")]
 
 
 def test_too_many_broken_pictures(folder):

@@ -133,3 +133,8 @@ def test_a_network_takes_a_configuration_a_mapping_or_names():
         UNet2DModel(SUPER_RES | {"in_channels": 5}, in_channels=3),
     ):
         assert model.config == UNet2DConfig(**SUPER_RES)
+
+
+def test_a_number_of_thousands_of_digits():
+    with pytest.raises(ConfigError, match="embedding_dim is a value of type int; it must be a whole number"):
+        PriorConfig(embedding_dim=10**5000)

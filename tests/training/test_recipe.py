@@ -99,6 +99,8 @@ def test_a_weighting_that_there_is_none_of(read):
 def test_overrides(read):
     assert read(PRIOR + "steps = 5\n[prior]\n", steps=7).steps == 7
     assert read(PRIOR + "steps = 5\n[prior]\n", steps=None).steps == 5
+    with pytest.raises(ConfigError, match="steps is a value of type int; it must be from 1"):
+        read(PRIOR + "[prior]\n", steps=10**5000)
 
 
 def test_the_recipe_as_plain_data(read):
@@ -161,6 +163,7 @@ LORA = PRIOR + 'start_from = "m"\n[prior]\n[lora]\n'
         (PRIOR + "steps = 100000000000000000000\n[prior]", "it must be finite, and at most 2"),
         (PRIOR + f"steps = {'9' * 400}\n[prior]", "steps is 9{40}; it must be finite"),
         (PRIOR + f"steps = {'9' * 5000}\n[prior]", "cannot be read as TOML"),
+        (PRIOR + f"steps = 0x{'f' * 16_000}\n[prior]", "steps is a value of type int; it must be finite"),
         (PRIOR + "steps = -5\n[prior]", "steps is -5"),
         (PRIOR + "accumulation = 0\n[prior]", "accumulation is 0"),
         (PRIOR + "reader_workers = 1000000000\n[prior]", "reader_workers is 1000000000; it must be from 1 to 1,024"),
@@ -257,7 +260,7 @@ def test_a_byte_order_mark(tmp_path):
 
 
 def test_files_that_are_no_recipes(tmp_path):
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="does not exist"):
         read_recipe(tmp_path / "none.toml")
     (tmp_path / "latin.toml").write_bytes(b'stage = "\xe9"')
     with pytest.raises(ConfigError, match="utf-8"):

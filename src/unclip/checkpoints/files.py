@@ -1,4 +1,4 @@
-"""Read and check JSON, write files and folders atomically, and keep file names inside their folder."""
+"""Read and check JSON and TOML, write files and folders atomically, and keep file names inside their folder."""
 
 import contextlib
 import ctypes
@@ -9,6 +9,7 @@ import re
 import secrets
 import shutil
 import stat
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -24,9 +25,16 @@ from unclip.errors import (
     UnclipError,
     UnsafeFileError,
 )
+from unclip.numbers import shown
 
 JSON_LIMIT_BYTES = 16 << 20
 """The default size limit of `read_json`. The shard index of a very large model is about 1 MB."""
+
+TOML_LIMIT_BYTES, LINE_LIMIT = 2**16, 2**14
+"""Limits of a TOML file in bytes and of a line in characters: parsing dotted names is quadratic."""
+DEPTH_LIMIT = 16
+TEXT_LIMIT = 4096
+"""The longest text and the longest key with its sections in a TOML file, in characters."""
 
 NAME_LIMIT = 255
 """Largest length of one part of a path, in bytes."""
@@ -37,7 +45,7 @@ OUTPUT_LIMIT = 4096
 TEMPORARY_PREFIX = ".unclip-tmp-"
 
 
-# -- JSON ----------------------------------------------------------------------------------------------------------
+# -- JSON and TOML ---------------------------------------------------------------------------------------------------
 
 
 def parse_json_object(
@@ -99,6 +107,46 @@ def file_size(path: str | os.PathLike[str]) -> int:
     if not stat.S_ISREG(found.st_mode):
         raise CheckpointError(f"{path} is not a regular file")
     return found.st_size
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises ConfigError for a file that is missing, too large or broken, or has a value that no setting takes.
+    """
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist")
+    try:
+        if (size_bytes := file_size(path)) > TOML_LIMIT_BYTES:
+            raise ValueError(f"it has {size_bytes:,} bytes; at most {TOML_LIMIT_BYTES:,} are read")
+        text = path.read_text(encoding="utf-8-sig")
+        if max(map(len, text.split("\n"))) > LINE_LIMIT:
+            raise ValueError(f"it has a line of more than {LINE_LIMIT:,} characters")
+        table = tomllib.loads(text)
+        _check_plain(table)
+    except (OSError, ValueError, RecursionError) as problem:  # CheckpointError is a ValueError
+        raise ConfigError(f"{path} cannot be read as TOML: {problem!s:.300}") from problem
+    return table
+
+
+def _check_plain(value: Any, where: str = "", depth: int = 0) -> None:
+    """Raises ValueError for a value that no setting takes: infinite, too large, too long, too nested, or a date."""
+    if depth > DEPTH_LIMIT or len(where) > TEXT_LIMIT:
+        raise ValueError(f"{where:.80}… is nested too deeply, or its name is too long")
+    if isinstance(value, dict):
+        for key, part in value.items():
+            _check_plain(part, f"{where}.{key}".removeprefix("."), depth + 1)
+    elif isinstance(value, list):
+        for part in value:
+            _check_plain(part, where, depth + 1)
+    elif isinstance(value, str):
+        if len(value) > TEXT_LIMIT:
+            raise ValueError(f"{where} is a text of {len(value):,} characters; the limit is {TEXT_LIMIT:,}")
+    elif isinstance(value, int | float):
+        if not abs(value) <= 2**64:
+            raise ValueError(f"{where} is {shown(value):.40}; it must be finite, and at most 2^64")
+    else:
+        raise ValueError(f"{where} is a date or a time; no setting takes one")
 
 
 def write_json(path: str | os.PathLike[str], obj: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from unclip.checkpoints.files import read_toml
 from unclip.errors import ConfigError
 
 VARIABLE = "UNCLIP_CONFIG"
@@ -41,9 +42,9 @@ def defaults_for(command: TyperGroup) -> dict[str, Any] | None:
         value that no option can have.
     """
     path = config_file()
-    if not path.exists() and not os.environ.get(VARIABLE):
+    if str(path) == os.devnull or not (path.exists() or os.environ.get(VARIABLE)):
         return None
-    settings = _read(path)
+    settings = read_toml(path)
     known = {name for option in _shared(command) for name in _keys(option)}
     for key, value in settings.items():
         if key.replace("_", "-") not in known:
@@ -53,17 +54,6 @@ def defaults_for(command: TyperGroup) -> dict[str, Any] | None:
         if not isinstance(value, str | int | float | bool | list):
             raise ConfigError(f"{path}: {key} is {value!r:.80}; it must be a text, a number, true or false")
     return _map_of(command, {key.replace("_", "-"): _text(value) for key, value in settings.items()})
-
-
-def _read(path: Path) -> dict[str, Any]:
-    import tomllib
-
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as problem:
-        raise ConfigError(f"{path} cannot be read: {problem.strerror}") from problem
-    except (ValueError, RecursionError) as problem:
-        raise ConfigError(f"{path} is not TOML: {problem}") from problem
 
 
 def _text(value: Any) -> str | bool:

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unclip.checkpoints.files import atomic_folder, output_path, safe_join, write_json
+from unclip.checkpoints.files import atomic_folder, file_size, output_path, safe_join, write_json
 from unclip.data.folder import USUAL_KEYS, Keys, metadata_file, read_metadata, read_pixels, some_of, texts_of, weight_in
 from unclip.data.shard_writer import write_shards
 from unclip.data.shards import EMBEDDING, Damage, RawSample, about, expand, is_shards, read_shard
-from unclip.errors import DataError, ImageError, UnsafeFileError
+from unclip.errors import CheckpointError, DataError, ImageError
 from unclip.images import PICTURE_SUFFIXES, grid, labelled, open_image
 
 IMAGE_EXTENSIONS = tuple(suffix.removeprefix(".") for suffix in PICTURE_SUFFIXES)
@@ -186,13 +186,14 @@ def raw_samples(
         entry: dict[str, Any] = {name: getattr(record, name) for name in ("captions", "concept", "label", "style")}
         entry |= {"weight": record.weight} if record.weight != 1 else {}
         try:
-            content = safe_join(folder, record.file_name).read_bytes()
+            file_size(picture := safe_join(folder, record.file_name))  # refuses a pipe, which could block
+            content = picture.read_bytes()
             extension = Path(record.file_name).suffix.lstrip(".").lower()
             if extension not in PACKED_EXTENSIONS:
-                picture = io.BytesIO()
-                open_image(io.BytesIO(content), record.file_name).save(picture, "PNG")
-                extension, content = "png", picture.getvalue()
-        except (OSError, UnsafeFileError, ImageError) as error:
+                converted = io.BytesIO()
+                open_image(io.BytesIO(content), record.file_name).save(converted, "PNG")
+                extension, content = "png", converted.getvalue()
+        except (OSError, CheckpointError, ImageError) as error:
             damage.broken[f"{record.file_name}: {number:09}"] = str(error)
             continue
         parts = {extension: content, "json": json.dumps(entry, ensure_ascii=False).encode()}

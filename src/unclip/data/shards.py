@@ -7,6 +7,7 @@ import itertools
 import json
 import lzma
 import math
+import os
 import queue
 import re
 import tarfile
@@ -504,6 +505,8 @@ def _files(tar: tarfile.TarFile) -> Iterator[tuple[str, IO[bytes]]]:
 
 def _opened(shard: str) -> IO[bytes]:
     if not is_url(shard):
+        if os.path.exists(shard) and not os.path.isfile(shard):  # a pipe would block
+            raise DataError("it is not a regular file")
         return open(shard, "rb")
     request = urllib.request.Request(shard, headers={"User-Agent": "unclip"})
     return urllib.request.urlopen(request, timeout=TIMEOUT_S)

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from unclip.checkpoints.files import read_toml
 from unclip.checkpoints.hub import resolve
 from unclip.data.batches import NUM_WORKERS
 from unclip.data.folder import MAX_SKIPPED_SHARE
 from unclip.diffusion.process import DiffusionProcess
 from unclip.errors import MissingDependencyError
 from unclip.models.component import MAX_CHANNELS, MAX_LAYERS
-from unclip.training.sections import DATA, FREE, MODEL, Limits, Section, flat, read_toml, refuse
+from unclip.training.sections import DATA, FREE, MODEL, Limits, Section, flat, refuse
 
 MAX_SIDE_PX = 8192
 LEAST_VOCABULARY = 514

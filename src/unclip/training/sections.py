@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import tomllib
 import types
 import typing
 from collections.abc import Mapping
@@ -10,16 +9,10 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from unclip.checkpoints.files import file_size
 from unclip.checkpoints.hub import is_name
 from unclip.data.shards import check_ranges
-from unclip.errors import CheckpointError, ConfigError, DataError
-
-MAX_BYTES, MAX_LINE = 2**16, 2**14
-"""Limits of a file in bytes and of a line in characters: parsing dotted names is quadratic."""
-MAX_DEPTH = 16
-MAX_TEXT = 4096
-"""The longest text and the longest key with its sections, in characters."""
+from unclip.errors import ConfigError, DataError
+from unclip.numbers import shown
 
 FREE = "free"
 """Marks a setting that may change when a run is resumed."""
@@ -66,7 +59,7 @@ class Section:
             for limits in marks_of(hint):
                 if value is not None and isinstance(limits, Limits) and not limits.allow(size):
                     where = f"{self.SECTION}.{name}".removeprefix(".")
-                    raise ConfigError(f"{what}{where} is {size}; it must be {limits}")
+                    raise ConfigError(f"{what}{where} is {shown(size)}; it must be {limits}")
 
     @classmethod
     def hints(cls) -> dict[str, Any]:
@@ -84,7 +77,7 @@ class Section:
         """A section from a TOML table.
 
         Args:
-            table: from `read_toml`.
+            table: from `unclip.checkpoints.files.read_toml`.
             base: the folder of relative paths.
             where: the section's name with a dot at its end, for messages.
 
@@ -114,42 +107,6 @@ def refuse(applies: object, message: str) -> None:
 def marks_of(hint: Any) -> tuple[Any, ...]:
     """The limits and marks of an annotation."""
     return getattr(hint, "__metadata__", ())
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The content of a TOML file.
-
-    Raises: ConfigError for a file that is missing, too large or broken, or has a value that no setting takes.
-    """
-    try:
-        if (size_bytes := file_size(path)) > MAX_BYTES:
-            raise ValueError(f"it has {size_bytes:,} bytes; at most {MAX_BYTES:,} are read")
-        text = path.read_text(encoding="utf-8-sig")
-        if max(map(len, text.split("\n"))) > MAX_LINE:
-            raise ValueError(f"it has a line of more than {MAX_LINE:,} characters")
-        table = tomllib.loads(text)
-    except (OSError, CheckpointError, ValueError, RecursionError) as error:
-        raise ConfigError(f"the recipe {path} cannot be read as TOML: {error!s:.300}") from error
-    _check_plain(table)
-    return table
-
-
-def _check_plain(value: Any, where: str = "", depth: int = 0) -> None:
-    """Raises: ConfigError for a value that no setting takes: infinite, too large, too long, too nested, or a date."""
-    if depth > MAX_DEPTH or len(where) > MAX_TEXT:
-        raise ConfigError(f"{where:.80}… is nested too deeply, or its name is too long")
-    if isinstance(value, dict):
-        for key, part in value.items():
-            _check_plain(part, f"{where}.{key}".removeprefix("."), depth + 1)
-    elif isinstance(value, list):
-        for part in value:
-            _check_plain(part, where, depth + 1)
-    elif isinstance(value, str):
-        refuse(len(value) > MAX_TEXT, f"{where} is a text of {len(value):,} characters; the limit is {MAX_TEXT:,}")
-    elif isinstance(value, int | float):
-        refuse(not abs(value) <= 2**64, f"{where} is {value!s:.40}; it must be finite, and at most 2^64")
-    else:
-        raise ConfigError(f"{where} is a date or a time; no setting takes one")
 
 
 def _value(hint: Any, value: Any, base: Path, where: str) -> Any:
