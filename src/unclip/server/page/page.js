@@ -223,7 +223,7 @@ class Card {
   }
   reset(job) {
     const number = count(job);
-    this.tiles.className = job.type === "interpolation" ? "strip" : `grid ${["", "one", "two"][number] ?? ""}`;
+    this.tiles.className = job.type === "interpolation" ? "strip" : `grid ${["", "one", "two", "", "four"][number] ?? ""}`;
     this.tiles.replaceChildren(...Array.from({ length: number }, () => el("div", { className: "tile waiting" })));
   }
   async act(task) {
@@ -255,7 +255,7 @@ class Card {
   show(job) {
     const data = job.result.data;
     const tiles = data.map((item, place) => tile(job, place));
-    this.tiles.className = job.type === "interpolation" ? "strip" : `grid ${["", "one", "two"][data.length] ?? ""}`;
+    this.tiles.className = job.type === "interpolation" ? "strip" : `grid ${["", "one", "two", "", "four"][data.length] ?? ""}`;
     this.tiles.replaceChildren(...tiles);
     this.film?.remove();
     if (job.result.film) {
@@ -538,7 +538,7 @@ async function readForm(form) {
   } else if (type === "edit") {
     const easel = wells.get("edit image").easel;
     job.prompt = given.prompt.value;
-    if (!job.prompt.trim()) throw new Error("Say what the painted part shows.");
+    if (!job.prompt.trim()) throw new Error("Describe the edited picture.");
     const mask = await easel.mask();
     if (mask) pictures.mask = mask;
     else if (!easel.isTransparent) throw new Error("Paint over the part to change first.");
