@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 
 from unclip import __version__
 from unclip.checkpoints.files import read_json, safe_join
@@ -287,7 +287,7 @@ def png_texts(facts: Mapping[str, Any]) -> "PngInfo":
     return texts
 
 
-def read_texts(path: Path) -> dict[str, Any]:
+def read_texts(file: Path | IO[bytes]) -> dict[str, Any]:
     """The texts of a picture's file, as `png_texts` made them; settings that are not JSON are left out.
 
     Raises: ImageError as `open_image`.
@@ -296,8 +296,8 @@ def read_texts(path: Path) -> dict[str, Any]:
 
     from unclip.images import open_image
 
-    open_image(path)
-    with Image.open(path) as image:
+    open_image(file)
+    with Image.open(file) as image:
         texts: dict[str, Any] = {str(name): text for name, text in image.info.items() if isinstance(text, str)}
     for name in ("settings", MADE_WITH):
         if name in texts:

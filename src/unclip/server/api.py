@@ -24,13 +24,14 @@ from starlette.types import Receive, Scope, Send
 from unclip.diffusion.loop import following_seed
 from unclip.images import rgb
 from unclip.pipelines.masks import drawn_region
-from unclip.pipelines.session import PRIOR_SAMPLING, png_texts
+from unclip.pipelines.session import PRIOR_SAMPLING, png_texts, sampler_name
 from unclip.server.contract import (
     ApiError,
     DecodeRequest,
     EditRequest,
     EmbeddingRequest,
     GenerationRequest,
+    InterpolationRequest,
     PictureRequest,
     VariationRequest,
     as_api_error,
@@ -39,14 +40,17 @@ from unclip.server.contract import (
     picture,
     read_fields,
 )
-from unclip.server.engine import KINDS, ClosedError, Engine, Made, Model, Row, Step, Work
+from unclip.server.engine import KINDS, ClosedError, Engine, Made, Model, Row, Step, Work, numbered
 from unclip.server.results import MEDIA_TYPES, Results
 from unclip.server.settings import ServerSettings
+from unclip.stages.arithmetic import slerp_path
 from unclip.stages.manipulation import edit as edited
 
 HOSTED_NAMES = ("dall-e", "gpt-image", "text-embedding", "clip")
 """The starts of model names of the hosted API, which the first model answers to."""
 PING_S = 10.0
+FRAME_MS = 90
+"""Time of a film's frame."""
 MAX_REMEMBERED = 256
 REMEMBER_S = 3600.0
 USAGE = {
@@ -115,10 +119,10 @@ class Service:
         rows = [Row(seed, request.prompt, request.negative_prompt, image) for seed in _seeds(request)]
         return self._pictures(request, "decode", rows, shape=_shape(request))
 
-    def decoding(self, request: DecodeRequest) -> Work:
-        """The work of a request for pictures of embeddings."""
-        widths = {len(each) for each in request.embeddings}
-        embeddings = torch.tensor(request.embeddings) if len(widths) == 1 else None
+    def decoding(self, request: DecodeRequest, embeddings: torch.Tensor | None = None) -> Work:
+        """The work of a request for pictures of its embeddings, or of others in their place."""
+        if embeddings is None and len({len(each) for each in request.embeddings}) == 1:
+            embeddings = torch.tensor(request.embeddings)
         if embeddings is None or not embeddings.isfinite().all():
             raise ApiError(
                 400,
@@ -133,6 +137,50 @@ class Service:
             for place, seed in enumerate(seeds)
         ]
         return self._pictures(request, "decode", rows, shape=_shape(request))
+
+    def interpolation(self, request: InterpolationRequest) -> Work:
+        """The work of a request for pictures between two captions or pictures, which share their noise."""
+        ends = [_picture_of(text) if text.startswith("data:") else text for text in request.input]
+        captions = [end for end in ends if isinstance(end, str)]
+        model = self.capable(request.model, "decode", *(["generate"] if captions else []))
+        names = {f"prior_{name}": name for name in ("num_inference_steps", "guidance_scale")}
+        names["num_prior_candidates"] = "num_prior_candidates"
+        settings = model.session.settings(
+            KINDS["decode"], {name: value for name, value in request.settings.items() if name not in names}
+        )
+        asked = {name: request.settings[name] for name in names}
+        of_prior = model.session.settings(KINDS["generate"], asked | {PRIOR_SAMPLING[0]: None}) if captions else {}
+        of_prior = {names.get(name, name): value for name, value in of_prior.items()}
+        seed, count, size = _seeds(request, 1)[0], request.frames or 9, self.engine.max_batch
+
+        @torch.no_grad()
+        def interpolate(model: Model, on_step: Callable[..., Any]) -> list[Made]:
+            notes: tuple[str, ...] = ()
+            with model.sampled_by("decode", request.sampler) as pipe:
+                rows: list[torch.Tensor] = []
+                for end in ends:
+                    if isinstance(end, str):
+                        text = model.pipeline("generate")
+                        rows.append(text.embed_captions([end], seed=[seed], **of_prior).float().cpu())
+                        notes += model.notes(text, end)
+                    else:
+                        rows.append(pipe.embed_images([end]).float().cpu())
+                path = slerp_path(torch.cat(rows), [place / (count - 1) for place in range(count)])
+                images: list[Image.Image] = []
+                for first in range(0, count, size):
+                    part = path[first : first + size]
+                    images += pipe(
+                        image_embeddings=part,
+                        seed=[seed] * len(part),
+                        negative_prompt=[request.negative_prompt or ""] * len(part),
+                        callback_on_step_end=numbered(on_step, range(first, first + len(part))),
+                        **settings,
+                    ).images
+                about = model.session.metadata(pipe, {**settings, "sampler": sampler_name(pipe)})
+            facts = {"between": " | ".join(request.shown_input), **about, "seed": seed}
+            return [Made(each, seed, notes, {**facts, "place": i / (count - 1)}) for i, each in enumerate(images)]
+
+        return Work(model.name, "interpolate", function=interpolate)
 
     def editing(self, request: EditRequest, image: Image.Image | None, mask: Image.Image | None) -> Work:
         """The work of an edit: by a mask or the picture's transparency, by strength, or by a caption difference."""
@@ -200,6 +248,7 @@ class Service:
             strengths = [strength * (place + 1) / count for place in range(count)]
             settings["super_res_num_inference_steps"] = request.super_res_steps
             turned = edited(latent, direction, strengths)
+            on_step = numbered(on_step, range(count))
             images: Any = tool.decode(turned, seed=seed, callback_on_step_end=on_step, **settings).images
             notes = tuple(note for caption in (source, target) for note in model.notes(pipe, caption))
             facts = {"from": source, "to": target, **model.session.metadata(pipe, settings), "seed": seed}
@@ -260,6 +309,9 @@ class Service:
                 item = {"url": url_of(name)}
             data.append({**item, "seed": each.seed})
         notes = list(dict.fromkeys(note for each in made for note in each.warnings))
+        film = {}
+        if isinstance(request, InterpolationRequest):
+            film = {"film": {"url": url_of(self.results.put(film_of(images), "webp"))}}
         return {
             "created": int(time.time()),
             "data": data,
@@ -270,6 +322,7 @@ class Service:
             "size": f"{images[0].width}x{images[0].height}",
             "usage": USAGE,
             **({"warnings": notes} if notes else {}),
+            **film,
         }
 
     def url_of(self, http: Request) -> Callable[[str], str]:
@@ -419,6 +472,17 @@ def encoded(image: Image.Image, request: PictureRequest, facts: Mapping[str, Any
     else:
         quality = 100 if request.output_compression is None else request.output_compression
         (rgb(image) if kind == "jpeg" else image).save(stream, kind.upper(), quality=max(1, min(quality, 95)))
+    return stream.getvalue()
+
+
+def film_of(images: Sequence[Image.Image]) -> bytes:
+    """The pictures there and back, as an animated WebP without losses that repeats."""
+    stream = io.BytesIO()
+    frames = [*images, *images[-2:0:-1]]
+    pauses = [FRAME_MS * (8 if image is images[0] or image is images[-1] else 1) for image in frames]
+    frames[0].save(
+        stream, "WEBP", save_all=True, append_images=frames[1:], duration=pauses, loop=0, lossless=True, method=2
+    )
     return stream.getvalue()
 
 

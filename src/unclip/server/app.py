@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -30,7 +30,7 @@ from unclip import __version__
 from unclip.checkpoints.hub import resolve
 from unclip.errors import ConfigError, UnclipError
 from unclip.pipelines.session import Compute, model_name, pick_device
-from unclip.server import api, jobs
+from unclip.server import api, jobs, site
 from unclip.server.contract import ERROR_SCHEMA, ApiError, as_api_error
 from unclip.server.engine import Engine
 from unclip.server.results import Results
@@ -38,11 +38,8 @@ from unclip.server.settings import ServerSettings, is_local
 
 log = logging.getLogger("unclip.server")
 
-OPEN_PATHS = re.compile(r"/(healthz|readyz)?|/v1/files/[^/]+")
+OPEN_PATHS = re.compile(r"/(healthz|readyz|page\.css|page\.js)?|/v1/files/[^/]+")
 """Paths that need no key; the URLs of files are signed."""
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>unclip</title>
-<h1>unclip</h1><p>This server answers <code>/v1/images/generations</code> and the other routes of
-<a href="/openapi.json">its description</a>.</p></html>"""
 NO_KEY = "everybody"
 """The owner of jobs on a server without keys."""
 SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
@@ -253,6 +250,7 @@ def make_app(settings: ServerSettings, *, start: bool = True) -> FastAPI:
     metrics = Metrics(engine)
     app.include_router(api.router(service))
     app.include_router(jobs.router(service, history))
+    app.include_router(site.router(service))
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"]
@@ -273,10 +271,6 @@ def make_app(settings: ServerSettings, *, start: bool = True) -> FastAPI:
     @app.get("/metrics")
     async def show_metrics() -> PlainTextResponse:
         return PlainTextResponse(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-    @app.get("/", include_in_schema=False)
-    async def page() -> HTMLResponse:
-        return HTMLResponse(PAGE)
 
     @app.exception_handler(UnclipError)
     async def refused(request: Request, error: Exception) -> JSONResponse:

@@ -22,6 +22,7 @@ from unclip.settings import SAMPLERS, SETTINGS
 
 MAX_PROMPT_CHARACTERS = 32_000
 MAX_PICTURES = 10
+MAX_FRAMES = 60
 MAX_SIDE_PX = 4096
 MAX_EMBEDDINGS = 100
 MAX_FIELD_BYTES = 16 * 2**20
@@ -139,6 +140,10 @@ def _first(value: Any) -> Any:
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
+def _ends(texts: list[str]) -> list[str]:
+    return [text if text.startswith("data:") else _prompt(text) for text in texts]
+
+
 Prompt = Annotated[str, AfterValidator(_prompt)]
 Caption = Annotated[str, AfterValidator(_caption)]
 Count = Annotated[int, Field(ge=1, le=MAX_PICTURES)]
@@ -230,6 +235,18 @@ class VariationRequest(PictureRequest):
     """POST /v1/images/variations."""
 
     prompt: Caption | None = None
+
+
+class InterpolationRequest(_PriorRequest):
+    """A job of type "interpolation": `frames` pictures between two captions, or pictures as data URLs."""
+
+    input: Annotated[list[str], Field(min_length=2, max_length=2), AfterValidator(_ends)]
+    frames: Annotated[int, Field(ge=2, le=MAX_FRAMES)] | None = None
+
+    @property
+    def shown_input(self) -> list[str]:
+        """The captions, and "picture" in the place of pictures."""
+        return ["picture" if text.startswith("data:") else text for text in self.input]
 
 
 class DecodeRequest(PictureRequest):

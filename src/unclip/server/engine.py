@@ -551,12 +551,18 @@ class Engine:
             work.future.set_result(result)
 
 
+def numbered(on_step: Callable[..., Any], rows: Sequence[int]) -> Callable[..., Any]:
+    """A callback for a function's call of a pipeline, whose pictures get these numbers."""
+    return lambda pipe, index, t, state: on_step(pipe, index, t, {**state, "rows": rows})
+
+
 def _step(part: Part, first: int, index: int, state: Mapping[str, Any]) -> Step:
+    numbers = state.get("rows", range(part.first, part.first + part.count))
+
     def previews() -> list[Image.Image]:
         x0 = state["x0"]
-        return to_pil(x0[first : first + part.count]) if x0.ndim == 4 else []
+        return to_pil(x0[first : first + len(numbers)]) if x0.ndim == 4 else []
 
-    numbers = range(part.first, part.first + part.count)
     return Step(state["stage"], index, state["num_steps"], numbers, previews)
 
 

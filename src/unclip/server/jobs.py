@@ -24,6 +24,7 @@ from unclip.server.contract import (
     DecodeRequest,
     EditRequest,
     GenerationRequest,
+    InterpolationRequest,
     PictureRequest,
     VariationRequest,
     as_api_error,
@@ -39,6 +40,7 @@ KINDS: Mapping[str, type[PictureRequest]] = {
     "edit": EditRequest,
     "variation": VariationRequest,
     "decode": DecodeRequest,
+    "interpolation": InterpolationRequest,
 }
 BODY = {
     "application/json": {
@@ -132,6 +134,8 @@ class Jobs:
         """Queue a job. Raises: QueueFullError, ClosedError."""
         self._sweep()
         kept = request.model_dump(by_alias=True, exclude_none=True, exclude={"embeddings"})
+        if isinstance(request, InterpolationRequest):
+            kept["input"] = request.shown_input
         job = Job(secrets.token_hex(12), kind, owner, time.time(), kept, work=work)
         loop = asyncio.get_running_loop()
         preview = previews(
@@ -179,6 +183,8 @@ class Jobs:
         if result is not None:
             data = [{**each, "url": url_of(each["url"])} for each in result["data"]]
             result = {**result, "data": data}
+            if "film" in result:
+                result["film"] = {"url": url_of(result["film"]["url"])}
         queued = job.status == "queued" and job.work is not None
         return {
             "id": job.id,
@@ -277,7 +283,8 @@ class Jobs:
             log.exception("the record of a job cannot be written")
 
     def _forget(self, job: Job) -> None:
-        for each in (job.result or {}).get("data", []):
+        result = job.result or {"data": []}
+        for each in [*result["data"], *([result["film"]] if "film" in result else [])]:
             self._service.results.remove(each["url"])
         (self._folder / f"{job.id}.json").unlink(missing_ok=True)
         self._jobs.pop(job.id, None)
@@ -311,6 +318,8 @@ def router(service: Service, jobs: Jobs) -> APIRouter:
             work = await asyncio.to_thread(service.editing, request, image, mask)
         elif isinstance(request, VariationRequest):
             work = service.variation(request, image)
+        elif isinstance(request, InterpolationRequest):
+            work = await asyncio.to_thread(service.interpolation, request)
         else:
             assert isinstance(request, DecodeRequest)
             work = service.decoding(request)
