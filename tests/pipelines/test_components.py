@@ -417,7 +417,7 @@ def test_a_device_map_of_one_device(saved, device_map):
     assert UnCLIPPipeline.from_pretrained(saved / "text", device_map=device_map).device == torch.device("cpu")
 
 
-@pytest.mark.parametrize("device_map", ["auto", "balanced", {"prior": "cpu"}, "tpu9", 1.5], ids=repr)
+@pytest.mark.parametrize("device_map", ["auto", "balanced", {"prior": "cpu"}, "tpu9", 1.5, "cuda:99"], ids=repr)
 def test_a_device_map_of_several_devices(saved, device_map):
     with pytest.raises(InputError, match=r"device_map is .* one device, .* enable_model_cpu_offload"):
         UnCLIPPipeline.from_pretrained(saved / "text", device_map=device_map)
