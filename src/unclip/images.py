@@ -75,7 +75,7 @@ def open_image(file: str | Path | IO[bytes], name: str | None = None, *, keep_al
     """
     name = name or str(file)
     if isinstance(file, str | Path) and os.path.exists(file) and not os.path.isfile(file):
-        raise ImageError(f"{name} is not a regular file")
+        raise ImageError(f"{name} cannot be read as a picture: it is not a regular file")
     with _decoding(name, "cannot be read as a picture"):
         try:
             return _read(file, name, keep_alpha)

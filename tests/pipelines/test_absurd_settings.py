@@ -216,3 +216,13 @@ def test_the_error_of_an_absurd_setting_is_one_of_configuration(saved, tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 10**30}))
     with pytest.raises(ConfigError, match=r"eos_token_id in .* is 10000.*; it must be a whole number from 0 "):
         read(tmp_path, "text_encoder", False)
+
+
+def test_heads_that_do_not_divide_the_width(saved, tmp_path):
+    shutil.copytree(saved / "text_encoder", tmp_path / "text_encoder")
+    path = tmp_path / "text_encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_attention_heads": 3}))
+    words = r"hidden_size in .* is 16; it must be a multiple of num_attention_heads, 3"
+    for own_clip in (False, True):
+        with pytest.raises(ConfigError, match=words):
+            read(tmp_path, "text_encoder", own_clip)

@@ -199,3 +199,6 @@ def _check(
         elif value not in neutral[key]:
             allowed = ", ".join(map(repr, neutral[key]))
             raise ConfigError(f"{key} = {value!r:.100} in {where} is not implemented; supported: {allowed}")
+    width, heads = settings.get("hidden_size"), settings.get("num_attention_heads")
+    if width and heads and width % heads:
+        raise ConfigError(f"hidden_size in {where} is {width}; it must be a multiple of num_attention_heads, {heads}")

@@ -480,9 +480,9 @@ def _types(torch_dtype: Any, use_safetensors: bool | None) -> dict[str, torch.dt
 
 def _one_device(device_map: Any) -> torch.device | None:
     try:
-        return None if device_map is None else torch.device(device_map)
-    except (RuntimeError, TypeError) as error:
-        wanted = "one device, or see enable_model_cpu_offload()"
+        return None if device_map is None else torch.empty(0, device=device_map).device
+    except (RuntimeError, TypeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+        wanted = "one device, which this machine has; or see enable_model_cpu_offload()"
         raise InputError(f"device_map is {device_map!r}; it must be {wanted}") from error
 
 
