@@ -140,7 +140,7 @@ def test_what_transformers_writes_passes(tmp_path, kind):
         ({"text_config": [1]}, r"text_config in config\.json is \[1\]; it must be an object"),
         (
             {"text_config": TEXT, "text_config_dict": {"hidden_size": 512}},
-            "says hidden_size twice: 512 in text_config_dict, 768 in text_config; remove text_config_dict",
+            "has two values of hidden_size: 512 in text_config_dict, 768 in text_config; remove text_config_dict",
         ),
     ],
     ids=str,

@@ -499,7 +499,7 @@ def test_a_weight_that_cannot_be_used_is_a_broken_sample_in_both(folder, tmp_pat
 
 def test_a_huge_picture_in_a_shard_is_not_decoded(monkeypatch):
     monkeypatch.setattr("unclip.images.MAX_PIXELS", 50)
-    with pytest.raises(DataError, match="at most 50 are read"):
+    with pytest.raises(DataError, match="the limit is 50"):
         decode(raw(png=png(1), txt=b"text"), [8])
 
 

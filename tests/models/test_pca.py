@@ -142,7 +142,7 @@ def rewritten(fitted, path, *, drop=(), metadata=None, **changes):
     ("change", "error", "words"),
     [
         ({"drop": ["mean"]}, WeightsError, "lacks mean"),
-        ({"more": torch.zeros(1)}, WeightsError, "has the unknown more"),
+        ({"more": torch.zeros(1)}, WeightsError, "has unknown tensors: more"),
         ({"mean": torch.zeros(DIM - 1)}, WeightsError, "shapes"),
         ({"mean": torch.full((DIM,), torch.nan)}, WeightsError, "NaN"),
         ({"mean": torch.zeros(DIM, dtype=torch.long)}, WeightsError, "floating"),

@@ -74,7 +74,7 @@ def test_through_a_file(tmp_path, super_res):
         ({"decoder_latents": torch.ones(1, 3, 8, 8)}, {}, WeightsError, "lacks image_embedding"),
         ({"decoder_latents": torch.full((1, 3, 8, 8), torch.nan)}, None, WeightsError, "NaN"),
         ({"decoder_latents": torch.ones(2, 3, 8, 8)}, None, WeightsError, "do not fit each other"),
-        ({"noise": torch.ones(1)}, None, WeightsError, "noise"),
+        ({"noise": torch.ones(1)}, None, WeightsError, "has unknown tensors: noise"),
         ({"super_res_2_latents": torch.ones(1, 3, 8, 8)}, None, WeightsError, "must have .*super_res_latents"),
         ({}, {"kind": "unclip principal components"}, CheckpointError, "'unclip principal components'"),
         ({}, {"version": "7"}, CheckpointError, "version '7'"),

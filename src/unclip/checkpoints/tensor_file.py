@@ -116,7 +116,7 @@ def _check(
             "update unclip"
         )
     lacking = {name for name, is_needed in names.items() if is_needed} - found
-    problems = {"lacks": lacking, "has the unknown": found - set(names)}
+    problems = {"lacks": lacking, "has unknown tensors:": found - set(names)}
     shown = [f"it {what} {', '.join(sorted(some))[:200]}" for what, some in problems.items() if some]
     if shown:
         raise WeightsError(f"{path} is not a valid file of kind {kind!r}: {'; '.join(shown)}")

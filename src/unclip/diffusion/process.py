@@ -266,7 +266,8 @@ class DiffusionProcess:
         return error + vlb_weight * self.num_timesteps * self._bound(output.detach(), fraction, x0, x_t, t)
 
     def _min_snr_weight(self, t: Tensor) -> Tensor:
-        # The weight of x0's error is min(snr, gamma). The noise's error is snr times it, and v's error snr + 1 times.
+        # In terms of x0 the weight is min(snr, gamma). The error of the noise is snr times that of x0, and the error of
+        # v is snr + 1 times that of x0.
         snr = self.tables.on("snr", t.device)[t]
         weight = snr.clamp(max=_MIN_SNR_GAMMA)
         if self.prediction_type == "epsilon":
