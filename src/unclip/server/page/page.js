@@ -138,22 +138,23 @@ async function finished(job) {
     remember(job, await fetch(here(first)).then((answer) => answer.blob()).then(thumbnail).catch(() => undefined));
   }
 }
-function showJob(job, atTop = true) {
+function showJob(job) {
   if (cards.has(job.id)) return cards.get(job.id);
   const card = new Card(job);
   cards.set(job.id, card);
-  $(`#${PANEL[job.type]} .stage`)[atTop ? "prepend" : "append"](card.root);
+  $(`#${PANEL[job.type]} .stage`).prepend(card.root);
   card.update(job);
   return card;
 }
 async function loadJobs() {
   const found = (await get("v1/jobs")).data;
-  const shown = {};
-  for (const job of found) {
-    setJob(job);
-    shown[PANEL[job.type]] ??= 0;
-    if (!isFinal(job) || (job.status === "completed" && shown[PANEL[job.type]]++ < MAX_SHOWN)) showJob(job, false);
-  }
+  const counts = {};
+  const shown = found.filter((job) => {
+    if (job.status === "completed") counts[job.type] = (counts[job.type] ?? 0) + 1;
+    return !isFinal(job) || (job.status === "completed" && counts[job.type] <= MAX_SHOWN);
+  });
+  for (const job of found.reverse()) setJob(job); // the oldest first, as those that are posted later
+  for (const job of shown.reverse()) showJob(job);
   for (const [id, job] of jobs) if (!isFinal(job) && !found.some((each) => each.id === id)) setJob(await get(`v1/jobs/${id}`));
   pump();
 }
@@ -414,7 +415,7 @@ class Easel {
     this.paint.onpointermove = (event) => { if (event.buttons) this.move(event); };
     this.paint.onkeydown = (event) => this.key(event);
     const { brush, mask_file: file } = form.elements;
-    brush.oninput = () => { $("output", brush.parentElement).textContent = `${brush.value} %`; };
+    brush.oninput = () => { $(".value", brush.parentElement).textContent = `${brush.value} %`; };
     brush.oninput();
     $("[data-do=clear]", form).onclick = () => this.clear();
     $("[data-do=invert]", form).onclick = () => this.invert();
@@ -596,7 +597,7 @@ function setupForm(form) {
   const modes = () => { for (const part of all("[data-mode]", form)) part.hidden = part.dataset.mode !== form.elements.mode.value; };
   for (const radio of form.elements.mode) radio.onchange = modes;
   const { strength } = form.elements;
-  strength.oninput = () => { $("output", strength.parentElement).textContent = strength.value; };
+  strength.oninput = () => { $(".value", strength.parentElement).textContent = strength.value; };
   strength.oninput();
   form.addEventListener("reset", () => setTimeout(() => { modes(); strength.oninput(); form.elements.brush.oninput(); }));
 }
@@ -711,7 +712,7 @@ addEventListener("hashchange", () => open(location.hash.slice(1)));
 
 function showPast() {
   const ids = new Set(jobs.keys());
-  const entries = [...jobs.values(), ...past.filter((each) => !ids.has(each.id))].sort((a, b) => b.created_at - a.created_at);
+  const entries = [...[...jobs.values()].reverse(), ...past.filter((each) => !ids.has(each.id))].sort((a, b) => b.created_at - a.created_at);
   $("#past").replaceChildren(...entries.map(pastEntry));
   if (!entries.length) $("#past").append(el("li", { className: "quiet" }, "Nothing yet."));
 }
