@@ -16,7 +16,7 @@ def test_a_list_of_a_data_set(clip_model, pictures):
     found = concepts_of(clip_model, pictures, name="shapes")
     assert len(found) == 10  # two are held out
     assert "green bar" not in found.labels
-    assert found.names[0] == ("red circle", "picture of a red circle")
+    assert found.names[0] == ("red circle",)
     clip = FrozenClip(clip_model)
     assert found.embeddings.shape == (10, clip.width)
     assert -1 <= found.threshold <= 1

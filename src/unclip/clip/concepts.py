@@ -18,7 +18,7 @@ from unclip.errors import WeightsError
 
 KIND, VERSION = "concepts", 1
 NUM_NEAREST = 3
-FALSE_ALARM_WEIGHT = 5
+FALSE_ALARM_WEIGHT = 6
 """How many reports of nonsense one false report of a known caption outweighs."""
 
 

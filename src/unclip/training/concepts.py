@@ -90,12 +90,15 @@ def _mean(embeds: Tensor, weights: Tensor) -> Tensor:
 
 
 def _names(pictures: CaptionedPictures, rows: list[int]) -> tuple[str, ...]:
-    """The label, then the other names in lower case without their articles."""
+    """The label, then the other names in lower case without their articles; none repeats another with more words."""
     records = [pictures.records[row] for row in rows]
-    texts = [record.label for record in records if record.label][:1]
-    texts += [re.sub(r"^(an?|the) ", "", caption.lower()) for record in records for caption in record.captions]
-    names = {text.lower(): text for text in reversed(texts)}
-    return tuple(reversed(names.values()))[:MAX_NAMES]
+    captions = {re.sub(r"^(an?|the) ", "", text.lower()) for record in records for text in record.captions}
+    label = next((record.label for record in records if record.label), records[0].captions[0])
+    names = [re.sub(r"^(an?|the) ", "", label)]
+    for text in sorted(captions, key=lambda text: (len(text), text)):
+        if not any(re.search(rf"\b{re.escape(name.lower())}\b", text) for name in names):
+            names.append(text)
+    return tuple(names[:MAX_NAMES])
 
 
 def _known_captions(phrases: Path) -> list[str]:
