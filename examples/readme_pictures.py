@@ -70,7 +70,7 @@ def draw_wordings(pipe: UnCLIPPipeline, report: Path, path: Path) -> None:
     for row, image in zip(chosen, images, strict=True):
         seen = first[listed[row].text][0]
         cards.append(labelled(labelled(image, listed[row].text), "" if seen in listed[row].accepted else f"({seen})"))
-    grid(cards, columns=8, gap=8).save(path, optimize=True)
+    save(grid(cards, columns=8, gap=8), path)
 
 
 if __name__ == "__main__":
