@@ -44,7 +44,7 @@ def test_stopped_by_hand(failing, tmp_path):
     assert done.code == 130
     assert done.lines == [str(tmp_path / "a-cat-0.png")]
     assert Path(done.lines[0]).is_file()
-    assert "stays" in done.err
+    assert "are kept" in done.err
     assert [path.name for path in tmp_path.iterdir()] == ["a-cat-0.png"]
 
 

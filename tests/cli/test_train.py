@@ -144,7 +144,7 @@ def test_bad_recipes(unclip, tmp_path, text, words):
 def test_missing_recipe(unclip, tmp_path):
     done = unclip("train", tmp_path / "none.toml", "--out", tmp_path / "run")
     assert done.code == 1
-    assert "cannot be read" in done.err
+    assert "does not exist" in done.err
 
 
 def test_data_emoji(unclip, tmp_path, monkeypatch):

@@ -86,7 +86,7 @@ def agree(theirs, ours, texts, **arguments):
 
 def test_it_is_as_large_and_reads_as_much(pair):
     theirs, ours = pair
-    assert len(ours) == len(theirs) == 4096
+    assert len(ours) == len(theirs) == 12288
     assert ours.model_max_length == theirs.model_max_length == CONTEXT
     assert (ours.bos_token_id, ours.eos_token_id) == (theirs.bos_token_id, theirs.eos_token_id)
 
@@ -191,7 +191,7 @@ def test_the_layout_of_2022(tmp_path):
 
 
 def test_added_tokens_in_the_settings(tmp_path):
-    added = {"4094": token(START, special=True), "4095": token(END, special=True, normalized=False)}
+    added = {"12286": token(START, special=True), "12287": token(END, special=True, normalized=False)}
     folder = folder_of(tmp_path / "old", added_tokens_decoder=added, model_max_length=CONTEXT)
     agree(CLIPTokenizer.from_pretrained(folder), CaptionTokenizer.from_pretrained(folder), CAPTIONS, **FULL)
 
@@ -221,7 +221,7 @@ def test_what_it_writes_transformers_reads(tmp_path, pair):
         {"bos_token": "<s>"},
         {"eos_token": token(END, lstrip=True)},
         {"extra_special_tokens": ["<cat-toy>"]},
-        {"added_tokens_decoder": {"4096": token("<cat-toy>")}},
+        {"added_tokens_decoder": {"12288": token("<cat-toy>")}},
         {"added_tokens_decoder": {"7": token(END)}},
         {"added_tokens_decoder": ["no"]},
         {"tokenizer_class": "BertTokenizer"},
@@ -240,7 +240,7 @@ def test_settings_that_are_not_implemented(tmp_path, setting):
 
 def test_files_that_hold_more(tmp_path):
     folder = folder_of(tmp_path / "more")
-    (folder / "added_tokens.json").write_text('{"<cat-toy>": 4096}')
+    (folder / "added_tokens.json").write_text('{"<cat-toy>": 12288}')
     with pytest.raises(ConfigError, match=r"added_tokens\.json"):
         CaptionTokenizer.from_pretrained(folder)
     (folder / "added_tokens.json").unlink()
@@ -258,7 +258,7 @@ def test_files_that_hold_more(tmp_path):
         {"model": {"type": "BPE", "vocab": {START: 0, END: 1}, "merges": ["a b c"]}},
         {"model": {"type": "BPE", "vocab": {START: "x", END: 1}, "merges": []}},
         {"model": None},
-        {"added_tokens": [{"id": 4096, "content": "<cat-toy>"}]},
+        {"added_tokens": [{"id": 12288, "content": "<cat-toy>"}]},
         {"added_tokens": [3]},
         {"added_tokens": {}},
     ],

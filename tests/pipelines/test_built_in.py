@@ -23,7 +23,7 @@ CAPTIONS = [
 
 def test_all_weights_together_are_small():
     weights = sum(path.stat().st_size for path in ASSETS.rglob("*.safetensors"))
-    assert 40e6 < weights < 60e6
+    assert 40e6 < weights < 70e6
 
 
 def test_it_has_the_components_of_its_own_image_encoder():
@@ -88,6 +88,30 @@ def test_the_model_card_has_the_figures_of_the_reports():
         first, five = (f"{100 * found[key]:.1f} %" for key in ("at_1", "at_5"))
         number = groups["held_out" if name.startswith("held-out") else "seen"]["num"]
         assert f"| {name} | {number} | {first} | {five} | {found['clip_score']:.3f} |" in card
+
+
+def test_the_figures_of_free_wordings():
+    report = json.loads((ASSETS / "emoji" / "wordings.json").read_text())["wordings"]
+    first, five = report["at_1"], report["at_5"]
+    card = (ASSETS / "emoji" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert f"| free wordings, generated | {report['num']} | {100 * first:.1f} % | {100 * five:.1f} % | |" in card
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    assert f"an accepted concept first for {100 * first:.0f} % and among five for {100 * five:.0f} %" in readme
+
+
+def test_what_it_knows_and_does_not():
+    pipe = UnCLIPPipeline.from_pretrained()
+    listed = json.loads((ASSETS / "emoji-judge" / "wordings.json").read_text())
+    reported = {}
+    for what in (True, False):
+        texts = [text for wordings in listed.values() for text, accepted in wordings.items() if bool(accepted) is what]
+        with torch.no_grad():
+            parts = [
+                pipe.caption_encoder.encode(texts[start : start + 100]).embeds for start in range(0, len(texts), 100)
+            ]
+        reported[what] = len(pipe.concepts.reports(texts, torch.cat(parts))) / len(texts)
+    assert reported[True] <= 0.02
+    assert reported[False] >= 0.9
 
 
 def test_the_readme_has_the_figures_of_the_report():

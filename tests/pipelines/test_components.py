@@ -159,7 +159,7 @@ def test_from_pipe_does_not_bring_back_what_was_left_out(build_pipeline, tiny_co
 
 
 def test_a_missing_component(tiny_pipeline):
-    with pytest.raises(InputError, match=r"needs image_encoder, feature_extractor, and .*not loaded from a folder"):
+    with pytest.raises(InputError, match=r"needs image_encoder, feature_extractor, but .*not loaded from a folder"):
         UnCLIPImageVariationPipeline.from_pipe(tiny_pipeline)
     with pytest.raises(InputError, match="UnCLIPImageVariationPipeline needs the component 'image_encoder'"):
         UnCLIPImageVariationPipeline(**tiny_pipeline.components)

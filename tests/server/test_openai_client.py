@@ -304,4 +304,4 @@ def test_models_and_embeddings(client, model_folder, red):
 
 def test_a_long_caption_is_answered_with_a_warning(client):
     answer = client.images.generate(prompt="a cat " * 30, response_format="b64_json")
-    assert "left out" in answer.warnings[0]
+    assert "ignored" in answer.warnings[0]

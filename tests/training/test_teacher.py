@@ -96,7 +96,7 @@ def test_nonsense_stands_for_any_picture(encoder, corpus, source, tmp_path):
     shown = {source.records[number].concept for number in phrases.pictures[3:].flatten().tolist()}
     assert shown == {record.concept for record in source.records if not record.held_out}
     with_nonsense.write_text('{"text": "asdfgh", "means": []}\n')
-    with pytest.raises(DataError, match="meaning"):
+    with pytest.raises(DataError, match="no phrase has a text"):
         closest_of(TeacherSettings(encoder, with_nonsense), source)
 
 

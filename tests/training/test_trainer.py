@@ -641,7 +641,7 @@ def test_two_trainers_in_one_folder(tmp_path):
     second = []
 
     def other(batch, drawn):
-        with pytest.raises(TrainingError, match="another process trains in") as caught:
+        with pytest.raises(TrainingError, match="another process is training in") as caught:
             Trainer(LineTask(), line_recipe(), tmp_path).run()
         second.append(caught)
         return batch

@@ -57,7 +57,7 @@ def refused(tiny, tmp_path, stage: str, table: str, settings: dict, words: str) 
         ("super_res", "model", {"sample_size": 33}, "do not fit"),
         ("super_res", "", {"crop_size": 33}, "crop_size is 33"),
         ("super_res", "", {"crop_size": 15}, "do not fit"),
-        ("clip", "", {"text_heads": 5}, "not a multiple"),
+        ("clip", "", {"text_heads": 5}, "must be a multiple"),
         ("clip", "", {"patch_size": 5}, "must be a multiple"),
         (
             "clip",
