@@ -540,5 +540,4 @@ def test_the_built_in_model_fills_a_region_without_a_seam():
     assert not there[~drawn.numpy()].any()
     assert there[drawn.numpy()].mean() > 0.5
     filled, pasted = (seam(to_tensor(image), drawn) for image in (result, Image.composite(other, original, mask)))
-    assert filled < 4
-    assert filled < pasted / 3
+    assert filled < pasted / 4  # the picture's own edges make some of both
