@@ -22,7 +22,8 @@ from fastapi import FastAPI
 
 from unclip.pipelines.session import Compute
 from unclip.server.app import make_app
-from unclip.server.engine import Engine, Work
+from unclip.server.engine import Engine
+from unclip.server.models import Work
 from unclip.server.settings import ServerSettings
 
 FEW = {

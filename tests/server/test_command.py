@@ -46,7 +46,7 @@ def test_a_public_address_without_keys_is_refused(monkeypatch):
     from unclip.cli.main import app
 
     result = CliRunner().invoke(app, ["serve", "--host", "0.0.0.0"], prog_name="unclip")
-    assert (result.exit_code, "there are no keys" in result.stderr) == (1, True)
+    assert (result.exit_code, "keys are missing" in result.stderr) == (1, True)
 
 
 def test_a_served_picture_is_made_again_by_rerun(live, model_folder, tmp_path):

@@ -9,18 +9,8 @@ from PIL import Image
 
 from unclip.errors import InputError, NonFiniteError
 from unclip.pipelines.session import Compute, Session
-from unclip.server import engine as engines
-from unclip.server.engine import (
-    KINDS,
-    ClosedError,
-    Engine,
-    MemoryExhaustedError,
-    Part,
-    QueueFullError,
-    Row,
-    Work,
-    halves,
-)
+from unclip.server.engine import FIRST_GUESS_S, ClosedError, Engine, MemoryExhaustedError, Part, QueueFullError, halves
+from unclip.server.models import KINDS, Model, Models, Row, Work
 
 
 def work(folder, seed: int = 0, count: int = 1, prompt: str = "a cat", **more) -> Work:
@@ -137,7 +127,7 @@ def test_a_cancelled_request_in_the_queue_is_not_computed(engine, model_folder):
 
 def test_out_of_memory_halves_the_batch_once(engine, model_folder, monkeypatch):
     tried = []
-    make = engines.Model.make
+    make = Model.make
 
     def limited(self, work, rows, on_step):
         tried.append(len(rows))
@@ -145,7 +135,7 @@ def test_out_of_memory_halves_the_batch_once(engine, model_folder, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return make(self, work, rows, on_step)
 
-    monkeypatch.setattr(engines.Model, "make", limited)
+    monkeypatch.setattr(Model, "make", limited)
     made = results(engine, work(model_folder, 1, count=3), work(model_folder, 9))
     assert tried == [4, 2, 2]
     assert [len(each) for each in made] == [3, 1]
@@ -157,7 +147,7 @@ def test_memory_that_does_not_hold_half_a_batch_is_an_error(engine, model_folder
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
     tried: list[int] = []
-    monkeypatch.setattr(engines.Model, "make", full)
+    monkeypatch.setattr(Model, "make", full)
     failing = engine.submit(work(model_folder, 1, count=4))
     engine.start()
     with pytest.raises(MemoryExhaustedError, match="fewer pictures"):
@@ -182,7 +172,7 @@ def test_a_full_queue_tells_when_to_come_back(model_folder):
     engine.submit(work(model_folder, count=10))  # an idle engine takes any request
     with pytest.raises(QueueFullError) as caught:
         engine.submit(work(model_folder))
-    assert caught.value.retry_after_s == round(9 * engines.FIRST_GUESS_S)
+    assert caught.value.retry_after_s == round(9 * FIRST_GUESS_S)
     engine.close()
     with pytest.raises(ClosedError):
         engine.submit(work(model_folder))
@@ -249,7 +239,7 @@ def test_halves_split_requests_too():
 
 
 def test_models_beyond_the_memory_are_unloaded(model_folder):
-    models = engines.Models({"a": str(model_folder), "b": str(model_folder)}, Compute(), max_bytes=1)
+    models = Models({"a": str(model_folder), "b": str(model_folder)}, Compute(), max_bytes=1)
     models.get("a").load()
     assert models.each["a"].num_bytes > 0
     models.get("b").load()

@@ -113,12 +113,12 @@ def test_jobs_of_every_type(http):
 
 def test_a_failed_job_says_why(http, live, monkeypatch):
     from unclip.errors import NonFiniteError
-    from unclip.server import engine
+    from unclip.server import models
 
     def broken(*given):
         raise NonFiniteError("the pictures came out as NaN")
 
-    monkeypatch.setattr(engine.Model, "make", broken)
+    monkeypatch.setattr(models.Model, "make", broken)
     job = finished(http, post(http)["id"])
     assert (job["status"], job["error"]["code"]) == ("failed", "numerical_error")
 

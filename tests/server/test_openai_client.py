@@ -1,4 +1,4 @@
-"""OpenAI's Python client, unchanged but for its base URL."""
+"""OpenAI's Python client, with only its base URL changed."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from unclip.pipelines.session import Session
-from unclip.server.engine import KINDS
+from unclip.server.models import KINDS
 
 pytestmark = pytest.mark.filterwarnings("ignore:the prompt has:UserWarning")
 
@@ -166,12 +166,12 @@ def test_streamed_edits(client, holed):
 
 def test_an_error_after_the_stream_started(client, live, monkeypatch):
     from unclip.errors import NonFiniteError
-    from unclip.server import engine
+    from unclip.server import models
 
     def broken(*given):
         raise NonFiniteError("the pictures came out as NaN")
 
-    monkeypatch.setattr(engine.Model, "make", broken)
+    monkeypatch.setattr(models.Model, "make", broken)
     with pytest.raises(openai.APIError, match="NaN") as caught:
         list(client.images.generate(prompt="a cat", stream=True))
     assert caught.value.code == "numerical_error"

@@ -21,7 +21,7 @@ from unclip.pipelines.session import Session
 from unclip.server import jobs
 from unclip.server.app import JsonLines, model_folders
 from unclip.server.contract import EmbeddingRequest
-from unclip.server.engine import KINDS
+from unclip.server.models import KINDS
 from unclip.server.results import Results
 from unclip.server.settings import make_settings
 
@@ -217,28 +217,28 @@ def test_the_deadline(serve):
 
 
 def test_out_of_memory_is_unavailable(live, http, monkeypatch):
-    from unclip.server import engine
+    from unclip.server import models
 
     def full(*given):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(engine.Model, "make", full)
+    monkeypatch.setattr(models.Model, "make", full)
     answer = http.post(GENERATE, json=B64)
     assert error_of(answer, 503)["code"] == "out_of_memory"
     assert answer.headers["retry-after"]
 
 
 def test_an_unexpected_failure_tells_nothing(live, http, monkeypatch):
-    from unclip.server import engine
+    from unclip.server import models
 
     def broken(*given):
         raise KeyError("/secret/path")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.Model, "make", broken)
+        patch.setattr(models.Model, "make", broken)
         error = error_of(http.post(GENERATE, json=B64), 500)
         assert (error["code"], "secret" in error["message"]) == ("internal_error", False)
-    monkeypatch.setattr(live.app.state.service, "generation", broken)
+    monkeypatch.setattr(live.app.state.service.requests, "generation", broken)
     answer = http.post(GENERATE, json=B64, headers={"X-Request-Id": "failing"})
     error = error_of(answer, 500)
     assert (error["code"], "secret" in error["message"]) == ("internal_error", False)
@@ -326,7 +326,7 @@ def test_keys(serve, tmp_path):
 
 
 def test_a_public_address_needs_keys(tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="there are no keys"):
+    with pytest.raises(ConfigError, match="keys are missing"):
         make_settings(host="0.0.0.0")
     assert make_settings(host="0.0.0.0", allow_open=True).keys == []
     assert make_settings(host="::1").keys == []

@@ -286,7 +286,11 @@ def make_app(settings: ServerSettings, *, start: bool = True) -> FastAPI:
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         codes = {404: "not_found", 405: "method_not_allowed"}
-        message = f"there is no route {request.method} {request.url.path}" if error.status_code == 404 else error.detail
+        message = (
+            f"the route {request.method} {request.url.path} does not exist"
+            if error.status_code == 404
+            else error.detail
+        )
         headers = error.headers
         return await refused(
             request, ApiError(error.status_code, message, code=codes.get(error.status_code), headers=headers)

@@ -18,7 +18,6 @@ from PIL import Image
 from starlette.responses import Response
 
 from unclip.checkpoints.files import atomic_file
-from unclip.server.api import Answer, Event, EventStream, Service, encoded, previews, read_pictures
 from unclip.server.contract import (
     ApiError,
     DecodeRequest,
@@ -31,7 +30,9 @@ from unclip.server.contract import (
     parsed,
     read_fields,
 )
-from unclip.server.engine import Step, Work
+from unclip.server.models import Step, Work
+from unclip.server.service import Answer, Event, EventStream, Service, encoded, previews
+from unclip.server.work import read_pictures
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ class Jobs:
         """The job of an id. Raises: ApiError when this owner has none."""
         job = self._jobs.get(name)
         if job is None or job.owner != owner:
-            raise ApiError(404, f"there is no job {name!r:.40}", param="id", code="not_found")
+            raise ApiError(404, f"the job {name!r:.40} does not exist", param="id", code="not_found")
         return job
 
     def all(self, owner: str) -> list[Job]:
@@ -313,16 +314,16 @@ def router(service: Service, jobs: Jobs) -> APIRouter:
         request = parsed(KINDS[kind], fields)
         image, mask = await asyncio.to_thread(read_pictures, fields)
         if isinstance(request, GenerationRequest):
-            work = service.generation(request)
+            work = service.requests.generation(request)
         elif isinstance(request, EditRequest):
-            work = await asyncio.to_thread(service.editing, request, image, mask)
+            work = await asyncio.to_thread(service.requests.editing, request, image, mask)
         elif isinstance(request, VariationRequest):
-            work = service.variation(request, image)
+            work = service.requests.variation(request, image)
         elif isinstance(request, InterpolationRequest):
-            work = await asyncio.to_thread(service.interpolation, request)
+            work = await asyncio.to_thread(service.requests.interpolation, request)
         else:
             assert isinstance(request, DecodeRequest)
-            work = service.decoding(request)
+            work = service.requests.decoding(request)
 
         async def make(watched: Request | None) -> Answer:
             return jobs.shown(await jobs.post(http.state.owner, kind, request, work), service.url_of(http))

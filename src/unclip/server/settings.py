@@ -100,7 +100,7 @@ class ServerSettings(BaseSettings):
         """Raises: ConfigError for a public address without keys."""
         if not self.keys and not self.allow_open and not is_local(self.host):
             raise ConfigError(
-                f"host {self.host} accepts requests of other machines, and there are no keys: give keys "
+                f"host {self.host} accepts requests of other machines, but keys are missing: give keys "
                 "(UNCLIP_SERVER_API_KEYS or --api-keys-file), or --allow-open if everybody may use the server"
             )
 

@@ -11,9 +11,9 @@ from starlette.responses import Response
 
 from unclip.clip.concepts import Concepts
 from unclip.pipelines.session import MADE_WITH, read_texts
-from unclip.server.api import Answer, Service, encoded
 from unclip.server.contract import ApiError, DecodeRequest, data_of, read_fields
-from unclip.server.engine import Made, Model
+from unclip.server.models import Made, Model
+from unclip.server.service import Answer, Service, encoded
 
 PAGE = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 """The paths of the page's files, and their media types."""
@@ -64,7 +64,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/v1/concepts")
     async def concepts(model: str | None = None, query: str = "", offset: int = 0, limit: int = MAX_CONCEPTS) -> Answer:
-        found = await concepts_of(service.model(model))
+        found = await concepts_of(service.requests.model(model))
         places = [] if found is None else found.search(query[:100])
         offset, limit = max(0, offset), max(1, min(limit, MAX_CONCEPTS))
         data = [] if found is None else [_concept(found, place) for place in places[offset : offset + limit]]
@@ -72,14 +72,14 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/v1/concepts/{number}/picture", response_class=Response)
     async def concept_picture(http: Request, number: int, model: str | None = None) -> Response:
-        about = service.capable(model, "decode")
+        about = service.requests.capable(model, "decode")
         found = await concepts_of(about)
         if found is None or not 0 <= number < len(found):
             raise ApiError(404, f"{about.name} has no concept {number}", param="number", code="not_found")
         key = about.name, number
         if key not in pictures:
             request = DecodeRequest(embeddings=[[0.0]], seed=0, steps=PICTURE_STEPS, sampler="ddim")
-            work = service.decoding(request, found.embeddings[number : number + 1].float())
+            work = service.requests.decoding(request, found.embeddings[number : number + 1].float())
             made: list[Made] = await service.wait(work, http)
             pictures[key] = await asyncio.to_thread(encoded, made[0].image, request, made[0].facts)
         return Response(pictures[key], media_type="image/png", headers={"Cache-Control": "private, max-age=3600"})
