@@ -23,7 +23,7 @@ class Range:
         return is_inside and not (self.above and number == self.low) and not (self.below and number == self.high)
 
     def __str__(self) -> str:
-        low, high = (f"{end:g}" if isinstance(end, float) else str(end) for end in (self.low, self.high))
+        low, high = (f"{end:g}" if isinstance(end, float) else f"{end:,}" for end in (self.low, self.high))
         return f"{'above' if self.above else 'from'} {low} to {'below ' if self.below else ''}{high}"
 
 

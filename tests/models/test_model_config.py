@@ -62,7 +62,7 @@ def test_neutral_keys_are_accepted_and_others_are_not():
         (PriorConfig, {}, {"num_layers": 0}, ["num_layers", "0"]),
         (PriorConfig, {}, {"num_layers": True}, ["num_layers", "True"]),
         (PriorConfig, {}, {"num_layers": "20"}, ["num_layers", "'20'"]),
-        (PriorConfig, {}, {"embedding_dim": 10**9}, ["embedding_dim", "16384"]),
+        (PriorConfig, {}, {"embedding_dim": 10**9}, ["embedding_dim", "16,384"]),
         (PriorConfig, {}, {"num_attention_heads": 16384, "attention_head_dim": 64}, ["num_attention_heads", "65536"]),
         (PriorConfig, {}, {"num_attention_heads": 256, "attention_head_dim": 256}, ["parameters", "limit"]),
         (PriorConfig, {}, {"dropout": 1.5}, ["dropout", "1.5"]),

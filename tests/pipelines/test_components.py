@@ -272,7 +272,7 @@ def test_an_image_encoder_that_does_not_fit(tiny_variation):
     [
         ({"size": {"height": 32, "width": 32}}, "makes pictures of 32×32 pixels, image_encoder takes 16×16"),
         ({"do_center_crop": True, "crop_size": {"height": 8, "width": 16}}, "makes pictures of 8×16 pixels"),
-        ({"size": {"height": 10**6, "width": 10**6}}, r"size in .* is .'height': 1000000.* from 1 to 4096"),
+        ({"size": {"height": 10**6, "width": 10**6}}, r"size in .* is .'height': 1000000.* from 1 to 4,096"),
         ({"size": {"shortest_edge": 10**6}}, "size in .* is .'shortest_edge': 1000000"),
     ],
     ids=str,

@@ -196,7 +196,7 @@ def test_absurd_sizes_are_refused_before_anything_is_built(tmp_path):
     about["vision_config"]["hidden_size"] = 10**9
     (tmp_path / "config.json").write_text(json.dumps(about))
     with pytest.raises(
-        ConfigError, match=r"hidden_size in .* is 1000000000; it must be a whole number from 1 to 16384"
+        ConfigError, match=r"hidden_size in .* is 1000000000; it must be a whole number from 1 to 16,384"
     ):
         read_clip(tmp_path)
 

@@ -12,23 +12,24 @@ from unclip.data.batches import NUM_WORKERS
 from unclip.data.folder import MAX_SKIPPED_SHARE
 from unclip.diffusion.process import DiffusionProcess
 from unclip.errors import MissingDependencyError
+from unclip.limits import Range
 from unclip.models.component import MAX_CHANNELS, MAX_LAYERS
-from unclip.training.sections import DATA, FREE, MODEL, Limits, Section, flat, refuse
+from unclip.training.sections import DATA, FREE, MODEL, Section, flat, refuse
 
 MAX_SIDE_PX = 8192
 LEAST_VOCABULARY = 514
 """The smallest vocabulary of a tokenizer: each byte, alone and at a word's end, and the start and end tokens."""
 
-Count = Annotated[int, Limits(1, 1_000_000_000)]
-Width = Annotated[int, Limits(1, MAX_CHANNELS)]
-Depth = Annotated[int, Limits(1, MAX_LAYERS)]
-Side = Annotated[int, Limits(1, MAX_SIDE_PX)]
-Share = Annotated[float, Limits(0, 1)]
-FreeShare = Annotated[float, Limits(0, 1), FREE]
-BelowOne = Annotated[float, Limits(0, 1, below=True)]
-Positive = Annotated[float, Limits(1e-9, 1_000_000)]
-Weight = Annotated[float, Limits(0, 1_000_000)]
-FreeWeight = Annotated[float, Limits(0, 1_000_000), FREE]
+Count = Annotated[int, Range(1, 1_000_000_000)]
+Width = Annotated[int, Range(1, MAX_CHANNELS)]
+Depth = Annotated[int, Range(1, MAX_LAYERS)]
+Side = Annotated[int, Range(1, MAX_SIDE_PX)]
+Share = Annotated[float, Range(0, 1)]
+FreeShare = Annotated[float, Range(0, 1), FREE]
+BelowOne = Annotated[float, Range(0, 1, below=True)]
+Positive = Annotated[float, Range(1e-9, 1_000_000)]
+Weight = Annotated[float, Range(0, 1_000_000)]
+FreeWeight = Annotated[float, Range(0, 1_000_000), FREE]
 Clip = Annotated[Path | str, MODEL, FREE]
 
 
@@ -43,12 +44,12 @@ class OptimizerRecipe(Section, name="optimizer"):
     """
 
     name: Literal["adamw", "muon"] = "adamw"
-    learning_rate: Annotated[float, Limits(1e-12, 1000)] = 3e-4
+    learning_rate: Annotated[float, Range(1e-12, 1000)] = 3e-4
     beta1: BelowOne = 0.9
     beta2: BelowOne = 0.99
-    eps: Annotated[float, Limits(1e-20, 1)] = 1e-8
-    weight_decay: Annotated[float, Limits(0, 1000)] = 0.01
-    warmup_steps: Annotated[int, Limits(0, 1_000_000_000)] = 100
+    eps: Annotated[float, Range(1e-20, 1)] = 1e-8
+    weight_decay: Annotated[float, Range(0, 1000)] = 0.01
+    warmup_steps: Annotated[int, Range(0, 1_000_000_000)] = 100
     decay_share: Share = 0.2
     max_grad_norm: Positive = 1.0
 
@@ -84,8 +85,8 @@ class ClipSettings(Section, name="clip"):
     """
 
     projection_dim: Width = 256
-    vocabulary_size: Annotated[int, Limits(LEAST_VOCABULARY, 1_000_000)] = 4096
-    context_length: Annotated[int, Limits(3, MAX_CHANNELS)] = 32
+    vocabulary_size: Annotated[int, Range(LEAST_VOCABULARY, 1_000_000)] = 4096
+    context_length: Annotated[int, Range(3, MAX_CHANNELS)] = 32
     text_layers: Depth = 4
     text_heads: Width = 4
     image_size: Side = 64
@@ -94,7 +95,7 @@ class ClipSettings(Section, name="clip"):
     image_layers: Depth = 6
     image_heads: Width = 4
     reconstruction_weight: FreeWeight = 0.0
-    weight_power: Annotated[float, Limits(0, 10), FREE] = 0.5
+    weight_power: Annotated[float, Range(0, 10), FREE] = 0.5
     include_held_out: bool = False
     image_from: Annotated[Path | str | None, MODEL] = None
     text_config: dict[str, Any] = field(default_factory=dict)
@@ -184,8 +185,8 @@ class SuperResSettings(Section, name="super_res"):
     model: dict[str, Any] = field(default_factory=dict)
     process: ProcessRecipe = ProcessRecipe()
     low_res_size: Side = 64
-    crop_size: Annotated[int, Limits(1, MAX_SIDE_PX), FREE] = 64
-    blur_sigma: Annotated[float, Limits(0.01, 100), FREE] = 0.6
+    crop_size: Annotated[int, Range(1, MAX_SIDE_PX), FREE] = 64
+    blur_sigma: Annotated[float, Range(0.01, 100), FREE] = 0.6
     blur_share: FreeShare = 0.5
     noise: FreeWeight = 0.0
     only_last_step: bool = False
@@ -218,8 +219,8 @@ class LoraSettings(Section, name="lora"):
 
     rank: Width = 8
     alpha: Positive = 8.0
-    dropout: Annotated[float, Limits(0, 1, below=True), FREE] = 0.0
-    targets: Annotated[tuple[str, ...], Limits(1, 1000)] = LORA_TARGETS
+    dropout: Annotated[float, Range(0, 1, below=True), FREE] = 0.0
+    targets: Annotated[tuple[str, ...], Range(1, 1000)] = LORA_TARGETS
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ class TeacherSettings(Section, name="teacher"):
     phrases: Path | None = None
     share: Share = 0.5
     temperature: Positive = 0.04
-    named_bonus: Annotated[float, Limits(0, 1000)] = 0.15
+    named_bonus: Annotated[float, Range(0, 1000)] = 0.15
     weight: Weight = 1.0
     similarity_weight: Weight = 1.0
 
@@ -309,18 +310,18 @@ class Recipe(Section):
     steps: Count = 10_000
     batch_size: Count = 64
     accumulation: Count = 1
-    seed: Annotated[int, Limits(0, 2**64 - 1)] = 0
+    seed: Annotated[int, Range(0, 2**64 - 1)] = 0
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     compile: bool = False
     shard: bool = False
     image_key: str | None = None
     caption_key: str | None = None
     max_skipped_share: Share = MAX_SKIPPED_SHARE
-    reader_workers: Annotated[int, Limits(1, 1024)] = NUM_WORKERS
+    reader_workers: Annotated[int, Range(1, 1024)] = NUM_WORKERS
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     ema_decay: BelowOne = 0.999
     log_every_steps: Count = 50
-    save_every_s: Annotated[float, Limits(0, 1_000_000_000)] = 600.0
+    save_every_s: Annotated[float, Range(0, 1_000_000_000)] = 600.0
     sample_every_steps: Count = 1000
     optimizer: OptimizerRecipe = OptimizerRecipe()
     lora: LoraSettings | None = None

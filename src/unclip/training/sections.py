@@ -1,4 +1,7 @@
-"""Sections of a TOML file as dataclasses. The annotations of their fields contain types, limits and marks."""
+"""Sections of a TOML file as dataclasses. The annotations of their fields contain types, limits and marks.
+
+A `Range` of a list limits the number of its entries.
+"""
 
 import dataclasses
 import json
@@ -12,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from unclip.checkpoints.hub import is_name
 from unclip.data.shards import check_ranges
 from unclip.errors import ConfigError, DataError
+from unclip.limits import Range
 from unclip.numbers import shown
 
 FREE = "free"
@@ -20,24 +24,6 @@ MODEL = "model"
 """Marks the folder or the name of a model."""
 DATA = "data"
 """Marks one or several places of a data set."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The range of a number, or of the length of a list."""
-
-    low: float
-    high: float
-    below: bool = False
-    """Whether a value must be below `high`."""
-
-    def allow(self, value: float) -> bool:
-        """Whether `value` is in the range. NaN is not."""
-        return self.low <= value and (value < self.high if self.below else value <= self.high)
-
-    def __str__(self) -> str:
-        low, high = (f"{limit:,}" if isinstance(limit, int) else f"{limit:g}" for limit in (self.low, self.high))
-        return f"from {low} to {'below ' if self.below else ''}{high}"
 
 
 @dataclass(frozen=True)
@@ -57,7 +43,7 @@ class Section:
             value = getattr(self, name)
             size, what = (len(value), "the number of entries in ") if isinstance(value, tuple) else (value, "")
             for limits in marks_of(hint):
-                if value is not None and isinstance(limits, Limits) and not limits.allow(size):
+                if value is not None and isinstance(limits, Range) and size not in limits:
                     where = f"{self.SECTION}.{name}".removeprefix(".")
                     raise ConfigError(f"{what}{where} is {shown(size)}; it must be {limits}")
 

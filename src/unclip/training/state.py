@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from unclip import __version__
 from unclip.checkpoints.files import TEMPORARY_PREFIX, atomic_file, atomic_folder, file_size, read_json, write_json
 from unclip.errors import CheckpointError, ConfigError, TrainingError
+from unclip.limits import Range
 from unclip.training.recipe import TASKS, Recipe, fixed_settings
-from unclip.training.sections import Limits, Section, flat, refuse
+from unclip.training.sections import Section, flat, refuse
 from unclip.training.sharding import shared_like
 
 LISTS_LIMIT_BYTES = 2**30
@@ -31,7 +32,7 @@ STATE_OF_ADAMW = {"step", "exp_avg", "exp_avg_sq"}
 STATE_OF_MUON = {"momentum"}
 """The state of a parameter in an optimizer. Muon uses that of AdamW except for hidden matrices."""
 
-Count = Annotated[int, Limits(0, 2**64 - 1)]
+Count = Annotated[int, Range(0, 2**64 - 1)]
 
 
 def versions() -> dict[str, str]:
