@@ -123,6 +123,29 @@ def test_what_was_read_is_not_read_again(encoder, corpus, source, monkeypatch):
     assert torch.equal(before.embeddings, after.embeddings)
 
 
+def test_an_interrupted_reading_goes_on(encoder, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("unclip.training.teacher.PART", 2)
+    texts = ["red", "a red", "red disc", "green square", "blue circle"]
+    teacher = Teacher(encoder)
+    encode, encoded = teacher._encode, []
+
+    def stops(part):
+        if len(encoded) == 1:
+            raise KeyboardInterrupt
+        encoded.append(part)
+        return encode(part)
+
+    monkeypatch.setattr(teacher, "_encode", stops)
+    with pytest.raises(KeyboardInterrupt):
+        teacher.read(texts)
+    again = Teacher(encoder)
+    monkeypatch.setattr(again, "_encode", lambda part: encoded.append(part) or encode(part))
+    read = again.read(texts)
+    assert [text for part in encoded for text in part] == sorted(texts, key=len)  # each text once
+    torch.testing.assert_close(read, torch.cat([encode([text]) for text in texts]), atol=0.02, rtol=0)
+
+
 def test_a_damaged_cache_is_read_again(encoder, corpus, source, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     settings = TeacherSettings(encoder, corpus)

@@ -27,6 +27,8 @@ from unclip.training.recipe import TeacherSettings
 
 AT_ONCE, COMPARED_AT_ONCE = 256, 1024
 """Batch sizes of the teacher, and of the comparison with captions."""
+PART = 16_384
+"""Number of texts per file of the cache: about a minute of the teacher's time, which is all that an interruption costs."""
 MAX_TOKENS = 64
 NUM_UNKNOWN = 256
 """Number of different sets of pictures for phrases without meaning."""
@@ -61,20 +63,30 @@ class Teacher:
             digest.update(path.read_bytes())
         self.fingerprint = digest.hexdigest()
 
-    @torch.inference_mode()
     def read(self, texts: Sequence[str], progress: Progress | None = None) -> Tensor:
-        """Normalised embeddings float16 [num_texts, width], on the CPU."""
+        """Normalised embeddings float16 [num_texts, width], on the CPU. Full parts of long lists are cached."""
         order = sorted(range(len(texts)), key=lambda row: len(texts[row]))  # similar lengths together: less padding
-        parts = [order[start : start + AT_ONCE] for start in range(0, len(order), AT_ONCE)]
+        parts = [[texts[row] for row in order[start : start + PART]] for start in range(0, len(order), PART)]
+        shown = progress(parts, desc="encoding by the teacher", unit="part") if progress else parts
+        return torch.cat([self._read_part(part) for part in shown])[torch.tensor(order).argsort()]
+
+    def _read_part(self, texts: list[str]) -> Tensor:
+        if len(texts) < PART:
+            return self._encode(texts)
+        name = hashlib.sha256(json.dumps([self.fingerprint, texts]).encode()).hexdigest()
+        path = cache_folder().parent / "teacher" / f"{name}.safetensors"
+        return cached(path, {"embeddings"}, len(texts), lambda: {"embeddings": self._encode(texts)})["embeddings"]
+
+    @torch.inference_mode()
+    def _encode(self, texts: list[str]) -> Tensor:
         found = []
-        for part in progress(parts, desc="encoding by the teacher", unit="batch") if progress else parts:
-            some = [texts[row] for row in part]
+        for start in range(0, len(texts), AT_ONCE):
             how: dict[str, Any] = {"padding": True, "truncation": True, "max_length": MAX_TOKENS}
-            tokens = self.tokenizer(some, return_tensors="pt", **how).to(self.device)
+            tokens = self.tokenizer(texts[start : start + AT_ONCE], return_tensors="pt", **how).to(self.device)
             hidden = self.encoder(**tokens).last_hidden_state.float()
             mask = tokens["attention_mask"][..., None].float()
             found.append(F.normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1), dim=-1).half().cpu())
-        return torch.cat(found)[torch.tensor(order).argsort()]
+        return torch.cat(found)
 
     def words(self, texts: Sequence[str], width: int) -> Tensor:
         """Initial token embeddings for a text encoder, float32 [num_texts, width], in which similar words are similar.
