@@ -423,6 +423,16 @@ def test_a_device_map_of_several_devices(saved, device_map):
         UnCLIPPipeline.from_pretrained(saved / "text", device_map=device_map)
 
 
+def test_devices_that_hold_no_weights_or_do_not_exist(saved):
+    with pytest.raises(InputError, match="the meta device holds no weights"):
+        UnCLIPPipeline.from_pretrained(saved / "text", device_map="meta")
+    pipe = UnCLIPPipeline.from_pretrained(saved / "text")
+    for offload in (pipe.enable_model_cpu_offload, pipe.enable_sequential_cpu_offload):
+        with pytest.raises(InputError, match="device is 'nonsense'"):
+            offload(device="nonsense")
+
+
+
 def test_variations_from_a_folder_without_an_image_encoder(saved, tiny_variation):
     with pytest.raises(CheckpointError, match="describes a UnCLIPPipeline without 'image_encoder'"):
         UnCLIPImageVariationPipeline.from_pretrained(saved / "text")

@@ -124,7 +124,7 @@ def read_part(text: str, *, weighted: bool = False, caption: bool = False) -> Pa
     if not caption and text and _is(Path.is_dir, text):
         raise InputError(f"{text!r} is a folder; name a file, or use --caption if it is a caption")
     if not caption and looks_like_path(text):
-        raise InputError(f"{no_file(text)}; use --caption if it is a caption")
+        raise InputError(f"{no_file(text)} (if it is a caption, use --caption)")
     return Part(plain(text), "caption", weight)
 
 

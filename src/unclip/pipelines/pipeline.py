@@ -479,17 +479,24 @@ def _types(torch_dtype: Any, use_safetensors: bool | None) -> dict[str, torch.dt
 
 
 def _one_device(device_map: Any) -> torch.device | None:
-    try:
-        return None if device_map is None else torch.empty(0, device=device_map).device
-    except (RuntimeError, TypeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
-        wanted = "one device, which this machine has; or see enable_model_cpu_offload()"
-        raise InputError(f"device_map is {device_map!r}; it must be {wanted}") from error
+    return None if device_map is None else _usable(device_map, "device_map")
 
 
 def _accelerator(gpu_id: int | None, device: torch.device | str | None) -> torch.device:
     if device is not None:
-        return torch.device(device)
+        return _usable(device, "device")
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if found is None:
         raise InputError("offloading needs an accelerator, but this machine has none; use device='cpu' to test it")
     return torch.device(found.type, 0 if gpu_id is None else whole(gpu_id, "gpu_id", 0))
+
+
+def _usable(device: Any, name: str) -> torch.device:
+    wanted = f"{name} is {device!r:.200}; it must be one device, which this machine has"
+    try:
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+        raise InputError(f"{wanted}; or see enable_model_cpu_offload()") from error
+    if found.type == "meta":
+        raise InputError(f"{wanted}; the meta device holds no weights")
+    return found
