@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from unclip.checkpoints.files import read_json, safe_join
 from unclip.errors import ConfigError, MissingFileError
@@ -36,7 +36,7 @@ HONOURED = SIZES | {
     "initializer_range": Factor,
     "initializer_factor": Factor,
     "logit_scale_init_value": Factor,
-    "hidden_act": str,
+    "hidden_act": Literal["quick_gelu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu", "swish"],
 }
 """Settings of CLIP's encoders and of their training, and their limits."""
 
