@@ -28,7 +28,7 @@ from unclip.training.recipe import TeacherSettings
 AT_ONCE, COMPARED_AT_ONCE = 256, 1024
 """Batch sizes of the teacher, and of the comparison with captions."""
 PART = 16_384
-"""Number of texts per file of the cache: about a minute of the teacher's time, which is all that an interruption costs."""
+"""Number of texts per file of the cache; an interruption costs at most the time of one part, about a minute."""
 MAX_TOKENS = 64
 NUM_UNKNOWN = 256
 """Number of different sets of pictures for phrases without meaning."""
