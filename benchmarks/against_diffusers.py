@@ -88,9 +88,12 @@ def loop(prepare: Callable[[], Callable], x: torch.Tensor, path: range) -> Calla
     """The steps of our stage, after one preparation."""
 
     def run() -> None:
+        from unclip.models.kernels import packed_weights
+
         denoiser = prepare()
-        for t in path:
-            denoiser(x, t)
+        with packed_weights(len(path)):
+            for t in path:
+                denoiser(x, t)
 
     return run
 

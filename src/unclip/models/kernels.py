@@ -4,8 +4,12 @@ The results are those of PyTorch's own functions, up to rounding.
 """
 
 import functools
-from collections.abc import Iterator
-from typing import Any
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 MAX_SCORES_ON_CPU = 2**26
-"""The largest number of attention scores in memory at once (128 MiB in bfloat16) for the faster kernel."""
+"""The largest number of attention scores in memory at once (128 MiB in bfloat16) for two matrix products."""
 
 MIN_PIXELS_TO_MERGE_WEIGHTS = 512
 """The smallest number of pixels (batch × h × w) for which merging the weights saves time: 1.2 to 1.4 times as fast
@@ -42,23 +46,107 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None
     if is_emulated(queries.dtype, queries.device):
         wide = (x if x is None else x.float() for x in (queries, keys, values, bias))
         return attention(*wide).to(values.dtype)  # pyright: ignore[reportArgumentType]
-    if _is_half_on_cpu(queries) and queries.dtype == torch.bfloat16 and num_scores <= MAX_SCORES_ON_CPU:
-        # Two matrix products beat PyTorch's fused kernel here: 1.2 to 1.6 times forward, 2.5 to 5 times with the
-        # backward pass (torch 2.13, AVX-512 bf16, 2026-11).
+    is_trained = torch.is_grad_enabled() and (queries.requires_grad or values.requires_grad)
+    if is_trained and _is_half_on_cpu(queries) and num_scores <= MAX_SCORES_ON_CPU:
+        # With the backward pass, two matrix products are 2.5 to 5 times as fast as PyTorch's fused kernel (torch 2.13,
+        # AVX-512 bf16, 2026-11).
         scores = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
         weights = (scores if bias is None else scores + bias).softmax(-1)
         return weights.to(values.dtype) @ values
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
 
 
+Run = Callable[[Tensor], Tensor]
+"""Computes a layer's output from weights in oneDNN's own layout."""
+
+_packed: ContextVar["_Packed | None"] = ContextVar("packed", default=None)
+
+MIN_CALLS_TO_PACK = {"winograd": 2, "convolution": 6, "linear": 10}
+"""The number of calls after which packing the weights has saved more time than it took."""
+
+MAX_PIXELS_TO_PACK = 2048
+"""The largest number of pixels (batch × h × w) for which packing saves time: PyTorch converts the weights at each call,
+which takes a part of the time that decreases with the number of pixels."""
+
+
+@dataclass
+class _Packed:
+    """The layers with packed weights: the address of the weights, and the function."""
+
+    num_calls: int
+    runs: dict[nn.Module, tuple[int, Run | None]] = field(default_factory=dict)
+
+    def pays(self, kind: str) -> bool:
+        return self.num_calls >= MIN_CALLS_TO_PACK[kind]
+
+
+@contextmanager
+def packed_weights(num_calls: int) -> Iterator[None]:
+    """Keep the weights of the layers that run on a CPU within this block in oneDNN's own layout, for many calls.
+
+    PyTorch converts the weights of a convolution at each call, and does not use oneDNN for float32 linear layers.
+    Within the block, each layer converts them once. Convolutions of float32 with many pixels become Winograd
+    convolutions. The copies of the weights are freed at the end. With gradients, with autocast and on other devices,
+    nothing changes.
+
+    Args:
+        num_calls: how often each layer will be called.
+    """
+    uses_onednn = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    token = _packed.set(_Packed(num_calls) if uses_onednn else None)
+    try:
+        yield
+    finally:
+        _packed.reset(token)
+
+
+def _packed_run(layer: "Linear | Conv2d", input: Tensor, *shape: Any) -> Run | None:
+    """How a layer computes this input with packed weights; None for PyTorch's way."""
+    packed = _packed.get()
+    if packed is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    address, known = layer.weight.data_ptr(), packed.runs.get(layer)
+    if known is None:
+        run = layer.pack(packed, input, *shape) if _can_pack(layer, input) else None
+        known = packed.runs[layer] = address, run
+    return known[1] if known[0] == address else None
+
+
+def _can_pack(layer: "Linear | Conv2d", input: Tensor) -> bool:
+    return (
+        type(layer.weight) is nn.Parameter
+        and input.device.type == layer.weight.device.type == "cpu"
+        and input.dtype == layer.weight.dtype
+        and input.dtype in (torch.float32, torch.bfloat16)
+        and not is_emulated(input.dtype, input.device)
+        and not torch.is_autocast_enabled("cpu")
+        and input.numel() > 0
+        and "forward" not in vars(layer)  # an offloading hook may move the weights
+    )
+
+
 class Linear(nn.Linear):
     """PyTorch's layer. Half types that the CPU only emulates are computed in float32, one layer at a time."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if run := _packed_run(self, input):
+            return run(input)
         if not is_emulated(input.dtype, input.device):
-            return super().forward(input)
+            return F.linear(input, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.float()
         return F.linear(input.float(), self.weight.float(), bias).to(input.dtype)
+
+    def pack(self, packed: _Packed, input: Tensor) -> Run | None:
+        """How to compute inputs of this shape with packed weights; None if that does not save time."""
+        if not packed.pays("linear") or input.dtype != torch.float32:
+            return None
+        return _packed_linear(self.weight.detach(), self.bias, math.prod(input.shape[:-1]))
+
+
+def _packed_linear(weight: Tensor, bias: Tensor | None, rows: int) -> Run:
+    """A linear layer with weights [out, in], for about `rows` rows at a time."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+    return lambda input: torch.ops.mkldnn._linear_pointwise(input, packed, bias, "none", [], "")
 
 
 class Conv2d(nn.Conv2d):
@@ -71,10 +159,38 @@ class Conv2d(nn.Conv2d):
     """
 
     def forward(self, input: Tensor, doubled: bool = False) -> Tensor:
+        if run := _packed_run(self, input, doubled):
+            return run(input)
         if is_emulated(input.dtype, input.device):
             bias = None if self.bias is None else self.bias.float()
             return self._computed(input.float(), self.weight.float(), bias, doubled).to(input.dtype)
         return self._computed(input, self.weight, self.bias, doubled)
+
+    def pack(self, packed: _Packed, input: Tensor, doubled: bool = False) -> Run | None:
+        """How to compute inputs of this shape with packed weights; None if that does not save time."""
+        weight, bias = self.weight.detach(), self.bias
+        batch, _, height, width = input.shape
+        height, width = (2 * height, 2 * width) if doubled else (height, width)
+        if self._is_3x3() and input.dtype == torch.float32 and pays_in_sampling(weight, batch, height, width):
+            if not packed.pays("winograd"):
+                return None
+            winograd = _PackedWinograd(weight, bias, batch * height * width // BLOCK**2)
+            return lambda x: winograd(_doubled(x) if doubled else x)
+        if not packed.pays("convolution") or batch * height * width > MAX_PIXELS_TO_PACK or not self._pads_zeros():
+            return None
+        how = self.padding, self.stride, self.dilation, self.groups
+        size = (batch, input.shape[1], height, width)
+        layout = weight.contiguous().to_mkldnn()
+        own = torch._C._nn.mkldnn_reorder_conv2d_weight(layout, *how, size)  # pyright: ignore[reportAttributeAccessIssue]
+
+        def run(x: Tensor) -> Tensor:
+            x = _doubled(x) if doubled else x
+            return torch.ops.mkldnn._convolution_pointwise(x, own, bias, *how, "none", [], "")
+
+        return run
+
+    def _pads_zeros(self) -> bool:
+        return self.padding_mode == "zeros" and not isinstance(self.padding, str)
 
     def _computed(self, input: Tensor, weight: Tensor, bias: Tensor | None, doubled: bool) -> Tensor:
         if self._is_3x3() and is_faster(input, weight, enlarged=2 if doubled else 1):
@@ -117,11 +233,16 @@ class Embedding(nn.Embedding):
             super().reset_parameters()
 
 
+MIN_PIXELS_OF_HALF_NORM = 1024
+"""PyTorch's group normalisation of half types is fast from this many pixels on, where it has another algorithm."""
+
+
 class GroupNorm(nn.GroupNorm):
-    """PyTorch's layer. Half types are computed in float32 on the CPU, which is 2 to 4 times faster."""
+    """PyTorch's layer. Half types with few pixels are computed in float32 on the CPU, which is 2 to 6 times faster."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not _is_half_on_cpu(input):
+        many = math.prod(input.shape[2:]) >= MIN_PIXELS_OF_HALF_NORM
+        if not _is_half_on_cpu(input) or (many and not is_emulated(input.dtype, input.device)):
             return super().forward(input)
         normed = F.group_norm(input.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps)
         return normed.to(input.dtype)
@@ -139,7 +260,7 @@ MIN_PIXELS = 1024
 Forward and backward, float32, AVX2, one core: 1.3 to 1.8 times as fast as oneDNN from 128 to 512 channels and 1,024
 to 16,384 pixels; 1.0 times at 96 channels. Two cores: 1.3 to 2 times."""
 
-MAX_CHUNK_BYTES = 6 * 2**20
+MAX_CHUNK_BYTES = 8 * 2**20
 """Largest size of the transformed tiles in memory. They fit into the processor's cache: 1.2 times as fast."""
 
 INPUT = [
@@ -278,6 +399,66 @@ class _Tiles:
         pictures.copy_(wide[:, 1 : height + 1, 1 : width + 1])
 
 
+MIN_PRODUCTS, MIN_TILES = 2**29, 128
+"""The smallest convolution (products of the direct way, and tiles) that Winograd computes in sampling: with less, calls
+of 36 small matrix products cost more than they save."""
+
+
+def pays_in_sampling(weight: Tensor, batch: int, height: int, width: int) -> bool:
+    """Whether `_PackedWinograd` supports a picture [batch, in, height, width] and saves time with float32 weights.
+
+    Of the 9 products per weight and pixel, 2.25 remain. The transforms add 81 / out + 36 / in of a product.
+    """
+    num_pixels = batch * height * width
+    is_large = 9 * weight.shape[0] * weight.shape[1] * num_pixels >= MIN_PRODUCTS and num_pixels >= MIN_TILES * BLOCK**2
+    return is_large and min(weight.shape[:2]) >= MIN_CHANNELS and height % BLOCK == width % BLOCK == 0
+
+
+class _PackedWinograd:
+    """`convolution` without gradients, with transformed weights that are packed once."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, num_tiles: int) -> None:
+        self.bias, self.num_out = bias, weight.shape[0]
+        most = max(MAX_CHUNK_BYTES // (4 * 36 * max(weight.shape[:2])), 1)
+        rows = min(most, num_tiles)
+        self.products = [_packed_linear(each.T, None, rows) for each in _weights(weight)]
+
+    def __call__(self, input: Tensor) -> Tensor:
+        inputs = input.permute(0, 2, 3, 1)
+        batch, height, width, _ = inputs.shape
+        outputs = input.new_empty(batch, height, width, self.num_out)
+        for picture in range(batch):
+            padded = F.pad(inputs[picture : picture + 1], (0, 0, 1, 1, 1, 1))
+            for rows in self._strips(padded):
+                self._strip(padded[:, rows.start : rows.stop + 2], outputs[picture : picture + 1, rows])
+        if self.bias is not None:
+            outputs += self.bias
+        return outputs.permute(0, 3, 1, 2)
+
+    def _strips(self, padded: Tensor) -> Iterator[slice]:
+        """Strips of a picture whose transformed tiles fit into the cache."""
+        _, height, width, channels = padded.shape
+        row_bytes = 4 * 36 * (width // BLOCK) * max(channels, self.num_out)
+        size = max(MAX_CHUNK_BYTES // row_bytes, 1) * BLOCK
+        for start in range(0, height - 2, size):
+            yield slice(start, min(start + size, height - 2))
+
+    def _strip(self, padded: Tensor, output: Tensor) -> None:
+        side, channels = BLOCK + 2, padded.shape[-1]
+        tiles = padded.unfold(1, side, BLOCK).unfold(2, side, BLOCK).permute(4, 5, 0, 1, 2, 3).reshape(36, -1)
+        transformed = _both_axes("input", tiles).view(36, -1, channels)
+        values = torch.stack([product(tile) for product, tile in zip(self.products, transformed, strict=True)])
+        blocks = _as_blocks(output)
+        blocks.copy_(_both_axes("output", values.flatten(1)).view_as(blocks))
+
+
+def _both_axes(name: Literal["input", "output"], tiles: Tensor) -> Tensor:
+    """Transform tiles [36, n] along one axis and then along the other: [36 or 16, n]."""
+    axis = _axis(name)
+    first = (axis @ tiles.view(6, -1)).view(len(axis), 6, -1)
+    return torch.matmul(axis, first).flatten(0, 1)
+
+
 def _as_blocks(pictures: Tensor) -> Tensor:
     """[batch, h, w, channels] → [4, 4, batch, h / 4, w / 4, channels], a view."""
     batch, height, width, channels = pictures.shape
@@ -291,8 +472,13 @@ def _weights(weight: Tensor) -> Tensor:
 
 
 @functools.cache
+def _axis(name: str) -> Tensor:
+    rows = {"input": INPUT, "weight": WEIGHT, "output": OUTPUT}[name]
+    return torch.tensor(rows, dtype=torch.float32, device="cpu")
+
+
+@functools.cache
 def _matrix(name: str) -> Tensor:
     """The transform of both axes together: [36 or 16, 36 or 9]."""
-    rows = {"input": INPUT, "weight": WEIGHT, "output": OUTPUT}[name]
-    axis = torch.tensor(rows, dtype=torch.float64, device="cpu")
+    axis = _axis(name).double()
     return torch.kron(axis, axis).float()

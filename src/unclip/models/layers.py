@@ -94,6 +94,12 @@ def mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return ((1.0 - mask.to(dtype)) * MASKED)[:, None, None, :]
 
 
+def may_overwrite(*makers: nn.Module) -> bool:
+    """Whether the outputs of these layers may be changed in place, which saves new memory: no gradient or hook needs
+    them."""
+    return not torch.is_grad_enabled() and not any(maker._forward_hooks for maker in makers)
+
+
 class HeadedAttention(nn.Module):
     """Projections to queries, keys and values and back, and softmax attention over `num_heads` heads.
 
@@ -167,7 +173,8 @@ class AddedKeyValueAttention(HeadedAttention):
             bias = F.pad(bias, (0, tokens.shape[1]))
         memory = added.then(self.to_k(tokens), self.to_v(tokens))
         answers = self.attend(self.to_q(tokens), memory, bias)
-        return pixels + answers.transpose(1, 2).unflatten(2, pixels.shape[2:])
+        answers = answers.transpose(1, 2).unflatten(2, pixels.shape[2:])
+        return answers.add_(pixels) if may_overwrite(self.to_out[0]) else pixels + answers
 
 
 class _GeluLinear(nn.Module):
@@ -275,19 +282,24 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """`embedding` [batch or 1, embedding_width] is after its activation, which is computed once for all blocks."""
-        h = self.act(self.norm1(x))
+        h = self._activated(self.norm1(x), self.norm1)
         # A wrapper, such as that of an adapter, has no argument `doubled`.
         is_plain = type(self.conv1) is Conv2d
         h = self.conv1(h, doubled=True) if self.resample == "up" and is_plain else self.conv1(self._resampled(h))
         condition = self.time_emb_proj(embedding)[:, :, None, None]
         if self.scale_shift:
             scale, shift = condition.chunk(2, dim=1)
-            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+            h = self.norm2(h)
+            h = torch.addcmul(shift, h, 1 + scale, out=h if may_overwrite(self.norm2) else None)
         else:
             h = self.norm2(h + condition)
-        h = self.conv2(self.dropout(self.act(h)))
+        h = self.conv2(self.dropout(self._activated(h, self.norm2)))
         x = self._resampled(x)
-        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+        x = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return h.add_(x) if may_overwrite(self.conv2) else x + h
+
+    def _activated(self, h: Tensor, maker: nn.Module) -> Tensor:
+        return F.silu(h, inplace=may_overwrite(maker)) if type(self.act) is nn.SiLU else self.act(h)
 
     def _resampled(self, x: Tensor) -> Tensor:
         if self.resample == "up":

@@ -12,6 +12,7 @@ from unclip.diffusion.loop import Denoiser, NoiseSource, OnStep, Progress, run
 from unclip.diffusion.process import DiffusionProcess
 from unclip.diffusion.sampler import FixedPointInversionSampler, Sampler
 from unclip.errors import ConfigError
+from unclip.models.kernels import packed_weights
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,9 @@ def sample(
     if origin is not None:
         x = stage.process.add_noise(origin.to(condition.device), x, timesteps[0])
     denoiser = _denoiser(stage, condition, null, guidance_scale)
-    return stage.finish(run(denoiser, sampler, timesteps, x, noise=noise, progress=progress, on_step=on_step))
+    with packed_weights(len(timesteps)):
+        x = run(denoiser, sampler, timesteps, x, noise=noise, progress=progress, on_step=on_step)
+    return stage.finish(x)
 
 
 def invert(
