@@ -1,7 +1,11 @@
 """A tiny random model behind a live server, and clients of it."""
 
+import contextlib
 import json
 import os
+import shutil
+import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,11 +25,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from unclip.pipelines.session import Compute
-from unclip.server.app import make_app
+from unclip.server.app import KEEP_ALIVE_S, make_app
 from unclip.server.engine import Engine
 from unclip.server.models import Work
 from unclip.server.settings import ServerSettings
 
+NPM_PACKAGES = ("openai@6.49.0", "axe-core@4.14.1")
 FEW = {
     "prior_num_inference_steps": 2,
     "decoder_num_inference_steps": 3,
@@ -112,7 +117,8 @@ def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:
 @contextmanager
 def running(settings: ServerSettings) -> Iterator[Live]:
     app = make_app(settings)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=5))
+    options = {"log_config": None, "timeout_graceful_shutdown": 5, "timeout_keep_alive": KEEP_ALIVE_S}
+    server = uvicorn.Server(uvicorn.Config(app, port=0, **options))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -141,6 +147,29 @@ def live(serve) -> Iterator[Live]:
     """A server that all tests share."""
     with serve() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def npm(pytestconfig: pytest.Config) -> Path:
+    """The folder of npm's packages, installed once under build/. Skips where they cannot be installed."""
+    folder = pytestconfig.rootpath / "build" / "npm"
+    if not folder.is_dir():
+        if not shutil.which("npm") or not shutil.which("node"):
+            pytest.skip("Node is not installed")
+        folder.parent.mkdir(exist_ok=True)
+        draft = tempfile.mkdtemp(prefix="npm-", dir=folder.parent)
+        done = subprocess.run(
+            ["npm", "install", "--no-audit", "--no-fund", "--prefix", draft, *NPM_PACKAGES],
+            capture_output=True, text=True, timeout=180,
+        )  # fmt: skip
+        try:
+            if done.returncode:
+                pytest.skip(f"npm cannot install packages: {done.stderr[-200:]}")
+            with contextlib.suppress(OSError):  # another process was faster
+                os.rename(draft, folder)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    return folder / "node_modules"
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from unclip.pipelines.session import Compute, Session
 from unclip.server.engine import FIRST_GUESS_S, ClosedError, Engine, MemoryExhaustedError, Part, QueueFullError, halves
 from unclip.server.models import KINDS, Model, Models, Row, Work
 
+from .conftest import wait_until
+
 
 def work(folder, seed: int = 0, count: int = 1, prompt: str = "a cat", **more) -> Work:
     given = dict.fromkeys(("prior_num_inference_steps", "decoder_num_inference_steps", "super_res_num_inference_steps"))
@@ -109,6 +111,30 @@ def test_a_batch_without_requests_stops_within_one_step(engine, model_folder):
     engine.start()
     results(engine, work(model_folder, 2))
     assert seen == [("prior", 0)]
+
+
+def test_a_batch_stops_within_one_step_when_its_last_request_is_cancelled(engine, model_folder):
+    both = [work(model_folder, 1), work(model_folder, 2)]
+    steps: list[list[str]] = [[], []]
+
+    def watch(place: int, last: int):
+        def on_step(step):
+            steps[place].append(step.stage)
+            if len(steps[place]) == last:
+                engine.cancel(both[place])
+                assert both[place].future.cancelled()  # its client is answered at once
+
+        return on_step
+
+    for place, last in enumerate((1, 4)):
+        both[place].on_step = watch(place, last)
+        engine.submit(both[place])
+    sizes = sizes_of(engine)
+    engine.start()
+    wait_until(both[1].future.cancelled)
+    results(engine, work(model_folder, 3))
+    assert [len(each) for each in steps] == [1, 4]
+    assert sizes == [1]  # the cancelled batch does not count as computed
 
 
 def test_a_cancelled_request_in_the_queue_is_not_computed(engine, model_folder):

@@ -1,5 +1,6 @@
 """Jobs: progress, cancellation, history, and what a restart leaves."""
 
+import base64
 import io
 import json
 import threading
@@ -10,6 +11,9 @@ from PIL import Image
 
 from .conftest import wait_until
 
+stream = io.BytesIO()
+Image.new("RGB", (16, 16), "red").save(stream, "PNG")
+IMAGE = "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # as the server does
 
 
@@ -85,6 +89,42 @@ def test_cancelling_a_queued_and_a_running_job(live, http):
     wait_until(lambda: http.get(f"/v1/jobs/{job['id']}").json()["status"] == "running")
     assert http.delete(f"/v1/jobs/{job['id']}").json()["status"] == "cancelled"
     wait_until(lambda: live.engine.num_pending == 0, 5)
+
+
+def test_a_job_cancelled_within_a_batch_is_answered_at_once_and_changes_nothing(live, http):
+    """The other job's picture is the one of a batch that nobody disturbed."""
+
+    def pair(cancel: bool) -> bytes:
+        with live.busy():
+            kept, gone = post(http, seed=1, steps=300), post(http, seed=2, steps=300)
+        if cancel:
+            wait_until(lambda: http.get(f"/v1/jobs/{gone['id']}").json()["progress"].get("stage") == "decoder")
+            assert http.delete(f"/v1/jobs/{gone['id']}").json()["status"] == "cancelled"
+            assert http.get(f"/v1/jobs/{kept['id']}").json()["status"] == "running"
+        done = finished(http, kept["id"])
+        return Image.open(io.BytesIO(http.get(done["result"]["data"][0]["url"]).content)).tobytes()
+
+    sizes: list[int] = []
+    before, live.engine.on_batch = live.engine.on_batch, lambda size, seconds: sizes.append(size)
+    assert pair(cancel=True) == pair(cancel=False)
+    live.engine.on_batch = before
+    assert [size for size in sizes if size > 1] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"type": "interpolation", "input": ["a cat", "a dog"], "steps": 1000},
+        {"type": "decode", "embeddings": [[0.5] * 16], "steps": 1000, "n": 3},
+        {"type": "edit", "image": IMAGE, "prompt": "a cat", "strength": 0.9, "steps": 1000},
+        {"type": "edit", "image": IMAGE, "from": "a cat", "to": "a dog", "steps": 1000},
+    ],
+)
+def test_cancelled_work_of_every_type_stops(live, http, fields):
+    job = post(http, **fields)
+    wait_until(lambda: http.get(f"/v1/jobs/{job['id']}").json()["progress"].get("stage") not in (None, "prior"))
+    assert http.delete(f"/v1/jobs/{job['id']}").json()["status"] == "cancelled"
+    wait_until(lambda: live.engine.num_pending == 0, 1.5)
 
 
 def test_a_finished_job_is_removed_with_its_pictures(http):

@@ -99,7 +99,7 @@ def test_own_fields_change_the_picture(client):
         return opened(answer.data[0]).tobytes()
 
     plain = made()
-    assert made() == plain
+    assert made() == made(preset="exact") == plain
     for fields in (
         {"seed": 2}, {"steps": 2}, {"guidance": 1.5}, {"sampler": "ddim"}, {"negative_prompt": "a dog"},
         {"candidates": 3}, {"prior_steps": 3}, {"super_res_steps": 3}, {"prior_guidance": 9},
@@ -204,6 +204,8 @@ def test_an_error_after_the_stream_started(client, live, monkeypatch):
         ({"extra_body": {"guidance": "inf"}}, "guidance", "invalid_value"),
         ({"extra_body": {"candidates": 0}}, "candidates", "invalid_value"),
         ({"extra_body": {"sampler": "euler"}}, "sampler", "invalid_value"),
+        ({"extra_body": {"preset": "fast"}}, "preset", "invalid_value"),
+        ({"extra_body": {"noise_level": 0}}, "noise_level", "invalid_value"),
     ],
 )
 def test_wrong_values_name_their_field(client, fields, param, code):

@@ -332,6 +332,22 @@ def test_a_reload_finds_its_jobs_and_cancels_one(visit, knowing):
 
 
 @pytest.mark.slow
+def test_a_running_job_survives_a_reload_and_is_cancelled(visit, knowing):
+    page = visit.open()
+    page.fill("#generate [name=prompt]", "a long job")
+    page.click("#generate summary")
+    page.fill("#generate [name=steps]", "1000")
+    page.click("#generate .primary")
+    page.locator(".job:has-text('a long job') .bar:has-text('Decoder')").wait_for()
+    page.reload()
+    card = page.locator(".job:has-text('a long job')")
+    card.locator(".bar:has-text('Decoder')").wait_for()
+    card.locator("button:has-text('Cancel')").click()
+    card.locator("text=Cancelled.").wait_for()
+    wait_until(lambda: knowing.engine.num_pending == 0)
+
+
+@pytest.mark.slow
 def test_a_dropped_png_restores_its_settings(visit):
     page = visit.open()
     content = png(prompt="a blue house", seed=5, settings={"decoder_num_inference_steps": 9})
@@ -377,6 +393,37 @@ def test_a_phone_has_no_sideways_scrolling(browser, knowing):
         page.click(f"#tab-{tab}")
         assert page.evaluate("() => document.documentElement.scrollWidth") <= 390, tab
     visit.context.close()
+    assert visit.problems == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_axe_finds_no_violation(browser, knowing, npm, scheme, width):
+    visit = Visit(
+        browser, knowing.url, viewport={"width": width, "height": 844}, color_scheme=scheme, reduced_motion="reduce"
+    )
+    page = visit.open()
+    page.evaluate((npm / "axe-core" / "axe.min.js").read_text(encoding="utf-8"))
+    page.fill("#generate [name=prompt]", "a cat")
+    page.click("#generate .primary")
+    page.wait_for_selector("#generate .tile.made")
+    choose(page, "#edit .well input", png(size=32))
+    found = []
+
+    def look(place: str) -> None:
+        for each in page.evaluate("async () => (await axe.run()).violations"):
+            found.append((place, each["id"], [node["html"] for node in each["nodes"]]))
+
+    for tab in ("vary", "interpolate", "edit", "concepts", "history", "generate"):
+        page.click(f"#tab-{tab}")
+        look(tab)
+    page.click("#generate summary")
+    look("advanced")
+    page.locator("#generate .tile button").nth(0).click()
+    look("viewer")
+    visit.context.close()
+    assert found == []
     assert visit.problems == []
 
 

@@ -254,6 +254,24 @@ def test_the_rate_of_a_key(serve):
         assert http.get("/v1/models").is_success
 
 
+def test_the_quota_of_a_key(serve):
+    with serve(api_keys=["first-key", "second-key"], quota=3) as live, live.http() as http:
+        first, second = ({"Authorization": f"Bearer {name}-key"} for name in ("first", "second"))
+        again = {**first, "Idempotency-Key": "one"}
+        for _ in range(2):  # a repeated request is not counted again
+            assert http.post(GENERATE, json={**B64, "n": 2}, headers=again).status_code == 200
+        answer = http.post(GENERATE, json={**B64, "n": 2}, headers=first)
+        error = error_of(answer, 429)
+        assert (error["type"], error["code"], "has 1 left" in error["message"]) == (*["insufficient_quota"] * 2, True)
+        assert (0 < int(answer.headers["retry-after"]) <= 86_400, answer.headers["x-should-retry"]) == (True, "false")
+        film = {"type": "interpolation", "input": ["a", "b"], "frames": 2}
+        assert error_of(http.post("/v1/jobs", json=film, headers=first), 429)["code"] == "insufficient_quota"
+        assert error_of(http.post(GENERATE, json={**B64, "n": 2, "stream": True}, headers=first), 429)
+        assert http.post("/v1/embeddings", json={"input": "a"}, headers=first).is_success
+        assert http.post("/v1/jobs", json={"prompt": "a cat"}, headers=first).status_code == 202
+        assert http.post(GENERATE, json={**B64, "n": 3}, headers=second).is_success
+
+
 # ---- clients that leave, or ask again ----
 
 
@@ -269,6 +287,13 @@ def test_a_client_that_leaves_cancels_its_request_alone(live, stream):
         assert live.engine.num_pending == 2  # the blocker, and the one that stayed
     thread.join(timeout=20)
     assert kept[0].status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_running_work_stops_when_its_client_leaves(live, stream):
+    with pytest.raises(httpx2.ReadTimeout):
+        live.post(GENERATE, json={**B64, "stream": stream, "steps": 1000, "n": 4}, timeout=0.5)
+    wait_until(lambda: live.engine.num_pending == 0, 1.5)
 
 
 def test_a_repeated_request_gets_the_first_answer(live, http):
@@ -447,11 +472,15 @@ def test_models_by_name(serve, model_folder):
 
 def test_the_description_of_the_routes(http):
     paths = http.get("/openapi.json").json()["paths"]
-    for path in ("images/generations", "images/edits", "images/variations", "images/decode", "embeddings", "jobs"):
+    for path in ("images/generations", "images/edits", "images/variations", "images/decode", "embeddings"):
         assert paths[f"/v1/{path}"]["post"]["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    kinds = paths["/v1/jobs"]["post"]["requestBody"]["content"]["application/json"]["schema"]["anyOf"]
+    assert [kind["properties"]["type"]["const"] for kind in kinds] == list(jobs.KINDS)
     form = paths["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]
     assert {"image", "mask", "from", "to", "seed", "steps", "guidance", "sampler"} <= form.keys()
-    assert all("default" in route["responses"] for each in paths.values() for route in each.values())
+    for route in (route for each in paths.values() for route in each.values()):
+        assert {"400", "401", "404", "413", "429", "500", "503", "504"} <= route["responses"].keys()
+        assert "422" not in route["responses"]
 
 
 # ---- any fields ----

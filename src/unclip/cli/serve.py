@@ -22,6 +22,7 @@ def serve(
     max_batch: Annotated[int | None, option("N", default="8", min=1)] = None,
     max_queue: Annotated[int | None, option("N", default="64", min=1)] = None,
     deadline: Annotated[float | None, option("S", default="300")] = None,
+    quota: Annotated[int | None, option("N", default="none", min=1)] = None,
     folder: Annotated[Path | None, option("DIR", default="~/.cache/unclip/server")] = None,
     cors_origin: Annotated[list[str] | None, option("URL", default="none")] = None,
     public_url: Annotated[str | None, option("URL", default="as requested")] = None,
@@ -44,6 +45,7 @@ def serve(
         max_batch: Pictures computed at once by a worker.
         max_queue: Pictures that may wait; more get status 429.
         deadline: Seconds a request may take, except jobs.
+        quota: Pictures of one key in a day.
         folder: Folder of results and jobs.
         cors_origin: A site whose pages may call the server. May be repeated.
         public_url: Start of the results' URLs.
@@ -72,6 +74,7 @@ def serve(
         "max_batch": max_batch,
         "max_queue": max_queue,
         "deadline_s": deadline,
+        "quota": quota,
         "folder": folder,
         "cors_origins": cors_origin,
         "public_url": public_url,

@@ -13,6 +13,8 @@ from pydantic import BaseModel
 from starlette.responses import FileResponse, Response
 
 from unclip.server.contract import (
+    EVENTS,
+    PICTURE,
     ApiError,
     DecodeRequest,
     EditRequest,
@@ -27,6 +29,22 @@ from unclip.server.models import KINDS, Model, Work
 from unclip.server.results import MEDIA_TYPES
 from unclip.server.service import Answer, Service
 from unclip.server.work import embed, read_pictures
+
+PICTURES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "required": ["created", "data", "model", "size"],
+                    "properties": {"created": {"type": "integer"}, "data": {"type": "array"}},
+                }
+            },
+            **EVENTS,
+        }
+    }
+}
+"""The OpenAPI document's description of pictures."""
 
 
 def router(service: Service) -> APIRouter:
@@ -43,17 +61,17 @@ def router(service: Service) -> APIRouter:
         http: Request, fields: Mapping[str, Any], request: PictureRequest, work: Work, prefix: str
     ) -> Response:
         if request.stream:
-            return await service.stream(request, work, prefix)
-        make = functools.partial(service.pictures, request, work, url_of=service.url_of(http))
+            return await service.stream(request, work, prefix, http.state.owner)
+        make = functools.partial(service.pictures, request, work, owner=http.state.owner, url_of=service.url_of(http))
         return JSONResponse(await service.once(http, fields, make))
 
-    @routes.post("/images/generations", openapi_extra=_body(GenerationRequest))
+    @routes.post("/images/generations", responses=PICTURES, openapi_extra=_body(GenerationRequest))
     async def generations(http: Request) -> Response:
         fields = await given(http)
         request = parsed(GenerationRequest, fields)
         return await respond(http, fields, request, service.requests.generation(request), "image_generation")
 
-    @routes.post("/images/edits", openapi_extra=_body(EditRequest, "image", "mask"))
+    @routes.post("/images/edits", responses=PICTURES, openapi_extra=_body(EditRequest, "image", "mask"))
     async def edits(http: Request) -> Response:
         fields = await given(http)
         request = parsed(EditRequest, fields)
@@ -61,14 +79,14 @@ def router(service: Service) -> APIRouter:
         work = await asyncio.to_thread(service.requests.editing, request, image, mask)
         return await respond(http, fields, request, work, "image_edit")
 
-    @routes.post("/images/variations", openapi_extra=_body(VariationRequest, "image"))
+    @routes.post("/images/variations", responses=PICTURES, openapi_extra=_body(VariationRequest, "image"))
     async def variations(http: Request) -> Response:
         fields = await given(http)
         request = parsed(VariationRequest, fields)
         image, _ = await asyncio.to_thread(read_pictures, fields)
         return await respond(http, fields, request, service.requests.variation(request, image), "image_variation")
 
-    @routes.post("/images/decode", openapi_extra=_body(DecodeRequest))
+    @routes.post("/images/decode", responses=PICTURES, openapi_extra=_body(DecodeRequest))
     async def decode(http: Request) -> Response:
         fields = await given(http)
         request = parsed(DecodeRequest, fields)
@@ -84,7 +102,7 @@ def router(service: Service) -> APIRouter:
         function = await asyncio.to_thread(embed, request, model.prior_settings())
 
         async def make(watched: Request | None) -> Answer:
-            rows, notes = await service.wait(Work(model.name, "embed", function=function), watched)
+            rows, notes = await service.wait(Work(model.name, "embed", function=function), http.state.owner, watched)
             if request.dimensions is not None and request.dimensions != len(rows[0]):
                 raise ApiError(
                     400, f"this model's embeddings have width {len(rows[0])}", param="dimensions", code="invalid_value"
@@ -107,7 +125,7 @@ def router(service: Service) -> APIRouter:
     async def one_model(name: str) -> Answer:
         return _about(service.requests.model(name))
 
-    @routes.get("/files/{name}")
+    @routes.get("/files/{name}", response_class=Response, responses={200: {"content": PICTURE}})
     async def file(name: str, expires: str = "", signature: str = "") -> Response:
         if not service.results.is_signed(name, expires, signature):
             raise ApiError(403, "this URL is not valid, or not any more", code="invalid_url")

@@ -31,7 +31,7 @@ from unclip.checkpoints.hub import resolve
 from unclip.errors import ConfigError, UnclipError
 from unclip.pipelines.session import Compute, model_name, pick_device
 from unclip.server import api, jobs, site
-from unclip.server.contract import ERROR_SCHEMA, ApiError, as_api_error
+from unclip.server.contract import ERRORS, ApiError, as_api_error
 from unclip.server.engine import Engine
 from unclip.server.results import Results
 from unclip.server.settings import ServerSettings, is_local
@@ -42,6 +42,8 @@ OPEN_PATHS = re.compile(r"/(healthz|readyz|page\.css|page\.js)?|/v1/files/[^/]+"
 """Paths that need no key; the URLs of files are signed."""
 NO_KEY = "everybody"
 """The owner of jobs on a server without keys."""
+KEEP_ALIVE_S = 75
+"""How long an idle connection stays open: longer than clients reuse one, or a request may meet a closed connection."""
 SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
 
 
@@ -237,14 +239,13 @@ def make_app(settings: ServerSettings, *, start: bool = True) -> FastAPI:
         yield
         await history.close(settings.drain_s)
 
-    wrong = {"description": "An error.", "content": {"application/json": {"schema": ERROR_SCHEMA}}}
     app = FastAPI(
         title="unclip",
         version=__version__,
         lifespan=lifespan,
         docs_url=None,  # its page loads scripts of another site
         redoc_url=None,
-        responses={"default": wrong},
+        responses=ERRORS,
     )
     app.state.engine, app.state.service, app.state.jobs = engine, service, history
     metrics = Metrics(engine)
@@ -261,16 +262,27 @@ def make_app(settings: ServerSettings, *, start: bool = True) -> FastAPI:
     async def healthz() -> dict[str, str]:
         return {"status": "ok", "version": __version__}
 
-    @app.get("/readyz")
+    @app.get("/readyz", responses={503: {"content": {"application/json": {"schema": {"type": "object"}}}}})
     async def readyz() -> JSONResponse:
         if engine.is_ready:
             return JSONResponse({"status": "ready"})
         reason = "stopping" if engine.is_closed else engine.load_error or "the model is being loaded"
         return JSONResponse({"status": "not ready", "reason": reason}, 503, {"Retry-After": "1"})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def show_metrics() -> PlainTextResponse:
         return PlainTextResponse(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    described = app.openapi
+
+    def describe() -> dict[str, Any]:
+        document = described()
+        for route in (route for path in document["paths"].values() for route in path.values()):
+            route["responses"].pop("422", None)  # FastAPI's own refusal, which is a 400 here
+        keys = {"type": "http", "scheme": "bearer"}
+        return document | {"components": {"securitySchemes": {"key": keys}}, "security": [{}, {"key": []}]}
+
+    app.openapi = describe
 
     @app.exception_handler(UnclipError)
     async def refused(request: Request, error: Exception) -> JSONResponse:
@@ -352,6 +364,7 @@ def serve(settings: ServerSettings) -> None:
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+        timeout_keep_alive=KEEP_ALIVE_S,
         server_header=False,
     )
     try:

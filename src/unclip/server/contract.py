@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Mapping
+from http import HTTPStatus
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Request
@@ -45,6 +46,13 @@ ERROR_SCHEMA = {
     },
 }
 """The JSON schema of every error's body."""
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"description": HTTPStatus(status).phrase, "content": {"application/json": {"schema": ERROR_SCHEMA}}}
+    for status in (400, 401, 403, 404, 413, 429, 500, 503, 504)
+}
+"""The OpenAPI document's description of errors."""
+EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+PICTURE = {f"image/{kind}": {"schema": {"type": "string", "format": "binary"}} for kind in ("png", "jpeg", "webp")}
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -80,6 +88,8 @@ class ApiError(UnclipError):
         """The answer's body."""
         kinds = {401: "authentication_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        if self.code == "insufficient_quota":
+            kind = self.code
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
@@ -135,6 +145,16 @@ def _sampler(name: str) -> str:
     return name
 
 
+def _preset(name: str) -> str:
+    if name not in ("default", "exact"):
+        raise InputError(f"preset is {name!r:.40}; it must be default or exact, which are the model's own settings")
+    return name
+
+
+def _noise_level(value: Any) -> Any:
+    raise InputError("noise_level: no model here decodes noisy embeddings; leave the field out")
+
+
 def _first(value: Any) -> Any:
     """Some clients send a list of one."""
     return value[0] if isinstance(value, list) and len(value) == 1 else value
@@ -152,7 +172,8 @@ Count = Annotated[int, Field(ge=1, le=MAX_PICTURES)]
 class PictureRequest(BaseModel):
     """Fields of all requests for pictures; None: the default. Unknown fields are ignored.
 
-    `seed`, `steps`, `guidance`, `super_res_steps`, `sampler`, `negative_prompt` and `enlarge` are the server's own.
+    `seed`, `steps`, `guidance`, `super_res_steps`, `sampler`, `preset`, `noise_level`, `negative_prompt` and `enlarge`
+    are the server's own.
     """
 
     model_config = ConfigDict(extra="ignore", populate_by_name=True)
@@ -176,6 +197,8 @@ class PictureRequest(BaseModel):
         Annotated[int, AfterValidator(_limited("super_res_num_inference_steps", "super_res_steps"))] | None
     ) = None
     sampler: Annotated[str, AfterValidator(_sampler)] | None = None
+    preset: Annotated[str, AfterValidator(_preset)] | None = None
+    noise_level: Annotated[float, BeforeValidator(_noise_level)] | None = None
     negative_prompt: Caption | None = None
     enlarge: bool | None = None
 

@@ -19,6 +19,7 @@ from starlette.responses import Response
 
 from unclip.checkpoints.files import atomic_file
 from unclip.server.contract import (
+    EVENTS,
     ApiError,
     DecodeRequest,
     EditRequest,
@@ -46,9 +47,12 @@ KINDS: Mapping[str, type[PictureRequest]] = {
 BODY = {
     "application/json": {
         "schema": {
-            "type": "object",
-            "description": "The fields of the route for this type, with pictures as data URLs.",
-            "properties": {"type": {"enum": list(KINDS), "default": "generation"}},
+            "anyOf": [
+                kind.model_json_schema()
+                | {"properties": {**kind.model_json_schema()["properties"], "type": {"const": name}}}
+                for name, kind in KINDS.items()
+            ],
+            "description": "The fields of the route for this type (default: generation), with pictures as data URLs.",
         }
     }
 }
@@ -144,7 +148,7 @@ class Jobs:
             lambda row, index, image: loop.call_soon_threadsafe(self._show_preview, job, row, image),
         )
         work.on_step = self._progress(job, loop, preview)
-        self._service.engine.submit(work)
+        self._service.submit(work, owner)
         self._jobs[job.id] = job
         await asyncio.to_thread(self._write, job)
         task = loop.create_task(self._follow(job, request, work))
@@ -339,7 +343,7 @@ def router(service: Service, jobs: Jobs) -> APIRouter:
     async def one(http: Request, name: str) -> Answer:
         return jobs.shown(jobs.get(http.state.owner, name), service.url_of(http))
 
-    @routes.get("/jobs/{name}/events")
+    @routes.get("/jobs/{name}/events", response_class=Response, responses={200: {"content": EVENTS}})
     async def events(http: Request, name: str) -> Response:
         return jobs.listen(jobs.get(http.state.owner, name), service.url_of(http))
 

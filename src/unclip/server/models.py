@@ -108,6 +108,7 @@ class Work:
         shape: height and width whose ratio the pictures get; None: the model's own square.
         on_step: is called on the worker's thread after each step.
         function: is called with the model and a function that tells whether to stop, instead of making pictures.
+        num_made: how many pictures a function makes.
         future: the list of `Made`, or the function's result.
     """
 
@@ -119,6 +120,7 @@ class Work:
     shape: Size | None = None
     on_step: Callable[[Step], None] | None = None
     function: "Callable[[Model, Callable[..., Any]], Any] | None" = None
+    num_made: int = 0
     future: "Future[Any]" = field(default_factory=Future)
     started: bool = False
     cancelled: bool = False

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,11 +63,32 @@ class Service:
     def __init__(self, engine: Engine, results: Results, settings: ServerSettings) -> None:
         self.engine, self.results, self.settings = engine, results, settings
         self.requests = Requests(engine)
+        self._spent: Counter[tuple[str | None, int]] = Counter()
         self._remembered: dict[tuple[str, str], tuple[str, float, asyncio.Task[Answer]]] = {}
 
-    async def wait(self, work: Work, request: Request | None = None) -> Any:
-        """The result of work that is queued here. It is cancelled when the client leaves or the deadline passes."""
+    def submit(self, work: Work, owner: str | None) -> None:
+        """Queue a request of a key; without an owner it is not counted.
+
+        Raises: ApiError above the key's quota; QueueFullError, ClosedError.
+        """
+        day, seconds = divmod(int(time.time()), 86_400)
+        count, quota = work.num_made or len(work.rows), self.settings.quota
+        spent = self._spent[owner, day]
+        if quota is not None and owner is not None and spent + count > quota:
+            raise ApiError(
+                429,
+                f"this key may make {quota} pictures a day, and has {max(0, quota - spent)} left; this request is for "
+                f"{count}",
+                code="insufficient_quota",
+                headers={"Retry-After": str(86_400 - seconds), "x-should-retry": "false"},
+            )
         self.engine.submit(work)
+        self._spent = Counter({key: number for key, number in self._spent.items() if key[1] == day})
+        self._spent[owner, day] += count
+
+    async def wait(self, work: Work, owner: str | None, request: Request | None = None) -> Any:
+        """The result of work that is queued here. It is cancelled when the client leaves or the deadline passes."""
+        self.submit(work, owner)
         future = asyncio.wrap_future(work.future)
         watch = None if request is None else asyncio.ensure_future(_left(request))
         try:
@@ -90,10 +112,10 @@ class Service:
                 self.engine.cancel(work)
 
     async def pictures(
-        self, request: PictureRequest, work: Work, http: Request | None, *, url_of: Callable[[str], str]
+        self, request: PictureRequest, work: Work, http: Request | None, *, owner: str, url_of: Callable[[str], str]
     ) -> Answer:
         """The answer to a request for pictures."""
-        made = await self.wait(work, http)
+        made = await self.wait(work, owner, http)
         return await asyncio.to_thread(self.answer, request, work.model, made, url_of)
 
     def answer(self, request: PictureRequest, model: str, made: Sequence[Made], url_of: Callable[[str], str]) -> Answer:
@@ -133,13 +155,13 @@ class Service:
         start = (self.settings.public_url or str(http.base_url)).rstrip("/")
         return lambda name: start + self.results.url(name)
 
-    async def stream(self, request: PictureRequest, work: Work, prefix: str) -> Response:
+    async def stream(self, request: PictureRequest, work: Work, prefix: str, owner: str) -> Response:
         """Pictures as server-sent events: previews of the decoder, then the finished ones."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, int, Image.Image] | None]()
         work.on_step = previews(
             request.partial_images or 0, lambda *found: loop.call_soon_threadsafe(queue.put_nowait, found)
         )
-        self.engine.submit(work)
+        self.submit(work, owner)
         future = asyncio.wrap_future(work.future)
         future.add_done_callback(lambda done: queue.put_nowait(None))
 

@@ -36,6 +36,8 @@ class ServerSettings(BaseSettings):
         deadline_s: how long a request may take, except jobs.
         max_upload_mb: size limit of a request, in 10^6 bytes.
         rate_per_minute: requests of one key (or one address) in a minute; None: no limit.
+        quota: pictures of one key in a day (UTC), counted from the server's start; None: no limit. Without keys it is
+            the quota of everybody together.
         folder: where results and jobs are kept.
         keep_s: how long results and jobs are kept.
         url_s: how long a URL of a result is valid.
@@ -63,6 +65,7 @@ class ServerSettings(BaseSettings):
     deadline_s: float = Field(300, gt=0)
     max_upload_mb: float = Field(25, gt=0)
     rate_per_minute: int | None = Field(None, ge=1)
+    quota: int | None = Field(None, ge=1)
     folder: Path = Field(default_factory=default_folder)
     keep_s: float = Field(24 * 3600, gt=0)
     url_s: float = Field(3600, gt=0)

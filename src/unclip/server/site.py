@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from unclip.clip.concepts import Concepts
 from unclip.pipelines.session import MADE_WITH, read_texts
-from unclip.server.contract import ApiError, DecodeRequest, data_of, read_fields
+from unclip.server.contract import PICTURE, ApiError, DecodeRequest, data_of, read_fields
 from unclip.server.models import Made, Model
 from unclip.server.service import Answer, Service, encoded
 
@@ -24,6 +24,16 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
+PNG_BODY = {
+    "multipart/form-data": {
+        "schema": {
+            "type": "object",
+            "required": ["image"],
+            "properties": {"image": {"type": "string", "format": "binary"}},
+        }
+    }
+}
+"""The OpenAPI document's description of a PNG as the field "image"."""
 MAX_CONCEPTS = 200
 """Concepts in one answer."""
 PICTURE_STEPS = 8
@@ -70,7 +80,7 @@ def router(service: Service) -> APIRouter:
         data = [] if found is None else [_concept(found, place) for place in places[offset : offset + limit]]
         return {"object": "list", "data": data, "total": len(places)}
 
-    @routes.get("/v1/concepts/{number}/picture", response_class=Response)
+    @routes.get("/v1/concepts/{number}/picture", response_class=Response, responses={200: {"content": PICTURE}})
     async def concept_picture(http: Request, number: int, model: str | None = None) -> Response:
         about = service.requests.capable(model, "decode")
         found = await concepts_of(about)
@@ -80,11 +90,11 @@ def router(service: Service) -> APIRouter:
         if key not in pictures:
             request = DecodeRequest(embeddings=[[0.0]], seed=0, steps=PICTURE_STEPS, sampler="ddim")
             work = service.requests.decoding(request, found.embeddings[number : number + 1].float())
-            made: list[Made] = await service.wait(work, http)
+            made: list[Made] = await service.wait(work, None, http)
             pictures[key] = await asyncio.to_thread(encoded, made[0].image, request, made[0].facts)
         return Response(pictures[key], media_type="image/png", headers={"Cache-Control": "private, max-age=3600"})
 
-    @routes.post("/v1/settings")
+    @routes.post("/v1/settings", openapi_extra={"requestBody": {"required": True, "content": PNG_BODY}})
     async def settings(http: Request) -> Answer:
         given = (await read_fields(http)).get("image")
         content = data_of(given, "image") if isinstance(given, str) else given

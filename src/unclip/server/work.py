@@ -137,7 +137,7 @@ class Requests:
             facts = {"between": " | ".join(request.shown_input), **about, "seed": seed}
             return [Made(each, seed, notes, {**facts, "place": i / (count - 1)}) for i, each in enumerate(images)]
 
-        return Work(model.name, "interpolate", function=interpolate)
+        return Work(model.name, "interpolate", function=interpolate, num_made=count)
 
     def editing(self, request: EditRequest, image: Image.Image | None, mask: Image.Image | None) -> Work:
         """The work of an edit: by a mask or the picture's transparency, by strength, or by a caption difference."""
@@ -214,7 +214,7 @@ class Requests:
                 for each, share in zip(images, strengths, strict=True)
             ]
 
-        return Work(model.name, "change", function=change)
+        return Work(model.name, "change", function=change, num_made=count)
 
 
 def embed(request: EmbeddingRequest, default: Mapping[str, Any]) -> Callable[[Model, Callable[..., Any]], Any]:

@@ -795,7 +795,8 @@ function useConcept(name) {
 async function loadConcepts() {
   const found = await searchConcepts().catch(() => ({ total: 0, data: [] }));
   $("#tab-concepts").hidden = !found.total;
-  const names = found.total ? found.data.map((concept) => concept.name).filter((_, i) => i % Math.ceil(found.data.length / 4) === 0).slice(0, 4) : EXAMPLES;
+  const spread = [0.35, 0.45, 0.6, 0.65].map((share) => get(`v1/concepts?limit=1&offset=${Math.floor(share * found.total)}&${ofModel()}`));
+  const names = found.total ? [...new Set((await Promise.all(spread)).map((one) => one.data[0].name))] : EXAMPLES;
   $("[data-examples]").replaceChildren(...names.map((name) => el("button", { type: "button", onclick: () => useConcept(name) }, name)));
 }
 let typing = null;
