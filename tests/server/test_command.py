@@ -40,6 +40,29 @@ def test_without_the_extra_the_error_names_it(monkeypatch):
     assert result.stderr == "error: the server needs fastapi: pip install 'unclip[server]'\n"
 
 
+def test_without_ray_the_error_names_the_extra(monkeypatch, model_folder, tmp_path):
+    from typer.testing import CliRunner
+
+    from unclip.cli.main import app
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "unclip.server.cluster", raising=False)
+    command = ["serve", "--ray", "local", "--model", str(model_folder), "--folder", str(tmp_path)]
+    result = CliRunner().invoke(app, command, prog_name="unclip")
+    assert result.exit_code == 1
+    assert result.stderr == "error: --ray needs ray: pip install 'unclip[server,ray]'\n"
+
+
+@pytest.mark.parametrize("replicas", ["0", "4:2", "two"])
+def test_wrong_numbers_of_replicas_are_refused(replicas):
+    from typer.testing import CliRunner
+
+    from unclip.cli.main import app
+
+    result = CliRunner().invoke(app, ["serve", "--replicas", replicas], prog_name="unclip")
+    assert (result.exit_code, "replicas is" in result.stderr) == (1, True)
+
+
 def test_a_public_address_without_keys_is_refused(monkeypatch):
     from typer.testing import CliRunner
 

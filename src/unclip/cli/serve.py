@@ -13,6 +13,8 @@ PACKAGES = ("fastapi", "starlette", "uvicorn", "python_multipart", "prometheus_c
 def serve(
     *,
     model: Annotated[list[str] | None, option("[NAME=]MODEL", "--model", "-m", default="unclip-emoji")] = None,
+    ray: Annotated[str | None, option("ADDRESS", default="none")] = None,
+    replicas: Annotated[str | None, option("N|MIN:MAX", default="1")] = None,
     host: Annotated[str | None, option("ADDRESS", default="127.0.0.1")] = None,
     port: Annotated[int | None, option("N", "--port", "-p", default="8000")] = None,
     api_keys_file: Annotated[Path | None, option("FILE", default="none")] = None,
@@ -36,6 +38,8 @@ def serve(
     Args:
         model: A model's folder, a hub id or a built-in name, and its name in requests. May be repeated; the first one
             is the default.
+        ray: Compute on a Ray cluster: its address, auto for that of this machine, or local to start one here.
+        replicas: Copies of the models on the cluster; MIN:MAX for autoscaling.
         host: Address.
         port: Port; 0 takes a free one.
         api_keys_file: File with a key on each line.
@@ -54,6 +58,7 @@ def serve(
         unclip serve
         unclip serve --model mine=models/mine --model unclip-emoji --port 8080
         unclip serve --host 0.0.0.0 --api-keys-file keys.txt
+        unclip serve --ray auto --replicas 1:4
         unclip serve --device cuda:0 --device cuda:1 --dtype bfloat16
     """
     try:
@@ -65,6 +70,8 @@ def serve(
         raise MissingDependencyError(f"the server needs {error.name}: pip install 'unclip[server]'") from error
     given = {
         "models": model,
+        "ray": ray,
+        "replicas": replicas,
         "host": host,
         "port": port,
         "api_keys_file": api_keys_file,

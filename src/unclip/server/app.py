@@ -1,5 +1,6 @@
 """The application: routes, keys, limits, health, metrics and logs; and the function that serves it."""
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -28,11 +29,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from unclip import __version__
 from unclip.checkpoints.hub import resolve
-from unclip.errors import ConfigError, UnclipError
+from unclip.errors import ConfigError, MissingDependencyError, UnclipError
 from unclip.pipelines.session import Compute, model_name, pick_device
 from unclip.server import api, jobs, site
 from unclip.server.contract import ERRORS, ApiError, as_api_error
 from unclip.server.engine import Engine
+from unclip.server.models import Models
 from unclip.server.results import Results
 from unclip.server.settings import ServerSettings, is_local
 
@@ -214,20 +216,32 @@ def make_app(settings: ServerSettings, *, start: bool = True) -> FastAPI:
         settings: of the server.
         start: whether the workers start with the application.
 
-    Raises: ConfigError for settings that do not fit; CheckpointError for a model that cannot be used; InputError for a
-        device that this machine does not have; OutputError for a folder that cannot be written.
+    Raises: ConfigError for settings that do not fit, or a cluster that cannot be reached; CheckpointError for a model
+        that cannot be used; InputError for a device that this machine does not have; OutputError for a folder that
+        cannot be written; MissingDependencyError for `ray` without Ray Serve.
     """
-    for device in settings.devices:
-        pick_device(device)
+    folders, replicas, models = model_folders(settings.models), None, Models
+    computes = [Compute(dtype=settings.dtype, device=device) for device in settings.devices]
+    results = Results(
+        settings.folder, keep_s=settings.keep_s, quota_bytes=settings.quota_mb * 1e6, url_s=settings.url_s
+    )
+    if settings.ray is None:
+        for device in settings.devices:
+            pick_device(device)
+    else:
+        try:
+            from unclip.server.cluster import Replicas
+        except ModuleNotFoundError as error:
+            raise MissingDependencyError(f"--ray needs {error.name}: pip install 'unclip[server,ray]'") from error
+        replicas = Replicas(settings, folders, computes[0])
+        computes, models = replicas.computes, replicas.models
     engine = Engine(
-        model_folders(settings.models),
-        [Compute(dtype=settings.dtype, device=device) for device in settings.devices],
+        folders,
+        computes,
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
         max_model_bytes=None if settings.memory_mb is None else settings.memory_mb * 1e6,
-    )
-    results = Results(
-        settings.folder, keep_s=settings.keep_s, quota_bytes=settings.quota_mb * 1e6, url_s=settings.url_s
+        models=models,
     )
     service = api.Service(engine, results, settings)
     history = jobs.Jobs(service, settings.folder)
@@ -238,6 +252,8 @@ def make_app(settings: ServerSettings, *, start: bool = True) -> FastAPI:
             engine.start()
         yield
         await history.close(settings.drain_s)
+        if replicas is not None:
+            await asyncio.to_thread(replicas.close)
 
     app = FastAPI(
         title="unclip",
@@ -264,7 +280,7 @@ def make_app(settings: ServerSettings, *, start: bool = True) -> FastAPI:
 
     @app.get("/readyz", responses={503: {"content": {"application/json": {"schema": {"type": "object"}}}}})
     async def readyz() -> JSONResponse:
-        if engine.is_ready:
+        if engine.is_ready if replicas is None else replicas.num_running and not engine.is_closed:
             return JSONResponse({"status": "ready"})
         reason = "stopping" if engine.is_closed else engine.load_error or "the model is being loaded"
         return JSONResponse({"status": "not ready", "reason": reason}, 503, {"Retry-After": "1"})
@@ -350,7 +366,8 @@ def serve(settings: ServerSettings) -> None:
     """Serve until SIGTERM or SIGINT, then finish the running requests. Raises: as `make_app`."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for logger, level in ((log, logging.INFO), (logging.getLogger("uvicorn"), logging.WARNING)):
+    for name, level in (("unclip.server", logging.INFO), ("uvicorn", logging.WARNING), ("ray", logging.WARNING)):
+        logger = logging.getLogger(name)
         logger.addHandler(handler)
         logger.setLevel(level)
         logger.propagate = False

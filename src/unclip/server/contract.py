@@ -18,7 +18,7 @@ from unclip.clip.encoders import check_prompt
 from unclip.errors import ImageError, InputError, NonFiniteError, OutputError, UnclipError
 from unclip.images import open_image
 from unclip.numbers import shown
-from unclip.server.engine import ClosedError, MemoryExhaustedError, QueueFullError
+from unclip.server.engine import ClosedError, MemoryExhaustedError, QueueFullError, ReplicaError
 from unclip.settings import SAMPLERS, SETTINGS
 
 MAX_PROMPT_CHARACTERS = 32_000
@@ -100,9 +100,9 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, QueueFullError):
         wait = str(error.retry_after_s)
         return ApiError(429, str(error), code="queue_full", headers={"Retry-After": wait})
-    if isinstance(error, MemoryExhaustedError | ClosedError):
-        code = "out_of_memory" if isinstance(error, MemoryExhaustedError) else "stopping"
-        return ApiError(503, str(error), code=code, headers={"Retry-After": "10"})
+    unavailable = {MemoryExhaustedError: "out_of_memory", ClosedError: "stopping", ReplicaError: "replica_unavailable"}
+    if type(error) in unavailable:
+        return ApiError(503, str(error), code=unavailable[type(error)], headers={"Retry-After": "10"})
     if isinstance(error, ImageError):
         return ApiError(400, str(error), param="image", code="invalid_image")
     if isinstance(error, InputError):

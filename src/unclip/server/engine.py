@@ -47,6 +47,10 @@ class MemoryExhaustedError(UnclipError):
     """The device has too little memory, also for half of the batch."""
 
 
+class ReplicaError(UnclipError):
+    """No replica of a cluster answers: it was not started, was lost, or stalled."""
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
     """Consecutive rows of one request in one batch."""
@@ -69,6 +73,7 @@ class Engine:
         max_batch: pictures computed at once by a worker.
         max_queue: pictures that may wait or be computed. A single request is always accepted by an idle engine.
         max_model_bytes: size limit of a device's loaded models; None: no limit.
+        models: makes the models of a worker.
 
     Attributes:
         on_batch: is called with the size and the seconds of each batch.
@@ -85,11 +90,12 @@ class Engine:
         max_batch: int = 8,
         max_queue: int = 64,
         max_model_bytes: float | None = None,
+        models: Callable[[Mapping[str, str], Compute, float | None], Models] = Models,
     ) -> None:
         self.max_batch, self.max_queue = max_batch, max_queue
         self.on_batch: Callable[[int, float], None] = lambda size, seconds: None
         self.load_error: str | None = None
-        self._workers = [Models(folders, compute, max_model_bytes) for compute in computes]
+        self._workers = [models(folders, compute, max_model_bytes) for compute in computes]
         self._first = next(iter(folders))
         self._changed = threading.Condition()
         self._queue: deque[Work] = deque()
@@ -236,7 +242,7 @@ class Engine:
             if not halved:
                 again = halves(parts)
             problem = MemoryExhaustedError("the device has too little memory for this request; ask for fewer pictures")
-        elif len(parts) > 1:
+        elif len(parts) > 1 and not isinstance(problem, ReplicaError):
             again = [[part] for part in parts]
         for each in again:
             self._compute(models, each, done, halved=halved or isinstance(problem, MemoryExhaustedError))
@@ -264,11 +270,11 @@ class Engine:
             return None
 
         try:
-            model = models.get(work.model)
+            result = models.get(work.model).run(work, [row for part in parts for row in part.rows], on_step)
             if work.function is not None:
-                done.append((work, work.function(model, on_step)))
+                done.append((work, result))
             else:
-                made = iter(model.make(work, [row for part in parts for row in part.rows], on_step))
+                made = iter(result)
                 for part in parts:
                     for number in range(part.first, part.first + part.count):
                         part.work.made[number] = next(made)

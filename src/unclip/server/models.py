@@ -199,6 +199,10 @@ class Model:
         finally:
             switch(own)
 
+    def run(self, work: Work, rows: Sequence[Row], on_step: Callable[..., Any]) -> Any:
+        """The result of the work's function, or the pictures of these rows."""
+        return self.make(work, rows, on_step) if work.function is None else work.function(self, on_step)
+
     @torch.no_grad()
     def make(self, work: Work, rows: Sequence[Row], on_step: Callable[..., Any]) -> list[Made]:
         """Make pictures of several requests, whose settings are those of `work`. Raises: as the pipelines."""
@@ -267,8 +271,14 @@ class Model:
 class Models:
     """The models of one device: loaded when they are first asked for, and unloaded when memory is short."""
 
-    def __init__(self, folders: Mapping[str, str], compute: Compute, max_bytes: float | None) -> None:
-        self.each = {name: Model(name, folder, compute) for name, folder in folders.items()}
+    def __init__(
+        self,
+        folders: Mapping[str, str],
+        compute: Compute,
+        max_bytes: float | None,
+        make: Callable[[str, str, Compute], Model] = Model,
+    ) -> None:
+        self.each = {name: make(name, folder, compute) for name, folder in folders.items()}
         self._used: OrderedDict[str, Model] = OrderedDict()
         self._max_bytes = max_bytes
 

@@ -25,6 +25,11 @@ class ServerSettings(BaseSettings):
         models: models by their names in requests, "name=folder" each; without a name the folder's own. The first one
             also answers to OpenAI's names, such as "dall-e-2".
         devices: one worker for each.
+        ray: where replicas compute: "local" (Ray is started here), "auto" (the cluster that this machine is part of) or
+            that cluster's address; None: in this process.
+        replicas: their number, or "MIN:MAX" for autoscaling.
+        replica_cpus, replica_gpus: what Ray reserves for a replica; the default of GPUs is 1 where the cluster has any.
+        ray_stall_s: how long a replica may take to start, or to report a step.
         host, port: the address.
         allow_open: whether a public address without keys is accepted.
         api_keys: bearer keys; empty: every request is accepted.
@@ -53,6 +58,11 @@ class ServerSettings(BaseSettings):
     models: Annotated[list[str], NoDecode] = ["unclip-emoji"]
     devices: Annotated[list[str], NoDecode] = ["auto"]
     dtype: str = "float32"
+    ray: str | None = None
+    replicas: str = Field("1", pattern=r"^[1-9]\d{0,3}(:[1-9]\d{0,3})?$")
+    replica_cpus: float = Field(1, ge=0)
+    replica_gpus: float | None = Field(None, ge=0)
+    ray_stall_s: float = Field(120, gt=0)
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     allow_open: bool = False
@@ -80,6 +90,12 @@ class ServerSettings(BaseSettings):
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
     @property
+    def num_replicas(self) -> tuple[int, int]:
+        """The fewest and the most replicas."""
+        low, _, high = self.replicas.partition(":")
+        return int(low), int(high or low)
+
+    @property
     def keys(self) -> list[str]:
         """All bearer keys, those of the file too. Raises: ConfigError for a short key or a file without keys."""
         found = list(self.api_keys)
@@ -100,7 +116,10 @@ class ServerSettings(BaseSettings):
         return found
 
     def check(self) -> None:
-        """Raises: ConfigError for a public address without keys."""
+        """Raises: ConfigError for a public address without keys, and for a range of replicas in the wrong order."""
+        low, high = self.num_replicas
+        if low > high:
+            raise ConfigError(f"replicas is {self.replicas}: the first number must not be above the second")
         if not self.keys and not self.allow_open and not is_local(self.host):
             raise ConfigError(
                 f"host {self.host} accepts requests of other machines, but keys are missing: give keys "
