@@ -317,6 +317,30 @@ def _link_new(temporary: Path, target: Path, path: str | os.PathLike[str]) -> No
             raise OutputExistsError(_exists(path)) from problem
 
 
+@contextlib.contextmanager
+def locked(folder: Path, refusal: UnclipError) -> Iterator[None]:
+    """A context in which no other process can lock the folder. The lock ends with the process.
+
+    Windows and some file systems have no such locks; there it does nothing. Raises: `refusal`.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as problem:
+            raise refusal from problem
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)
+
+
 def sync(path: Path) -> None:
     """Flush `path` to the disk. Errors for folders are ignored, since not every system can sync a folder."""
     is_folder = path.is_dir()

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from unclip import __version__
-from unclip.cli import concepts, generate, info, inpaint, manipulate, options, rerun, serve, train, vary
+from unclip.cli import concepts, embed, generate, info, inpaint, manipulate, options, rerun, serve, train, vary
 from unclip.cli.convert import convert
 from unclip.cli.data import data
 from unclip.cli.defaults import EPILOG, config_file, defaults_for
@@ -193,6 +193,7 @@ options.command(app, "blend", cls=RecordedCommand)(manipulate.blend)
 app.add_typer(probe, name="probe")
 options.command(app, "inpaint", cls=RecordedCommand)(inpaint.inpaint)
 options.command(app, "redraw", cls=RecordedCommand)(inpaint.redraw)
+options.command(app, "embed")(embed.embed)
 options.command(app, "rerun", context_settings=rerun.CONTEXT)(rerun.rerun)
 options.command(app, "serve")(serve.serve)
 options.command(app, "concepts")(concepts.concepts)

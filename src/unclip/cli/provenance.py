@@ -21,6 +21,7 @@ ELSEWHERE = {
     "prior_steps", "decoder_steps", "super_res_steps", "prior_guidance", "decoder_guidance",
     "candidates", "prior_temperature", "prior_top_p", "sampler", "size", "height", "width", "tile", "dtype",
     "out", "grid", "film", "fps", "overwrite", "as_json", "batch_size", "device", "cpu_offload", "quiet",
+    "table", "processes", "ray", "retry_failed", "bulk_format", "per_shard",
 }  # fmt: skip
 """Options that other texts of the file record, or that do not change the picture."""
 LABELS = {

@@ -3,7 +3,6 @@
 import contextlib
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import uuid
@@ -18,7 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from unclip import __version__
-from unclip.checkpoints.files import TEMPORARY_PREFIX, atomic_file, atomic_folder, file_size, read_json, write_json
+from unclip.checkpoints.files import (
+    TEMPORARY_PREFIX,
+    atomic_file,
+    atomic_folder,
+    file_size,
+    locked,
+    read_json,
+    write_json,
+)
 from unclip.errors import CheckpointError, ConfigError, TrainingError
 from unclip.limits import Range
 from unclip.training.recipe import TASKS, Recipe, fixed_settings
@@ -112,26 +119,13 @@ class RunFolder:
 
         Raises: TrainingError when another trainer uses the folder, or it cannot be created.
         """
-        import fcntl  # not on Windows, where models can be assembled but not trained
-
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise TrainingError(f"{self.path} cannot be created: {error}; choose another run folder") from error
-        handle = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(handle)
-            raise TrainingError(
-                f"another process is training in {self.path}; wait, or choose another folder"
-            ) from error
-        except OSError:
-            pass  # a file system without locks
-        try:
+        refusal = TrainingError(f"another process is training in {self.path}; wait, or choose another folder")
+        with locked(self.path, refusal):
             yield
-        finally:
-            os.close(handle)
 
     def start(self, recipe: Recipe, step: int) -> None:
         """Write the recipe and the versions. Remove temporary files and later log rows of a killed run."""
