@@ -25,6 +25,9 @@ ALL = [
     "DPMSolverMultistepScheduler",
     "DataError",
     "DiffusionProcess",
+    "EmbeddingScaleWarning",
+    "EmbeddingStatistics",
+    "Embeddings",
     "ImageError",
     "ImagePipelineOutput",
     "InputError",
@@ -55,6 +58,7 @@ ALL = [
     "even_places",
     "interpolate",
     "path_at",
+    "read_embeddings",
     "recorded_settings",
 ]
 

@@ -15,6 +15,8 @@ from unclip.settings import SAMPLERS
 
 if TYPE_CHECKING:  # what __getattr__ finds
     from unclip.clip.concepts import Concepts
+    from unclip.clip.statistics import EmbeddingStatistics
+    from unclip.data.embeddings import Embeddings, read_embeddings
     from unclip.diffusion.process import DiffusionProcess
     from unclip.diffusion.scheduler import *
     from unclip.errors import *
@@ -36,10 +38,12 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "clip.concepts": "Concepts",
+    "clip.statistics": "EmbeddingStatistics",
+    "data.embeddings": "Embeddings read_embeddings",
     "diffusion.process": "DiffusionProcess",
     "diffusion.scheduler": " ".join(row.scheduler for row in SAMPLERS.values()),
-    "errors": "Cancelled CheckpointError ConfigError DataError ImageError InputError MissingDependencyError "
-    "MissingFileError NonFiniteError OutputError OutputExistsError TrainingError UnclipError "
+    "errors": "Cancelled CheckpointError ConfigError DataError EmbeddingScaleWarning ImageError InputError "
+    "MissingDependencyError MissingFileError NonFiniteError OutputError OutputExistsError TrainingError UnclipError "
     "UnknownCaptionWarning UnsafeFileError WeightsError",
     "models.pca": "PrincipalComponents",
     "models.prior": "PriorTransformer",

@@ -78,5 +78,9 @@ class Cancelled(UnclipError):  # noqa: N818  (it is not a failure)
     """A callback stopped the run before its last step."""
 
 
+class EmbeddingScaleWarning(UserWarning):
+    """Image embeddings are not on the scale of the model's own, or are of another CLIP."""
+
+
 class UnknownCaptionWarning(UserWarning):
     """A caption is not close to anything that the model knows."""

@@ -97,6 +97,8 @@ _ROWS = (
     Setting("prior_top_p", "--prior-top-p", "top-p", 1.0, 0, 1,
             "Nucleus sampling of an autoregressive prior: only from the likeliest codes, whose probabilities sum to P.",
             above=True),
+    Setting("noise_level", "--noise-level", "noise level", 0, 0, 999,
+            "Noise that is added to the image embedding, from 0 (none) to 999: how far results may differ from it."),
 )
 # fmt: on
 SETTINGS: Mapping[str, Setting] = {row.name: row for row in _ROWS}

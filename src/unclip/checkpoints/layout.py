@@ -50,6 +50,9 @@ PROBE_FILE = "probe.safetensors"
 CONCEPTS_FILE = "concepts.safetensors"
 """The concepts that a model knows, an optional file beside a pipeline's components."""
 
+STATISTICS_FILE = "embedding_statistics.safetensors"
+"""The distribution of the image embeddings, an optional file beside a pipeline's components."""
+
 FURTHER_SUPER_RES = tuple(f"super_res_{number}" for number in range(2, 10))
 """Super-resolution stages beyond the first (such as 256 → 1024 px), the prefixes of their components."""
 FURTHER = tuple(f"{stage}_{part}" for stage in FURTHER_SUPER_RES for part in ("first", "last", "scheduler"))

@@ -333,3 +333,48 @@ def name_some(broken: Mapping[str, str]) -> None:
     """Print the first names, with the reasons."""
     for name, why in list(broken.items())[:MAX_NAMED]:
         warn(f"{name}: {why}")
+
+
+@command(data, "statistics")
+def statistics(
+    *,
+    source: Annotated[Path, argument("DATA")],
+    model: options.Model = "unclip-emoji",
+    out: Annotated[Path | None, option("DIR", "--out", "-o", default="the model's folder")] = None,
+    overwrite: Annotated[bool, flag("--overwrite")] = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write the statistics of a model's image embeddings.
+
+    The file embedding_statistics.safetensors has their mean, standard deviation and norm. unclip decode compares
+    embeddings with it, and --rescale and --noise-level need it, unless the model has a prior with statistics. The
+    path is printed to stdout.
+
+    Args:
+        source: The folder of a data set (held-out samples are not used), or a file or folder of embeddings.
+        out: The folder to write into.
+        overwrite: Replace an existing file.
+
+    Examples:
+        unclip data statistics data/mine --model models/mine
+        unclip data statistics embeddings.npy --model models/mine
+    """
+    import torch
+
+    from unclip.checkpoints.hub import resolve
+    from unclip.clip.statistics import EmbeddingStatistics
+    from unclip.data.embeddings import read_embeddings
+    from unclip.data.folder import METADATA, load_sizes
+    from unclip.training.conditions import FrozenClip
+
+    folder = resolve(model)
+    if any((source / name).exists() for name in METADATA):
+        clip = FrozenClip(folder)
+        pictures = load_sizes(source, [clip.image_size])[0]
+        used = torch.tensor([bool(record.weight) and not record.held_out for record in pictures.records])
+        found = EmbeddingStatistics.of(clip.embeddings_of(pictures, bar(quiet))[used])
+    else:
+        found = EmbeddingStatistics.of_batches(read_embeddings(source).batches())
+    if not quiet:
+        note(f"embeddings with a norm of {found.norm_mean:.3g} ± {found.norm_std:.2g}")
+    print(found.write(out or folder, overwrite=overwrite), flush=True)

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from unclip import __version__
-from unclip.cli import concepts, embed, generate, info, inpaint, manipulate, options, rerun, serve, train, vary
+from unclip.cli import concepts, decode, embed, generate, info, inpaint, manipulate, options, rerun, serve, train, vary
 from unclip.cli.convert import convert
 from unclip.cli.data import data
 from unclip.cli.defaults import EPILOG, config_file, defaults_for
@@ -186,6 +186,7 @@ def show_help(
 
 options.command(app, "generate", cls=RecordedCommand)(generate.generate)
 options.command(app, "vary", cls=RecordedCommand)(vary.vary)
+options.command(app, "decode", cls=RecordedCommand)(decode.decode)
 options.command(app, "invert")(manipulate.invert)
 options.command(app, "interpolate", cls=RecordedCommand)(manipulate.interpolate)
 options.command(app, "edit", cls=RecordedCommand)(manipulate.edit)

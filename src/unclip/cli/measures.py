@@ -231,6 +231,7 @@ class SweepValues:
     decoder_steps: Annotated[str | None, values_option("decoder_num_inference_steps")] = None
     super_res_steps: Annotated[str | None, values_option("super_res_num_inference_steps")] = None
     decoder_guidance: Annotated[str | None, values_option("decoder_guidance_scale")] = None
+    noise_level: Annotated[str | None, values_option("noise_level")] = None
     sampler: Annotated[
         str | None,
         option("LIST", help=f"Samplers, separated by commas: {', '.join(SAMPLERS)}.", default="the model's own"),

@@ -288,6 +288,13 @@ class Decoding(_Settings):
     decoder_guidance: Annotated[float | None, setting("decoder_guidance_scale", "SCALE")] = None
 
 
+@dataclass(frozen=True)
+class NoisyDecoding(Decoding):
+    """As `Decoding`, for image embeddings to which noise may be added."""
+
+    noise_level: Annotated[int | None, setting("noise_level")] = None
+
+
 INVERSION = "Guidance scale of inversion and of the decoder. 1 or less turns guidance off, which reconstructs best."
 
 

@@ -116,8 +116,11 @@ class PictureWriter:
         self._note = f"seed {self.seed}" if seed is None and not common.quiet else None
 
     def seed_of(self, index: int) -> int:
-        """The seed of picture `index`: consecutive numbers; 0 follows the largest."""
-        return (self.seed + index) % (MAX_SEED + 1)
+        """The seed of picture `index`: consecutive numbers; 0 follows the largest.
+
+        When `unclip rerun` makes one picture again, its seed is the given one.
+        """
+        return self.seed if _again() is not None else (self.seed + index) % (MAX_SEED + 1)
 
     def make(self, jobs: Iterable[Job], draw: Callable[[list[Job]], "list[Image]"], facts: Mapping[str, Any]) -> None:
         """Make the pictures in batches, and save every batch at once.

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 ELSEWHERE = {
     "prompts", "prompts_file", "num_images", "seed", "model", "images", "image",
     "prior_steps", "decoder_steps", "super_res_steps", "prior_guidance", "decoder_guidance",
-    "candidates", "prior_temperature", "prior_top_p", "sampler", "size", "height", "width", "tile", "dtype",
+    "candidates", "prior_temperature", "prior_top_p", "noise_level", "sampler",
+    "size", "height", "width", "tile", "dtype",
     "out", "grid", "film", "fps", "overwrite", "as_json", "batch_size", "device", "cpu_offload", "quiet",
     "table", "processes", "ray", "retry_failed", "bulk_format", "per_shard",
 }  # fmt: skip

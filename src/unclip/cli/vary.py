@@ -38,7 +38,7 @@ def vary(
     eta: Annotated[float | None, option("SHARE", default=str(DEFAULT_ETA), min=0, max=1)] = None,
     size: options.Size,
     sampler: options.Sampler = None,
-    decoding: options.Decoding,
+    decoding: options.NoisyDecoding,
     common: options.Common,
 ) -> None:
     """Make variations of pictures.
@@ -57,12 +57,15 @@ def vary(
         unclip vary photo.jpg
         unclip vary apple.png pear.png -n 4 --grid --out variations
         unclip vary cat.png --prompt "a cat with a hat" --seed 7
+        unclip vary cat.png --noise-level 300 -n 4
         unclip vary cat.png --keep-structure --eta 0.5 -n 4
     """
     if eta is not None and not keep_structure:
         raise typer.BadParameter("--eta needs --keep-structure")
     if keep_structure and (negative is not None or sampler is not None):
         raise typer.BadParameter("--keep-structure samples by DDIM: leave out --negative and --sampler")
+    if keep_structure and decoding.noise_level:
+        raise typer.BadParameter("--keep-structure keeps the picture's embedding: leave out --noise-level")
     if keep_structure and size.sides:
         raise typer.BadParameter(
             "--keep-structure makes pictures of the model's own size: leave out --size, --height, --width"

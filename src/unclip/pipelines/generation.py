@@ -1,27 +1,39 @@
 """The base of the public pipelines: text encoder, decoder and super-resolution, as stages with their settings."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor
 
-from unclip.checkpoints.layout import FURTHER
+from unclip.checkpoints.layout import FURTHER, STATISTICS_FILE
 from unclip.clip.encoders import TextEmbedding, TextEncoder
+from unclip.clip.statistics import EmbeddingStatistics
 from unclip.diffusion.scheduler import Scheduler
-from unclip.errors import ConfigError, UnknownCaptionWarning
+from unclip.errors import ConfigError, EmbeddingScaleWarning, InputError, UnknownCaptionWarning
 from unclip.models.text_proj import UnCLIPTextProjModel
 from unclip.models.unet import UNet2DConditionModel, UNet2DModel
 from unclip.pipelines import cascade
+from unclip.pipelines.arguments import (
+    Callback,
+    ImagePipelineOutput,
+    as_captions,
+    check_count,
+    check_embeddings,
+    check_output_type,
+    noise_source,
+)
 from unclip.pipelines.cascade import Fact
 from unclip.pipelines.pipeline import Pipeline
-from unclip.pipelines.steps import StageRun
+from unclip.pipelines.steps import Call, StageRun, decode, encode, enlarge, finish, noised
 from unclip.settings import SETTINGS
 from unclip.stages.decoder import DecoderStage
 from unclip.stages.stage import DecoderCondition, Size, SuperResCondition
 from unclip.stages.super_res import SuperResStage, Tiling
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 
@@ -124,6 +136,104 @@ class GenerationPipeline(Pipeline):
         if self.concepts is not None:
             for message in self.concepts.reports(captions, text.embeds):
                 warnings.warn(message, UnknownCaptionWarning, stacklevel=4)
+
+    @torch.no_grad()
+    def decode(
+        self,
+        image_embeddings: "Tensor | np.ndarray",
+        *,
+        rescale: str | None = None,
+        check_scale: bool = True,
+        **settings: Any,
+    ) -> ImagePipelineOutput | tuple[Any, ...]:
+        """Make pictures of image embeddings from any source, such as a file (`read_embeddings`) or a regression.
+
+        The same as the call of `UnCLIPImageVariationPipeline` with `image_embeddings`, but for any pipeline, also one
+        without an image encoder. The scale of the embeddings is compared with `statistics`.
+
+        Args:
+            image_embeddings: floating point [batch, embedding_dim], in the space of the model's CLIP, not normalised.
+            rescale: "norm": each embedding gets the mean norm of the model's own. "dimensions": each dimension gets
+                their mean and standard deviation; this needs 16 or more embeddings. "unwhiten": each dimension is
+                multiplied by their standard deviation, and their mean is added. None: embeddings stay as they are.
+            check_scale: warn of embeddings that are not like the model's own (`EmbeddingScaleWarning`).
+            settings: `num_images_per_prompt`, `decoder_num_inference_steps`, `seed`, `prompt`, `noise_level` and the
+                others of that call.
+
+        Raises: as that call; InputError for an unknown `rescale`, or for a model without statistics.
+        """
+        rows = torch.as_tensor(image_embeddings)
+        check_embeddings(rows, self.text_proj.config.clip_embeddings_dim)
+        if rescale is not None:
+            rows = self.statistics_for("rescale").rescaled(rows, rescale)
+        statistics = self.statistics if check_scale else None
+        if statistics is not None and (message := statistics.report(rows)) is not None:
+            warnings.warn(message, EmbeddingScaleWarning, stacklevel=3)
+        return self._decode(lambda: rows.to(self.device).float(), **settings)
+
+    def _decode(
+        self,
+        embed: Callable[[], Tensor],
+        num_images_per_prompt: int = 1,
+        decoder_num_inference_steps: int = 25,
+        super_res_num_inference_steps: int | Sequence[int] = 7,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        decoder_latents: Tensor | None = None,
+        super_res_latents: Tensor | Sequence[Tensor | None] | None = None,
+        decoder_guidance_scale: float = 8.0,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        seed: int | Sequence[int] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        noise_level: int = 0,
+        callback_on_step_end: Callback | None = None,
+        return_intermediates: bool = False,
+    ) -> ImagePipelineOutput | tuple[Any, ...]:
+        """A call of `UnCLIPImageVariationPipeline` with the embeddings [batch, embedding_dim] that `embed` returns."""
+        self.check()
+        check_output_type(output_type)
+        sizes = self.sizes(height, width)
+        decoder = self.decoder_run(
+            decoder_num_inference_steps, decoder_guidance_scale, decoder_latents, sizes["decoder"]
+        )
+        super_res = self.super_res_runs(super_res_num_inference_steps, super_res_latents, sizes)
+        statistics = self.noise_statistics(noise_level)
+        embeddings = embed()
+        rows = len(embeddings)
+        captions, negative = as_captions(prompt, rows), as_captions(negative_prompt, rows)
+        count = check_count(num_images_per_prompt, rows)
+        for run in (decoder, *super_res):
+            run.check_latents(count * rows)
+        call = Call(self, noise_source(generator, seed, count * rows), callback_on_step_end)
+
+        text = encode(self.caption_encoder, captions, rows, count, self.device)
+        null_text = encode(self.caption_encoder, negative, rows, count, self.device) if decoder.guided else None
+        embeddings = noised(embeddings.repeat_interleave(count, dim=0), statistics, noise_level, call)
+        small = decode(decoder, text, null_text, embeddings, call)
+        large = enlarge(super_res, small, call)
+        output = finish(
+            large, small, embeddings, call, output_type=output_type, return_intermediates=return_intermediates
+        )
+        return output if return_dict else output.to_tuple()
+
+    def noise_statistics(self, noise_level: int) -> EmbeddingStatistics | None:
+        """The statistics by which embeddings are noised; None for level 0.
+
+        Raises: InputError for a level outside its limits, or for a model without statistics.
+        """
+        return self.statistics_for("noise_level") if SETTINGS["noise_level"].check(noise_level) else None
+
+    def statistics_for(self, argument: str) -> EmbeddingStatistics:
+        """The statistics that a call's argument needs. Raises: InputError for a model without them."""
+        if self.statistics is None:
+            raise InputError(
+                f"{argument} needs the statistics of the model's image embeddings: write {STATISTICS_FILE} into its "
+                "folder with unclip data statistics, or set pipe.statistics"
+            )
+        return self.statistics
 
     def sizes(self, height: int | None = None, width: int | None = None) -> dict[str, Size]:
         """Height and width of the pictures at "decoder" and at each super-resolution stage, for a result of this size.

@@ -1,6 +1,7 @@
 """Image variation: pictures → image embeddings → similar pictures."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,14 +13,9 @@ from unclip.images import Pictures
 from unclip.pipelines.arguments import (
     Callback,
     ImagePipelineOutput,
-    as_captions,
-    check_count,
     check_embeddings,
-    check_output_type,
-    noise_source,
 )
 from unclip.pipelines.generation import GenerationPipeline
-from unclip.pipelines.steps import Call, decode, encode, enlarge, finish
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModelWithProjection
@@ -72,6 +68,7 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
         seed: int | Sequence[int] | None = None,
         height: int | None = None,
         width: int | None = None,
+        noise_level: int = 0,
         callback_on_step_end: Callback | None = None,
         return_intermediates: bool = False,
     ) -> ImagePipelineOutput | tuple[Any, ...]:
@@ -92,6 +89,10 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
             return_dict: False returns a plain tuple.
             prompt: a caption for the decoder in addition to the embedding; one, or one for each picture. Empty by
                 default.
+            noise_level: noise that is added to the image embeddings, from 0 (none) to 999: how far variations may
+                differ. As in Stable unCLIP, embeddings are whitened by the model's `statistics`, noised by the cosine
+                schedule of 1000 steps and un-whitened; only level 0, which there adds a little noise, adds none here.
+                The noise is drawn first, from the noise of each picture.
             negative_prompt, seed, height, width, callback_on_step_end, return_intermediates: as in `UnCLIPPipeline`.
 
         Raises:
@@ -100,30 +101,26 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
             Cancelled: the callback stopped the run.
             NonFiniteError: the result has NaN or infinity.
         """
-        self.check()
-        check_output_type(output_type)
-        sizes = self.sizes(height, width)
-        decoder = self.decoder_run(
-            decoder_num_inference_steps, decoder_guidance_scale, decoder_latents, sizes["decoder"]
+        return self._decode(
+            partial(self.embed_images, image, image_embeddings),
+            num_images_per_prompt,
+            decoder_num_inference_steps,
+            super_res_num_inference_steps,
+            generator,
+            decoder_latents,
+            super_res_latents,
+            decoder_guidance_scale,
+            output_type,
+            return_dict,
+            prompt,
+            negative_prompt,
+            seed,
+            height,
+            width,
+            noise_level,
+            callback_on_step_end,
+            return_intermediates,
         )
-        super_res = self.super_res_runs(super_res_num_inference_steps, super_res_latents, sizes)
-        embeddings = self.embed_images(image, image_embeddings)
-        rows = len(embeddings)
-        captions, negative = as_captions(prompt, rows), as_captions(negative_prompt, rows)
-        count = check_count(num_images_per_prompt, rows)
-        for run in (decoder, *super_res):
-            run.check_latents(count * rows)
-        call = Call(self, noise_source(generator, seed, count * rows), callback_on_step_end)
-
-        text = encode(self.caption_encoder, captions, rows, count, self.device)
-        null_text = encode(self.caption_encoder, negative, rows, count, self.device) if decoder.guided else None
-        embeddings = embeddings.repeat_interleave(count, dim=0)
-        small = decode(decoder, text, null_text, embeddings, call)
-        large = enlarge(super_res, small, call)
-        output = finish(
-            large, small, embeddings, call, output_type=output_type, return_intermediates=return_intermediates
-        )
-        return output if return_dict else output.to_tuple()
 
     def embed_images(self, image: Pictures | Tensor | None, image_embeddings: Tensor | None = None) -> Tensor:
         """The embeddings of pictures, or the given ones: float32 [batch, embedding_dim].

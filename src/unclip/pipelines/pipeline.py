@@ -4,7 +4,7 @@ import inspect
 import io
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -16,11 +16,12 @@ from tqdm.auto import tqdm
 
 from unclip.checkpoints.files import atomic_folder, read_json, safe_join, write_json
 from unclip.checkpoints.hub import resolve
-from unclip.checkpoints.layout import API_VERSION, CLASSES, CONCEPTS_FILE, FURTHER, ProbeFile
+from unclip.checkpoints.layout import API_VERSION, CLASSES, CONCEPTS_FILE, FURTHER, STATISTICS_FILE, ProbeFile
 from unclip.checkpoints.loading_arguments import accepted_arguments, weights_type
 from unclip.checkpoints.recommended import Recommended, read_recommended, write_recommended
-from unclip.checkpoints.weights import offload_hooks, original, state_of
+from unclip.checkpoints.weights import WeightsIndex, offload_hooks, open_weights, original, read_tensors, state_of
 from unclip.clip.concepts import Concepts
+from unclip.clip.statistics import EmbeddingStatistics
 from unclip.diffusion.foreign import converted, is_foreign
 from unclip.diffusion.loop import Progress
 from unclip.diffusion.scheduler import Scheduler
@@ -68,6 +69,7 @@ class Pipeline:
         self._probe: ProbeFile | None = None
         self._source: Source | None = None
         self.concepts: Concepts | None = None
+        self._statistics: EmbeddingStatistics | None = None
         self.check()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -116,6 +118,26 @@ class Pipeline:
         """
         arguments = inspect.signature(type(self).__call__).parameters
         return {name: value for name, value in self._recommended.items() if name in arguments}
+
+    @property
+    def statistics(self) -> EmbeddingStatistics | None:
+        """The distribution of the model's image embeddings; None if it is not known.
+
+        It is read from the file embedding_statistics.safetensors of the model's folder. Without it, `clip_mean` and
+        `clip_std` of the prior are used.
+        """
+        if self._statistics is not None:
+            return self._statistics
+        names = ("clip_mean", "clip_std")
+        found = [getattr(self.components.get("prior"), name, None) for name in names]
+        if self._source is not None and "prior" not in self.component_names():
+            found = self._source.tensors("prior", names)
+        mean, std = found
+        return None if mean is None or std is None else EmbeddingStatistics.of_prior(mean, std)
+
+    @statistics.setter
+    def statistics(self, value: EmbeddingStatistics | None) -> None:
+        self._statistics = value
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -196,17 +218,29 @@ class Pipeline:
         pipeline._probe = ProbeFile.read(folder)
         if not {"text_encoder", "tokenizer"} & parts.keys():
             pipeline._set_concepts(Concepts.read(folder), folder)
+        if "text_encoder" not in parts:
+            pipeline._set_statistics(EmbeddingStatistics.read(folder), folder)
         return pipeline if device is None else pipeline.to(device)
 
     def _set_concepts(self, concepts: Concepts | None, folder: Path) -> None:
         """Raises: CheckpointError for concepts in another space than the text encoder's."""
-        width = self.networks["text_encoder"].config.projection_dim if concepts is not None else 0  # type: ignore[union-attr]
-        if concepts is not None and concepts.embeddings.shape[1] != width:
-            raise CheckpointError(
-                f"{folder / CONCEPTS_FILE} has embeddings of width {concepts.embeddings.shape[1]}, but the text "
-                f"encoder has width {width}: remove the file, or write it again"
-            )
+        if concepts is not None:
+            self._check_width(concepts.embeddings, folder / CONCEPTS_FILE)
         self.concepts = concepts
+
+    def _set_statistics(self, statistics: EmbeddingStatistics | None, folder: Path) -> None:
+        """Raises: CheckpointError for statistics of another space than the text encoder's."""
+        if statistics is not None:
+            self._check_width(statistics.mean, folder / STATISTICS_FILE)
+        self._statistics = statistics
+
+    def _check_width(self, embeddings: torch.Tensor, path: Path) -> None:
+        width, own = embeddings.shape[-1], self.networks["text_encoder"].config.projection_dim  # type: ignore[union-attr]
+        if width != own:
+            raise CheckpointError(
+                f"{path} has embeddings of width {width}, but the text encoder has width {own}: remove the file, or "
+                "write it again"
+            )
 
     @classmethod
     def _read(
@@ -267,6 +301,8 @@ class Pipeline:
         made._probe = pipeline._probe
         if all(made.components.get(name) is shared.get(name) for name in ("text_encoder", "tokenizer")):
             made.concepts = pipeline.concepts
+        if made.components.get("text_encoder") is shared.get("text_encoder"):
+            made._statistics = pipeline._statistics
         made._progress = dict(pipeline._progress)
         return made
 
@@ -298,6 +334,8 @@ class Pipeline:
             write_recommended(draft, self._recommended)
             if self.concepts is not None:
                 self.concepts.write(draft)
+            if self._statistics is not None:
+                self._statistics.write(draft)
             encoder = self.networks.get("image_encoder")
             if self._probe is not None and encoder is not None and self._probe.may_be_of(state_of(encoder)):
                 self._probe.write(draft)
@@ -402,6 +440,17 @@ class Source:
     folder: Path
     variant: str | None
     own_clip: bool
+
+    def tensors(self, component: str, names: Sequence[str]) -> list[torch.Tensor | None]:
+        """Tensors of a component that is not loaded; None for those that the folder lacks."""
+        folder, variant = safe_join(self.folder, component), self.variant
+        if not folder.is_dir():
+            return [None] * len(names)
+        if variant is not None and not parts_with_variant(self.folder, [component], variant):
+            variant = None
+        index = open_weights(folder, variant=variant)
+        found = dict(read_tensors(WeightsIndex((name, index[name]) for name in names if name in index)))
+        return [found.get(name) for name in names]
 
 
 @dataclass(frozen=True)

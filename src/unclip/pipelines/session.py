@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 STAGES = ("prior", "decoder", "super_res", *FURTHER_SUPER_RES)
 PRIOR_SAMPLING = ("num_prior_candidates", "prior_temperature", "prior_top_p")
+"""Settings of how the prior chooses among its samples."""
+RARE = (*PRIOR_SAMPLING, "noise_level")
 """Settings that a call receives only if they are given or recommended, since most models do not use them."""
 MADE_WITH = "made_with"
 """The PNG text that records the software, the device and the weights."""
@@ -137,17 +139,17 @@ class Session:
 
         Args:
             kind: the pipeline's class.
-            given: by the names of the call's arguments; None: not given. Those in `PRIOR_SAMPLING` are left out when
+            given: by the names of the call's arguments; None: not given. Those in `RARE` are left out when
                 they are neither given nor recommended.
 
         Raises: InputError for a value that is outside the limits in `unclip.settings.SETTINGS`.
         """
         defaults = inspect.signature(kind.__call__).parameters
         recommended = read_recommended(self.folder)
-        own = {name: recommended.get(name) for name in PRIOR_SAMPLING}
+        own = {name: recommended.get(name) for name in RARE}
         own |= {name: recommended.get(name, one.default) for name, one in defaults.items() if name not in own}
         settings = {name: own[name] if value is None else value for name, value in given.items()}
-        settings = {name: value for name, value in settings.items() if value is not None or name not in PRIOR_SAMPLING}
+        settings = {name: value for name, value in settings.items() if value is not None or name not in RARE}
         for name, value in settings.items():
             for number in value if isinstance(value, list | tuple) else [value]:
                 if name in SETTINGS:

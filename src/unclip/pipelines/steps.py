@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.clip.encoders import TextEmbedding, TextEncoder
+from unclip.clip.statistics import EmbeddingStatistics
 from unclip.diffusion.loop import NoiseSource, OnStep, StepInfo
 from unclip.diffusion.sampler import Sampler
 from unclip.errors import Cancelled, InputError, NonFiniteError
@@ -252,6 +253,13 @@ def embed(run: PriorRun, text: TextEmbedding, null_text: TextEmbedding | None, c
             noise=call.noise,
             latents=run.latents,
         )
+
+
+def noised(embeddings: Tensor, statistics: EmbeddingStatistics | None, level: int, call: Call) -> Tensor:
+    """Image embeddings [batch, embedding_dim] with the noise of a level; unchanged without `statistics`."""
+    if statistics is None:
+        return embeddings
+    return statistics.noised(embeddings, level, call.noise.draw(embeddings.shape, embeddings.device))
 
 
 def decode(

@@ -27,7 +27,7 @@ from unclip.pipelines.arguments import (
 )
 from unclip.pipelines.cascade import Fact, check_fits
 from unclip.pipelines.generation import GenerationPipeline
-from unclip.pipelines.steps import Call, PriorRun, decode, embed, encode, enlarge, finish
+from unclip.pipelines.steps import Call, PriorRun, decode, embed, encode, enlarge, finish, noised
 from unclip.settings import SETTINGS
 from unclip.stages.prior import AutoregressivePriorStage, PriorStage
 from unclip.stages.stage import sample
@@ -105,6 +105,7 @@ class UnCLIPPipeline(GenerationPipeline):
         image_embeddings: Tensor | None = None,
         height: int | None = None,
         width: int | None = None,
+        noise_level: int = 0,
         callback_on_step_end: Callback | None = None,
         return_intermediates: bool = False,
     ) -> ImagePipelineOutput | tuple[Any, ...]:
@@ -137,6 +138,8 @@ class UnCLIPPipeline(GenerationPipeline):
             image_embeddings: [batch, embedding_dim]; the prior does not run then.
             height, width: of the pictures in pixels; the model's own square by default. Networks work best near the
                 size that they were trained on.
+            noise_level: noise that is added to the image embeddings, from 0 (none) to 999; see
+                `UnCLIPImageVariationPipeline`.
             callback_on_step_end: called as (pipeline, step, timestep, {"stage", "num_steps", "latents", "x0"}). It may
                 return {"latents": tensor} to replace the latents, or {"stop": True}.
             return_intermediates: the output also has `image_embeddings` and `small_images`.
@@ -162,6 +165,7 @@ class UnCLIPPipeline(GenerationPipeline):
             decoder_num_inference_steps, decoder_guidance_scale, decoder_latents, sizes["decoder"]
         )
         super_res = self.super_res_runs(super_res_num_inference_steps, super_res_latents, sizes)
+        statistics = self.noise_statistics(noise_level)
         if image_embeddings is not None:
             check_embeddings(image_embeddings, self.prior.config.embedding_dim)
             if prior_latents is not None:
@@ -183,6 +187,7 @@ class UnCLIPPipeline(GenerationPipeline):
             embeddings = embed(prior, text, null_text, call)
         else:
             embeddings = image_embeddings.to(self.device).float().repeat_interleave(count, dim=0)
+        embeddings = noised(embeddings, statistics, noise_level, call)
         small = decode(decoder, text, null_text, embeddings, call)
         large = enlarge(super_res, small, call)
         output = finish(

@@ -124,6 +124,25 @@ class PriorSettings(Section, name="prior"):
 
 
 @dataclass(frozen=True)
+class ConditionSettings(Section, name="condition"):
+    """What a prior is conditioned on instead of captions. `data` of the recipe is then a file of image embeddings.
+
+    Attributes:
+        kind: "vector": one vector for each image embedding.
+        file: the vectors, in the order of the embeddings; a file or folder as `unclip.read_embeddings` reads it.
+        key: the array or the column of the file.
+        drop: the probability that the vector is dropped, for guidance.
+        held_out: this many rows at the end are not used for training.
+    """
+
+    file: Path
+    kind: Literal["vector"] = "vector"
+    key: str | None = None
+    drop: FreeShare = 0.1
+    held_out: Annotated[int, Range(0, 1_000_000_000)] = 0
+
+
+@dataclass(frozen=True)
 class AutoregressivePriorSettings(Section, name="prior_autoregressive"):
     """Autoregressive prior (paper §2.2).
 
@@ -269,7 +288,7 @@ PRIOR_PROCESS = DiffusionProcess(prediction_type="sample", clip_range=5.0)
 DECODER_PROCESS = DiffusionProcess(variance_type="learned_range")
 ROWS = (
     TaskRow(ClipSettings, "clip:ClipTask", sections=("teacher",)),
-    TaskRow(PriorSettings, "diffusion:PriorTask", PRIOR_PROCESS, ("lora", "teacher")),
+    TaskRow(PriorSettings, "diffusion:PriorTask", PRIOR_PROCESS, ("lora", "teacher", "condition")),
     TaskRow(AutoregressivePriorSettings, "prior_autoregressive:AutoregressivePriorTask", sections=("lora",)),
     TaskRow(DecoderSettings, "diffusion:DecoderTask", DECODER_PROCESS, ("lora", "teacher")),
     TaskRow(SuperResSettings, "diffusion:SuperResTask", DiffusionProcess()),
@@ -301,6 +320,7 @@ class Recipe(Section):
         trackers: where metrics are sent, in addition to metrics.jsonl: "tensorboard", "wandb", "trackio".
         ema_decay: decay of the moving average of the weights, at most (1 + step) / (10 + step).
         lora: train adapters in the network of `start_from`, and keep its weights.
+        condition: a prior on vectors instead of captions; [prior] then has no `clip` and no `text_drop`.
         teacher: only for data in folders; a CLIP also needs clip.image_from.
     """
 
@@ -326,6 +346,7 @@ class Recipe(Section):
     optimizer: OptimizerRecipe = OptimizerRecipe()
     lora: LoraSettings | None = None
     teacher: TeacherSettings | None = None
+    condition: ConditionSettings | None = None
     clip: ClipSettings | None = None
     prior: PriorSettings | None = None
     prior_autoregressive: AutoregressivePriorSettings | None = None
@@ -339,7 +360,7 @@ class Recipe(Section):
         for name in TASKS:
             is_given, verb = getattr(self, name) is not None, "needs" if name == stage else "must not have"
             refuse(is_given != (name == stage), f"a recipe for stage {stage!r} {verb} a section [{name}]")
-        for name in ("lora", "teacher"):
+        for name in ("lora", "teacher", "condition"):
             allowed = [stage for stage, task in TASKS.items() if name in task.sections]
             is_wrong = getattr(self, name) and stage not in allowed
             refuse(is_wrong, f"[{name}] is for the stages {', '.join(allowed)}, not {stage!r}")
@@ -348,6 +369,7 @@ class Recipe(Section):
             refuse(decoder and decoder.forget_text, "decoder.forget_text needs start_from: a trained decoder")
         is_learned = clip is not None and clip.image_from is None
         refuse(self.teacher and is_learned, "[teacher] needs clip.image_from: a CLIP with a frozen image encoder")
+        refuse(self.condition and self.teacher, "[condition] replaces the captions, which [teacher] needs: remove one")
         if self.shard:
             refuse(self.optimizer.name == "muon", "shard does not work with optimizer.name 'muon'; use 'adamw'")
             refuse(self.precision == "fp16", "shard does not work with precision 'fp16'; use 'bf16' or 'no'")

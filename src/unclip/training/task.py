@@ -142,7 +142,8 @@ def make_task(recipe: Recipe, progress: Callable[..., Any] | None = None, *, run
 
     Raises: UnclipError when a setting does not fit the data, a named model, or this machine.
     """
-    module, _, name = TASKS[recipe.stage].task.partition(":")
+    task = TASKS[recipe.stage].task if recipe.condition is None else "vector_prior:VectorPriorTask"
+    module, _, name = task.partition(":")
     return getattr(importlib.import_module(f"unclip.training.{module}"), name)(located(settled(recipe)), progress, run)
 
 
