@@ -3,6 +3,7 @@
 import base64
 import importlib.util
 import io
+import functools
 import json
 import os
 import signal
@@ -65,6 +66,7 @@ class Cluster:
     def replicas(self) -> list[int]:
         return [pid for pid, name in descendants(self.process.pid).items() if "ServeReplica" in name]
 
+    @functools.cached_property
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=60)
 
@@ -97,7 +99,9 @@ def cluster_of(folder: Path, model: Path, replicas: str, **variables: object) ->
     started: dict[int, str] = {}
     try:
         wait_until(lambda: process.poll() is not None or any("url" in line for line in log), 300)
-        yield Cluster(next(line["url"] for line in log if "url" in line), process, log)
+        found = Cluster(next(line["url"] for line in log if "url" in line), process, log)
+        yield found
+        found.client.close()
         started = descendants(process.pid)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 0
@@ -144,10 +148,10 @@ def test_pictures_are_those_of_a_local_server(cluster: Cluster, live: Live):
         ),
     ]
     for ask in requests:
-        there, here = ask(cluster.client()), ask(live.client())
+        there, here = ask(cluster.client), ask(live.client())
         assert [pixels(item) for item in there.data] == [pixels(item) for item in here.data]
         assert there.warnings == here.warnings if hasattr(here, "warnings") else True
-    (there, here) = (each.client().embeddings.create(model="clip", input=["a cat"]) for each in (cluster, live))
+    there, here = (each.embeddings.create(model="clip", input=["a cat"]) for each in (cluster.client, live.client()))
     assert there.data[0].embedding == here.data[0].embedding
 
 
@@ -156,14 +160,14 @@ def test_streams_have_previews_and_the_picture(cluster: Cluster, live: Live):
         options = {"stream": True, "partial_images": 2, "extra_body": {"seed": 3}}
         return [(event.type, pixels(event)) for event in client.images.generate(prompt="a cat", **options)]
 
-    there = events(cluster.client())
+    there = events(cluster.client)
     assert [kind.rpartition(".")[2] for kind, _ in there] == ["partial_image", "partial_image", "completed"]
     assert there == events(live.client())
 
 
 def test_errors_of_replicas_have_the_shape_of_the_api(cluster: Cluster):
     with pytest.raises(openai.InternalServerError) as caught:
-        cluster.client().post(
+        cluster.client.post(
             "/images/decode", body={"embeddings": [[3e38] * 16]}, cast_to=object, options={"max_retries": 0}
         )
     assert caught.value.code == "numerical_error"
@@ -173,7 +177,7 @@ def test_errors_of_replicas_have_the_shape_of_the_api(cluster: Cluster):
 def test_a_full_queue_answers_429_and_health_stays_fast(cluster: Cluster):
     names = [cluster.job(steps=LONG, n=2) for _ in range(3)]
     with pytest.raises(openai.RateLimitError) as caught:
-        cluster.client().images.generate(prompt="a cat", n=6)
+        cluster.client.images.generate(prompt="a cat", n=6)
     assert caught.value.code == "queue_full"
     assert int(caught.value.response.headers["retry-after"]) >= 1
     times = []
@@ -218,13 +222,13 @@ def test_a_stall_is_an_error_within_the_time(cluster: Cluster):
     begun = time.monotonic()
     try:
         with pytest.raises(openai.InternalServerError) as caught:
-            cluster.client().images.generate(prompt="a cat")
+            cluster.client.images.generate(prompt="a cat")
     finally:
         for pid in stopped:
             os.kill(pid, signal.SIGCONT)
     assert (caught.value.status_code, caught.value.code) == (503, "replica_unavailable")
     assert time.monotonic() - begun < 2 * STALL_S
-    assert cluster.client().images.generate(prompt="a cat").data
+    assert cluster.client.images.generate(prompt="a cat").data
 
 
 def test_sigterm_finishes_the_running_request_and_stops_ray(cluster: Cluster):
@@ -244,6 +248,6 @@ def test_a_replica_that_cannot_be_placed_is_reported(model_folder, tmp_path):
         wait_until(lambda: "0 of 1 replicas run" in found.get("/readyz").text, 30)
         assert found.get("/healthz").is_success
         with pytest.raises(openai.InternalServerError) as caught:
-            found.client().images.generate(prompt="a cat")
+            found.client.images.generate(prompt="a cat")
         assert (caught.value.status_code, caught.value.code) == (503, "replica_unavailable")
         assert "replicas run" in caught.value.message
