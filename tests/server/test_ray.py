@@ -1,9 +1,9 @@
 """`unclip serve --ray`: the same server, computed by replicas on a small Ray of this machine."""
 
 import base64
+import functools
 import importlib.util
 import io
-import functools
 import json
 import os
 import signal
