@@ -1,12 +1,12 @@
-"""Decode a synthetic recording into pictures: noisy linear mixtures of emoji embeddings stand for the voxels of a brain scan.
+"""Decode a synthetic recording into pictures: noisy mixtures of emoji embeddings stand for the voxels of a brain scan.
 
     python examples/voxels.py data runs/voxels
     unclip train runs/voxels/recipe.toml --out runs/voxels/prior
     python examples/voxels.py sample runs/voxels
     unclip decode runs/voxels/samples.npy --rows 0:16 --one-noise --grid --out runs/voxels/pictures
 
-`data` writes the recording and also the figures of a ridge regression; `sample` writes those of the trained prior. Both are
-computed on 160 concepts that neither has seen.
+`data` also prints the figures of a ridge regression, and `sample` those of the trained prior, on 160 concepts that
+neither has seen.
 """
 
 import json

@@ -179,7 +179,7 @@ def picture_rows(
 
     The columns are `prompt` (or `caption` or `text`), `negative_prompt`, `seed`, `width`, `height`, and the rows of
     `unclip.settings.SETTINGS` by the name of the argument or of the option (`decoder_steps`). All columns are copied to
-    the index. A row without a seed gets one that follows from its content. Equal rows are told apart by their number
+    the index. A row without a seed gets one that follows from its content. Equal rows are distinguished by their number
     among the equal ones, so each gets its picture.
 
     Args:

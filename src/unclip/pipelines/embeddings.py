@@ -27,7 +27,7 @@ def embedding_rows(
 ) -> list[Row]:
     """The embeddings that a table asks for, in its order.
 
-    A caption is identified by its text; a picture by its path, size and time of change. Equal rows are told apart by
+    A caption is identified by its text; a picture by its path, size and time of change. Equal rows are distinguished by
     their number.
 
     Args:
