@@ -148,8 +148,8 @@ class GenerationPipeline(Pipeline):
     ) -> ImagePipelineOutput | tuple[Any, ...]:
         """Make pictures of image embeddings from any source, such as a file (`read_embeddings`) or a regression.
 
-        The same as the call of `UnCLIPImageVariationPipeline` with `image_embeddings`. It works in any pipeline, also in
-        one without an image encoder. The scale of the embeddings is compared with `statistics`.
+        The same as the call of `UnCLIPImageVariationPipeline` with `image_embeddings`. It works in any pipeline,
+        also in one without an image encoder. The scale of the embeddings is compared with `statistics`.
 
         Args:
             image_embeddings: floating point [batch, embedding_dim], in the space of the model's CLIP, not normalised.
