@@ -647,7 +647,7 @@ def test_settings_of_clip_that_are_not_implemented_are_refused_by_name(copied, s
 
 def test_an_activation_that_transformers_does_not_have(copied):
     rewrite_config(copied / "text_encoder", hidden_act="unknown")
-    with pytest.raises(ConfigError, match="component 'text_encoder'.*hidden_act"):
+    with pytest.raises(ConfigError, match=r"component 'text_encoder'.*hidden_act"):
         UnCLIPPipeline.from_pretrained(copied)
 
 

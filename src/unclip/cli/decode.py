@@ -72,7 +72,7 @@ def decode(
     Examples:
         unclip decode embeddings.npy --out pictures
         unclip decode regressed.npy --rescale dimensions --one-noise --grid
-        unclip decode index.parquet --key embedding --label-column caption --rows 0:16 --grid
+        unclip decode index.parquet --label-column caption --rows 0:16 --grid
         unclip decode embeddings.npy --noise-level 200 -n 4
     """
     if not embeddings.exists():
