@@ -102,8 +102,10 @@ def packed_weights(num_calls: int) -> Iterator[None]:
 
 def _packed_run(layer: "Linear | Conv2d", input: Tensor, *shape: Any) -> Run | None:
     """How a layer computes this input with packed weights; None for PyTorch's way."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
     packed = _packed.get()
-    if packed is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if packed is None:
         return None
     address, known = layer.weight.data_ptr(), packed.runs.get(layer)
     if known is None:

@@ -96,8 +96,10 @@ def mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def may_overwrite(*makers: nn.Module) -> bool:
     """Whether the outputs of these layers may be changed in place, which saves new memory: no gradient or hook needs
-    them."""
-    return not torch.is_grad_enabled() and not any(maker._forward_hooks for maker in makers)
+    them, and the network is not being compiled."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return not any(maker._forward_hooks for maker in makers)
 
 
 class HeadedAttention(nn.Module):
