@@ -35,13 +35,13 @@ def test_every_recipe_of_the_repository_is_valid(path):
     recipe = read_recipe(path)
     sources = recipe.data if isinstance(recipe.data, tuple) else (recipe.data,)
     assert all(source.parent.parent.name == "runs" for source in sources)
-    stage = re.sub("_(more|composed|words|last|2)$", "", path.stem)
+    stage = re.sub("(_(more|composed|words|last|2))+$", "", path.stem)
     assert recipe.stage == {"judge": "clip"}.get(stage, stage)
     start = recipe.start_from  # the package's, that of another recipe's run, or an earlier version
     runs = ("runs", "emoji")
     assert (
         start is None
-        or start.parts[-4:] == (*runs, "judge", "model")
+        or start.parts[-4:] in ((*runs, "judge", "model"), (*runs, "prior_words", "model"))
         or start.parts[-3:] == (*runs, "v4")
         or (start / "feature_extractor").is_dir()
     )
