@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -36,6 +37,16 @@ FEW = {
     "decoder_num_inference_steps": 3,
     "super_res_num_inference_steps": 2,
 }
+
+
+@pytest.fixture(autouse=True)
+def own_log_handlers():
+    """`unclip serve` in a test logs to that test's stderr, which is closed after it."""
+    loggers = [logging.getLogger(name) for name in ("unclip.server", "uvicorn", "ray")]
+    before = [list(logger.handlers) for logger in loggers]
+    yield
+    for logger, handlers in zip(loggers, before, strict=True):
+        logger.handlers[:] = handlers
 
 
 @pytest.fixture(scope="session", autouse=True)
