@@ -9,8 +9,8 @@
 neither has seen.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -80,5 +80,13 @@ def report(name: str, predicted: np.ndarray, true: np.ndarray) -> None:
     print(f"{name}:", json.dumps({key: round(value, 3) for key, value in found.items()}))
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=["data", "sample"])
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    {"data": data, "sample": sample}[args.step](args.folder)
+
+
 if __name__ == "__main__":
-    {"data": data, "sample": sample}[sys.argv[1]](Path(sys.argv[2]))
+    main()
