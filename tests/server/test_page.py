@@ -197,7 +197,7 @@ class Visit:
 @pytest.fixture
 def visit(browser, knowing) -> Iterator[Visit]:
     made = Visit(browser, knowing.url)
-    made.page.set_default_timeout(20_000)
+    made.page.set_default_timeout(60_000)
     yield made
     problems = list(made.problems)
     made.context.close()
@@ -337,6 +337,7 @@ def test_a_running_job_survives_a_reload_and_is_cancelled(visit, knowing):
     page.fill("#generate [name=prompt]", "a long job")
     page.click("#generate summary")
     page.fill("#generate [name=steps]", "1000")
+    page.fill("#generate [name=n]", "8")
     page.click("#generate .primary")
     page.locator(".job:has-text('a long job') .bar:has-text('Decoder')").wait_for()
     page.reload()
