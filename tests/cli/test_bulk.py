@@ -17,10 +17,12 @@ import torch
 from PIL import Image
 
 from unclip.cli import main
+from unclip.data.tables import read_table
 from unclip.errors import DataError, InputError, TrainingError
-from unclip.pipelines import bulk
-from unclip.pipelines.bulk import Failed, Results, Row, batches_of, picture_rows, read_table, work_off
-from unclip.pipelines.session import read_texts
+from unclip.pipelines import workers
+from unclip.pipelines.bulk import PictureWork, Results, picture_rows
+from unclip.pipelines.session import Compute, read_texts
+from unclip.pipelines.workers import Failed, Row, batches_of, work_off
 
 FEW = ["--prior-steps", "2", "--decoder-steps", "2", "--super-res-steps", "2"]
 NUM_KILLS = {"here": 10, "processes": 3, "ray": 1}
@@ -108,10 +110,10 @@ def test_a_resumed_run_makes_the_same_bytes(run, tmp_path):
 
 
 def test_failed_rows_are_made_only_on_request(run, table, tmp_path, monkeypatch):
-    real = bulk._attempt
-    monkeypatch.setattr(bulk, "_attempt", lambda make, batch: [Failed("no power")] * len(batch))
+    real = workers._attempt
+    monkeypatch.setattr(workers, "_attempt", lambda make, batch: [Failed("no power")] * len(batch))
     assert run(table).code == 1
-    monkeypatch.setattr(bulk, "_attempt", real)
+    monkeypatch.setattr(workers, "_attempt", real)
     assert "0 new, 4 existing, 4 failed" in run(table).err
     assert run(table, "--retry-failed").code == 3
     assert [("path" in entry, "error" in entry) for entry in entries(tmp_path / "out")] == [(True, False)] * 3 + [
@@ -127,7 +129,7 @@ def test_one_bad_row_does_not_fail_its_batch():
             raise InputError("bad")
         return [row.given["prompt"].encode() for row in batch]
 
-    assert bulk._attempt(make, rows) == [b"good", Failed("bad"), b"fine"]
+    assert workers._attempt(make, rows) == [b"good", Failed("bad"), b"fine"]
 
 
 def test_two_runs_on_one_folder(run, table, tmp_path):
@@ -428,7 +430,7 @@ def test_a_killed_worker_loses_nothing(model, tmp_path):
     rows = picture_rows(table, settings, of_model=[])
     made = []
     batches = batches_of(rows, lambda row: True, 2)
-    for done in work_off(batches, bulk.PictureWork(str(model), bulk.Compute()), processes=2):
+    for done in work_off(batches, PictureWork(str(model), Compute()), processes=2):
         made += done
         if len(made) in (2, 20):
             os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
@@ -442,7 +444,7 @@ def test_a_lost_actor_and_a_cluster_without_room(model):
     ray = pytest.importorskip("ray")
     few = {"prior_num_inference_steps": 2, "decoder_num_inference_steps": 2, "super_res_num_inference_steps": 2}
     rows = picture_rows([{"prompt": f"a cat {n}"} for n in range(30)], few, of_model=[])
-    work, made = bulk.PictureWork(str(model), bulk.Compute()), []
+    work, made = PictureWork(str(model), Compute()), []
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         for done in work_off(batches_of(rows, lambda row: True, 2), work, ray="auto"):
@@ -513,14 +515,14 @@ class Fake:
     [(Fake(0), "workers were killed one after the other"), (Fake(9, started=False), "Nothing is free")],
 )
 def test_workers_that_never_work(monkeypatch, pool, error):
-    monkeypatch.setattr(bulk, "_Processes", lambda work, count: pool)
+    monkeypatch.setattr(workers, "_Processes", lambda work, count: pool)
     with pytest.raises(TrainingError, match=error):
         list(work_off([[row] for row in rows_of(*"abcdefgh")], None, processes=2))
     assert pool.sent is None
 
 
 def test_a_batch_that_kills_its_workers_fails_alone(monkeypatch):
-    monkeypatch.setattr(bulk, "_Processes", lambda work, count: Fake(9))
+    monkeypatch.setattr(workers, "_Processes", lambda work, count: Fake(9))
     batches = [[row] for row in rows_of("a", "deadly", "b", "c")]
     found = {row.given["prompt"]: made for done in work_off(batches, None, processes=2) for row, made in done}
     assert found.pop("deadly") == Failed("its worker was killed 3 times")

@@ -13,7 +13,8 @@ from unclip.cli.options import flag, option
 from unclip.cli.output import SOME_FAILED
 
 if TYPE_CHECKING:
-    from unclip.pipelines.bulk import Results, Row, Work
+    from unclip.pipelines.bulk import Results
+    from unclip.pipelines.workers import Row, Work
 
 MAX_NAMED = 10
 """Failed rows that are named on stderr; the index has them all."""
@@ -52,7 +53,7 @@ def run_bulk(
         quiet: whether to print only errors.
         unit: the noun for a row in the progress bar and the summary.
     """
-    from unclip.pipelines.bulk import Failed, batches_of, work_off
+    from unclip.pipelines.workers import Failed, batches_of, work_off
 
     def missing(row: "Row") -> bool:
         return results.is_missing(row, bulk.retry_failed)

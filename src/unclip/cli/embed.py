@@ -46,8 +46,9 @@ def embed(
     """
     from unclip.checkpoints.hub import resolve
     from unclip.clip.pretrained import fingerprint_of
+    from unclip.data.tables import read_table
     from unclip.images import PICTURE_SUFFIXES
-    from unclip.pipelines.bulk import PROMPTS, read_table
+    from unclip.pipelines.bulk import PROMPTS
     from unclip.pipelines.embeddings import (
         SUFFIXES,
         EmbeddingWork,

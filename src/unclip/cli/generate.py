@@ -122,13 +122,13 @@ def _generate_rows(
     per_shard: int,
     common: options.Common,
 ) -> None:
+    from unclip.data.tables import read_table
     from unclip.pipelines.bulk import (
         INDEX,
         PictureWork,
         Results,
         model_fingerprint,
         picture_rows,
-        read_table,
         write_webdataset,
     )
     from unclip.pipelines.text_to_image import UnCLIPPipeline

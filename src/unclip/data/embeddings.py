@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from unclip.data.tables import pyarrow_parquet
 from unclip.errors import (
     DataError,
     InputError,
-    MissingDependencyError,
     MissingFileError,
     UnclipError,
     UnsafeFileError,
@@ -223,16 +223,8 @@ def _open_safetensors(path: Path, key: str | None) -> tuple[np.ndarray, None]:
     return (tensor.float() if tensor.is_floating_point() else tensor).numpy(), None  # NumPy has no bfloat16
 
 
-def _parquet() -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError as problem:
-        raise MissingDependencyError("parquet files need pyarrow: pip install 'unclip[tables]'") from problem
-    return pyarrow.parquet
-
-
 def _open_parquet(path: Path, key: str | None) -> tuple[np.ndarray, Path]:
-    parquet = _parquet()
+    parquet = pyarrow_parquet()
     types = {field.name: field.type for field in parquet.read_schema(path)}
     if key is not None and "*" in key:
         names = sorted(fnmatch.filter(types, key), key=lambda name: _numbers(Path(name)))
@@ -254,7 +246,7 @@ def _open_parquet(path: Path, key: str | None) -> tuple[np.ndarray, Path]:
 
 
 def _read_columns(path: Path, names: list[str]) -> dict[str, list[Any]]:
-    parquet = _parquet()
+    parquet = pyarrow_parquet()
     known = parquet.read_schema(path).names
     if not set(names) <= set(known):
         return {name: [] for name in known}

@@ -1,30 +1,27 @@
-"""Bulk runs: read a table, make each of its rows once, on processes or on a Ray cluster, and keep an index.
+"""Bulk runs: make each row of a table once, and keep an index of the results.
 
 A row is identified by its content. A run that was stopped or killed at any moment continues where it ended.
 """
 
 import contextlib
-import csv
 import hashlib
 import io
 import itertools
 import json
-import logging
-import math
 import os
 import re
-import signal
-import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from unclip.checkpoints.files import TEMPORARY_PREFIX, atomic_file, locked, output_folder, safe_join, sync, writing
-from unclip.errors import DataError, InputError, MissingDependencyError, OutputExistsError, TrainingError, UnclipError
+from unclip.data.tables import write_parquet
+from unclip.errors import DataError, InputError, MissingDependencyError, OutputExistsError
 from unclip.numbers import whole
 from unclip.pipelines.session import MADE_WITH, Compute, Session, png_texts, sampler_name
+from unclip.pipelines.workers import Failed, Made, Make, Row
 from unclip.settings import SETTINGS
 
 PROMPTS = ("prompt", "caption", "text")
@@ -32,121 +29,10 @@ PROMPTS = ("prompt", "caption", "text")
 MAX_SEED = 2**64 - 1
 OWN = ("id", "path", "error", "seed")
 """Columns of the index that are ours; those of a table get the prefix `input_`, except a valid seed."""
-MAX_LOSSES = 3
-"""A batch that has ended its worker so many times fails."""
-STALL_S = 120.0
-"""Seconds to wait for the first actor of a Ray cluster."""
 INDEX = "index.jsonl"
 
 
-# -- tables --------------------------------------------------------------------------------------------------------
-
-
-def read_table(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file: .parquet, .csv, .tsv, .jsonl (objects, or texts), or .txt (one caption on each line).
-
-    Empty cells, null and NaN are left out. In JSON lines and texts, blank lines are skipped.
-
-    Raises: InputError for a file that cannot be read, or has another suffix; DataError for a line that is not valid, or
-        a table without rows; MissingDependencyError for a Parquet file without pyarrow.
-    """
-    read = {".csv": _csv, ".tsv": _csv, ".jsonl": _json_lines, ".ndjson": _json_lines, ".txt": _texts}
-    suffix = path.suffix.lower()
-    try:
-        if suffix == ".parquet":
-            rows = _parquet().read_table(path).to_pylist()
-        elif suffix in read:
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                rows = list(read[suffix](file, path))
-        else:
-            raise InputError(f"{path} must end in .parquet, {', '.join(read)}")
-    except UnicodeDecodeError as problem:
-        raise InputError(f"{path} is not UTF-8 text") from problem
-    except (OSError, csv.Error) as problem:
-        raise InputError(f"{path} cannot be read: {getattr(problem, 'strerror', None) or problem}") from problem
-    except ValueError as problem:  # pyarrow's ArrowInvalid
-        if isinstance(problem, UnclipError):
-            raise
-        raise InputError(f"{path} cannot be read: {problem}") from problem
-    if not rows:
-        raise DataError(f"{path} has no rows")
-    return [{name: value for name, value in row.items() if not _is_empty(value)} for row in rows]
-
-
-def _is_empty(value: object) -> bool:
-    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
-
-
-def _csv(file: Iterable[str], path: Path) -> Iterator[dict[str, Any]]:
-    for row in (reader := csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)):
-        if None in row:
-            raise DataError(f"{path}, line {reader.line_num}: there are more cells than columns")
-        yield row
-
-
-def _json_lines(file: Iterable[str], path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as problem:
-                raise DataError(f"{path}, line {number}: it is not JSON") from problem
-            if not isinstance(row, dict | str):
-                raise DataError(f"{path}, line {number}: it must be an object with columns, or a text")
-            yield row if isinstance(row, dict) else {"prompt": row}
-
-
-def _texts(file: Iterable[str], path: Path) -> Iterator[dict[str, Any]]:
-    return ({"prompt": text} for line in file if (text := line.rstrip("\r\n")).strip())
-
-
-def _parquet() -> Any:
-    try:
-        import pyarrow.parquet  # type: ignore[import-not-found]
-    except ImportError as problem:
-        raise MissingDependencyError("a Parquet file needs pyarrow: pip install 'unclip[tables]'") from problem
-    return pyarrow.parquet
-
-
-def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a table with all columns of the rows, atomically. A column of values of several types becomes JSON.
-
-    Raises: MissingDependencyError without pyarrow; OutputError when it cannot be written.
-    """
-    parquet, names = _parquet(), dict.fromkeys(name for row in rows for name in row)
-    import pyarrow
-
-    columns = {}
-    for name in names:
-        values = [row.get(name) for row in rows]
-        try:
-            columns[name] = pyarrow.array(values)
-        except (ValueError, TypeError, OverflowError):  # pyarrow's errors are of these kinds
-            columns[name] = pyarrow.array([None if value is None else json.dumps(value) for value in values])
-    with atomic_file(path) as draft:
-        parquet.write_table(pyarrow.table(columns), draft)
-
-
 # -- rows ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Row:
-    """One result to make.
-
-    Attributes:
-        id: a hash of everything that the result depends on.
-        about: its columns in the index.
-        given: what makes the result.
-        group: rows of one batch have the same value.
-        error: why it cannot be made.
-    """
-
-    id: str
-    about: dict[str, Any]
-    given: Any = None
-    group: Hashable = None
-    error: str = ""
 
 
 def content_id(*parts: Any) -> str:
@@ -242,30 +128,9 @@ def _number(value: Any, kind: type) -> Any:
     return int(value) if kind is int and isinstance(value, float) and value.is_integer() else value
 
 
-def batches_of(rows: Iterable[Row], missing: Callable[[Row], bool], size: int) -> list[list[Row]]:
-    """Batches of rows of one group, those that have a missing row.
-
-    They depend only on the rows, and not on what is missing, because results depend on the batch in their last digits.
-    """
-    groups: dict[Hashable, list[Row]] = {}
-    for row in rows:
-        if not row.error:
-            groups.setdefault(row.group, []).append(row)
-    batches = (group[start : start + size] for group in groups.values() for start in range(0, len(group), size))
-    return [batch for batch in batches if any(map(missing, batch))]
-
-
 # -- results -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Failed:
-    """The error of a row that could not be made."""
-
-    error: str
-
-
-Made = bytes | Failed
 Part = Callable[[Sequence[tuple[Row, bytes]], Path], None]
 
 
@@ -396,17 +261,7 @@ def write_webdataset(made: Sequence[tuple[Row, bytes]], path: Path) -> None:
     )
 
 
-# -- work ----------------------------------------------------------------------------------------------------------
-
-Make = Callable[[Sequence[Row]], Sequence[Made]]
-
-
-class Work(Protocol):
-    """What a worker does; it can be pickled."""
-
-    def load(self, worker: int) -> Make:
-        """Load the model, and return a function that makes a batch."""
-        ...
+# -- pictures ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -453,233 +308,3 @@ def _on_device(compute: Compute, worker: int) -> Compute:
     if compute.device == "auto" and (count := torch.cuda.device_count()) > 1:
         return Compute(compute.dtype, f"cuda:{worker % count}", compute.cpu_offload, compute.tile)
     return compute
-
-
-def _attempt(make: Make, batch: Sequence[Row]) -> list[Made]:
-    """The results of a batch. If it fails, its rows are made alone, so that only those fail that must."""
-    try:
-        return list(make(batch))
-    except Exception as problem:
-        if len(batch) == 1:
-            return [
-                Failed(f"{type(problem).__name__}: {problem}" if not isinstance(problem, UnclipError) else str(problem))
-            ]
-        return [made for row in batch for made in _attempt(make, [row])]
-
-
-Answer = tuple[list[Made], list[str]] | Exception
-"""The results of a batch and the texts of warnings; or the error of a worker that cannot work."""
-
-
-@dataclass
-class _Worker:
-    """The state of a worker process: the model is loaded with the first batch."""
-
-    work: Work
-    number: int
-    make: Make | None = None
-
-    def answer(self, batch: Sequence[Row]) -> Answer:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            try:
-                self.make = self.make or self.work.load(self.number)
-            except Exception as problem:
-                return (
-                    problem if isinstance(problem, UnclipError) else InputError(f"{type(problem).__name__}: {problem}")
-                )
-            made = _attempt(self.make, batch)
-        return made, [str(each.message) for each in caught if issubclass(each.category, UserWarning)]
-
-
-def work_off(
-    batches: Sequence[Sequence[Row]],
-    work: Work,
-    *,
-    processes: int | None = None,
-    ray: str | None = None,
-    stall_s: float = STALL_S,
-) -> Iterator[list[tuple[Row, Made]]]:
-    """The results of the batches, in the order in which they are finished.
-
-    A batch whose worker was lost (killed, or its machine was) is given to another one.
-
-    Args:
-        batches: of rows.
-        work: what makes them.
-        processes: worker processes, or actors of Ray; None: this process, or as many actors as the cluster has GPUs,
-            or else CPUs.
-        ray: the address of a Ray cluster, "auto" for a running one, or "local" to start one on this machine. If this
-            process is connected to a cluster already, that one is used.
-        stall_s: how long to wait for an actor.
-
-    Raises: what `Work.load` raises; TrainingError if workers are lost again and again, or no actor is scheduled in
-        time; MissingDependencyError without Ray.
-    """
-    if not batches:
-        return
-    if ray is None and processes in (None, 1):
-        make = work.load(0)
-        for batch in batches:
-            yield list(zip(batch, _attempt(make, batch), strict=True))
-        return
-    processes = None if processes is None else min(processes, len(batches))
-    pool = _Processes(work, processes or 1) if ray is None else _Actors(work, processes, ray)
-    waiting, losses, in_a_row = deque(batches), Counter[int](), 0
-    numbers = itertools.count()
-    try:
-        busy: dict[Any, Sequence[Row] | None] = {
-            pool.start(next(numbers)): None for _ in range(min(pool.count, len(batches)))
-        }
-        while waiting or any(busy.values()):
-            done = pool.wait(list(busy), None if any(busy.values()) else stall_s)
-            if not done:
-                raise TrainingError(f"no worker has started within {stall_s:.0f} s. {pool.describe()}")
-            for worker in done:
-                batch, answer, made = busy.pop(worker), None, None
-                try:
-                    answer = pool.receive(worker)
-                except pool.lost:
-                    in_a_row += 1
-                    if in_a_row > MAX_LOSSES * (pool.count + 2):
-                        raise TrainingError(
-                            f"{in_a_row} workers were killed one after the other; perhaps there is too little memory "
-                            "for so many processes"
-                        ) from None
-                    busy[pool.start(next(numbers))] = None
-                    if batch is not None:
-                        losses[id(batch)] += 1
-                        if losses[id(batch)] < MAX_LOSSES:
-                            waiting.appendleft(batch)
-                        else:
-                            made = [Failed(f"its worker was killed {MAX_LOSSES} times")] * len(batch)
-                else:
-                    if isinstance(answer, Exception):
-                        raise answer
-                    if waiting:
-                        busy[worker] = waiting.popleft()
-                        pool.send(worker, busy[worker])
-                    if answer is not None:
-                        in_a_row, (made, texts) = 0, answer
-                        for text in texts:
-                            warnings.warn(text, stacklevel=2)
-                if batch is not None and made is not None:
-                    yield list(zip(batch, made, strict=True))
-    finally:
-        pool.stop()
-
-
-class _Processes:
-    """Worker processes of this machine, each with a pipe. A worker ends with this process."""
-
-    lost = (EOFError, OSError)
-
-    def __init__(self, work: Work, count: int) -> None:
-        import multiprocessing
-
-        self.work, self.count = work, count
-        self._context = multiprocessing.get_context("spawn")
-        self._started: list[Any] = []
-
-    def start(self, number: int) -> Any:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs, self.work, number, self.count), daemon=True)
-        process.start()
-        theirs.close()
-        self._started.append(process)
-        return ours
-
-    def wait(self, workers: Sequence[Any], timeout_s: float | None) -> list[Any]:
-        from multiprocessing.connection import wait
-
-        return wait(workers, timeout_s)
-
-    def receive(self, worker: Any) -> Answer | None:
-        return worker.recv()
-
-    def send(self, worker: Any, batch: Any) -> None:
-        with contextlib.suppress(OSError):  # `receive` reports that the worker is lost
-            worker.send(batch)
-
-    def describe(self) -> str:
-        return ""
-
-    def stop(self) -> None:
-        for process in self._started:
-            process.kill()
-            process.join()
-
-
-def _serve(connection: Any, work: Work, number: int, count: int) -> None:
-    """The main function of a worker process. It answers None at its start."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which stops this one
-    import torch
-
-    torch.set_num_threads(max(1, torch.get_num_threads() // count))
-    worker = _Worker(work, number)
-    with contextlib.suppress(EOFError, OSError):  # the main process has ended
-        connection.send(None)
-        while True:
-            connection.send(worker.answer(connection.recv()))
-
-
-class _Actors:
-    """Actors of a Ray cluster."""
-
-    def __init__(self, work: Work, count: int | None, address: str) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        try:
-            import ray
-        except ImportError as problem:
-            raise MissingDependencyError("--ray needs Ray: pip install 'unclip[ray]'") from problem
-        self._own, on_term = not ray.is_initialized(), signal.getsignal(signal.SIGTERM)
-        if self._own:
-            try:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-            except (ConnectionError, RuntimeError, ValueError) as problem:
-                raise InputError(f"the Ray cluster {address!r} cannot be reached: {problem}") from problem
-            signal.signal(signal.SIGTERM, on_term)  # Ray replaces it
-        from ray.exceptions import RayActorError
-
-        self._ray, self._work, self.lost = ray, work, RayActorError
-        has = ray.cluster_resources()
-        cpus, gpus = has.get("CPU", 0.0), has.get("GPU", 0.0)
-        self.count = count or int(gpus) or max(1, int(cpus))
-        self._share = {"num_cpus": _floor(min(1.0, cpus / self.count)), "num_gpus": _floor(min(1.0, gpus / self.count))}
-        self._actor: Any = ray.remote(**self._share)(_Worker)  # type: ignore[arg-type]
-        self._refs: dict[Any, Any] = {}
-        self._started: list[Any] = []
-
-    def start(self, number: int) -> Any:
-        actor = self._actor.remote(self._work, number)
-        self._started.append(actor)
-        self._refs[actor] = actor.__ray_ready__.remote()
-        return actor
-
-    def wait(self, workers: Sequence[Any], timeout_s: float | None) -> list[Any]:
-        done, _ = self._ray.wait([self._refs[worker] for worker in workers], timeout=timeout_s)
-        return [worker for worker in workers if self._refs[worker] in done]
-
-    def receive(self, worker: Any) -> Answer | None:
-        answer = self._ray.get(self._refs.pop(worker))
-        return None if answer is True else answer
-
-    def send(self, worker: Any, batch: Any) -> None:
-        self._refs[worker] = worker.answer.remote(batch)
-
-    def describe(self) -> str:
-        return (
-            f"Each one needs {self._share}; the cluster has {self._ray.cluster_resources()}, of which "
-            f"{self._ray.available_resources()} are free"
-        )
-
-    def stop(self) -> None:
-        for actor in self._started:
-            self._ray.kill(actor)
-        if self._own:
-            self._ray.shutdown()
-
-
-def _floor(share: float) -> float:
-    """A share of a resource in Ray's precision."""
-    return math.floor(share * 10_000) / 10_000

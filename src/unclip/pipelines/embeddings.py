@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from unclip.checkpoints.files import atomic_file, atomic_folder
+from unclip.data.tables import write_parquet
 from unclip.errors import InputError, NonFiniteError
-from unclip.pipelines.bulk import OWN, PROMPTS, Made, Make, Results, Row, content_id, write_parquet
+from unclip.pipelines.bulk import OWN, PROMPTS, Results, content_id
 from unclip.pipelines.session import Compute, pick_device
+from unclip.pipelines.workers import Made, Make, Row
 
 PICTURES = ("path", "image", "file_name")
 """Columns of a picture's file; the first one that a row has is used."""
