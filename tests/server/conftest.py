@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,12 @@ class Live:
     Attributes:
         url: its address.
         app: the application.
+        clients: OpenAI's clients, which are closed with the server.
     """
 
     url: str
     app: FastAPI
+    clients: list[openai.OpenAI] = field(default_factory=list)
 
     @property
     def engine(self) -> Engine:
@@ -87,7 +89,8 @@ class Live:
     def client(self, **options: Any) -> openai.OpenAI:
         """OpenAI's client; without retries unless asked."""
         given = {"api_key": "any", "max_retries": 0, "timeout": 30, **options}
-        return openai.OpenAI(base_url=f"{self.url}/v1", **given)
+        self.clients.append(openai.OpenAI(base_url=f"{self.url}/v1", **given))
+        return self.clients[-1]
 
     def http(self, **options: Any) -> httpx2.Client:
         return httpx2.Client(base_url=self.url, timeout=30, **options)
@@ -137,6 +140,8 @@ def running(settings: ServerSettings) -> Iterator[Live]:
         live = Live(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", app)
         wait_until(lambda: live.engine.is_ready or live.engine.load_error)
         yield live
+        for client in live.clients:
+            client.close()
     finally:
         server.should_exit = True
         thread.join(timeout=20)
