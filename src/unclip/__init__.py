@@ -41,7 +41,7 @@ _NAMES = {
     "clip.statistics": "EmbeddingStatistics",
     "data.embeddings": "Embeddings read_embeddings",
     "diffusion.process": "DiffusionProcess",
-    "diffusion.scheduler": " ".join(row.scheduler for row in SAMPLERS.values()),
+    "diffusion.scheduler": "DDPMScheduler " + " ".join(row.scheduler for row in SAMPLERS.values()),
     "errors": "Cancelled CheckpointError ConfigError DataError EmbeddingScaleWarning ImageError InputError "
     "MissingDependencyError MissingFileError NonFiniteError OutputError OutputExistsError TrainingError UnclipError "
     "UnknownCaptionWarning UnsafeFileError WeightsError",
