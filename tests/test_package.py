@@ -53,6 +53,7 @@ ALL = [
     "UnclipError",
     "UnknownCaptionWarning",
     "UnsafeFileError",
+    "VQModel",
     "WeightsError",
     "__version__",
     "edit",
