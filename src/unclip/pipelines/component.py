@@ -25,18 +25,22 @@ from unclip.diffusion.scheduler import CONFIG_NAME, SCHEDULERS
 from unclip.errors import ConfigError, MissingFileError
 from unclip.models import (
     AutoregressivePrior,
+    Component,
     PriorTransformer,
     UnCLIPTextProjModel,
     UNet2DConditionModel,
     UNet2DModel,
+    VQModel,
 )
 
 NETWORKS = {
     cls.__name__: cls
-    for cls in (AutoregressivePrior, PriorTransformer, UnCLIPTextProjModel, UNet2DConditionModel, UNet2DModel)
+    for cls in (AutoregressivePrior, PriorTransformer, UnCLIPTextProjModel, UNet2DConditionModel, UNet2DModel, VQModel)
 }
 ONLY_HERE = ("AutoregressivePrior", "UnCLIPTextProjModel")
 """Networks that diffusers does not have, or does not load by name."""
+MULTILINGUAL = ("MultilingualCLIP", "XLMRobertaTokenizer", "XLMRobertaTokenizerFast")
+"""The classes of Kandinsky 2.1's text encoder and tokenizer."""
 
 
 def read_component(
@@ -59,7 +63,7 @@ def read_component(
 
     Raises: CheckpointError or ConfigError, which names the component.
     """
-    is_clip = class_name in {*OWN, *ALIASES}
+    is_clip = class_name in {*OWN, *ALIASES, *MULTILINGUAL}
     with naming(folder, name, class_name):
         place = safe_join(folder, name)
         if not place.is_dir():
@@ -74,8 +78,15 @@ def read_component(
             dtype = stored_type(open_weights(place, stem=stem, variant=variant)) if has_weights else None
         if class_name in NETWORKS:
             return NETWORKS[class_name].from_pretrained(place, torch_dtype=dtype, variant=variant)
+        if class_name in MULTILINGUAL:
+            from unclip.clip import multilingual  # imports transformers
+
+            with no_bars():
+                if class_name == MULTILINGUAL[0]:
+                    return multilingual.read_multilingual(place, dtype, variant)
+                return multilingual.read_multilingual_tokenizer(place)
         if not is_clip:
-            known = ", ".join(sorted({*NETWORKS, *EQUIVALENTS, *OWN, *ALIASES}))
+            known = ", ".join(sorted({*NETWORKS, *EQUIVALENTS, *OWN, *ALIASES, *MULTILINGUAL}))
             raise ConfigError(f"unclip has no class {class_name!r}; supported: {known}")
     return read_part(folder, name, class_name, dtype=dtype, variant=variant, own_clip=own_clip)
 
@@ -107,7 +118,10 @@ def write_component(component: Any, folder: Path, *, variant: str | None) -> Non
 
 def index_entry(component: Any) -> list[str]:
     """[library, class] of a component, as model_index.json names it."""
-    name = type(original(component)).__name__
+    cls = type(original(component))
+    name = cls.file_class() if issubclass(cls, Component) else cls.__name__
+    if name == MULTILINGUAL[0]:
+        return ["kandinsky", name]
     if name in {*NETWORKS, *SCHEDULERS}:
         return ["unclip" if name in ONLY_HERE else "diffusers", name]
     theirs = {cls.__name__: kind for kind, cls in OWN.items() if cls is not None}
