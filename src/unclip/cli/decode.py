@@ -93,11 +93,11 @@ def decode(
     for _ in table.batches():  # rows with NaN are named before anything is computed
         pass
     labels = None if label_column is None else list(map(plain, table.column(label_column)))
-    kind = UnCLIPImageVariationPipeline if "image_encoder" in session.index else UnCLIPPipeline
+    kind = UnCLIPImageVariationPipeline if "image_encoder" in session.parts else UnCLIPPipeline
     settings = session.settings(kind, decoding.given()) | size.sides
     writer = PictureWriter(common, len(table) * num_images, seed=seed)
     pipe = session.pipeline(kind)
-    if table.width != (width := pipe.text_proj.config.clip_embeddings_dim):
+    if table.width != (width := pipe.embedding_dim):
         raise InputError(f"{embeddings} has embeddings of width {table.width}, but the model needs width {width}")
     given = EmbeddingStatistics.of_batches(table.batches()) if rescale is Rescaling.dimensions else None
     own = pipe.statistics if rescale is None else pipe.statistics_for("rescale")

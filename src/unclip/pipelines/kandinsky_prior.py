@@ -162,7 +162,7 @@ class KandinskyPriorPipeline(Pipeline):
     @torch.no_grad()
     def get_zero_embed(self, batch_size: int = 1, device: torch.device | None = None) -> Tensor:
         """The embedding of a picture of the mean colour, float32 [batch_size, embedding_dim]."""
-        size = self.image_encoder.config.image_size
+        size: Any = self.image_encoder.config.image_size
         encoder = ImageEncoder(self.image_encoder, self.image_processor)
         return encoder.encode(torch.zeros(1, 3, size, size), device or self.device).float().repeat(batch_size, 1)
 

@@ -72,6 +72,8 @@ class Manipulator(ModelFiles):
         options = accepted_arguments(options, cls.from_pretrained, [*own, *of_text, *of_variation])
         for_text = {name: each for name, each in options.items() if name in of_text or name not in of_variation}
         text = UnCLIPPipeline.from_pretrained(name_or_folder, **for_text)
+        if type(text) is not UnCLIPPipeline:  # of another family
+            return cls(UnCLIPImageVariationPipeline.from_pipe(text), text)
         shared = {name: part for name, part in text.components.items() if name in of_variation}
         others = {name: each for name, each in options.items() if name in of_variation or name not in of_text}
         variation = UnCLIPImageVariationPipeline.from_pretrained(name_or_folder, **{**others, **shared})
@@ -234,7 +236,7 @@ class Manipulator(ModelFiles):
 
         Raises: InputError for embeddings of another width, or a seed outside its limits.
         """
-        check_embeddings(image_embedding, self.variation.text_proj.config.clip_embeddings_dim)
+        check_embeddings(image_embedding, self.variation.embedding_dim)
         source = NoiseSource(generators_from_seed(seed, 1), 1)
         noise = source.draw(self.variation.decoder_stage().sample_shape(1), "cpu")
         one = BipartiteLatent(image_embedding[:1].float().cpu(), noise)
@@ -337,7 +339,8 @@ class Manipulator(ModelFiles):
         """A pipeline of the same components that samples by DDIM; `variation` does not change."""
         pipe = copy.copy(self.variation)
         for name in (f"{stage}_scheduler" for stage in ("decoder", *pipe.cascade)):
-            setattr(pipe, name, DDIMScheduler.from_config(getattr(pipe, name).config, eta=eta))
+            settings = {"eta": eta, "set_alpha_to_one": True}  # inversion starts from the clean sample
+            setattr(pipe, name, DDIMScheduler.from_config(getattr(pipe, name).config, **settings))
         return pipe
 
     def _setting(self, name: str, given: Any) -> Any:

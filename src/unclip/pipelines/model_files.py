@@ -20,7 +20,7 @@ from unclip.stages.manipulation import BipartiteLatent
 
 def fingerprint(pipe: GenerationPipeline) -> str:
     """The fingerprint of a pipeline's decoder; empty when its weights are on the meta device."""
-    return _made_by(_decoder(pipe))
+    return _made_by(pipe.decoder_networks)
 
 
 class ModelFiles:
@@ -66,7 +66,7 @@ class ModelFiles:
         Raises: as `read_tensor_file`; CheckpointError when it belongs to another model.
         """
         latent, about = BipartiteLatent.load(path)
-        if not _may_be_made_by(about.pop("fingerprint", ""), _decoder(self.variation)):
+        if not _may_be_made_by(about.pop("fingerprint", ""), self.variation.decoder_networks):
             raise CheckpointError(
                 f"{path} was made with {_model(about)}, not with this one, and cannot be used with it. "
                 "Invert the picture again with this model"
@@ -113,7 +113,7 @@ class ModelFiles:
     def check_latent(self, latent: BipartiteLatent) -> None:
         """Raises: InputError for a latent of other sizes than this model's, or that is not finite."""
         pipe, noise = self.variation, latent.super_res_noise
-        check_embeddings(latent.image_embedding, pipe.text_proj.config.clip_embeddings_dim)
+        check_embeddings(latent.image_embedding, pipe.embedding_dim)
         stages = {"decoder": pipe.decoder_stage(), **pipe.super_res_stages()}
         if len(noise) >= len(stages):
             raise InputError(
@@ -130,10 +130,6 @@ def recorded_settings(about: Mapping[str, str]) -> dict[str, Any]:
     """
     found = read_record(about, "the latent's file")
     return {name: value for name, value in found.items() if name != TILE}
-
-
-def _decoder(pipe: GenerationPipeline) -> list[nn.Module]:
-    return [pipe.text_proj, pipe.decoder]
 
 
 def _super_res(pipe: GenerationPipeline) -> list[list[nn.Module]]:

@@ -23,6 +23,7 @@ from unclip.images import to_square
 from unclip.pipelines.arguments import FORMS, Callback, ImagePipelineOutput, check_latents
 from unclip.pipelines.pipeline import Pipeline, stage_words
 from unclip.stages import stage as stages
+from unclip.stages.latent import LatentStage
 from unclip.stages.prior import AutoregressivePriorStage, PriorStage, sample_best
 from unclip.stages.stage import Condition, DecoderCondition, PriorCondition, Stage, SuperResCondition
 
@@ -167,11 +168,16 @@ class StageRun(Generic[Condition]):
         Raises: NonFiniteError when the result is NaN or infinity.
         """
         size = self.stage.sample_shape(1)[-1]
+        autoencoder = self.stage.autoencoder if isinstance(self.stage, LatentStage) else None
+        factor = 1 if autoencoder is None else autoencoder.factor
+        x0 = torch.stack([to_square(picture, size * factor) for picture in pictures])
         with call.freed_on_error():
+            if autoencoder is not None:
+                x0 = autoencoder.encode_pictures(x0.to(condition.device))
             x_T = stages.invert(
                 self.stage,
                 condition,
-                torch.stack([to_square(picture, size) for picture in pictures]),
+                x0,
                 timesteps=self.timesteps,
                 num_rounds=num_rounds,
                 null=null,
