@@ -1,6 +1,7 @@
 """Commands with a Kandinsky folder as the model."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -75,6 +76,44 @@ def test_inpaint_is_refused(unclip, model, tmp_path):
     )
     assert done.code != 0
     assert "KandinskyV22CombinedPipeline" in done.err
+
+
+def test_convert_and_info(unclip, model, tmp_path):
+    parts = ["--prior", model.with_name("prior"), "--decoder", model.with_name("decoder")]
+    done = unclip("convert", "kandinsky", *parts, "--out", tmp_path / "joined")
+    assert (done.code, done.lines) == (0, [str(tmp_path / "joined")])
+    pictures = []
+    for folder in (model, tmp_path / "joined"):
+        out = tmp_path / f"from {folder.name}"
+        made = unclip("generate", "a cat", "--model", folder, "--seed", 1, "--out", out, "--prior-steps", 2, *FEW)
+        pictures.append(np.asarray(Image.open(made.lines[0])))
+    assert np.array_equal(*pictures)
+    about = json.loads(unclip("info", tmp_path / "joined", "--json").out)
+    assert about["family"] == "Kandinsky 2.2: prior and decoder"
+    assert about["components"]["unet"]["parameters"] > 0
+    told = unclip("info", model.with_name("prior")).out
+    assert "family: Kandinsky 2.2: the prior\n" in told
+    assert "next: unclip convert kandinsky --prior FOLDER" in told
+
+
+def test_what_convert_kandinsky_refuses(unclip, model, tmp_path):
+    prior, decoder = model.with_name("prior"), model.with_name("decoder")
+    for given, words in (
+        ((decoder, decoder), "contains a KandinskyV22Pipeline, not a prior of Kandinsky"),
+        (
+            (prior, prior),
+            "contains a KandinskyV22PriorPipeline; with this prior it must be one of KandinskyV22Pipeline",
+        ),
+    ):
+        done = unclip("convert", "kandinsky", "--prior", given[0], "--decoder", given[1], "--out", tmp_path / "no")
+        assert done.code == 1
+        assert words in done.err
+    wide = shutil.copytree(decoder, tmp_path / "wide")
+    config = json.loads((wide / "unet" / "config.json").read_text())
+    (wide / "unet" / "config.json").write_text(json.dumps(config | {"encoder_hid_dim": 24}))
+    done = unclip("convert", "kandinsky", "--prior", prior, "--decoder", wide, "--out", tmp_path / "no")
+    assert "the prior makes embeddings of width 16; the decoder needs 24" in done.err
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_decoder_alone_cannot_generate(unclip, model):

@@ -14,6 +14,7 @@ import typer
 
 from unclip.checkpoints.files import file_size, read_json, safe_join
 from unclip.checkpoints.hub import resolve
+from unclip.checkpoints.layout import kandinsky_family
 from unclip.checkpoints.recommended import Recommended, read_recommended
 from unclip.checkpoints.weights import DEFAULT_STEM, TRANSFORMERS_STEM, open_weights
 from unclip.cli import options
@@ -84,13 +85,18 @@ def info(
         defaults = read_recommended(folder)
     except UnclipError as problem:
         problems.append(str(problem))
+    family, advice = "", ""
+    if (folder / "model_index.json").is_file():
+        family, advice = kandinsky_family(str(read_json(folder / "model_index.json").get("_class_name")))
     papers = {"licence": licence(folder), "model_card": first_file(folder, ("README*", "MODEL_CARD*", "model_card*"))}
     if as_json:
         parts = {name: {k: v for k, v in asdict(part).items() if v} for name, part in components.items()}
         about = {"model": model_name(model), "folder": str(folder), **papers}
+        about |= {"family": family, "next": advice} if family else {}
         print(json.dumps({**about, "generation_defaults": defaults, "components": parts}), flush=True)
     else:
-        show(f"{model_name(model)} ({folder})", components, defaults, papers)
+        title = f"{model_name(model)} ({folder})"
+        show(f"{title}\nfamily: {family}\nnext: {advice}" if family else title, components, defaults, papers)
     for problem in problems:
         error(problem)
     if problems:
@@ -129,7 +135,8 @@ def read_component(folder: Path, name: str, class_name: str) -> Component:
         sizes = {key: config[key] for key in SIZES if config.get(key) is not None}
         if config_name != "config.json":
             return Component(class_name, sizes=sizes)
-        stem = TRANSFORMERS_STEM if class_name.startswith("CLIP") else DEFAULT_STEM
+        is_text_encoder = class_name.startswith(("CLIP", "MultilingualCLIP"))
+        stem = TRANSFORMERS_STEM if is_text_encoder else DEFAULT_STEM
         weights = open_weights(place, stem=stem, variant=_variant(place, stem))
         kinds: Counter[str] = Counter()
         for tensor in weights.values():
