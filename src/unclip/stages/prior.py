@@ -47,7 +47,7 @@ class PriorStage:
 class OneCallPriorStage:
     """Makes an image embedding of noise in one call of the network (ECLIPSE, arXiv 2312.04655).
 
-    There is no guidance. The output is on the scale of CLIP's image encoder: nothing is un-whitened.
+    Guidance is not used. The output is on the scale of CLIP's image encoder: nothing is un-whitened.
     """
 
     prior: PriorTransformer
