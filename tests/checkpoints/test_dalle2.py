@@ -10,7 +10,8 @@ import torch
 from packaging.version import Version
 
 from unclip import CheckpointError, ConfigError, InputError, MissingFileError, UnsafeFileError, WeightsError
-from unclip.checkpoints.dalle2 import read_prior_file, summary_of_pickle
+from unclip.checkpoints.dalle2 import read_prior_file
+from unclip.checkpoints.families import recognised
 from unclip.models.prior_dalle2 import EmbeddingPriorNetwork
 from unclip.pipelines.convert_dalle2 import convert_dalle2_prior
 from unclip.pipelines.embedding_prior import EmbeddingPrior
@@ -107,7 +108,7 @@ def test_a_crafted_pickle_runs_nothing(saved, tmp_path, function):
     for read in (read_prior_file, lambda file: convert_dalle2_prior(file, tmp_path / "out")):
         with pytest.raises(UnsafeFileError, match="refused"):
             read(path)
-    assert summary_of_pickle(path).others
+    assert function.__name__ in str(recognised(path).missing)
     assert not mark.exists()
     assert not (tmp_path / "out").exists()
 
@@ -197,18 +198,37 @@ def test_weights_that_do_not_fit(saved, tmp_path):
         convert_dalle2_prior(saved(odd), tmp_path / "out", package_version="1.15.6")
 
 
-def test_a_summary_without_unpickling(saved, tmp_path, monkeypatch):
+def test_files_are_recognised_without_unpickling(saved, tmp_path, monkeypatch):
+    files = {
+        "trainer.pth": trainer_content(),
+        "old.pth": package_state(old_null=True, arithmetic="1.4.3"),
+        "grid.pth": {"model_state_dict": package_state(GRID)},
+        "other.pth": {"weight": torch.zeros(2)},
+        "karlo.ckpt": {"state_dict": {"model_first_steps.out.0.weight": torch.zeros(2)}},
+    }
+    paths = {name: saved(content, name) for name, content in files.items()}
     for name in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, name, None)
-    found = summary_of_pickle(saved(trainer_content()))
-    assert found.is_trainer
-    assert found.has_version
-    assert found.others == ()
-    assert {"null_text_encodings", "learned_query"} <= found.names
-    assert summary_of_pickle(saved({"weight": torch.zeros(2)})) is None
-    with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
+    found = {name: recognised(path) for name, path in paths.items()}
+    assert found["trainer.pth"].name == "DALLE2-pytorch: a prior (trainer's file)"
+    assert found["trainer.pth"].missing == ()
+    assert found["trainer.pth"].next == f"unclip convert dalle2-prior {paths['trainer.pth']} --out DIR"
+    assert found["old.pth"].missing == ("the version of DALLE2-pytorch that trained it",)
+    assert "--package-version X.Y.Z" in found["old.pth"].next
+    assert found["grid.pth"].name.startswith("MindEye: a prior on a grid of tokens")
+    assert "--project mindeye1" in found["grid.pth"].next
+    assert found["other.pth"] is None
+    assert found["karlo.ckpt"].name == "Karlo's original super-resolution"
+    assert "in trainer.pth" in recognised(tmp_path).name or "in grid.pth" in recognised(tmp_path).name
+
+
+def test_damaged_files_are_not_recognised(tmp_path):
+    with zipfile.ZipFile(tmp_path / "empty.pth", "w"):
         pass
-    assert summary_of_pickle(tmp_path / "empty.zip") is None
     (tmp_path / "text.pth").write_text("nothing")
+    assert recognised(tmp_path / "empty.pth") is None
+    assert recognised(tmp_path / "text.pth") is None
+    with zipfile.ZipFile(tmp_path / "odd.pth", "w") as file:
+        file.writestr("archive/data.pkl", b"\x80\x02X\xff\xff\xff\xff")
     with pytest.raises(CheckpointError, match="damaged"):
-        summary_of_pickle(tmp_path / "text.pth")
+        recognised(tmp_path / "odd.pth")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickletools
 import re
 import warnings
 import zipfile
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from unclip.checkpoints.files import file_size, read_json
 from unclip.checkpoints.weights import check_finite, read_header, read_tensors
-from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError, WeightsError
+from unclip.errors import ConfigError, InputError, UnsafeFileError, WeightsError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +27,6 @@ MARK = "causal_transformer.rel_pos_bias.relative_attention_bias.weight"
 READ_AS_NOTHING = ("packaging.version.", "packaging._structures.", "torch.optim.", "pytorch_warmup.", "numpy.")
 """Classes of objects in trainer files that carry no weights. An inert object takes their place; nothing is imported."""
 NOTHING_ELSE = ("collections.defaultdict", "_codecs.encode", "builtins.dict", "__builtin__.dict", "builtins.list")
-LARGEST_PICKLE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def _read_pickle(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            refused = [name for name in unsafe if not _is_inert(name)]
+            refused = [name for name in unsafe if not is_inert(name)]
             if refused:
                 raise UnsafeFileError(
                     f"{path} is refused: besides tensors it contains {', '.join(sorted(refused))[:200]}, which could "
@@ -127,7 +125,8 @@ def _read_pickle(path: Path) -> Any:
         ) from problem
 
 
-def _is_inert(name: str) -> bool:
+def is_inert(name: str) -> bool:
+    """Whether an object of this class in a file is read as an inert one; otherwise the file is refused."""
     return name.startswith(READ_AS_NOTHING) or name in NOTHING_ELSE
 
 
@@ -343,60 +342,3 @@ def read_package_config(path: Path | None) -> dict[str, Any]:
     if not isinstance(outer, dict) or not isinstance(outer.get("net", {}), dict):
         raise ConfigError(f'{path} must have the settings of the prior, and of the network under "net"')
     return config
-
-
-# -- without unpickling --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PickleSummary:
-    """What the texts in a file tell, without unpickling it.
-
-    Attributes:
-        names: the names of tensors below the network, and other texts.
-        is_trainer: whether the file has a state of an optimizer.
-        has_version: whether the file states the version of the package.
-        others: classes in the file that the converter refuses.
-    """
-
-    names: frozenset[str]
-    is_trainer: bool
-    has_version: bool
-    others: tuple[str, ...]
-
-
-def summary_of_pickle(path: Path) -> PickleSummary | None:
-    """What a .pth or .pt file of such a prior contains; None for another file. Nothing is unpickled.
-
-    Raises: CheckpointError for a damaged zip file, or one whose pickle is too large.
-    """
-    texts: set[str] = set()
-    classes: set[str] = set()
-    recent: list[str] = []
-    try:
-        with zipfile.ZipFile(path) as file:
-            entry = next((info for info in file.infolist() if info.filename.endswith("data.pkl")), None)
-            if entry is None:
-                return None
-            if entry.file_size > LARGEST_PICKLE_BYTES:
-                raise CheckpointError(f"{path} has a pickle of {entry.file_size:,} bytes: it is not a checkpoint")
-            content = file.read(entry)
-        for code, argument, _ in pickletools.genops(content):
-            if isinstance(argument, str):
-                if code.name in ("GLOBAL", "INST"):
-                    classes.add(argument.replace(" ", "."))
-                else:
-                    texts.add(argument)
-                    recent = [*recent[-1:], argument]
-            elif code.name == "STACK_GLOBAL":
-                classes.add(".".join(recent))
-    except (zipfile.BadZipFile, ValueError, OSError) as problem:
-        raise CheckpointError(f"{path} is damaged, or not a checkpoint: {str(problem)[:200]}") from problem
-    marks = [text for text in texts if text.endswith(MARK)]
-    if not marks:
-        return None
-    starts = tuple(sorted({mark.removesuffix(MARK) for mark in marks}, key=len, reverse=True))
-    names = frozenset(text.removeprefix(start) for text in texts for start in starts if text.startswith(start))
-    known = ("torch._utils.", "torch.", "collections.OrderedDict")
-    others = tuple(sorted(name for name in classes if not name.startswith(known) and not _is_inert(name)))
-    return PickleSummary(names, "optimizer" in texts or "optimizer_state_dict" in texts, "version" in texts, others)

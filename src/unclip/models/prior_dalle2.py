@@ -15,7 +15,7 @@ from unclip.models.kernels import Linear, attention
 from unclip.models.layers import KeyValue, sinusoidal_embedding, timestep_rows
 
 BUCKETS, MAX_DISTANCE = 32, 128
-"""Of the relative position bias, as in T5 (arXiv 1910.10683)."""
+"""Settings of the relative position bias, as in T5 (arXiv 1910.10683)."""
 ROTARY_WIDTH, ROTARY_BASE = 32, 10_000.0
 COSINE_SCALE = 16.0
 EPS, HALF_EPS = 1e-5, 1e-3

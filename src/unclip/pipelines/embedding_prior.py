@@ -125,7 +125,7 @@ class EmbeddingPrior(nn.Module):
             guidance_scale: 1 or less turns guidance off.
             generator, seed: as in a call of `UnCLIPPipeline`; the same ones give the same embeddings.
             latents: the noise at the start, of the result's shape.
-            compatible: sample as DALLE2-pytorch does, to repeat its results: by all levels, or by its own DDIM with
+            compatible: sample as DALLE2-pytorch does, to repeat its results: by all levels, or by its DDIM with
                 noise, and with guidance away from a null pass that does not see the noised embedding.
 
         Raises: InputError for a wrong shape, or values that are not finite.
