@@ -25,6 +25,7 @@ from unclip.diffusion.scheduler import CONFIG_NAME, SCHEDULERS
 from unclip.errors import ConfigError, MissingFileError
 from unclip.models import (
     AutoregressivePrior,
+    EmbeddingPriorNetwork,
     PriorTransformer,
     UnCLIPTextProjModel,
     UNet2DConditionModel,
@@ -33,9 +34,16 @@ from unclip.models import (
 
 NETWORKS = {
     cls.__name__: cls
-    for cls in (AutoregressivePrior, PriorTransformer, UnCLIPTextProjModel, UNet2DConditionModel, UNet2DModel)
+    for cls in (
+        AutoregressivePrior,
+        EmbeddingPriorNetwork,
+        PriorTransformer,
+        UnCLIPTextProjModel,
+        UNet2DConditionModel,
+        UNet2DModel,
+    )
 }
-ONLY_HERE = ("AutoregressivePrior", "UnCLIPTextProjModel")
+ONLY_HERE = ("AutoregressivePrior", "EmbeddingPriorNetwork", "UnCLIPTextProjModel")
 """Networks that diffusers does not have, or does not load by name."""
 
 
