@@ -40,6 +40,7 @@ ALL = [
     "PrincipalComponents",
     "PriorTransformer",
     "TrainingError",
+    "Translator",
     "UNet2DConditionModel",
     "UNet2DModel",
     "UnCLIPImageInterpolationPipeline",

@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # what __getattr__ finds
     from unclip.pipelines.manipulation import Manipulator
     from unclip.pipelines.model_files import recorded_settings
     from unclip.pipelines.text_to_image import UnCLIPPipeline
+    from unclip.pipelines.translator import Translator
     from unclip.stages.manipulation import BipartiteLatent, edit, even_places, interpolate, path_at
 
 __version__ = "0.1.0"
@@ -57,6 +58,7 @@ _NAMES = {
     "pipelines.manipulation": "Manipulator",
     "pipelines.model_files": "recorded_settings",
     "pipelines.text_to_image": "UnCLIPPipeline",
+    "pipelines.translator": "Translator",
     "stages.manipulation": "BipartiteLatent edit even_places interpolate path_at",
 }
 """The public names by module."""
