@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # what __getattr__ finds
     from unclip.diffusion.process import DiffusionProcess
     from unclip.diffusion.scheduler import *
     from unclip.errors import *
+    from unclip.models.movq import VQModel
     from unclip.models.pca import PrincipalComponents
     from unclip.models.prior import PriorTransformer
     from unclip.models.prior_autoregressive import AutoregressivePrior
@@ -42,10 +43,11 @@ _NAMES = {
     "clip.statistics": "EmbeddingStatistics",
     "data.embeddings": "Embeddings read_embeddings",
     "diffusion.process": "DiffusionProcess",
-    "diffusion.scheduler": " ".join(row.scheduler for row in SAMPLERS.values()),
+    "diffusion.scheduler": "DDPMScheduler " + " ".join(row.scheduler for row in SAMPLERS.values()),
     "errors": "Cancelled CheckpointError ConfigError DataError EmbeddingScaleWarning ImageError InputError "
     "MissingDependencyError MissingFileError NonFiniteError OutputError OutputExistsError TrainingError UnclipError "
     "UnknownCaptionWarning UnsafeFileError WeightsError",
+    "models.movq": "VQModel",
     "models.pca": "PrincipalComponents",
     "models.prior": "PriorTransformer",
     "models.prior_autoregressive": "AutoregressivePrior",

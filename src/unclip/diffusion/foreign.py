@@ -3,14 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-from unclip.diffusion.scheduler import SCHEDULERS, DDIMScheduler, Scheduler
+from unclip.diffusion.scheduler import SCHEDULERS, DDPMScheduler, Scheduler
 from unclip.errors import ConfigError
 from unclip.settings import SAMPLERS
 
-EQUIVALENTS = {name: SCHEDULERS[row.scheduler] for row in SAMPLERS.values() for name in row.equivalents}
+EQUIVALENTS = {
+    **{name: SCHEDULERS[row.scheduler] for row in SAMPLERS.values() for name in row.equivalents},
+    **dict.fromkeys(("DDPMScheduler", "DDPMParallelScheduler"), DDPMScheduler),
+}
 """The schedulers of diffusers by class name, and the scheduler here that samples in the same way."""
-DDPM_DEFAULTS = {"beta_schedule": "linear", "variance_type": "fixed_small", "timestep_spacing": "leading"}
-"""Where diffusers' DDPMScheduler differs from UnCLIPScheduler."""
 
 
 def is_foreign(value: object) -> bool:
@@ -48,12 +49,4 @@ def of_settings(name: str, settings: Mapping[str, Any]) -> Scheduler:
 
     Raises: ConfigError for a setting that is not implemented.
     """
-    cls, settings = EQUIVALENTS[name], {**settings, "_class_name": name}
-    if name.startswith("DDPM"):
-        settings = DDPM_DEFAULTS | settings
-        spacing = settings["timestep_spacing"]
-        if spacing != "linspace":
-            if not str(settings["variance_type"]).startswith("fixed_small"):
-                raise ConfigError(f"unclip does not implement timestep_spacing={spacing!r} of diffusers' {name}")
-            cls, settings["eta"] = DDIMScheduler, 1.0  # the same step (2010.02502, section 4.1), for any timesteps
-    return cls.from_config(settings)
+    return EQUIVALENTS[name].from_config({**settings, "_class_name": EQUIVALENTS[name].__name__})
