@@ -1,5 +1,7 @@
 """Translators between the embeddings of two CLIPs."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -143,12 +145,13 @@ def test_pictures_of_another_clips_prior(translator, pairs, tiny_variation):
 
 
 def test_the_prior_of_another_pipeline_of_the_same_clip(own_pipeline, tiny_components, tmp_path, few):
-    other = UnCLIPPipeline(**{n: p for n, p in tiny_components().items() if n in UnCLIPPipeline.component_names()})
+    other: Any = UnCLIPPipeline(**{n: p for n, p in tiny_components().items() if n in UnCLIPPipeline.component_names()})
     torch.nn.init.constant_(other.prior.proj_to_clip_embeddings.bias, 3.0)
     other.save_pretrained(tmp_path / "other")
     own_pipeline.save_pretrained(tmp_path / "mine")
-    mine = UnCLIPPipeline.from_pretrained(tmp_path / "mine", prior=other.prior, prior_scheduler=other.prior_scheduler)
-    shared = UnCLIPPipeline.from_pipe(own_pipeline, prior=other.prior, prior_scheduler=other.prior_scheduler)
+    prior = {"prior": other.prior, "prior_scheduler": other.prior_scheduler}
+    mine: Any = UnCLIPPipeline.from_pretrained(tmp_path / "mine", **prior)
+    shared: Any = UnCLIPPipeline.from_pipe(own_pipeline, **prior)
     assert mine.prior is other.prior is shared.prior
     assert shared.decoder is own_pipeline.decoder
     settings = {**few, "seed": 1, "output_type": "pt", "return_intermediates": True}
