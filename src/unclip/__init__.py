@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # what __getattr__ finds
     from unclip.diffusion.process import DiffusionProcess
     from unclip.diffusion.scheduler import *
     from unclip.errors import *
+    from unclip.models.image_normalizer import StableUnCLIPImageNormalizer
+    from unclip.models.movq import VQModel
     from unclip.models.pca import PrincipalComponents
     from unclip.models.prior import PriorTransformer
     from unclip.models.prior_autoregressive import AutoregressivePrior
@@ -33,7 +35,9 @@ if TYPE_CHECKING:  # what __getattr__ finds
     from unclip.pipelines.interpolation import UnCLIPImageInterpolationPipeline, UnCLIPTextInterpolationPipeline
     from unclip.pipelines.manipulation import Manipulator
     from unclip.pipelines.model_files import recorded_settings
+    from unclip.pipelines.stable_unclip import StableUnCLIPImg2ImgPipeline, StableUnCLIPPipeline
     from unclip.pipelines.text_to_image import UnCLIPPipeline
+    from unclip.pipelines.translator import Translator
     from unclip.pipelines.vector_prior import VectorPrior
     from unclip.stages.manipulation import BipartiteLatent, edit, even_places, interpolate, path_at
 
@@ -44,10 +48,12 @@ _NAMES = {
     "clip.statistics": "EmbeddingStatistics",
     "data.embeddings": "Embeddings read_embeddings",
     "diffusion.process": "DiffusionProcess",
-    "diffusion.scheduler": " ".join(row.scheduler for row in SAMPLERS.values()),
+    "diffusion.scheduler": "DDPMScheduler " + " ".join(row.scheduler for row in SAMPLERS.values()),
     "errors": "Cancelled CheckpointError ConfigError DataError EmbeddingScaleWarning ImageError InputError "
     "MissingDependencyError MissingFileError NonFiniteError OutputError OutputExistsError TrainingError UnclipError "
     "UnknownCaptionWarning UnsafeFileError WeightsError",
+    "models.movq": "VQModel",
+    "models.image_normalizer": "StableUnCLIPImageNormalizer",
     "models.pca": "PrincipalComponents",
     "models.prior": "PriorTransformer",
     "models.prior_autoregressive": "AutoregressivePrior",
@@ -61,7 +67,9 @@ _NAMES = {
     "pipelines.interpolation": "UnCLIPImageInterpolationPipeline UnCLIPTextInterpolationPipeline",
     "pipelines.manipulation": "Manipulator",
     "pipelines.model_files": "recorded_settings",
+    "pipelines.stable_unclip": "StableUnCLIPImg2ImgPipeline StableUnCLIPPipeline",
     "pipelines.text_to_image": "UnCLIPPipeline",
+    "pipelines.translator": "Translator",
     "pipelines.vector_prior": "VectorPrior",
     "stages.manipulation": "BipartiteLatent edit even_places interpolate path_at",
 }

@@ -111,22 +111,32 @@ class DDIMSampler(Sampler):
     Args:
         process: its variance type has no effect; a learned variance is split off and ignored.
         eta: from 0 (deterministic) to 1 (as much noise as ancestral sampling, eq. 16).
+        ends_clean: whether the last step leads to the clean sample; otherwise it leads to the noise level of timestep
+            0, as in Stable Diffusion and Kandinsky (`set_alpha_to_one=False` in diffusers).
 
     Raises:
         ConfigError: `eta` is not a number from 0 to 1.
     """
 
     eta: Eta = 0.0
+    ends_clean: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self, "eta")
 
     def needs_noise(self, t: int, t_next: int) -> bool:
         """True if eta is above 0, except for the step to the clean sample."""
-        return self.eta > 0 and t_next >= 0
+        return self.eta > 0 and self._end(t_next) >= 0
+
+    def _end(self, t_next: int) -> int:
+        """The timestep of the noise level that a step to `t_next` leads to; -1 is the clean sample."""
+        return t_next if self.ends_clean else max(t_next, 0)
 
     def step(self, prediction, x_t, t, t_next, memory=None, noise=None):
         """See `Sampler.step`."""
+        t_next = self._end(t_next)
+        if t_next == t == 0:
+            return x_t.float(), None
         posterior = self.process.posterior(t, t_next)
         if t_next < 0:
             return prediction.x0, None

@@ -222,9 +222,7 @@ class Requests:
                 about = model.session.metadata(pipe, {**settings, "sampler": sampler_name(pipe)})
             facts = {"prompt": prompt, "pictures": str(len(images)), **about}
             notes = model.notes(text, prompt)
-            return [
-                Made(each, seed, notes, {**facts, "seed": seed}) for each, seed in zip(results, seeds, strict=True)
-            ]
+            return [Made(each, seed, notes, {**facts, "seed": seed}) for each, seed in zip(results, seeds, strict=True)]
 
         return Work(model.name, "combine", function=combine, num_made=len(seeds))
 
