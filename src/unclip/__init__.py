@@ -20,13 +20,16 @@ if TYPE_CHECKING:  # what __getattr__ finds
     from unclip.diffusion.process import DiffusionProcess
     from unclip.diffusion.scheduler import *
     from unclip.errors import *
+    from unclip.models.image_normalizer import StableUnCLIPImageNormalizer
     from unclip.models.movq import VQModel
     from unclip.models.pca import PrincipalComponents
     from unclip.models.prior import PriorTransformer
     from unclip.models.prior_autoregressive import AutoregressivePrior
+    from unclip.models.prior_dalle2 import EmbeddingPriorNetwork
     from unclip.models.text_proj import UnCLIPTextProjModel
     from unclip.models.unet import UNet2DConditionModel, UNet2DModel
     from unclip.pipelines.arguments import ImagePipelineOutput
+    from unclip.pipelines.embedding_prior import EmbeddingPrior
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
     from unclip.pipelines.inpaint import UnCLIPInpaintPipeline
     from unclip.pipelines.interpolation import UnCLIPImageInterpolationPipeline, UnCLIPTextInterpolationPipeline
@@ -53,7 +56,10 @@ if TYPE_CHECKING:  # what __getattr__ finds
     )
     from unclip.pipelines.manipulation import Manipulator
     from unclip.pipelines.model_files import recorded_settings
+    from unclip.pipelines.stable_unclip import StableUnCLIPImg2ImgPipeline, StableUnCLIPPipeline
     from unclip.pipelines.text_to_image import UnCLIPPipeline
+    from unclip.pipelines.translator import Translator
+    from unclip.pipelines.vector_prior import VectorPrior
     from unclip.stages.manipulation import BipartiteLatent, edit, even_places, interpolate, path_at
 
 __version__ = "0.1.0"
@@ -68,12 +74,15 @@ _NAMES = {
     "MissingDependencyError MissingFileError NonFiniteError OutputError OutputExistsError TrainingError UnclipError "
     "UnknownCaptionWarning UnsafeFileError WeightsError",
     "models.movq": "VQModel",
+    "models.image_normalizer": "StableUnCLIPImageNormalizer",
     "models.pca": "PrincipalComponents",
     "models.prior": "PriorTransformer",
     "models.prior_autoregressive": "AutoregressivePrior",
+    "models.prior_dalle2": "EmbeddingPriorNetwork",
     "models.text_proj": "UnCLIPTextProjModel",
     "models.unet": "UNet2DConditionModel UNet2DModel",
     "pipelines.arguments": "ImagePipelineOutput",
+    "pipelines.embedding_prior": "EmbeddingPrior",
     "pipelines.image_variation": "UnCLIPImageVariationPipeline",
     "pipelines.inpaint": "UnCLIPInpaintPipeline",
     "pipelines.interpolation": "UnCLIPImageInterpolationPipeline UnCLIPTextInterpolationPipeline",
@@ -85,7 +94,10 @@ _NAMES = {
     "pipelines.kandinsky_prior": "KandinskyPriorPipeline KandinskyPriorPipelineOutput KandinskyV22PriorPipeline",
     "pipelines.manipulation": "Manipulator",
     "pipelines.model_files": "recorded_settings",
+    "pipelines.stable_unclip": "StableUnCLIPImg2ImgPipeline StableUnCLIPPipeline",
     "pipelines.text_to_image": "UnCLIPPipeline",
+    "pipelines.translator": "Translator",
+    "pipelines.vector_prior": "VectorPrior",
     "stages.manipulation": "BipartiteLatent edit even_places interpolate path_at",
 }
 """The public names by module."""

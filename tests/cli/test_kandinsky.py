@@ -89,7 +89,7 @@ def test_convert_and_info(unclip, model, tmp_path):
         pictures.append(np.asarray(Image.open(made.lines[0])))
     assert np.array_equal(*pictures)
     about = json.loads(unclip("info", tmp_path / "joined", "--json").out)
-    assert about["family"] == "Kandinsky 2.2: prior and decoder"
+    assert about["family"]["name"] == "Kandinsky 2.2: prior and decoder"
     assert about["components"]["unet"]["parameters"] > 0
     told = unclip("info", model.with_name("prior")).out
     assert "family: Kandinsky 2.2: the prior\n" in told

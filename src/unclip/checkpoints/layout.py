@@ -78,15 +78,16 @@ KANDINSKY = {
 """What a Kandinsky folder is, by the class that its model_index.json names. These are the names of pipelines here."""
 
 
-def kandinsky_family(class_name: str) -> tuple[str, str]:
-    """What a Kandinsky folder is, and the next command or line of Python; empty texts for another folder."""
-    if class_name not in KANDINSKY:
-        return "", ""
-    if "Inpaint" in class_name:
-        return KANDINSKY[class_name], f"unclip.{class_name}.from_pretrained(FOLDER) in Python"
-    if "Combined" in class_name:
-        return KANDINSKY[class_name], "unclip generate CAPTION --model FOLDER"
-    return KANDINSKY[class_name], "unclip convert kandinsky --prior FOLDER --decoder FOLDER --out DIR"
+def kandinsky_next(index: Mapping[str, Any]) -> str:
+    """The command or the line of Python that uses a Kandinsky folder; empty for another folder."""
+    name = str(index.get("_class_name"))
+    if name not in KANDINSKY:
+        return ""
+    if "Inpaint" in name:
+        return f"in Python: {name}.from_pretrained(FOLDER)"
+    if "Combined" in name:
+        return "unclip generate CAPTION --model FOLDER"
+    return "unclip convert kandinsky --prior FOLDER --decoder FOLDER --out DIR"
 
 
 def model_index(class_name: str, components: Iterable[str]) -> dict[str, Any]:
