@@ -184,8 +184,24 @@ class EmbeddingStatistics:
         Args:
             embeddings, noise: [rows, embedding_dim].
         """
-        mean, std = self.mean.to(embeddings.device), self.std.to(embeddings.device)
-        return _NOISE.add_noise((embeddings - mean) / std, noise, level) * std + mean
+        return noised(embeddings, level, noise, self.mean, self.std)
+
+
+def noised(
+    embeddings: Tensor, level: int, noise: Tensor, mean: Tensor, std: Tensor, process: DiffusionProcess = _NOISE
+) -> Tensor:
+    """Embeddings [rows, embedding_dim] that are whitened, noised to a level and un-whitened, float32.
+
+    Level 0 has a little noise.
+
+    Args:
+        embeddings, noise: [rows, embedding_dim].
+        level: a timestep of `process`.
+        mean, std: [embedding_dim] or [1, embedding_dim].
+        process: only its schedule counts.
+    """
+    mean, std = mean.to(embeddings.device).float(), std.to(embeddings.device).float()
+    return process.add_noise((embeddings - mean) / std, noise, level) * std + mean
 
 
 def _option(how: str) -> str:

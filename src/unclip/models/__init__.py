@@ -2,6 +2,9 @@
 
 # ruff: noqa: F401
 from unclip.models.component import Component, ModelConfig
+from unclip.models.image_normalizer import ImageNormalizerConfig, StableUnCLIPImageNormalizer
+from unclip.models.kandinsky import KandinskyUNet, KandinskyUNetConfig
+from unclip.models.movq import VQConfig, VQModel
 from unclip.models.prior import PriorConfig, PriorPrefix, PriorTransformer, PriorTransformerOutput
 from unclip.models.prior_autoregressive import AutoregressivePrior, AutoregressivePriorConfig, CodeMemory
 from unclip.models.prior_dalle2 import EmbeddingPriorConfig, EmbeddingPriorNetwork

@@ -61,28 +61,10 @@ class UnCLIPPipeline(GenerationPipeline):
 
     def check(self) -> None:
         super().check()
-        text, prior = self.text_encoder.config, self.prior.config
+        prior = self.prior.config
         if self.prior_scheduler is None and isinstance(prior, PriorConfig) and prior.takes_timestep:
             raise InputError("UnCLIPPipeline needs the component 'prior_scheduler': its prior is a diffusion prior")
-        fits: list[Fact] = [
-            ("prior.embedding_dim", prior.embedding_dim, "text_encoder.projection_dim", text.projection_dim),
-            ("prior.num_embeddings", prior.num_embeddings, "text_encoder's context", text.max_position_embeddings),
-            ("prior.text_dim", prior.text_width, "text_encoder.hidden_size", text.hidden_size),
-        ]
-        if isinstance(prior, PriorConfig):
-            summary, output, count = prior.summary_width, prior.output_width, 3 + prior.takes_timestep
-            fits += [
-                ("prior.embedding_proj_dim", summary, "text_encoder.projection_dim", text.projection_dim),
-                ("prior.clip_embed_dim", output, "prior.embedding_dim", prior.embedding_dim),
-                ("prior.added_emb_type", prior.added_emb_type, "the query that a pipeline reads", "prd"),
-                (
-                    "prior.additional_embeddings",
-                    prior.additional_embeddings,
-                    "the count of tokens after the text's",
-                    count,
-                ),
-            ]
-        check_fits(fits)
+        check_fits(prior_facts(self.text_encoder.config, prior))
 
     @torch.no_grad()
     def __call__(
@@ -313,3 +295,26 @@ class UnCLIPPipeline(GenerationPipeline):
         if image_embeddings is not None and len(image_embeddings) != len(text):
             raise InputError(f"there are {len(image_embeddings)} image_embeddings for {len(text)} prompts")
         return text
+
+
+def prior_facts(text: Any, prior: Any) -> list[Fact]:
+    """The settings of a text encoder and a prior that must agree."""
+    facts: list[Fact] = [
+        ("prior.embedding_dim", prior.embedding_dim, "text_encoder.projection_dim", text.projection_dim),
+        ("prior.num_embeddings", prior.num_embeddings, "text_encoder's context", text.max_position_embeddings),
+        ("prior.text_dim", prior.text_width, "text_encoder.hidden_size", text.hidden_size),
+    ]
+    if isinstance(prior, PriorConfig):
+        summary, output, count = prior.summary_width, prior.output_width, 3 + prior.takes_timestep
+        facts += [
+            ("prior.embedding_proj_dim", summary, "text_encoder.projection_dim", text.projection_dim),
+            ("prior.clip_embed_dim", output, "prior.embedding_dim", prior.embedding_dim),
+            ("prior.added_emb_type", prior.added_emb_type, "the query that a pipeline reads", "prd"),
+            (
+                "prior.additional_embeddings",
+                prior.additional_embeddings,
+                "the count of tokens after the text's",
+                count,
+            ),
+        ]
+    return facts
