@@ -28,6 +28,7 @@ from unclip.diffusion.scheduler import Scheduler
 from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError
 from unclip.models import (
     AutoregressivePrior,
+    EmbeddingPriorNetwork,
     PriorTransformer,
     UnCLIPTextProjModel,
     UNet2DConditionModel,
@@ -138,13 +139,13 @@ class Pipeline:
         """The distribution of the model's image embeddings; None if it is not known.
 
         It is read from the file embedding_statistics.safetensors of the model's folder. Without it, `clip_mean` and
-        `clip_std` of the prior are used.
+        `clip_std` of the prior are used, or those of the folder's prior if the pipeline's has none.
         """
         if self._statistics is not None:
             return self._statistics
         names = ("clip_mean", "clip_std")
         found = [getattr(self.components.get("prior"), name, None) for name in names]
-        if self._source is not None and "prior" not in self.component_names():
+        if self._source is not None and any(each is None for each in found):
             found = self._source.tensors("prior", names)
         mean, std = found
         return None if mean is None or std is None else EmbeddingStatistics.of_prior(mean, std)
@@ -502,7 +503,7 @@ def _clip(name: str, base: Any, *needed: str) -> Kind:
 
 SCHEDULER = _own(Scheduler)
 KINDS = {
-    "prior": _own(PriorTransformer, AutoregressivePrior),
+    "prior": _own(PriorTransformer, AutoregressivePrior, EmbeddingPriorNetwork),
     "text_proj": _own(UnCLIPTextProjModel),
     "decoder": _own(UNet2DConditionModel),
     "super_res_first": _own(UNet2DModel),

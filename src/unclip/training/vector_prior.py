@@ -171,7 +171,12 @@ class TokenPriorTask:
         self.source: Any = source
         self.drop = recipe.condition.drop
         (tokens, width), (count, dim) = (as_grid(rows.shape[1:]) for rows in (source.conditions, source.embeddings))
-        sizes = {"embedding_dim": dim, "num_tokens": count, "condition_tokens": tokens, "condition_dim": width}
+        sizes: dict[str, Any] = {
+            "embedding_dim": dim,
+            "num_tokens": count,
+            "condition_tokens": tokens,
+            "condition_dim": width,
+        }
         if recipe.start_from is None:
             std = source.embeddings[: min(SCALE_ROWS, source.num_trained)].std()
             sizes["image_embed_scale"] = 1 / float(std.clamp_min(1e-5))
