@@ -194,9 +194,12 @@ def _eclipse(config: dict[str, Any], folder: Path) -> Family | None:
     ):
         return None
     width = config.get("embedding_dim", 768)
-    whose = {768: "Karlo's (CLIP ViT-L/14)", 1280: "Kandinsky 2.2's (CLIP ViT-bigG/14)"}.get(width, "another")
-    use = f"in Python: UnCLIPPipeline.from_pretrained(KARLO, prior=PriorTransformer.from_pretrained({str(folder)!r}))"
-    return Family(f"ECLIPSE: a prior for {whose} decoder, width {width}", ("a decoder",), use if width == 768 else "")
+    whose, pipeline = {
+        768: ("Karlo's (CLIP ViT-L/14)", "UnCLIPPipeline.from_pretrained(KARLO"),
+        1280: ("Kandinsky 2.2's (CLIP ViT-bigG/14)", "KandinskyV22PriorPipeline.from_pretrained(KANDINSKY_PRIOR"),
+    }.get(width, ("another", ""))
+    use = f"in Python: {pipeline}, prior=PriorTransformer.from_pretrained({str(folder)!r}))" if pipeline else ""
+    return Family(f"ECLIPSE: a prior for {whose} decoder, width {width}", ("a decoder",), use)
 
 
 def _lambda_eclipse(config: dict[str, Any], folder: Path) -> Family | None:
