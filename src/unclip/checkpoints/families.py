@@ -186,12 +186,9 @@ def _of_component(config: dict[str, Any], folder: Path) -> Family | None:
 
 
 def _eclipse(config: dict[str, Any], folder: Path) -> Family | None:
-    is_prior = config.get("_class_name") == "PriorTransformer" and config.get("added_emb_type", "prd") == "prd"
-    if (
-        not is_prior
-        or config.get("additional_embeddings") != 3
-        or config.get("encoder_hid_proj_type", "linear") is None
-    ):
+    defaults = {"added_emb_type": "prd", "encoder_hid_proj_type": "linear", "additional_embeddings": 4}
+    settings = tuple(config.get(key, value) for key, value in defaults.items())
+    if config.get("_class_name") != "PriorTransformer" or settings != ("prd", "linear", 3):
         return None
     width = config.get("embedding_dim", 768)
     whose, pipeline = {
