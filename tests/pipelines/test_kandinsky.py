@@ -20,12 +20,10 @@ from unclip import (
     KandinskyV22InpaintPipeline,
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
-    PriorTransformer,
     UNet2DConditionModel,
     VQModel,
     WeightsError,
 )
-from unclip.clip.encoders import TextEncoder
 
 from ..conftest import randomize
 from ..kandinsky_parts import MOVQ, UNET, decoder_parts, prior_parts, unet_settings
@@ -327,19 +325,3 @@ def unclip_tensor(picture):
     from unclip.images import to_tensor
 
     return to_tensor(picture)[None]
-
-
-def test_a_prior_of_eclipse_makes_both_embeddings_in_one_call():
-    parts = prior_parts()
-    network = randomize(PriorTransformer(**dict(parts["prior"].config) | {"additional_embeddings": 3}), 8)
-    pipe = quiet(KandinskyV22PriorPipeline(**parts | {"prior": network}))
-    latents, steps = torch.randn(2, 16), []
-    made = pipe("a cat", "a red apple", latents=latents, callback_on_step_end=lambda *told: steps.append(told))
-    assert len(steps) == 1
-    text = TextEncoder(pipe.text_encoder, pipe.tokenizer).encode(["a cat", "a red apple"], "cpu")
-    wanted = network(latents, 0, text.embeds, text.hidden_states, text.mask).predicted_image_embedding.chunk(2)
-    torch.testing.assert_close((made.image_embeds, made.negative_image_embeds), wanted, rtol=0, atol=1e-5)
-    again = pipe("a cat", "a red apple", latents=latents, num_inference_steps=3, guidance_scale=9.0)
-    assert torch.equal(again.image_embeds, made.image_embeds)
-    zero = pipe("a cat", latents=latents[:1]).negative_image_embeds
-    torch.testing.assert_close(zero, pipe.get_zero_embed())

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,9 @@ from unclip.pipelines.cascade import check_fits
 from unclip.pipelines.pipeline import Pipeline
 from unclip.pipelines.steps import Call, PriorRun, embed, encode
 from unclip.pipelines.text_to_image import prior_facts
+from unclip.settings import SETTINGS
+from unclip.stages.prior import PriorStage
+from unclip.stages.stage import sample
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
@@ -53,8 +57,7 @@ class KandinskyPriorPipeline(Pipeline):
     """Samples image embeddings for captions with Kandinsky 2.1's prior (Razzhigaev et al. 2310.03502).
 
     Names, arguments and results are those of diffusers' pipeline. Components: `text_encoder`, `tokenizer`,
-    `image_encoder` and `image_processor` (a CLIP), `prior` and `scheduler`. The prior may be one of ECLIPSE, which
-    ignores steps and guidance.
+    `image_encoder` and `image_processor` (a CLIP), `prior` and `scheduler`.
     """
 
     COMPONENTS = ("text_encoder", "tokenizer", "prior", "image_encoder", "image_processor", "scheduler")
@@ -125,8 +128,14 @@ class KandinskyPriorPipeline(Pipeline):
             captions, nulls = [*prompts, *negative], [*negative, *negative]
         count = check_count(num_images_per_prompt, len(captions))
         rows = count * len(captions)
-        check_latents(latents, "latents", (rows, self.prior.config.embedding_dim))
-        run = PriorRun.of(self.prior, self.scheduler, num_inference_steps, guidance_scale, latents)
+        scheduler = self.scheduler
+        stage = PriorStage(self.prior, scheduler.process)
+        steps = scheduler.spaced_timesteps(num_inference_steps)
+        scale = float(SETTINGS["prior_guidance_scale"].check(guidance_scale))
+        check_latents(latents, "latents", stage.sample_shape(rows))
+        run = PriorRun(
+            stage, partial(sample, stage, sampler=scheduler.sampler(), timesteps=steps), scale, latents=latents
+        )
         call = Call(self, self._noise(generator, seed, rows, count * len(prompts)), callback_on_step_end)
 
         encoder = TextEncoder(self.text_encoder, self.tokenizer)

@@ -39,8 +39,9 @@ from unclip.pipelines.steps import Call, PriorRun, StageRun, embed, encode
 from unclip.pipelines.text_to_image import prior_facts
 from unclip.settings import SETTINGS
 from unclip.stages.latent import LatentStage
+from unclip.stages.prior import PriorStage
 from unclip.stages.stable_diffusion import KLAutoencoder, StableCondition, noised_with_level, stable_denoiser
-from unclip.stages.stage import Size
+from unclip.stages.stage import Size, sample
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -348,9 +349,14 @@ class StableUnCLIPPipeline(StableUnCLIPBase):
         self, num_steps: int, guidance_scale: float, latents: Tensor | None = None, num_candidates: int = 1
     ) -> PriorRun:
         """The prior with its scheduler's sampler and a call's settings. Raises: InputError for a wrong setting."""
-        candidates = int(SETTINGS["num_prior_candidates"].check(num_candidates))
-        prior, scheduler = self.prior, self.prior_scheduler
-        return PriorRun.of(prior, scheduler, num_steps, guidance_scale, latents, num_candidates=candidates)
+        scheduler, stage = self.prior_scheduler, PriorStage(self.prior, self.prior_scheduler.process)
+        return PriorRun(
+            stage,
+            partial(sample, stage, sampler=scheduler.sampler(), timesteps=scheduler.spaced_timesteps(num_steps)),
+            float(SETTINGS["prior_guidance_scale"].check(guidance_scale)),
+            latents,
+            int(SETTINGS["num_prior_candidates"].check(num_candidates)),
+        )
 
     @torch.no_grad()
     def __call__(
