@@ -170,7 +170,7 @@ def test_what_a_call_refuses(variation, embeds, given, message, monkeypatch):
 def test_what_text_to_image_refuses(text, embeds):
     for given, message in (
         ({}, "give a prompt"),
-        ({"prompt": ["a", "b", "c"], "image_embeds": embeds}, "2 image_embeds for 3 prompts"),
+        ({"prompt": ["a", "b", "c"], "image_embeds": embeds}, "2 image embeddings for 3 prompts"),
         ({"prompt": "a", "prior_latents": torch.zeros(1, 7)}, "prior_latents have shape"),
     ):
         with pytest.raises(InputError, match=message):

@@ -102,7 +102,7 @@ def decode(
     settings = session.settings(kind, decoding.given()) | size.sides
     writer = PictureWriter(common, len(table) * num_images, seed=seed)
     pipe = session.pipeline(kind)
-    given_width, width = table.width, pipe.text_proj.config.clip_embeddings_dim
+    given_width, width = table.width, pipe.embedding_dim
     if translate is not None:
         if given_width != translate.source_dim:
             takes = f"{translator} translates embeddings of width {translate.source_dim}"

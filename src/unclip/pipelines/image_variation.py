@@ -132,7 +132,7 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
         if image_embeddings is not None:
             if image is not None:
                 raise InputError("give image or image_embeddings, not both")
-            check_embeddings(image_embeddings, self.text_proj.config.clip_embeddings_dim)
+            check_embeddings(image_embeddings, self.embedding_dim)
             return image_embeddings.to(self.device).float()
         if image is None:
             raise InputError("give an image, or image_embeddings")

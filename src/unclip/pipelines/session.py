@@ -116,6 +116,7 @@ class Session:
 
         Raises: InputError for a device that does not exist here; CheckpointError and ConfigError as `from_pretrained`.
         """
+        kind = self._own(kind)
         with self._lock:
             if kind not in self._pipelines:
                 self._pipelines[kind] = self._load(kind)
@@ -144,7 +145,7 @@ class Session:
 
         Raises: InputError for a value that is outside the limits in `unclip.settings.SETTINGS`.
         """
-        defaults = inspect.signature(kind.__call__).parameters
+        defaults = inspect.signature(self._own(kind).__call__).parameters
         recommended = read_recommended(self.folder)
         own = {name: recommended.get(name) for name in RARE}
         own |= {name: recommended.get(name, one.default) for name, one in defaults.items() if name not in own}
@@ -168,6 +169,14 @@ class Session:
         """
         made_with = {**(call or {}), **environment(pipe)}
         return {"model": self.name, "settings": {**settings, **self.compute.facts}, MADE_WITH: made_with}
+
+    def _own(self, kind: type[P]) -> type[P]:
+        """The class that does for the session's model what a class of unclip's pipelines does; usually itself."""
+        if not str(self.index.get("_class_name", "")).startswith("StableUnCLIP"):
+            return kind
+        from unclip.pipelines.unified import STABLE
+
+        return cast("type[P]", STABLE.get(kind.__name__, kind))
 
     def _load(self, kind: type[P]) -> P:
         where = pick_device(self.compute.device)
@@ -235,7 +244,8 @@ def sampler_name(pipe: "Pipeline") -> str:
 
 
 def _schedulers(pipe: "Pipeline") -> dict[str, "Scheduler"]:
-    return {name: part for stage in STAGES if (part := pipe.components.get(name := f"{stage}_scheduler")) is not None}
+    names = (*(f"{stage}_scheduler" for stage in STAGES), "scheduler")
+    return {name: part for name in names if (part := pipe.components.get(name)) is not None}
 
 
 def _scheduler_class(name: str) -> "type[Scheduler]":

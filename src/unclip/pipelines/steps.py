@@ -162,16 +162,20 @@ class StageRun(Generic[Condition]):
     ) -> Tensor:
         """x_T for pictures, which are resized to the stage's squares; see `unclip.stages.stage.invert`.
 
+        A stage in latent space gets the latents of the pictures.
+
         Returns: float32 [batch, channels, size, size].
 
         Raises: NonFiniteError when the result is NaN or infinity.
         """
-        size = self.stage.sample_shape(1)[-1]
+        size, encoder = self.stage.sample_shape(1)[-1], getattr(self.stage, "autoencoder", None)
         with call.freed_on_error():
+            squares = [to_square(picture, size * (1 if encoder is None else encoder.factor)) for picture in pictures]
+            x0 = torch.stack(squares)
             x_T = stages.invert(
                 self.stage,
                 condition,
-                torch.stack([to_square(picture, size) for picture in pictures]),
+                x0 if encoder is None else encoder.encode_pictures(x0.to(condition.device)),
                 timesteps=self.timesteps,
                 num_rounds=num_rounds,
                 null=null,
