@@ -31,6 +31,27 @@ if TYPE_CHECKING:  # what __getattr__ finds
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
     from unclip.pipelines.inpaint import UnCLIPInpaintPipeline
     from unclip.pipelines.interpolation import UnCLIPImageInterpolationPipeline, UnCLIPTextInterpolationPipeline
+    from unclip.pipelines.kandinsky import (
+        KandinskyImg2ImgPipeline,
+        KandinskyInpaintPipeline,
+        KandinskyPipeline,
+        KandinskyV22Img2ImgPipeline,
+        KandinskyV22InpaintPipeline,
+        KandinskyV22Pipeline,
+    )
+    from unclip.pipelines.kandinsky_combined import (
+        KandinskyCombinedPipeline,
+        KandinskyImg2ImgCombinedPipeline,
+        KandinskyInpaintCombinedPipeline,
+        KandinskyV22CombinedPipeline,
+        KandinskyV22Img2ImgCombinedPipeline,
+        KandinskyV22InpaintCombinedPipeline,
+    )
+    from unclip.pipelines.kandinsky_prior import (
+        KandinskyPriorPipeline,
+        KandinskyPriorPipelineOutput,
+        KandinskyV22PriorPipeline,
+    )
     from unclip.pipelines.manipulation import Manipulator
     from unclip.pipelines.model_files import recorded_settings
     from unclip.pipelines.stable_unclip import StableUnCLIPImg2ImgPipeline, StableUnCLIPPipeline
@@ -60,6 +81,12 @@ _NAMES = {
     "pipelines.image_variation": "UnCLIPImageVariationPipeline",
     "pipelines.inpaint": "UnCLIPInpaintPipeline",
     "pipelines.interpolation": "UnCLIPImageInterpolationPipeline UnCLIPTextInterpolationPipeline",
+    "pipelines.kandinsky": "KandinskyImg2ImgPipeline KandinskyInpaintPipeline KandinskyPipeline "
+    "KandinskyV22Img2ImgPipeline KandinskyV22InpaintPipeline KandinskyV22Pipeline",
+    "pipelines.kandinsky_combined": "KandinskyCombinedPipeline KandinskyImg2ImgCombinedPipeline "
+    "KandinskyInpaintCombinedPipeline KandinskyV22CombinedPipeline KandinskyV22Img2ImgCombinedPipeline "
+    "KandinskyV22InpaintCombinedPipeline",
+    "pipelines.kandinsky_prior": "KandinskyPriorPipeline KandinskyPriorPipelineOutput KandinskyV22PriorPipeline",
     "pipelines.manipulation": "Manipulator",
     "pipelines.model_files": "recorded_settings",
     "pipelines.stable_unclip": "StableUnCLIPImg2ImgPipeline StableUnCLIPPipeline",

@@ -218,6 +218,8 @@ class InpaintingSampler(Sampler):
         kept: bool, of `x0`'s shape or one that broadcasts to it; true where `x0` is known.
         num_resamples: how often each part of the path is sampled, 1 to 100; 1 means no repetition.
         jump_length: steps in such a part, 1 or more.
+        noise: of `x0`'s shape; the known part has this noise at every timestep, as in Kandinsky's pipelines. None: that
+            of each step.
     """
 
     process: DiffusionProcess = field(init=False, repr=False)
@@ -226,6 +228,7 @@ class InpaintingSampler(Sampler):
     kept: Tensor
     num_resamples: int = 1
     jump_length: int = 1
+    noise: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "process", self.sampler.process)
@@ -237,13 +240,14 @@ class InpaintingSampler(Sampler):
         return (*(step for part in parts for step in part * self.num_resamples), last)
 
     def needs_noise(self, t: int, t_next: int) -> bool:
-        """True except for the step to the clean sample."""
-        return t_next >= 0
+        """True except for the step to the clean sample; with a `noise` of its own, where the wrapped sampler does."""
+        return t_next >= 0 if self.noise is None else self.sampler.needs_noise(t, t_next)
 
     def step(self, prediction, x_t, t, t_next, memory=None, noise=None):
         """See `Sampler.step`."""
         x, memory = self.sampler.step(prediction, x_t, t, t_next, memory, noise)
-        known = self.x0 if t_next < 0 else self.process.add_noise(self.x0, _required(noise, t, t_next), t_next)
+        own = noise if self.noise is None else self.noise
+        known = self.x0 if t_next < 0 else self.process.add_noise(self.x0, _required(own, t, t_next), t_next)
         return torch.where(self.kept, known, x), memory
 
 

@@ -25,11 +25,13 @@ from unclip.diffusion.scheduler import CONFIG_NAME, SCHEDULERS
 from unclip.errors import ConfigError, MissingFileError
 from unclip.models import (
     AutoregressivePrior,
+    Component,
     PriorTransformer,
     StableUnCLIPImageNormalizer,
     UnCLIPTextProjModel,
     UNet2DConditionModel,
     UNet2DModel,
+    VQModel,
 )
 from unclip.stages.stable_diffusion import BORROWED, is_borrowed, read_borrowed, write_borrowed
 
@@ -42,10 +44,13 @@ NETWORKS = {
         UnCLIPTextProjModel,
         UNet2DConditionModel,
         UNet2DModel,
+        VQModel,
     )
 }
 ONLY_HERE = ("AutoregressivePrior", "UnCLIPTextProjModel")
 """Networks that diffusers does not have, or does not load by name."""
+MULTILINGUAL = ("MultilingualCLIP", "XLMRobertaTokenizer", "XLMRobertaTokenizerFast")
+"""The classes of Kandinsky 2.1's text encoder and tokenizer."""
 
 
 def read_component(
@@ -68,7 +73,7 @@ def read_component(
 
     Raises: CheckpointError or ConfigError, which names the component.
     """
-    is_clip = class_name in {*OWN, *ALIASES}
+    is_clip = class_name in {*OWN, *ALIASES, *MULTILINGUAL}
     with naming(folder, name, class_name):
         place = safe_join(folder, name)
         if not place.is_dir():
@@ -85,8 +90,15 @@ def read_component(
             return read_borrowed(class_name, place, dtype, variant)
         if class_name in NETWORKS:
             return NETWORKS[class_name].from_pretrained(place, torch_dtype=dtype, variant=variant)
+        if class_name in MULTILINGUAL:
+            from unclip.clip import multilingual  # imports transformers
+
+            with no_bars():
+                if class_name == MULTILINGUAL[0]:
+                    return multilingual.read_multilingual(place, dtype, variant)
+                return multilingual.read_multilingual_tokenizer(place)
         if not is_clip:
-            known = ", ".join(sorted({*NETWORKS, *READABLE, *OWN, *ALIASES}))
+            known = ", ".join(sorted({*NETWORKS, *READABLE, *OWN, *ALIASES, *MULTILINGUAL}))
             raise ConfigError(f"unclip has no class {class_name!r}; supported: {known}")
     return read_part(folder, name, class_name, dtype=dtype, variant=variant, own_clip=own_clip)
 
@@ -122,9 +134,11 @@ def write_component(component: Any, folder: Path, *, variant: str | None) -> Non
 
 def index_entry(component: Any) -> list[str]:
     """[library, class] of a component, as model_index.json names it."""
-    name = type(original(component)).__name__
-    if name == StableUnCLIPImageNormalizer.__name__:
-        return ["stable_diffusion", name]
+    cls = type(original(component))
+    name = cls.file_class() if issubclass(cls, Component) else cls.__name__
+    homes = {MULTILINGUAL[0]: "kandinsky", StableUnCLIPImageNormalizer.__name__: "stable_diffusion"}
+    if name in homes:
+        return [homes[name], name]
     if name in {*NETWORKS, *SCHEDULERS, *BORROWED}:
         return ["unclip" if name in ONLY_HERE else "diffusers", name]
     theirs = {cls.__name__: kind for kind, cls in OWN.items() if cls is not None}

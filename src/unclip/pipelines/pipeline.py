@@ -104,7 +104,7 @@ class Pipeline:
 
     @classmethod
     def kind(cls, component: str) -> "Kind":
-        """What a component must be: further super-resolution stages as the first, `prior_…` as the part without it."""
+        """What a component must be: super-resolution stages are like the first; `prior_…` is like the part it names."""
         if component.endswith("scheduler"):
             return SCHEDULER
         return KINDS[re.sub(r"^super_res_\d_", "super_res_", component.removeprefix("prior_"))]
@@ -249,8 +249,9 @@ class Pipeline:
         self._statistics = statistics
 
     def _check_width(self, embeddings: torch.Tensor, path: Path) -> None:
-        width, own = embeddings.shape[-1], self.networks["text_encoder"].config.projection_dim  # type: ignore[union-attr]
-        if width != own:
+        encoder = self.components.get("prior_text_encoder") or self.components.get("text_encoder")
+        width, own = embeddings.shape[-1], getattr(getattr(encoder, "config", None), "projection_dim", None)
+        if own is not None and width != own:
             raise CheckpointError(
                 f"{path} has embeddings of width {width}, but the text encoder has width {own}: remove the file, or "
                 "write it again"
