@@ -25,9 +25,11 @@ if TYPE_CHECKING:  # what __getattr__ finds
     from unclip.models.pca import PrincipalComponents
     from unclip.models.prior import PriorTransformer
     from unclip.models.prior_autoregressive import AutoregressivePrior
+    from unclip.models.prior_dalle2 import EmbeddingPriorNetwork
     from unclip.models.text_proj import UnCLIPTextProjModel
     from unclip.models.unet import UNet2DConditionModel, UNet2DModel
     from unclip.pipelines.arguments import ImagePipelineOutput
+    from unclip.pipelines.embedding_prior import EmbeddingPrior
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
     from unclip.pipelines.inpaint import UnCLIPInpaintPipeline
     from unclip.pipelines.interpolation import UnCLIPImageInterpolationPipeline, UnCLIPTextInterpolationPipeline
@@ -57,6 +59,7 @@ if TYPE_CHECKING:  # what __getattr__ finds
     from unclip.pipelines.stable_unclip import StableUnCLIPImg2ImgPipeline, StableUnCLIPPipeline
     from unclip.pipelines.text_to_image import UnCLIPPipeline
     from unclip.pipelines.translator import Translator
+    from unclip.pipelines.vector_prior import VectorPrior
     from unclip.stages.manipulation import BipartiteLatent, edit, even_places, interpolate, path_at
 
 __version__ = "0.1.0"
@@ -75,9 +78,11 @@ _NAMES = {
     "models.pca": "PrincipalComponents",
     "models.prior": "PriorTransformer",
     "models.prior_autoregressive": "AutoregressivePrior",
+    "models.prior_dalle2": "EmbeddingPriorNetwork",
     "models.text_proj": "UnCLIPTextProjModel",
     "models.unet": "UNet2DConditionModel UNet2DModel",
     "pipelines.arguments": "ImagePipelineOutput",
+    "pipelines.embedding_prior": "EmbeddingPrior",
     "pipelines.image_variation": "UnCLIPImageVariationPipeline",
     "pipelines.inpaint": "UnCLIPInpaintPipeline",
     "pipelines.interpolation": "UnCLIPImageInterpolationPipeline UnCLIPTextInterpolationPipeline",
@@ -92,6 +97,7 @@ _NAMES = {
     "pipelines.stable_unclip": "StableUnCLIPImg2ImgPipeline StableUnCLIPPipeline",
     "pipelines.text_to_image": "UnCLIPPipeline",
     "pipelines.translator": "Translator",
+    "pipelines.vector_prior": "VectorPrior",
     "stages.manipulation": "BipartiteLatent edit even_places interpolate path_at",
 }
 """The public names by module."""

@@ -63,3 +63,28 @@ def test_interpolate_with_inversion(unclip, folder, tmp_path):
     done = unclip("interpolate", tmp_path / "red.png", tmp_path / "blue.png", "--model", folder / "variation",
                   "--decoder-steps", "3", "--frames", "3", "--out", tmp_path)  # fmt: skip
     assert done.code == 0, done.err
+
+
+def test_info(unclip, folder, tmp_path):
+    done = unclip("info", folder / "text")
+    assert done.code == 0, done.err
+    assert f"family: Stable unCLIP, text to image (of another size, width {DIM})" in done.out
+    assert "AutoencoderKL" in done.out
+    assert "missing" not in done.out
+    index = json.loads((folder / "variation" / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "image_normalizer").mkdir()
+    (tmp_path / "image_normalizer" / "config.json").write_text(json.dumps({"embedding_dim": 1024}))
+    told = unclip("info", tmp_path)
+    assert "Stable unCLIP, image variations (large, CLIP ViT-H/14, width 1024)" in told.out
+    assert "missing: the folder" in told.out
+
+
+def test_info_of_a_translator(unclip, tmp_path):
+    draw = np.random.default_rng(0)
+    for name, width in (("a", 7), ("b", 9)):
+        np.save(tmp_path / f"{name}.npy", draw.normal(size=(40, width)).astype(np.float32))
+    files = [tmp_path / "a.npy", tmp_path / "b.npy", "--out", tmp_path / "t.safetensors", "-q"]
+    assert unclip("train", "translator", *files).code == 0
+    told = unclip("info", tmp_path / "t.safetensors")
+    assert "a translator of embeddings, from width 7 to width 9" in told.out, told.err

@@ -71,12 +71,12 @@ class EmbeddingStatistics:
 
     @classmethod
     def of_prior(cls, mean: Tensor, std: Tensor) -> Self | None:
-        """Statistics from a prior's `clip_mean` and `clip_std`; None if these were never set (0 and 1).
+        """Statistics from a prior's `clip_mean` and `clip_std`; None if these were never set (0, and 1 or 0).
 
         The spread of the norm is twice that of independent dimensions: it was 2.1 times that for the built-in model.
         """
         mean, std = mean.detach().float().cpu().flatten(), std.detach().float().cpu().flatten()
-        if not mean.any() and (std == 1).all():
+        if (std <= 0).any() or (not mean.any() and (std == 1).all()):
             return None
         norm = float((mean**2 + std**2).sum().sqrt())
         return cls(mean, std, norm, float((2 * std**4 + 4 * mean**2 * std**2).sum().sqrt()) / norm)

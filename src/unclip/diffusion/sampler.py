@@ -148,6 +148,29 @@ class DDIMSampler(Sampler):
 
 
 @dataclass(frozen=True)
+class ShiftedDDIMSampler(Sampler):
+    """DDIM with eta 1 as DALLE2-pytorch computes it, to repeat the samples of its priors.
+
+    The levels of a step (Song et al. 2010.02502, eq. 12) are those one timestep lower, t - 1 and t_next - 1, but the
+    noise is derived from x0 by the level of t. Timestep 0 is the clean sample.
+    """
+
+    def needs_noise(self, t: int, t_next: int) -> bool:
+        """True except for the steps to timestep 0 and to the clean sample."""
+        return t_next > 0
+
+    def step(self, prediction, x_t, t, t_next, memory=None, noise=None):
+        """See `Sampler.step`."""
+        self.process.posterior(t, t_next)  # checks the direction
+        if t_next <= 0:
+            return prediction.x0, None
+        left, left_next = (self.process.tables.alphas_cumprod[place - 1] for place in (t, t_next))
+        variance = (1 - left / left_next) * (1 - left_next) / (1 - left)
+        x = math.sqrt(left_next) * prediction.x0 + math.sqrt(1 - left_next - variance) * prediction.noise
+        return x + math.sqrt(variance) * _required(noise, t, t_next), None
+
+
+@dataclass(frozen=True)
 class FixedPointInversionSampler(Sampler):
     """The exact inverse of deterministic DDIM: each DDIM step is solved for the state that it started from.
 

@@ -26,6 +26,7 @@ from unclip.errors import ConfigError, MissingFileError
 from unclip.models import (
     AutoregressivePrior,
     Component,
+    EmbeddingPriorNetwork,
     PriorTransformer,
     StableUnCLIPImageNormalizer,
     UnCLIPTextProjModel,
@@ -39,6 +40,7 @@ NETWORKS = {
     cls.__name__: cls
     for cls in (
         AutoregressivePrior,
+        EmbeddingPriorNetwork,
         PriorTransformer,
         StableUnCLIPImageNormalizer,
         UnCLIPTextProjModel,
@@ -47,7 +49,7 @@ NETWORKS = {
         VQModel,
     )
 }
-ONLY_HERE = ("AutoregressivePrior", "UnCLIPTextProjModel")
+ONLY_HERE = ("AutoregressivePrior", "EmbeddingPriorNetwork", "UnCLIPTextProjModel")
 """Networks that diffusers does not have, or does not load by name."""
 MULTILINGUAL = ("MultilingualCLIP", "XLMRobertaTokenizer", "XLMRobertaTokenizerFast")
 """The classes of Kandinsky 2.1's text encoder and tokenizer."""

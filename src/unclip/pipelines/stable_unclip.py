@@ -338,14 +338,15 @@ class StableUnCLIPPipeline(StableUnCLIPBase):
     prior_scheduler: Scheduler | None
 
     def facts(self) -> list[Fact]:
-        if self.prior_scheduler is None and isinstance(self.prior.config, PriorConfig):
+        prior = self.prior.config
+        if self.prior_scheduler is None and isinstance(prior, PriorConfig) and prior.takes_timestep:
             raise InputError(
                 "StableUnCLIPPipeline needs the component 'prior_scheduler': its prior is a diffusion prior"
             )
-        own, dim = self.embedding_dim, self.prior.config.embedding_dim
+        own, dim = self.embedding_dim, prior.embedding_dim
         facts = [
             (name, value, other.replace("text_encoder", "prior_text_encoder"), wanted)
-            for name, value, other, wanted in prior_facts(self.prior_text_encoder.config, self.prior.config)
+            for name, value, other, wanted in prior_facts(self.prior_text_encoder.config, prior)
         ]
         return [*facts, ("image_normalizer.embedding_dim", own, "prior.embedding_dim", dim)]
 

@@ -23,7 +23,7 @@ from unclip.images import to_square
 from unclip.pipelines.arguments import FORMS, Callback, ImagePipelineOutput, check_latents
 from unclip.pipelines.pipeline import Pipeline, stage_words
 from unclip.stages import stage as stages
-from unclip.stages.prior import AutoregressivePriorStage, PriorStage, sample_best
+from unclip.stages.prior import AutoregressivePriorStage, OneCallPriorStage, PriorStage, sample_best
 from unclip.stages.stage import Condition, DecoderCondition, PriorCondition, Stage, SuperResCondition
 
 
@@ -200,7 +200,7 @@ class PriorRun:
         captions_per_choice: how many consecutive captions keep the candidate of the same number; see `closest`.
     """
 
-    stage: PriorStage | AutoregressivePriorStage
+    stage: PriorStage | OneCallPriorStage | AutoregressivePriorStage
     draw: Callable[..., Tensor]
     guidance_scale: float = 1.0
     latents: Tensor | None = None

@@ -29,7 +29,7 @@ from unclip.stages.stage import Size, Stage
 
 
 class _Unified(StableUnCLIPBase):
-    """What a `GenerationPipeline` has. There is no super-resolution, and noise of level 0 adds nothing."""
+    """What a `GenerationPipeline` has, without super-resolution stages. Level 0 adds no noise."""
 
     decode = GenerationPipeline.decode
     statistics_for = GenerationPipeline.statistics_for

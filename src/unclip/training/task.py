@@ -142,7 +142,7 @@ def make_task(recipe: Recipe, progress: Callable[..., Any] | None = None, *, run
 
     Raises: UnclipError when a setting does not fit the data, a named model, or this machine.
     """
-    task = TASKS[recipe.stage].task if recipe.condition is None else "vector_prior:VectorPriorTask"
+    task = TASKS[recipe.stage].task if recipe.condition is None else "vector_prior:condition_task"
     module, _, name = task.partition(":")
     return getattr(importlib.import_module(f"unclip.training.{module}"), name)(located(settled(recipe)), progress, run)
 
