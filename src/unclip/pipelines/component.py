@@ -138,9 +138,10 @@ def index_entry(component: Any) -> list[str]:
     """[library, class] of a component, as model_index.json names it."""
     cls = type(original(component))
     name = cls.file_class() if issubclass(cls, Component) else cls.__name__
-    homes = {MULTILINGUAL[0]: "kandinsky", StableUnCLIPImageNormalizer.__name__: "stable_diffusion"}
-    if name in homes:
-        return [homes[name], name]
+    if name == MULTILINGUAL[0]:
+        return ["kandinsky", name]
+    if name == StableUnCLIPImageNormalizer.__name__:
+        return ["stable_diffusion", name]
     if name in {*NETWORKS, *SCHEDULERS, *BORROWED}:
         return ["unclip" if name in ONLY_HERE else "diffusers", name]
     theirs = {cls.__name__: kind for kind, cls in OWN.items() if cls is not None}

@@ -104,7 +104,7 @@ class Pipeline:
 
     @classmethod
     def kind(cls, component: str) -> "Kind":
-        """What a component must be: super-resolution stages are like the first; `prior_…` is like the part it names."""
+        """What a component must be: further super-resolution stages as the first, `prior_…` as the part without it."""
         if component.endswith("scheduler"):
             return SCHEDULER
         return KINDS[re.sub(r"^super_res_\d_", "super_res_", component.removeprefix("prior_"))]

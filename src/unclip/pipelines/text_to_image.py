@@ -61,9 +61,10 @@ class UnCLIPPipeline(GenerationPipeline):
 
     def check(self) -> None:
         super().check()
-        if self.prior_scheduler is None and isinstance(self.prior.config, PriorConfig):
+        prior = self.prior.config
+        if self.prior_scheduler is None and isinstance(prior, PriorConfig) and prior.takes_timestep:
             raise InputError("UnCLIPPipeline needs the component 'prior_scheduler': its prior is a diffusion prior")
-        check_fits(prior_facts(self.text_encoder.config, self.prior.config))
+        check_fits(prior_facts(self.text_encoder.config, prior))
 
     @torch.no_grad()
     def __call__(
@@ -305,11 +306,15 @@ def prior_facts(text: Any, prior: Any) -> list[Fact]:
     ]
     if isinstance(prior, PriorConfig):
         summary, output, count = prior.summary_width, prior.output_width, 3 + prior.takes_timestep
-        own = prior.additional_embeddings
         facts += [
             ("prior.embedding_proj_dim", summary, "text_encoder.projection_dim", text.projection_dim),
             ("prior.clip_embed_dim", output, "prior.embedding_dim", prior.embedding_dim),
             ("prior.added_emb_type", prior.added_emb_type, "the query that a pipeline reads", "prd"),
-            ("prior.additional_embeddings", own, "the count of tokens after the text's", count),
+            (
+                "prior.additional_embeddings",
+                prior.additional_embeddings,
+                "the count of tokens after the text's",
+                count,
+            ),
         ]
     return facts
