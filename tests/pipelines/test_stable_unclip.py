@@ -11,6 +11,7 @@ from unclip import (
     EmbeddingStatistics,
     InputError,
     MissingDependencyError,
+    PriorTransformer,
     StableUnCLIPImageNormalizer,
     StableUnCLIPImg2ImgPipeline,
     StableUnCLIPPipeline,
@@ -21,6 +22,7 @@ from unclip import (
 from unclip.clip.statistics import noised
 from unclip.stages.stable_diffusion import noised_with_level
 
+from ..conftest import randomize
 from ..stable_parts import DIM, VAE, reference, stable_parts
 
 import diffusers  # isort: skip
@@ -101,6 +103,19 @@ def test_karlos_prior_makes_the_embeddings(text, own_pipeline):
     torch.testing.assert_close(made.image_embeddings, expected, **CLOSE)
     direct = text("a cat", image_embeds=expected, seed=5, return_intermediates=True, **FEW)
     torch.testing.assert_close(direct.image_embeddings, expected, **CLOSE)
+
+
+def test_a_prior_of_eclipse(text, own_pipeline, tiny_configs):
+    """It needs no scheduler, and gives UnCLIPPipeline's embeddings."""
+    prior = randomize(PriorTransformer(**tiny_configs["prior"], additional_embeddings=3), 8)
+    own_pipeline.prior = prior
+    expected = own_pipeline.embed_captions("a cat", seed=5)
+    parts = {**text.components, "prior": prior, "prior_text_encoder": own_pipeline.text_encoder}
+    del parts["prior_scheduler"]
+    made = quiet(StableUnCLIPPipeline(**parts))("a cat", seed=5, return_intermediates=True, **FEW)
+    torch.testing.assert_close(made.image_embeddings, expected, **CLOSE)
+    with pytest.raises(InputError, match="prior_scheduler"):
+        StableUnCLIPPipeline(**{**parts, "prior": text.prior})
 
 
 def test_embeddings_of_another_pipelines_prior(variation, own_pipeline):
@@ -204,8 +219,6 @@ def test_parts_that_do_not_fit(variation, name, make, message):
 
 
 def test_another_clips_prior(text, tiny_configs):
-    from unclip import PriorTransformer
-
     wide = PriorTransformer({**tiny_configs["prior"], "embedding_dim": 24})
     with pytest.raises(ConfigError, match=r"prior\.embedding_dim is 24, but prior_text_encoder\.projection_dim is 16"):
         StableUnCLIPPipeline.from_pipe(text, prior=wide)

@@ -346,7 +346,8 @@ class Manipulator(ModelFiles):
 
         Its last step leads to the clean sample, from which an inversion starts.
         """
-        pipe, path = copy.copy(self.variation), {"set_alpha_to_one": True, "steps_offset": 0}
+        pipe: Any = copy.copy(self.variation)
+        path = {"set_alpha_to_one": True, "steps_offset": 0}
         for name in (f"{stage}_scheduler" for stage in ("decoder", *pipe.cascade)):
             setattr(pipe, name, DDIMScheduler.from_config(getattr(pipe, name).config, **path, eta=eta))
         return pipe
