@@ -69,12 +69,10 @@ def embeds():
 
 def test_the_noise_is_the_one_definition(parts, embeds):
     """Whitened, noised, un-whitened as for every decoder, and followed by cosines and sines of the level."""
-    normalizer = StableUnCLIPImageNormalizer(embedding_dim=DIM)
-    normalizer.load_state_dict(parts["image_normalizer"].state_dict())
     noise, process = torch.randn(2, DIM), UnCLIPScheduler().process
-    mean, std = normalizer.mean.detach()[0], normalizer.std.detach()[0]
-    statistics = EmbeddingStatistics(mean, std, 1.0, 1.0)
-    found = noised_with_level(embeds, 300, noise, normalizer, process)
+    mean, std = (parts["image_normalizer"].state_dict()[name] for name in ("mean", "std"))
+    statistics = EmbeddingStatistics(mean[0], std[0], 1.0, 1.0)
+    found = noised_with_level(embeds, 300, noise, mean, std, process)
     torch.testing.assert_close(found[:, :DIM], statistics.noised(embeds, 300, noise), rtol=0, atol=0)
     frequencies = 10_000 ** (-torch.arange(DIM / 2) / (DIM / 2))
     torch.testing.assert_close(found[0, DIM:], torch.cat([(300 * frequencies).cos(), (300 * frequencies).sin()]))
@@ -129,6 +127,35 @@ def test_the_decoder_is_shared(text, parts, folder):
     )
     assert (pipe.unet, pipe.vae) == (text.unet, text.vae)
     assert StableUnCLIPPipeline.from_pipe(text).prior is text.prior
+
+
+# ---- devices and types ----
+
+
+def test_offloading(text, variation):
+    given = {"image": Image.new("RGB", (16, 16), "red"), "noise_level": 40, "seed": 2, **FEW}
+    plain = variation(**given).images, text("a cat", seed=1, prior_num_inference_steps=2, **FEW).images
+    for enable in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
+        for pipe in (variation, text):
+            getattr(pipe, enable)(device="cpu")
+        assert variation.statistics is not None
+        torch.testing.assert_close(variation(**given).images, plain[0], **CLOSE)
+        made = text("a cat", seed=1, prior_num_inference_steps=2, **FEW).images
+        torch.testing.assert_close(made, plain[1], **CLOSE)
+        for pipe in (variation, text):
+            pipe.remove_all_hooks()
+
+
+def test_types(folder, embeds, tmp_path):
+    types = {"default": torch.bfloat16, "vae": "float32"}
+    pipe = quiet(StableUnCLIPImg2ImgPipeline.from_pretrained(folder / "variation", torch_dtype=types))
+    assert (pipe.unet.dtype, pipe.vae.dtype) == (torch.bfloat16, torch.float32)
+    exact = quiet(StableUnCLIPImg2ImgPipeline.from_pretrained(folder / "variation"))
+    settings = {"image_embeds": embeds, "seed": 2, "guidance_scale": 1, **FEW}
+    assert (pipe(**settings).images - exact(**settings).images).abs().mean() < 0.05
+    pipe.save_pretrained(tmp_path / "half", variant="bf16")
+    again = StableUnCLIPImg2ImgPipeline.from_pretrained(tmp_path / "half", variant="bf16", torch_dtype="auto")
+    assert (again.unet.dtype, again.vae.dtype) == (torch.bfloat16, torch.float32)
 
 
 # ---- calls ----

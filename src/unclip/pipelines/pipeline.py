@@ -214,7 +214,7 @@ class Pipeline:
             ConfigError: a component is of an unknown class, or does not fit the others.
         """
         parts = accepted_arguments(components, cls.from_pretrained, cls.component_names())
-        types = _types(torch_dtype if dtype is None else dtype, use_safetensors)
+        types = _types(torch_dtype if dtype is None else dtype, use_safetensors, cls.component_names())
         device = _one_device(device_map)
         folder = resolve(
             name_or_folder,
@@ -528,11 +528,11 @@ def _class_name(index: Mapping[str, Any], name: str, pipeline: str, folder: Path
     return entry[1]
 
 
-def _types(torch_dtype: Any, use_safetensors: bool | None) -> dict[str, torch.dtype | str | None]:
+def _types(torch_dtype: Any, use_safetensors: bool | None, own: Sequence[str]) -> dict[str, torch.dtype | str | None]:
     """The types of the weights by component, and "default" for all others."""
     given = torch_dtype if isinstance(torch_dtype, Mapping) else {"default": torch_dtype}
     for name in given:
-        if name not in {"default", *CLASSES, *FURTHER}:
+        if name not in {"default", *own, *CLASSES, *FURTHER}:
             raise InputError(
                 f"torch_dtype has a type for {name!r}, but no pipeline has this component; use 'default' for all others"
             )

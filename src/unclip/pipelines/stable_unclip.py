@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from unclip.checkpoints.weights import state_of
 from unclip.clip.encoders import ImageEncoder, TextEncoder
 from unclip.clip.networks import CLIPTextEncoderOutput
 from unclip.clip.statistics import EmbeddingStatistics
@@ -128,8 +129,7 @@ class StableUnCLIPBase(Pipeline):
         It is read from the file embedding_statistics.safetensors of the model's folder. Without it, those of the
         normalizer are used.
         """
-        normalizer = self.image_normalizer
-        return self._statistics or EmbeddingStatistics.of_prior(normalizer.mean, normalizer.std)
+        return self._statistics or EmbeddingStatistics.of_prior(*self._mean_and_std())
 
     @statistics.setter
     def statistics(self, value: EmbeddingStatistics | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -221,7 +221,12 @@ class StableUnCLIPBase(Pipeline):
 
     def _labels(self, embeddings: Tensor, level: int, noise: Tensor) -> Tensor:
         process = self.image_noising_scheduler.process
-        return noised_with_level(embeddings, level, noise, self.image_normalizer, process)
+        return noised_with_level(embeddings, level, noise, *self._mean_and_std(), process)
+
+    def _mean_and_std(self) -> tuple[Tensor, Tensor]:
+        """The normalizer's tensors, also where it is offloaded."""
+        found = state_of(self.image_normalizer)
+        return found["mean"].detach(), found["std"].detach()
 
     def _level(self, noise_level: int) -> int:
         return whole(noise_level, "noise_level", 0, self.image_noising_scheduler.process.num_timesteps - 1)
