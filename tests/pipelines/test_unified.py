@@ -66,6 +66,19 @@ def test_the_session_has_the_classes_for_the_folder(session):
     assert settings == {"decoder_guidance_scale": 10.0, "decoder_num_inference_steps": 7}
 
 
+def test_unclips_own_classes_load_the_folder(folder, tmp_path):
+    text = UnCLIPPipeline.from_pretrained(folder, own_clip=True)
+    assert type(text) is StableTextToImage
+    assert text.recommended == {"decoder_num_inference_steps": 20, "decoder_guidance_scale": 10.0}
+    assert text.sizes(24) == {"decoder": (24, 16)}
+    variation = UnCLIPImageVariationPipeline.from_pipe(text)
+    assert type(variation) is StableVariation
+    assert variation.unet is text.unet
+    assert type(Manipulator.from_pretrained(folder).text) is StableTextToImage
+    text.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "model_index.json").read_text())["_class_name"] == "StableUnCLIPPipeline"
+
+
 def test_calls_with_unclips_names_make_the_same_pictures(session, embeds):
     """Above level 0, where both add the same noise."""
     pipe = session.pipeline(UnCLIPImageVariationPipeline)

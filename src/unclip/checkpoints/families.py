@@ -10,6 +10,7 @@ from typing import Any
 
 from unclip.checkpoints.dalle2 import MARK, arithmetic_of, is_inert
 from unclip.checkpoints.files import file_size, read_json, safe_join
+from unclip.checkpoints.layout import KANDINSKY, kandinsky_next
 from unclip.checkpoints.weights import read_header
 from unclip.errors import CheckpointError, ConfigError, UnclipError
 
@@ -24,6 +25,7 @@ PIPELINES = {
     "UnCLIPInpaintPipeline": "unCLIP, inpainting (Karlo's layout)",
     "StableUnCLIPPipeline": "Stable unCLIP, text to image",
     "StableUnCLIPImg2ImgPipeline": "Stable unCLIP, image variations",
+    **KANDINSKY,
 }
 """What a pipeline's folder is, by the class that its model_index.json names."""
 
@@ -191,7 +193,7 @@ def _of_pipeline(folder: Path, index: dict[str, Any]) -> Family | None:
         size = {768: "small, CLIP ViT-L/14", 1024: "large, CLIP ViT-H/14"}.get(width, "of another size")
         name = f"{name} ({size}, width {width})"
         missing += () if find_spec("diffusers") else ("diffusers: pip install 'unclip[family]'",)
-    return Family(name if found is None else f"{name}, with: {found.name}", missing)
+    return Family(name if found is None else f"{name}, with: {found.name}", missing, kandinsky_next(index))
 
 
 def _of_component(config: dict[str, Any], folder: Path) -> Family | None:

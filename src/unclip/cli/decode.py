@@ -98,7 +98,7 @@ def decode(
     for _ in table.batches():  # rows with NaN are named before anything is computed
         pass
     labels = None if label_column is None else list(map(plain, table.column(label_column)))
-    kind = UnCLIPImageVariationPipeline if "image_encoder" in session.index else UnCLIPPipeline
+    kind = UnCLIPImageVariationPipeline if "image_encoder" in session.parts else UnCLIPPipeline
     settings = session.settings(kind, decoding.given()) | size.sides
     writer = PictureWriter(common, len(table) * num_images, seed=seed)
     pipe = session.pipeline(kind)

@@ -29,7 +29,7 @@ from unclip.pipelines.pipeline import Pipeline
 from unclip.pipelines.steps import Call, StageRun, decode, decoder_conditions, encode, enlarge, finish, noised
 from unclip.settings import SETTINGS
 from unclip.stages.decoder import DecoderStage
-from unclip.stages.stage import DecoderCondition, Size, SuperResCondition
+from unclip.stages.stage import DecoderCondition, Size, Stage, SuperResCondition
 from unclip.stages.super_res import SuperResStage, Tiling
 
 if TYPE_CHECKING:
@@ -85,16 +85,6 @@ class GenerationPipeline(Pipeline):
         """Run super-resolution's networks on whole pictures again."""
         self._tiling = None
 
-    @property
-    def embedding_dim(self) -> int:
-        """Width of the image embeddings."""
-        return self.text_proj.config.clip_embeddings_dim
-
-    @property
-    def decoder_networks(self) -> list[nn.Module]:
-        """The networks that a decoder's latents belong to."""
-        return [self.text_proj, self.decoder]
-
     def check(self) -> None:
         """Raises: ConfigError when the components do not fit one another."""
         text, proj, decoder = self.text_encoder.config, self.text_proj.config, self.decoder.config
@@ -130,6 +120,21 @@ class GenerationPipeline(Pipeline):
             wanted = channels * (2 if scheduler.process.learns_variance else 1)
             fits.append((f"{name}.out_channels", config.out_channels, f"its scheduler's ({variance_type=})", wanted))
         cascade.check_fits(fits)
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of the image embeddings that the decoder takes."""
+        return self.text_proj.config.clip_embeddings_dim
+
+    @property
+    def side_multiple(self) -> int:
+        """The number that must divide a result's height and width, unless they are the model's own."""
+        return cascade.side_multiple(self.decoder, self.cascade)
+
+    @property
+    def decoder_networks(self) -> list[nn.Module]:
+        """The networks that a picture of given embeddings and noise depends on, without super-resolution."""
+        return [self.text_proj, self.decoder]
 
     @property
     def caption_encoder(self) -> TextEncoder:
@@ -252,7 +257,7 @@ class GenerationPipeline(Pipeline):
         """
         return cascade.picture_sizes(self.decoder, self.cascade, height, width)
 
-    def decoder_stage(self, size: Size | None = None) -> DecoderStage:
+    def decoder_stage(self, size: Size | None = None) -> Stage[DecoderCondition]:
         """The decoder as a stage; without a size it makes its own squares."""
         return DecoderStage(self.decoder, self.text_proj, self.decoder_scheduler.process, size)
 

@@ -81,6 +81,8 @@ class Manipulator(ModelFiles):
         options = accepted_arguments(options, cls.from_pretrained, [*own, *of_text, *of_variation])
         for_text = {name: each for name, each in options.items() if name in of_text or name not in of_variation}
         text = UnCLIPPipeline.from_pretrained(name_or_folder, **for_text)
+        if type(text) is not UnCLIPPipeline:  # of another family
+            return cls(UnCLIPImageVariationPipeline.from_pipe(text), text)
         shared = {name: part for name, part in text.components.items() if name in of_variation}
         others = {name: each for name, each in options.items() if name in of_variation or name not in of_text}
         variation = UnCLIPImageVariationPipeline.from_pretrained(name_or_folder, **{**others, **shared})
@@ -335,6 +337,10 @@ class Manipulator(ModelFiles):
             )
         else:
             pipe = self.variation if self.text is None else self.text
+            if isinstance(pipe, StableVariation):
+                raise CheckpointError(
+                    "this model has no text encoder in the space of its image embeddings: use a model with a prior"
+                )
             both = pipe.caption_encoder.encode([target, source], pipe.device).embeds.float().cpu()
             pipe.maybe_free_model_hooks()
         return difference(both[0], both[1])

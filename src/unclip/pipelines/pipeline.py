@@ -61,6 +61,8 @@ class Pipeline:
     COMPONENTS: ClassVar[tuple[str, ...]] = ()
     OPTIONAL: ClassVar[tuple[str, ...]] = ()
     """The components that may be None."""
+    DEFAULTS: ClassVar[Mapping[str, Recommended]] = {}
+    """What is recommended for models without recommendations of their own."""
 
     def __init__(self, **components: Any):
         for name in components:
@@ -103,6 +105,11 @@ class Pipeline:
         super().__setattr__(name, value)
 
     @classmethod
+    def class_for(cls, index: Mapping[str, Any]) -> type[Self]:
+        """The class that loads a folder with this model_index.json: this one, or one for another family."""
+        return cls
+
+    @classmethod
     def kind(cls, component: str) -> "Kind":
         """What a component must be: further super-resolution stages as the first, `prior_…` as the part without it."""
         if component.endswith("scheduler"):
@@ -124,6 +131,11 @@ class Pipeline:
         return {name: part for name, part in parts.items() if part is not None}
 
     @property
+    def folder_class(self) -> str:
+        """The class that model_index.json names in the folders that it is loaded from and saved to."""
+        return type(self).__name__
+
+    @property
     def recommended(self) -> dict[str, Recommended]:
         """The settings that the model recommends: `pipe(prompt, **pipe.recommended)`.
 
@@ -131,7 +143,7 @@ class Pipeline:
         a call do not depend on the model.
         """
         arguments = inspect.signature(type(self).__call__).parameters
-        return {name: value for name, value in self._recommended.items() if name in arguments}
+        return {name: value for name, value in {**self.DEFAULTS, **self._recommended}.items() if name in arguments}
 
     @property
     def statistics(self) -> EmbeddingStatistics | None:
@@ -224,6 +236,7 @@ class Pipeline:
             token=token,
             variant=variant,
         )
+        cls = cls.class_for(read_json(safe_join(folder, "model_index.json")))
         source = Source(folder, variant, own_clip)
         to_read = [name for name in cls.component_names() if name not in parts]
         pipeline = cls(**parts, **cls._read(source, to_read, types))
@@ -296,6 +309,7 @@ class Pipeline:
         """
         if not isinstance(pipeline, Pipeline):
             raise InputError(f"from_pipe takes a pipeline of unclip, not a {type(pipeline).__name__}")
+        cls = cls.class_for({"_class_name": pipeline.folder_class})
         shared = {name: part for name, part in pipeline.components.items() if name in cls.component_names()}
         known = {*pipeline.component_names(), *components}
         lacking = [name for name in cls.component_names() if name not in known]
@@ -341,7 +355,7 @@ class Pipeline:
         if not safe_serialization:
             raise UnsafeFileError("unclip does not write pickles: leave safe_serialization at True")
         with atomic_folder(folder, overwrite=overwrite) as draft:
-            index: dict[str, Any] = {"_class_name": type(self).__name__, "_diffusers_version": API_VERSION}
+            index: dict[str, Any] = {"_class_name": self.folder_class, "_diffusers_version": API_VERSION}
             for name, part in self.components.items():
                 write_component(part, draft / name, variant=variant)
                 index[name] = index_entry(part)

@@ -90,6 +90,7 @@ class Session:
         name: of the model, as the metadata of pictures records it.
         folder: of the model.
         index: the content of its model_index.json.
+        parts: the names of its components, as unCLIP's pipelines name them.
 
     Raises: MissingFileError or another CheckpointError as `resolve` and `read_json`.
     """
@@ -107,6 +108,7 @@ class Session:
         self.folder = resolve(model)
         log.info("model: %s", self.folder)
         self.index: dict[str, Any] = read_json(safe_join(self.folder, "model_index.json"))
+        self.parts = _parts(self.index)
         self.compute, self.sampler, self.progress = compute or Compute(), sampler, progress
         self._pipelines: dict[type, GenerationPipeline] = {}
         self._lock = threading.Lock()
@@ -116,7 +118,6 @@ class Session:
 
         Raises: InputError for a device that does not exist here; CheckpointError and ConfigError as `from_pretrained`.
         """
-        kind = self._own(kind)
         with self._lock:
             if kind not in self._pipelines:
                 self._pipelines[kind] = self._load(kind)
@@ -135,7 +136,7 @@ class Session:
         variation = self.pipeline(UnCLIPImageVariationPipeline)
         return Manipulator(variation, self.pipeline(UnCLIPPipeline) if captions else None)
 
-    def settings(self, kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    def settings(self, kind: "type[Pipeline]", given: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a pipeline's call: given values, else recommended ones, else the call's defaults.
 
         Args:
@@ -145,8 +146,8 @@ class Session:
 
         Raises: InputError for a value that is outside the limits in `unclip.settings.SETTINGS`.
         """
-        defaults = inspect.signature(self._own(kind).__call__).parameters
-        recommended = read_recommended(self.folder)
+        defaults = inspect.signature(kind.__call__).parameters
+        recommended = {**kind.class_for(self.index).DEFAULTS, **read_recommended(self.folder)}
         own = {name: recommended.get(name) for name in RARE}
         own |= {name: recommended.get(name, one.default) for name, one in defaults.items() if name not in own}
         settings = {name: own[name] if value is None else value for name, value in given.items()}
@@ -170,15 +171,8 @@ class Session:
         made_with = {**(call or {}), **environment(pipe)}
         return {"model": self.name, "settings": {**settings, **self.compute.facts}, MADE_WITH: made_with}
 
-    def _own(self, kind: type[P]) -> type[P]:
-        """The class that does for the session's model what a class of unclip's pipelines does; usually itself."""
-        if not str(self.index.get("_class_name", "")).startswith("StableUnCLIP"):
-            return kind
-        from unclip.pipelines.unified import STABLE
-
-        return cast("type[P]", STABLE.get(kind.__name__, kind))
-
     def _load(self, kind: type[P]) -> P:
+        kind = kind.class_for(self.index)
         where = pick_device(self.compute.device)
         keep_freed_memory()
         if others := list(self._pipelines.values()):
@@ -197,6 +191,16 @@ class Session:
         pipe.set_progress_bar_config(disable=None if self.progress else True, leave=False)  # None: only on a terminal
         log.info("device: %s, weights: %s, sampler: %s", pipe.device, self.compute.dtype, sampler_name(pipe))
         return pipe
+
+
+def _parts(index: Mapping[str, Any]) -> frozenset[str]:
+    names = {name for name, entry in index.items() if isinstance(entry, list) and entry != [None, None]}
+    if str(index.get("_class_name")).startswith("Kandinsky"):
+        from unclip.pipelines.kandinsky_generation import COMBINED, NAMES
+
+        if index["_class_name"] in COMBINED:
+            names |= {ours for ours, theirs in NAMES.items() if theirs in names}
+    return frozenset(names)
 
 
 def model_name(name: str) -> str:

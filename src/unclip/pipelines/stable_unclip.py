@@ -231,14 +231,17 @@ class StableUnCLIPBase(Pipeline):
     def _level(self, noise_level: int) -> int:
         return whole(noise_level, "noise_level", 0, self.image_noising_scheduler.process.num_timesteps - 1)
 
+    def decoder_text_encoder(self, clip_skip: int | None = None) -> TextEncoder:
+        """The decoder's text encoder with its tokenizer, without its last `clip_skip` layers."""
+        return TextEncoder(cast(Any, _StateEncoder(self.text_encoder, clip_skip or 0)), self.tokenizer)
+
     def _states(
         self, captions: Sequence[str], given: Tensor | None, rows: int, count: int, clip_skip: int | None
     ) -> Tensor:
         """The text's hidden states [rows · count, tokens, hidden_size] of captions, or those given [rows, …]."""
         if given is not None:
             return given.to(self.device).repeat_interleave(count, dim=0)
-        encoder = TextEncoder(cast(Any, _StateEncoder(self.text_encoder, clip_skip or 0)), self.tokenizer)
-        return encode(encoder, captions, rows, count, self.device).hidden_states
+        return encode(self.decoder_text_encoder(clip_skip), captions, rows, count, self.device).hidden_states
 
     def _check_states(self, given: Tensor | None, name: str, rows: int) -> None:
         if given is None:

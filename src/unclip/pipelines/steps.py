@@ -23,6 +23,7 @@ from unclip.images import to_square
 from unclip.pipelines.arguments import FORMS, Callback, ImagePipelineOutput, check_latents
 from unclip.pipelines.pipeline import Pipeline, stage_words
 from unclip.stages import stage as stages
+from unclip.stages.latent import LatentStage
 from unclip.stages.prior import AutoregressivePriorStage, OneCallPriorStage, PriorStage, sample_best
 from unclip.stages.stage import Condition, DecoderCondition, PriorCondition, Stage, SuperResCondition
 
@@ -168,14 +169,17 @@ class StageRun(Generic[Condition]):
 
         Raises: NonFiniteError when the result is NaN or infinity.
         """
-        size, encoder = self.stage.sample_shape(1)[-1], getattr(self.stage, "autoencoder", None)
+        size = self.stage.sample_shape(1)[-1]
+        autoencoder = self.stage.autoencoder if isinstance(self.stage, LatentStage) else None
+        factor = 1 if autoencoder is None else autoencoder.factor
+        x0 = torch.stack([to_square(picture, size * factor) for picture in pictures])
         with call.freed_on_error():
-            squares = [to_square(picture, size * (1 if encoder is None else encoder.factor)) for picture in pictures]
-            x0 = torch.stack(squares)
+            if autoencoder is not None:
+                x0 = autoencoder.encode_pictures(x0.to(condition.device))
             x_T = stages.invert(
                 self.stage,
                 condition,
-                x0 if encoder is None else encoder.encode_pictures(x0.to(condition.device)),
+                x0,
                 timesteps=self.timesteps,
                 num_rounds=num_rounds,
                 null=null,

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from unclip.checkpoints.recommended import Recommended
 from unclip.clip.encoders import TextEncoder
 from unclip.diffusion.scheduler import Scheduler
-from unclip.errors import CheckpointError, InputError
+from unclip.errors import InputError
 from unclip.images import Pictures
 from unclip.pipelines.arguments import Callback, ImagePipelineOutput, as_captions, check_output_type
 from unclip.pipelines.cascade import SuperResParts, per_stage
@@ -31,10 +32,30 @@ from unclip.stages.stage import Size, Stage
 class _Unified(StableUnCLIPBase):
     """What a `GenerationPipeline` has, without super-resolution stages. Level 0 adds no noise."""
 
+    DEFAULTS: ClassVar[Mapping[str, Recommended]] = {
+        "decoder_num_inference_steps": 20,
+        "decoder_guidance_scale": 10.0,
+    }
     decode = GenerationPipeline.decode
+    report_unknown = GenerationPipeline.report_unknown
     statistics_for = GenerationPipeline.statistics_for
     cascade: Mapping[str, SuperResParts] = {}
     """The super-resolution stages: none."""
+
+    @property
+    def folder_class(self) -> str:
+        has_prior = isinstance(self, StableUnCLIPPipeline)
+        return (StableUnCLIPPipeline if has_prior else StableUnCLIPImg2ImgPipeline).__name__
+
+    @property
+    def side_multiple(self) -> int:
+        """The number that must divide a result's height and width."""
+        return self.autoencoder.factor
+
+    def sizes(self, height: int | None = None, width: int | None = None) -> dict[str, Size]:
+        """Height and width of the pictures, at "decoder". Raises: InputError for a side that is not a multiple."""
+        cells, factor = self.size(height, width), self.autoencoder.factor
+        return {"decoder": (cells[0] * factor, cells[1] * factor)}
 
     @property
     def decoder_networks(self) -> list[nn.Module]:
@@ -136,7 +157,6 @@ class StableTextToImage(_Unified, StableUnCLIPPipeline):
     """`StableUnCLIPPipeline` with the call of `UnCLIPPipeline`; the negative prompt is for the decoder alone."""
 
     embed_captions = UnCLIPPipeline.embed_captions
-    report_unknown = GenerationPipeline.report_unknown
 
     @property
     def caption_encoder(self) -> TextEncoder:
@@ -215,11 +235,8 @@ class StableVariation(_Unified, StableUnCLIPImg2ImgPipeline):
 
     @property
     def caption_encoder(self) -> TextEncoder:
-        """Raises: CheckpointError, as the decoder's text encoder has no embeddings in the space of pictures."""
-        raise CheckpointError(
-            "this model has no text encoder in the space of its image embeddings: use the difference of two captions "
-            "that a prior makes (through_prior=True), or pictures"
-        )
+        """The text encoder of the decoder. Its embeddings are not in the space of the image embeddings."""
+        return self.decoder_text_encoder()
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]
@@ -266,10 +283,3 @@ class StableVariation(_Unified, StableUnCLIPImg2ImgPipeline):
             callback_on_step_end,
             return_intermediates,
         )
-
-
-STABLE: Mapping[str, type[_Unified]] = {
-    "UnCLIPPipeline": StableTextToImage,
-    "UnCLIPImageVariationPipeline": StableVariation,
-}
-"""The class for a folder of Stable unCLIP that does what a class of unclip's own does."""
