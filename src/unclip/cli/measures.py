@@ -131,7 +131,7 @@ def prepare(
     judge_folder = find_judge(request.judge) if judged else None
     session = Session(request.model, compute.precision, sampler=compute.sampler, progress=not compute.quiet)
     for component in needed:
-        if component not in session.index:
+        if component not in session.parts:
             raise CheckpointError(f"{request.model} has no {component}, which this measure ({name}) needs")
 
     from unclip.evaluation.inception import InceptionFeatures

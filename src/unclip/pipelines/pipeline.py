@@ -62,6 +62,8 @@ class Pipeline:
     COMPONENTS: ClassVar[tuple[str, ...]] = ()
     OPTIONAL: ClassVar[tuple[str, ...]] = ()
     """The components that may be None."""
+    DEFAULTS: ClassVar[Mapping[str, Recommended]] = {}
+    """What is recommended for models without recommendations of their own."""
 
     def __init__(self, **components: Any):
         for name in components:
@@ -104,6 +106,11 @@ class Pipeline:
         super().__setattr__(name, value)
 
     @classmethod
+    def class_for(cls, index: Mapping[str, Any]) -> type[Self]:
+        """The class that loads a folder with this model_index.json: this one, or one for another family."""
+        return cls
+
+    @classmethod
     def kind(cls, component: str) -> "Kind":
         """What a component must be: further super-resolution stages as the first, `prior_…` as the part without it."""
         if component.endswith("scheduler"):
@@ -125,6 +132,11 @@ class Pipeline:
         return {name: part for name, part in parts.items() if part is not None}
 
     @property
+    def folder_class(self) -> str:
+        """The class that model_index.json names in the folders that it is loaded from and saved to."""
+        return type(self).__name__
+
+    @property
     def recommended(self) -> dict[str, Recommended]:
         """The settings that the model recommends: `pipe(prompt, **pipe.recommended)`.
 
@@ -132,7 +144,7 @@ class Pipeline:
         a call do not depend on the model.
         """
         arguments = inspect.signature(type(self).__call__).parameters
-        return {name: value for name, value in self._recommended.items() if name in arguments}
+        return {name: value for name, value in {**self.DEFAULTS, **self._recommended}.items() if name in arguments}
 
     @property
     def statistics(self) -> EmbeddingStatistics | None:
@@ -215,7 +227,7 @@ class Pipeline:
             ConfigError: a component is of an unknown class, or does not fit the others.
         """
         parts = accepted_arguments(components, cls.from_pretrained, cls.component_names())
-        types = _types(torch_dtype if dtype is None else dtype, use_safetensors)
+        types = _types(torch_dtype if dtype is None else dtype, use_safetensors, cls.component_names())
         device = _one_device(device_map)
         folder = resolve(
             name_or_folder,
@@ -225,6 +237,7 @@ class Pipeline:
             token=token,
             variant=variant,
         )
+        cls = cls.class_for(read_json(safe_join(folder, "model_index.json")))
         source = Source(folder, variant, own_clip)
         to_read = [name for name in cls.component_names() if name not in parts]
         pipeline = cls(**parts, **cls._read(source, to_read, types))
@@ -297,6 +310,7 @@ class Pipeline:
         """
         if not isinstance(pipeline, Pipeline):
             raise InputError(f"from_pipe takes a pipeline of unclip, not a {type(pipeline).__name__}")
+        cls = cls.class_for({"_class_name": pipeline.folder_class})
         shared = {name: part for name, part in pipeline.components.items() if name in cls.component_names()}
         known = {*pipeline.component_names(), *components}
         lacking = [name for name in cls.component_names() if name not in known]
@@ -342,7 +356,7 @@ class Pipeline:
         if not safe_serialization:
             raise UnsafeFileError("unclip does not write pickles: leave safe_serialization at True")
         with atomic_folder(folder, overwrite=overwrite) as draft:
-            index: dict[str, Any] = {"_class_name": type(self).__name__, "_diffusers_version": API_VERSION}
+            index: dict[str, Any] = {"_class_name": self.folder_class, "_diffusers_version": API_VERSION}
             for name, part in self.components.items():
                 write_component(part, draft / name, variant=variant)
                 index[name] = index_entry(part)
@@ -529,11 +543,11 @@ def _class_name(index: Mapping[str, Any], name: str, pipeline: str, folder: Path
     return entry[1]
 
 
-def _types(torch_dtype: Any, use_safetensors: bool | None) -> dict[str, torch.dtype | str | None]:
+def _types(torch_dtype: Any, use_safetensors: bool | None, own: Sequence[str]) -> dict[str, torch.dtype | str | None]:
     """The types of the weights by component, and "default" for all others."""
     given = torch_dtype if isinstance(torch_dtype, Mapping) else {"default": torch_dtype}
     for name in given:
-        if name not in {"default", *CLASSES, *FURTHER}:
+        if name not in {"default", *own, *CLASSES, *FURTHER}:
             raise InputError(
                 f"torch_dtype has a type for {name!r}, but no pipeline has this component; use 'default' for all others"
             )

@@ -90,6 +90,7 @@ class Session:
         name: of the model, as the metadata of pictures records it.
         folder: of the model.
         index: the content of its model_index.json.
+        parts: the names of its components, as unCLIP's pipelines name them.
 
     Raises: MissingFileError or another CheckpointError as `resolve` and `read_json`.
     """
@@ -107,6 +108,7 @@ class Session:
         self.folder = resolve(model)
         log.info("model: %s", self.folder)
         self.index: dict[str, Any] = read_json(safe_join(self.folder, "model_index.json"))
+        self.parts = _parts(self.index)
         self.compute, self.sampler, self.progress = compute or Compute(), sampler, progress
         self._pipelines: dict[type, GenerationPipeline] = {}
         self._lock = threading.Lock()
@@ -134,7 +136,7 @@ class Session:
         variation = self.pipeline(UnCLIPImageVariationPipeline)
         return Manipulator(variation, self.pipeline(UnCLIPPipeline) if captions else None)
 
-    def settings(self, kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    def settings(self, kind: "type[Pipeline]", given: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a pipeline's call: given values, else recommended ones, else the call's defaults.
 
         Args:
@@ -145,7 +147,7 @@ class Session:
         Raises: InputError for a value that is outside the limits in `unclip.settings.SETTINGS`.
         """
         defaults = inspect.signature(kind.__call__).parameters
-        recommended = read_recommended(self.folder)
+        recommended = {**kind.class_for(self.index).DEFAULTS, **read_recommended(self.folder)}
         own = {name: recommended.get(name) for name in RARE}
         own |= {name: recommended.get(name, one.default) for name, one in defaults.items() if name not in own}
         settings = {name: own[name] if value is None else value for name, value in given.items()}
@@ -170,6 +172,7 @@ class Session:
         return {"model": self.name, "settings": {**settings, **self.compute.facts}, MADE_WITH: made_with}
 
     def _load(self, kind: type[P]) -> P:
+        kind = kind.class_for(self.index)
         where = pick_device(self.compute.device)
         keep_freed_memory()
         if others := list(self._pipelines.values()):
@@ -188,6 +191,16 @@ class Session:
         pipe.set_progress_bar_config(disable=None if self.progress else True, leave=False)  # None: only on a terminal
         log.info("device: %s, weights: %s, sampler: %s", pipe.device, self.compute.dtype, sampler_name(pipe))
         return pipe
+
+
+def _parts(index: Mapping[str, Any]) -> frozenset[str]:
+    names = {name for name, entry in index.items() if isinstance(entry, list) and entry != [None, None]}
+    if str(index.get("_class_name")).startswith("Kandinsky"):
+        from unclip.pipelines.kandinsky_generation import COMBINED, NAMES
+
+        if index["_class_name"] in COMBINED:
+            names |= {ours for ours, theirs in NAMES.items() if theirs in names}
+    return frozenset(names)
 
 
 def model_name(name: str) -> str:
@@ -235,7 +248,8 @@ def sampler_name(pipe: "Pipeline") -> str:
 
 
 def _schedulers(pipe: "Pipeline") -> dict[str, "Scheduler"]:
-    return {name: part for stage in STAGES if (part := pipe.components.get(name := f"{stage}_scheduler")) is not None}
+    names = (*(f"{stage}_scheduler" for stage in STAGES), "scheduler")
+    return {name: part for name in names if (part := pipe.components.get(name)) is not None}
 
 
 def _scheduler_class(name: str) -> "type[Scheduler]":

@@ -27,6 +27,7 @@ from unclip.pipelines.arguments import FORMS, Callback, ImagePipelineOutput, che
 from unclip.pipelines.pipeline import Pipeline, stage_words
 from unclip.settings import SETTINGS
 from unclip.stages import stage as stages
+from unclip.stages.latent import LatentStage
 from unclip.stages.prior import AutoregressivePriorStage, OneCallPriorStage, PriorStage, sample_best
 from unclip.stages.prior_dalle2 import TextPriorStage
 from unclip.stages.stage import Condition, DecoderCondition, PriorCondition, Stage, SuperResCondition
@@ -167,16 +168,23 @@ class StageRun(Generic[Condition]):
     ) -> Tensor:
         """x_T for pictures, which are resized to the stage's squares; see `unclip.stages.stage.invert`.
 
+        A stage in latent space gets the latents of the pictures.
+
         Returns: float32 [batch, channels, size, size].
 
         Raises: NonFiniteError when the result is NaN or infinity.
         """
         size = self.stage.sample_shape(1)[-1]
+        autoencoder = self.stage.autoencoder if isinstance(self.stage, LatentStage) else None
+        factor = 1 if autoencoder is None else autoencoder.factor
+        x0 = torch.stack([to_square(picture, size * factor) for picture in pictures])
         with call.freed_on_error():
+            if autoencoder is not None:
+                x0 = autoencoder.encode_pictures(x0.to(condition.device))
             x_T = stages.invert(
                 self.stage,
                 condition,
-                torch.stack([to_square(picture, size) for picture in pictures]),
+                x0,
                 timesteps=self.timesteps,
                 num_rounds=num_rounds,
                 null=null,

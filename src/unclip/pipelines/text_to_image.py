@@ -1,7 +1,8 @@
 """Text to image: captions → image embeddings → small pictures → large pictures."""
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -60,6 +61,18 @@ class UnCLIPPipeline(GenerationPipeline):
     OPTIONAL = ("prior_scheduler", *FURTHER)
     prior: PriorTransformer | AutoregressivePrior | EmbeddingPriorNetwork
     prior_scheduler: Scheduler | None
+
+    @classmethod
+    def class_for(cls, index: Mapping[str, Any]) -> type[Self]:
+        if cls is UnCLIPPipeline and str(index.get("_class_name")).startswith("Kandinsky"):
+            from unclip.pipelines.kandinsky_generation import COMBINED, KandinskyTextToImage
+
+            return KandinskyTextToImage if index["_class_name"] in COMBINED else cls  # type: ignore[return-value]
+        if cls is UnCLIPPipeline and str(index.get("_class_name")).startswith("StableUnCLIP"):
+            from unclip.pipelines.unified import StableTextToImage
+
+            return StableTextToImage  # type: ignore[return-value]
+        return cls
 
     def check(self) -> None:
         super().check()
@@ -159,7 +172,7 @@ class UnCLIPPipeline(GenerationPipeline):
         super_res = self.super_res_runs(super_res_num_inference_steps, super_res_latents, sizes)
         statistics = self.noise_statistics(noise_level)
         if image_embeddings is not None:
-            check_embeddings(image_embeddings, self.prior.config.embedding_dim)
+            check_embeddings(image_embeddings, self.embedding_dim)
             if prior_latents is not None:
                 raise InputError(
                     "give either prior_latents or image_embeddings: with image_embeddings, the prior does not run"
