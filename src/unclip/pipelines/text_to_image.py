@@ -1,7 +1,6 @@
 """Text to image: captions → image embeddings → small pictures → large pictures."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, Self, cast
 
 import torch
