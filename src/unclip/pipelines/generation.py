@@ -26,7 +26,7 @@ from unclip.pipelines.arguments import (
 )
 from unclip.pipelines.cascade import Fact
 from unclip.pipelines.pipeline import Pipeline
-from unclip.pipelines.steps import Call, StageRun, decode, encode, enlarge, finish, noised
+from unclip.pipelines.steps import Call, StageRun, decode, decoder_conditions, encode, enlarge, finish, noised
 from unclip.settings import SETTINGS
 from unclip.stages.decoder import DecoderStage
 from unclip.stages.stage import DecoderCondition, Size, Stage, SuperResCondition
@@ -287,6 +287,21 @@ class GenerationPipeline(Pipeline):
             float(SETTINGS["decoder_guidance_scale"].check(guidance_scale)),
             latents,
         )
+
+    def conditions(
+        self, run: StageRun[DecoderCondition], prompt: str | Sequence[str] | None, embeddings: Tensor
+    ) -> tuple[DecoderCondition, DecoderCondition | None]:
+        """The decoder's condition for embeddings [batch, embedding_dim] and captions, and its null condition if guided.
+
+        Args:
+            run: the decoder.
+            prompt: a caption, or one for each row; None: the empty caption.
+            embeddings: on the pipeline's device.
+        """
+        encoder, rows = self.caption_encoder, len(embeddings)
+        text = encode(encoder, as_captions(prompt, rows), rows, 1, self.device)
+        null_text = encode(encoder, [""], rows, 1, self.device) if run.guided else None
+        return decoder_conditions(run, text, null_text, embeddings)
 
     def super_res_runs(
         self,

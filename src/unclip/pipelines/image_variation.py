@@ -50,6 +50,10 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
             from unclip.pipelines.kandinsky_generation import COMBINED, KandinskyImageVariation
 
             return KandinskyImageVariation if index["_class_name"] in COMBINED else cls  # type: ignore[return-value]
+        if cls is UnCLIPImageVariationPipeline and str(index.get("_class_name")).startswith("StableUnCLIP"):
+            from unclip.pipelines.unified import StableVariation
+
+            return StableVariation  # type: ignore[return-value]
         return cls
 
     def check(self) -> None:

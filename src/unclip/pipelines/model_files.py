@@ -13,12 +13,12 @@ from unclip.checkpoints.weights import plain_state_dict
 from unclip.errors import CheckpointError, InputError
 from unclip.models.pca import PrincipalComponents
 from unclip.pipelines.arguments import check_embeddings, check_latents
-from unclip.pipelines.generation import GenerationPipeline
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
+from unclip.pipelines.unified import StableVariation
 from unclip.stages.manipulation import BipartiteLatent
 
 
-def fingerprint(pipe: GenerationPipeline) -> str:
+def fingerprint(pipe: UnCLIPImageVariationPipeline | StableVariation) -> str:
     """The fingerprint of a pipeline's decoder; empty when its weights are on the meta device."""
     return _made_by(pipe.decoder_networks)
 
@@ -30,7 +30,7 @@ class ModelFiles:
         variation: the model's pipeline.
     """
 
-    def __init__(self, variation: UnCLIPImageVariationPipeline) -> None:
+    def __init__(self, variation: UnCLIPImageVariationPipeline | StableVariation) -> None:
         self.variation = variation
 
     def save(
@@ -132,7 +132,7 @@ def recorded_settings(about: Mapping[str, str]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name != TILE}
 
 
-def _super_res(pipe: GenerationPipeline) -> list[list[nn.Module]]:
+def _super_res(pipe: UnCLIPImageVariationPipeline | StableVariation) -> list[list[nn.Module]]:
     return [[part.first, part.last] for part in pipe.cascade.values()]
 
 

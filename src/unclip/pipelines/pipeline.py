@@ -28,6 +28,7 @@ from unclip.diffusion.scheduler import Scheduler
 from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError
 from unclip.models import (
     AutoregressivePrior,
+    EmbeddingPriorNetwork,
     PriorTransformer,
     UnCLIPTextProjModel,
     UNet2DConditionModel,
@@ -150,13 +151,13 @@ class Pipeline:
         """The distribution of the model's image embeddings; None if it is not known.
 
         It is read from the file embedding_statistics.safetensors of the model's folder. Without it, `clip_mean` and
-        `clip_std` of the prior are used.
+        `clip_std` of the prior are used, or those of the folder's prior if the pipeline's has none.
         """
         if self._statistics is not None:
             return self._statistics
         names = ("clip_mean", "clip_std")
         found = [getattr(self.components.get("prior"), name, None) for name in names]
-        if self._source is not None and "prior" not in self.component_names():
+        if self._source is not None and any(each is None for each in found):
             found = self._source.tensors("prior", names)
         mean, std = found
         return None if mean is None or std is None else EmbeddingStatistics.of_prior(mean, std)
@@ -226,7 +227,7 @@ class Pipeline:
             ConfigError: a component is of an unknown class, or does not fit the others.
         """
         parts = accepted_arguments(components, cls.from_pretrained, cls.component_names())
-        types = _types(torch_dtype if dtype is None else dtype, use_safetensors)
+        types = _types(torch_dtype if dtype is None else dtype, use_safetensors, cls.component_names())
         device = _one_device(device_map)
         folder = resolve(
             name_or_folder,
@@ -516,7 +517,7 @@ def _clip(name: str, base: Any, *needed: str) -> Kind:
 
 SCHEDULER = _own(Scheduler)
 KINDS = {
-    "prior": _own(PriorTransformer, AutoregressivePrior),
+    "prior": _own(PriorTransformer, AutoregressivePrior, EmbeddingPriorNetwork),
     "text_proj": _own(UnCLIPTextProjModel),
     "decoder": _own(UNet2DConditionModel),
     "super_res_first": _own(UNet2DModel),
@@ -542,11 +543,11 @@ def _class_name(index: Mapping[str, Any], name: str, pipeline: str, folder: Path
     return entry[1]
 
 
-def _types(torch_dtype: Any, use_safetensors: bool | None) -> dict[str, torch.dtype | str | None]:
+def _types(torch_dtype: Any, use_safetensors: bool | None, own: Sequence[str]) -> dict[str, torch.dtype | str | None]:
     """The types of the weights by component, and "default" for all others."""
     given = torch_dtype if isinstance(torch_dtype, Mapping) else {"default": torch_dtype}
     for name in given:
-        if name not in {"default", *CLASSES, *FURTHER}:
+        if name not in {"default", *own, *CLASSES, *FURTHER}:
             raise InputError(
                 f"torch_dtype has a type for {name!r}, but no pipeline has this component; use 'default' for all others"
             )

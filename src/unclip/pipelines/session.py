@@ -248,7 +248,8 @@ def sampler_name(pipe: "Pipeline") -> str:
 
 
 def _schedulers(pipe: "Pipeline") -> dict[str, "Scheduler"]:
-    return {name: part for stage in STAGES if (part := pipe.components.get(name := f"{stage}_scheduler")) is not None}
+    names = (*(f"{stage}_scheduler" for stage in STAGES), "scheduler")
+    return {name: part for name in names if (part := pipe.components.get(name)) is not None}
 
 
 def _scheduler_class(name: str) -> "type[Scheduler]":
