@@ -263,3 +263,22 @@ class ProbeFile:
     def may_be_of(self, state: Mapping[str, Tensor]) -> bool:
         """Whether it belongs to the image encoder with these weights, or its image encoder is unknown."""
         return may_be_of(self.image_encoder, [state])
+
+
+_KANDINSKY = {
+    "UnCLIPPipeline": "kandinsky_generation.KandinskyTextToImage",
+    "UnCLIPImageVariationPipeline": "kandinsky_generation.KandinskyImageVariation",
+}
+_STABLE = {
+    "UnCLIPPipeline": "stable_unclip_generation.StableTextToImage",
+    "UnCLIPImageVariationPipeline": "stable_unclip_generation.StableVariation",
+}
+FAMILIES: dict[str, dict[str, str]] = {
+    "KandinskyV22CombinedPipeline": _KANDINSKY,
+    "KandinskyV22Img2ImgCombinedPipeline": _KANDINSKY,
+    "KandinskyCombinedPipeline": _KANDINSKY,
+    "KandinskyImg2ImgCombinedPipeline": _KANDINSKY,
+    "StableUnCLIPPipeline": _STABLE,
+    "StableUnCLIPImg2ImgPipeline": _STABLE,
+}
+"""For folders of other families, by the class in model_index.json: what loads them instead of unclip's own classes."""

@@ -109,6 +109,7 @@ class KandinskyUNet(UNet2DConditionModel):
 
     config_class: ClassVar = KandinskyUNetConfig
     saved_as: ClassVar[str] = "UNet2DConditionModel"
+    projections: ClassVar[tuple[str, ...]] = ("image_proj", "text_image_proj")
     config: KandinskyUNetConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def build(self, config: KandinskyUNetConfig) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]

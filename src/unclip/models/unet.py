@@ -260,15 +260,14 @@ class UNet2DConditionModel(_UNet[UNet2DConditionConfig]):
     """
 
     config_class: ClassVar = UNet2DConditionConfig
+    projections: ClassVar[tuple[str, ...]] = ()
+    """The values of `encoder_hid_dim_type` for which `from_config` gives a subclass."""
 
     @classmethod
     def from_config(cls, config: ModelConfig | Mapping[str, Any], /) -> Self:
         """As `Component.from_config`; settings of a Kandinsky decoder give a `KandinskyUNet`."""
-        if cls is UNet2DConditionModel and config.get("encoder_hid_dim_type") is not None:
-            from unclip.models.kandinsky import KandinskyUNet
-
-            return KandinskyUNet(config)  # pyright: ignore[reportReturnType]
-        return super().from_config(config)
+        own = [kind for kind in cls.__subclasses__() if config.get("encoder_hid_dim_type") in kind.projections]
+        return own[0](config) if own else super().from_config(config)
 
     def _read_context(self, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None) -> UNetContext:
         """What the context contributes to every step.

@@ -1,8 +1,8 @@
 """Image variation: pictures → image embeddings → similar pictures."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -43,18 +43,6 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
     )
     image_encoder: "CLIPVisionModelWithProjection"
     feature_extractor: "BaseImageProcessor"
-
-    @classmethod
-    def class_for(cls, index: Mapping[str, Any]) -> type[Self]:
-        if cls is UnCLIPImageVariationPipeline and str(index.get("_class_name")).startswith("Kandinsky"):
-            from unclip.pipelines.kandinsky_generation import COMBINED, KandinskyImageVariation
-
-            return KandinskyImageVariation if index["_class_name"] in COMBINED else cls  # type: ignore[return-value]
-        if cls is UnCLIPImageVariationPipeline and str(index.get("_class_name")).startswith("StableUnCLIP"):
-            from unclip.pipelines.unified import StableVariation
-
-            return StableVariation  # type: ignore[return-value]
-        return cls
 
     def check(self) -> None:
         super().check()

@@ -34,9 +34,9 @@ from unclip.pipelines.arguments import (
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 from unclip.pipelines.model_files import ModelFiles
 from unclip.pipelines.stable_unclip import StableUnCLIPImg2ImgPipeline, StableUnCLIPPipeline
+from unclip.pipelines.stable_unclip_generation import StableTextToImage, StableVariation
 from unclip.pipelines.steps import Call, StageRun, invert_super_res
 from unclip.pipelines.text_to_image import UnCLIPPipeline
-from unclip.pipelines.unified import StableTextToImage, StableVariation
 from unclip.settings import SETTINGS
 from unclip.stages.arithmetic import difference
 from unclip.stages.manipulation import BipartiteLatent

@@ -14,7 +14,7 @@ from unclip.errors import CheckpointError, InputError
 from unclip.models.pca import PrincipalComponents
 from unclip.pipelines.arguments import check_embeddings, check_latents
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
-from unclip.pipelines.unified import StableVariation
+from unclip.pipelines.stable_unclip_generation import StableVariation
 from unclip.stages.manipulation import BipartiteLatent
 
 

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -16,7 +17,7 @@ from tqdm.auto import tqdm
 
 from unclip.checkpoints.files import atomic_folder, read_json, safe_join, write_json
 from unclip.checkpoints.hub import resolve
-from unclip.checkpoints.layout import API_VERSION, CLASSES, CONCEPTS_FILE, FURTHER, STATISTICS_FILE, ProbeFile
+from unclip.checkpoints.layout import API_VERSION, CLASSES, CONCEPTS_FILE, FAMILIES, FURTHER, STATISTICS_FILE, ProbeFile
 from unclip.checkpoints.loading_arguments import accepted_arguments, weights_type
 from unclip.checkpoints.recommended import Recommended, read_recommended, write_recommended
 from unclip.checkpoints.weights import WeightsIndex, offload_hooks, open_weights, original, read_tensors, state_of
@@ -108,7 +109,8 @@ class Pipeline:
     @classmethod
     def class_for(cls, index: Mapping[str, Any]) -> type[Self]:
         """The class that loads a folder with this model_index.json: this one, or one for another family."""
-        return cls
+        module, _, name = FAMILIES.get(str(index.get("_class_name")), {}).get(cls.__name__, "").rpartition(".")
+        return getattr(import_module(f"unclip.pipelines.{module}"), name) if module else cls
 
     @classmethod
     def kind(cls, component: str) -> "Kind":

@@ -1,7 +1,7 @@
 """Text to image: captions → image embeddings → small pictures → large pictures."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Self, cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -60,18 +60,6 @@ class UnCLIPPipeline(GenerationPipeline):
     OPTIONAL = ("prior_scheduler", *FURTHER)
     prior: PriorTransformer | AutoregressivePrior | EmbeddingPriorNetwork
     prior_scheduler: Scheduler | None
-
-    @classmethod
-    def class_for(cls, index: Mapping[str, Any]) -> type[Self]:
-        if cls is UnCLIPPipeline and str(index.get("_class_name")).startswith("Kandinsky"):
-            from unclip.pipelines.kandinsky_generation import COMBINED, KandinskyTextToImage
-
-            return KandinskyTextToImage if index["_class_name"] in COMBINED else cls  # type: ignore[return-value]
-        if cls is UnCLIPPipeline and str(index.get("_class_name")).startswith("StableUnCLIP"):
-            from unclip.pipelines.unified import StableTextToImage
-
-            return StableTextToImage  # type: ignore[return-value]
-        return cls
 
     def check(self) -> None:
         super().check()

@@ -11,8 +11,8 @@ from unclip import CheckpointError, EmbeddingScaleWarning, InputError, Manipulat
 from unclip.images import to_square
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 from unclip.pipelines.session import Compute, Session, sampler_name
+from unclip.pipelines.stable_unclip_generation import StableTextToImage, StableVariation
 from unclip.pipelines.text_to_image import UnCLIPPipeline
-from unclip.pipelines.unified import StableTextToImage, StableVariation
 
 from ..stable_parts import DIM, reference, stable_parts
 
