@@ -10,6 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from unclip.clip.encoders import TextEncoder
+from unclip.models import kernels
 from unclip.pipelines.text_to_image import UnCLIPPipeline
 
 from .conftest import FEW_DECODER_STEPS, FEW_STEPS
@@ -90,6 +91,15 @@ def test_a_frame_of_a_probe(again, unclip, model, files):
 def test_a_row_of_a_latent(again, unclip, model, files):
     assert unclip("invert", "cat.png", "--model", model, *FEW_DECODER_STEPS).code == 0
     again(1, "vary", "cat.safetensors", "-n", 2, "--keep-structure")
+
+
+def test_the_type_is_that_of_the_picture(again, unclip, model, files, monkeypatch):
+    monkeypatch.setattr(kernels, "_cpu_computes", lambda dtype: True)
+    picture = again(0, "generate", "a cat", "--seed", 3, *FEW_STEPS)
+    assert '"dtype": "bfloat16"' in Image.open(picture).text["settings"]
+    monkeypatch.setattr(kernels, "_cpu_computes", lambda dtype: False)
+    done = unclip("rerun", picture, "--model", model, "--out", "elsewhere", "--json")
+    assert json.loads(done.out)["settings"]["dtype"] == "bfloat16"
 
 
 def test_options_override(unclip, model, files):

@@ -1,6 +1,6 @@
 """`unclip generate`: make pictures from captions."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -143,7 +143,9 @@ def _generate_rows(
     shards = bulk_format is BulkFormat.webdataset
     out = common.output.out
     results = Results(out, ".tar", write_webdataset, per_shard) if shards else Results(out, ".png")
+    # The workers have the type of this machine, so that a row does not depend on the machine that computes it.
     compute = Compute(**{each.name: getattr(common.compute, each.name) for each in fields(Compute)})
+    compute = replace(compute, dtype=compute.weights_type)
     work = PictureWork(str(session.folder) if bulk.ray is None else model, compute, sampler)
     with results.opened():
         num_failed = run_bulk(

@@ -134,7 +134,7 @@ def prepare(
     pipe.set_progress_bar_config(disable=True)
     numbers: dict[str, Any] = {"num_seen": request.num_seen, "num_held_out": request.num_held_out, "seed": request.seed}
     about = {"unclip": __version__, "model": session.name, "data": request.data.resolve().name, **numbers}
-    dtype, size = compute.precision.dtype.value, request.batch_size
+    dtype, size = compute.precision.weights_type, request.batch_size
     about["settings"] = {**settings, "sampler": sampler_name(pipe), "dtype": dtype, "batch_size": size}
     if judge_folder is not None:
         about |= {
@@ -283,7 +283,7 @@ def run_sweep(values: SweepValues, request: MeasureOptions, compute: ComputeOpti
     about = {
         "features": None,
         **{key: value for key, value in prepared.about.items() if key != "settings"},
-        "dtype": compute.precision.dtype.value,
+        "dtype": compute.precision.weights_type,
         "batch_size": request.batch_size,
         "device": prepared.pipe.device.type,
         "model_sha256": fingerprint(prepared.folder),

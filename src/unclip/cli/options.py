@@ -26,7 +26,16 @@ MAX_BATCH = 1000
 
 
 class Dtype(StrEnum):
-    """The type of the weights."""
+    """The type of the weights in memory."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class StoredDtype(StrEnum):
+    """The type of the weights in a file."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -225,9 +234,13 @@ Sampler = Annotated[
         parser=sampler_of,
     ),
 ]
-DtypeOption = Annotated[Dtype, shared("TYPE", "--dtype", help="Type of the weights: float32, bfloat16 or float16.")]
+DTYPE = (
+    "Type of the weights: float32, bfloat16, float16, or auto: bfloat16 on a CPU that computes it, float16 on other "
+    "devices, else float32."
+)
+DtypeOption = Annotated[Dtype, shared("TYPE", "--dtype", help=DTYPE)]
 KeptDtype = Annotated[
-    Dtype | None,
+    StoredDtype | None,
     option(
         "TYPE",
         "--dtype",
@@ -379,8 +392,15 @@ class Output:
 class Precision(session.Compute):
     """The device and the precision, for commands that need only these."""
 
-    dtype: DtypeOption = Dtype.float32
+    dtype: DtypeOption = Dtype.auto
     device: Device = "auto"
+
+
+@dataclass(frozen=True)
+class ExactPrecision(Precision):
+    """As `Precision`, for commands that compute embeddings."""
+
+    dtype: DtypeOption = Dtype.float32
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from unclip.checkpoints.loading_arguments import accepted_arguments, weights_typ
 from unclip.checkpoints.weights import load_into, open_weights, save_weights, state_of, stored_type
 from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError
 from unclip.limits import Range, check_fields
+from unclip.models.kernels import automatic_type
 from unclip.models.layers import set_slicing
 
 MAX_CHANNELS = 16_384
@@ -238,7 +239,7 @@ class Component(nn.Module, Generic[C]):
         The layers are built on the meta device, and the weights of the file are then assigned to them.
 
         Only safetensors are read, whether `use_safetensors` is None or True. `torch_dtype` may be a type's name, or
-        "auto" for the type in the file; `dtype` is another name for it. `others` are arguments of diffusers' method:
+        "auto" for the CPU's fastest type, or "stored" for the type in the file; `dtype` is another name for it. `others` are arguments of diffusers' method:
         they are ignored with one warning, or refused.
 
         Raises:
@@ -266,7 +267,9 @@ class Component(nn.Module, Generic[C]):
             raise ConfigError(f"{folder} contains a {name} (see its config.json), not a {cls.__name__}; use that class")
         with torch.device("meta"):
             model = cls.from_config(settings)
-        if isinstance(requested, str):
+        if requested == "auto":
+            requested = automatic_type(torch.device("cpu"))
+        elif requested == "stored":
             requested = stored_type(open_weights(folder, stem=cls.weights_stem, variant=variant))
         dtype = requested or torch.float32  # not torch's default type
         load_into(model, folder, stem=cls.weights_stem, variant=variant, dtype=dtype, skipped=cls.tables)

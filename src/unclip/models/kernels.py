@@ -36,6 +36,13 @@ def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and not _cpu_computes(dtype)
 
 
+def automatic_type(device: torch.device) -> torch.dtype:
+    """The fastest type on `device`: float16, or on a CPU bfloat16 if it computes that, else float32."""
+    if device.type != "cpu":
+        return torch.float16
+    return torch.float32 if is_emulated(torch.bfloat16, device) else torch.bfloat16
+
+
 def _is_half_on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
 

@@ -27,6 +27,7 @@ from unclip.diffusion.loop import Progress
 from unclip.diffusion.scheduler import Scheduler
 from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError
 from unclip.models import AutoregressivePrior, PriorTransformer, UnCLIPTextProjModel, UNet2DConditionModel, UNet2DModel
+from unclip.models.kernels import automatic_type
 from unclip.numbers import whole
 from unclip.pipelines.component import index_entry, parts_with_variant, read_component, write_component
 
@@ -180,8 +181,9 @@ class Pipeline:
 
         Args:
             name_or_folder: a folder, a hub repository (`owner/name`), or the built-in model's name.
-            torch_dtype: the type of all weights, or its name; float32 by default. "auto" keeps the type of each
-                component's file. A mapping has types by component, and "default" for the others.
+            torch_dtype: the type of all weights, or its name; float32 by default. "auto" is the fastest type on
+                the device: bfloat16 on a CPU that computes it, float16 on other devices, else float32. "stored" keeps
+                the type of each component's file. A mapping has types by component, and "default" for the others.
             dtype: another name for `torch_dtype`.
             variant: "fp16" for example reads `diffusion_pytorch_model.fp16.safetensors` of the components that have
                 this file, and the plain weights of the others.
@@ -200,8 +202,8 @@ class Pipeline:
             ConfigError: a component is of an unknown class, or does not fit the others.
         """
         parts = accepted_arguments(components, cls.from_pretrained, cls.component_names())
-        types = _types(torch_dtype if dtype is None else dtype, use_safetensors)
         device = _one_device(device_map)
+        types = _types(torch_dtype if dtype is None else dtype, device or torch.device("cpu"), use_safetensors)
         folder = resolve(
             name_or_folder,
             revision=revision,
@@ -515,7 +517,9 @@ def _class_name(index: Mapping[str, Any], name: str, pipeline: str, folder: Path
     return entry[1]
 
 
-def _types(torch_dtype: Any, use_safetensors: bool | None) -> dict[str, torch.dtype | str | None]:
+def _types(
+    torch_dtype: Any, device: torch.device, use_safetensors: bool | None
+) -> dict[str, torch.dtype | str | None]:
     """The types of the weights by component, and "default" for all others."""
     given = torch_dtype if isinstance(torch_dtype, Mapping) else {"default": torch_dtype}
     for name in given:
@@ -524,7 +528,8 @@ def _types(torch_dtype: Any, use_safetensors: bool | None) -> dict[str, torch.dt
                 f"torch_dtype has a type for {name!r}, but no pipeline has this component; use 'default' for all others"
             )
     weights_type(None, use_safetensors)
-    return {name: weights_type(one) for name, one in given.items()}
+    types = {name: weights_type(one) for name, one in given.items()}
+    return {name: automatic_type(device) if one == "auto" else one for name, one in types.items()}
 
 
 def _one_device(device_map: Any) -> torch.device | None:

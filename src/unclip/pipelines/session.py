@@ -51,7 +51,7 @@ class Compute:
     """The device and the precision of the computation.
 
     Attributes:
-        dtype: type of the weights: "float32", "bfloat16" or "float16".
+        dtype: type of the weights: "float32", "bfloat16", "float16" or "auto", the fastest one on the device.
         device: "cpu", "cuda", "cuda:1", "mps" or "xpu"; "auto" is the accelerator if there is one.
         cpu_offload: whether only the active network is on the accelerator.
         tile: side of super-resolution's tiles, in pixels; None: no tiles.
@@ -70,7 +70,16 @@ class Compute:
     @property
     def facts(self) -> dict[str, Any]:
         """The device and the precision in the metadata of pictures."""
-        return {**self.tile_fact, "dtype": str(self.dtype)}
+        return {**self.tile_fact, "dtype": self.weights_type}
+
+    @property
+    def weights_type(self) -> str:
+        """The type of the weights; for "auto" that of this machine. Raises: InputError as `pick_device`."""
+        if self.dtype != "auto":
+            return str(self.dtype)
+        from unclip.models.kernels import automatic_type
+
+        return str(automatic_type(pick_device(self.device))).removeprefix("torch.")
 
 
 class Session:
@@ -176,7 +185,7 @@ class Session:
             parts = {name: part for pipe in others for name, part in pipe.components.items()}
             pipe = kind.from_pipe(others[0], **{name: parts[name] for name in kind.component_names() if name in parts})
         else:
-            pipe = kind.from_pretrained(self.folder, torch_dtype=str(self.compute.dtype), own_clip=True)
+            pipe = kind.from_pretrained(self.folder, torch_dtype=self.compute.weights_type, own_clip=True)
         if self.sampler is not None:
             sampler_switch(pipe)(self.sampler)
         if self.compute.tile is not None:
@@ -186,7 +195,7 @@ class Session:
         else:
             pipe.to(where)
         pipe.set_progress_bar_config(disable=None if self.progress else True, leave=False)  # None: only on a terminal
-        log.info("device: %s, weights: %s, sampler: %s", pipe.device, self.compute.dtype, sampler_name(pipe))
+        log.info("device: %s, weights: %s, sampler: %s", pipe.device, self.compute.weights_type, sampler_name(pipe))
         return pipe
 
 
