@@ -51,6 +51,8 @@ def again(unclip, model):
     ("place", "arguments"),
     [
         (0, ["generate", "a cat", "--seed", 3, "--negative", "a", "--sampler", "ddim", *FEW_STEPS]),
+        (0, ["generate", "a cat", "--reuse", 2, "--guidance-low", 0.2, "--guidance-high", 0.9, *FEW_STEPS]),
+        (0, ["vary", "cat.png", "--super-res-reuse", 2, "--steps", 2, "--super-res-steps", 4]),
         (4, ["generate", "--prompts-file", "prompts.txt", "-n", 3, "--seed", 2**64 - 2, *FEW_STEPS]),
         (2, ["vary", "cat.png", "-n", 3, "--prompt", "a cat", "--size", "32x32", *FEW_DECODER_STEPS]),
         (1, ["vary", "cat.png", "-n", 2, "--keep-structure", "--eta", 0.3, *FEW_DECODER_STEPS]),

@@ -232,6 +232,10 @@ class SweepValues:
     super_res_steps: Annotated[str | None, values_option("super_res_num_inference_steps")] = None
     decoder_guidance: Annotated[str | None, values_option("decoder_guidance_scale")] = None
     noise_level: Annotated[str | None, values_option("noise_level")] = None
+    decoder_guidance_low: Annotated[str | None, values_option("decoder_guidance_low")] = None
+    decoder_guidance_high: Annotated[str | None, values_option("decoder_guidance_high")] = None
+    decoder_reuse: Annotated[str | None, values_option("decoder_reuse")] = None
+    super_res_reuse: Annotated[str | None, values_option("super_res_reuse")] = None
     sampler: Annotated[
         str | None,
         option("LIST", help=f"Samplers, separated by commas: {', '.join(SAMPLERS)}.", default="the model's own"),

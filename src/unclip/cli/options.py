@@ -302,7 +302,17 @@ class Decoding(_Settings):
 
 
 @dataclass(frozen=True)
-class NoisyDecoding(Decoding):
+class Faster(_Settings):
+    """Settings that leave out a part of the computation."""
+
+    decoder_guidance_low: Annotated[float | None, setting("decoder_guidance_low", "LEVEL")] = None
+    decoder_guidance_high: Annotated[float | None, setting("decoder_guidance_high", "LEVEL")] = None
+    decoder_reuse: Annotated[int | None, setting("decoder_reuse")] = None
+    super_res_reuse: Annotated[int | None, setting("super_res_reuse")] = None
+
+
+@dataclass(frozen=True)
+class NoisyDecoding(Faster, Decoding):
     """As `Decoding`, for image embeddings to which noise may be added."""
 
     noise_level: Annotated[int | None, setting("noise_level")] = None
@@ -343,7 +353,7 @@ class PriorSampling(PriorChoice, PriorScale):
 
 
 @dataclass(frozen=True)
-class Sampling(Decoding, PriorSampling):
+class Sampling(Faster, Decoding, PriorSampling):
     """All settings of sampling."""
 
 

@@ -238,9 +238,9 @@ class Component(nn.Module, Generic[C]):
 
         The layers are built on the meta device, and the weights of the file are then assigned to them.
 
-        Only safetensors are read, whether `use_safetensors` is None or True. `torch_dtype` may be a type's name, or
-        "auto" for the CPU's fastest type, or "stored" for the type in the file; `dtype` is another name for it. `others` are arguments of diffusers' method:
-        they are ignored with one warning, or refused.
+        Only safetensors are read, whether `use_safetensors` is None or True. `torch_dtype` may be a type's name,
+        "auto" for the CPU's fastest type, or "stored" for the type in the file; `dtype` is another name for it.
+        `others` are arguments of diffusers' method: they are ignored with one warning, or refused.
 
         Raises:
             InputError: `torch_dtype` is not a floating type, or an argument is unknown or refused.
@@ -267,10 +267,11 @@ class Component(nn.Module, Generic[C]):
             raise ConfigError(f"{folder} contains a {name} (see its config.json), not a {cls.__name__}; use that class")
         with torch.device("meta"):
             model = cls.from_config(settings)
-        if requested == "auto":
-            requested = automatic_type(torch.device("cpu"))
-        elif requested == "stored":
-            requested = stored_type(open_weights(folder, stem=cls.weights_stem, variant=variant))
+        if isinstance(requested, str):
+            if requested == "auto":
+                requested = automatic_type(torch.device("cpu"))
+            else:
+                requested = stored_type(open_weights(folder, stem=cls.weights_stem, variant=variant))
         dtype = requested or torch.float32  # not torch's default type
         load_into(model, folder, stem=cls.weights_stem, variant=variant, dtype=dtype, skipped=cls.tables)
         return model.eval()

@@ -517,9 +517,7 @@ def _class_name(index: Mapping[str, Any], name: str, pipeline: str, folder: Path
     return entry[1]
 
 
-def _types(
-    torch_dtype: Any, device: torch.device, use_safetensors: bool | None
-) -> dict[str, torch.dtype | str | None]:
+def _types(torch_dtype: Any, device: torch.device, use_safetensors: bool | None) -> dict[str, torch.dtype | str | None]:
     """The types of the weights by component, and "default" for all others."""
     given = torch_dtype if isinstance(torch_dtype, Mapping) else {"default": torch_dtype}
     for name in given:

@@ -38,7 +38,9 @@ log = logging.getLogger(__name__)
 STAGES = ("prior", "decoder", "super_res", *FURTHER_SUPER_RES)
 PRIOR_SAMPLING = ("num_prior_candidates", "prior_temperature", "prior_top_p")
 """Settings of how the prior chooses among its samples."""
-RARE = (*PRIOR_SAMPLING, "noise_level")
+FASTER = ("decoder_guidance_low", "decoder_guidance_high", "decoder_reuse", "super_res_reuse")
+"""Settings that leave out a part of the computation."""
+RARE = (*PRIOR_SAMPLING, "noise_level", *FASTER)
 """Settings that a call receives only if they are given or recommended, since most models do not use them."""
 MADE_WITH = "made_with"
 """The PNG text that records the software, the device and the weights."""

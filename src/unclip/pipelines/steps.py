@@ -24,7 +24,15 @@ from unclip.pipelines.arguments import FORMS, Callback, ImagePipelineOutput, che
 from unclip.pipelines.pipeline import Pipeline, stage_words
 from unclip.stages import stage as stages
 from unclip.stages.prior import AutoregressivePriorStage, PriorStage, sample_best
-from unclip.stages.stage import Condition, DecoderCondition, PriorCondition, Stage, SuperResCondition
+from unclip.stages.stage import (
+    ALWAYS,
+    Condition,
+    DecoderCondition,
+    Interval,
+    PriorCondition,
+    Stage,
+    SuperResCondition,
+)
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,7 @@ class StageRun(Generic[Condition]):
         sampler: takes the denoising steps.
         timesteps: descending.
         guidance_scale: guidance is on above 1.
+        guidance_interval: the noise levels with guidance.
         latents: x_T; None: random.
         origin: a clean sample that is noised to the first timestep, where the path starts; None: it starts from x_T.
     """
@@ -122,6 +131,7 @@ class StageRun(Generic[Condition]):
     sampler: Sampler
     timesteps: tuple[int, ...]
     guidance_scale: float = 1.0
+    guidance_interval: Interval = ALWAYS
     latents: Tensor | None = None
     origin: Tensor | None = None
 
@@ -145,6 +155,7 @@ class StageRun(Generic[Condition]):
                 noise=call.noise,
                 null=null,
                 guidance_scale=self.guidance_scale,
+                guidance_interval=self.guidance_interval,
                 latents=self.latents,
                 origin=self.origin,
                 progress=call.pipe.progress(self.name),
