@@ -116,4 +116,4 @@ def test_no_picture_is_wrong_usage(vary):
 def test_exact_inversion_refuses_faster_settings(vary, photo):
     done = vary(photo, "--keep-structure", "--decoder-reuse", 2)
     assert done.code == 2
-    assert "leave out --decoder-guidance-low" in done.err
+    assert "leave out --preset" in done.err

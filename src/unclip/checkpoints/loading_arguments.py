@@ -111,7 +111,7 @@ def weights_type(torch_dtype: Any, use_safetensors: object = None) -> torch.dtyp
     found = getattr(torch, torch_dtype.removeprefix("torch."), None) if isinstance(torch_dtype, str) else torch_dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise InputError(
-            f'torch_dtype is {torch_dtype!r}; it must be "auto", "stored", or a floating-point torch dtype or its name, '
-            'such as torch.float16 or "bfloat16"'
+            f'torch_dtype is {torch_dtype!r}; it must be "auto", "stored", or a floating-point torch dtype or its '
+            'name, such as torch.float16 or "bfloat16"'
         )
     return found

@@ -62,6 +62,7 @@ def generate(
         unclip generate "a castle" --negative "people" --decoder-guidance 6
         unclip generate "a boat" --sampler dpm --decoder-steps 12
         unclip generate "a lion" --candidates 4
+        unclip generate "a lion" --preset fast
         unclip generate --prompts-file captions.txt --json > made.jsonl
         unclip generate --from prompts.csv --out pictures --processes 2
     """
@@ -81,7 +82,7 @@ def generate(
     good = usable(texts)
     if not good:
         raise typer.Exit(1)
-    session = Session(model, common.compute, sampler=sampler, progress=not common.quiet)
+    session = Session(model, common.compute, sampler=sampler, preset=sampling.preset, progress=not common.quiet)
     check_has_prior(model, session.index)
 
     from unclip.pipelines.text_to_image import UnCLIPPipeline
@@ -134,7 +135,8 @@ def _generate_rows(
     from unclip.pipelines.text_to_image import UnCLIPPipeline
 
     table = read_table(bulk.table)  # type: ignore[arg-type]
-    session = Session(model, common.compute, sampler=sampler, progress=False)
+    session = Session(model, common.compute, sampler=sampler, preset=sampling.preset, progress=False)
+    sampler = session.sampler
     check_has_prior(model, session.index)
     settings = session.settings(UnCLIPPipeline, sampling.given()) | size.sides
     of_model = [model_fingerprint(session), sampler, common.compute.facts]

@@ -102,6 +102,7 @@ def prepare(
     features: Path | None = None,
     judged: bool = True,
     task: str = "generating",
+    preset: str | None = None,
 ) -> PreparedMeasure:
     """Load the model and the judge for a measure.
 
@@ -114,6 +115,7 @@ def prepare(
         features: Inception weights.
         judged: whether a judge is needed; otherwise it is the model's own CLIP.
         task: the word beside the progress bar.
+        preset: of the model.
 
     Raises: OutputExistsError for files that exist; MissingFileError for a judge that does not exist; CheckpointError
         for a model without the components `needed`. All are raised before anything is loaded.
@@ -121,7 +123,9 @@ def prepare(
     if name != "sweep":
         check_free(request.out, *sheet_paths(request.sheet), overwrite=request.overwrite)
     judge_folder = find_judge(request.judge) if judged else None
-    session = Session(request.model, compute.precision, sampler=compute.sampler, progress=not compute.quiet)
+    session = Session(
+        request.model, compute.precision, sampler=compute.sampler, preset=preset, progress=not compute.quiet
+    )
     for component in needed:
         if component not in session.index:
             raise CheckpointError(f"{request.model} has no {component}, which this measure ({name}) needs")

@@ -303,8 +303,14 @@ class Decoding(_Settings):
 
 @dataclass(frozen=True)
 class Faster(_Settings):
-    """Settings that leave out a part of the computation."""
+    """Settings that leave out a part of the computation, and presets.
 
+    Attributes:
+        preset: A named set of values that the model's folder has, for all settings that are not given: exact (the
+            model's own), or a faster one, such as balanced or fast.
+    """
+
+    preset: Annotated[str | None, shared("NAME", "--preset", default="the model's own values")] = None
     decoder_guidance_low: Annotated[float | None, setting("decoder_guidance_low", "LEVEL")] = None
     decoder_guidance_high: Annotated[float | None, setting("decoder_guidance_high", "LEVEL")] = None
     decoder_reuse: Annotated[int | None, setting("decoder_reuse")] = None

@@ -131,6 +131,8 @@ def _arguments(
         homes = [str(folder / model) for folder in folders if (folder / model / "model_index.json").is_file()]
         found.append(f"--model={next(iter(homes), model)}")
     recorded = {"dtype": "float32", **texts.get("settings", {})}  # the only type before it was recorded
+    if any(argument.partition("=")[0] == "--preset" for argument in given):
+        recorded = {name: value for name, value in recorded.items() if name not in (*SETTINGS, "sampler")}
     for name, long in OPTIONS.items():
         value = recorded.get(name)
         own_size = name in ("sampler", "height", "width") and made["options"].get("keep_structure")

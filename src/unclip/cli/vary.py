@@ -66,9 +66,9 @@ def vary(
         raise typer.BadParameter("--keep-structure samples by DDIM: leave out --negative and --sampler")
     if keep_structure and decoding.noise_level:
         raise typer.BadParameter("--keep-structure keeps the picture's embedding: leave out --noise-level")
-    if keep_structure and any(getattr(decoding, name) is not None for name in FASTER):
+    if keep_structure and any(getattr(decoding, name) is not None for name in ("preset", *FASTER)):
         raise typer.BadParameter(
-            "--keep-structure inverts every step: leave out --decoder-guidance-low, --decoder-guidance-high, "
+            "--keep-structure inverts every step: leave out --preset, --decoder-guidance-low, --decoder-guidance-high, "
             "--decoder-reuse, --super-res-reuse"
         )
     if keep_structure and size.sides:
@@ -88,7 +88,7 @@ def vary(
         known = {"decoder_guidance_scale": NO_GUIDANCE, **recorded(found, {**given, PROMPT: prompt})}
         prompt = known.get(PROMPT) if prompt is None else prompt
         given = {name: known.get(name) if value is None else value for name, value in given.items()}
-    session = Session(model, compute, sampler=sampler, progress=not common.quiet)
+    session = Session(model, compute, sampler=sampler, preset=decoding.preset, progress=not common.quiet)
     check_can_vary(model, session.index)
     settings = session.settings(UnCLIPImageVariationPipeline, given) | size.sides
     writer = PictureWriter(common, len(images) * num_images, seed=seed)

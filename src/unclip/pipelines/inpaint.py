@@ -23,6 +23,7 @@ from unclip.pipelines.arguments import (
     check_embeddings,
     check_output_type,
     noise_source,
+    takes_preset,
 )
 from unclip.pipelines.masks import MaskedPictures, read_pictures
 from unclip.pipelines.steps import Call, StageRun, decode, embed, encode, enlarge, finish
@@ -61,6 +62,7 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
         if (self.image_encoder is None) != (self.feature_extractor is None):
             raise ConfigError("image_encoder and feature_extractor belong together; give both, or neither")
 
+    @takes_preset
     @torch.no_grad()
     def __call__(  # type: ignore[override]
         self,
@@ -91,6 +93,7 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
         decoder_guidance_high: float = 1.0,
         decoder_reuse: int = 1,
         super_res_reuse: int = 1,
+        preset: str | None = None,
         height: int | None = None,
         width: int | None = None,
         callback_on_step_end: Callback | None = None,
@@ -123,7 +126,7 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
             image_embeddings: [batch, embedding_dim] in place of both, for example an interpolation of the two.
             negative_prompt, seed, callback_on_step_end, return_intermediates: as in `UnCLIPPipeline`.
             num_prior_candidates, prior_temperature, prior_top_p: as in `UnCLIPPipeline`, for a prompt's embedding.
-            decoder_guidance_low, decoder_guidance_high, decoder_reuse, super_res_reuse: as in `UnCLIPPipeline`.
+            decoder_guidance_low, decoder_guidance_high, decoder_reuse, super_res_reuse, preset: as in `UnCLIPPipeline`.
             height, width: size of the result; give both or neither. By default the result has the picture's shape and
                 about as many pixels as the model's own square.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from unclip.checkpoints.files import atomic_folder, read_json, safe_join, write_
 from unclip.checkpoints.hub import resolve
 from unclip.checkpoints.layout import API_VERSION, CLASSES, CONCEPTS_FILE, FURTHER, STATISTICS_FILE, ProbeFile
 from unclip.checkpoints.loading_arguments import accepted_arguments, weights_type
-from unclip.checkpoints.recommended import Recommended, read_recommended, write_recommended
+from unclip.checkpoints.recommended import EXACT, SAMPLER, Preset, Recommended, read_presets, write_recommended
 from unclip.checkpoints.weights import WeightsIndex, offload_hooks, open_weights, original, read_tensors, state_of
 from unclip.clip.concepts import Concepts
 from unclip.clip.statistics import EmbeddingStatistics
@@ -66,7 +66,7 @@ class Pipeline:
                 raise InputError(f"{type(self).__name__} needs the component {name!r}")
             setattr(self, name, components.get(name))
         self._progress: dict[str, Any] = {}
-        self._recommended: dict[str, Recommended] = {}
+        self._presets: dict[str, Preset] = {EXACT: {}}
         self._probe: ProbeFile | None = None
         self._source: Source | None = None
         self.concepts: Concepts | None = None
@@ -117,8 +117,19 @@ class Pipeline:
         It has only arguments of this pipeline's call, and is empty for a model without recommendations. The defaults of
         a call do not depend on the model.
         """
-        arguments = inspect.signature(type(self).__call__).parameters
-        return {name: value for name, value in self._recommended.items() if name in arguments}
+        return cast("dict[str, Recommended]", self.presets[EXACT])
+
+    @property
+    def presets(self) -> dict[str, Preset]:
+        """The settings of each preset of the model: `pipe(prompt, preset="fast")`.
+
+        The preset "exact" is `recommended`. Besides arguments of this pipeline's call, a preset may have "sampler".
+        """
+        arguments = {SAMPLER, *inspect.signature(type(self).__call__).parameters}
+        return {
+            name: {key: value for key, value in preset.items() if key in arguments}
+            for name, preset in self._presets.items()
+        }
 
     @property
     def statistics(self) -> EmbeddingStatistics | None:
@@ -216,7 +227,7 @@ class Pipeline:
         to_read = [name for name in cls.component_names() if name not in parts]
         pipeline = cls(**parts, **cls._read(source, to_read, types))
         pipeline._source = source
-        pipeline._recommended = read_recommended(folder)
+        pipeline._presets = read_presets(folder)
         pipeline._probe = ProbeFile.read(folder)
         if not {"text_encoder", "tokenizer"} & parts.keys():
             pipeline._set_concepts(Concepts.read(folder), folder)
@@ -299,7 +310,7 @@ class Pipeline:
             )
         made = cls(**shared | read | components)
         made._source = pipeline._source
-        made._recommended = dict(pipeline._recommended)
+        made._presets = dict(pipeline._presets)
         made._probe = pipeline._probe
         if all(made.components.get(name) is shared.get(name) for name in ("text_encoder", "tokenizer")):
             made.concepts = pipeline.concepts
@@ -333,7 +344,7 @@ class Pipeline:
                 write_component(part, draft / name, variant=variant)
                 index[name] = index_entry(part)
             write_json(draft / "model_index.json", index)
-            write_recommended(draft, self._recommended)
+            write_recommended(draft, cast("dict[str, Recommended]", self._presets[EXACT]), self._presets)
             if self.concepts is not None:
                 self.concepts.write(draft)
             if self._statistics is not None:

@@ -19,7 +19,7 @@ from unclip import __version__
 from unclip.checkpoints.files import read_json, safe_join
 from unclip.checkpoints.hub import resolve
 from unclip.checkpoints.layout import FURTHER_SUPER_RES
-from unclip.checkpoints.recommended import read_recommended
+from unclip.checkpoints.recommended import EXACT, SAMPLER, Preset, chosen_preset, read_presets
 from unclip.checkpoints.tensor_file import TILE
 from unclip.errors import InputError
 from unclip.settings import SAMPLERS, SETTINGS
@@ -94,7 +94,8 @@ class Session:
     Args:
         model: a folder, a hub id, or a built-in name.
         compute: device and precision.
-        sampler: a name in `unclip.settings.SAMPLERS`; None: each stage's own sampler.
+        sampler: a name in `unclip.settings.SAMPLERS`; None: the preset's, or each stage's own sampler.
+        preset: the name of a preset of the model; None: the recommended settings.
         progress: whether to show progress bars (only on a terminal).
 
     Attributes:
@@ -102,7 +103,8 @@ class Session:
         folder: of the model.
         index: the content of its model_index.json.
 
-    Raises: MissingFileError or another CheckpointError as `resolve` and `read_json`.
+    Raises: MissingFileError or another CheckpointError as `resolve` and `read_json`; InputError for a preset that the
+        model does not have.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class Session:
         compute: Compute | None = None,
         *,
         sampler: str | None = None,
+        preset: str | None = None,
         progress: bool = True,
     ) -> None:
         silence_later(downloads=not progress)
@@ -118,7 +121,8 @@ class Session:
         self.folder = resolve(model)
         log.info("model: %s", self.folder)
         self.index: dict[str, Any] = read_json(safe_join(self.folder, "model_index.json"))
-        self.compute, self.sampler, self.progress = compute or Compute(), sampler, progress
+        self.compute, self.preset, self.progress = compute or Compute(), preset, progress
+        self.sampler = sampler or self.sampler_of(preset)
         self._pipelines: dict[type, GenerationPipeline] = {}
         self._lock = threading.Lock()
 
@@ -145,18 +149,26 @@ class Session:
         variation = self.pipeline(UnCLIPImageVariationPipeline)
         return Manipulator(variation, self.pipeline(UnCLIPPipeline) if captions else None)
 
-    def settings(self, kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    def sampler_of(self, preset: str | None) -> str | None:
+        """The sampler of a preset; None if it has none. Raises: InputError for an unknown preset."""
+        return cast("str | None", self._recommended(preset).get(SAMPLER))
+
+    def _recommended(self, preset: str | None) -> Preset:
+        return chosen_preset(read_presets(self.folder), preset or EXACT)
+
+    def settings(self, kind: type, given: Mapping[str, Any], preset: str | None = None) -> dict[str, Any]:
         """The arguments of a pipeline's call: given values, else recommended ones, else the call's defaults.
 
         Args:
             kind: the pipeline's class.
             given: by the names of the call's arguments; None: not given. Those in `RARE` are left out when
                 they are neither given nor recommended.
+            preset: the name of a preset in place of the session's.
 
-        Raises: InputError for a value that is outside the limits in `unclip.settings.SETTINGS`.
+        Raises: InputError for a value that is outside the limits in `unclip.settings.SETTINGS`, or an unknown preset.
         """
         defaults = inspect.signature(kind.__call__).parameters
-        recommended = read_recommended(self.folder)
+        recommended = self._recommended(preset or self.preset)
         own = {name: recommended.get(name) for name in RARE}
         own |= {name: recommended.get(name, one.default) for name, one in defaults.items() if name not in own}
         settings = {name: own[name] if value is None else value for name, value in given.items()}

@@ -24,6 +24,7 @@ from unclip.pipelines.arguments import (
     check_output_type,
     given_text,
     noise_source,
+    takes_preset,
 )
 from unclip.pipelines.cascade import Fact, check_fits
 from unclip.pipelines.generation import GenerationPipeline
@@ -78,6 +79,7 @@ class UnCLIPPipeline(GenerationPipeline):
             ]
         check_fits(fits)
 
+    @takes_preset
     @torch.no_grad()
     def __call__(
         self,
@@ -110,6 +112,7 @@ class UnCLIPPipeline(GenerationPipeline):
         decoder_guidance_high: float = 1.0,
         decoder_reuse: int = 1,
         super_res_reuse: int = 1,
+        preset: str | None = None,
         callback_on_step_end: Callback | None = None,
         return_intermediates: bool = False,
     ) -> ImagePipelineOutput | tuple[Any, ...]:
@@ -150,6 +153,8 @@ class UnCLIPPipeline(GenerationPipeline):
             decoder_reuse, super_res_reuse: the deep levels of the network are computed in every n-th step only, and
                 reused in between (DeepCache, Ma et al. 2312.00858); 1 is exact. With tiles, super-resolution is always
                 exact.
+            preset: the name of a preset of the model (`presets`), which sets what is not given here, and the sampler.
+                "exact" is the recommended settings. Without a preset, the defaults are those of this call.
             callback_on_step_end: called as (pipeline, step, timestep, {"stage", "num_steps", "latents", "x0"}). It may
                 return {"latents": tensor} to replace the latents, or {"stop": True}.
             return_intermediates: the output also has `image_embeddings` and `small_images`.
