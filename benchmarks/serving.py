@@ -30,12 +30,14 @@ import torch
 
 BARE = """
 import asyncio, base64, io, json, sys
+from concurrent.futures import ThreadPoolExecutor
 import uvicorn
 from unclip import UnCLIPPipeline
 
 pipe = UnCLIPPipeline.from_pretrained(sys.argv[1])
 pipe.set_progress_bar_config(disable=True)
 settings = json.loads(sys.argv[3])
+worker = ThreadPoolExecutor(1)  # several threads would each start PyTorch's own ones
 
 def picture(body):
     given = json.loads(body)
@@ -53,7 +55,7 @@ async def app(scope, receive, send):
         body += message.get("body", b"")
         if not message.get("more_body"):
             break
-    answer = await asyncio.to_thread(picture, body) if body else b"{}"
+    answer = await asyncio.get_running_loop().run_in_executor(worker, picture, body) if body else b"{}"
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": answer})
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from unclip import UnCLIPPipeline
-from unclip.pipelines.vector_prior import VectorPrior, identification
+from unclip import UnCLIPPipeline, VectorPrior
+from unclip.pipelines.vector_prior import identification
 
 NUM_VOXELS, HELD_OUT, SIGNAL_TO_NOISE = 500, 160, 0.25
 RECIPE = """stage = "prior"

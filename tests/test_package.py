@@ -22,15 +22,33 @@ ALL = [
     "Concepts",
     "ConfigError",
     "DDIMScheduler",
+    "DDPMScheduler",
     "DPMSolverMultistepScheduler",
     "DataError",
     "DiffusionProcess",
+    "EmbeddingPrior",
+    "EmbeddingPriorNetwork",
     "EmbeddingScaleWarning",
     "EmbeddingStatistics",
     "Embeddings",
     "ImageError",
     "ImagePipelineOutput",
     "InputError",
+    "KandinskyCombinedPipeline",
+    "KandinskyImg2ImgCombinedPipeline",
+    "KandinskyImg2ImgPipeline",
+    "KandinskyInpaintCombinedPipeline",
+    "KandinskyInpaintPipeline",
+    "KandinskyPipeline",
+    "KandinskyPriorPipeline",
+    "KandinskyPriorPipelineOutput",
+    "KandinskyV22CombinedPipeline",
+    "KandinskyV22Img2ImgCombinedPipeline",
+    "KandinskyV22Img2ImgPipeline",
+    "KandinskyV22InpaintCombinedPipeline",
+    "KandinskyV22InpaintPipeline",
+    "KandinskyV22Pipeline",
+    "KandinskyV22PriorPipeline",
     "Manipulator",
     "MissingDependencyError",
     "MissingFileError",
@@ -39,7 +57,11 @@ ALL = [
     "OutputExistsError",
     "PrincipalComponents",
     "PriorTransformer",
+    "StableUnCLIPImageNormalizer",
+    "StableUnCLIPImg2ImgPipeline",
+    "StableUnCLIPPipeline",
     "TrainingError",
+    "Translator",
     "UNet2DConditionModel",
     "UNet2DModel",
     "UnCLIPImageInterpolationPipeline",
@@ -52,6 +74,8 @@ ALL = [
     "UnclipError",
     "UnknownCaptionWarning",
     "UnsafeFileError",
+    "VQModel",
+    "VectorPrior",
     "WeightsError",
     "__version__",
     "edit",
@@ -85,7 +109,8 @@ def test_every_name_has_a_home_and_a_type_checkers_import():
 
 
 def test_every_sampler_has_a_scheduler():
-    assert {row.scheduler for row in SAMPLERS.values()} == set(scheduler.__all__) == set(scheduler.SCHEDULERS)
+    assert {row.scheduler for row in SAMPLERS.values()} | {"DDPMScheduler"} == set(scheduler.SCHEDULERS)
+    assert set(scheduler.__all__) == set(scheduler.SCHEDULERS)
 
 
 def test_a_star_import_gives_them_all():

@@ -20,18 +20,46 @@ if TYPE_CHECKING:  # what __getattr__ finds
     from unclip.diffusion.process import DiffusionProcess
     from unclip.diffusion.scheduler import *
     from unclip.errors import *
+    from unclip.models.image_normalizer import StableUnCLIPImageNormalizer
+    from unclip.models.movq import VQModel
     from unclip.models.pca import PrincipalComponents
     from unclip.models.prior import PriorTransformer
     from unclip.models.prior_autoregressive import AutoregressivePrior
+    from unclip.models.prior_dalle2 import EmbeddingPriorNetwork
     from unclip.models.text_proj import UnCLIPTextProjModel
     from unclip.models.unet import UNet2DConditionModel, UNet2DModel
     from unclip.pipelines.arguments import ImagePipelineOutput
+    from unclip.pipelines.embedding_prior import EmbeddingPrior
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
     from unclip.pipelines.inpaint import UnCLIPInpaintPipeline
     from unclip.pipelines.interpolation import UnCLIPImageInterpolationPipeline, UnCLIPTextInterpolationPipeline
+    from unclip.pipelines.kandinsky import (
+        KandinskyImg2ImgPipeline,
+        KandinskyInpaintPipeline,
+        KandinskyPipeline,
+        KandinskyV22Img2ImgPipeline,
+        KandinskyV22InpaintPipeline,
+        KandinskyV22Pipeline,
+    )
+    from unclip.pipelines.kandinsky_combined import (
+        KandinskyCombinedPipeline,
+        KandinskyImg2ImgCombinedPipeline,
+        KandinskyInpaintCombinedPipeline,
+        KandinskyV22CombinedPipeline,
+        KandinskyV22Img2ImgCombinedPipeline,
+        KandinskyV22InpaintCombinedPipeline,
+    )
+    from unclip.pipelines.kandinsky_prior import (
+        KandinskyPriorPipeline,
+        KandinskyPriorPipelineOutput,
+        KandinskyV22PriorPipeline,
+    )
     from unclip.pipelines.manipulation import Manipulator
     from unclip.pipelines.model_files import recorded_settings
+    from unclip.pipelines.stable_unclip import StableUnCLIPImg2ImgPipeline, StableUnCLIPPipeline
     from unclip.pipelines.text_to_image import UnCLIPPipeline
+    from unclip.pipelines.translator import Translator
+    from unclip.pipelines.vector_prior import VectorPrior
     from unclip.stages.manipulation import BipartiteLatent, edit, even_places, interpolate, path_at
 
 __version__ = "0.1.0"
@@ -41,22 +69,35 @@ _NAMES = {
     "clip.statistics": "EmbeddingStatistics",
     "data.embeddings": "Embeddings read_embeddings",
     "diffusion.process": "DiffusionProcess",
-    "diffusion.scheduler": " ".join(row.scheduler for row in SAMPLERS.values()),
+    "diffusion.scheduler": "DDPMScheduler " + " ".join(row.scheduler for row in SAMPLERS.values()),
     "errors": "Cancelled CheckpointError ConfigError DataError EmbeddingScaleWarning ImageError InputError "
     "MissingDependencyError MissingFileError NonFiniteError OutputError OutputExistsError TrainingError UnclipError "
     "UnknownCaptionWarning UnsafeFileError WeightsError",
+    "models.movq": "VQModel",
+    "models.image_normalizer": "StableUnCLIPImageNormalizer",
     "models.pca": "PrincipalComponents",
     "models.prior": "PriorTransformer",
     "models.prior_autoregressive": "AutoregressivePrior",
+    "models.prior_dalle2": "EmbeddingPriorNetwork",
     "models.text_proj": "UnCLIPTextProjModel",
     "models.unet": "UNet2DConditionModel UNet2DModel",
     "pipelines.arguments": "ImagePipelineOutput",
+    "pipelines.embedding_prior": "EmbeddingPrior",
     "pipelines.image_variation": "UnCLIPImageVariationPipeline",
     "pipelines.inpaint": "UnCLIPInpaintPipeline",
     "pipelines.interpolation": "UnCLIPImageInterpolationPipeline UnCLIPTextInterpolationPipeline",
+    "pipelines.kandinsky": "KandinskyImg2ImgPipeline KandinskyInpaintPipeline KandinskyPipeline "
+    "KandinskyV22Img2ImgPipeline KandinskyV22InpaintPipeline KandinskyV22Pipeline",
+    "pipelines.kandinsky_combined": "KandinskyCombinedPipeline KandinskyImg2ImgCombinedPipeline "
+    "KandinskyInpaintCombinedPipeline KandinskyV22CombinedPipeline KandinskyV22Img2ImgCombinedPipeline "
+    "KandinskyV22InpaintCombinedPipeline",
+    "pipelines.kandinsky_prior": "KandinskyPriorPipeline KandinskyPriorPipelineOutput KandinskyV22PriorPipeline",
     "pipelines.manipulation": "Manipulator",
     "pipelines.model_files": "recorded_settings",
+    "pipelines.stable_unclip": "StableUnCLIPImg2ImgPipeline StableUnCLIPPipeline",
     "pipelines.text_to_image": "UnCLIPPipeline",
+    "pipelines.translator": "Translator",
+    "pipelines.vector_prior": "VectorPrior",
     "stages.manipulation": "BipartiteLatent edit even_places interpolate path_at",
 }
 """The public names by module."""

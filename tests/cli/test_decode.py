@@ -179,3 +179,45 @@ def test_noise_level_without_statistics(unclip, model, tmp_path):
     plain = unclip(*vary, "--seed", "1", "--overwrite", "--json")
     assert zero.code == plain.code == 0
     assert "noise_level" not in json.loads(plain.out)["settings"]
+
+
+def test_embeddings_of_another_clip(unclip, decode, model, rows, tmp_path):
+    """`unclip train translator`, and pictures through the translator."""
+    draw = np.random.default_rng(3)
+    other = draw.normal(size=(300, 6)).astype(np.float32)
+    np.save(tmp_path / "other.npy", other)
+    np.save(tmp_path / "mine.npy", other @ draw.normal(size=(6, DIM)).astype(np.float32) + 1)
+    fit = ["train", "translator", tmp_path / "other.npy", tmp_path / "mine.npy", "--out", tmp_path / "t.safetensors"]
+    done = unclip(*fit)
+    assert done.code == 0, done.err
+    assert done.lines == [str(tmp_path / "t.safetensors")]
+    assert "on 30 held-out pairs: 100.0% of the variance explained, mean cosine 1.000, 100.0% identified" in done.err
+    assert "already exists" in unclip(*fit).err
+    assert unclip(*fit, "--overwrite", "-q", "--hidden", "4", "--steps", "50").code == 0
+
+    made = decode(tmp_path / "other.npy", "--translator", tmp_path / "t.safetensors", "--rows", "0:2")
+    assert made.code == 0, made.err
+    assert read_texts(made.lines[0])["translator"] == "t.safetensors"
+    direct = decode(tmp_path / "mine.npy", "--rows", "0:2")
+    assert np.abs(pixels(made.lines[1]).astype(int) - pixels(direct.lines[1])).max() <= 4
+    again = unclip("rerun", made.lines[1], "--inputs", tmp_path, "--model", model, "--out", tmp_path / "again")
+    assert again.code == 0, again.err
+    assert (pixels(again.lines[0]) == pixels(made.lines[1])).all()
+
+
+def test_translators_that_do_not_fit(unclip, decode, rows, file, tmp_path):
+    np.save(tmp_path / "narrow.npy", rows[:, :7])
+    np.save(tmp_path / "few.npy", rows[:3])
+    fit = ["train", "translator", tmp_path / "narrow.npy"]
+    assert "has 5 rows, but" in unclip(*fit, tmp_path / "few.npy", "--out", tmp_path / "t.safetensors").err
+    assert "20 or more must be left" in unclip(*fit, file, "--out", tmp_path / "t.safetensors").err
+    assert unclip(*fit, file, "--out", tmp_path / "t.npy").code == 1
+    draw = np.random.default_rng(3)
+    for name, width in (("a", 7), ("b", 9)):
+        np.save(tmp_path / f"{name}.npy", draw.normal(size=(40, width)).astype(np.float32))
+    ab = [tmp_path / "a.npy", tmp_path / "b.npy", "--out", tmp_path / "t.safetensors"]
+    assert unclip("train", "translator", *ab).code == 0
+    translate = ["--translator", tmp_path / "t.safetensors"]
+    assert "t.safetensors translates embeddings of width 7" in decode(file, *translate).err
+    assert "embeddings of width 9, but the model needs width 32" in decode(tmp_path / "a.npy", *translate).err
+    assert names(tmp_path / "out") == []

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -133,3 +134,42 @@ def test_convert_karlo_needs_its_files(unclip, tmp_path):
     done = unclip("convert", "karlo", *options, "--clip", tmp_path / "none", "--out", tmp_path / "k")
     assert done.code == 1
     assert not (tmp_path / "k").exists()
+
+
+def test_a_prior_of_dalle2_pytorch_is_recognised_and_converted(unclip, tmp_path):
+    fixture = Path(__file__).parents[1] / "fixtures" / "dalle2" / "1.15.6.safetensors"
+    state = {name.removeprefix("weights/"): value for name, value in load_file(fixture).items() if "weights/" in name}
+    file, out = tmp_path / "prior.pth", tmp_path / "prior"
+    torch.save(state, file)
+    shown = unclip("info", file)
+    assert shown.code == 0
+    assert "family: DALLE2-pytorch: a prior (state dict)" in shown.out
+    assert "missing: the version of DALLE2-pytorch" in shown.out
+    asked = unclip("convert", "dalle2-prior", file, "--out", out)
+    assert asked.code == 1
+    assert "Which one was it? Give it with --package-version" in asked.err
+    done = unclip("convert", "dalle2-prior", file, "--out", out, "--package-version", "1.15.6")
+    assert (done.code, done.lines) == (0, [str(out)])
+    about = json.loads(unclip("info", out, "--json").out)
+    assert about["components"]["prior"]["class_name"] == "EmbeddingPriorNetwork"
+    assert about["family"]["next"].startswith("in Python: EmbeddingPrior.from_pretrained(")
+    assert unclip("info", fixture.with_name("make_fixtures.py")).code == 1
+
+
+def test_info_of_a_prior_of_eclipse(unclip, text_to_image, tmp_path):
+    prior = shutil.copytree(text_to_image / "prior", tmp_path / "eclipse")
+    config = json.loads((prior / "config.json").read_text()) | {"additional_embeddings": 3, "embedding_dim": 768}
+    (prior / "config.json").write_text(json.dumps(config))
+    family = json.loads(unclip("info", prior, "--json").out)["family"]
+    assert family["name"] == "ECLIPSE: a prior for Karlo's (CLIP ViT-L/14) decoder, width 768"
+    assert family["missing"] == ["a decoder"]
+    assert "UnCLIPPipeline.from_pretrained(KARLO, prior=" in family["next"]
+
+
+def test_info_of_an_incomplete_folder(unclip, text_to_image, tmp_path):
+    folder = shutil.copytree(text_to_image, tmp_path / "m")
+    assert json.loads(unclip("info", folder, "--json").out)["family"]["missing"] == []
+    shutil.rmtree(folder / "decoder")
+    done = unclip("info", folder)
+    assert "missing: the folder decoder" in done.out
+    assert done.code == 1

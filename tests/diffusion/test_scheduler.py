@@ -105,8 +105,6 @@ def test_the_ecosystem_s_dpm_solver_config_is_read() -> None:
         (UnCLIPScheduler, "trained_betas", [0.1, 0.2]),
         (DDIMScheduler, "trained_betas", np.array([0.1, 0.2])),
         (UnCLIPScheduler, "rescale_betas_zero_snr", True),
-        (DDIMScheduler, "set_alpha_to_one", False),
-        (DDIMScheduler, "steps_offset", 1),
         (DDIMScheduler, "rescale_betas_zero_snr", True),
         (DPMSolverMultistepScheduler, "algorithm_type", "sde-dpmsolver++"),
         (DPMSolverMultistepScheduler, "solver_type", "heun"),

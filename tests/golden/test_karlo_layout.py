@@ -65,3 +65,17 @@ def test_default_widths_are_within_our_limits_with_room():
     for cls, config in ((PriorTransformer, PRIOR), (UNet2DConditionModel, DECODER), (UNet2DModel, SUPER_RES)):
         described = cls.config_class.from_dict(config)
         assert 2e8 < described.approximate_parameters() < 5e9
+
+
+@pytest.mark.parametrize(("embedding_dim", "count"), [(768, 33_143_040), (1280, 34_193_152)])
+def test_eclipse_has_no_time_embedding(embedding_dim, count):
+    """Karlo's and Kandinsky 2.2's priors of ECLIPSE (arXiv 2312.04655): 33 and 34 million parameters."""
+    config = {"num_attention_heads": 16, "attention_head_dim": 32, "num_layers": 10, "embedding_dim": embedding_dim}
+    with torch.device("meta"):
+        mine = PriorTransformer.from_config(config | {"additional_embeddings": 3})
+        theirs = diffusers.PriorTransformer(**config, additional_embeddings=3)
+    shapes = {name: tensor.shape for name, tensor in mine.state_dict().items()}
+    expected = {name: tensor.shape for name, tensor in theirs.state_dict().items() if "time_embedding" not in name}
+    assert shapes == expected
+    assert shapes["positional_embedding"] == (1, 80, 512)
+    assert sum(shape.numel() for shape in shapes.values()) == count

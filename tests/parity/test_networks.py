@@ -96,6 +96,37 @@ def test_prior_without_text_tokens(agree):
     agree("networks", got, lambda: theirs(x, 3, embedding).predicted_image_embedding, [theirs])
 
 
+@pytest.mark.parametrize("settings", [{}, {"norm_in_type": "layer"}, {"embedding_proj_norm_type": "layer"}], ids=str)
+@torch.no_grad()
+def test_prior_without_timestep(agree, settings):
+    """ECLIPSE's network: the blocks of diffusers' class in their order, without its time embedding."""
+    settings = PRIOR | settings | {"additional_embeddings": 3}
+    theirs = diffusers.PriorTransformer(**settings).eval()
+    del theirs.time_embedding
+    for parameter in theirs.parameters():
+        parameter.normal_(std=0.3)
+    mine = PriorTransformer.from_config(settings).eval()
+    mine.load_state_dict(theirs.state_dict(), strict=True)
+    noise, embedding, text = torch.randn(2, 16), torch.randn(2, 16), torch.randn(2, 7, 16)
+    mask = torch.tensor([[1] * 3 + [0] * 4, [1] * 7]).bool()
+
+    def run():
+        summary = embedding if theirs.embedding_proj_norm is None else theirs.embedding_proj_norm(embedding)
+        parts = [theirs.encoder_hidden_states_proj(text), theirs.embedding_proj(summary)[:, None]]
+        parts += [theirs.proj_in(noise)[:, None], theirs.prd_embedding.expand(2, -1, -1)]
+        tokens = torch.cat(parts, dim=1) + theirs.positional_embedding
+        seen = torch.cat([mask, torch.ones(2, 3, dtype=torch.bool)], dim=1)
+        bias = (~seen)[:, None] * -10000.0 + theirs.causal_attention_mask
+        tokens = tokens if theirs.norm_in is None else theirs.norm_in(tokens)
+        for block in theirs.transformer_blocks:
+            tokens = block(tokens, attention_mask=bias.repeat_interleave(2, dim=0))
+        return theirs.proj_to_clip_embeddings(theirs.norm_out(tokens)[:, -1])
+
+    agree("networks", mine(noise, 0, embedding, text, mask).predicted_image_embedding, run, [theirs])
+    shorter = mine(noise[:1], 0, embedding[:1], text[:1, :3], mask[:1, :3]).predicted_image_embedding
+    agree("networks", shorter, lambda: run()[:1], [theirs])
+
+
 @torch.no_grad()
 def test_prior_whitening(agree):
     theirs, mine = twins(PriorTransformer, diffusers.PriorTransformer, PRIOR)

@@ -198,7 +198,7 @@ DEEP = {
         ("prior", {"embedding_proj_dim": 12}, "prior.embedding_proj_dim is 12"),
         ("prior", {"encoder_hid_proj_type": None, "attention_head_dim": 16}, "prior.text_dim is 32"),
         ("prior", {"added_emb_type": None}, "prior.added_emb_type is None"),
-        ("prior", {"additional_embeddings": 3}, "prior.additional_embeddings is 3"),
+        ("prior", {"additional_embeddings": 5}, "prior.additional_embeddings is 5"),
         ("decoder", {"cross_attention_dim": 16}, "text_proj.cross_attention_dim is 12"),
         ("decoder", {"out_channels": 3}, "decoder.out_channels is 3"),
         ("decoder", {"block_out_channels": (16, 16)}, "text_proj.time_embed_dim is 32"),

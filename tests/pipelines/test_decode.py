@@ -5,7 +5,14 @@ import warnings
 import pytest
 import torch
 
-from unclip import EmbeddingScaleWarning, EmbeddingStatistics, InputError, UnCLIPImageVariationPipeline
+from unclip import (
+    EmbeddingPrior,
+    EmbeddingPriorNetwork,
+    EmbeddingScaleWarning,
+    EmbeddingStatistics,
+    InputError,
+    UnCLIPImageVariationPipeline,
+)
 from unclip.pipelines.interpolation import UnCLIPTextInterpolationPipeline
 
 STEPS = {"decoder_num_inference_steps": 2, "super_res_num_inference_steps": 2, "output_type": "pt"}
@@ -120,3 +127,17 @@ def test_without_the_file_those_of_the_prior_are_used(own_pipeline, own_variatio
     found = cls.from_pretrained(tmp_path / "model", **parts)
     torch.testing.assert_close(found.statistics.mean, mean[0])
     assert not (tmp_path / "model" / "embedding_statistics.safetensors").exists()
+
+
+def test_decode_the_sample_of_a_prior_of_dalle2_pytorch(own_pipeline):
+    """The example of docs/guides/families.md."""
+    settings = {"embedding_dim": 16, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 6}
+    settings |= {"max_text_len": 11, "use_text_encodings": True, "normalized": True}
+    prior = EmbeddingPrior(EmbeddingPriorNetwork(**settings).initialize_for_training())
+    text = own_pipeline.caption_encoder.encode(["a cat"])
+    drawn = prior.sample(text.embeds, encodings=text.hidden_states, mask=text.mask, seed=0, num_inference_steps=2)
+    own_pipeline.statistics = EmbeddingStatistics(torch.zeros(16), torch.ones(16), 4.0, 0.5)
+    made = own_pipeline.decode(drawn, rescale="norm", check_scale=False, return_intermediates=True, **STEPS)
+    torch.testing.assert_close(made.image_embeddings.norm(dim=1), torch.tensor([4.0]))
+    with pytest.raises(InputError, match=r"must be \[batch, 16\]"):
+        own_pipeline.decode(torch.randn(1, 4, 16))

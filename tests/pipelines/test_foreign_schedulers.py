@@ -6,13 +6,20 @@ import diffusers
 import pytest
 import torch
 
-from unclip import ConfigError, DDIMScheduler, DPMSolverMultistepScheduler, UnCLIPPipeline, UnCLIPScheduler
+from unclip import (
+    ConfigError,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    UnCLIPPipeline,
+    UnCLIPScheduler,
+)
 from unclip.diffusion.foreign import converted, is_foreign
 
 OURS = {
     "UnCLIPScheduler": UnCLIPScheduler,
-    "DDPMScheduler": UnCLIPScheduler,
-    "DDPMParallelScheduler": UnCLIPScheduler,
+    "DDPMScheduler": DDPMScheduler,
+    "DDPMParallelScheduler": DDPMScheduler,
     "DDIMScheduler": DDIMScheduler,
     "DDIMParallelScheduler": DDIMScheduler,
     "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler,
@@ -64,11 +71,7 @@ def test_a_scheduler_built_from_our_config(own_pipeline, few, name, component):
 def test_the_diffusion_process_is_kept(source, name):
     first = source(variance_type="learned_range", prediction_type="v_prediction", beta_schedule="scaled_linear")
     theirs = getattr(diffusers, name).from_config(first.config)
-    if source is DDIMScheduler and name == "DDPMScheduler":  # "leading" and a learned variance
-        with pytest.raises(ConfigError, match="timestep_spacing='leading' of diffusers' DDPMScheduler"):
-            converted(theirs)
-    else:
-        assert converted(theirs).process == OURS[name].from_config(first.config).process
+    assert converted(theirs).process == OURS[name].from_config(first.config).process
 
 
 def steps_of(theirs, ours, num_steps, eta=None):
@@ -103,11 +106,32 @@ def test_a_scheduler_of_its_own_settings_takes_the_same_steps(name, spacing):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
+KANDINSKY = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "linear"}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("DDIMScheduler", {**KANDINSKY, "set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}),
+        ("DDIMScheduler", {**KANDINSKY, "set_alpha_to_one": False, "clip_sample": False}),
+        ("DPMSolverMultistepScheduler", {**KANDINSKY, "timestep_spacing": "leading", "steps_offset": 1}),
+        ("DDPMScheduler", {**KANDINSKY, "thresholding": True, "sample_max_value": 2.0}),
+        ("DDPMScheduler", {**KANDINSKY, "thresholding": True, "dynamic_thresholding_ratio": 0.7}),
+        ("DPMSolverMultistepScheduler", {**KANDINSKY, "thresholding": True, "sample_max_value": 1.5}),
+    ],
+)
+def test_the_settings_of_latent_decoders(name, settings):
+    theirs = getattr(diffusers, name)(**settings)
+    ours = converted(theirs)
+    assert all(ours.config[key] == value for key, value in settings.items())
+    expected, found = steps_of(theirs, ours, 8)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_ddpm_of_any_spacing_takes_the_same_steps(spacing):
     theirs = diffusers.DDPMScheduler(timestep_spacing=spacing, beta_schedule="squaredcos_cap_v2")
     ours = converted(theirs)
-    assert ours.config.eta == 1
     expected, found = steps_of(theirs, ours, 8)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
@@ -136,10 +160,10 @@ def test_a_class_whose_sampler_unclip_does_not_have(own_pipeline, name):
 @pytest.mark.parametrize(
     ("name", "setting"),
     [
-        ("DDIMScheduler", {"set_alpha_to_one": False}),
-        ("DDIMScheduler", {"thresholding": True}),
+        ("UnCLIPScheduler", {"prediction_type": "flow"}),
+        ("DDIMScheduler", {"rescale_betas_zero_snr": True}),
         ("DDPMScheduler", {"rescale_betas_zero_snr": True}),
-        ("DDPMScheduler", {"timestep_spacing": "trailing"}),
+        ("DDPMScheduler", {"steps_offset": 1}),
         ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
         ("DPMSolverMultistepScheduler", {"solver_order": 3}),
     ],
@@ -178,8 +202,8 @@ def test_the_config_is_a_dict_that_cannot_be_changed():
     assert isinstance(config, dict)
 
 
-@pytest.mark.parametrize(("spacing", "expected"), [("linspace", UnCLIPScheduler), ("trailing", DDIMScheduler)])
-def test_a_folder_that_names_a_class_of_diffusers(own_pipeline, few, tmp_path, spacing, expected):
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+def test_a_folder_that_names_a_class_of_diffusers(own_pipeline, few, tmp_path, spacing):
     """The reference loads it too: all of its schedulers have the same interface."""
     own_pipeline.save_pretrained(tmp_path / "model")
     theirs = diffusers.DDPMScheduler(timestep_spacing=spacing, beta_schedule="squaredcos_cap_v2")
@@ -188,6 +212,6 @@ def test_a_folder_that_names_a_class_of_diffusers(own_pipeline, few, tmp_path, s
     entries = json.loads(index.read_text()) | {"super_res_scheduler": ["diffusers", "DDPMScheduler"]}
     index.write_text(json.dumps(entries))
     loaded = UnCLIPPipeline.from_pretrained(tmp_path / "model")
-    assert type(loaded.super_res_scheduler) is expected
+    assert type(loaded.super_res_scheduler) is DDPMScheduler
     own_pipeline.super_res_scheduler = theirs
     assert loaded.super_res_scheduler.config == own_pipeline.super_res_scheduler.config

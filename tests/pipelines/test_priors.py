@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from unclip import AutoregressivePrior, Cancelled, ConfigError, InputError, UnCLIPPipeline
+from unclip import AutoregressivePrior, Cancelled, ConfigError, InputError, PriorTransformer, UnCLIPPipeline
 from unclip.models.pca import PrincipalComponents
 from unclip.models.prior_autoregressive import dot_product
+
+from ..conftest import randomize
 
 SETTINGS = {
     "num_attention_heads": 2,
@@ -280,3 +282,45 @@ def test_captions_that_keep_one_candidate(either):
     for wrong in (0, 3, -1, 1.5):
         with pytest.raises(InputError, match="captions_per_choice is"):
             embed(prompts, captions_per_choice=wrong)
+
+
+@pytest.fixture(scope="module")
+def one_call(tiny_components, build_pipeline, tiny_configs):
+    prior = randomize(PriorTransformer(**tiny_configs["prior"], additional_embeddings=3), 8)
+    return build_pipeline("text", tiny_components() | {"prior": prior, "prior_scheduler": None})
+
+
+def test_a_prior_of_eclipse_is_called_once_and_nothing_is_unwhitened(one_call):
+    stages, given = [], torch.randn(1, 16)
+    settings = {"prior_latents": given, "return_intermediates": True, **DECODING}
+    made = one_call("a cat", callback_on_step_end=lambda *told: stages.append(told[3]["stage"]), **settings)
+    assert stages.count("prior") == 1
+    text = one_call.caption_encoder.encode(["a cat"], "cpu")
+    network = one_call.prior(given, 0, text.embeds, text.hidden_states, text.mask)
+    torch.testing.assert_close(made.image_embeddings, network.predicted_image_embedding, rtol=0, atol=1e-6)
+    settings |= {"prior_guidance_scale": 9.0, "prior_num_inference_steps": 3}
+    assert torch.equal(one_call("a cat", **settings).image_embeddings, made.image_embeddings)
+
+
+def test_candidates_of_a_prior_of_eclipse_are_of_other_noise(one_call):
+    drawn = torch.cat([one_call.embed_captions("a cat", seed=seed) for seed in (3, 4)])
+    assert not torch.allclose(drawn[0], drawn[1])
+    text = one_call.caption_encoder.encode(["a cat"], "cpu").embeds
+    best = one_call.embed_captions("a cat", seed=3, num_prior_candidates=8)
+    assert F.cosine_similarity(best, text) > F.cosine_similarity(drawn[:1], text)
+
+
+def test_a_folder_with_a_prior_of_eclipse(one_call, tmp_path):
+    one_call.save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "prior" / "config.json").read_text())
+    for key in ("time_embed_act_fn", "time_embed_dim"):  # those that the authors' files do not have
+        del config[key]
+    (tmp_path / "model" / "prior" / "config.json").write_text(json.dumps(config))
+    read = UnCLIPPipeline.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(read.embed_captions("a cat", seed=1), one_call.embed_captions("a cat", seed=1))
+
+
+def test_a_prior_of_eclipse_of_another_clip(tiny_components, build_pipeline, tiny_configs):
+    wide = PriorTransformer(**(tiny_configs["prior"] | {"embedding_dim": 20}), additional_embeddings=3)
+    with pytest.raises(ConfigError, match=r"prior\.embedding_dim is 20, but text_encoder\.projection_dim is 16"):
+        build_pipeline("text", tiny_components() | {"prior": wide})

@@ -32,7 +32,9 @@ found.bytes = Buffer.from(await (await fetch(found.url.data[0].url)).arrayBuffer
 found.masked = await client.images.edit({ image: await file("red"), mask: await file("mask"), prompt, ...b64 });
 found.own_alpha = await client.images.edit({ image: await file("holed"), prompt, ...b64 });
 found.list = await client.images.edit({ image: [await file("red")], mask: await file("mask"), prompt, ...b64 });
-found.two = await refusal(client.images.edit({ image: [await file("red"), await file("red")], prompt }));
+const many = await Promise.all(Array.from({ length: 17 }, () => file("red")));
+found.two = await client.images.edit({ image: many.slice(0, 2), prompt, response_format: "b64_json" });
+found.many = await refusal(client.images.edit({ image: many, prompt }));
 found.variation = await client.images.createVariation({ image: await file("red"), n: 2, ...b64 });
 found.stream = await events(client.images.generate({ prompt, stream: true, partial_images: 2, seed: 5 }));
 found.edit_stream = await events(client.images.edit({ image: await file("holed"), prompt, stream: true, partial_images: 1 }));

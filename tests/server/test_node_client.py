@@ -81,6 +81,7 @@ def test_edits_without_a_mask_variations_and_embeddings(found):
     result = opened(found["own_alpha"]["data"][0])
     assert (result[:, 8:, :3] == (255, 0, 0)).all()
     assert len(found["variation"]["data"]) == 2
+    assert opened(found["two"]["data"][0]).shape == (16, 16, 3)
     assert len(found["embedding"]["data"][0]["embedding"]) == 16
     assert [model["id"] for model in found["models"]] == ["tiny"]
 
@@ -100,7 +101,7 @@ def test_typed_errors(found):
     assert found["size"] == {**bad, "param": "size", "code": "invalid_value"}
     assert found["steps"] == {**bad, "param": "steps", "code": "invalid_value"}
     assert found["mask"] == {**bad, "param": "mask", "code": "invalid_mask"}
-    assert found["two"] == {**bad, "param": "image", "code": "too_many_images"}
+    assert found["many"] == {**bad, "param": "image", "code": "too_many_images"}
     assert (found["model"]["name"], found["model"]["code"]) == ("NotFoundError", "model_not_found")
 
 

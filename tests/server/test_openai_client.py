@@ -9,10 +9,12 @@ import warnings
 import numpy as np
 import openai
 import pytest
+import torch
 from PIL import Image
 
 from unclip.pipelines.session import Session
-from unclip.server.models import KINDS
+from unclip.server.models import KINDS, PRIOR_SETTINGS
+from unclip.stages.arithmetic import blend
 
 pytestmark = pytest.mark.filterwarnings("ignore:the prompt has:UserWarning")
 
@@ -136,6 +138,34 @@ def test_edits_by_the_picture_s_own_transparency(client, holed, form):
     assert (result[:, :8, :3] != (255, 0, 0)).any()
 
 
+@torch.no_grad()
+def test_several_pictures_are_combined_with_the_prompt(client, model_folder, red):
+    blue = png(Image.new("RGB", (16, 16), "blue"))
+    options = {"prompt": "a cat", "n": 2, "response_format": "b64_json", "extra_body": {"seed": 3}}
+    answer = client.images.edit(image=[red, blue], **options)
+    session = Session(str(model_folder), progress=False)
+    text, pipe = session.pipeline(KINDS["generate"]), session.pipeline(KINDS["decode"])
+    shown = pipe.embed_images([Image.new("RGB", (16, 16), color) for color in ("red", "blue")])
+    of_prior = {PRIOR_SETTINGS[name]: value for name, value in text.recommended.items() if name in PRIOR_SETTINGS}
+    told = text.embed_captions(["a cat"] * 2, seed=[3, 4], **of_prior)
+    mixed = torch.stack([blend(torch.cat([shown, row[None]]), [1, 1, 1]) for row in told])
+    wanted = pipe(image_embeddings=mixed, seed=[3, 4], **pipe.recommended).images
+    for item, image in zip(answer.data, wanted, strict=True):
+        assert np.abs(np.asarray(opened(item), int) - np.asarray(image, int)).max() <= 1
+    streamed = list(client.images.edit(image=[red, blue], stream=True, partial_images=1, **options))
+    assert [event.type for event in streamed].count("image_edit.completed") == 2
+
+
+def test_further_pictures_guide_the_edit_of_the_first(client, red, holed):
+    options = {"prompt": "a cat", "response_format": "b64_json", "extra_body": {"seed": 3}}
+    results = [
+        np.asarray(opened(client.images.edit(image=images, **options).data[0]))
+        for images in ([holed, red], [holed, png(Image.new("RGB", (16, 16), "blue"))])
+    ]
+    assert all((result[:, 8:, :3] == (255, 0, 0)).all() for result in results)
+    assert (results[0] != results[1]).any()
+
+
 def test_edits_by_strength_and_by_a_caption_difference(client, red):
     redrawn = client.images.edit(image=red, prompt="a cat", response_format="b64_json", extra_body={"strength": 0.5})
     assert opened(redrawn.data[0]).size == (16, 16)
@@ -231,9 +261,12 @@ def test_what_is_wrong_with_pictures(client, red):
     with pytest.raises(openai.BadRequestError, match="nothing marks") as caught:
         client.images.edit(image=red, prompt="a cat")
     assert caught.value.param == "mask"
-    with pytest.raises(openai.BadRequestError, match="takes one") as caught:
-        client.images.edit(image=[red, red], prompt="a cat")
+    with pytest.raises(openai.BadRequestError, match="edits one picture") as caught:
+        client.images.edit(image=[red, red], prompt="", extra_body={"from": "a cat", "to": "a dog"})
     assert caught.value.param == "image"
+    with pytest.raises(openai.BadRequestError, match="at most 16") as caught:
+        client.images.edit(image=[red] * 17, prompt="a cat")
+    assert (caught.value.param, caught.value.code) == ("image", "too_many_images")
 
 
 def test_a_full_queue_is_retried(serve):

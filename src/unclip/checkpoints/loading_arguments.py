@@ -70,6 +70,9 @@ def accepted_arguments(
     left: dict[str, Any] = {}
     ignored: list[str] = []
     for name, value in arguments.items():
+        if others and name in others:
+            left[name] = value
+            continue
         is_default = value is None or value is (name == "low_cpu_mem_usage")
         if name in REFUSED and not is_default:
             raise InputError(f"{where} does not support {name}: {REFUSED[name]}")
@@ -77,7 +80,7 @@ def accepted_arguments(
             ignored.append(f"{name} ({IGNORED[name]})")
         elif name in IGNORED or name in REFUSED:
             continue
-        elif others is None or name in others:
+        elif others is None:
             left[name] = value
         else:
             parameters = inspect.signature(method).parameters.values()

@@ -1,5 +1,6 @@
 """`unclip convert`: convert checkpoints of other formats to model folders."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,21 @@ from unclip.cli.options import argument, command, flag, option
 from unclip.pipelines.session import silence
 
 Clip = Annotated[str, option("MODEL", help="Folder or hub id of the CLIP model, in transformers' layout.")]
+
+
+class PriorProject(StrEnum):
+    """The projects whose priors on grids of tokens are read."""
+
+    mindeye1 = "mindeye1"
+    mindeye2 = "mindeye2"
+
+
+class TrainerWeights(StrEnum):
+    """The weights in a trainer's file."""
+
+    ema = "ema"
+    online = "online"
+
 
 convert = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -121,3 +137,47 @@ def pickle(
 
     silence(downloads=quiet)
     print(convert_pickle(folder, out, overwrite=overwrite), flush=True)
+
+
+@command(convert, "dalle2-prior")
+def dalle2_prior(
+    file: Annotated[Path, argument("FILE")],
+    out: options.NewFolder,
+    package_version: Annotated[str | None, option("X.Y.Z")] = None,
+    project: Annotated[PriorProject | None, option(None)] = None,
+    config: Annotated[Path | None, option("JSON")] = None,
+    weights: Annotated[TrainerWeights, option(None)] = TrainerWeights.ema,
+    overwrite: options.OverwriteFolder = False,
+    quiet: options.Quiet = False,
+) -> None:
+    r"""Convert a prior of DALLE2-pytorch or of MindEye.
+
+    FILE is a trainer's file or a state dict: .pth, .pt or .safetensors. Only tensors are read from pickles, and files
+    with objects that could run code are refused. Versions of the package differ in what the same weights compute. If
+    the file does not tell the version, the command asks for it.
+
+    Args:
+        file: The file with the weights.
+        package_version: Version of DALLE2-pytorch that trained it.
+        project: Whose code trained it; needed for grids of tokens.
+        config: The package's prior_config.json.
+        weights: Which weights of a trainer's file.
+
+    Examples:
+        unclip convert dalle2-prior latest.pth --config prior_config.json \
+          --out models/laion-prior
+        unclip convert dalle2-prior last.pth --project mindeye2 --out models/mindeye
+    """
+    from unclip.pipelines.convert_dalle2 import convert_dalle2_prior
+
+    silence(downloads=quiet)
+    made = convert_dalle2_prior(
+        file,
+        out,
+        package_version=package_version,
+        project=None if project is None else project.value,
+        config=config,
+        weights=weights.value,
+        overwrite=overwrite,
+    )
+    print(made, flush=True)

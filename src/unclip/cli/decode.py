@@ -39,6 +39,7 @@ def decode(
     model: options.Model = "unclip-emoji",
     key: Annotated[str | None, option("NAME", default="image_embeds or embedding, else the only one")] = None,
     rows: Annotated[str | None, option("A:B", default="all")] = None,
+    translator: Annotated[Path | None, option("FILE", default="none")] = None,
     rescale: Annotated[Rescaling | None, option("HOW", default="as they are")] = None,
     num_images: options.NumImagesOfEach = 1,
     seed: Annotated[int, option("N", min=0, max=options.MAX_SEED)] = 0,
@@ -62,6 +63,7 @@ def decode(
         embeddings: A file of embeddings, or a folder of such files.
         key: The array of the file, or the column; emb_* are columns with one dimension each.
         rows: Only the rows from A to before B, counted from 0.
+        translator: A file of `unclip train translator`, for embeddings of another CLIP.
         rescale: norm: give every embedding the model's mean norm; dimensions: give every dimension the model's mean and
             standard deviation; unwhiten: undo the whitening of a prior.
         seed: Seed of the first picture. The next one has N+1, and so on.
@@ -74,6 +76,7 @@ def decode(
         unclip decode regressed.npy --rescale dimensions --one-noise --grid
         unclip decode index.parquet --label-column caption --rows 0:16 --grid
         unclip decode embeddings.npy --noise-level 200 -n 4
+        unclip decode other.npy --translator translator.safetensors
     """
     if not embeddings.exists():
         raise InputError(no_file(str(embeddings)))
@@ -87,7 +90,9 @@ def decode(
     from unclip.data.embeddings import read_embeddings
     from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
     from unclip.pipelines.text_to_image import UnCLIPPipeline
+    from unclip.pipelines.translator import Translator
 
+    translate = None if translator is None else Translator.read(translator)
     table = read_embeddings(embeddings, key)
     table = table if rows is None else table.select(*_range(rows))
     for _ in table.batches():  # rows with NaN are named before anything is computed
@@ -97,13 +102,27 @@ def decode(
     settings = session.settings(kind, decoding.given()) | size.sides
     writer = PictureWriter(common, len(table) * num_images, seed=seed)
     pipe = session.pipeline(kind)
-    if table.width != (width := pipe.text_proj.config.clip_embeddings_dim):
-        raise InputError(f"{embeddings} has embeddings of width {table.width}, but the model needs width {width}")
-    given = EmbeddingStatistics.of_batches(table.batches()) if rescale is Rescaling.dimensions else None
+    given_width, width = table.width, pipe.text_proj.config.clip_embeddings_dim
+    if translate is not None:
+        if given_width != translate.source_dim:
+            takes = f"{translator} translates embeddings of width {translate.source_dim}"
+            raise InputError(f"{embeddings} has embeddings of width {given_width}, but {takes}")
+        given_width = translate.target_dim
+    if given_width != width:
+        file = embeddings if translate is None else translator
+        raise InputError(f"{file} has embeddings of width {given_width}, but the model needs width {width}")
+
+    def translated(rows: Any) -> "Tensor":
+        rows = torch.from_numpy(rows)
+        return rows if translate is None else translate(rows)
+
+    given = None
+    if rescale is Rescaling.dimensions:
+        given = EmbeddingStatistics.of_batches(map(translated, table.batches()))
     own = pipe.statistics if rescale is None else pipe.statistics_for("rescale")
 
     def read(place: int) -> "Tensor":
-        row = torch.from_numpy(table[place : place + 1])
+        row = translated(table[place : place + 1])
         return row if rescale is None or own is None else own.rescaled(row, rescale, given)
 
     if own is not None and replay() is None:
@@ -111,6 +130,7 @@ def decode(
         if message := own.report(torch.cat([read(int(place)) for place in sample])):
             warn(message)
     about = {"embeddings": plain(embeddings.name), "prompt": prompt, "negative": negative}
+    about |= {} if translator is None else {"translator": plain(translator.name)}
     about |= metadata(session, pipe, {**settings, "sampler": sampler_name(pipe)})
     stem = slug(plain(embeddings.stem))
     paths: list[Path] = []

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from unclip.checkpoints.families import Family, recognised
 from unclip.checkpoints.files import file_size, read_json, safe_join
 from unclip.checkpoints.hub import resolve
 from unclip.checkpoints.recommended import EXACT, Preset, read_presets
@@ -65,10 +66,12 @@ def info(
     """Show the components of a model.
 
     The output lists components, sizes, schedulers and the licence. Only headers and configurations are read, no
-    weights. MODEL may also be the folder of one component, or the model/ folder of a training run.
+    weights. MODEL may also be the folder of one component, or the model/ folder of a training run. Of a file of
+    another project (.pth, .ckpt, .safetensors) or a folder of such files, the output names the family, what is
+    missing, and the command that converts it. Nothing is unpickled.
 
     Args:
-        model: A model's folder, a hub id (owner/name), or a built-in name.
+        model: A model's folder, a hub id (owner/name), a built-in name, or a file.
         as_json: Print one JSON object instead of tables.
 
     Examples:
@@ -76,28 +79,40 @@ def info(
         unclip info models/mine --json
     """
     silence_later(downloads=quiet)
-    folder = resolve(model)
-    components = read_components(folder)
+    if Path(model).is_file():
+        folder, family, components = Path(model), recognised(Path(model)), {}
+        if family is None:
+            raise CheckpointError(f"{model} is not a file of a known family; name a model's folder, or see the guides")
+    else:
+        folder = resolve(model)
+        family, components = recognised(folder), {}
+        if family is None or has_components(folder):
+            components = read_components(folder)
     problems = [f"component {name!r}: {part.problem}" for name, part in components.items() if part.problem]
     presets: dict[str, Preset] = {EXACT: {}}
     try:
-        presets = read_presets(folder)
+        presets = read_presets(folder) if folder.is_dir() else presets
     except UnclipError as problem:
         problems.append(str(problem))
     papers = {"licence": licence(folder), "model_card": first_file(folder, ("README*", "MODEL_CARD*", "model_card*"))}
     if as_json:
         parts = {name: {k: v for k, v in asdict(part).items() if v} for name, part in components.items()}
         about = {"model": model_name(model), "folder": str(folder), **papers}
-        print(
-            json.dumps({**about, "generation_defaults": presets.pop(EXACT), "presets": presets, "components": parts}),
-            flush=True,
-        )
+        about["family"] = None if family is None else asdict(family)
+        settings = {"generation_defaults": presets.pop(EXACT), "presets": presets}
+        print(json.dumps({**about, **settings, "components": parts}), flush=True)
     else:
-        show(f"{model_name(model)} ({folder})", components, presets, papers)
+        show(f"{model_name(model)} ({folder})", family, components, presets, papers)
     for problem in problems:
         error(problem)
     if problems:
         raise typer.Exit(1)
+
+
+def has_components(folder: Path) -> bool:
+    """Whether a folder has a pipeline, or components."""
+    places = (folder, *(entry for entry in folder.iterdir() if entry.is_dir()))
+    return (folder / "model_index.json").is_file() or any(_config_name(place) for place in places)
 
 
 def read_components(folder: Path) -> dict[str, Component]:
@@ -149,7 +164,7 @@ def read_component(folder: Path, name: str, class_name: str) -> Component:
 
 
 def licence(folder: Path) -> str | None:
-    """The licence file, or the licence in the head of the model card."""
+    """The licence file, or the licence in the head of the model card; None for a single file."""
     file = first_file(folder, ("LICENSE*", "LICENCE*", "license*"))
     card = first_file(folder, ("README*",))
     if file is None and card is not None:
@@ -165,7 +180,11 @@ def first_file(folder: Path, patterns: tuple[str, ...]) -> str | None:
 
 
 def show(
-    title: str, components: dict[str, Component], presets: dict[str, Preset], papers: dict[str, str | None]
+    title: str,
+    family: Family | None,
+    components: dict[str, Component],
+    presets: dict[str, Preset],
+    papers: dict[str, str | None],
 ) -> None:
     """Print everything as tables; plain text when stdout is not a terminal."""
     from rich import box
@@ -197,12 +216,19 @@ def show(
     if len(total) > 1:
         size_bytes = sum(part.size_bytes for part in total)
         parts.append(["total", "", f"{sum(part.parameters for part in total):,}", megabytes(size_bytes)])
-    console.print(printable(f"{title}\n"))
+    console.print(printable(title))
+    if family is not None:
+        console.print(printable(f"family: {family.name}"))
+        for label, text in (("missing", ", ".join(family.missing)), ("next", family.next)):
+            if text:
+                console.print(printable(f"{label}: {text}"), soft_wrap=True)
+    console.print("")
     print_table(("component", "class", "parameters", "on disk", "dtype", "sizes"), parts)
     schedulers = [[name, part.class_name, listed(part.settings)] for name, part in components.items() if part.settings]
     print_table(("scheduler", "class", "settings"), schedulers)
     defaults = presets[EXACT]
-    console.print(printable(f"recommended: {listed(defaults) or 'nothing in particular'}"))
+    if components:
+        console.print(printable(f"recommended: {listed(defaults) or 'nothing in particular'}"))
     for name, preset in presets.items():
         if name != EXACT:
             own = {key: value for key, value in preset.items() if defaults.get(key) != value}

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from unclip import __version__
-from unclip.cli import concepts, decode, embed, generate, info, inpaint, manipulate, options, rerun, serve, train, vary
+from unclip.cli import concepts, decode, embed, generate, info, inpaint, manipulate, options, rerun, serve, vary
 from unclip.cli.convert import convert
 from unclip.cli.data import data
 from unclip.cli.defaults import EPILOG, config_file, defaults_for
@@ -32,6 +32,7 @@ from unclip.cli.messages import (
 )
 from unclip.cli.probe import probe
 from unclip.cli.provenance import RecordedCommand
+from unclip.cli.train import assemble, train
 from unclip.cli.usage import say_usage
 from unclip.errors import ConfigError, UnclipError
 
@@ -201,8 +202,8 @@ options.command(app, "concepts")(concepts.concepts)
 options.command(app, "info")(info.info)
 app.add_typer(convert, name="convert")
 app.add_typer(data, name="data")
-options.command(app, "train")(train.train)
-options.command(app, "assemble")(train.assemble)
+app.add_typer(train, name="train")
+options.command(app, "assemble")(assemble)
 app.add_typer(evaluate, name="evaluate")
 options.command(app, "help")(show_help)
 

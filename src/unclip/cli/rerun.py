@@ -155,7 +155,7 @@ def _arguments(
         elif isinstance(value, bool):
             found += [long] * value
         else:
-            found.append(f"{long}={_input(value, folders) if name in ('mask', 'pca') else value}")
+            found.append(f"{long}={_input(value, folders) if name in ('mask', 'pca', 'translator') else value}")
     return found, positional
 
 

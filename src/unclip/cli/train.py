@@ -9,17 +9,44 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.core import TyperGroup
 
+from unclip.checkpoints.tensor_file import SUFFIX
 from unclip.cli import options
 from unclip.cli.messages import bar, note
-from unclip.cli.options import argument, flag, option
+from unclip.cli.options import argument, command, flag, option
+from unclip.cli.output import check_free
+from unclip.errors import InputError
 from unclip.pipelines.session import keep_freed_memory
 
 if TYPE_CHECKING:
     from unclip.training.recipe import Recipe
 
+OF_RECIPE = "recipe"
 
-def train(
+
+class TrainGroup(TyperGroup):
+    """The commands of `unclip train`; `unclip train FILE` is `unclip train recipe FILE`."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        if args and args[0] not in {*self.commands, *ctx.help_option_names}:
+            args = [OF_RECIPE, *args]
+        return super().parse_args(ctx, args)  # pyright: ignore[reportArgumentType]
+
+
+train = typer.Typer(cls=TrainGroup, no_args_is_help=True, rich_markup_mode=None)
+
+
+@train.callback()
+def train_group() -> None:
+    """Train a stage of a model, or a translator between two CLIPs.
+
+    `unclip train RECIPE --out RUN` is short for `unclip train recipe RECIPE --out RUN`.
+    """
+
+
+@command(train, OF_RECIPE)
+def train_recipe(
     recipe: Annotated[Path, argument("RECIPE")],
     out: Annotated[Path | None, option("RUN", "--out", "-o")] = None,
     steps: Annotated[int | None, option("N", default="the recipe's", min=1)] = None,
@@ -76,6 +103,70 @@ def train(
         raise typer.Exit(128 + (trainer.stopped_by or signal.SIGINT))
     if first:
         print(out / "model", flush=True)
+
+
+@command(train, "translator")
+def translator(
+    *,
+    source: Annotated[Path, argument("SOURCE")],
+    target: Annotated[Path, argument("TARGET")],
+    out: Annotated[Path, option("FILE", "--out", "-o")],
+    held_out: Annotated[int | None, option("N", default="a tenth of the rows", min=0)] = None,
+    hidden: Annotated[int, option("N", min=0, max=16_384)] = 0,
+    steps: Annotated[int, option("N", min=50, max=1_000_000)] = 2000,
+    seed: Annotated[int, option("N", min=0, max=options.MAX_SEED)] = 0,
+    key: Annotated[str | None, option("NAME", default="image_embeds or embedding, else the only one")] = None,
+    overwrite: Annotated[bool, flag("--overwrite")] = False,
+    quiet: options.Quiet = False,
+) -> None:
+    r"""Fit a translator from the image embeddings of one CLIP to those of another.
+
+    SOURCE and TARGET are files with the embeddings of the same pictures in the same order, by the two CLIPs, as
+    `unclip embed` writes them. The translator is a ridge regression, and with --hidden also a hidden layer. Its error
+    on held-out pairs is stored in FILE and printed. The path of FILE is printed to stdout.
+
+    Args:
+        source: Embeddings to translate: .npy, .npz, .safetensors, .parquet, or a folder.
+        target: Embeddings of the same pictures by the CLIP of the model that will decode them.
+        out: The .safetensors file to write.
+        held_out: The last N rows are not trained on; the error is measured on them.
+        hidden: Width of a hidden layer. 0 is ridge regression alone.
+        steps: Optimizer steps of the hidden layer.
+        seed: Seed of the hidden layer and of the rows on which settings are chosen.
+        key: The array of the files, or the column.
+        overwrite: Replace an existing FILE.
+
+    Examples:
+        unclip train translator other.npy mine.npy --out translator.safetensors
+        unclip decode more.npy --model models/mine \
+          --translator translator.safetensors
+    """
+    if out.suffix != SUFFIX:
+        raise InputError(f"--out {out} must end in {SUFFIX}")
+    check_free(out, overwrite=overwrite)
+    import torch
+
+    from unclip.data.embeddings import read_embeddings
+    from unclip.pipelines.translator import Translator, check_pairs
+
+    pairs = [read_embeddings(file, key) for file in (source, target)]
+    check_pairs(*pairs)
+    made = Translator.fit(
+        *(torch.from_numpy(table[:]) for table in pairs),
+        held_out=len(pairs[0]) // 10 if held_out is None else held_out,
+        hidden=hidden,
+        steps=steps,
+        seed=seed,
+        progress=bar(quiet),
+    )
+    made.write(out, overwrite=overwrite)
+    if made.measured and not quiet:
+        rows, found = int(made.measured["rows"]), made.measured
+        note(
+            f"on {rows:,} held-out pairs: {found['explained']:.1%} of the variance explained, mean cosine "
+            f"{found['cosine']:.3f}, {found['top_1']:.1%} identified among at most 4,096"
+        )
+    print(out, flush=True)
 
 
 def tell_step(recipe: "Recipe", step: int, row: Mapping[str, float]) -> None:

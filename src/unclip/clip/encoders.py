@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batched:
-    """Base of values whose tensors (and nested values) all have the batch as first dimension."""
+    """Base of values whose tensors (and nested values) all have the batch as first dimension.
+
+    A field other than the first may be None; it is None in all values that are joined.
+    """
 
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))
@@ -41,7 +44,10 @@ class Batched:
         joined = {}
         for field in fields(self):
             parts = [getattr(value, field.name) for value in (self, *others)]
-            joined[field.name] = parts[0].join(*parts[1:]) if isinstance(parts[0], Batched) else torch.cat(parts)
+            if parts[0] is None:
+                joined[field.name] = None
+            else:
+                joined[field.name] = parts[0].join(*parts[1:]) if isinstance(parts[0], Batched) else torch.cat(parts)
         return type(self)(**joined)
 
     def repeat(self, count: int) -> Self:
@@ -57,8 +63,12 @@ class Batched:
         return self._map(lambda value: value.to(device))
 
     def _map(self, function) -> Self:
-        values = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return type(self)(**{n: v._map(function) if isinstance(v, Batched) else function(v) for n, v in values})
+        def mapped(value):
+            if value is None:
+                return None
+            return value._map(function) if isinstance(value, Batched) else function(value)
+
+        return type(self)(**{field.name: mapped(getattr(self, field.name)) for field in fields(self)})
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from unclip.checkpoints.files import read_json, safe_join
 from unclip.checkpoints.weights import (
     TRANSFORMERS_STEM,
+    WeightsIndex,
     check_finite,
     check_fit,
     open_weights,
@@ -36,6 +37,7 @@ OWN = {
     "CLIPVisionModelWithProjection": CLIPImageEncoder,
     "CLIPTokenizer": CaptionTokenizer,
     "CLIPImageProcessor": PicturePreprocessor,
+    "CLIPTextModel": None,
     "CLIPModel": None,
 }
 """The classes of transformers in model folders, with unclip's own classes that compute the same."""
@@ -54,6 +56,8 @@ COMPONENTS = {
 
 TOKENIZER_JSON = ("tokenizer*.json", "vocab.json", "special_tokens_map.json", "added_tokens.json")
 """The files that the tokenizers of transformers read; tokenizer.json may have a version in its name."""
+
+TEXT_PREFIX = "text_model."
 
 MORE_FILES = ("adapter_config.json", "processor_config.json")
 """Further files that transformers reads, and unclip's own classes do not."""
@@ -245,7 +249,7 @@ def _read_network(cls: Any, folder: Path, dtype: torch.dtype | None, variant: st
     """A CLIP model of transformers; its configuration and the header of its weights are checked first."""
     _check_config(folder)
     index = open_weights(folder, stem=TRANSFORMERS_STEM, variant=variant)
-    check_fit(_clip_shapes(cls, folder), index.without(CLIPTextEncoder.tables), folder)
+    check_fit(_clip_shapes(cls, folder, index), index.without(CLIPTextEncoder.tables), folder)
     for name, tensor in read_tensors(index):
         check_finite(tensor, name, str(folder))
     model, about = cls.from_pretrained(
@@ -266,10 +270,11 @@ def _check_config(folder: Path) -> None:
     check_clip_settings(read_json(path), str(path))
 
 
-def _clip_shapes(cls: Any, folder: Path) -> dict[str, tuple[int, ...]]:
+def _clip_shapes(cls: Any, folder: Path, index: WeightsIndex) -> dict[str, tuple[int, ...]]:
     """The shapes of the weights of transformers' CLIP class `cls`, for the configuration in `folder`.
 
-    They are taken from unclip's own classes, built on the meta device.
+    They are taken from unclip's own classes, built on the meta device. `index` has the names of the weights:
+    CLIPTextModel has no projection, and current versions of transformers write its weights without a prefix.
     """
     config = cls.config_class.from_pretrained(folder, local_files_only=True)
     halves = [getattr(config, name) for name in HALVES] if cls.__name__ == "CLIPModel" else [config]
@@ -281,6 +286,10 @@ def _clip_shapes(cls: Any, folder: Path) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"):
             built = encoder(sizes | {"projection_dim": config.projection_dim})
         shapes |= {name: tuple(weight.shape) for name, weight in built.state_dict().items()}
+    if cls.__name__ == "CLIPTextModel":
+        del shapes["text_projection.weight"]
+        if not any(name.startswith(TEXT_PREFIX) for name in index):
+            shapes = {name.removeprefix(TEXT_PREFIX): shape for name, shape in shapes.items()}
     return shapes
 
 

@@ -71,12 +71,12 @@ class EmbeddingStatistics:
 
     @classmethod
     def of_prior(cls, mean: Tensor, std: Tensor) -> Self | None:
-        """Statistics from a prior's `clip_mean` and `clip_std`; None if these were never set (0 and 1).
+        """Statistics from a prior's `clip_mean` and `clip_std`; None if these were never set (0, and 1 or 0).
 
         The spread of the norm is twice that of independent dimensions: it was 2.1 times that for the built-in model.
         """
         mean, std = mean.detach().float().cpu().flatten(), std.detach().float().cpu().flatten()
-        if not mean.any() and (std == 1).all():
+        if (std <= 0).any() or (not mean.any() and (std == 1).all()):
             return None
         norm = float((mean**2 + std**2).sum().sqrt())
         return cls(mean, std, norm, float((2 * std**4 + 4 * mean**2 * std**2).sum().sqrt()) / norm)
@@ -184,8 +184,24 @@ class EmbeddingStatistics:
         Args:
             embeddings, noise: [rows, embedding_dim].
         """
-        mean, std = self.mean.to(embeddings.device), self.std.to(embeddings.device)
-        return _NOISE.add_noise((embeddings - mean) / std, noise, level) * std + mean
+        return noised(embeddings, level, noise, self.mean, self.std)
+
+
+def noised(
+    embeddings: Tensor, level: int, noise: Tensor, mean: Tensor, std: Tensor, process: DiffusionProcess = _NOISE
+) -> Tensor:
+    """Embeddings [rows, embedding_dim] that are whitened, noised to a level and un-whitened, float32.
+
+    Level 0 has a little noise.
+
+    Args:
+        embeddings, noise: [rows, embedding_dim].
+        level: a timestep of `process`.
+        mean, std: [embedding_dim] or [1, embedding_dim].
+        process: only its schedule counts.
+    """
+    mean, std = mean.to(embeddings.device).float(), std.to(embeddings.device).float()
+    return process.add_noise((embeddings - mean) / std, noise, level) * std + mean
 
 
 def _option(how: str) -> str:

@@ -1,16 +1,28 @@
 """Conversion of schedulers of diffusers to those of unclip that sample in the same way."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from unclip.diffusion.scheduler import SCHEDULERS, DDIMScheduler, Scheduler
+from unclip.diffusion.scheduler import SCHEDULERS, DDIMScheduler, DDPMScheduler, Scheduler
 from unclip.errors import ConfigError
 from unclip.settings import SAMPLERS
 
-EQUIVALENTS = {name: SCHEDULERS[row.scheduler] for row in SAMPLERS.values() for name in row.equivalents}
+EQUIVALENTS = {
+    **{name: SCHEDULERS[row.scheduler] for row in SAMPLERS.values() for name in row.equivalents},
+    **dict.fromkeys(("DDPMScheduler", "DDPMParallelScheduler"), DDPMScheduler),
+}
 """The schedulers of diffusers by class name, and the scheduler here that samples in the same way."""
-DDPM_DEFAULTS = {"beta_schedule": "linear", "variance_type": "fixed_small", "timestep_spacing": "leading"}
-"""Where diffusers' DDPMScheduler differs from UnCLIPScheduler."""
+
+PNDM = "PNDMScheduler"
+PNDM_DEFAULTS = {"set_alpha_to_one": False, "clip_sample": False}
+"""Where PNDMScheduler, which does not clip, differs from DDIMScheduler in what it leaves out of its files."""
+
+READABLE = (*EQUIVALENTS, PNDM)
+"""The classes of diffusers that `of_settings` reads."""
+
+UNCLIP_SCHEDULE = "squaredcos_cap_v2"
+"""The noise schedule of every UnCLIPScheduler."""
 
 
 def is_foreign(value: object) -> bool:
@@ -22,8 +34,8 @@ def is_foreign(value: object) -> bool:
 def converted(scheduler: Any, replaced: Scheduler | None = None) -> Scheduler:
     """A scheduler that samples in the same way as a scheduler of diffusers.
 
-    If that was built by `from_config` from a scheduler of unclip, the even spacing of timesteps and the variance type
-    are kept, as in unclip's own `from_config`. Where x0 is clipped, the noise is recomputed from it.
+    If that was built by `from_config` from a scheduler of unclip, the even spacing of timesteps, the variance type and
+    the noise schedule are kept, as in unclip's own `from_config`. Where x0 is clipped, the noise is recomputed from it.
 
     Args:
         scheduler: see `is_foreign`.
@@ -38,22 +50,23 @@ def converted(scheduler: Any, replaced: Scheduler | None = None) -> Scheduler:
         settings["variance_type"] = None if replaced is None else replaced.config["variance_type"]
     elif "_class_name" in config and "timestep_spacing" in defaults and "variance_type" not in defaults:
         settings["timestep_spacing"] = "linspace"
-    if name not in EQUIVALENTS:
+        if "beta_schedule" in defaults:  # Karlo's files leave it out, and diffusers' from_config then takes "linear"
+            settings["beta_schedule"] = UNCLIP_SCHEDULE
+    if name not in READABLE:
         raise ConfigError(f"unclip has no sampler like that of diffusers' {name}")
     return of_settings(name, settings)
 
 
 def of_settings(name: str, settings: Mapping[str, Any]) -> Scheduler:
-    """A scheduler that samples in the same way as diffusers' class `name` in `EQUIVALENTS` with these settings.
+    """A scheduler that samples in the same way as diffusers' class `name` in `READABLE` with these settings.
+
+    PNDMScheduler (a linear multistep method) becomes DDIMScheduler with the same noise levels, with a warning.
 
     Raises: ConfigError for a setting that is not implemented.
     """
-    cls, settings = EQUIVALENTS[name], {**settings, "_class_name": name}
-    if name.startswith("DDPM"):
-        settings = DDPM_DEFAULTS | settings
-        spacing = settings["timestep_spacing"]
-        if spacing != "linspace":
-            if not str(settings["variance_type"]).startswith("fixed_small"):
-                raise ConfigError(f"unclip does not implement timestep_spacing={spacing!r} of diffusers' {name}")
-            cls, settings["eta"] = DDIMScheduler, 1.0  # the same step (2010.02502, section 4.1), for any timesteps
-    return cls.from_config(settings)
+    if name == PNDM:
+        message = f"unclip does not implement {PNDM}; DDIMScheduler with the same noise levels replaces it"
+        warnings.warn(message, stacklevel=2)
+        kept = {key: value for key, value in settings.items() if key != "skip_prk_steps"}
+        return DDIMScheduler.from_config({**PNDM_DEFAULTS, **kept, "_class_name": DDIMScheduler.__name__})
+    return EQUIVALENTS[name].from_config({**settings, "_class_name": EQUIVALENTS[name].__name__})

@@ -179,11 +179,12 @@ def run(
         x, memory = sampler.step(prediction, x, t, t_next, memory, fresh)
         reached = t_next
         if on_step is not None:
-            x = _replaced(x, on_step(StepInfo(index, len(steps), t, x, prediction.x0)))
+            x = replaced(x, on_step(StepInfo(index, len(steps), t, x, prediction.x0)))
     return x
 
 
-def _replaced(x: Tensor, replacement: Tensor | None) -> Tensor:
+def replaced(x: Tensor, replacement: Tensor | None) -> Tensor:
+    """The state `x`, or what a callback returned in its place. Raises: InputError for something that cannot be it."""
     if replacement is None or replacement is x:
         return x
     if not isinstance(replacement, Tensor) or replacement.shape != x.shape or replacement.is_meta:

@@ -19,6 +19,8 @@ Timesteps = Annotated[int, Range(1, 100_000)]
 Beta = Annotated[float, Range(1e-12, 1, below=True)]
 """With a smaller beta, 1 - beta is rounded to almost 1."""
 ClipRange = Annotated[float, Range(0, 1e6, above=True)]
+ThresholdRatio = Annotated[float, Range(0, 1, above=True)]
+ThresholdMax = Annotated[float, Range(1, 1e6)]
 WEIGHTINGS = ("simple", "min_snr")
 
 _MIN_SNR_GAMMA = 5.0  # Hang et al. 2303.09556
@@ -71,6 +73,10 @@ class DiffusionProcess:
             same but at least 1e-20, "fixed_large" beta, and "learned_range" between the two (Nichol & Dhariwal
             2102.09672, eq. 15), where the network has twice the output channels.
         clip_range: predicted x0 is clamped to [-clip_range, clip_range]; None means no clamping.
+        threshold_ratio: dynamic thresholding in place of clamping (Saharia et al. 2205.11487, section 2.3): a sample's
+            predicted x0 is clamped to [-s, s] and divided by s, the quantile of its absolute values at this ratio, but
+            at least 1 and at most `threshold_max`. None: off.
+        threshold_max: see `threshold_ratio`.
 
     Raises:
         ConfigError: a field is unknown or outside its limits.
@@ -83,6 +89,8 @@ class DiffusionProcess:
     prediction_type: PredictionType = "epsilon"
     variance_type: VarianceType = "fixed_small_log"
     clip_range: ClipRange | None = 1.0
+    threshold_ratio: ThresholdRatio | None = None
+    threshold_max: ThresholdMax = 1.0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -161,11 +169,24 @@ class DiffusionProcess:
         output, fraction = self._split(output, x_t)
         x_t = x_t.float()
         x0, noise = self._x0_and_noise(output, x_t, t)
-        if self.clip_range is not None:
-            x0 = x0.clamp(-self.clip_range, self.clip_range)
+        if self.bounds:
+            x0 = self._bounded(x0)
             alpha, sigma = self._alpha_sigma(t, x_t)
             noise = (x_t - alpha * x0) / sigma
         return Prediction(x0, noise, fraction)
+
+    @property
+    def bounds(self) -> bool:
+        """Whether predicted x0 is clamped or thresholded."""
+        return self.clip_range is not None or self.threshold_ratio is not None
+
+    def _bounded(self, x0: Tensor) -> Tensor:
+        if self.threshold_ratio is not None:  # as in diffusers, it is then not clamped to `clip_range`
+            limit = torch.quantile(x0.flatten(1).abs(), self.threshold_ratio, dim=1).clamp(1, self.threshold_max)
+            limit = limit.view(-1, *[1] * (x0.ndim - 1))
+            return x0.clamp(-limit, limit) / limit
+        assert self.clip_range is not None
+        return x0.clamp(-self.clip_range, self.clip_range)
 
     def _x0_and_noise(self, output: Tensor, x_t: Tensor, t: int | Tensor) -> tuple[Tensor, Tensor]:
         """Unclipped, of float32 tensors; `output` is without its variance half."""

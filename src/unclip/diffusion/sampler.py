@@ -111,22 +111,32 @@ class DDIMSampler(Sampler):
     Args:
         process: its variance type has no effect; a learned variance is split off and ignored.
         eta: from 0 (deterministic) to 1 (as much noise as ancestral sampling, eq. 16).
+        ends_clean: whether the last step leads to the clean sample; otherwise it leads to the noise level of timestep
+            0, as in Stable Diffusion and Kandinsky (`set_alpha_to_one=False` in diffusers).
 
     Raises:
         ConfigError: `eta` is not a number from 0 to 1.
     """
 
     eta: Eta = 0.0
+    ends_clean: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self, "eta")
 
     def needs_noise(self, t: int, t_next: int) -> bool:
         """True if eta is above 0, except for the step to the clean sample."""
-        return self.eta > 0 and t_next >= 0
+        return self.eta > 0 and self._end(t_next) >= 0
+
+    def _end(self, t_next: int) -> int:
+        """The timestep of the noise level that a step to `t_next` leads to; -1 is the clean sample."""
+        return t_next if self.ends_clean else max(t_next, 0)
 
     def step(self, prediction, x_t, t, t_next, memory=None, noise=None):
         """See `Sampler.step`."""
+        t_next = self._end(t_next)
+        if t_next == t == 0:
+            return x_t.float(), None
         posterior = self.process.posterior(t, t_next)
         if t_next < 0:
             return prediction.x0, None
@@ -135,6 +145,29 @@ class DDIMSampler(Sampler):
         kept = math.sqrt(max(sigma_next**2 - std**2, 0.0))
         x = alpha_next * prediction.x0 + kept * prediction.noise  # eq. 12
         return (x + std * _required(noise, t, t_next) if self.eta > 0 else x), None
+
+
+@dataclass(frozen=True)
+class ShiftedDDIMSampler(Sampler):
+    """DDIM with eta 1 as DALLE2-pytorch computes it, to repeat the samples of its priors.
+
+    The levels of a step (Song et al. 2010.02502, eq. 12) are those one timestep lower, t - 1 and t_next - 1, but the
+    noise is derived from x0 by the level of t. Timestep 0 is the clean sample.
+    """
+
+    def needs_noise(self, t: int, t_next: int) -> bool:
+        """True except for the steps to timestep 0 and to the clean sample."""
+        return t_next > 0
+
+    def step(self, prediction, x_t, t, t_next, memory=None, noise=None):
+        """See `Sampler.step`."""
+        self.process.posterior(t, t_next)  # checks the direction
+        if t_next <= 0:
+            return prediction.x0, None
+        left, left_next = (self.process.tables.alphas_cumprod[place - 1] for place in (t, t_next))
+        variance = (1 - left / left_next) * (1 - left_next) / (1 - left)
+        x = math.sqrt(left_next) * prediction.x0 + math.sqrt(1 - left_next - variance) * prediction.noise
+        return x + math.sqrt(variance) * _required(noise, t, t_next), None
 
 
 @dataclass(frozen=True)
@@ -208,6 +241,8 @@ class InpaintingSampler(Sampler):
         kept: bool, of `x0`'s shape or one that broadcasts to it; true where `x0` is known.
         num_resamples: how often each part of the path is sampled, 1 to 100; 1 means no repetition.
         jump_length: steps in such a part, 1 or more.
+        noise: of `x0`'s shape; the known part has this noise at every timestep, as in Kandinsky's pipelines. None: that
+            of each step.
     """
 
     process: DiffusionProcess = field(init=False, repr=False)
@@ -216,6 +251,7 @@ class InpaintingSampler(Sampler):
     kept: Tensor
     num_resamples: int = 1
     jump_length: int = 1
+    noise: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "process", self.sampler.process)
@@ -227,13 +263,14 @@ class InpaintingSampler(Sampler):
         return (*(step for part in parts for step in part * self.num_resamples), last)
 
     def needs_noise(self, t: int, t_next: int) -> bool:
-        """True except for the step to the clean sample."""
-        return t_next >= 0
+        """True except for the step to the clean sample; with a `noise` of its own, where the wrapped sampler does."""
+        return t_next >= 0 if self.noise is None else self.sampler.needs_noise(t, t_next)
 
     def step(self, prediction, x_t, t, t_next, memory=None, noise=None):
         """See `Sampler.step`."""
         x, memory = self.sampler.step(prediction, x_t, t, t_next, memory, noise)
-        known = self.x0 if t_next < 0 else self.process.add_noise(self.x0, _required(noise, t, t_next), t_next)
+        own = noise if self.noise is None else self.noise
+        known = self.x0 if t_next < 0 else self.process.add_noise(self.x0, _required(own, t, t_next), t_next)
         return torch.where(self.kept, known, x), memory
 
 

@@ -122,7 +122,7 @@ def tables(num_timesteps: int, beta_schedule: str, beta_start: float, beta_end: 
 
 
 def spaced_timesteps(
-    num_timesteps: int, num_steps: int, spacing: str = "linspace", *, includes_zero: bool = True
+    num_timesteps: int, num_steps: int, spacing: str = "linspace", *, includes_zero: bool = True, offset: int = 0
 ) -> tuple[int, ...]:
     """`num_steps` different timesteps, descending.
 
@@ -133,6 +133,7 @@ def spaced_timesteps(
             "leading", multiples of an integer stride from 0 up; "trailing", even strides down from the last timestep.
         includes_zero: False computes one timestep more and leaves out timestep 0, as DPM-Solver in diffusers does for
             "linspace" and "leading" ("trailing" is the same either way).
+        offset: is added to the timesteps of "leading", as far as there are timesteps.
 
     Raises:
         InputError: `num_steps` is not an integer, or is outside its limits.
@@ -151,4 +152,6 @@ def spaced_timesteps(
         return (num_timesteps - 1,)
     else:
         stride = (num_timesteps - 1) / (points - 1)
-    return tuple(round(index * stride) for index in reversed(range(points - num_steps, points)))
+    path = [round(index * stride) for index in reversed(range(points - num_steps, points))]
+    shift = min(offset, num_timesteps - 1 - path[0]) if spacing == "leading" else 0
+    return tuple(t + shift for t in path)

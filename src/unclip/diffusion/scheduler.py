@@ -26,10 +26,9 @@ from unclip.diffusion.scheduler_config import SchedulerConfig
 from unclip.errors import ConfigError, InputError
 from unclip.limits import Range, check, check_fields
 from unclip.numbers import plain, whole
-from unclip.settings import SAMPLERS
 
-__all__ = ["DDIMScheduler", "DPMSolverMultistepScheduler", "UnCLIPScheduler"]
-"""The scheduler of each row of `settings.SAMPLERS`."""
+__all__ = ["DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler", "UnCLIPScheduler"]
+"""The scheduler of each row of `settings.SAMPLERS`, and DDPMScheduler, which has the sampler of UnCLIPScheduler."""
 
 CONFIG_NAME = "scheduler_config.json"
 
@@ -81,6 +80,8 @@ class Scheduler(ABC):
             prediction_type=settings["prediction_type"],
             variance_type=settings["variance_type"] or "fixed_small_log",
             clip_range=settings["clip_sample_range"] if settings["clip_sample"] else None,
+            threshold_ratio=settings["dynamic_thresholding_ratio"] if settings.get("thresholding") else None,
+            threshold_max=settings.get("sample_max_value", 1.0),
         )
         self._sampler = self._new_sampler()
         self.num_inference_steps: int | None = None
@@ -122,6 +123,7 @@ class Scheduler(ABC):
             num_steps,
             self._config.get("timestep_spacing", "linspace"),
             includes_zero=self._includes_zero,
+            offset=self._config.get("steps_offset", 0),
         )
 
     def __len__(self) -> int:
@@ -228,7 +230,8 @@ class Scheduler(ABC):
         source = SCHEDULERS.get("UnCLIPScheduler" if _settings.is_unclip(config) else str(config.get("_class_name")))
         if source is not None and source is not cls:
             defaults = source._defaults()
-            inherited = {name: defaults[name] for name in _settings.PROCESS_SETTINGS}
+            kept = (*_settings.PROCESS_SETTINGS, *_settings.THRESHOLD_SETTINGS)
+            inherited = {name: defaults[name] for name in kept if name in defaults}
             inherited["timestep_spacing"] = defaults.get("timestep_spacing", "linspace")
         given = {**inherited, **config, **overrides}
         if given.get("variance_type", ...) is None:
@@ -311,6 +314,7 @@ class UnCLIPScheduler(Scheduler):
         ConfigError: a setting is unknown, not implemented, or outside its limits.
     """
 
+    _neutral: ClassVar[_settings.Neutral] = _settings.NEUTRAL_UNCLIP
     _foreign: ClassVar[_settings.Neutral] = {
         **_settings.FOREIGN_NEUTRAL,
         "timestep_spacing": ("linspace",),
@@ -364,6 +368,66 @@ class UnCLIPScheduler(Scheduler):
         return self._step(self._sampler, model_output, timestep, sample, prev_timestep, generator, return_dict)
 
 
+class DDPMScheduler(Scheduler):
+    """Ancestral sampling (Ho et al. 2006.11239) with the names, defaults and files of diffusers' DDPMScheduler.
+
+    It samples as `UnCLIPScheduler` does, for timesteps of any spacing. Kandinsky 2.2's folders contain it.
+
+    Args:
+        num_train_timesteps: noise levels of the training.
+        beta_start, beta_end: of the linear schedules.
+        beta_schedule: "linear", "scaled_linear" or "squaredcos_cap_v2".
+        variance_type: "fixed_small", "fixed_small_log", "fixed_large" or "learned_range".
+        clip_sample, clip_sample_range: whether predicted x0 is clamped, and to which range.
+        prediction_type: "epsilon", "sample" or "v_prediction".
+        thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding in place of clamping; see
+            `threshold_ratio` and `threshold_max` of `DiffusionProcess`.
+        timestep_spacing: "leading", "linspace" or "trailing"; see `spaced_timesteps` of `schedule`.
+        unused: settings of diffusers' class that unclip does not implement, at their neutral values.
+
+    Raises:
+        ConfigError: a setting is unknown, not implemented, or outside its limits.
+    """
+
+    _neutral: ClassVar[_settings.Neutral] = _settings.NEUTRAL_DDPM
+    _foreign: ClassVar[_settings.Neutral] = {**_settings.FOREIGN_NEUTRAL, "eta": (1, 1.0), "solver_order": (1,)}
+
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        *,
+        variance_type: str = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        **unused: object,
+    ) -> None:
+        self._configure(locals())
+
+    def _new_sampler(self) -> AncestralSampler:
+        return AncestralSampler(self._process)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+        *,
+        prev_timestep: int | Tensor | None = None,
+    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
+        """As `UnCLIPScheduler.step`; the next timestep is by default the next of `timesteps`."""
+        return self._step(self._sampler, model_output, timestep, sample, prev_timestep, generator, return_dict)
+
+
 class DDIMScheduler(Scheduler):
     """DDIM (Song et al. 2010.02502). Names and defaults are those of diffusers, with `variance_type` and `eta` added.
 
@@ -376,6 +440,9 @@ class DDIMScheduler(Scheduler):
         clip_sample, clip_sample_range: whether predicted x0 is clamped, and to which range.
         prediction_type: "epsilon", "sample" or "v_prediction".
         timestep_spacing: "leading", "linspace" (Karlo's) or "trailing"; see `spaced_timesteps` of `schedule`.
+        steps_offset: is added to the timesteps of "leading".
+        set_alpha_to_one: whether the last step leads to the clean sample, or to the noise level of timestep 0.
+        thresholding, dynamic_thresholding_ratio, sample_max_value: as in `DDPMScheduler`.
         variance_type: "learned_range" if the network predicts a variance, which is split off and ignored.
         eta: from 0 (deterministic) to 1 (as noisy as ancestral sampling).
         unused: settings of diffusers' class that unclip does not implement, at their neutral values.
@@ -384,7 +451,6 @@ class DDIMScheduler(Scheduler):
         ConfigError: a setting is unknown, not implemented, or outside its limits.
     """
 
-    _neutral: ClassVar[_settings.Neutral] = _settings.NEUTRAL_DDIM
     _foreign: ClassVar[_settings.Neutral] = {**_settings.FOREIGN_NEUTRAL, "solver_order": (1,)}
 
     def __init__(
@@ -398,6 +464,11 @@ class DDIMScheduler(Scheduler):
         prediction_type: str = "epsilon",
         clip_sample_range: float = 1.0,
         timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        set_alpha_to_one: bool = True,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
         variance_type: str | None = None,
         eta: float = 0.0,
         **unused: object,
@@ -405,7 +476,7 @@ class DDIMScheduler(Scheduler):
         self._configure(locals())
 
     def _new_sampler(self) -> DDIMSampler:
-        return DDIMSampler(self._process, self.config.eta)
+        return DDIMSampler(self._process, self.config.eta, self.config.set_alpha_to_one)
 
     def step(
         self,
@@ -438,12 +509,12 @@ class DDIMScheduler(Scheduler):
             InputError: a shape or a timestep is wrong, or noise comes from two sources.
             ConfigError: `eta` is outside 0..1, or `use_clipped_model_output` is False while x0 is clipped.
         """
-        if use_clipped_model_output is False and self._process.clip_range is not None:
+        if use_clipped_model_output is False and self._process.bounds:
             raise ConfigError(
                 "use_clipped_model_output=False is not implemented with clip_sample: leave it out, "
                 "or create the scheduler with clip_sample=False"
             )
-        sampler = self._sampler if eta is None else DDIMSampler(self._process, eta)
+        sampler = self._sampler if eta is None else DDIMSampler(self._process, eta, self.config.set_alpha_to_one)
         return self._step(
             sampler, model_output, timestep, sample, prev_timestep, generator, return_dict, noise=variance_noise
         )
@@ -508,6 +579,8 @@ class DPMSolverMultistepScheduler(Scheduler):
         solver_order: 1 or 2.
         prediction_type: "epsilon", "sample" or "v_prediction".
         timestep_spacing: "linspace", "leading" or "trailing"; see `spaced_timesteps` of `schedule`.
+        steps_offset: is added to the timesteps of "leading".
+        thresholding, dynamic_thresholding_ratio, sample_max_value: as in `DDPMScheduler`.
         variance_type: "learned_range" if the network predicts a variance, which is split off and ignored.
         clip_sample, clip_sample_range: whether predicted x0 is clamped, and to which range.
         unused: settings of diffusers' class that unclip does not implement, at their neutral values.
@@ -530,6 +603,10 @@ class DPMSolverMultistepScheduler(Scheduler):
         solver_order: int = 2,
         prediction_type: str = "epsilon",
         timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
         variance_type: str | None = None,
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
@@ -555,4 +632,4 @@ class DPMSolverMultistepScheduler(Scheduler):
         return self._step(self._sampler, model_output, timestep, sample, prev_timestep, None, return_dict)
 
 
-SCHEDULERS: dict[str, type[Scheduler]] = {row.scheduler: globals()[row.scheduler] for row in SAMPLERS.values()}
+SCHEDULERS: dict[str, type[Scheduler]] = {name: globals()[name] for name in __all__}

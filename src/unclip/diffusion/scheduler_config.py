@@ -4,7 +4,15 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, NoReturn
 
-from unclip.diffusion.process import Beta, ClipRange, PredictionType, Timesteps, VarianceType
+from unclip.diffusion.process import (
+    Beta,
+    ClipRange,
+    PredictionType,
+    ThresholdMax,
+    ThresholdRatio,
+    Timesteps,
+    VarianceType,
+)
 from unclip.diffusion.sampler import Eta
 from unclip.diffusion.schedule import BetaSchedule, Spacing
 from unclip.errors import ConfigError
@@ -23,7 +31,21 @@ PROCESS_SETTINGS = {
     "clip_sample_range": ClipRange,
 }
 """The settings of all schedulers, with their kinds: they belong to the trained network, not to the sampler."""
-KINDS = PROCESS_SETTINGS | {"timestep_spacing": Spacing, "eta": Eta, "solver_order": Annotated[int, Range(1, 2)]}
+THRESHOLD_SETTINGS = {
+    "thresholding": bool,
+    "dynamic_thresholding_ratio": ThresholdRatio,
+    "sample_max_value": ThresholdMax,
+}
+"""Dynamic thresholding, for the schedulers that have it in diffusers. It belongs to the network too."""
+KINDS = {
+    **PROCESS_SETTINGS,
+    **THRESHOLD_SETTINGS,
+    "timestep_spacing": Spacing,
+    "steps_offset": Annotated[int, Range(0, 1000)],
+    "set_alpha_to_one": bool,
+    "eta": Eta,
+    "solver_order": Annotated[int, Range(1, 2)],
+}
 
 Neutral = Mapping[str, tuple[object, ...] | None]
 """Settings of diffusers that unclip does not implement, with the values that have no effect.
@@ -31,17 +53,16 @@ Neutral = Mapping[str, tuple[object, ...] | None]
 None means every value: the setting has no effect while the others are neutral.
 """
 
-NEUTRAL_EVERYWHERE: Neutral = {
-    "trained_betas": (None,),
-    "rescale_betas_zero_snr": (False,),
+NEUTRAL_EVERYWHERE: Neutral = {"trained_betas": (None,), "rescale_betas_zero_snr": (False,)}
+NEUTRAL_UNCLIP: Neutral = {
+    **NEUTRAL_EVERYWHERE,
     "thresholding": (False,),
     "dynamic_thresholding_ratio": None,
     "sample_max_value": None,
 }
-NEUTRAL_DDIM: Neutral = {**NEUTRAL_EVERYWHERE, "set_alpha_to_one": (True,), "steps_offset": (0,)}
+NEUTRAL_DDPM: Neutral = {**NEUTRAL_EVERYWHERE, "steps_offset": (0,)}
 NEUTRAL_DPM_SOLVER: Neutral = {
     **NEUTRAL_EVERYWHERE,
-    "steps_offset": (0,),
     "algorithm_type": ("dpmsolver++",),
     "solver_type": ("midpoint",),
     # The last step goes to the clean sample, which is first order at any value of these.
@@ -59,14 +80,14 @@ NEUTRAL_DPM_SOLVER: Neutral = {
     "time_shift_type": None,
 }
 
-ELSEWHERE = {*NEUTRAL_DDIM, *NEUTRAL_DPM_SOLVER, "timestep_spacing", "eta", "solver_order"}
+ELSEWHERE = {*NEUTRAL_UNCLIP, *NEUTRAL_DPM_SOLVER, *KINDS} - PROCESS_SETTINGS.keys()
 
 _METHODS = ("algorithm_type", "solver_type")
 """Settings that select a solver's method: for another sampler, no value of them is neutral."""
 
 FOREIGN_NEUTRAL: Neutral = {
-    name: values for name, values in {**NEUTRAL_DDIM, **NEUTRAL_DPM_SOLVER}.items() if name not in _METHODS
-}
+    name: values for name, values in {**NEUTRAL_UNCLIP, **NEUTRAL_DPM_SOLVER}.items() if name not in _METHODS
+} | {"set_alpha_to_one": (True,), "steps_offset": (0,)}
 """Settings of the other schedulers, with the values that have no effect for a class without them."""
 
 

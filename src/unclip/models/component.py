@@ -116,6 +116,8 @@ class Component(nn.Module, Generic[C]):
     config_class: ClassVar[type[ModelConfig]]
     weights_stem: ClassVar[str] = "diffusion_pytorch_model"
     """The name of the weights file without its extension."""
+    saved_as: ClassVar[str] = ""
+    """The name of the class in files, if it is not its own."""
     tables: ClassVar[tuple[str, ...]] = ()
     """Endings of the names of tensors in files that are not weights and are skipped."""
     config: C
@@ -214,9 +216,14 @@ class Component(nn.Module, Generic[C]):
                 before_replacing=forget,
             )
 
+    @classmethod
+    def file_class(cls) -> str:
+        """The name of the class in config.json and model_index.json."""
+        return cls.saved_as or cls.__name__
+
     def _header(self) -> dict[str, Any]:
         """The entries of config.json that are not settings."""
-        return {"_class_name": type(self).__name__, "_diffusers_version": API_VERSION, "_unclip_version": _version()}
+        return {"_class_name": self.file_class(), "_diffusers_version": API_VERSION, "_unclip_version": _version()}
 
     @classmethod
     def from_pretrained(
@@ -262,9 +269,9 @@ class Component(nn.Module, Generic[C]):
         if subfolder:
             folder = safe_join(folder, subfolder)
         settings = read_json(safe_join(folder, "config.json"))
-        name = settings.get("_class_name", cls.__name__)
-        if name != cls.__name__:
-            raise ConfigError(f"{folder} contains a {name} (see its config.json), not a {cls.__name__}; use that class")
+        own = cls.file_class()
+        if (name := settings.get("_class_name", own)) != own:
+            raise ConfigError(f"{folder} contains a {name} (see its config.json), not a {own}; use that class")
         with torch.device("meta"):
             model = cls.from_config(settings)
         if isinstance(requested, str):

@@ -31,6 +31,9 @@ class PriorConfig(ModelConfig):
 
     The tokens are num_embeddings of the text, then additional_embeddings: the text's embedding, the timestep,
     the noised image embedding and, if added_emb_type is "prd", the query whose output is the prediction.
+
+    If the token of the timestep is missing in this count, the network is one of ECLIPSE (arXiv 2312.04655): it makes an
+    embedding of noise in one call, and has no time embedding.
     """
 
     num_attention_heads: Width = 32
@@ -58,6 +61,12 @@ class PriorConfig(ModelConfig):
     def summary_width(self) -> int:
         """Width of the text embedding in the input."""
         return self.embedding_proj_dim or self.embedding_dim
+
+    @property
+    def takes_timestep(self) -> bool:
+        """Whether it denoises step by step; a prior of ECLIPSE makes the embedding in one call."""
+        counts = (self.added_emb_type, self.encoder_hid_proj_type, self.additional_embeddings)
+        return counts != ("prd", "linear", 3)
 
     @property
     def text_width(self) -> int:
@@ -107,9 +116,10 @@ class PriorTransformer(Component[PriorConfig]):
 
     def build(self, config: PriorConfig) -> None:
         width = config.width
-        self.time_embedding = TimestepEmbedding(
-            width, config.time_embed_dim or width, width, act_fn=config.time_embed_act_fn
-        )
+        if config.takes_timestep:
+            self.time_embedding = TimestepEmbedding(
+                width, config.time_embed_dim or width, width, act_fn=config.time_embed_act_fn
+            )
         self.proj_in = Linear(config.embedding_dim, width)
         self.embedding_proj_norm = nn.LayerNorm(config.summary_width) if config.embedding_proj_norm_type else None
         self.embedding_proj = Linear(config.summary_width, width)
@@ -162,13 +172,14 @@ class PriorTransformer(Component[PriorConfig]):
         return torch.cat([text, summary], dim=1)
 
     def _step_tokens(self, hidden_states: Tensor, timestep: Tensor | float) -> Tensor:
-        """[batch, 1 + image tokens + queries, width], without positions."""
+        """[batch, timestep + image tokens + queries, width], without positions."""
         check_shape("hidden_states", hidden_states, *_leading(hidden_states), self.config.embedding_dim)
-        rows, batch = timestep_rows(timestep, hidden_states), len(hidden_states)
-        time = self.time_embedding(sinusoidal_embedding(rows, self.config.width).to(self.dtype))
-        image = self.proj_in(hidden_states)
-        image = image[:, None] if image.dim() == 2 else image
-        tokens = [time.to(image.dtype).expand(batch, -1)[:, None], image]
+        batch, image = len(hidden_states), self.proj_in(hidden_states)
+        tokens = [image[:, None] if image.dim() == 2 else image]
+        if self.config.takes_timestep:
+            rows = timestep_rows(timestep, hidden_states)
+            time = self.time_embedding(sinusoidal_embedding(rows, self.config.width).to(self.dtype))
+            tokens.insert(0, time.to(image.dtype).expand(batch, -1)[:, None])
         if self.prd_embedding is not None:
             tokens.append(self.prd_embedding.to(image.dtype).expand(batch, -1, -1))
         return torch.cat(tokens, dim=1)
@@ -207,9 +218,10 @@ class PriorTransformer(Component[PriorConfig]):
         check_shape("attention_mask", attention_mask, batch, num_text)
         left_out = most - num_text
         num_tokens = self.positional_embedding.shape[1] - left_out
-        if length != num_text + 1 or num_tokens < length + 2 + self._num_queries:
+        following = 1 + self.config.takes_timestep + self._num_queries
+        if length != num_text + 1 or num_tokens < length + following:
             raise InputError(
-                f"there are {length} tokens before that of the timestep; the network has {num_tokens} positions in all"
+                f"there are {length} tokens before the image embedding's; the network has {num_tokens} positions in all"
             )
         seen = F.pad(attention_mask.to(prefix.dtype), (0, num_tokens - attention_mask.shape[1]), value=1.0)
         causal = torch.full((num_tokens, num_tokens), MASKED, dtype=prefix.dtype, device=prefix.device).triu_(1)
@@ -259,7 +271,7 @@ class PriorTransformer(Component[PriorConfig]):
 
         Args:
             hidden_states: the noised image embedding [batch, embedding_dim], or n of them [batch, n, embedding_dim].
-            timestep: a number, or a tensor [] or [batch].
+            timestep: a number, or a tensor [] or [batch]. A network without a time embedding ignores it.
             proj_embedding, encoder_hidden_states, attention_mask: the text, as for `prepare`. Without a mask,
                 every token attends to every other one, as in diffusers' class.
             return_dict: whether the result is a `PriorTransformerOutput` or a plain tuple.

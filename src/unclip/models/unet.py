@@ -1,15 +1,15 @@
 """The U-Nets of the decoder and of super-resolution: residual blocks, with or without attention to context tokens."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from unclip.errors import InputError
-from unclip.models.component import Component, check_shape, zero
+from unclip.models.component import Component, ModelConfig, check_shape, zero
 from unclip.models.entry import entry_point, routes_entry_points
 from unclip.models.kernels import Conv2d, GroupNorm
 from unclip.models.layers import (
@@ -238,9 +238,9 @@ class _UNet(Component[C]):
             rows, config.block_out_channels[0], flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift
         )
         embedding = self.time_embedding(features.to(self.dtype))
-        if config.class_embed_type == "identity":
+        if config.adds_class_labels:
             if class_labels is None:
-                raise InputError('class_embed_type is "identity": give class_labels, [batch, time embedding width]')
+                raise InputError("this network needs class_labels, [batch, time embedding width]")
             embedding = embedding + class_labels.to(embedding.dtype)
         return self.embedding_act(embedding)
 
@@ -284,6 +284,15 @@ class UNet2DConditionModel(_UNet[UNet2DConditionConfig]):
     """
 
     config_class: ClassVar = UNet2DConditionConfig
+
+    @classmethod
+    def from_config(cls, config: ModelConfig | Mapping[str, Any], /) -> Self:
+        """As `Component.from_config`; settings of a Kandinsky decoder give a `KandinskyUNet`."""
+        if cls is UNet2DConditionModel and config.get("encoder_hid_dim_type") is not None:
+            from unclip.models.kandinsky import KandinskyUNet
+
+            return KandinskyUNet(config)  # pyright: ignore[reportReturnType]
+        return super().from_config(config)
 
     def _read_context(self, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None) -> UNetContext:
         """What the context contributes to every step.

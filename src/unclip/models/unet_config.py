@@ -49,6 +49,11 @@ class UNetConfig(ModelConfig):
     }
 
     @property
+    def adds_class_labels(self) -> bool:
+        """Whether `class_labels` are added to the time embedding."""
+        return self.class_embed_type == "identity"
+
+    @property
     def num_levels(self) -> int:
         return len(self.block_out_channels)
 

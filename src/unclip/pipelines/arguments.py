@@ -58,29 +58,16 @@ def takes_preset(call: Callable[P, R]) -> Callable[P, R]:
     return of_preset  # pyright: ignore[reportReturnType]
 
 
-@dataclass
-class ImagePipelineOutput:
-    """The pictures of one call, which can also be read as a mapping (`out["images"]`) and as a tuple (`out[0]`).
-
-    Attributes:
-        images: a list of PIL images ("pil"), a float32 array [batch, height, width, 3] in [0, 1] ("np"), or a float32
-            tensor [batch, 3, height, width] in [0, 1] ("pt").
-        image_embeddings: float32 [batch, embedding_dim]; None without `return_intermediates`.
-        small_images: the decoder's pictures before super-resolution, in the form of `images`; None without
-            `return_intermediates`.
-    """
-
-    images: Images
-    image_embeddings: Tensor | None = None
-    small_images: Images | None = None
+class PipelineOutput:
+    """Base of the outputs of calls: dataclasses that can also be read as a mapping and as a tuple."""
 
     def to_tuple(self) -> tuple[Any, ...]:
         """The values that are not None, in order."""
-        return tuple(value for field in fields(self) if (value := getattr(self, field.name)) is not None)
+        return tuple(getattr(self, name) for name in self.keys())
 
     def keys(self) -> list[str]:
         """The names of the values that are not None."""
-        return [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        return [field.name for field in fields(self) if getattr(self, field.name) is not None]  # type: ignore[arg-type]
 
     def __getitem__(self, key: str | int | slice) -> Any:
         if isinstance(key, str):
@@ -94,6 +81,23 @@ class ImagePipelineOutput:
 
     def __len__(self) -> int:
         return len(self.keys())
+
+
+@dataclass
+class ImagePipelineOutput(PipelineOutput):
+    """The pictures of one call, which can also be read as a mapping (`out["images"]`) and as a tuple (`out[0]`).
+
+    Attributes:
+        images: a list of PIL images ("pil"), a float32 array [batch, height, width, 3] in [0, 1] ("np"), or a float32
+            tensor [batch, 3, height, width] in [0, 1] ("pt").
+        image_embeddings: float32 [batch, embedding_dim]; None without `return_intermediates`.
+        small_images: the decoder's pictures before super-resolution, in the form of `images`; None without
+            `return_intermediates`.
+    """
+
+    images: Images
+    image_embeddings: Tensor | None = None
+    small_images: Images | None = None
 
 
 def as_prompts(prompt: str | Sequence[str]) -> list[str]:

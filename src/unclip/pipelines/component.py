@@ -20,23 +20,39 @@ from unclip.checkpoints.weights import (
     stored_type,
 )
 from unclip.clip.pretrained import ALIASES, OWN, naming, no_bars, read_part
-from unclip.diffusion.foreign import EQUIVALENTS, of_settings
+from unclip.diffusion.foreign import READABLE, of_settings
 from unclip.diffusion.scheduler import CONFIG_NAME, SCHEDULERS
 from unclip.errors import ConfigError, MissingFileError
 from unclip.models import (
     AutoregressivePrior,
+    Component,
+    EmbeddingPriorNetwork,
     PriorTransformer,
+    StableUnCLIPImageNormalizer,
     UnCLIPTextProjModel,
     UNet2DConditionModel,
     UNet2DModel,
+    VQModel,
 )
+from unclip.stages.stable_diffusion import BORROWED, is_borrowed, read_borrowed, write_borrowed
 
 NETWORKS = {
     cls.__name__: cls
-    for cls in (AutoregressivePrior, PriorTransformer, UnCLIPTextProjModel, UNet2DConditionModel, UNet2DModel)
+    for cls in (
+        AutoregressivePrior,
+        EmbeddingPriorNetwork,
+        PriorTransformer,
+        StableUnCLIPImageNormalizer,
+        UnCLIPTextProjModel,
+        UNet2DConditionModel,
+        UNet2DModel,
+        VQModel,
+    )
 }
-ONLY_HERE = ("AutoregressivePrior", "UnCLIPTextProjModel")
+ONLY_HERE = ("AutoregressivePrior", "EmbeddingPriorNetwork", "UnCLIPTextProjModel")
 """Networks that diffusers does not have, or does not load by name."""
+MULTILINGUAL = ("MultilingualCLIP", "XLMRobertaTokenizer", "XLMRobertaTokenizerFast")
+"""The classes of Kandinsky 2.1's text encoder and tokenizer."""
 
 
 def read_component(
@@ -59,23 +75,32 @@ def read_component(
 
     Raises: CheckpointError or ConfigError, which names the component.
     """
-    is_clip = class_name in {*OWN, *ALIASES}
+    is_clip = class_name in {*OWN, *ALIASES, *MULTILINGUAL}
     with naming(folder, name, class_name):
         place = safe_join(folder, name)
         if not place.is_dir():
             raise MissingFileError(f"{place} does not exist")
         if class_name in SCHEDULERS:
             return SCHEDULERS[class_name].from_pretrained(place)
-        if class_name in EQUIVALENTS:
+        if class_name in READABLE:
             return of_settings(class_name, read_json(safe_join(place, CONFIG_NAME), allow_infinity=True))
         dtype = torch_dtype
         if isinstance(dtype, str):  # only networks have a config.json
             stem, has_weights = TRANSFORMERS_STEM if is_clip else DEFAULT_STEM, (place / "config.json").exists()
             dtype = stored_type(open_weights(place, stem=stem, variant=variant)) if has_weights else None
+        if is_borrowed(class_name, place):
+            return read_borrowed(class_name, place, dtype, variant)
         if class_name in NETWORKS:
             return NETWORKS[class_name].from_pretrained(place, torch_dtype=dtype, variant=variant)
+        if class_name in MULTILINGUAL:
+            from unclip.clip import multilingual  # imports transformers
+
+            with no_bars():
+                if class_name == MULTILINGUAL[0]:
+                    return multilingual.read_multilingual(place, dtype, variant)
+                return multilingual.read_multilingual_tokenizer(place)
         if not is_clip:
-            known = ", ".join(sorted({*NETWORKS, *EQUIVALENTS, *OWN, *ALIASES}))
+            known = ", ".join(sorted({*NETWORKS, *READABLE, *OWN, *ALIASES, *MULTILINGUAL}))
             raise ConfigError(f"unclip has no class {class_name!r}; supported: {known}")
     return read_part(folder, name, class_name, dtype=dtype, variant=variant, own_clip=own_clip)
 
@@ -95,7 +120,11 @@ def parts_with_variant(folder: Path, names: Iterable[str], variant: str) -> set[
 def write_component(component: Any, folder: Path, *, variant: str | None) -> None:
     """Write one component into its own folder, without the wrappers of offloading and compilation."""
     component = original(component)
-    is_foreign = type(component).__module__.partition(".")[0] != "unclip"
+    library = type(component).__module__.partition(".")[0]
+    if library == "diffusers":
+        write_borrowed(component, folder, variant)
+        return
+    is_foreign = library != "unclip"
     with no_bars() if is_foreign else nullcontext():
         if isinstance(component, nn.Module):
             # Only for classes of transformers: unclip's own classes find offloaded weights themselves.
@@ -107,8 +136,13 @@ def write_component(component: Any, folder: Path, *, variant: str | None) -> Non
 
 def index_entry(component: Any) -> list[str]:
     """[library, class] of a component, as model_index.json names it."""
-    name = type(original(component)).__name__
-    if name in {*NETWORKS, *SCHEDULERS}:
+    cls = type(original(component))
+    name = cls.file_class() if issubclass(cls, Component) else cls.__name__
+    if name == MULTILINGUAL[0]:
+        return ["kandinsky", name]
+    if name == StableUnCLIPImageNormalizer.__name__:
+        return ["stable_diffusion", name]
+    if name in {*NETWORKS, *SCHEDULERS, *BORROWED}:
         return ["unclip" if name in ONLY_HERE else "diffusers", name]
     theirs = {cls.__name__: kind for kind, cls in OWN.items() if cls is not None}
     return ["transformers", theirs.get(name) or ALIASES.get(name, name)]

@@ -292,8 +292,8 @@ class GenerationPipeline(Pipeline):
             scheduler.sampler(),
             scheduler.spaced_timesteps(num_steps),
             float(SETTINGS["decoder_guidance_scale"].check(guidance_scale)),
-            (low, high),
             latents,
+            guidance_interval=(low, high),
         )
 
     def super_res_runs(

@@ -26,7 +26,14 @@ from unclip.diffusion.foreign import converted, is_foreign
 from unclip.diffusion.loop import Progress
 from unclip.diffusion.scheduler import Scheduler
 from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError
-from unclip.models import AutoregressivePrior, PriorTransformer, UnCLIPTextProjModel, UNet2DConditionModel, UNet2DModel
+from unclip.models import (
+    AutoregressivePrior,
+    PriorTransformer,
+    UnCLIPTextProjModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
 from unclip.models.kernels import automatic_type
 from unclip.numbers import whole
 from unclip.pipelines.component import index_entry, parts_with_variant, read_component, write_component
@@ -83,7 +90,7 @@ class Pipeline:
         Raises: ConfigError for a network that is not unclip's, such as diffusers' of the same name, a scheduler that
         cannot be converted, or a CLIP component of another kind.
         """
-        kind = _kind(name) if name in self.component_names() else None
+        kind = self.kind(name) if name in self.component_names() else None
         if kind is SCHEDULER and is_foreign(value):
             try:
                 value = converted(value, getattr(self, name, None))
@@ -95,6 +102,13 @@ class Pipeline:
             found = "None" if value is None else f"a {type(value).__module__}.{type(value).__name__}"
             raise ConfigError(f"component {name!r} is {found}; it must be {kind.words}")
         super().__setattr__(name, value)
+
+    @classmethod
+    def kind(cls, component: str) -> "Kind":
+        """What a component must be: further super-resolution stages as the first, `prior_…` as the part without it."""
+        if component.endswith("scheduler"):
+            return SCHEDULER
+        return KINDS[re.sub(r"^super_res_\d_", "super_res_", component.removeprefix("prior_"))]
 
     @classmethod
     def component_names(cls) -> tuple[str, ...]:
@@ -248,8 +262,9 @@ class Pipeline:
         self._statistics = statistics
 
     def _check_width(self, embeddings: torch.Tensor, path: Path) -> None:
-        width, own = embeddings.shape[-1], self.networks["text_encoder"].config.projection_dim  # type: ignore[union-attr]
-        if width != own:
+        encoder = self.components.get("prior_text_encoder") or self.components.get("text_encoder")
+        width, own = embeddings.shape[-1], getattr(getattr(encoder, "config", None), "projection_dim", None)
+        if own is not None and width != own:
             raise CheckpointError(
                 f"{path} has embeddings of width {width}, but the text encoder has width {own}: remove the file, or "
                 "write it again"
@@ -509,12 +524,10 @@ KINDS = {
     "image_encoder": _clip("CLIPVisionModelWithProjection", nn.Module, "config.image_size", "visual_projection"),
     "tokenizer": _clip("CLIPTokenizer", Callable, "__len__", "model_max_length"),
     "feature_extractor": _clip("BaseImageProcessor", Callable),
+    "image_processor": _clip("BaseImageProcessor", Callable),
+    "unet": _own(UNet2DConditionModel),
+    "movq": _own(VQModel),
 }
-
-
-def _kind(component: str) -> Kind:
-    """The kind of a component; further super-resolution stages have those of the first."""
-    return SCHEDULER if component.endswith("_scheduler") else KINDS[re.sub(r"^super_res_\d_", "super_res_", component)]
 
 
 def _class_name(index: Mapping[str, Any], name: str, pipeline: str, folder: Path) -> str:

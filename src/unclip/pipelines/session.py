@@ -270,7 +270,8 @@ def _scheduler_class(name: str) -> "type[Scheduler]":
 
 
 def _short_name(scheduler: "Scheduler") -> str:
-    return next((name for name in SAMPLERS if isinstance(scheduler, _scheduler_class(name))), type(scheduler).__name__)
+    own = type(scheduler).__name__
+    return next((name for name, row in SAMPLERS.items() if own in row.equivalents), own)
 
 
 def environment(pipe: "Pipeline") -> dict[str, str]:

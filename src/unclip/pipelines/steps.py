@@ -23,7 +23,7 @@ from unclip.images import to_square
 from unclip.pipelines.arguments import FORMS, Callback, ImagePipelineOutput, check_latents
 from unclip.pipelines.pipeline import Pipeline, stage_words
 from unclip.stages import stage as stages
-from unclip.stages.prior import AutoregressivePriorStage, PriorStage, sample_best
+from unclip.stages.prior import AutoregressivePriorStage, OneCallPriorStage, PriorStage, sample_best
 from unclip.stages.stage import (
     ALWAYS,
     Condition,
@@ -121,9 +121,9 @@ class StageRun(Generic[Condition]):
         sampler: takes the denoising steps.
         timesteps: descending.
         guidance_scale: guidance is on above 1.
-        guidance_interval: the noise levels with guidance.
         latents: x_T; None: random.
         origin: a clean sample that is noised to the first timestep, where the path starts; None: it starts from x_T.
+        guidance_interval: the noise levels with guidance.
     """
 
     name: str
@@ -131,9 +131,9 @@ class StageRun(Generic[Condition]):
     sampler: Sampler
     timesteps: tuple[int, ...]
     guidance_scale: float = 1.0
-    guidance_interval: Interval = ALWAYS
     latents: Tensor | None = None
     origin: Tensor | None = None
+    guidance_interval: Interval = ALWAYS
 
     @property
     def guided(self) -> bool:
@@ -207,7 +207,7 @@ class PriorRun:
         captions_per_choice: how many consecutive captions keep the candidate of the same number; see `closest`.
     """
 
-    stage: PriorStage | AutoregressivePriorStage
+    stage: PriorStage | OneCallPriorStage | AutoregressivePriorStage
     draw: Callable[..., Tensor]
     guidance_scale: float = 1.0
     latents: Tensor | None = None

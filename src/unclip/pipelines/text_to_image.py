@@ -30,7 +30,7 @@ from unclip.pipelines.cascade import Fact, check_fits
 from unclip.pipelines.generation import GenerationPipeline
 from unclip.pipelines.steps import Call, PriorRun, decode, embed, encode, enlarge, finish, noised
 from unclip.settings import SETTINGS
-from unclip.stages.prior import AutoregressivePriorStage, PriorStage
+from unclip.stages.prior import AutoregressivePriorStage, OneCallPriorStage, PriorStage
 from unclip.stages.stage import sample
 
 
@@ -40,7 +40,8 @@ class UnCLIPPipeline(GenerationPipeline):
     Components, by name: `text_encoder` and `tokenizer` (transformers' CLIP), `prior` and `prior_scheduler`,
     `text_proj`, `decoder` and `decoder_scheduler`, `super_res_first` (for every step of super-resolution but the last),
     `super_res_last` and `super_res_scheduler`. Each stage takes any scheduler of unclip. The prior is a
-    `PriorTransformer` (the diffusion prior) or an `AutoregressivePrior`, which needs no `prior_scheduler`.
+    `PriorTransformer` (the diffusion prior) or an `AutoregressivePrior`, which needs no `prior_scheduler`. A
+    `PriorTransformer` without time embedding (ECLIPSE) needs none either: one call makes an embedding.
     """
 
     COMPONENTS = (
@@ -61,23 +62,10 @@ class UnCLIPPipeline(GenerationPipeline):
 
     def check(self) -> None:
         super().check()
-        if self.prior_scheduler is None and isinstance(self.prior.config, PriorConfig):
+        prior = self.prior.config
+        if self.prior_scheduler is None and isinstance(prior, PriorConfig) and prior.takes_timestep:
             raise InputError("UnCLIPPipeline needs the component 'prior_scheduler': its prior is a diffusion prior")
-        text, prior = self.text_encoder.config, self.prior.config
-        fits: list[Fact] = [
-            ("prior.embedding_dim", prior.embedding_dim, "text_encoder.projection_dim", text.projection_dim),
-            ("prior.num_embeddings", prior.num_embeddings, "text_encoder's context", text.max_position_embeddings),
-            ("prior.text_dim", prior.text_width, "text_encoder.hidden_size", text.hidden_size),
-        ]
-        if isinstance(prior, PriorConfig):
-            summary, output = prior.summary_width, prior.output_width
-            fits += [
-                ("prior.embedding_proj_dim", summary, "text_encoder.projection_dim", text.projection_dim),
-                ("prior.clip_embed_dim", output, "prior.embedding_dim", prior.embedding_dim),
-                ("prior.added_emb_type", prior.added_emb_type, "the query that a pipeline reads", "prd"),
-                ("prior.additional_embeddings", prior.additional_embeddings, "the count of tokens after the text's", 4),
-            ]
-        check_fits(fits)
+        check_fits(prior_facts(self.text_encoder.config, prior))
 
     @takes_preset
     @torch.no_grad()
@@ -123,7 +111,7 @@ class UnCLIPPipeline(GenerationPipeline):
             num_images_per_prompt: pictures of each caption, which are next to each other in the output.
             prior_num_inference_steps, decoder_num_inference_steps, super_res_num_inference_steps: 1 to 1000 each. For
                 several super-resolution stages, one number for all of them or one for each. An autoregressive prior
-                always takes one step for each code.
+                always takes one step for each code, and a prior of ECLIPSE one step.
             generator: the source of all noise; a list has one for each picture.
             prior_latents: x_T of the prior, [batch, embedding_dim]; for an autoregressive prior the noise of its codes,
                 [batch, 1 + num_components].
@@ -131,7 +119,8 @@ class UnCLIPPipeline(GenerationPipeline):
             super_res_latents: x_T of super-resolution, [batch, 3, height, width]; or one or None for each stage.
             text_model_output: CLIPTextModelOutput or (text_embeds, last_hidden_state) instead of a prompt.
             text_attention_mask: [batch, tokens], with `text_model_output`.
-            prior_guidance_scale, decoder_guidance_scale: the guidance of each stage; 1 or less turns it off.
+            prior_guidance_scale, decoder_guidance_scale: the guidance of each stage; 1 or less turns it off. A prior of
+                ECLIPSE has none.
             output_type: "pil", "np" or "pt".
             return_dict: False returns a plain tuple.
             negative_prompt: the caption that guidance moves away from, instead of the empty one; one, or one for each
@@ -282,22 +271,27 @@ class UnCLIPPipeline(GenerationPipeline):
         """
         temperature = SETTINGS["prior_temperature"].check(temperature)
         top_p = SETTINGS["prior_top_p"].check(top_p)
-        stage: PriorStage | AutoregressivePriorStage
+        stage: PriorStage | OneCallPriorStage | AutoregressivePriorStage
+        scale = float(SETTINGS["prior_guidance_scale"].check(guidance_scale))
         if isinstance(self.prior.config, PriorConfig):  # a compiled prior is of another class
             if (temperature, top_p) != (1, 1):
                 raise InputError(
                     f"prior_temperature is {temperature} and prior_top_p {top_p}, but a diffusion prior samples no "
                     "codes: leave them out, or load an AutoregressivePrior"
                 )
-            assert self.prior_scheduler is not None  # see check
-            scheduler = self.prior_scheduler
-            stage = PriorStage(cast("PriorTransformer", self.prior), scheduler.process)
-            steps = scheduler.spaced_timesteps(num_steps)
-            draw: Callable[..., Tensor] = partial(sample, stage, sampler=scheduler.sampler(), timesteps=steps)
+            network = cast("PriorTransformer", self.prior)
+            if network.config.takes_timestep:
+                assert self.prior_scheduler is not None  # see check
+                scheduler = self.prior_scheduler
+                stage = PriorStage(network, scheduler.process)
+                steps = scheduler.spaced_timesteps(num_steps)
+                draw: Callable[..., Tensor] = partial(sample, stage, sampler=scheduler.sampler(), timesteps=steps)
+            else:
+                stage, scale = OneCallPriorStage(network), 1.0
+                draw = stage.sample
         else:
             stage = AutoregressivePriorStage(cast("AutoregressivePrior", self.prior), temperature, top_p)
             draw = stage.sample
-        scale = float(SETTINGS["prior_guidance_scale"].check(guidance_scale))
         num_candidates = int(SETTINGS["num_prior_candidates"].check(num_candidates))
         return PriorRun(stage, draw, scale, latents, num_candidates, captions_per_choice)
 
@@ -321,3 +315,26 @@ class UnCLIPPipeline(GenerationPipeline):
         if image_embeddings is not None and len(image_embeddings) != len(text):
             raise InputError(f"there are {len(image_embeddings)} image_embeddings for {len(text)} prompts")
         return text
+
+
+def prior_facts(text: Any, prior: Any) -> list[Fact]:
+    """The settings of a text encoder and a prior that must agree."""
+    facts: list[Fact] = [
+        ("prior.embedding_dim", prior.embedding_dim, "text_encoder.projection_dim", text.projection_dim),
+        ("prior.num_embeddings", prior.num_embeddings, "text_encoder's context", text.max_position_embeddings),
+        ("prior.text_dim", prior.text_width, "text_encoder.hidden_size", text.hidden_size),
+    ]
+    if isinstance(prior, PriorConfig):
+        summary, output, count = prior.summary_width, prior.output_width, 3 + prior.takes_timestep
+        facts += [
+            ("prior.embedding_proj_dim", summary, "text_encoder.projection_dim", text.projection_dim),
+            ("prior.clip_embed_dim", output, "prior.embedding_dim", prior.embedding_dim),
+            ("prior.added_emb_type", prior.added_emb_type, "the query that a pipeline reads", "prd"),
+            (
+                "prior.additional_embeddings",
+                prior.additional_embeddings,
+                "the count of tokens after the text's",
+                count,
+            ),
+        ]
+    return facts

@@ -28,7 +28,7 @@ from unclip.server.contract import (
 from unclip.server.models import KINDS, Model, Work
 from unclip.server.results import MEDIA_TYPES
 from unclip.server.service import Answer, Service
-from unclip.server.work import embed, read_pictures
+from unclip.server.work import MAX_PICTURES, embed, read_pictures
 
 PICTURES: dict[int | str, dict[str, Any]] = {
     200: {
@@ -75,15 +75,15 @@ def router(service: Service) -> APIRouter:
     async def edits(http: Request) -> Response:
         fields = await given(http)
         request = parsed(EditRequest, fields)
-        image, mask = await asyncio.to_thread(read_pictures, fields)
-        work = await asyncio.to_thread(service.requests.editing, request, image, mask)
+        images, mask = await asyncio.to_thread(read_pictures, fields, MAX_PICTURES)
+        work = await asyncio.to_thread(service.requests.editing, request, images, mask)
         return await respond(http, fields, request, work, "image_edit")
 
     @routes.post("/images/variations", responses=PICTURES, openapi_extra=_body(VariationRequest, "image"))
     async def variations(http: Request) -> Response:
         fields = await given(http)
         request = parsed(VariationRequest, fields)
-        image, _ = await asyncio.to_thread(read_pictures, fields)
+        (image,), _ = await asyncio.to_thread(read_pictures, fields)
         return await respond(http, fields, request, service.requests.variation(request, image), "image_variation")
 
     @routes.post("/images/decode", responses=PICTURES, openapi_extra=_body(DecodeRequest))

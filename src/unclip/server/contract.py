@@ -338,17 +338,20 @@ async def read_fields(request: Request) -> dict[str, Any]:
     return found
 
 
-def picture(value: object, param: str) -> Image.Image | None:
-    """A picture of a file's content, or of a data URL; in RGBA where it has transparency. None when it is not given.
+def pictures(value: object, param: str, most: int = 1) -> list[Image.Image]:
+    """The pictures of files' contents, or of data URLs; in RGBA where they have transparency.
 
-    Raises: ApiError for several pictures, another URL, or what is not a picture.
+    Raises: ApiError for more than `most` pictures, another URL, or what is not a picture.
     """
-    if isinstance(value, list):
-        if len(value) > 1:
-            raise ApiError(
-                400, f"{param} has {len(value)} pictures; the server takes one", param=param, code="too_many_images"
-            )
-        value = value[0] if value else None
+    given = value if isinstance(value, list) else [value]
+    if len(given) > most:
+        raise ApiError(
+            400, f"{param} has {len(given)} pictures; at most {most} can be sent", param=param, code="too_many_images"
+        )
+    return [found for each in given if (found := _picture(each, param)) is not None]
+
+
+def _picture(value: object, param: str) -> Image.Image | None:
     if isinstance(value, dict):  # {"image_url": "data:…"}
         value = value.get("image_url")
     if value is None or value == "" or value == b"":

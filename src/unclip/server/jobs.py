@@ -33,7 +33,7 @@ from unclip.server.contract import (
 )
 from unclip.server.models import Step, Work
 from unclip.server.service import Answer, Event, EventStream, Service, encoded, previews
-from unclip.server.work import read_pictures
+from unclip.server.work import MAX_PICTURES, read_pictures
 
 log = logging.getLogger(__name__)
 
@@ -316,12 +316,13 @@ def router(service: Service, jobs: Jobs) -> APIRouter:
                 400, f"type is {kind!r:.40}; it must be one of {', '.join(KINDS)}", param="type", code="invalid_value"
             )
         request = parsed(KINDS[kind], fields)
-        image, mask = await asyncio.to_thread(read_pictures, fields)
         if isinstance(request, GenerationRequest):
             work = service.requests.generation(request)
         elif isinstance(request, EditRequest):
-            work = await asyncio.to_thread(service.requests.editing, request, image, mask)
+            images, mask = await asyncio.to_thread(read_pictures, fields, MAX_PICTURES)
+            work = await asyncio.to_thread(service.requests.editing, request, images, mask)
         elif isinstance(request, VariationRequest):
+            (image,), _ = await asyncio.to_thread(read_pictures, fields)
             work = service.requests.variation(request, image)
         elif isinstance(request, InterpolationRequest):
             work = await asyncio.to_thread(service.requests.interpolation, request)

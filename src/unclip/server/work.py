@@ -23,13 +23,15 @@ from unclip.server.contract import (
     VariationRequest,
     data_of,
     parsed,
-    picture,
+    pictures,
 )
 from unclip.server.engine import Engine
 from unclip.server.models import KINDS, PRIOR_SETTINGS, Made, Model, Row, Work, numbered
-from unclip.stages.arithmetic import slerp_path
+from unclip.stages.arithmetic import blend, slerp_path
 from unclip.stages.manipulation import edit as edited
 
+MAX_PICTURES = 16
+"""Pictures of one edit, as in the hosted API."""
 HOSTED_NAMES = ("dall-e", "gpt-image", "text-embedding", "clip")
 """The starts of model names of the hosted API, which the first model answers to."""
 
@@ -74,10 +76,8 @@ class Requests:
         rows = [Row(seed, request.prompt, request.negative_prompt) for seed in _seeds(request)]
         return self._pictures(request, "generate", rows, shape=_shape(request))
 
-    def variation(self, request: VariationRequest, image: Image.Image | None) -> Work:
+    def variation(self, request: VariationRequest, image: Image.Image) -> Work:
         """The work of a request for variations: the picture's own embedding is decoded."""
-        if image is None:
-            raise ApiError(400, "image is missing", param="image", code="missing_required_parameter")
         rows = [Row(seed, request.prompt, request.negative_prompt, image) for seed in _seeds(request)]
         return self._pictures(request, "decode", rows, shape=_shape(request))
 
@@ -141,11 +141,16 @@ class Requests:
 
         return Work(model.name, "interpolate", function=interpolate, num_made=count)
 
-    def editing(self, request: EditRequest, image: Image.Image | None, mask: Image.Image | None) -> Work:
-        """The work of an edit: by a mask or the picture's transparency, by strength, or by a caption difference."""
-        if image is None:
-            raise ApiError(400, "image is missing", param="image", code="missing_required_parameter")
+    def editing(self, request: EditRequest, images: Sequence[Image.Image], mask: Image.Image | None) -> Work:
+        """The work of an edit: by a mask or the picture's transparency, by strength, or by a caption difference.
+
+        Further pictures say what the result shows, together with the prompt.
+        """
+        image, *others = images
         if request.source is not None or request.target is not None:
+            if others:
+                message = f"a caption difference edits one picture; image has {len(images)}"
+                raise ApiError(400, message, param="image", code="too_many_images")
             return self._change(request, image, mask)
         if request.prompt is None or not request.prompt.strip():
             raise ApiError(400, "prompt is missing", param="prompt", code="missing_required_parameter")
@@ -155,6 +160,8 @@ class Requests:
             raise ApiError(
                 400, str(error), param="mask" if mask is not None else "image", code="invalid_mask"
             ) from None
+        if others:
+            return self._combination(request, images, mask, drawn=region is not None or request.strength is not None)
         if region is None and (request.strength is None or request.strength == 1):
             raise ApiError(
                 400,
@@ -179,6 +186,47 @@ class Requests:
         given, preset = {**request.settings, **(more or {})}, _preset(request, model)
         settings = model.session.settings(KINDS[kind], given, preset)
         return Work(model.name, kind, rows, settings, request.sampler or model.session.sampler_of(preset), shape)
+
+    def _combination(
+        self, request: EditRequest, images: Sequence[Image.Image], mask: Image.Image | None, *, drawn: bool
+    ) -> Work:
+        """An edit with several pictures: the mean of their embeddings and the prompt's is decoded.
+
+        If `drawn`, the first picture is edited by the others. Else all of them are combined to a new picture.
+        """
+        kind = "inpaint" if drawn else "decode"
+        model = self.capable(request.model, kind, "decode", "generate")
+        own = {name: value for name, value in request.settings.items() if name not in PRIOR_SETTINGS}
+        settings = model.session.settings(KINDS[kind], {**own, **({"strength": request.strength} if drawn else {})})
+        of_prior, seeds, size = model.prior_settings(request.settings), _seeds(request), self.engine.max_batch
+        shown = [rgb(image) for image in (images[1:] if drawn else images)]
+
+        @torch.no_grad()
+        def combine(model: Model, on_step: Callable[..., Any]) -> list[Made]:
+            pictured = model.pipeline("decode").embed_images(shown).float().cpu()
+            text, prompt = model.pipeline("generate"), request.prompt or ""
+            told = text.embed_captions([prompt] * len(seeds), seed=seeds, **of_prior).float().cpu()
+            weights = [1.0] * (len(shown) + 1)
+            mixed = torch.stack([blend(torch.cat([pictured, row[None]]), weights) for row in told])
+            results: list[Image.Image] = []
+            with model.sampled_by(kind, request.sampler) as pipe:
+                for first in range(0, len(seeds), size):
+                    part = range(first, min(first + size, len(seeds)))
+                    given: dict[str, Any] = {"image": images[0], "mask_image": mask} if drawn else {}
+                    results += pipe(
+                        **given,
+                        image_embeddings=mixed[part.start : part.stop],
+                        seed=seeds[part.start : part.stop],
+                        negative_prompt=[request.negative_prompt or ""] * len(part),
+                        callback_on_step_end=numbered(on_step, part),
+                        **settings,
+                    ).images
+                about = model.session.metadata(pipe, {**settings, "sampler": sampler_name(pipe)})
+            facts = {"prompt": prompt, "pictures": str(len(images)), **about}
+            notes = model.notes(text, prompt)
+            return [Made(each, seed, notes, {**facts, "seed": seed}) for each, seed in zip(results, seeds, strict=True)]
+
+        return Work(model.name, "combine", function=combine, num_made=len(seeds))
 
     def _change(self, request: EditRequest, image: Image.Image, mask: Image.Image | None) -> Work:
         """An edit by the difference of two captions; n pictures go from little change to all of it."""
@@ -252,15 +300,18 @@ def embed(request: EmbeddingRequest, default: Mapping[str, Any]) -> Callable[[Mo
 
 
 def _picture_of(url: str) -> Image.Image:
-    found = picture(data_of(url, "input"), "input")
-    if found is None:
+    found = pictures(data_of(url, "input"), "input")
+    if not found:
         raise ApiError(400, "a picture is empty", param="input", code="invalid_image")
-    return found
+    return found[0]
 
 
-def read_pictures(fields: Mapping[str, Any]) -> tuple[Image.Image | None, Image.Image | None]:
-    """The picture and the mask of a request. Raises: ApiError as `picture`."""
-    return picture(fields.get("image", fields.get("images")), "image"), picture(fields.get("mask"), "mask")
+def read_pictures(fields: Mapping[str, Any], most: int = 1) -> tuple[list[Image.Image], Image.Image | None]:
+    """The pictures and the mask of a request. Raises: ApiError as `pictures`, and without a picture."""
+    images = pictures(fields.get("image", fields.get("images")), "image", most)
+    if not images:
+        raise ApiError(400, "image is missing", param="image", code="missing_required_parameter")
+    return images, next(iter(pictures(fields.get("mask"), "mask")), None)
 
 
 def _preset(request: PictureRequest, model: Model) -> str | None:

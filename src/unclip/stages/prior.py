@@ -1,4 +1,4 @@
-"""The diffusion prior as a stage, the autoregressive prior, and the choice among candidates (paper §2.2)."""
+"""The diffusion prior as a stage, the other kinds of prior, and the choice among candidates (paper §2.2)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unclip.diffusion.guidance import away
-from unclip.diffusion.loop import Denoiser, NoiseSource, OnStep, Progress, StepInfo
+from unclip.diffusion.loop import Denoiser, NoiseSource, OnStep, Progress, StepInfo, replaced
 from unclip.diffusion.process import DiffusionProcess
 from unclip.errors import InputError
 from unclip.models.layers import timestep_rows
@@ -41,6 +41,48 @@ class PriorStage:
     def finish(self, x0: Tensor) -> Tensor:
         """Undo the whitening: the embedding on the scale of CLIP's image encoder."""
         return self.prior.post_process_latents(x0)
+
+
+@dataclass(frozen=True)
+class OneCallPriorStage:
+    """Makes an image embedding of noise in one call of the network (ECLIPSE, arXiv 2312.04655).
+
+    Guidance is not used. The output is on the scale of CLIP's image encoder: nothing is un-whitened.
+    """
+
+    prior: PriorTransformer
+
+    def sample_shape(self, batch_size: int) -> tuple[int, ...]:
+        return (batch_size, self.prior.config.embedding_dim)
+
+    def sample(
+        self,
+        condition: PriorCondition,
+        *,
+        noise: NoiseSource,
+        null: PriorCondition | None = None,
+        guidance_scale: float = 1.0,
+        latents: Tensor | None = None,
+        progress: Progress | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """One image embedding for each row of `condition`, float32 [batch, embedding_dim].
+
+        Args:
+            condition: the captions.
+            noise: the source of the network's input, unless `latents` of `sample_shape` are given.
+            null, guidance_scale: ignored.
+            progress: wraps the one step, as tqdm does.
+            on_step: is called after it, with timestep 0.
+        """
+        shape, device, dtype = self.sample_shape(len(condition)), condition.device, self.prior.dtype
+        x = noise.draw(shape, device) if latents is None else latents.to(device).float()
+        text = condition.text
+        for t, _ in [(0, -1)] if progress is None else progress([(0, -1)]):
+            prefix = self.prior.prepare(text.embeds.to(dtype), text.hidden_states.to(dtype), text.mask)
+            x = self.prior(x.to(dtype), t, prefix=prefix).predicted_image_embedding.float()
+            x = replaced(x, None if on_step is None else on_step(StepInfo(0, 1, t, x, x)))
+        return x
 
 
 @dataclass(frozen=True)
