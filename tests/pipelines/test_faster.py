@@ -38,6 +38,18 @@ def test_each_changes_the_picture(tiny_inpaint, setting):
         assert (exact - faster).abs().mean() < 0.5
 
 
+def test_compiled_networks_without_graph_breaks(own_pipeline):
+    steps = {"prior_num_inference_steps": 2, "decoder_num_inference_steps": 3, "super_res_num_inference_steps": 4}
+
+    def draw():
+        return own_pipeline("a cat", seed=1, output_type="pt", **steps, decoder_reuse=2, super_res_reuse=2).images
+
+    plain = draw()
+    for name in ("decoder", "super_res_first"):
+        setattr(own_pipeline, name, torch.compile(own_pipeline.networks[name], backend="eager", fullgraph=True))
+    torch.testing.assert_close(draw(), plain)
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
