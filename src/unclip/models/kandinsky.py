@@ -14,7 +14,7 @@ from unclip.errors import InputError
 from unclip.models.component import WideWidth, check_shape
 from unclip.models.entry import entry_point, routes_entry_points
 from unclip.models.kernels import Linear
-from unclip.models.unet import UNet2DConditionModel, UNet2DConditionOutput, UNetContext
+from unclip.models.unet import DeepOutput, UNet2DConditionModel, UNet2DConditionOutput, UNetContext
 from unclip.models.unet_config import UNet2DConditionConfig
 
 NUM_IMAGE_TOKENS = {"image_proj": 32, "text_image_proj": 10}
@@ -158,7 +158,7 @@ class KandinskyUNet(UNet2DConditionModel):
         deep: Tensor | None = None,
         keep_deep: bool = False,
         added_cond_kwargs: dict[str, Any] | None = None,
-    ) -> UNet2DConditionOutput | tuple[Tensor]:
+    ) -> UNet2DConditionOutput | DeepOutput | tuple[Tensor]:
         """One step's raw output [batch, out_channels, height, width].
 
         Args:

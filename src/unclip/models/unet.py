@@ -143,18 +143,30 @@ C = TypeVar("C", bound=UNetConfig)
 
 
 class UNet2DOutput(NamedTuple):
-    """Output of the U-Nets.
+    """Output of the U-Nets: `sample` [batch, out_channels, height, width]."""
+
+    sample: Tensor
+
+
+class DeepOutput(NamedTuple):
+    """Output of the U-Nets with `keep_deep`.
 
     Attributes:
         sample: [batch, out_channels, height, width].
-        deep: with `keep_deep`, what the deep levels computed: [batch, channels, height, width].
+        deep: what the deep levels computed, [batch, channels, height, width].
     """
 
     sample: Tensor
-    deep: Tensor | None = None
+    deep: Tensor
 
 
 UNet2DConditionOutput = UNet2DOutput
+
+
+def _result(output: DeepOutput, *, keep_deep: bool, return_dict: bool) -> UNet2DOutput | DeepOutput | tuple[Tensor]:
+    if keep_deep:
+        return output
+    return UNet2DOutput(output.sample) if return_dict else (output.sample,)
 
 
 @dataclass(frozen=True)
@@ -244,9 +256,7 @@ class _UNet(Component[C]):
             embedding = embedding + class_labels.to(embedding.dtype)
         return self.embedding_act(embedding)
 
-    def _run(
-        self, sample: Tensor, embedding: Tensor, context: UNetContext, deep: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _run(self, sample: Tensor, embedding: Tensor, context: UNetContext, deep: Tensor | None) -> DeepOutput:
         """Run the network, or with `deep` only its first level; `embedding` is after its activation.
 
         Returns: the output, and the input of the last level on the upward path.
@@ -274,7 +284,7 @@ class _UNet(Component[C]):
                 skips, taken = skips[:-count], skips[-count:]
                 x = up_block(x, taken, embedding, added, bias)
         output = last(x, skips, embedding, added, bias)
-        return self.conv_out(self.conv_act(self.conv_norm_out(output))), x
+        return DeepOutput(self.conv_out(self.conv_act(self.conv_norm_out(output))), x)
 
 
 class UNet2DConditionModel(_UNet[UNet2DConditionConfig]):
@@ -327,7 +337,7 @@ class UNet2DConditionModel(_UNet[UNet2DConditionConfig]):
         context: UNetContext | None = None,
         deep: Tensor | None = None,
         keep_deep: bool = False,
-    ) -> UNet2DConditionOutput | tuple[Tensor]:
+    ) -> UNet2DConditionOutput | DeepOutput | tuple[Tensor]:
         """One step's raw output [batch, out_channels, height, width].
 
         Args:
@@ -340,7 +350,7 @@ class UNet2DConditionModel(_UNet[UNet2DConditionConfig]):
             context: the result of `prepare` for the same batch, instead of the tokens and their mask.
             deep: what the deep levels computed for the same batch at a neighbouring timestep. Only the first level is
                 then computed (DeepCache, Ma et al. 2312.00858).
-            keep_deep: whether the output has `deep`.
+            keep_deep: the output also has `deep`: it is a `DeepOutput`.
 
         Raises:
             InputError: a shape is wrong, class_labels are missing, or not exactly one of tokens and context is given.
@@ -351,8 +361,8 @@ class UNet2DConditionModel(_UNet[UNet2DConditionConfig]):
             mask = encoder_attention_mask if attention_mask is None else attention_mask
             context = self._read_context(encoder_hidden_states, mask)
         assert context is not None
-        output, deep = self._run(sample, self._embed(sample, timestep, class_labels), context, deep)
-        return UNet2DConditionOutput(output, deep if keep_deep else None) if return_dict else (output,)
+        output = self._run(sample, self._embed(sample, timestep, class_labels), context, deep)
+        return _result(output, keep_deep=keep_deep, return_dict=return_dict)
 
 
 class UNet2DModel(_UNet[UNet2DConfig]):
@@ -372,7 +382,7 @@ class UNet2DModel(_UNet[UNet2DConfig]):
         *,
         deep: Tensor | None = None,
         keep_deep: bool = False,
-    ) -> UNet2DOutput | tuple[Tensor]:
+    ) -> UNet2DOutput | DeepOutput | tuple[Tensor]:
         """One step's raw output [batch, out_channels, height, width].
 
         Args:
@@ -386,5 +396,5 @@ class UNet2DModel(_UNet[UNet2DConfig]):
         """
         if class_labels is not None and self.config.class_embed_type is None:
             raise InputError("class_labels are given to a network without class_embed_type; leave them out")
-        output, deep = self._run(sample, self._embed(sample, timestep, class_labels), NO_CONTEXT, deep)
-        return UNet2DOutput(output, deep if keep_deep else None) if return_dict else (output,)
+        output = self._run(sample, self._embed(sample, timestep, class_labels), NO_CONTEXT, deep)
+        return _result(output, keep_deep=keep_deep, return_dict=return_dict)
