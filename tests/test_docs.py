@@ -54,7 +54,9 @@ def misnamed(invocation: str) -> str | None:
     words = shlex.split(invocation)[1:]
     while isinstance(command, TyperGroup) and words and not words[0].startswith("-"):
         if words[0] not in command.commands:
-            return words[0]
+            if (default := getattr(command, "default_command", None)) is None:
+                return words[0]
+            words.insert(0, default)
         command = command.commands[words.pop(0)]
     known = {"--help", "-h"} | {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
     options = [word.split("=")[0] for word in words if re.match(r"--?[a-zA-Z]", word)]

@@ -1,5 +1,6 @@
 """The benchmarks and examples start: what they import exists under the names they use."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -18,3 +19,13 @@ def test_a_script_tells_its_options(script, tmp_path):
     assert told.returncode == 0, told.stderr[-2000:]
     assert told.stdout.startswith("usage: ")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_kandinsky_at_a_tiny_size():
+    command = [sys.executable, ROOT / "benchmarks" / "kandinsky.py", "--size", "tiny", "--side", "64"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["largest_difference"] < 2e-3  # diffusers' schedule is in float32
+    assert found["unclip"]["picture"] == found["diffusers"]["picture"] == [1, 64, 64, 3]

@@ -4,12 +4,17 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from unclip import EmbeddingPrior, EmbeddingPriorNetwork, PriorTransformer, VectorPrior
 from unclip.checkpoints import hub
 from unclip.evaluation import retrieval as measured
+from unclip.pipelines.component import write_component
 from unclip.pipelines.session import sampler_name, sampler_switch
+from unclip.pipelines.vector_prior import vector_model
 
 FEW = ["--prior-steps", "2", "--decoder-steps", "2", "--super-res-steps", "2"]
 
@@ -500,3 +505,34 @@ def test_wordings(unclip, model, data, tmp_path):
     again = unclip("evaluate", "wordings", *where, "--wordings", tmp_path / "list.json")
     assert again.code == 1
     assert "already exists: use --overwrite" in again.err
+
+
+def test_a_prior_on_vectors_and_one_on_tokens(unclip, tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    network = PriorTransformer(**vector_model(7, 6), num_attention_heads=2, attention_head_dim=8, num_layers=1)
+    parts = VectorPrior(network.initialize_for_training(draw))
+    write_component(parts.prior, tmp_path / "vectors" / "prior", variant=None)
+    write_component(parts.scheduler, tmp_path / "vectors" / "prior_scheduler", variant=None)
+    grid = {"embedding_dim": 6, "num_tokens": 4, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+    EmbeddingPrior(EmbeddingPriorNetwork(**grid).initialize_for_training(draw)).save_pretrained(tmp_path / "tokens")
+    shapes = {"a": (9, 3), "b": (9, 4), "true": (9, 6), "grid": (9, 4, 6), "true_grid": (9, 4, 6), "few": (8, 6)}
+    for name, shape in shapes.items():
+        np.save(tmp_path / f"{name}.npy", torch.randn(shape, generator=draw).numpy())
+
+    def measure(model, data, *conditions, more=()):
+        named = [word for name in conditions for word in ("--condition", tmp_path / f"{name}.npy")]
+        out = tmp_path / f"{model}.json"
+        where = ("--model", tmp_path / model, "--data", tmp_path / f"{data}.npy", "--out", out, "--overwrite")
+        return unclip("evaluate", "prior", *where, *named, "--prior-steps", "2", "-q", *more), out
+
+    for case in (("vectors", "true", "a", "b"), ("tokens", "true_grid", "grid")):
+        done, out = measure(*case, more=("--num-held-out", "5"))
+        assert (done.code, done.err) == (0, "")
+        found = json.loads(out.read_text())["prior"]
+        assert found == json.loads(done.out)
+        assert (found["rows"], found["chance"]["top_1"]) == (5, 0.2)
+        assert measure(*case, more=("--num-held-out", "5"))[0].out == done.out
+    assert json.loads(measure("vectors", "true", "a", "b")[0].out)["rows"] == 9
+    assert "must be [batch, 7]" in measure("vectors", "true", "a")[0].err
+    assert "has 9 rows, but" in measure("vectors", "few", "a", "b")[0].err
+    assert "leave out --candidates" in measure("vectors", "true", "a", "b", more=("--candidates", "2"))[0].err

@@ -1196,7 +1196,7 @@ def test_a_name_that_no_pipeline_has(tiny_pipeline, tiny_variation, typo):
 def test_the_names_that_pipelines_have_are_those_of_the_folders():
     kinds = (UnCLIPPipeline, UnCLIPImageVariationPipeline, UnCLIPInpaintPipeline)
     assert {name for cls in kinds for name in cls.component_names()} == {*CLASSES, *FURTHER}
-    assert all(pipeline_module._kind(name) for name in {*CLASSES, *FURTHER})
+    assert all(UnCLIPPipeline.kind(name) for name in {*CLASSES, *FURTHER})
 
 
 # ---- full disks, the current folder, torch's default type ----

@@ -130,7 +130,7 @@ def test_without_the_file_those_of_the_prior_are_used(own_pipeline, own_variatio
 
 
 def test_decode_the_sample_of_a_prior_of_dalle2_pytorch(own_pipeline):
-    """The example of docs/guides/families.md."""
+    """Text encodings in, an embedding of norm 1 out, and the model's norm for the decoder."""
     settings = {"embedding_dim": 16, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 6}
     settings |= {"max_text_len": 11, "use_text_encodings": True, "normalized": True}
     prior = EmbeddingPrior(EmbeddingPriorNetwork(**settings).initialize_for_training())

@@ -28,7 +28,6 @@ OTHERS = [
     "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler",
     "HeunDiscreteScheduler",
-    "PNDMScheduler",
     "UniPCMultistepScheduler",
     "DPMSolverSinglestepScheduler",
     "DEISMultistepScheduler",

@@ -20,6 +20,7 @@ from unclip import (
     KandinskyV22InpaintPipeline,
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
+    PriorTransformer,
     UNet2DConditionModel,
     VQModel,
     WeightsError,
@@ -186,6 +187,18 @@ def test_interpolation_is_a_plain_sum(prior):
     single = prior.interpolate([picture], [1.0], num_inference_steps=1, seed=1).image_embeds
     double = prior.interpolate([picture, picture], [1.0, 1.5], num_inference_steps=1, seed=1).image_embeds
     torch.testing.assert_close(double, 2.5 * single)
+
+
+def test_a_prior_of_eclipse(prior):
+    settings = dict(prior.prior.config) | {"additional_embeddings": 3}
+    network = randomize(PriorTransformer(**settings), 5)
+    pipe = quiet(KandinskyV22PriorPipeline(**prior.components | {"prior": network}))
+    calls = []
+    network.register_forward_hook(lambda *given: calls.append(1))
+    out = pipe(["a cat", "an apple"], "red", seed=1)
+    assert len(calls) == 1
+    assert out.image_embeds.shape == out.negative_image_embeds.shape == (2, 16)
+    torch.testing.assert_close(out.image_embeds[:1], pipe("a cat", "red", seed=1).image_embeds)
 
 
 # ---- what is refused ----

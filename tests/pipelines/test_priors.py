@@ -7,7 +7,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from unclip import AutoregressivePrior, Cancelled, ConfigError, InputError, PriorTransformer, UnCLIPPipeline
+from unclip import (
+    AutoregressivePrior,
+    Cancelled,
+    ConfigError,
+    EmbeddingPrior,
+    EmbeddingPriorNetwork,
+    EmbeddingStatistics,
+    InputError,
+    PriorTransformer,
+    UnCLIPPipeline,
+)
 from unclip.models.pca import PrincipalComponents
 from unclip.models.prior_autoregressive import dot_product
 
@@ -324,3 +334,62 @@ def test_a_prior_of_eclipse_of_another_clip(tiny_components, build_pipeline, tin
     wide = PriorTransformer(**(tiny_configs["prior"] | {"embedding_dim": 20}), additional_embeddings=3)
     with pytest.raises(ConfigError, match=r"prior\.embedding_dim is 20, but text_encoder\.projection_dim is 16"):
         build_pipeline("text", tiny_components() | {"prior": wide})
+
+
+DALLE2 = {"embedding_dim": 16, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 6}
+DALLE2 |= {"max_text_len": 20, "use_text_encodings": True, "normalized": True, "num_timesteps": 1000}
+
+
+@pytest.fixture
+def dalle2(tiny_components, build_pipeline):
+    def build(**settings):
+        prior = randomize(EmbeddingPriorNetwork(**DALLE2 | settings), 8)
+        made = build_pipeline("text", tiny_components() | {"prior": prior})
+        made.statistics = EmbeddingStatistics(torch.zeros(16), torch.ones(16), 3.0, 0.5)
+        return made
+
+    return build
+
+
+def test_a_prior_of_dalle2_pytorch_in_a_pipeline(dalle2, tmp_path):
+    pipe = dalle2()
+    settings = {"seed": 1, "prior_num_inference_steps": 3, "return_intermediates": True, **DECODING}
+    made = pipe(["a cat", "a red apple"], **settings)
+    torch.testing.assert_close(made.image_embeddings.norm(dim=1), torch.full((2,), 3.0))
+    text = pipe.caption_encoder.encode(["a cat"], "cpu")
+    research = EmbeddingPrior(pipe.prior, pipe.prior_scheduler)
+    drawn = research.sample(
+        text.embeds, encodings=text.hidden_states, mask=text.mask, num_inference_steps=3, guidance_scale=4.0, seed=1
+    )
+    wanted = F.normalize(drawn, dim=-1) * 3
+    torch.testing.assert_close(pipe.embed_captions("a cat", num_inference_steps=3, seed=1), wanted, rtol=0, atol=1e-4)
+    pipe.save_pretrained(tmp_path / "model")
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    assert index["prior"] == ["unclip", "EmbeddingPriorNetwork"]
+    read = UnCLIPPipeline.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(read.embed_captions("a cat", num_inference_steps=3, seed=1), wanted, rtol=0, atol=1e-4)
+
+
+def test_the_norm_of_the_folder_s_own_prior(tiny_components, build_pipeline, tmp_path):
+    """Karlo's folder has no file of statistics, but its prior has means and standard deviations."""
+    build_pipeline("text", tiny_components()).save_pretrained(tmp_path / "model")
+    whole = UnCLIPPipeline.from_pretrained(tmp_path / "model")
+    prior = randomize(EmbeddingPriorNetwork(**DALLE2), 8)
+    replaced = UnCLIPPipeline.from_pretrained(tmp_path / "model", prior=prior)
+    assert replaced.statistics.norm_mean == pytest.approx(whole.statistics.norm_mean)
+
+
+def test_priors_of_dalle2_pytorch_that_do_not_fit(dalle2, tiny_components, build_pipeline):
+    for settings, words in (
+        ({"embedding_dim": 20}, r"prior\.embedding_dim is 20, but text_encoder\.projection_dim is 16"),
+        ({"num_tokens": 4, "use_text_encodings": False}, r"prior\.num_tokens is 4, but .* one vector is None"),
+        ({"num_timesteps": 10}, "embeddings of 10 timesteps, but its process has 1000"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            dalle2(**settings)("a cat", **DECODING)
+    pipe = dalle2()
+    pipe.statistics = None
+    with pytest.raises(InputError, match="needs the statistics"):
+        pipe("a cat", **DECODING)
+    with pytest.raises(InputError, match="needs the component 'prior_scheduler'"):
+        build_pipeline("text", tiny_components() | {"prior": pipe.prior, "prior_scheduler": None})

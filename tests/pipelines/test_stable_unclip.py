@@ -11,6 +11,7 @@ from unclip import (
     EmbeddingStatistics,
     InputError,
     MissingDependencyError,
+    PriorTransformer,
     StableUnCLIPImageNormalizer,
     StableUnCLIPImg2ImgPipeline,
     StableUnCLIPPipeline,
@@ -21,6 +22,7 @@ from unclip import (
 from unclip.clip.statistics import noised
 from unclip.stages.stable_diffusion import noised_with_level
 
+from ..conftest import randomize
 from ..stable_parts import DIM, VAE, reference, stable_parts
 
 import diffusers  # isort: skip
@@ -67,12 +69,10 @@ def embeds():
 
 def test_the_noise_is_the_one_definition(parts, embeds):
     """Whitened, noised, un-whitened as for every decoder, and followed by cosines and sines of the level."""
-    normalizer = StableUnCLIPImageNormalizer(embedding_dim=DIM)
-    normalizer.load_state_dict(parts["image_normalizer"].state_dict())
     noise, process = torch.randn(2, DIM), UnCLIPScheduler().process
-    mean, std = normalizer.mean.detach()[0], normalizer.std.detach()[0]
-    statistics = EmbeddingStatistics(mean, std, 1.0, 1.0)
-    found = noised_with_level(embeds, 300, noise, normalizer, process)
+    mean, std = (parts["image_normalizer"].state_dict()[name] for name in ("mean", "std"))
+    statistics = EmbeddingStatistics(mean[0], std[0], 1.0, 1.0)
+    found = noised_with_level(embeds, 300, noise, mean, std, process)
     torch.testing.assert_close(found[:, :DIM], statistics.noised(embeds, 300, noise), rtol=0, atol=0)
     frequencies = 10_000 ** (-torch.arange(DIM / 2) / (DIM / 2))
     torch.testing.assert_close(found[0, DIM:], torch.cat([(300 * frequencies).cos(), (300 * frequencies).sin()]))
@@ -103,6 +103,19 @@ def test_karlos_prior_makes_the_embeddings(text, own_pipeline):
     torch.testing.assert_close(direct.image_embeddings, expected, **CLOSE)
 
 
+def test_a_prior_of_eclipse(text, own_pipeline, tiny_configs):
+    """It needs no scheduler, and gives UnCLIPPipeline's embeddings."""
+    prior = randomize(PriorTransformer(**tiny_configs["prior"], additional_embeddings=3), 8)
+    own_pipeline.prior = prior
+    expected = own_pipeline.embed_captions("a cat", seed=5)
+    parts = {**text.components, "prior": prior, "prior_text_encoder": own_pipeline.text_encoder}
+    del parts["prior_scheduler"]
+    made = quiet(StableUnCLIPPipeline(**parts))("a cat", seed=5, return_intermediates=True, **FEW)
+    torch.testing.assert_close(made.image_embeddings, expected, **CLOSE)
+    with pytest.raises(InputError, match="prior_scheduler"):
+        StableUnCLIPPipeline(**{**parts, "prior": text.prior})
+
+
 def test_embeddings_of_another_pipelines_prior(variation, own_pipeline):
     embeddings = own_pipeline.embed_captions(["a cat", "a red apple"], num_inference_steps=2, seed=1)
     assert variation(image_embeds=embeddings, prompt="a cat", seed=1, **FEW).images.shape == (2, 3, 16, 16)
@@ -114,6 +127,35 @@ def test_the_decoder_is_shared(text, parts, folder):
     )
     assert (pipe.unet, pipe.vae) == (text.unet, text.vae)
     assert StableUnCLIPPipeline.from_pipe(text).prior is text.prior
+
+
+# ---- devices and types ----
+
+
+def test_offloading(text, variation):
+    given = {"image": Image.new("RGB", (16, 16), "red"), "noise_level": 40, "seed": 2, **FEW}
+    plain = variation(**given).images, text("a cat", seed=1, prior_num_inference_steps=2, **FEW).images
+    for enable in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
+        for pipe in (variation, text):
+            getattr(pipe, enable)(device="cpu")
+        assert variation.statistics is not None
+        torch.testing.assert_close(variation(**given).images, plain[0], **CLOSE)
+        made = text("a cat", seed=1, prior_num_inference_steps=2, **FEW).images
+        torch.testing.assert_close(made, plain[1], **CLOSE)
+        for pipe in (variation, text):
+            pipe.remove_all_hooks()
+
+
+def test_types(folder, embeds, tmp_path):
+    types = {"default": torch.bfloat16, "vae": "float32"}
+    pipe = quiet(StableUnCLIPImg2ImgPipeline.from_pretrained(folder / "variation", torch_dtype=types))
+    assert (pipe.unet.dtype, pipe.vae.dtype) == (torch.bfloat16, torch.float32)
+    exact = quiet(StableUnCLIPImg2ImgPipeline.from_pretrained(folder / "variation"))
+    settings = {"image_embeds": embeds, "seed": 2, "guidance_scale": 1, **FEW}
+    assert (pipe(**settings).images - exact(**settings).images).abs().mean() < 0.05
+    pipe.save_pretrained(tmp_path / "half", variant="bf16")
+    again = StableUnCLIPImg2ImgPipeline.from_pretrained(tmp_path / "half", variant="bf16", torch_dtype="auto")
+    assert (again.unet.dtype, again.vae.dtype) == (torch.bfloat16, torch.float32)
 
 
 # ---- calls ----
@@ -170,7 +212,7 @@ def test_what_a_call_refuses(variation, embeds, given, message, monkeypatch):
 def test_what_text_to_image_refuses(text, embeds):
     for given, message in (
         ({}, "give a prompt"),
-        ({"prompt": ["a", "b", "c"], "image_embeds": embeds}, "2 image_embeds for 3 prompts"),
+        ({"prompt": ["a", "b", "c"], "image_embeds": embeds}, "2 image embeddings for 3 prompts"),
         ({"prompt": "a", "prior_latents": torch.zeros(1, 7)}, "prior_latents have shape"),
     ):
         with pytest.raises(InputError, match=message):
@@ -204,8 +246,6 @@ def test_parts_that_do_not_fit(variation, name, make, message):
 
 
 def test_another_clips_prior(text, tiny_configs):
-    from unclip import PriorTransformer
-
     wide = PriorTransformer({**tiny_configs["prior"], "embedding_dim": 24})
     with pytest.raises(ConfigError, match=r"prior\.embedding_dim is 24, but prior_text_encoder\.projection_dim is 16"):
         StableUnCLIPPipeline.from_pipe(text, prior=wide)

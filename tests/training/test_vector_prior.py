@@ -1,4 +1,4 @@
-"""A prior on vectors: its loss and samples, its task, and identification."""
+"""Priors on vectors and tokens: losses and samples, the tasks, and identification."""
 
 import dataclasses
 
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from unclip import ConfigError, DataError, InputError, PriorTransformer
-from unclip.pipelines.vector_prior import VectorPrior, identification, vector_model
+from unclip import ConfigError, DataError, EmbeddingPrior, InputError, PriorTransformer, VectorPrior
+from unclip.pipelines.vector_prior import identification, vector_model
+from unclip.training import vector_prior
 from unclip.training.recipe import read_recipe
 from unclip.training.task import make_task
 
@@ -94,7 +95,7 @@ def test_the_task_trains_on_pairs_and_is_saved(recipe, tmp_path):
     task.save(tmp_path / "model")
     task.sample_sheet(tmp_path / "sheet.png")
     assert "two_way" in (tmp_path / "sheet.txt").read_text()
-    drawn = VectorPrior.from_pretrained(tmp_path / "model").sample(task.source.vectors[:2], seed=0)
+    drawn = VectorPrior.from_pretrained(tmp_path / "model").sample(task.source.conditions[:2], seed=0)
     assert drawn.shape == (2, 6)
 
 
@@ -105,3 +106,94 @@ def test_pairs_that_do_not_fit(recipe, tmp_path):
     np.save(tmp_path / "vectors.npy", np.zeros((59, 7), np.float32))
     with pytest.raises(DataError, match=r"59 rows, but .* has 60"):
         make_task(recipe)
+
+
+def test_several_conditions_are_dropped_by_themselves(recipe, tmp_path):
+    """The second file stands for captions, as `unclip embed --captions` writes them."""
+    np.save(tmp_path / "captions.npy", np.ones((60, 6), np.float32))
+    text = RECIPE.replace('file = "vectors.npy"', 'file = ["vectors.npy", "captions.npy"]\ndrop = 0.5')
+    (tmp_path / "recipe.toml").write_text(text)
+    task = make_task(read_recipe(tmp_path / "recipe.toml"))
+    assert task.stage.prior.config.embedding_proj_dim == 13
+    vectors = task.batch(0, 200, torch.Generator().manual_seed(0))["vectors"]
+    kept = torch.stack([vectors[:, :7].any(dim=1), vectors[:, 7:].all(dim=1)]).long()
+    assert set(map(tuple, kept.T.tolist())) == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    task.save(tmp_path / "model")
+    both = task.source.conditions[:2]
+    assert VectorPrior.from_pretrained(tmp_path / "model").sample(both, seed=0).shape == (2, 6)
+
+
+GRIDS = RECIPE.replace('file = "vectors.npy"', 'kind = "tokens"\nfile = "tokens.npy"')
+
+
+@pytest.mark.parametrize("target", [(60, 4, 6), (60, 6)], ids=["grid", "vector"])
+@pytest.mark.parametrize("condition", [(60, 3, 10), (60, 4, 6)], ids=str)
+def test_the_task_on_tokens(tmp_path, target, condition):
+    draw = np.random.default_rng(0)
+    np.save(tmp_path / "tokens.npy", draw.normal(size=condition).astype(np.float32))
+    np.save(tmp_path / "embeddings.npy", draw.normal(size=target).astype(np.float32) * 3)
+    (tmp_path / "recipe.toml").write_text(GRIDS)
+    task = make_task(read_recipe(tmp_path / "recipe.toml"))
+    config = task.stage.prior.config
+    assert config.scale == pytest.approx(1 / 3, rel=0.1)
+    assert task.stage.process.clip_range is None
+    batch = task.batch(0, 8, torch.Generator().manual_seed(0))
+    assert batch["x0"].shape == (8, 4 if len(target) == 3 else 1, 6)
+    part = task.batch(0, 8, torch.Generator().manual_seed(0), torch.tensor([2, 3]))
+    torch.testing.assert_close(part["condition"], batch["condition"][2:4])
+    task.module(batch)["loss"].backward()
+    task.save(tmp_path / "model")
+    task.sample_sheet(tmp_path / "sheet.png")
+    assert "two_way" in (tmp_path / "sheet.txt").read_text()
+    prior = EmbeddingPrior.from_pretrained(tmp_path / "model")
+    assert prior.sample(task.source.conditions[:2], seed=0, num_inference_steps=2).shape == (2, *config.embedding_shape)
+
+
+def test_vectors_to_a_grid(recipe, tmp_path):
+    np.save(tmp_path / "embeddings.npy", np.random.default_rng(0).normal(size=(60, 4, 6)).astype(np.float32))
+    config = make_task(recipe).stage.prior.config
+    assert (config.condition_shape, config.embedding_shape) == ((1, 7), (4, 6))
+
+
+def test_a_few_steps_on_tokens_learn_the_identity(tmp_path):
+    tokens = np.random.default_rng(0).normal(size=(60, 4, 6)).astype(np.float32)
+    for name in ("tokens", "embeddings"):
+        np.save(tmp_path / f"{name}.npy", tokens)
+    (tmp_path / "recipe.toml").write_text(GRIDS)
+    task = make_task(read_recipe(tmp_path / "recipe.toml"))
+    optimizer = torch.optim.AdamW(task.module.parameters(), lr=1e-2)
+    losses = []
+    for step in range(60):
+        loss = task.module(task.batch(step, 32, torch.Generator().manual_seed(step)))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_large_data_stay_in_their_files(recipe, monkeypatch):
+    loaded = make_task(recipe)
+    monkeypatch.setattr(vector_prior, "LOADED_BYTES", 0)
+    lazy = make_task(recipe)
+    assert lazy.source.conditions.loaded is None
+    ours, theirs = (task.batch(3, 8, torch.Generator().manual_seed(3)) for task in (lazy, loaded))
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5)
+
+
+def test_conditions_of_another_kind(recipe, tmp_path):
+    def refused(error, words, old, new):
+        (tmp_path / "recipe.toml").write_text(RECIPE.replace(old, new))
+        with pytest.raises(error, match=words):
+            make_task(read_recipe(tmp_path / "recipe.toml"))
+
+    line = 'file = "vectors.npy"'
+    refused(ConfigError, "needs one file with an array", line, f'{line}\nkind = "tokens"')
+    np.save(tmp_path / "tokens.npy", np.zeros((60, 3, 5), np.float32))
+    refused(DataError, "a grid of tokens", line, 'file = "tokens.npy"')
+    refused(ConfigError, "one file", line, 'kind = "tokens"\nfile = ["tokens.npy", "tokens.npy"]')
+    np.save(tmp_path / "embeddings.npy", np.ones((60, 4, 6), np.float32))
+    refused(ConfigError, "several conditions at once need vectors", line, 'file = ["vectors.npy", "vectors.npy"]')
+    np.save(tmp_path / "embeddings.npy", np.ones((60, 4, 5), np.float32))
+    refused(ConfigError, "embedding_dim is 5; it must be even", line, line)

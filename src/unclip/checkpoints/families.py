@@ -4,21 +4,28 @@ import pickletools
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from unclip.checkpoints.dalle2 import MARK, arithmetic_of, is_inert
 from unclip.checkpoints.files import file_size, read_json, safe_join
+from unclip.checkpoints.layout import KANDINSKY, kandinsky_next
 from unclip.checkpoints.weights import read_header
 from unclip.errors import CheckpointError, ConfigError, UnclipError
 
 PICKLES = (".pth", ".pt", ".ckpt", ".th", ".bin")
 LARGEST_PICKLE_BYTES = 64 << 20
 KARLO = "--prior FILE --decoder FILE --super-res FILE --stats FILE --clip openai/clip-vit-large-patch14 --out DIR"
+TRANSLATOR = {"source_mean", "target_mean", "weight"}
+"""Tensors of a file of `unclip train translator`."""
 PIPELINES = {
     "UnCLIPPipeline": "unCLIP, text to image (Karlo's layout)",
     "UnCLIPImageVariationPipeline": "unCLIP, image variations (Karlo's layout)",
     "UnCLIPInpaintPipeline": "unCLIP, inpainting (Karlo's layout)",
+    "StableUnCLIPPipeline": "Stable unCLIP, text to image",
+    "StableUnCLIPImg2ImgPipeline": "Stable unCLIP, image variations",
+    **KANDINSKY,
 }
 """What a pipeline's folder is, by the class that its model_index.json names."""
 
@@ -59,8 +66,12 @@ def recognised(path: Path) -> Family | None:
 
 def _of_file(path: Path) -> Family | None:
     if path.suffix == ".safetensors":
-        names = set(read_header(path))
-        return _of_names(path, names, None)
+        header = read_header(path)
+        if header.keys() >= TRANSLATOR:
+            target, source = header["weight"].shape
+            use = f"unclip decode EMBEDDINGS --translator {path}"
+            return Family(f"a translator of embeddings, from width {source} to width {target}", (), use)
+        return _of_names(path, set(header), None)
     if path.suffix in PICKLES and (found := pickle_texts(path)) is not None:
         return _of_names(path, found.texts, found)
     return None
@@ -177,7 +188,12 @@ def _of_pipeline(folder: Path, index: dict[str, Any]) -> Family | None:
     missing = tuple(f"the folder {part}" for part in parts if not (folder / part).is_dir())
     prior = folder / "prior" / "config.json"
     found = _of_component(read_json(safe_join(folder / "prior", "config.json")), folder) if prior.is_file() else None
-    return Family(name if found is None else f"{name}, with: {found.name}", missing)
+    if "image_normalizer" in parts and "the folder image_normalizer" not in missing:
+        width = read_json(safe_join(folder / "image_normalizer", "config.json")).get("embedding_dim", 768)
+        size = {768: "small, CLIP ViT-L/14", 1024: "large, CLIP ViT-H/14"}.get(width, "of another size")
+        name = f"{name} ({size}, width {width})"
+        missing += () if find_spec("diffusers") else ("diffusers: pip install 'unclip[family]'",)
+    return Family(name if found is None else f"{name}, with: {found.name}", missing, kandinsky_next(index))
 
 
 def _of_component(config: dict[str, Any], folder: Path) -> Family | None:
@@ -186,17 +202,17 @@ def _of_component(config: dict[str, Any], folder: Path) -> Family | None:
 
 
 def _eclipse(config: dict[str, Any], folder: Path) -> Family | None:
-    is_prior = config.get("_class_name") == "PriorTransformer" and config.get("added_emb_type", "prd") == "prd"
-    if (
-        not is_prior
-        or config.get("additional_embeddings") != 3
-        or config.get("encoder_hid_proj_type", "linear") is None
-    ):
+    defaults = {"added_emb_type": "prd", "encoder_hid_proj_type": "linear", "additional_embeddings": 4}
+    settings = tuple(config.get(key, value) for key, value in defaults.items())
+    if config.get("_class_name") != "PriorTransformer" or settings != ("prd", "linear", 3):
         return None
     width = config.get("embedding_dim", 768)
-    whose = {768: "Karlo's (CLIP ViT-L/14)", 1280: "Kandinsky 2.2's (CLIP ViT-bigG/14)"}.get(width, "another")
-    use = f"in Python: UnCLIPPipeline.from_pretrained(KARLO, prior=PriorTransformer.from_pretrained({str(folder)!r}))"
-    return Family(f"ECLIPSE: a prior for {whose} decoder, width {width}", ("a decoder",), use if width == 768 else "")
+    whose, pipeline = {
+        768: ("Karlo's (CLIP ViT-L/14)", "UnCLIPPipeline.from_pretrained(KARLO"),
+        1280: ("Kandinsky 2.2's (CLIP ViT-bigG/14)", "KandinskyV22PriorPipeline.from_pretrained(KANDINSKY_PRIOR"),
+    }.get(width, ("another", ""))
+    use = f"in Python: {pipeline}, prior=PriorTransformer.from_pretrained({str(folder)!r}))" if pipeline else ""
+    return Family(f"ECLIPSE: a prior for {whose} decoder, width {width}", ("a decoder",), use)
 
 
 def _lambda_eclipse(config: dict[str, Any], folder: Path) -> Family | None:

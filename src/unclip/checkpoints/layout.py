@@ -59,6 +59,37 @@ FURTHER = tuple(f"{stage}_{part}" for stage in FURTHER_SUPER_RES for part in ("f
 """Optional components of every pipeline's folder. Other loaders ignore them."""
 
 
+KANDINSKY = {
+    "KandinskyPriorPipeline": "Kandinsky 2.1: the prior",
+    "KandinskyPipeline": "Kandinsky 2.1: the decoder",
+    "KandinskyImg2ImgPipeline": "Kandinsky 2.1: the decoder, for image to image",
+    "KandinskyInpaintPipeline": "Kandinsky 2.1: the decoder for inpainting",
+    "KandinskyCombinedPipeline": "Kandinsky 2.1: prior and decoder",
+    "KandinskyImg2ImgCombinedPipeline": "Kandinsky 2.1: prior and decoder, for image to image",
+    "KandinskyInpaintCombinedPipeline": "Kandinsky 2.1: prior and decoder for inpainting",
+    "KandinskyV22PriorPipeline": "Kandinsky 2.2: the prior",
+    "KandinskyV22Pipeline": "Kandinsky 2.2: the decoder",
+    "KandinskyV22Img2ImgPipeline": "Kandinsky 2.2: the decoder, for image to image",
+    "KandinskyV22InpaintPipeline": "Kandinsky 2.2: the decoder for inpainting",
+    "KandinskyV22CombinedPipeline": "Kandinsky 2.2: prior and decoder",
+    "KandinskyV22Img2ImgCombinedPipeline": "Kandinsky 2.2: prior and decoder, for image to image",
+    "KandinskyV22InpaintCombinedPipeline": "Kandinsky 2.2: prior and decoder for inpainting",
+}
+"""What a Kandinsky folder is, by the class that its model_index.json names. These are the names of pipelines here."""
+
+
+def kandinsky_next(index: Mapping[str, Any]) -> str:
+    """The command or the line of Python that uses a Kandinsky folder; empty for another folder."""
+    name = str(index.get("_class_name"))
+    if name not in KANDINSKY:
+        return ""
+    if "Inpaint" in name:
+        return f"in Python: {name}.from_pretrained(FOLDER)"
+    if "Combined" in name:
+        return "unclip generate CAPTION --model FOLDER"
+    return "unclip convert kandinsky --prior FOLDER --decoder FOLDER --out DIR"
+
+
 def model_index(class_name: str, components: Iterable[str]) -> dict[str, Any]:
     """The content of model_index.json."""
     parts = {name: list(CLASSES[name]) for name in components}

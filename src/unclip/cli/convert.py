@@ -115,6 +115,34 @@ def variation(
     print(convert_text_to_image_to_variation(model, out, clip=clip, crop=crop, overwrite=overwrite), flush=True)
 
 
+@command(convert, "kandinsky")
+def kandinsky(
+    prior: Annotated[str, option("MODEL")],
+    decoder: Annotated[str, option("MODEL")],
+    out: options.NewFolder,
+    overwrite: options.OverwriteFolder = False,
+    quiet: options.Quiet = False,
+) -> None:
+    r"""Join the prior and the decoder of Kandinsky 2.1 or 2.2 in one folder.
+
+    The other commands take such a folder as --model. Weights are hard-linked where the file system supports it.
+
+    Args:
+        prior: Folder or hub id of the prior.
+        decoder: Folder or hub id of the decoder.
+
+    Examples:
+        unclip convert kandinsky --prior kandinsky-community/kandinsky-2-2-prior \
+          --decoder kandinsky-community/kandinsky-2-2-decoder \
+          --out models/kandinsky
+        unclip generate "a red fox" --model models/kandinsky
+    """
+    from unclip.pipelines.convert import convert_kandinsky
+
+    silence(downloads=quiet)
+    print(convert_kandinsky(prior, decoder, out, overwrite=overwrite), flush=True)
+
+
 @command(convert, "pickle")
 def pickle(
     folder: Annotated[Path, argument("FOLDER")],

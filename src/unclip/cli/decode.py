@@ -98,11 +98,11 @@ def decode(
     for _ in table.batches():  # rows with NaN are named before anything is computed
         pass
     labels = None if label_column is None else list(map(plain, table.column(label_column)))
-    kind = UnCLIPImageVariationPipeline if "image_encoder" in session.index else UnCLIPPipeline
+    kind = UnCLIPImageVariationPipeline if "image_encoder" in session.parts else UnCLIPPipeline
     settings = session.settings(kind, decoding.given()) | size.sides
     writer = PictureWriter(common, len(table) * num_images, seed=seed)
     pipe = session.pipeline(kind)
-    given_width, width = table.width, pipe.text_proj.config.clip_embeddings_dim
+    given_width, width = table.width, pipe.embedding_dim
     if translate is not None:
         if given_width != translate.source_dim:
             takes = f"{translator} translates embeddings of width {translate.source_dim}"

@@ -162,6 +162,7 @@ def variations(
 def prior(
     *,
     request: PriorOptions,
+    condition: Annotated[list[Path] | None, option("FILE", default="captions")] = None,
     sampling: options.PriorSampling,
     compute: ComputeOptions,
 ) -> None:
@@ -170,11 +171,22 @@ def prior(
     The report has the cosine of the prior's sample for a caption and the picture's own embedding, the baselines (the
     caption's embedding, another picture's, the mean), and how closely the sample follows the caption.
 
+    With --condition, the prior is one on vectors or tokens: --model is the model/ folder of its run, and --data the
+    file of the true embeddings. The report has the cosine with the true embedding and how often it is identified.
+    --num-held-out N measures the last N rows.
+
+    Args:
+        condition: The conditions, with the rows of --data; several times for several conditions.
+
     Examples:
         unclip evaluate prior --data data/emoji --out prior.json
         unclip evaluate prior --data data/emoji --prior-guidance 1 \
           --prior-steps 50 --out prior-1.json
+        unclip evaluate prior --condition voxels.npy --data embeddings.npy \
+          --model runs/voxels/prior/model --num-held-out 160 --out voxels.json
     """
+    if condition:
+        return measures.of_condition(condition, request, sampling, compute)
     from unclip.evaluation.stages import prior as measure
     from unclip.pipelines.text_to_image import UnCLIPPipeline
 

@@ -83,7 +83,7 @@ def generate(
     if not good:
         raise typer.Exit(1)
     session = Session(model, common.compute, sampler=sampler, preset=sampling.preset, progress=not common.quiet)
-    check_has_prior(model, session.index)
+    check_has_prior(model, session.parts)
 
     from unclip.pipelines.text_to_image import UnCLIPPipeline
 
@@ -137,7 +137,7 @@ def _generate_rows(
     table = read_table(bulk.table)  # type: ignore[arg-type]
     session = Session(model, common.compute, sampler=sampler, preset=sampling.preset, progress=False)
     sampler = session.sampler
-    check_has_prior(model, session.index)
+    check_has_prior(model, session.parts)
     settings = session.settings(UnCLIPPipeline, sampling.given()) | size.sides
     of_model = [model_fingerprint(session), sampler, common.compute.facts]
     negative = None if negative is None else plain(negative)

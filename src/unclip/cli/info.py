@@ -147,7 +147,8 @@ def read_component(folder: Path, name: str, class_name: str) -> Component:
         sizes = {key: config[key] for key in SIZES if config.get(key) is not None}
         if config_name != "config.json":
             return Component(class_name, sizes=sizes)
-        stem = TRANSFORMERS_STEM if class_name.startswith("CLIP") else DEFAULT_STEM
+        is_text_encoder = class_name.startswith(("CLIP", "MultilingualCLIP"))
+        stem = TRANSFORMERS_STEM if is_text_encoder else DEFAULT_STEM
         weights = open_weights(place, stem=stem, variant=_variant(place, stem))
         kinds: Counter[str] = Counter()
         for tensor in weights.values():

@@ -145,12 +145,12 @@ def _make(
     given = edit.sampling.given() | settings | edit.size.sides
     common, preset = edit.common, edit.sampling.preset
     session = Session(edit.model, common.compute, sampler=edit.sampler, preset=preset, progress=not common.quiet)
-    check_has_prior(edit.model, session.index)
+    check_has_prior(edit.model, session.parts)
     prior_runs = edit.prompt is not None and edit.embedding_from is not EmbeddingFrom.image
     if not prior_runs:
         options.refuse_prior_choice(given, "the image embedding is that of the picture")
         given = {setting: value for setting, value in given.items() if setting not in PRIOR_SAMPLING}
-    if "image_encoder" not in session.index and not prior_runs:
+    if "image_encoder" not in session.parts and not prior_runs:
         raise InputError(f"{edit.model} has no image_encoder, so it cannot embed the picture: give only --prompt")
     if edit.embedding_from is not None:
         given["embedding_from"] = edit.embedding_from.value

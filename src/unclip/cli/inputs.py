@@ -5,7 +5,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -204,15 +204,15 @@ def nearest_file(text: str) -> str | None:
     return str(path.parent / found[0]) if found else None
 
 
-def check_has_prior(model: str, index: Mapping[str, object]) -> None:
+def check_has_prior(model: str, parts: Container[str]) -> None:
     """Raises: CheckpointError when the model's folder has no prior."""
-    if "prior" not in index:
+    if "prior" not in parts:
         raise CheckpointError(f"{model} has no prior, so it only makes variations: unclip vary IMAGE --model {model}")
 
 
-def check_can_vary(model: str, index: Mapping[str, object]) -> None:
+def check_can_vary(model: str, parts: Container[str]) -> None:
     """Raises: CheckpointError when the model's folder has no image encoder."""
-    lacking = [name for name in ("image_encoder", "feature_extractor") if name not in index]
+    lacking = [name for name in ("image_encoder", "feature_extractor") if name not in parts]
     if lacking:
         raise CheckpointError(
             f"{model} has no {' and no '.join(lacking)}, so it cannot encode pictures. Make a folder that can: "

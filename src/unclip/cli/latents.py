@@ -163,8 +163,8 @@ class ManipulationRun:
         found = [Record.read(Path(part.text)) for part in parts if part.kind == "latent"]
         compute = replace(common.compute, tile=recorded_tile(found, common.compute.tile))
         session = Session(model, compute, progress=not common.quiet)
-        check_can_vary(model, session.index)
-        if captions and "prior" not in session.index:
+        check_can_vary(model, session.parts)
+        if captions and "prior" not in session.parts:
             raise CheckpointError(f"{model} has no prior, so it cannot use captions: give pictures")
         if not captions:
             options.refuse_prior_choice(prior or {}, "no caption becomes an image embedding")

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,14 @@ from unclip.cli.messages import bar, warn
 from unclip.cli.options import flag, option
 from unclip.cli.output import check_free
 from unclip.errors import CheckpointError, InputError, MissingFileError, OutputExistsError
-from unclip.pipelines.session import Session, model_name, sampler_name, sampler_switch
+from unclip.pipelines.session import (
+    PRIOR_SAMPLING,
+    Session,
+    model_name,
+    pick_device,
+    sampler_name,
+    sampler_switch,
+)
 from unclip.settings import SAMPLERS, SETTINGS
 
 if TYPE_CHECKING:
@@ -127,7 +135,7 @@ def prepare(
         request.model, compute.precision, sampler=compute.sampler, preset=preset, progress=not compute.quiet
     )
     for component in needed:
-        if component not in session.index:
+        if component not in session.parts:
             raise CheckpointError(f"{request.model} has no {component}, which this measure ({name}) needs")
 
     from unclip.evaluation.inception import InceptionFeatures
@@ -168,6 +176,36 @@ def fingerprint(folder: Path, pattern: str = "**/*") -> str:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
     return digest.hexdigest()
+
+
+def of_condition(
+    condition: Sequence[Path], request: MeasureOptions, sampling: options.PriorSampling, compute: ComputeOptions
+) -> None:
+    """Measure a prior on vectors or tokens, write the report, and print it."""
+    given = sampling.given()
+    for name in PRIOR_SAMPLING:
+        if given.get(name) is not None:
+            raise InputError(f"--condition measures one sample for each row: leave out {SETTINGS[name].option}")
+    check_free(request.out, overwrite=request.overwrite)
+    from unclip.evaluation.stages import conditioned_prior
+
+    names = {"prior_num_inference_steps": "num_inference_steps", "prior_guidance_scale": "guidance_scale"}
+    settings = {ours: given[name] for name, ours in names.items() if given.get(name) is not None}
+    found = conditioned_prior(
+        resolve(request.model),
+        condition,
+        request.data,
+        num_rows=request.num_held_out,
+        seed=request.seed,
+        batch_size=request.batch_size,
+        progress=bar(compute.quiet, desc="sampling", unit="batch"),
+        device=pick_device(compute.precision.device),
+        **settings,
+    )
+    about = {"unclip": __version__, "model": model_name(request.model), "data": request.data.name}
+    files = [path.name for path in condition]
+    write_report(request, {**about, "condition": files, "seed": request.seed, "settings": settings}, "prior", found)
+    print(json.dumps(found), flush=True)
 
 
 def write_report(request: MeasureOptions, about: Mapping[str, Any], name: str, found: Mapping[str, Any]) -> None:

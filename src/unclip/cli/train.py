@@ -22,15 +22,15 @@ from unclip.pipelines.session import keep_freed_memory
 if TYPE_CHECKING:
     from unclip.training.recipe import Recipe
 
-OF_RECIPE = "recipe"
-
 
 class TrainGroup(TyperGroup):
     """The commands of `unclip train`; `unclip train FILE` is `unclip train recipe FILE`."""
 
+    default_command = "recipe"
+
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         if args and args[0] not in {*self.commands, *ctx.help_option_names}:
-            args = [OF_RECIPE, *args]
+            args = [self.default_command, *args]
         return super().parse_args(ctx, args)  # pyright: ignore[reportArgumentType]
 
 
@@ -45,7 +45,7 @@ def train_group() -> None:
     """
 
 
-@command(train, OF_RECIPE)
+@command(train, TrainGroup.default_command)
 def train_recipe(
     recipe: Annotated[Path, argument("RECIPE")],
     out: Annotated[Path | None, option("RUN", "--out", "-o")] = None,

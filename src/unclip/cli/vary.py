@@ -89,7 +89,7 @@ def vary(
         prompt = known.get(PROMPT) if prompt is None else prompt
         given = {name: known.get(name) if value is None else value for name, value in given.items()}
     session = Session(model, compute, sampler=sampler, preset=decoding.preset, progress=not common.quiet)
-    check_can_vary(model, session.index)
+    check_can_vary(model, session.parts)
     settings = session.settings(UnCLIPImageVariationPipeline, given) | size.sides
     writer = PictureWriter(common, len(images) * num_images, seed=seed)
 

@@ -137,7 +137,8 @@ class EmbeddingStatistics:
             return (
                 "the embeddings are not distributed like those of the model (log-likelihood ratio "
                 f"{likelihood:.2f} per dimension): they are probably of another CLIP, or of texts, or their dimensions "
-                "are in another order. Use embeddings of the model's own image encoder; no rescaling helps"
+                "are in another order. Use embeddings of the model's own image encoder, or a translator (unclip train "
+                "translator); no rescaling helps"
             )
         is_far = abs(norm - own) > limit
         units = norms if len(rows) > 1 else torch.tensor([norm, 1.0])

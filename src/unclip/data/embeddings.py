@@ -32,9 +32,11 @@ MAX_NAMED = 10
 class Embeddings:
     """Embeddings [rows, width] of a file or of the files of a folder. Rows of .npy files are read when they are needed.
 
+    Where grids are allowed, rows may also be grids of tokens [rows, tokens, width].
+
     Attributes:
         path: the file or the folder.
-        parts: floating-point arrays [rows, width], in order.
+        parts: floating-point arrays, in order.
         tables: the further columns of each part: a parquet file, or arrays by name.
         first: number of the first row in the file, for messages.
     """
@@ -50,10 +52,15 @@ class Embeddings:
     @property
     def width(self) -> int:
         """The width of each embedding."""
-        return self.parts[0].shape[1]
+        return self.parts[0].shape[-1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[rows, width], or [rows, tokens, width]."""
+        return (len(self), *self.parts[0].shape[1:])
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        """Consecutive rows, float32 [rows, width].
+        """Consecutive rows, float32 [rows, width] or [rows, tokens, width].
 
         Raises: DataError that names the rows with NaN or infinity.
         """
@@ -64,7 +71,7 @@ class Embeddings:
             place += len(part)
         with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinite
             array = np.concatenate(found, dtype=np.float32)
-        if bad := np.flatnonzero(~np.isfinite(array).all(axis=1)).tolist():
+        if bad := np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(axis=1)).tolist():
             named = ", ".join(str(self.first + start + row) for row in bad[:MAX_NAMED])
             more = f" and {len(bad) - MAX_NAMED} others" if len(bad) > MAX_NAMED else ""
             raise DataError(f"{self.path} has NaN or infinity in row {named}{more} (rows count from 0)")
@@ -106,7 +113,7 @@ class Embeddings:
         return found[self.first : self.first + len(self)]
 
 
-def read_embeddings(path: str | Path, key: str | None = None) -> Embeddings:
+def read_embeddings(path: str | Path, key: str | None = None, *, grids: bool = False) -> Embeddings:
     """Open a file or a folder of embeddings.
 
     Args:
@@ -115,6 +122,7 @@ def read_embeddings(path: str | Path, key: str | None = None) -> Embeddings:
             clip-retrieval: `img_emb/img_emb_0.npy` with `metadata/metadata_0.parquet`.
         key: the array or the column; by default one of `NAMES`, else the only one. With `*` it names several columns
             of numbers, one for each dimension, in the order of their numbers.
+        grids: whether grids of tokens [rows, tokens, width] are allowed too, which parquet cannot hold.
 
     Raises:
         MissingFileError: the path does not exist.
@@ -126,11 +134,11 @@ def read_embeddings(path: str | Path, key: str | None = None) -> Embeddings:
     if not path.exists():
         raise MissingFileError(f"{path} does not exist")
     files = _files(path) if path.is_dir() else [path]
-    opened = [_open(file, key) for file in files]
+    opened = [_open(file, key, grids) for file in files]
     parts, tables = [array for array, _ in opened], [table for _, table in opened if table is not None]
-    widths = {part.shape[1] for part in parts}
+    widths = {part.shape[1] if part.ndim == 2 else part.shape[1:] for part in parts}
     if len(widths) > 1:
-        raise DataError(f"{path} has embeddings of different widths: {', '.join(map(str, sorted(widths)))}")
+        raise DataError(f"{path} has embeddings of different widths: {', '.join(sorted(map(str, widths)))}")
     if path.is_dir() and not tables:
         metadata = (path.parent if path.name == "img_emb" else path) / "metadata"
         tables = sorted(metadata.glob("*.parquet"), key=_numbers)
@@ -150,7 +158,7 @@ def _numbers(path: Path) -> list[Any]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
-def _open(path: Path, key: str | None) -> tuple[np.ndarray, Any]:
+def _open(path: Path, key: str | None, grids: bool) -> tuple[np.ndarray, Any]:
     """The array of a file, and its further columns."""
     readers = {".npy": _open_npy, ".npz": _open_npz, ".safetensors": _open_safetensors, ".parquet": _open_parquet}
     if path.suffix.lower() not in readers:
@@ -166,13 +174,13 @@ def _open(path: Path, key: str | None) -> tuple[np.ndarray, Any]:
                 "numbers instead"
             ) from problem
         raise DataError(f"{path} cannot be read: {problem}") from problem
-    return _checked(array, path), table
+    return _checked(array, path, grids), table
 
 
-def _checked(array: np.ndarray, path: Path) -> np.ndarray:
+def _checked(array: np.ndarray, path: Path, grids: bool) -> np.ndarray:
     if array.dtype.kind != "f":
         raise DataError(f"{path} has numbers of type {array.dtype}; embeddings are floating-point numbers")
-    if array.ndim != 2:
+    if array.ndim != 2 and not (grids and array.ndim == 3):
         grid = ": a grid of tokens has several vectors for each picture" if array.ndim == 3 else ""
         raise DataError(f"{path} has an array of shape {array.shape}; it must be [rows, width]{grid}")
     if not array.size:

@@ -1,5 +1,7 @@
 """Measures of single stages: the prior's image embeddings, and the decoder's reconstructions."""
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,11 +9,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from unclip.data.embeddings import read_embeddings
+from unclip.errors import DataError
 from unclip.evaluation.measures import cosines, pixel_measures
 from unclip.evaluation.report import draw_cards
 from unclip.evaluation.retrieval import Judge, Plan, ranks
+from unclip.pipelines.embedding_prior import EmbeddingPrior, read_prior
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 from unclip.pipelines.text_to_image import UnCLIPPipeline
+from unclip.pipelines.vector_prior import identification
 
 
 def prior(
@@ -56,6 +62,55 @@ def prior(
         ]
         entry |= compare(torch.cat(drawn), true, own.read(prompts), mean_of_others(true, seen))
     return result
+
+
+def conditioned_prior(
+    folder: Path,
+    conditions: Sequence[Path],
+    embeddings: Path,
+    *,
+    num_rows: int | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: Callable[..., Any] | None = None,
+    device: torch.device | str = "cpu",
+    **sampling: Any,
+) -> dict[str, Any]:
+    """How well samples of a prior on vectors or tokens identify the true embeddings, which may be grids.
+
+    Args:
+        folder: the `model/` of a run that trained the prior, or a converted prior.
+        conditions: the files of the conditions, in the order of the recipe.
+        embeddings: the file of the true embeddings, with the same rows.
+        num_rows: only this many rows at the end, such as those that the recipe held out; None: all.
+        seed: row i is sampled with seed + i.
+        batch_size: of sampling.
+        progress: wraps the batches, as tqdm does.
+        device: where the prior runs.
+        sampling: `num_inference_steps` and `guidance_scale`.
+
+    Returns: `rows`, the number of them; `cosine`, `two_way` and `top_1` (see `identification`); and the values of
+        `two_way` and `top_1` by `chance`.
+
+    Raises: DataError for files with different numbers of rows; CheckpointError and ConfigError for the folder.
+    """
+    prior = read_prior(folder).to(device)
+    tables, target = [read_embeddings(path, grids=True) for path in conditions], read_embeddings(embeddings, grids=True)
+    for table in tables:
+        if len(table) != len(target):
+            raise DataError(f"{table.path} has {len(table)} rows, but {embeddings} has {len(target)}")
+    first = max(0, len(target) - (num_rows or len(target)))
+    batches = [slice(at, min(at + batch_size, len(target))) for at in range(first, len(target), batch_size)]
+    drawn = []
+    for rows in batches if progress is None else progress(batches):
+        given = torch.cat([torch.from_numpy(table[rows]) for table in tables], dim=-1)
+        if isinstance(prior, EmbeddingPrior):
+            given = given.view(len(given), *prior.prior.config.condition_shape)
+        drawn.append(prior.sample(given, seed=seed + rows.start, **sampling).flatten(1).cpu())
+    found = identification(torch.cat(drawn), torch.from_numpy(target[first : len(target)]).flatten(1))
+    count = len(target) - first
+    chance = {"two_way": 0.5, "top_1": round(1 / count, 6)}
+    return {"rows": count, **{key: round(value, 4) for key, value in found.items()}, "chance": chance}
 
 
 def mean_of_others(true: Tensor, seen: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class KandinskyUNetConfig(UNet2DConditionConfig):
         found = f"addition_embed_type is {self.addition_embed_type!r} and encoder_hid_dim_type"
         self.require(
             self.addition_embed_type == wanted,
-            f"{found} {self.encoder_hid_dim_type!r}; the former must be {wanted!r}",
+            f"{found} {self.encoder_hid_dim_type!r}; addition_embed_type must be {wanted!r}",
         )
         self.require(self.class_embed_type is None, f"class_embed_type is {self.class_embed_type!r}; it must be None")
 

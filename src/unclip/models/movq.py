@@ -291,8 +291,6 @@ class VQModel(Component[VQConfig]):
     """
 
     config_class: ClassVar = VQConfig
-    scale: ClassVar[float] = 1.0
-    """Kandinsky's latents are not scaled."""
 
     def build(self, config: VQConfig) -> None:
         self.encoder = _Encoder(config)
@@ -306,6 +304,11 @@ class VQModel(Component[VQConfig]):
     def factor(self) -> int:
         """Pixels for each cell of the latents, along one side."""
         return self.config.factor
+
+    @property
+    def scale(self) -> float:
+        """1: Kandinsky's latents are not scaled."""
+        return 1.0
 
     @property
     def channels(self) -> int:

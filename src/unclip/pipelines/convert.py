@@ -227,6 +227,44 @@ def convert_text_to_image_to_variation(
     return Path(out)
 
 
+def convert_kandinsky(prior: StrPath, decoder: StrPath, out: StrPath, *, overwrite: bool = False) -> Path:
+    """Write the folder `out` of a combined Kandinsky pipeline from the folders of a prior and a decoder, and return it.
+
+    Args:
+        prior: folder or hub id of a `KandinskyV22PriorPipeline` or a `KandinskyPriorPipeline`.
+        decoder: folder or hub id of a decoder of the same version.
+        overwrite: replace an existing `out`.
+
+    Weights are hard-linked where the file system supports it. Raises: CheckpointError for other folders, or versions
+        that differ; WeightsError when the widths of the embeddings differ; OutputExistsError.
+    """
+    folders = [resolve(prior), resolve(decoder)]
+    indexes = [read_json(safe_join(folder, "model_index.json")) for folder in folders]
+    names = [str(index.get("_class_name")) for index in indexes]
+    version = names[0].removesuffix("PriorPipeline")
+    if version not in ("Kandinsky", "KandinskyV22") or names[0] == version:
+        raise CheckpointError(f"{folders[0]} contains a {names[0]}, not a prior of Kandinsky")
+    tasks = {f"{version}{task}Pipeline": f"{version}{task}CombinedPipeline" for task in ("", "Img2Img", "Inpaint")}
+    if names[1] not in tasks:
+        wanted = ", ".join(tasks)
+        raise CheckpointError(f"{folders[1]} contains a {names[1]}; with this prior it must be one of {wanted}")
+    unet = read_json(safe_join(folders[1] / "unet", "config.json"))
+    width = unet.get("encoder_hid_dim" if version == "KandinskyV22" else "cross_attention_dim")
+    made = read_json(safe_join(folders[0] / "prior", "config.json")).get("embedding_dim", 768)
+    if width != made:
+        raise WeightsError(f"the prior makes embeddings of width {made}; the decoder needs {width}")
+    parts: dict[str, Any] = {"_class_name": tasks[names[1]], "_diffusers_version": layout.API_VERSION}
+    with atomic_folder(out, overwrite=overwrite) as draft:
+        for folder, index, prefix in zip(folders, indexes, ("prior_", ""), strict=True):
+            for name, entry in index.items():
+                if isinstance(entry, list) and entry != [None, None]:
+                    suffixes = (".json", ".txt", ".safetensors", ".bpe.model")
+                    _link_files(safe_join(folder, name), _made(draft / f"{prefix}{name}"), suffixes)
+                    parts[f"{prefix}{name}"] = entry
+        write_json(draft / "model_index.json", parts)
+    return Path(out)
+
+
 def _link_files(source: Path, target: Path, suffixes: tuple[str, ...] = (".json", ".txt", ".safetensors")) -> None:
     """Link weights and copy text files from one folder to another; other files and subfolders are skipped."""
     if not source.is_dir():

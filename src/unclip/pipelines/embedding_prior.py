@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip.checkpoints.files import output_folder
+from unclip.checkpoints.files import output_folder, read_json, safe_join
 from unclip.diffusion.scheduler import Scheduler, UnCLIPScheduler
 from unclip.errors import InputError
 from unclip.models.prior_dalle2 import EmbeddingPriorNetwork
 from unclip.numbers import whole
 from unclip.pipelines.arguments import check_latents, check_tensor, noise_source
 from unclip.pipelines.component import read_component, write_component
+from unclip.pipelines.vector_prior import VectorPrior
 from unclip.stages.prior_dalle2 import EmbeddingPriorStage
 
 PARTS = {"prior": "EmbeddingPriorNetwork", "prior_scheduler": "UnCLIPScheduler"}
@@ -146,3 +147,10 @@ class EmbeddingPrior(nn.Module):
             hides_sample=compatible,
             latents=latents,
         )
+
+
+def read_prior(folder: str | Path) -> VectorPrior | EmbeddingPrior:
+    """The prior on vectors or tokens in a folder. Raises: CheckpointError, ConfigError for another folder."""
+    config = read_json(safe_join(Path(folder), "prior/config.json"))
+    is_own = config.get("_class_name") == EmbeddingPriorNetwork.__name__
+    return (EmbeddingPrior if is_own else VectorPrior).from_pretrained(folder)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unclip.checkpoints.layout import FURTHER, STATISTICS_FILE
 from unclip.clip.encoders import TextEmbedding, TextEncoder
@@ -26,10 +26,10 @@ from unclip.pipelines.arguments import (
 )
 from unclip.pipelines.cascade import Fact
 from unclip.pipelines.pipeline import Pipeline
-from unclip.pipelines.steps import Call, StageRun, decode, encode, enlarge, finish, noised
+from unclip.pipelines.steps import Call, StageRun, decode, decoder_conditions, encode, enlarge, finish, noised
 from unclip.settings import SETTINGS
 from unclip.stages.decoder import DecoderStage
-from unclip.stages.stage import ALWAYS, DecoderCondition, Size, SuperResCondition
+from unclip.stages.stage import ALWAYS, DecoderCondition, Size, Stage, SuperResCondition
 from unclip.stages.super_res import SuperResStage, Tiling
 
 if TYPE_CHECKING:
@@ -122,6 +122,21 @@ class GenerationPipeline(Pipeline):
         cascade.check_fits(fits)
 
     @property
+    def embedding_dim(self) -> int:
+        """Width of the image embeddings that the decoder takes."""
+        return self.text_proj.config.clip_embeddings_dim
+
+    @property
+    def side_multiple(self) -> int:
+        """The number that must divide a result's height and width, unless they are the model's own."""
+        return cascade.side_multiple(self.decoder, self.cascade)
+
+    @property
+    def decoder_networks(self) -> list[nn.Module]:
+        """The networks that a picture of given embeddings and noise depends on, without super-resolution."""
+        return [self.text_proj, self.decoder]
+
+    @property
     def caption_encoder(self) -> TextEncoder:
         """The text encoder with its tokenizer."""
         return TextEncoder(self.text_encoder, self.tokenizer)
@@ -163,7 +178,7 @@ class GenerationPipeline(Pipeline):
         Raises: as that call; InputError for an unknown `rescale`, or for a model without statistics.
         """
         rows = torch.as_tensor(image_embeddings)
-        check_embeddings(rows, self.text_proj.config.clip_embeddings_dim)
+        check_embeddings(rows, self.embedding_dim)
         if rescale is not None:
             rows = self.statistics_for("rescale").rescaled(rows, rescale)
         statistics = self.statistics if check_scale else None
@@ -251,7 +266,7 @@ class GenerationPipeline(Pipeline):
         """
         return cascade.picture_sizes(self.decoder, self.cascade, height, width)
 
-    def decoder_stage(self, size: Size | None = None, reuse: int = 1) -> DecoderStage:
+    def decoder_stage(self, size: Size | None = None, reuse: int = 1) -> Stage[DecoderCondition]:
         """The decoder as a stage; without a size it makes its own squares."""
         return DecoderStage(self.decoder, self.text_proj, self.decoder_scheduler.process, size, reuse)
 
@@ -295,6 +310,21 @@ class GenerationPipeline(Pipeline):
             latents,
             guidance_interval=(low, high),
         )
+
+    def conditions(
+        self, run: StageRun[DecoderCondition], prompt: str | Sequence[str] | None, embeddings: Tensor
+    ) -> tuple[DecoderCondition, DecoderCondition | None]:
+        """The decoder's condition for embeddings [batch, embedding_dim] and captions, and its null condition if guided.
+
+        Args:
+            run: the decoder.
+            prompt: a caption, or one for each row; None: the empty caption.
+            embeddings: on the pipeline's device.
+        """
+        encoder, rows = self.caption_encoder, len(embeddings)
+        text = encode(encoder, as_captions(prompt, rows), rows, 1, self.device)
+        null_text = encode(encoder, [""], rows, 1, self.device) if run.guided else None
+        return decoder_conditions(run, text, null_text, embeddings)
 
     def super_res_runs(
         self,

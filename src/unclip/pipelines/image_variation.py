@@ -1,8 +1,8 @@
 """Image variation: pictures → image embeddings → similar pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -44,6 +44,18 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
     )
     image_encoder: "CLIPVisionModelWithProjection"
     feature_extractor: "BaseImageProcessor"
+
+    @classmethod
+    def class_for(cls, index: Mapping[str, Any]) -> type[Self]:
+        if cls is UnCLIPImageVariationPipeline and str(index.get("_class_name")).startswith("Kandinsky"):
+            from unclip.pipelines.kandinsky_generation import COMBINED, KandinskyImageVariation
+
+            return KandinskyImageVariation if index["_class_name"] in COMBINED else cls  # type: ignore[return-value]
+        if cls is UnCLIPImageVariationPipeline and str(index.get("_class_name")).startswith("StableUnCLIP"):
+            from unclip.pipelines.unified import StableVariation
+
+            return StableVariation  # type: ignore[return-value]
+        return cls
 
     def check(self) -> None:
         super().check()
@@ -144,7 +156,7 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
         if image_embeddings is not None:
             if image is not None:
                 raise InputError("give image or image_embeddings, not both")
-            check_embeddings(image_embeddings, self.text_proj.config.clip_embeddings_dim)
+            check_embeddings(image_embeddings, self.embedding_dim)
             return image_embeddings.to(self.device).float()
         if image is None:
             raise InputError("give an image, or image_embeddings")

@@ -222,7 +222,7 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
             raise InputError("give both height and width, or neither to keep the picture's shape")
         if height is None and size[0] != size[1]:
             own = list(self.sizes().values())[-1][0]
-            height, width = cascade.fitted_size(own, cascade.side_multiple(self.decoder, self.cascade), size)
+            height, width = cascade.fitted_size(own, self.side_multiple, size)
         return list(self.sizes(height, width).values())[-1]
 
     def _given_embeddings(self, given: MaskedPictures, image_embeddings: Tensor | None) -> Tensor:

@@ -30,7 +30,7 @@ from unclip.pipelines.pipeline import Pipeline
 from unclip.pipelines.steps import Call, PriorRun, embed, encode
 from unclip.pipelines.text_to_image import prior_facts
 from unclip.settings import SETTINGS
-from unclip.stages.prior import PriorStage
+from unclip.stages.prior import OneCallPriorStage, PriorStage
 from unclip.stages.stage import sample
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ class KandinskyPriorPipeline(Pipeline):
     """Samples image embeddings for captions with Kandinsky 2.1's prior (Razzhigaev et al. 2310.03502).
 
     Names, arguments and results are those of diffusers' pipeline. Components: `text_encoder`, `tokenizer`,
-    `image_encoder` and `image_processor` (a CLIP), `prior` and `scheduler`.
+    `image_encoder` and `image_processor` (a CLIP), `prior` and `scheduler`. A prior without time embedding (ECLIPSE)
+    makes each embedding in one call, without guidance.
     """
 
     COMPONENTS = ("text_encoder", "tokenizer", "prior", "image_encoder", "image_processor", "scheduler")
@@ -128,14 +129,8 @@ class KandinskyPriorPipeline(Pipeline):
             captions, nulls = [*prompts, *negative], [*negative, *negative]
         count = check_count(num_images_per_prompt, len(captions))
         rows = count * len(captions)
-        scheduler = self.scheduler
-        stage = PriorStage(self.prior, scheduler.process)
-        steps = scheduler.spaced_timesteps(num_inference_steps)
-        scale = float(SETTINGS["prior_guidance_scale"].check(guidance_scale))
-        check_latents(latents, "latents", stage.sample_shape(rows))
-        run = PriorRun(
-            stage, partial(sample, stage, sampler=scheduler.sampler(), timesteps=steps), scale, latents=latents
-        )
+        run = self._run(num_inference_steps, guidance_scale, latents)
+        check_latents(latents, "latents", run.stage.sample_shape(rows))
         call = Call(self, self._noise(generator, seed, rows, count * len(prompts)), callback_on_step_end)
 
         encoder = TextEncoder(self.text_encoder, self.tokenizer)
@@ -153,6 +148,18 @@ class KandinskyPriorPipeline(Pipeline):
         output = KandinskyPriorPipelineOutput(*given)
         return output if return_dict else output.to_tuple()
 
+    def _run(self, num_steps: int, guidance_scale: float, latents: Tensor | None) -> PriorRun:
+        scale, steps = (
+            SETTINGS["prior_guidance_scale"].check(guidance_scale),
+            self.scheduler.spaced_timesteps(num_steps),
+        )
+        if not self.prior.config.takes_timestep:  # ECLIPSE
+            one_call = OneCallPriorStage(self.prior)
+            return PriorRun(one_call, one_call.sample, latents=latents)
+        stage = PriorStage(self.prior, self.scheduler.process)
+        draw = partial(sample, stage, sampler=self.scheduler.sampler(), timesteps=steps)
+        return PriorRun(stage, draw, float(scale), latents)
+
     @staticmethod
     def _noise(generator: Generators, seed: int | Sequence[int] | None, rows: int, num_positive: int) -> NoiseSource:
         if seed is None or rows == num_positive or generator is not None:
@@ -162,7 +169,7 @@ class KandinskyPriorPipeline(Pipeline):
     @torch.no_grad()
     def get_zero_embed(self, batch_size: int = 1, device: torch.device | None = None) -> Tensor:
         """The embedding of a picture of the mean colour, float32 [batch_size, embedding_dim]."""
-        size = self.image_encoder.config.image_size
+        size: Any = self.image_encoder.config.image_size
         encoder = ImageEncoder(self.image_encoder, self.image_processor)
         return encoder.encode(torch.zeros(1, 3, size, size), device or self.device).float().repeat(batch_size, 1)
 

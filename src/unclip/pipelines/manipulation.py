@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from unclip.checkpoints.loading_arguments import accepted_arguments
-from unclip.clip.encoders import TextEmbedding
 from unclip.diffusion.loop import NoiseSource, following_seed, generators_from_seed
 from unclip.diffusion.scheduler import DDIMScheduler
 from unclip.errors import CheckpointError
@@ -28,15 +27,16 @@ from unclip.numbers import several
 from unclip.pipelines.arguments import (
     Callback,
     ImagePipelineOutput,
-    as_captions,
     as_prompts,
     check_count,
     check_embeddings,
 )
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 from unclip.pipelines.model_files import ModelFiles
-from unclip.pipelines.steps import Call, StageRun, decode, decoder_conditions, encode, invert_super_res
+from unclip.pipelines.stable_unclip import StableUnCLIPImg2ImgPipeline, StableUnCLIPPipeline
+from unclip.pipelines.steps import Call, StageRun, invert_super_res
 from unclip.pipelines.text_to_image import UnCLIPPipeline
+from unclip.pipelines.unified import StableTextToImage, StableVariation
 from unclip.settings import SETTINGS
 from unclip.stages.arithmetic import difference
 from unclip.stages.manipulation import BipartiteLatent
@@ -52,12 +52,21 @@ class Manipulator(ModelFiles):
     they are given. Only for pictures that are inverted and decoded again, guidance is off (1) by default.
 
     Args:
-        variation: the pipeline that embeds and decodes pictures.
+        variation: the pipeline that embeds and decodes pictures. A decoder in latent space (Stable unCLIP) is inverted
+            in latents.
         text: the pipeline whose prior samples embeddings of captions; None for a model without a prior. It may share
             components with `variation`.
     """
 
-    def __init__(self, variation: UnCLIPImageVariationPipeline, text: UnCLIPPipeline | None = None) -> None:
+    def __init__(
+        self,
+        variation: UnCLIPImageVariationPipeline | StableUnCLIPImg2ImgPipeline,
+        text: UnCLIPPipeline | StableUnCLIPPipeline | None = None,
+    ) -> None:
+        if isinstance(variation, StableUnCLIPImg2ImgPipeline):
+            variation = StableVariation.from_pipe(variation)
+        if isinstance(text, StableUnCLIPPipeline):
+            text = StableTextToImage.from_pipe(text)
         super().__init__(variation)
         self.text = text
 
@@ -72,6 +81,8 @@ class Manipulator(ModelFiles):
         options = accepted_arguments(options, cls.from_pretrained, [*own, *of_text, *of_variation])
         for_text = {name: each for name, each in options.items() if name in of_text or name not in of_variation}
         text = UnCLIPPipeline.from_pretrained(name_or_folder, **for_text)
+        if type(text) is not UnCLIPPipeline:  # of another family
+            return cls(UnCLIPImageVariationPipeline.from_pipe(text), text)
         shared = {name: part for name, part in text.components.items() if name in of_variation}
         others = {name: each for name, each in options.items() if name in of_variation or name not in of_text}
         variation = UnCLIPImageVariationPipeline.from_pretrained(name_or_folder, **{**others, **shared})
@@ -135,8 +146,7 @@ class Manipulator(ModelFiles):
             super_res_runs = pipe.super_res_runs(steps)
         call = Call(pipe, NoiseSource(None, rows), callback_on_step_end)
         embeddings = self.embed_images(pictures)
-        text, null_text = self._texts(prompt, rows, decoder)
-        condition, null = decoder_conditions(decoder, text, null_text, embeddings)
+        condition, null = pipe.conditions(decoder, prompt, embeddings)
         x_T = decoder.invert(condition, null, pictures, call, num_rounds=num_rounds)
         if not super_res:
             return BipartiteLatent(embeddings.cpu(), x_T.cpu())
@@ -222,10 +232,9 @@ class Manipulator(ModelFiles):
         pipe = self.ddim_pipeline()
         pipe.check()
         run = self._decoder_run(pipe, decoder_num_inference_steps, decoder_guidance_scale)
-        text, null_text = self._texts(prompt, len(latent), run)
         call = Call(pipe, NoiseSource(None, len(latent)), callback_on_step_end)
-        embeddings = latent.image_embedding.to(pipe.device).float()
-        small = decode(replace(run, latents=latent.decoder_latents), text, null_text, embeddings, call)
+        condition, null = pipe.conditions(run, prompt, latent.image_embedding.to(pipe.device).float())
+        small = replace(run, latents=latent.decoder_latents).sample(condition, null, call)
         call.close({"decoder's pictures": small})
         return to_unit(small).cpu()
 
@@ -234,7 +243,7 @@ class Manipulator(ModelFiles):
 
         Raises: InputError for embeddings of another width, or a seed outside its limits.
         """
-        check_embeddings(image_embedding, self.variation.text_proj.config.clip_embeddings_dim)
+        check_embeddings(image_embedding, self.variation.embedding_dim)
         source = NoiseSource(generators_from_seed(seed, 1), 1)
         noise = source.draw(self.variation.decoder_stage().sample_shape(1), "cpu")
         one = BipartiteLatent(image_embedding[:1].float().cpu(), noise)
@@ -327,17 +336,26 @@ class Manipulator(ModelFiles):
                 one_choice=True,
             )
         else:
-            both = self.variation.caption_encoder.encode([target, source], self.variation.device).embeds.float().cpu()
-            self.variation.maybe_free_model_hooks()
+            pipe = self.variation if self.text is None else self.text
+            if isinstance(pipe, StableVariation):
+                raise CheckpointError(
+                    "this model has no text encoder in the space of its image embeddings: use a model with a prior"
+                )
+            both = pipe.caption_encoder.encode([target, source], pipe.device).embeds.float().cpu()
+            pipe.maybe_free_model_hooks()
         return difference(both[0], both[1])
 
     # ---- parts ----
 
     def ddim_pipeline(self, eta: float = 0.0) -> UnCLIPImageVariationPipeline:
-        """A pipeline of the same components that samples by DDIM; `variation` does not change."""
-        pipe = copy.copy(self.variation)
+        """A pipeline of the same components that samples by DDIM; `variation` does not change.
+
+        Its last step leads to the clean sample, from which an inversion starts.
+        """
+        pipe: Any = copy.copy(self.variation)
+        path = {"set_alpha_to_one": True, "steps_offset": 0}
         for name in (f"{stage}_scheduler" for stage in ("decoder", *pipe.cascade)):
-            setattr(pipe, name, DDIMScheduler.from_config(getattr(pipe, name).config, eta=eta))
+            setattr(pipe, name, DDIMScheduler.from_config(getattr(pipe, name).config, **path, eta=eta))
         return pipe
 
     def _setting(self, name: str, given: Any) -> Any:
@@ -351,11 +369,3 @@ class Manipulator(ModelFiles):
         self, pipe: UnCLIPImageVariationPipeline, num_steps: int | None, guidance_scale: float
     ) -> StageRun[DecoderCondition]:
         return pipe.decoder_run(self._setting("decoder_num_inference_steps", num_steps), guidance_scale)
-
-    def _texts(
-        self, prompt: str | Sequence[str] | None, rows: int, run: StageRun[DecoderCondition]
-    ) -> tuple[TextEmbedding, TextEmbedding | None]:
-        """The captions for the decoder, and the empty caption if it is guided."""
-        pipe = self.variation
-        text = encode(pipe.caption_encoder, as_captions(prompt, rows), rows, 1, pipe.device)
-        return text, encode(pipe.caption_encoder, [""], rows, 1, pipe.device) if run.guided else None

@@ -13,14 +13,14 @@ from unclip.checkpoints.weights import plain_state_dict
 from unclip.errors import CheckpointError, InputError
 from unclip.models.pca import PrincipalComponents
 from unclip.pipelines.arguments import check_embeddings, check_latents
-from unclip.pipelines.generation import GenerationPipeline
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
+from unclip.pipelines.unified import StableVariation
 from unclip.stages.manipulation import BipartiteLatent
 
 
-def fingerprint(pipe: GenerationPipeline) -> str:
+def fingerprint(pipe: UnCLIPImageVariationPipeline | StableVariation) -> str:
     """The fingerprint of a pipeline's decoder; empty when its weights are on the meta device."""
-    return _made_by(_decoder(pipe))
+    return _made_by(pipe.decoder_networks)
 
 
 class ModelFiles:
@@ -30,7 +30,7 @@ class ModelFiles:
         variation: the model's pipeline.
     """
 
-    def __init__(self, variation: UnCLIPImageVariationPipeline) -> None:
+    def __init__(self, variation: UnCLIPImageVariationPipeline | StableVariation) -> None:
         self.variation = variation
 
     def save(
@@ -66,7 +66,7 @@ class ModelFiles:
         Raises: as `read_tensor_file`; CheckpointError when it belongs to another model.
         """
         latent, about = BipartiteLatent.load(path)
-        if not _may_be_made_by(about.pop("fingerprint", ""), _decoder(self.variation)):
+        if not _may_be_made_by(about.pop("fingerprint", ""), self.variation.decoder_networks):
             raise CheckpointError(
                 f"{path} was made with {_model(about)}, not with this one, and cannot be used with it. "
                 "Invert the picture again with this model"
@@ -113,7 +113,7 @@ class ModelFiles:
     def check_latent(self, latent: BipartiteLatent) -> None:
         """Raises: InputError for a latent of other sizes than this model's, or that is not finite."""
         pipe, noise = self.variation, latent.super_res_noise
-        check_embeddings(latent.image_embedding, pipe.text_proj.config.clip_embeddings_dim)
+        check_embeddings(latent.image_embedding, pipe.embedding_dim)
         stages = {"decoder": pipe.decoder_stage(), **pipe.super_res_stages()}
         if len(noise) >= len(stages):
             raise InputError(
@@ -132,11 +132,7 @@ def recorded_settings(about: Mapping[str, str]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name != TILE}
 
 
-def _decoder(pipe: GenerationPipeline) -> list[nn.Module]:
-    return [pipe.text_proj, pipe.decoder]
-
-
-def _super_res(pipe: GenerationPipeline) -> list[list[nn.Module]]:
+def _super_res(pipe: UnCLIPImageVariationPipeline | StableVariation) -> list[list[nn.Module]]:
     return [[part.first, part.last] for part in pipe.cascade.values()]
 
 

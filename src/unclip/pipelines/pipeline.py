@@ -28,6 +28,7 @@ from unclip.diffusion.scheduler import Scheduler
 from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError
 from unclip.models import (
     AutoregressivePrior,
+    EmbeddingPriorNetwork,
     PriorTransformer,
     UnCLIPTextProjModel,
     UNet2DConditionModel,
@@ -62,6 +63,8 @@ class Pipeline:
     COMPONENTS: ClassVar[tuple[str, ...]] = ()
     OPTIONAL: ClassVar[tuple[str, ...]] = ()
     """The components that may be None."""
+    DEFAULTS: ClassVar[Mapping[str, Recommended]] = {}
+    """What is recommended for models without recommendations of their own."""
 
     def __init__(self, **components: Any):
         for name in components:
@@ -104,6 +107,11 @@ class Pipeline:
         super().__setattr__(name, value)
 
     @classmethod
+    def class_for(cls, index: Mapping[str, Any]) -> type[Self]:
+        """The class that loads a folder with this model_index.json: this one, or one for another family."""
+        return cls
+
+    @classmethod
     def kind(cls, component: str) -> "Kind":
         """What a component must be: further super-resolution stages as the first, `prior_…` as the part without it."""
         if component.endswith("scheduler"):
@@ -125,6 +133,11 @@ class Pipeline:
         return {name: part for name, part in parts.items() if part is not None}
 
     @property
+    def folder_class(self) -> str:
+        """The class that model_index.json names in the folders that it is loaded from and saved to."""
+        return type(self).__name__
+
+    @property
     def recommended(self) -> dict[str, Recommended]:
         """The settings that the model recommends: `pipe(prompt, **pipe.recommended)`.
 
@@ -141,7 +154,7 @@ class Pipeline:
         """
         arguments = {SAMPLER, *inspect.signature(type(self).__call__).parameters}
         return {
-            name: {key: value for key, value in preset.items() if key in arguments}
+            name: {key: value for key, value in {**self.DEFAULTS, **preset}.items() if key in arguments}
             for name, preset in self._presets.items()
         }
 
@@ -150,13 +163,13 @@ class Pipeline:
         """The distribution of the model's image embeddings; None if it is not known.
 
         It is read from the file embedding_statistics.safetensors of the model's folder. Without it, `clip_mean` and
-        `clip_std` of the prior are used.
+        `clip_std` of the prior are used, or those of the folder's prior if the pipeline's has none.
         """
         if self._statistics is not None:
             return self._statistics
         names = ("clip_mean", "clip_std")
         found = [getattr(self.components.get("prior"), name, None) for name in names]
-        if self._source is not None and "prior" not in self.component_names():
+        if self._source is not None and any(each is None for each in found):
             found = self._source.tensors("prior", names)
         mean, std = found
         return None if mean is None or std is None else EmbeddingStatistics.of_prior(mean, std)
@@ -228,7 +241,8 @@ class Pipeline:
         """
         parts = accepted_arguments(components, cls.from_pretrained, cls.component_names())
         device = _one_device(device_map)
-        types = _types(torch_dtype if dtype is None else dtype, device or torch.device("cpu"), use_safetensors)
+        requested, where = torch_dtype if dtype is None else dtype, device or torch.device("cpu")
+        types = _types(requested, where, use_safetensors, cls.component_names())
         folder = resolve(
             name_or_folder,
             revision=revision,
@@ -237,6 +251,7 @@ class Pipeline:
             token=token,
             variant=variant,
         )
+        cls = cls.class_for(read_json(safe_join(folder, "model_index.json")))
         source = Source(folder, variant, own_clip)
         to_read = [name for name in cls.component_names() if name not in parts]
         pipeline = cls(**parts, **cls._read(source, to_read, types))
@@ -309,6 +324,7 @@ class Pipeline:
         """
         if not isinstance(pipeline, Pipeline):
             raise InputError(f"from_pipe takes a pipeline of unclip, not a {type(pipeline).__name__}")
+        cls = cls.class_for({"_class_name": pipeline.folder_class})
         shared = {name: part for name, part in pipeline.components.items() if name in cls.component_names()}
         known = {*pipeline.component_names(), *components}
         lacking = [name for name in cls.component_names() if name not in known]
@@ -354,7 +370,7 @@ class Pipeline:
         if not safe_serialization:
             raise UnsafeFileError("unclip does not write pickles: leave safe_serialization at True")
         with atomic_folder(folder, overwrite=overwrite) as draft:
-            index: dict[str, Any] = {"_class_name": type(self).__name__, "_diffusers_version": API_VERSION}
+            index: dict[str, Any] = {"_class_name": self.folder_class, "_diffusers_version": API_VERSION}
             for name, part in self.components.items():
                 write_component(part, draft / name, variant=variant)
                 index[name] = index_entry(part)
@@ -515,7 +531,7 @@ def _clip(name: str, base: Any, *needed: str) -> Kind:
 
 SCHEDULER = _own(Scheduler)
 KINDS = {
-    "prior": _own(PriorTransformer, AutoregressivePrior),
+    "prior": _own(PriorTransformer, AutoregressivePrior, EmbeddingPriorNetwork),
     "text_proj": _own(UnCLIPTextProjModel),
     "decoder": _own(UNet2DConditionModel),
     "super_res_first": _own(UNet2DModel),
@@ -541,11 +557,13 @@ def _class_name(index: Mapping[str, Any], name: str, pipeline: str, folder: Path
     return entry[1]
 
 
-def _types(torch_dtype: Any, device: torch.device, use_safetensors: bool | None) -> dict[str, torch.dtype | str | None]:
+def _types(
+    torch_dtype: Any, device: torch.device, use_safetensors: bool | None, own: Sequence[str]
+) -> dict[str, torch.dtype | str | None]:
     """The types of the weights by component, and "default" for all others."""
     given = torch_dtype if isinstance(torch_dtype, Mapping) else {"default": torch_dtype}
     for name in given:
-        if name not in {"default", *CLASSES, *FURTHER}:
+        if name not in {"default", *own, *CLASSES, *FURTHER}:
             raise InputError(
                 f"torch_dtype has a type for {name!r}, but no pipeline has this component; use 'default' for all others"
             )

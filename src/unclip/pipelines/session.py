@@ -102,6 +102,7 @@ class Session:
         name: of the model, as the metadata of pictures records it.
         folder: of the model.
         index: the content of its model_index.json.
+        parts: the names of its components, as unCLIP's pipelines name them.
 
     Raises: MissingFileError or another CheckpointError as `resolve` and `read_json`; InputError for a preset that the
         model does not have.
@@ -121,6 +122,7 @@ class Session:
         self.folder = resolve(model)
         log.info("model: %s", self.folder)
         self.index: dict[str, Any] = read_json(safe_join(self.folder, "model_index.json"))
+        self.parts = _parts(self.index)
         self.compute, self.preset, self.progress = compute or Compute(), preset, progress
         self.sampler = sampler or self.sampler_of(preset)
         self._pipelines: dict[type, GenerationPipeline] = {}
@@ -156,7 +158,7 @@ class Session:
     def _recommended(self, preset: str | None) -> Preset:
         return chosen_preset(read_presets(self.folder), preset or EXACT)
 
-    def settings(self, kind: type, given: Mapping[str, Any], preset: str | None = None) -> dict[str, Any]:
+    def settings(self, kind: "type[Pipeline]", given: Mapping[str, Any], preset: str | None = None) -> dict[str, Any]:
         """The arguments of a pipeline's call: given values, else recommended ones, else the call's defaults.
 
         Args:
@@ -168,11 +170,14 @@ class Session:
         Raises: InputError for a value that is outside the limits in `unclip.settings.SETTINGS`, or an unknown preset.
         """
         defaults = inspect.signature(kind.__call__).parameters
-        recommended = self._recommended(preset or self.preset)
+        recommended = {**kind.class_for(self.index).DEFAULTS, **self._recommended(preset or self.preset)}
         own = {name: recommended.get(name) for name in RARE}
         own |= {name: recommended.get(name, one.default) for name, one in defaults.items() if name not in own}
         settings = {name: own[name] if value is None else value for name, value in given.items()}
         settings = {name: value for name, value in settings.items() if value is not None or name not in RARE}
+        supported = inspect.signature(kind.class_for(self.index).__call__).parameters
+        if lacking := [name for name in FASTER if name in settings and name not in supported]:
+            raise InputError(f"the pipelines of {self.name} do not have {', '.join(lacking)}: leave them out")
         for name, value in settings.items():
             for number in value if isinstance(value, list | tuple) else [value]:
                 if name in SETTINGS:
@@ -193,6 +198,7 @@ class Session:
         return {"model": self.name, "settings": {**settings, **self.compute.facts}, MADE_WITH: made_with}
 
     def _load(self, kind: type[P]) -> P:
+        kind = kind.class_for(self.index)
         where = pick_device(self.compute.device)
         keep_freed_memory()
         if others := list(self._pipelines.values()):
@@ -211,6 +217,16 @@ class Session:
         pipe.set_progress_bar_config(disable=None if self.progress else True, leave=False)  # None: only on a terminal
         log.info("device: %s, weights: %s, sampler: %s", pipe.device, self.compute.weights_type, sampler_name(pipe))
         return pipe
+
+
+def _parts(index: Mapping[str, Any]) -> frozenset[str]:
+    names = {name for name, entry in index.items() if isinstance(entry, list) and entry != [None, None]}
+    if str(index.get("_class_name")).startswith("Kandinsky"):
+        from unclip.pipelines.kandinsky_generation import COMBINED, NAMES
+
+        if index["_class_name"] in COMBINED:
+            names |= {ours for ours, theirs in NAMES.items() if theirs in names}
+    return frozenset(names)
 
 
 def model_name(name: str) -> str:
@@ -258,7 +274,8 @@ def sampler_name(pipe: "Pipeline") -> str:
 
 
 def _schedulers(pipe: "Pipeline") -> dict[str, "Scheduler"]:
-    return {name: part for stage in STAGES if (part := pipe.components.get(name := f"{stage}_scheduler")) is not None}
+    names = (*(f"{stage}_scheduler" for stage in STAGES), "scheduler")
+    return {name: part for name in names if (part := pipe.components.get(name)) is not None}
 
 
 def _scheduler_class(name: str) -> "type[Scheduler]":

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from unclip.checkpoints.weights import state_of
 from unclip.clip.encoders import ImageEncoder, TextEncoder
 from unclip.clip.networks import CLIPTextEncoderOutput
 from unclip.clip.statistics import EmbeddingStatistics
@@ -20,6 +21,7 @@ from unclip.errors import CheckpointError, ConfigError, InputError
 from unclip.images import Pictures, as_pictures
 from unclip.models.image_normalizer import StableUnCLIPImageNormalizer
 from unclip.models.prior import PriorConfig, PriorTransformer
+from unclip.models.prior_autoregressive import AutoregressivePrior
 from unclip.numbers import real, whole
 from unclip.pipelines.arguments import (
     FORMS,
@@ -36,12 +38,11 @@ from unclip.pipelines.arguments import (
 from unclip.pipelines.cascade import MAX_SIDE_PX, Fact, check_fits
 from unclip.pipelines.pipeline import Kind, Pipeline
 from unclip.pipelines.steps import Call, PriorRun, StageRun, embed, encode
-from unclip.pipelines.text_to_image import prior_facts
+from unclip.pipelines.text_to_image import UnCLIPPipeline, prior_facts
 from unclip.settings import SETTINGS
 from unclip.stages.latent import LatentStage
-from unclip.stages.prior import PriorStage
 from unclip.stages.stable_diffusion import KLAutoencoder, StableCondition, noised_with_level, stable_denoiser
-from unclip.stages.stage import Size, sample
+from unclip.stages.stage import Size
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -128,8 +129,7 @@ class StableUnCLIPBase(Pipeline):
         It is read from the file embedding_statistics.safetensors of the model's folder. Without it, those of the
         normalizer are used.
         """
-        normalizer = self.image_normalizer
-        return self._statistics or EmbeddingStatistics.of_prior(normalizer.mean, normalizer.std)
+        return self._statistics or EmbeddingStatistics.of_prior(*self._mean_and_std())
 
     @statistics.setter
     def statistics(self, value: EmbeddingStatistics | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -219,8 +219,21 @@ class StableUnCLIPBase(Pipeline):
             latents,
         )
 
+    def _labels(self, embeddings: Tensor, level: int, noise: Tensor) -> Tensor:
+        process = self.image_noising_scheduler.process
+        return noised_with_level(embeddings, level, noise, *self._mean_and_std(), process)
+
+    def _mean_and_std(self) -> tuple[Tensor, Tensor]:
+        """The normalizer's tensors, also where it is offloaded."""
+        found = state_of(self.image_normalizer)
+        return found["mean"].detach(), found["std"].detach()
+
     def _level(self, noise_level: int) -> int:
         return whole(noise_level, "noise_level", 0, self.image_noising_scheduler.process.num_timesteps - 1)
+
+    def decoder_text_encoder(self, clip_skip: int | None = None) -> TextEncoder:
+        """The decoder's text encoder with its tokenizer, without its last `clip_skip` layers."""
+        return TextEncoder(cast(Any, _StateEncoder(self.text_encoder, clip_skip or 0)), self.tokenizer)
 
     def _states(
         self, captions: Sequence[str], given: Tensor | None, rows: int, count: int, clip_skip: int | None
@@ -228,8 +241,7 @@ class StableUnCLIPBase(Pipeline):
         """The text's hidden states [rows · count, tokens, hidden_size] of captions, or those given [rows, …]."""
         if given is not None:
             return given.to(self.device).repeat_interleave(count, dim=0)
-        encoder = TextEncoder(cast(Any, _StateEncoder(self.text_encoder, clip_skip or 0)), self.tokenizer)
-        return encode(encoder, captions, rows, count, self.device).hidden_states
+        return encode(self.decoder_text_encoder(clip_skip), captions, rows, count, self.device).hidden_states
 
     def _check_states(self, given: Tensor | None, name: str, rows: int) -> None:
         if given is None:
@@ -239,7 +251,7 @@ class StableUnCLIPBase(Pipeline):
         if given.ndim != 3 or given.shape[::2] != (rows, width):
             raise InputError(f"{name} has shape {tuple(given.shape)}; it must be [{rows}, tokens, {width}]")
 
-    def _decode(
+    def _sample(
         self,
         embeddings: Callable[[Call, int], Tensor],
         rows: int,
@@ -259,6 +271,7 @@ class StableUnCLIPBase(Pipeline):
         callback_on_step_end: Callback | None,
         return_intermediates: bool,
         prior: PriorRun | None = None,
+        noisy_at_0: bool = True,
     ) -> ImagePipelineOutput | tuple[Any, ...]:
         """Check a call's arguments, then make its pictures.
 
@@ -268,6 +281,7 @@ class StableUnCLIPBase(Pipeline):
             rows: the number of prompts or pictures.
             run: the decoder.
             prior: the prior, if it makes the embeddings.
+            noisy_at_0: whether level 0 adds its little noise, as in diffusers.
 
         The others are as in the pipelines' calls.
         """
@@ -295,10 +309,8 @@ class StableUnCLIPBase(Pipeline):
         if run.guided:
             null_states = self._states(negative, negative_prompt_embeds, rows, count, clip_skip)
             null = StableCondition.null(null_states, self.embedding_dim)
-        noise = call.noise.draw(found.shape, found.device)
-        process = self.image_noising_scheduler.process
-        labels = noised_with_level(found, level, noise, self.image_normalizer, process)
-        made = run.sample(StableCondition(states, labels), null, call)
+        noise = call.noise.draw(found.shape, found.device) if level or noisy_at_0 else torch.zeros_like(found)
+        made = run.sample(StableCondition(states, self._labels(found, level, noise)), null, call)
         call.close({"image embeddings": found, "latents" if output_type == LATENT else "pictures": made})
         output = ImagePipelineOutput(made if output_type == LATENT else FORMS[output_type](made))
         if return_intermediates:
@@ -310,8 +322,8 @@ class StableUnCLIPPipeline(StableUnCLIPBase):
     """Makes pictures from captions: a prior of CLIP ViT-L/14 (Karlo's) and Stable unCLIP's decoder.
 
     Components, by name: `prior_tokenizer`, `prior_text_encoder`, `prior` and `prior_scheduler`; `image_normalizer` and
-    `image_noising_scheduler`; `tokenizer`, `text_encoder`, `unet`, `scheduler` and `vae`. A prior's noise schedule is
-    kept by every scheduler of unclip.
+    `image_noising_scheduler`; `tokenizer`, `text_encoder`, `unet`, `scheduler` and `vae`. The prior may be any that
+    `UnCLIPPipeline` takes; its noise schedule is kept by every scheduler of unclip.
     """
 
     COMPONENTS = (
@@ -327,36 +339,56 @@ class StableUnCLIPPipeline(StableUnCLIPBase):
         "scheduler",
         "vae",
     )
+    OPTIONAL = ("prior_scheduler",)
     prior_tokenizer: "CLIPTokenizer"
     prior_text_encoder: "CLIPTextModelWithProjection"
-    prior: PriorTransformer
-    prior_scheduler: Scheduler
+    prior: PriorTransformer | AutoregressivePrior
+    prior_scheduler: Scheduler | None
 
     def facts(self) -> list[Fact]:
-        if not isinstance(self.prior.config, PriorConfig):
-            raise ConfigError(
-                "StableUnCLIPPipeline samples a diffusion prior; with another one, use the embeddings that "
-                "UnCLIPPipeline.embed_captions returns as image_embeds"
+        prior = self.prior.config
+        if self.prior_scheduler is None and isinstance(prior, PriorConfig) and prior.takes_timestep:
+            raise InputError(
+                "StableUnCLIPPipeline needs the component 'prior_scheduler': its prior is a diffusion prior"
             )
-        own, dim = self.embedding_dim, self.prior.config.embedding_dim
+        own, dim = self.embedding_dim, prior.embedding_dim
         facts = [
             (name, value, other.replace("text_encoder", "prior_text_encoder"), wanted)
-            for name, value, other, wanted in prior_facts(self.prior_text_encoder.config, self.prior.config)
+            for name, value, other, wanted in prior_facts(self.prior_text_encoder.config, prior)
         ]
         return [*facts, ("image_normalizer.embedding_dim", own, "prior.embedding_dim", dim)]
 
-    def prior_run(
-        self, num_steps: int, guidance_scale: float, latents: Tensor | None = None, num_candidates: int = 1
-    ) -> PriorRun:
-        """The prior with its scheduler's sampler and a call's settings. Raises: InputError for a wrong setting."""
-        scheduler, stage = self.prior_scheduler, PriorStage(self.prior, self.prior_scheduler.process)
-        return PriorRun(
-            stage,
-            partial(sample, stage, sampler=scheduler.sampler(), timesteps=scheduler.spaced_timesteps(num_steps)),
-            float(SETTINGS["prior_guidance_scale"].check(guidance_scale)),
-            latents,
-            int(SETTINGS["num_prior_candidates"].check(num_candidates)),
-        )
+    prior_run = UnCLIPPipeline.prior_run
+
+    def _prompts(self, prompt: Any, image_embeds: Tensor | None, prior_latents: Tensor | None) -> list[str]:
+        """The captions, one for each of `image_embeds` if these are given. Raises: InputError."""
+        if image_embeds is None:
+            if prompt is None:
+                raise InputError("give a prompt, or image embeddings")
+            return as_prompts(prompt)
+        check_embeddings(image_embeds, self.embedding_dim)
+        prompts = [""] * len(image_embeds) if prompt is None else as_prompts(prompt)
+        if len(image_embeds) != len(prompts) or prior_latents is not None:
+            raise InputError(
+                f"there are {len(image_embeds)} image embeddings for {len(prompts)} prompts: give one for each, and no "
+                "prior_latents, as the prior does not run"
+            )
+        return prompts
+
+    def _embeddings(
+        self, prompts: list[str], image_embeds: Tensor | None, prior: PriorRun
+    ) -> Callable[[Call, int], Tensor]:
+        """What makes the image embeddings of a call."""
+        encoder, rows = TextEncoder(self.prior_text_encoder, self.prior_tokenizer), len(prompts)
+
+        def embeddings(call: Call, count: int) -> Tensor:
+            if image_embeds is not None:
+                return image_embeds.to(self.device).float().repeat_interleave(count, dim=0)
+            text = encode(encoder, prompts, rows, count, self.device)
+            null = encode(encoder, [""], rows, count, self.device) if prior.guided else None
+            return embed(prior, text, null, call)
+
+        return embeddings
 
     @torch.no_grad()
     def __call__(
@@ -428,29 +460,13 @@ class StableUnCLIPPipeline(StableUnCLIPBase):
             eta=eta,
             decodes=output_type != LATENT,
         )
-        prior = self.prior_run(prior_num_inference_steps, prior_guidance_scale, prior_latents, num_prior_candidates)
-        if prompt is None and image_embeds is None:
-            raise InputError("give a prompt, or image_embeds")
-        prompts = [""] * len(image_embeds) if prompt is None and image_embeds is not None else as_prompts(prompt or "")
-        rows, encoder = len(prompts), TextEncoder(self.prior_text_encoder, self.prior_tokenizer)
-        if image_embeds is not None:
-            check_embeddings(image_embeds, self.embedding_dim)
-            if len(image_embeds) != rows or prior_latents is not None:
-                raise InputError(
-                    f"there are {len(image_embeds)} image_embeds for {rows} prompts: give one for each, and no "
-                    "prior_latents, as the prior does not run"
-                )
-
-        def embeddings(call: Call, count: int) -> Tensor:
-            if image_embeds is not None:
-                return image_embeds.to(self.device).float().repeat_interleave(count, dim=0)
-            text = encode(encoder, prompts, rows, count, self.device)
-            null = encode(encoder, [""], rows, count, self.device) if prior.guided else None
-            return embed(prior, text, null, call)
-
-        return self._decode(
-            embeddings,
-            rows,
+        prior = self.prior_run(
+            prior_num_inference_steps, prior_guidance_scale, prior_latents, num_candidates=num_prior_candidates
+        )
+        prompts = self._prompts(prompt, image_embeds, prior_latents)
+        return self._sample(
+            self._embeddings(prompts, image_embeds, prior),
+            len(prompts),
             run,
             prompt=prompts,
             negative_prompt=negative_prompt,
@@ -559,7 +575,7 @@ class StableUnCLIPImg2ImgPipeline(StableUnCLIPBase):
             given = prompt if prompt_embeds is None else prompt_embeds
             rows = 1 if given is None else len([given] if isinstance(given, str) else given)
             found = found.expand(rows, -1)
-        return self._decode(
+        return self._sample(
             lambda call, count: found.repeat_interleave(count, dim=0),
             rows,
             run,

@@ -8,7 +8,8 @@ steps of one call share (`Call`). A decoder of another kind, in latent space for
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Generic
+from functools import partial
+from typing import Generic, Self
 
 import torch
 from PIL import Image
@@ -18,12 +19,17 @@ from unclip.clip.encoders import TextEmbedding, TextEncoder
 from unclip.clip.statistics import EmbeddingStatistics
 from unclip.diffusion.loop import NoiseSource, OnStep, StepInfo
 from unclip.diffusion.sampler import Sampler
+from unclip.diffusion.scheduler import Scheduler
 from unclip.errors import Cancelled, InputError, NonFiniteError
 from unclip.images import to_square
+from unclip.models.prior import PriorTransformer
 from unclip.pipelines.arguments import FORMS, Callback, ImagePipelineOutput, check_latents
 from unclip.pipelines.pipeline import Pipeline, stage_words
+from unclip.settings import SETTINGS
 from unclip.stages import stage as stages
+from unclip.stages.latent import LatentStage
 from unclip.stages.prior import AutoregressivePriorStage, OneCallPriorStage, PriorStage, sample_best
+from unclip.stages.prior_dalle2 import TextPriorStage
 from unclip.stages.stage import (
     ALWAYS,
     Condition,
@@ -173,16 +179,23 @@ class StageRun(Generic[Condition]):
     ) -> Tensor:
         """x_T for pictures, which are resized to the stage's squares; see `unclip.stages.stage.invert`.
 
+        A stage in latent space gets the latents of the pictures.
+
         Returns: float32 [batch, channels, size, size].
 
         Raises: NonFiniteError when the result is NaN or infinity.
         """
         size = self.stage.sample_shape(1)[-1]
+        autoencoder = self.stage.autoencoder if isinstance(self.stage, LatentStage) else None
+        factor = 1 if autoencoder is None else autoencoder.factor
+        x0 = torch.stack([to_square(picture, size * factor) for picture in pictures])
         with call.freed_on_error():
+            if autoencoder is not None:
+                x0 = autoencoder.encode_pictures(x0.to(condition.device))
             x_T = stages.invert(
                 self.stage,
                 condition,
-                torch.stack([to_square(picture, size) for picture in pictures]),
+                x0,
                 timesteps=self.timesteps,
                 num_rounds=num_rounds,
                 null=null,
@@ -207,12 +220,40 @@ class PriorRun:
         captions_per_choice: how many consecutive captions keep the candidate of the same number; see `closest`.
     """
 
-    stage: PriorStage | OneCallPriorStage | AutoregressivePriorStage
+    stage: PriorStage | OneCallPriorStage | TextPriorStage | AutoregressivePriorStage
     draw: Callable[..., Tensor]
     guidance_scale: float = 1.0
     latents: Tensor | None = None
     num_candidates: int = 1
     captions_per_choice: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        prior: PriorTransformer,
+        scheduler: Scheduler | None,
+        num_steps: int,
+        guidance_scale: float,
+        latents: Tensor | None = None,
+        **choice: int,
+    ) -> Self:
+        """A diffusion prior with the sampler of its scheduler, or a prior of ECLIPSE, which needs neither.
+
+        Args:
+            num_steps, guidance_scale: as a call's; a prior of ECLIPSE ignores them.
+            choice: `num_candidates` and `captions_per_choice`.
+
+        Raises: InputError for a wrong setting.
+        """
+        scale = float(SETTINGS["prior_guidance_scale"].check(guidance_scale))
+        if not prior.config.takes_timestep:
+            once = OneCallPriorStage(prior)
+            return cls(once, once.sample, 1.0, latents, **choice)
+        assert scheduler is not None  # see the pipelines' checks
+        stage = PriorStage(prior, scheduler.process)
+        steps = scheduler.spaced_timesteps(num_steps)
+        draw = partial(stages.sample, stage, sampler=scheduler.sampler(), timesteps=steps)
+        return cls(stage, draw, scale, latents, **choice)
 
     @property
     def guided(self) -> bool:

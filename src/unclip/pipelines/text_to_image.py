@@ -1,8 +1,7 @@
 """Text to image: captions → image embeddings → small pictures → large pictures."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +11,8 @@ from unclip.clip.encoders import TextEmbedding
 from unclip.diffusion.scheduler import Scheduler
 from unclip.errors import InputError
 from unclip.models.prior import PriorConfig, PriorTransformer
-from unclip.models.prior_autoregressive import AutoregressivePrior
+from unclip.models.prior_autoregressive import AutoregressivePrior, AutoregressivePriorConfig
+from unclip.models.prior_dalle2 import EmbeddingPriorConfig, EmbeddingPriorNetwork
 from unclip.numbers import whole
 from unclip.pipelines.arguments import (
     Callback,
@@ -30,8 +30,8 @@ from unclip.pipelines.cascade import Fact, check_fits
 from unclip.pipelines.generation import GenerationPipeline
 from unclip.pipelines.steps import Call, PriorRun, decode, embed, encode, enlarge, finish, noised
 from unclip.settings import SETTINGS
-from unclip.stages.prior import AutoregressivePriorStage, OneCallPriorStage, PriorStage
-from unclip.stages.stage import sample
+from unclip.stages.prior import AutoregressivePriorStage
+from unclip.stages.prior_dalle2 import EmbeddingPriorStage, TextPriorStage
 
 
 class UnCLIPPipeline(GenerationPipeline):
@@ -41,7 +41,9 @@ class UnCLIPPipeline(GenerationPipeline):
     `text_proj`, `decoder` and `decoder_scheduler`, `super_res_first` (for every step of super-resolution but the last),
     `super_res_last` and `super_res_scheduler`. Each stage takes any scheduler of unclip. The prior is a
     `PriorTransformer` (the diffusion prior) or an `AutoregressivePrior`, which needs no `prior_scheduler`. A
-    `PriorTransformer` without time embedding (ECLIPSE) needs none either: one call makes an embedding.
+    `PriorTransformer` without time embedding (ECLIPSE) needs none either: one call makes an embedding. An
+    `EmbeddingPriorNetwork` (DALLE2-pytorch) predicts embeddings of norm 1, which get the mean norm of `statistics`; its
+    null condition is learned, so that negative prompts reach only the decoder.
     """
 
     COMPONENTS = (
@@ -57,13 +59,26 @@ class UnCLIPPipeline(GenerationPipeline):
         "super_res_scheduler",
     )
     OPTIONAL = ("prior_scheduler", *FURTHER)
-    prior: PriorTransformer | AutoregressivePrior
+    prior: PriorTransformer | AutoregressivePrior | EmbeddingPriorNetwork
     prior_scheduler: Scheduler | None
+
+    @classmethod
+    def class_for(cls, index: Mapping[str, Any]) -> type[Self]:
+        if cls is UnCLIPPipeline and str(index.get("_class_name")).startswith("Kandinsky"):
+            from unclip.pipelines.kandinsky_generation import COMBINED, KandinskyTextToImage
+
+            return KandinskyTextToImage if index["_class_name"] in COMBINED else cls  # type: ignore[return-value]
+        if cls is UnCLIPPipeline and str(index.get("_class_name")).startswith("StableUnCLIP"):
+            from unclip.pipelines.unified import StableTextToImage
+
+            return StableTextToImage  # type: ignore[return-value]
+        return cls
 
     def check(self) -> None:
         super().check()
         prior = self.prior.config
-        if self.prior_scheduler is None and isinstance(prior, PriorConfig) and prior.takes_timestep:
+        needs_none = isinstance(prior, AutoregressivePriorConfig) or not getattr(prior, "takes_timestep", True)
+        if self.prior_scheduler is None and not needs_none:
             raise InputError("UnCLIPPipeline needs the component 'prior_scheduler': its prior is a diffusion prior")
         check_fits(prior_facts(self.text_encoder.config, prior))
 
@@ -176,7 +191,7 @@ class UnCLIPPipeline(GenerationPipeline):
         super_res = self.super_res_runs(super_res_num_inference_steps, super_res_latents, sizes, reuse=super_res_reuse)
         statistics = self.noise_statistics(noise_level)
         if image_embeddings is not None:
-            check_embeddings(image_embeddings, self.prior.config.embedding_dim)
+            check_embeddings(image_embeddings, self.embedding_dim)
             if prior_latents is not None:
                 raise InputError(
                     "give either prior_latents or image_embeddings: with image_embeddings, the prior does not run"
@@ -271,29 +286,30 @@ class UnCLIPPipeline(GenerationPipeline):
         """
         temperature = SETTINGS["prior_temperature"].check(temperature)
         top_p = SETTINGS["prior_top_p"].check(top_p)
-        stage: PriorStage | OneCallPriorStage | AutoregressivePriorStage
+        choice = {
+            "num_candidates": int(SETTINGS["num_prior_candidates"].check(num_candidates)),
+            "captions_per_choice": captions_per_choice,
+        }
         scale = float(SETTINGS["prior_guidance_scale"].check(guidance_scale))
-        if isinstance(self.prior.config, PriorConfig):  # a compiled prior is of another class
-            if (temperature, top_p) != (1, 1):
-                raise InputError(
-                    f"prior_temperature is {temperature} and prior_top_p {top_p}, but a diffusion prior samples no "
-                    "codes: leave them out, or load an AutoregressivePrior"
-                )
+        # By its configuration, since a compiled prior is of another class.
+        if isinstance(self.prior.config, AutoregressivePriorConfig):
+            codes = AutoregressivePriorStage(cast("AutoregressivePrior", self.prior), temperature, top_p)
+            return PriorRun(codes, codes.sample, scale, latents, **choice)
+        if (temperature, top_p) != (1, 1):
+            raise InputError(
+                f"prior_temperature is {temperature} and prior_top_p {top_p}, but a diffusion prior samples no "
+                "codes: leave them out, or load an AutoregressivePrior"
+            )
+        if isinstance(self.prior.config, PriorConfig):
             network = cast("PriorTransformer", self.prior)
-            if network.config.takes_timestep:
-                assert self.prior_scheduler is not None  # see check
-                scheduler = self.prior_scheduler
-                stage = PriorStage(network, scheduler.process)
-                steps = scheduler.spaced_timesteps(num_steps)
-                draw: Callable[..., Tensor] = partial(sample, stage, sampler=scheduler.sampler(), timesteps=steps)
-            else:
-                stage, scale = OneCallPriorStage(network), 1.0
-                draw = stage.sample
-        else:
-            stage = AutoregressivePriorStage(cast("AutoregressivePrior", self.prior), temperature, top_p)
-            draw = stage.sample
-        num_candidates = int(SETTINGS["num_prior_candidates"].check(num_candidates))
-        return PriorRun(stage, draw, scale, latents, num_candidates, captions_per_choice)
+            return PriorRun.of(network, self.prior_scheduler, num_steps, scale, latents, **choice)
+        scheduler = self.prior_scheduler
+        assert scheduler is not None  # see check
+        stage = EmbeddingPriorStage(cast("EmbeddingPriorNetwork", self.prior), scheduler.process)
+        norm = self.statistics_for("a prior of DALLE2-pytorch, whose embeddings have the norm 1,").norm_mean
+        steps = scheduler.spaced_timesteps(num_steps)
+        text_stage = TextPriorStage(stage, scheduler.sampler(), steps, norm)
+        return PriorRun(text_stage, text_stage.sample, scale, latents, **choice)
 
     def _text_of(self, prompt: Any, output: Any, mask: Tensor | None, image_embeddings: Tensor | None) -> TextEmbedding:
         """The captions' embeddings, one row for each prompt."""
@@ -321,6 +337,12 @@ def prior_facts(text: Any, prior: Any) -> list[Fact]:
     """The settings of a text encoder and a prior that must agree."""
     facts: list[Fact] = [
         ("prior.embedding_dim", prior.embedding_dim, "text_encoder.projection_dim", text.projection_dim),
+    ]
+    if isinstance(prior, EmbeddingPriorConfig):
+        if prior.use_text_encodings:
+            facts.append(("prior.embedding_dim", prior.embedding_dim, "text_encoder.hidden_size", text.hidden_size))
+        return [*facts, ("prior.num_tokens", prior.num_tokens, "the target that a decoder takes, one vector", None)]
+    facts += [
         ("prior.num_embeddings", prior.num_embeddings, "text_encoder's context", text.max_position_embeddings),
         ("prior.text_dim", prior.text_width, "text_encoder.hidden_size", text.hidden_size),
     ]

@@ -309,7 +309,7 @@ def _step(part: Part, first: int, index: int, state: Mapping[str, Any]) -> Step:
 
     def previews() -> list[Image.Image]:
         x0 = state["x0"]
-        return to_pil(x0[first : first + len(numbers)]) if x0.ndim == 4 else []
+        return to_pil(x0[first : first + len(numbers)]) if x0.ndim == 4 and x0.shape[1] == 3 else []
 
     return Step(state["stage"], index, state["num_steps"], numbers, previews)
 

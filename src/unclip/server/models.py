@@ -160,9 +160,8 @@ class Model:
 
     def lacks(self, kind: str) -> list[str]:
         """The components that the model needs for a kind of request and does not have."""
-        cls = KINDS[kind]
-        index = self.session.index
-        return [name for name in cls.COMPONENTS if index.get(name) in (None, [None, None]) and name not in cls.OPTIONAL]
+        cls = KINDS[kind].class_for(self.session.index)
+        return [name for name in cls.COMPONENTS if name not in self.session.parts and name not in cls.OPTIONAL]
 
     def load(self) -> None:
         """Read the weights for the first kind of request that the model can answer."""
@@ -210,7 +209,7 @@ class Model:
             call = dict(work.settings)
             if work.shape is not None and work.shape[0] != work.shape[1]:
                 own = list(pipe.sizes().values())[-1][0]
-                multiple = cascade.side_multiple(pipe.decoder, pipe.cascade)
+                multiple = pipe.side_multiple
                 call["height"], call["width"] = cascade.fitted_size(own, multiple, work.shape)
             about = self._facts(work.kind, pipe, call)
             call["negative_prompt"] = [row.negative or "" for row in rows]

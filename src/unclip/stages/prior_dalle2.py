@@ -15,6 +15,7 @@ from unclip.errors import ConfigError, InputError
 from unclip.models.kernels import packed_weights
 from unclip.models.layers import timestep_rows
 from unclip.models.prior_dalle2 import EmbeddingPriorNetwork
+from unclip.stages.stage import PriorCondition
 
 
 @dataclass(frozen=True)
@@ -161,3 +162,52 @@ class EmbeddingPriorStage:
         else:
             places = torch.linspace(0.0, count, num_steps + 2)[1:-1]
         return ShiftedDDIMSampler(self.process), tuple(reversed(places.int().tolist()))
+
+
+@dataclass(frozen=True)
+class TextPriorStage:
+    """Samples image embeddings of captions by an `EmbeddingPriorNetwork`, for a decoder.
+
+    Attributes:
+        norm: that of the results, since the network predicts directions.
+    """
+
+    stage: EmbeddingPriorStage
+    sampler: Sampler
+    timesteps: tuple[int, ...]
+    norm: float
+
+    def sample_shape(self, batch_size: int) -> tuple[int, ...]:
+        return self.stage.sample_shape(batch_size)
+
+    def sample(
+        self,
+        condition: PriorCondition,
+        *,
+        noise: NoiseSource,
+        null: PriorCondition | None = None,
+        guidance_scale: float = 1.0,
+        latents: Tensor | None = None,
+        progress: Progress | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """One image embedding for each caption, float32 [batch, embedding_dim].
+
+        Args:
+            null: ignored; the null condition is learned.
+            condition, noise, guidance_scale, latents, progress, on_step: see `unclip.stages.stage.sample`.
+        """
+        text = condition.text
+        takes_text = self.stage.prior.config.use_text_encodings
+        texts = (text.hidden_states, text.mask) if takes_text else (None, None)
+        drawn = self.stage.sample(
+            self.stage.condition(text.embeds, *texts),
+            sampler=self.sampler,
+            timesteps=self.timesteps,
+            noise=noise,
+            guidance_scale=guidance_scale,
+            latents=latents,
+            progress=progress,
+            on_step=on_step,
+        )
+        return F.normalize(drawn, dim=-1) * self.norm

@@ -28,7 +28,6 @@ from unclip.clip.statistics import noised
 from unclip.diffusion.loop import Denoiser
 from unclip.diffusion.process import DiffusionProcess
 from unclip.errors import ConfigError, MissingDependencyError
-from unclip.models.image_normalizer import StableUnCLIPImageNormalizer
 from unclip.models.layers import sinusoidal_embedding
 
 BORROWED = ("AutoencoderKL", "UNet2DConditionModel")
@@ -113,7 +112,7 @@ class StableCondition(Batched):
 
 
 def noised_with_level(
-    embeddings: Tensor, level: int, noise: Tensor, normalizer: StableUnCLIPImageNormalizer, process: DiffusionProcess
+    embeddings: Tensor, level: int, noise: Tensor, mean: Tensor, std: Tensor, process: DiffusionProcess
 ) -> Tensor:
     """The noised embeddings, followed by features of the noise level: float32 [batch, 2 · embedding_dim].
 
@@ -122,10 +121,10 @@ def noised_with_level(
     Args:
         embeddings, noise: [batch, embedding_dim].
         level: a timestep of `process`.
-        normalizer: has the mean and the standard deviation by which embeddings are whitened.
+        mean, std: by which embeddings are whitened, [1, embedding_dim].
         process: only its schedule counts; the published models have the cosine schedule of 1000 steps.
     """
-    found = noised(embeddings, level, noise, normalizer.mean.detach(), normalizer.std.detach(), process)
+    found = noised(embeddings, level, noise, mean, std, process)
     levels = torch.full((len(found),), float(level), device=found.device)
     return torch.cat([found, sinusoidal_embedding(levels, found.shape[1])], dim=1)
 

@@ -128,15 +128,16 @@ class ConditionSettings(Section, name="condition"):
     """What a prior is conditioned on instead of captions. `data` of the recipe is then a file of image embeddings.
 
     Attributes:
-        kind: "vector": one vector for each image embedding.
-        file: the vectors, in the order of the embeddings; a file or folder as `unclip.read_embeddings` reads it.
-        key: the array or the column of the file.
-        drop: the probability that the vector is dropped, for guidance.
+        kind: "vector": one vector for each image embedding. "tokens": several vectors [rows, tokens, width].
+        file: the conditions, in the order of the embeddings; a file or folder as `unclip.read_embeddings` reads it. A
+            list of files is several conditions at once: their vectors are joined in this order.
+        key: the array or the column of each file.
+        drop: the probability that a condition is dropped, for guidance; of several ones, each by itself.
         held_out: this many rows at the end are not used for training.
     """
 
-    file: Path
-    kind: Literal["vector"] = "vector"
+    file: Annotated[Path | str | tuple[Path | str, ...], DATA]
+    kind: Literal["vector", "tokens"] = "vector"
     key: str | None = None
     drop: FreeShare = 0.1
     held_out: Annotated[int, Range(0, 1_000_000_000)] = 0
@@ -320,7 +321,7 @@ class Recipe(Section):
         trackers: where metrics are sent, in addition to metrics.jsonl: "tensorboard", "wandb", "trackio".
         ema_decay: decay of the moving average of the weights, at most (1 + step) / (10 + step).
         lora: train adapters in the network of `start_from`, and keep its weights.
-        condition: a prior on vectors instead of captions; [prior] then has no `clip` and no `text_drop`.
+        condition: a prior on vectors or tokens instead of captions; [prior] then has no `clip` and no `text_drop`.
         teacher: only for data in folders; a CLIP also needs clip.image_from.
     """
 

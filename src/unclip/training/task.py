@@ -23,8 +23,8 @@ from unclip.models.kernels import is_emulated
 from unclip.training.recipe import TASKS, ProcessRecipe, Recipe, located
 from unclip.training.sections import refuse
 
-KEYS = tuple(field.name for field in dataclasses.fields(DiffusionProcess))
-"""The settings that belong to a trained network; `weighting` of a recipe does not."""
+KEYS = tuple(field.name for field in dataclasses.fields(ProcessRecipe) if field.name != "weighting")
+"""The settings of a process that a recipe has; others, such as dynamic thresholding, only change sampling."""
 
 
 def settled(recipe: Recipe) -> Recipe:
@@ -48,7 +48,7 @@ def settled(recipe: Recipe) -> Recipe:
             own, other = found, differences(dataclasses.asdict(found), stated)
             what = f"the recipe's {recipe.stage}.process differs from the process of the model in {start} ({name})"
             refuse(other, f"{what}: {other}. Remove these settings, or remove start_from")
-    process = dataclasses.replace(settings.process, **dataclasses.asdict(own) | stated)
+    process = dataclasses.replace(settings.process, **{key: getattr(own, key) for key in KEYS} | stated)
     try:
         process_of(process)
     except ConfigError as error:
@@ -69,7 +69,7 @@ def process_of(recipe: ProcessRecipe) -> DiffusionProcess:
 
 def scheduler_of(process: DiffusionProcess) -> UnCLIPScheduler:
     """The scheduler that is saved with a network trained on this process."""
-    settings = dataclasses.asdict(process)
+    settings = {key: getattr(process, key) for key in KEYS}
     count, limit = settings.pop("num_timesteps"), settings.pop("clip_range")
     clip = {"clip_sample": limit is not None, "clip_sample_range": limit or 1.0}
     return UnCLIPScheduler(num_train_timesteps=count, **clip, **settings)
@@ -142,7 +142,7 @@ def make_task(recipe: Recipe, progress: Callable[..., Any] | None = None, *, run
 
     Raises: UnclipError when a setting does not fit the data, a named model, or this machine.
     """
-    task = TASKS[recipe.stage].task if recipe.condition is None else "vector_prior:VectorPriorTask"
+    task = TASKS[recipe.stage].task if recipe.condition is None else "vector_prior:condition_task"
     module, _, name = task.partition(":")
     return getattr(importlib.import_module(f"unclip.training.{module}"), name)(located(settled(recipe)), progress, run)
 
