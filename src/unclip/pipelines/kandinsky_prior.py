@@ -149,16 +149,14 @@ class KandinskyPriorPipeline(Pipeline):
         return output if return_dict else output.to_tuple()
 
     def _run(self, num_steps: int, guidance_scale: float, latents: Tensor | None) -> PriorRun:
-        scale, steps = (
-            SETTINGS["prior_guidance_scale"].check(guidance_scale),
-            self.scheduler.spaced_timesteps(num_steps),
-        )
+        scale = float(SETTINGS["prior_guidance_scale"].check(guidance_scale))
+        steps = self.scheduler.spaced_timesteps(num_steps)
         if not self.prior.config.takes_timestep:  # ECLIPSE
             one_call = OneCallPriorStage(self.prior)
             return PriorRun(one_call, one_call.sample, latents=latents)
         stage = PriorStage(self.prior, self.scheduler.process)
         draw = partial(sample, stage, sampler=self.scheduler.sampler(), timesteps=steps)
-        return PriorRun(stage, draw, float(scale), latents)
+        return PriorRun(stage, draw, scale, latents)
 
     @staticmethod
     def _noise(generator: Generators, seed: int | Sequence[int] | None, rows: int, num_positive: int) -> NoiseSource:
