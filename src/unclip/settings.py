@@ -99,6 +99,15 @@ _ROWS = (
             above=True),
     Setting("noise_level", "--noise-level", "noise level", 0, 0, 999,
             "Noise that is added to the image embedding, from 0 (none) to 999: how far results may differ from it."),
+    Setting("decoder_guidance_low", "--decoder-guidance-low", "lowest guided noise", 0.0, 0, 1,
+            "The decoder is guided only in steps with this much noise or more, from 0 (none) to 1 (pure noise). Steps "
+            "without guidance take half of the time."),
+    Setting("decoder_guidance_high", "--decoder-guidance-high", "highest guided noise", 1.0, 0, 1,
+            "The decoder is guided only in steps with this much noise or less, from 0 (none) to 1 (pure noise)."),
+    Setting("decoder_reuse", "--decoder-reuse", "decoder reuse", 1, 1, MAX_STEPS,
+            "The decoder computes its deep layers in every N-th step and reuses them in between; 1 is exact."),
+    Setting("super_res_reuse", "--super-res-reuse", "super-resolution reuse", 1, 1, MAX_STEPS,
+            "As --decoder-reuse, for super-resolution. It has no effect with tiles."),
 )
 # fmt: on
 SETTINGS: Mapping[str, Setting] = {row.name: row for row in _ROWS}

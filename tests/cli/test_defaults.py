@@ -59,7 +59,7 @@ def test_every_kind_of_value(unclip, text_to_image, tmp_path, configure):
         ("model = {a = 1}", "model is {'a': 1}"),
         ("steps = [1", "cannot be read as TOML"),
         (f"steps = 0x{'f' * 16_000}", "steps is a value of type int; it must be finite"),
-        ('dtype = "float8"', "'float8' is not one of 'float32', 'bfloat16', 'float16' (from "),
+        ('dtype = "float8"', "'float8' is not one of 'auto', 'float32', 'bfloat16', 'float16' (from "),
         ("steps = 0", "Invalid value for '--decoder-steps' / '--steps': 0 is too small; it must be 1 or more (from "),
     ],
 )

@@ -397,3 +397,27 @@ def test_the_seed_is_not_told_before_an_error(generate):
     done = generate("a cat", "--height", 17)
     assert done.code == 1
     assert done.err.startswith("error: ")
+
+
+def test_a_preset(unclip, text_to_image, tmp_path):
+    """Its values are recorded, so that rerun needs no preset; given values override it."""
+    folder = shutil.copytree(text_to_image, tmp_path / "model")
+    fast = {"prior_num_inference_steps": 2, "decoder_num_inference_steps": 3, "super_res_num_inference_steps": 2}
+    fast |= {"decoder_reuse": 2, "sampler": "ddim"}
+    file = folder / "generation_defaults.json"
+    file.write_text(json.dumps({"presets": {"fast": fast}}))
+    arguments = ["generate", "a cat", "--seed", 1, "--preset", "fast", "--model", folder, "--out", tmp_path, "--json"]
+    told = json.loads(unclip(*arguments).out)
+    assert fast.items() <= told["settings"].items()
+    file.write_text("{}")
+    again = unclip("rerun", told["path"], "--model", folder, "--out", tmp_path / "again")
+    assert Path(again.lines[0]).read_bytes() == Path(told["path"]).read_bytes()
+    done = unclip(*arguments)
+    assert done.code == 1
+    assert "preset is 'fast'; this model has exact" in done.err
+    file.write_text(json.dumps({"presets": {"fast": fast, "faster": {**fast, "decoder_num_inference_steps": 2}}}))
+    overridden = json.loads(unclip(*arguments, "--reuse", 1, "--sampler", "dpm").out)["settings"]
+    assert (overridden["decoder_reuse"], overridden["sampler"]) == (1, "dpm")
+    other = unclip("rerun", told["path"], "--model", folder, "--out", tmp_path, "--preset", "faster", "--json")
+    assert json.loads(other.out)["settings"]["decoder_num_inference_steps"] == 2
+    assert "preset fast: " in unclip("info", folder).out

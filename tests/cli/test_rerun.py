@@ -10,6 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from unclip.clip.encoders import TextEncoder
+from unclip.models import kernels
 from unclip.pipelines.text_to_image import UnCLIPPipeline
 
 from .conftest import FEW_DECODER_STEPS, FEW_STEPS
@@ -50,6 +51,8 @@ def again(unclip, model):
     ("place", "arguments"),
     [
         (0, ["generate", "a cat", "--seed", 3, "--negative", "a", "--sampler", "ddim", *FEW_STEPS]),
+        (0, ["generate", "a cat", "--reuse", 2, "--guidance-low", 0.2, "--guidance-high", 0.9, *FEW_STEPS]),
+        (0, ["vary", "cat.png", "--super-res-reuse", 2, "--steps", 2, "--super-res-steps", 4]),
         (4, ["generate", "--prompts-file", "prompts.txt", "-n", 3, "--seed", 2**64 - 2, *FEW_STEPS]),
         (2, ["vary", "cat.png", "-n", 3, "--prompt", "a cat", "--size", "32x32", *FEW_DECODER_STEPS]),
         (1, ["vary", "cat.png", "-n", 2, "--keep-structure", "--eta", 0.3, *FEW_DECODER_STEPS]),
@@ -90,6 +93,15 @@ def test_a_frame_of_a_probe(again, unclip, model, files):
 def test_a_row_of_a_latent(again, unclip, model, files):
     assert unclip("invert", "cat.png", "--model", model, *FEW_DECODER_STEPS).code == 0
     again(1, "vary", "cat.safetensors", "-n", 2, "--keep-structure")
+
+
+def test_the_type_is_that_of_the_picture(again, unclip, model, files, monkeypatch):
+    monkeypatch.setattr(kernels, "_cpu_computes", lambda dtype: True)
+    picture = again(0, "generate", "a cat", "--seed", 3, *FEW_STEPS)
+    assert '"dtype": "bfloat16"' in Image.open(picture).text["settings"]
+    monkeypatch.setattr(kernels, "_cpu_computes", lambda dtype: False)
+    done = unclip("rerun", picture, "--model", model, "--out", "elsewhere", "--json")
+    assert json.loads(done.out)["settings"]["dtype"] == "bfloat16"
 
 
 def test_options_override(unclip, model, files):

@@ -111,3 +111,9 @@ def test_model_without_image_encoder(vary, photo, text_to_image):
 
 def test_no_picture_is_wrong_usage(vary):
     assert vary().code == 2
+
+
+def test_exact_inversion_refuses_faster_settings(vary, photo):
+    done = vary(photo, "--keep-structure", "--decoder-reuse", 2)
+    assert done.code == 2
+    assert "leave out --preset" in done.err

@@ -6,7 +6,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from unclip.errors import MissingDependencyError
-from unclip.evaluation.charts import MAX_LINES, curves, varied
+from unclip.evaluation.charts import MAX_LINES, can_draw, curves, varied
+from unclip.evaluation.report import tables
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -73,3 +74,26 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingDependencyError, match=r"unclip\[evaluation\]"):
         curves(found(point(1, 0.2, sampler="dpm")))
+
+
+def test_a_table_names_the_settings_that_are_not_the_defaults():
+    settings = {
+        "prior_guidance_scale": 2.0, "decoder_guidance_scale": 2.0, "prior_num_inference_steps": 12,
+        "decoder_num_inference_steps": 20, "super_res_num_inference_steps": 7, "sampler": "ddim", "decoder_reuse": 2,
+        "super_res_reuse": 1, "decoder_guidance_low": 0.3,
+    }  # fmt: skip
+    rates = {"at_1": 0.5, "at_5": 0.5, "clip_score": 0.5}
+    points = [{"settings": settings, "seconds_per_picture": 1.0, "seen": rates}]
+    rows = tables("sweep", {"real": {"seen": rates}, "points": points})[0].rows
+    assert rows[0][0] == "2-2 / 12-20-7 / ddim / lowest guided noise 0.3 / decoder reuse 2"
+
+
+@pytest.mark.skipif(not can_draw(), reason="needs matplotlib")
+def test_a_chart_of_points_that_lack_a_setting():
+    rates = {"num": 4, "at_1": 0.5, "at_5": 0.5, "clip_score": 0.5}
+    points = [
+        {"settings": {"sampler": "ddim", **more}, "seconds_per_picture": 1.0, "seen": rates}
+        for more in ({}, {"decoder_reuse": 2})
+    ]
+    drawn = curves({"real": {"seen": rates}, "points": points})["seconds"]
+    assert {"decoder reuse 1", "decoder reuse 2"} <= set(texts(drawn))

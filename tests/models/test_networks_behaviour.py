@@ -460,3 +460,24 @@ def test_labels_for_a_network_that_takes_none():
     model, (x, t) = super_res_case()
     with pytest.raises(InputError, match="class_labels"):
         model(x, t, torch.zeros(2, 32))
+
+
+@pytest.mark.parametrize("kind", ["decoder", "super_res_first"])
+@torch.no_grad()
+def test_deep_features(tiny_pipeline, kind):
+    """With the deep levels of the same input the output is exact; with those of another input it is not."""
+    network = getattr(tiny_pipeline, kind)
+    x, other = torch.randn(2, 2, network.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    more = {}
+    if kind == "decoder":
+        more = {"context": network.prepare(torch.randn(2, 15, 12)), "class_labels": torch.randn(2, 32)}
+    whole = network(x, 500, **more)
+    kept = network(x, 500, **more, keep_deep=True)
+    assert len(whole) == 1
+    assert torch.equal(kept.sample, whole.sample)
+    assert torch.equal(network(x, 500, **more, deep=kept.deep).sample, whole.sample)
+    of_other = network(other, 500, **more, keep_deep=True)
+    reused = network(x, 500, **more, deep=of_other.deep, keep_deep=True)
+    assert torch.equal(reused.deep, of_other.deep)
+    difference = (reused.sample - whole.sample).abs().mean()
+    assert 0 < difference < (of_other.sample - whole.sample).abs().mean()

@@ -135,9 +135,9 @@ def test_progress_bars_name_the_stages(large, few, capsys):
 @pytest.fixture(scope="module")
 def saved(large, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cascade") / "model"
-    large._recommended = {"super_res_num_inference_steps": [2, 3]}
+    large._presets = {"exact": {"super_res_num_inference_steps": [2, 3]}}
     large.save_pretrained(folder)
-    large._recommended = {}
+    large._presets = {"exact": {}}
     return folder
 
 

@@ -39,6 +39,7 @@ from unclip import (
 )
 from unclip.checkpoints.layout import CLASSES, FURTHER
 from unclip.checkpoints.loading_arguments import IGNORED, REFUSED
+from unclip.models import kernels
 
 
 def picture(pipeline, few, seed=1):
@@ -1106,11 +1107,23 @@ def test_the_types_of_the_files(own_pipeline, tmp_path, own_clip):
     for name, kind in types.items():
         getattr(own_pipeline, name).to(kind)
     own_pipeline.save_pretrained(tmp_path / "model")
-    loaded = UnCLIPPipeline.from_pretrained(tmp_path / "model", torch_dtype="auto", own_clip=own_clip)
+    loaded = UnCLIPPipeline.from_pretrained(tmp_path / "model", torch_dtype="stored", own_clip=own_clip)
     for name, network in loaded.networks.items():
         assert network.dtype == types.get(name, torch.float32)
-    assert PriorTransformer.from_pretrained(tmp_path / "model" / "prior", torch_dtype="auto").dtype == torch.float16
+    assert PriorTransformer.from_pretrained(tmp_path / "model" / "prior", torch_dtype="stored").dtype == torch.float16
     assert UnCLIPPipeline.from_pretrained(tmp_path / "model", own_clip=own_clip).decoder.dtype == torch.float32
+
+
+@pytest.mark.parametrize("computes", [True, False])
+def test_the_fastest_type(saved, monkeypatch, computes):
+    monkeypatch.setattr(kernels, "_cpu_computes", lambda dtype: computes)
+    fastest = torch.bfloat16 if computes else torch.float32
+    pipe = UnCLIPPipeline.from_pretrained(saved / "text", torch_dtype="auto")
+    assert {network.dtype for network in pipe.networks.values()} == {fastest}
+    assert PriorTransformer.from_pretrained(saved / "text" / "prior", torch_dtype="auto").dtype == fastest
+    some = UnCLIPPipeline.from_pretrained(saved / "text", torch_dtype={"prior": "auto"})
+    assert (some.prior.dtype, some.decoder.dtype) == (fastest, torch.float32)
+    assert kernels.automatic_type(torch.device("cuda")) == torch.float16
 
 
 def test_a_type_for_each_component(saved):

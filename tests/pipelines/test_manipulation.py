@@ -293,7 +293,8 @@ def test_seeds_wrap_around_at_the_largest(tool):
 @pytest.fixture
 def recommending(tool, monkeypatch):
     """For a model that recommends several candidates."""
-    monkeypatch.setattr(tool.text, "_recommended", {"num_prior_candidates": 4, "prior_num_inference_steps": 2})
+    recommended = {"num_prior_candidates": 4, "prior_num_inference_steps": 2}
+    monkeypatch.setattr(tool.text, "_presets", {"exact": recommended})
     return tool
 
 

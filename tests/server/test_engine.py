@@ -1,5 +1,7 @@
 """Batches, cancellation, memory and failures of the engine."""
 
+import json
+import shutil
 import threading
 
 import numpy as np
@@ -9,8 +11,10 @@ from PIL import Image
 
 from unclip.errors import InputError, NonFiniteError
 from unclip.pipelines.session import Compute, Session
+from unclip.server.contract import ApiError, GenerationRequest
 from unclip.server.engine import FIRST_GUESS_S, ClosedError, Engine, MemoryExhaustedError, Part, QueueFullError, halves
 from unclip.server.models import KINDS, Model, Models, Row, Work
+from unclip.server.work import Requests
 
 from .conftest import wait_until
 
@@ -291,3 +295,21 @@ def test_there_is_room_in_the_queue_when_a_result_arrives(model_folder):
     for seed in range(20):
         engine.submit(work(model_folder, seed)).future.result(timeout=20)
     engine.close()
+
+
+def test_a_request_with_a_preset(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    fast = {"decoder_num_inference_steps": 3, "decoder_reuse": 2, "sampler": "ddim"}
+    (folder / "generation_defaults.json").write_text(json.dumps({"presets": {"fast": fast}}))
+    requests = Requests(Engine({"tiny": str(folder)}, [Compute()]))
+
+    def asked(**more):
+        found = requests.generation(GenerationRequest(prompt="a cat", **more))
+        return found.settings["decoder_num_inference_steps"], found.settings.get("decoder_reuse"), found.sampler
+
+    assert asked(preset="fast") == (3, 2, "ddim")
+    assert asked(preset="fast", steps=5, sampler="dpm") == (5, 2, "dpm")
+    assert asked() == asked(preset="exact") == asked(preset="default") == (25, None, None)
+    with pytest.raises(ApiError, match="preset is 'slow'; this model has exact, fast") as caught:
+        asked(preset="slow")
+    assert (caught.value.status, caught.value.param) == (400, "preset")

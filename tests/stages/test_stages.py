@@ -1,5 +1,7 @@
 """The stages: shapes, preparation, sampling and inversion."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from unclip.diffusion.sampler import DDIMSampler
 from unclip.stages.decoder import DecoderStage
 from unclip.stages.prior import PriorStage
 from unclip.stages.stage import DecoderCondition, PriorCondition, SuperResCondition, invert, sample, size_px
-from unclip.stages.super_res import SuperResStage, enlarge
+from unclip.stages.super_res import SuperResStage, Tiling, enlarge
 
 from ..rounding import assert_equal_but_rounding
 
@@ -233,3 +235,80 @@ def test_stages_of_other_sizes(stages, tiny_pipeline):
     assert large.sample_shape(2) == (2, 3, 8, 24)
     assert large.prepare(condition)(torch.randn(2, 3, 8, 24), 5).shape == (2, 3, 8, 24)
     assert enlarge(condition.low_res, (8, 24)).shape == (2, 3, 8, 24)
+
+
+# ---- steps with less computation ----
+
+
+@pytest.fixture
+def rows_of(monkeypatch):
+    """`rows_of(network)` is the list of the batch sizes of its calls from now on."""
+
+    def watch(network):
+        seen, forward = [], type(network).forward
+        monkeypatch.setattr(
+            type(network),
+            "forward",
+            lambda self, x, *given, **named: seen.append(len(x)) or forward(self, x, *given, **named),
+        )
+        return seen
+
+    return watch
+
+
+@pytest.mark.parametrize(
+    ("interval", "rows"),
+    [((0, 1), [4, 4, 4, 4]), ((0.5, 1), [4, 4, 2, 2]), ((0, 0.6), [2, 4, 4, 4]), ((0.3, 0.6), [2, 4, 2, 2])],
+)
+@torch.no_grad()
+def test_guidance_in_an_interval(stages, rows_of, interval, rows):
+    stage, condition, null = stages["decoder"], CONDITIONS["decoder"](), DecoderCondition.null(text(seed=9))
+    seen, x_T = rows_of(stage.decoder), torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def draw(timesteps, **more):
+        sampler, noise = DDIMSampler(stage.process), NoiseSource(None, 2)
+        return sample(stage, condition, sampler=sampler, timesteps=timesteps, noise=noise, latents=x_T, **more)
+
+    guided = draw((999, 500, 200, 0), null=null, guidance_scale=3.0, guidance_interval=interval)
+    assert seen == rows
+    whole = draw((999, 500, 200, 0), null=null, guidance_scale=3.0)
+    assert torch.equal(guided, whole) == (interval == (0, 1))
+    nowhere = draw((999, 500, 200, 0), null=null, guidance_scale=3.0, guidance_interval=(0.7, 0.8))
+    assert torch.equal(nowhere, draw((999, 500, 200, 0)))
+
+
+@pytest.mark.parametrize("name", ["decoder", "super_res"])
+@pytest.mark.parametrize("every", [1, 2, 4])
+@torch.no_grad()
+def test_deep_levels_are_computed_in_every_nth_step(stages, name, every):
+    stage, count = stages[name], []
+    network = stage.decoder if name == "decoder" else stage.first
+    num_steps = 6 if name == "decoder" else 5  # the last step of super-resolution has its own network
+    timesteps, condition = (900, 700, 500, 300, 100, 0), CONDITIONS[name]()
+    latents = torch.randn(SHAPES[name], generator=torch.Generator().manual_seed(1))
+
+    def draw(stage):
+        sampler, noise = DDIMSampler(stage.process), NoiseSource(None, 2)
+        return sample(stage, condition, sampler=sampler, timesteps=timesteps, noise=noise, latents=latents)
+
+    whole = draw(stage)
+    hooks = [
+        part.register_forward_hook(lambda *given: count.append(1))
+        for part in (network.mid_block, network.down_blocks[0].downsamplers[0])
+    ]
+    made = draw(replace(stage, reuse=every))
+    for hook in hooks:
+        hook.remove()
+    assert len(count) == 2 * -(-num_steps // every)
+    assert torch.equal(made, whole) == (every == 1)
+    assert made.isfinite().all()
+
+
+@torch.no_grad()
+def test_tiles_are_computed_exactly(stages):
+    stage = replace(stages["super_res"], tiling=Tiling(8, 4), reuse=2)
+    conditions = CONDITIONS["super_res"]()
+    denoise, exact = (each.prepare(conditions) for each in (stage, replace(stage, reuse=1)))
+    for t in (900, 500):
+        x = torch.randn(2, 3, 16, 16)
+        assert torch.equal(denoise(x, t), exact(x, t))

@@ -94,10 +94,11 @@ def accepted_arguments(
 
 
 def weights_type(torch_dtype: Any, use_safetensors: object = None) -> torch.dtype | str | None:
-    """The requested type of the weights: a torch dtype, "auto" (the type in the file), or None for float32.
+    """The requested type of the weights: a torch dtype, "auto", "stored", or None for float32.
 
     Args:
-        torch_dtype: a floating-point torch dtype, or its name with or without "torch."; "auto"; or None.
+        torch_dtype: a floating-point torch dtype, or its name with or without "torch."; "auto", the fastest type on the
+            device; "stored", the type in the file; or None.
         use_safetensors: None or True; both have the same effect.
 
     Raises: InputError for any other type; UnsafeFileError for `use_safetensors=False`.
@@ -108,12 +109,12 @@ def weights_type(torch_dtype: Any, use_safetensors: object = None) -> torch.dtyp
         raise UnsafeFileError(
             "only safetensors are read; to convert pickles that you trust: unclip convert pickle --help"
         )
-    if torch_dtype is None or (isinstance(torch_dtype, str) and torch_dtype == "auto"):
+    if torch_dtype is None or (isinstance(torch_dtype, str) and torch_dtype in ("auto", "stored")):
         return torch_dtype
     found = getattr(torch, torch_dtype.removeprefix("torch."), None) if isinstance(torch_dtype, str) else torch_dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise InputError(
-            f'torch_dtype is {torch_dtype!r}; it must be "auto", or a floating-point torch dtype or its name, such as '
-            'torch.float16 or "bfloat16"'
+            f'torch_dtype is {torch_dtype!r}; it must be "auto", "stored", or a floating-point torch dtype or its '
+            'name, such as torch.float16 or "bfloat16"'
         )
     return found

@@ -64,7 +64,7 @@ class WeightsIndex(dict[str, TensorInfo]):
 
 def check_tensor_name(name: str, where: str) -> None:
     """Raise WeightsError for a tensor name that looks like a path, is empty, very long, or has control characters."""
-    if not name or len(name) > NAME_LIMIT or ".." in name or any(c in "/\\" or not c.isprintable() for c in name):
+    if not name or len(name) > NAME_LIMIT or not name.isprintable() or any(part in name for part in ("..", "/", "\\")):
         raise WeightsError(
             f"{where} has a tensor named {name[:80]!r}, which is not a parameter's name; the file is refused"
         )

@@ -34,7 +34,7 @@ def concepts(
     phrases: Annotated[Path | None, option("FILE")] = None,
     overwrite: Annotated[bool, flag("--overwrite")] = False,
     batch_size: options.BatchSize = 16,
-    precision: options.Precision,
+    precision: options.ExactPrecision,
     quiet: options.Quiet = False,
 ) -> None:
     """List what a model knows.

@@ -81,7 +81,7 @@ def decode(
     if not embeddings.exists():
         raise InputError(no_file(str(embeddings)))
     prompt, negative = (None if text is None else plain(text) for text in (prompt, negative))
-    session = Session(model, common.compute, sampler=sampler, progress=not common.quiet)
+    session = Session(model, common.compute, sampler=sampler, preset=decoding.preset, progress=not common.quiet)
 
     import numpy as np
     import torch

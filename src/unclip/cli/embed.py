@@ -23,7 +23,7 @@ def embed(
     overwrite: Annotated[bool, flag("--overwrite")] = False,
     model: options.Model = "unclip-emoji",
     batch_size: options.BatchSize = 32,
-    compute: options.Precision,
+    compute: options.ExactPrecision,
     quiet: options.Quiet = False,
 ) -> None:
     """Write CLIP embeddings of pictures or captions.
@@ -80,8 +80,8 @@ def embed(
         raise InputError("there is nothing to embed")
     as_captions = any(name in table[0] for name in PROMPTS) and "path" not in table[0]
     folder = resolve(model)
-    rows = embedding_rows(table, [fingerprint_of(folder), str(compute.dtype)], captions=as_captions, base=base)
-    work = EmbeddingWork(folder, Compute(str(compute.dtype), compute.device), as_captions)
+    rows = embedding_rows(table, [fingerprint_of(folder), compute.weights_type], captions=as_captions, base=base)
+    work = EmbeddingWork(folder, Compute(compute.weights_type, compute.device), as_captions)
     with results.opened():
         unit = "caption" if as_captions else "picture"
         num_failed = run_bulk(bulk, rows, results, work, batch_size=batch_size, quiet=quiet, unit=unit)

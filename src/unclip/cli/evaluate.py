@@ -85,11 +85,13 @@ def retrieval(
         unclip evaluate retrieval --data data/composed --num-held-out 200 \
           --sheet sheets/composed --out composed.json
         unclip evaluate retrieval --data data/emoji --candidates 4 --out four.json
+        unclip evaluate retrieval --data data/emoji --preset fast --out fast.json
     """
     from unclip.evaluation.retrieval import retrieval as measure
     from unclip.pipelines.text_to_image import UnCLIPPipeline
 
-    prepared = prepare("retrieval", UnCLIPPipeline, ["prior"], request, compute, sampling.given(), features=features)
+    needed, given, preset = ["prior"], sampling.given(), sampling.preset
+    prepared = prepare("retrieval", UnCLIPPipeline, needed, request, compute, given, features=features, preset=preset)
     prepared.finish(
         measure(prepared.pipe, prepared.judge, prepared.plan, features=prepared.features, **prepared.settings)
     )
@@ -126,7 +128,8 @@ def wordings(
     texts = read_wordings(listed or measures.find_judge(BUILT_IN_JUDGE) / "wordings.json")
     check_free(*([] if sheet is None else [sheet]), overwrite=request.overwrite)
     request = replace(request, num_seen=sum(bool(text.accepted) for text in texts))
-    prepared = prepare("wordings", UnCLIPPipeline, ["prior"], request, compute, sampling.given())
+    needed, given, preset = ["prior"], sampling.given(), sampling.preset
+    prepared = prepare("wordings", UnCLIPPipeline, needed, request, compute, given, preset=preset)
     more = {"batch_size": request.batch_size, "seed": request.seed, "sheet": sheet, "progress": prepared.plan.progress}
     prepared.finish(measure(prepared.pipe, prepared.judge, request.data, texts, **more, **prepared.settings))
 

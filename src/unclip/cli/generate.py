@@ -1,6 +1,6 @@
 """`unclip generate`: make pictures from captions."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -62,6 +62,7 @@ def generate(
         unclip generate "a castle" --negative "people" --decoder-guidance 6
         unclip generate "a boat" --sampler dpm --decoder-steps 12
         unclip generate "a lion" --candidates 4
+        unclip generate "a lion" --preset fast
         unclip generate --prompts-file captions.txt --json > made.jsonl
         unclip generate --from prompts.csv --out pictures --processes 2
     """
@@ -81,7 +82,7 @@ def generate(
     good = usable(texts)
     if not good:
         raise typer.Exit(1)
-    session = Session(model, common.compute, sampler=sampler, progress=not common.quiet)
+    session = Session(model, common.compute, sampler=sampler, preset=sampling.preset, progress=not common.quiet)
     check_has_prior(model, session.parts)
 
     from unclip.pipelines.text_to_image import UnCLIPPipeline
@@ -134,7 +135,8 @@ def _generate_rows(
     from unclip.pipelines.text_to_image import UnCLIPPipeline
 
     table = read_table(bulk.table)  # type: ignore[arg-type]
-    session = Session(model, common.compute, sampler=sampler, progress=False)
+    session = Session(model, common.compute, sampler=sampler, preset=sampling.preset, progress=False)
+    sampler = session.sampler
     check_has_prior(model, session.parts)
     settings = session.settings(UnCLIPPipeline, sampling.given()) | size.sides
     of_model = [model_fingerprint(session), sampler, common.compute.facts]
@@ -143,7 +145,9 @@ def _generate_rows(
     shards = bulk_format is BulkFormat.webdataset
     out = common.output.out
     results = Results(out, ".tar", write_webdataset, per_shard) if shards else Results(out, ".png")
+    # The workers have the type of this machine, so that a row does not depend on the machine that computes it.
     compute = Compute(**{each.name: getattr(common.compute, each.name) for each in fields(Compute)})
+    compute = replace(compute, dtype=compute.weights_type)
     work = PictureWork(str(session.folder) if bulk.ray is None else model, compute, sampler)
     with results.opened():
         num_failed = run_bulk(

@@ -15,7 +15,7 @@ import typer
 from unclip.checkpoints.families import Family, recognised
 from unclip.checkpoints.files import file_size, read_json, safe_join
 from unclip.checkpoints.hub import resolve
-from unclip.checkpoints.recommended import Recommended, read_recommended
+from unclip.checkpoints.recommended import EXACT, Preset, read_presets
 from unclip.checkpoints.weights import DEFAULT_STEM, TRANSFORMERS_STEM, open_weights
 from unclip.cli import options
 from unclip.cli.messages import error, printable
@@ -89,9 +89,9 @@ def info(
         if family is None or has_components(folder):
             components = read_components(folder)
     problems = [f"component {name!r}: {part.problem}" for name, part in components.items() if part.problem]
-    defaults: dict[str, Recommended] = {}
+    presets: dict[str, Preset] = {EXACT: {}}
     try:
-        defaults = read_recommended(folder) if folder.is_dir() else {}
+        presets = read_presets(folder) if folder.is_dir() else presets
     except UnclipError as problem:
         problems.append(str(problem))
     papers = {"licence": licence(folder), "model_card": first_file(folder, ("README*", "MODEL_CARD*", "model_card*"))}
@@ -99,9 +99,10 @@ def info(
         parts = {name: {k: v for k, v in asdict(part).items() if v} for name, part in components.items()}
         about = {"model": model_name(model), "folder": str(folder), **papers}
         about["family"] = None if family is None else asdict(family)
-        print(json.dumps({**about, "generation_defaults": defaults, "components": parts}), flush=True)
+        settings = {"generation_defaults": presets.pop(EXACT), "presets": presets}
+        print(json.dumps({**about, **settings, "components": parts}), flush=True)
     else:
-        show(f"{model_name(model)} ({folder})", family, components, defaults, papers)
+        show(f"{model_name(model)} ({folder})", family, components, presets, papers)
     for problem in problems:
         error(problem)
     if problems:
@@ -183,7 +184,7 @@ def show(
     title: str,
     family: Family | None,
     components: dict[str, Component],
-    defaults: dict[str, Recommended],
+    presets: dict[str, Preset],
     papers: dict[str, str | None],
 ) -> None:
     """Print everything as tables; plain text when stdout is not a terminal."""
@@ -226,8 +227,13 @@ def show(
     print_table(("component", "class", "parameters", "on disk", "dtype", "sizes"), parts)
     schedulers = [[name, part.class_name, listed(part.settings)] for name, part in components.items() if part.settings]
     print_table(("scheduler", "class", "settings"), schedulers)
+    defaults = presets[EXACT]
     if components:
         console.print(printable(f"recommended: {listed(defaults) or 'nothing in particular'}"))
+    for name, preset in presets.items():
+        if name != EXACT:
+            own = {key: value for key, value in preset.items() if defaults.get(key) != value}
+            console.print(printable(f"preset {name}: {listed(own)}"))
     for paper, file in papers.items():
         console.print(printable(f"{paper.replace('_', ' ')}: {file or 'none here'}"))
     if isinstance(page, io.StringIO):

@@ -143,7 +143,8 @@ def _make(
     from unclip.pipelines.inpaint import UnCLIPInpaintPipeline
 
     given = edit.sampling.given() | settings | edit.size.sides
-    session = Session(edit.model, edit.common.compute, sampler=edit.sampler, progress=not edit.common.quiet)
+    common, preset = edit.common, edit.sampling.preset
+    session = Session(edit.model, common.compute, sampler=edit.sampler, preset=preset, progress=not common.quiet)
     check_has_prior(edit.model, session.parts)
     prior_runs = edit.prompt is not None and edit.embedding_from is not EmbeddingFrom.image
     if not prior_runs:

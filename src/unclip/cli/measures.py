@@ -110,6 +110,7 @@ def prepare(
     features: Path | None = None,
     judged: bool = True,
     task: str = "generating",
+    preset: str | None = None,
 ) -> PreparedMeasure:
     """Load the model and the judge for a measure.
 
@@ -122,6 +123,7 @@ def prepare(
         features: Inception weights.
         judged: whether a judge is needed; otherwise it is the model's own CLIP.
         task: the word beside the progress bar.
+        preset: of the model.
 
     Raises: OutputExistsError for files that exist; MissingFileError for a judge that does not exist; CheckpointError
         for a model without the components `needed`. All are raised before anything is loaded.
@@ -129,7 +131,9 @@ def prepare(
     if name != "sweep":
         check_free(request.out, *sheet_paths(request.sheet), overwrite=request.overwrite)
     judge_folder = find_judge(request.judge) if judged else None
-    session = Session(request.model, compute.precision, sampler=compute.sampler, progress=not compute.quiet)
+    session = Session(
+        request.model, compute.precision, sampler=compute.sampler, preset=preset, progress=not compute.quiet
+    )
     for component in needed:
         if component not in session.parts:
             raise CheckpointError(f"{request.model} has no {component}, which this measure ({name}) needs")
@@ -142,7 +146,7 @@ def prepare(
     pipe.set_progress_bar_config(disable=True)
     numbers: dict[str, Any] = {"num_seen": request.num_seen, "num_held_out": request.num_held_out, "seed": request.seed}
     about = {"unclip": __version__, "model": session.name, "data": request.data.resolve().name, **numbers}
-    dtype, size = compute.precision.dtype.value, request.batch_size
+    dtype, size = compute.precision.weights_type, request.batch_size
     about["settings"] = {**settings, "sampler": sampler_name(pipe), "dtype": dtype, "batch_size": size}
     if judge_folder is not None:
         about |= {
@@ -270,6 +274,10 @@ class SweepValues:
     super_res_steps: Annotated[str | None, values_option("super_res_num_inference_steps")] = None
     decoder_guidance: Annotated[str | None, values_option("decoder_guidance_scale")] = None
     noise_level: Annotated[str | None, values_option("noise_level")] = None
+    decoder_guidance_low: Annotated[str | None, values_option("decoder_guidance_low")] = None
+    decoder_guidance_high: Annotated[str | None, values_option("decoder_guidance_high")] = None
+    decoder_reuse: Annotated[str | None, values_option("decoder_reuse")] = None
+    super_res_reuse: Annotated[str | None, values_option("super_res_reuse")] = None
     sampler: Annotated[
         str | None,
         option("LIST", help=f"Samplers, separated by commas: {', '.join(SAMPLERS)}.", default="the model's own"),
@@ -321,7 +329,7 @@ def run_sweep(values: SweepValues, request: MeasureOptions, compute: ComputeOpti
     about = {
         "features": None,
         **{key: value for key, value in prepared.about.items() if key != "settings"},
-        "dtype": compute.precision.dtype.value,
+        "dtype": compute.precision.weights_type,
         "batch_size": request.batch_size,
         "device": prepared.pipe.device.type,
         "model_sha256": fingerprint(prepared.folder),

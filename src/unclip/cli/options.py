@@ -26,7 +26,16 @@ MAX_BATCH = 1000
 
 
 class Dtype(StrEnum):
-    """The type of the weights."""
+    """The type of the weights in memory."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class StoredDtype(StrEnum):
+    """The type of the weights in a file."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -225,9 +234,13 @@ Sampler = Annotated[
         parser=sampler_of,
     ),
 ]
-DtypeOption = Annotated[Dtype, shared("TYPE", "--dtype", help="Type of the weights: float32, bfloat16 or float16.")]
+DTYPE = (
+    "Type of the weights: float32, bfloat16, float16, or auto: bfloat16 on a CPU that computes it, float16 on other "
+    "devices, else float32."
+)
+DtypeOption = Annotated[Dtype, shared("TYPE", "--dtype", help=DTYPE)]
 KeptDtype = Annotated[
-    Dtype | None,
+    StoredDtype | None,
     option(
         "TYPE",
         "--dtype",
@@ -289,7 +302,23 @@ class Decoding(_Settings):
 
 
 @dataclass(frozen=True)
-class NoisyDecoding(Decoding):
+class Faster(_Settings):
+    """Settings that leave out a part of the computation, and presets.
+
+    Attributes:
+        preset: A named set of values that the model's folder has, for all settings that are not given: exact (the
+            model's own), or a faster one, such as balanced or fast.
+    """
+
+    preset: Annotated[str | None, shared("NAME", "--preset", default="the model's own values")] = None
+    decoder_guidance_low: Annotated[float | None, setting("decoder_guidance_low", "LEVEL")] = None
+    decoder_guidance_high: Annotated[float | None, setting("decoder_guidance_high", "LEVEL")] = None
+    decoder_reuse: Annotated[int | None, setting("decoder_reuse")] = None
+    super_res_reuse: Annotated[int | None, setting("super_res_reuse")] = None
+
+
+@dataclass(frozen=True)
+class NoisyDecoding(Faster, Decoding):
     """As `Decoding`, for image embeddings to which noise may be added."""
 
     noise_level: Annotated[int | None, setting("noise_level")] = None
@@ -330,7 +359,7 @@ class PriorSampling(PriorChoice, PriorScale):
 
 
 @dataclass(frozen=True)
-class Sampling(Decoding, PriorSampling):
+class Sampling(Faster, Decoding, PriorSampling):
     """All settings of sampling."""
 
 
@@ -379,8 +408,15 @@ class Output:
 class Precision(session.Compute):
     """The device and the precision, for commands that need only these."""
 
-    dtype: DtypeOption = Dtype.float32
+    dtype: DtypeOption = Dtype.auto
     device: Device = "auto"
+
+
+@dataclass(frozen=True)
+class ExactPrecision(Precision):
+    """As `Precision`, for commands that compute embeddings."""
+
+    dtype: DtypeOption = Dtype.float32
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def fit(
     num_pictures: Annotated[int | None, option("N", default="all", min=2)] = None,
     batch_size: options.BatchSize = 64,
     overwrite: Annotated[bool, flag("--overwrite")] = False,
-    precision: options.Precision,
+    precision: options.ExactPrecision,
     quiet: options.Quiet = False,
 ) -> None:
     """Fit principal components to the embeddings of a data set's pictures.

@@ -20,6 +20,7 @@ ELSEWHERE = {
     "prompts", "prompts_file", "num_images", "seed", "model", "images", "image",
     "prior_steps", "decoder_steps", "super_res_steps", "prior_guidance", "decoder_guidance",
     "candidates", "prior_temperature", "prior_top_p", "noise_level", "sampler",
+    "decoder_guidance_low", "decoder_guidance_high", "decoder_reuse", "super_res_reuse", "preset",
     "size", "height", "width", "tile", "dtype",
     "out", "grid", "film", "fps", "overwrite", "as_json", "batch_size", "device", "cpu_offload", "quiet",
     "table", "processes", "ray", "retry_failed", "bulk_format", "per_shard",

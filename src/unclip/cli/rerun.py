@@ -130,8 +130,11 @@ def _arguments(
         model = texts.get("model", "")
         homes = [str(folder / model) for folder in folders if (folder / model / "model_index.json").is_file()]
         found.append(f"--model={next(iter(homes), model)}")
+    recorded = {"dtype": "float32", **texts.get("settings", {})}  # the only type before it was recorded
+    if any(argument.partition("=")[0] == "--preset" for argument in given):
+        recorded = {name: value for name, value in recorded.items() if name not in (*SETTINGS, "sampler")}
     for name, long in OPTIONS.items():
-        value = texts.get("settings", {}).get(name)
+        value = recorded.get(name)
         own_size = name in ("sampler", "height", "width") and made["options"].get("keep_structure")
         several = name == "sampler" and value not in SAMPLERS  # the stages have different samplers
         if value is not None and long in names and not own_size and not several:

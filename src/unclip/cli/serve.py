@@ -20,7 +20,7 @@ def serve(
     api_keys_file: Annotated[Path | None, option("FILE", default="none")] = None,
     allow_open: Annotated[bool, flag("--allow-open")] = False,
     device: Annotated[list[str] | None, option("NAME", default="auto")] = None,
-    dtype: Annotated[options.Dtype | None, option("TYPE", default="float32")] = None,
+    dtype: Annotated[options.Dtype | None, option("TYPE", default="auto")] = None,
     max_batch: Annotated[int | None, option("N", default="8", min=1)] = None,
     max_queue: Annotated[int | None, option("N", default="64", min=1)] = None,
     deadline: Annotated[float | None, option("S", default="300")] = None,
@@ -45,7 +45,7 @@ def serve(
         api_keys_file: File with a key on each line.
         allow_open: Accept a public address without keys: everybody may use the server.
         device: As for `unclip generate`. Repeated: one worker for each.
-        dtype: Type of the weights: float32, bfloat16, float16.
+        dtype: As for `unclip generate`.
         max_batch: Pictures computed at once by a worker.
         max_queue: Pictures that may wait; more get status 429.
         deadline: Seconds a request may take, except jobs.

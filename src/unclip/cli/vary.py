@@ -14,7 +14,7 @@ from unclip.cli.inputs import check_can_vary, is_latent, opened, plain
 from unclip.cli.options import argument, flag, option
 from unclip.cli.output import Job, PictureWriter, slug
 from unclip.cli.provenance import metadata
-from unclip.pipelines.session import Session, sampler_name
+from unclip.pipelines.session import FASTER, Session, sampler_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,6 +66,11 @@ def vary(
         raise typer.BadParameter("--keep-structure samples by DDIM: leave out --negative and --sampler")
     if keep_structure and decoding.noise_level:
         raise typer.BadParameter("--keep-structure keeps the picture's embedding: leave out --noise-level")
+    if keep_structure and any(getattr(decoding, name) is not None for name in ("preset", *FASTER)):
+        raise typer.BadParameter(
+            "--keep-structure inverts every step: leave out --preset, --decoder-guidance-low, --decoder-guidance-high, "
+            "--decoder-reuse, --super-res-reuse"
+        )
     if keep_structure and size.sides:
         raise typer.BadParameter(
             "--keep-structure makes pictures of the model's own size: leave out --size, --height, --width"
@@ -77,12 +82,13 @@ def vary(
     failed: list[Path] = []
     prompt, negative = (None if text is None else plain(text) for text in (prompt, negative))
     if keep_structure:
+        given = {name: value for name, value in given.items() if name not in FASTER}
         found = records((path for path in images if is_latent(path)), failed)
         compute = replace(compute, tile=recorded_tile(found, compute.tile))
         known = {"decoder_guidance_scale": NO_GUIDANCE, **recorded(found, {**given, PROMPT: prompt})}
         prompt = known.get(PROMPT) if prompt is None else prompt
         given = {name: known.get(name) if value is None else value for name, value in given.items()}
-    session = Session(model, compute, sampler=sampler, progress=not common.quiet)
+    session = Session(model, compute, sampler=sampler, preset=decoding.preset, progress=not common.quiet)
     check_can_vary(model, session.parts)
     settings = session.settings(UnCLIPImageVariationPipeline, given) | size.sides
     writer = PictureWriter(common, len(images) * num_images, seed=seed)

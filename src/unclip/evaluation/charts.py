@@ -82,6 +82,8 @@ def _lines(points: Sequence[Point], fixed: Sequence[str], x: Callable[[Point], f
 
 
 def _setting(name: str, value: Any) -> str:
+    if value is None:  # a setting that an older point does not have
+        value = SETTINGS[name].default
     return str(value) if name == "sampler" else f"{LABELS.get(name, name)} {value:g}"
 
 

@@ -17,6 +17,7 @@ from unclip.errors import DataError, ImageError, UnsafeFileError
 from unclip.evaluation import GROUPS
 from unclip.evaluation.charts import can_draw, curves
 from unclip.images import grid, labelled, open_image
+from unclip.settings import SETTINGS
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,19 @@ def _wordings(found: Mapping[str, Any]) -> list[Table]:
     return [Table("Free wordings", ("", "number", "first", "in five"), rows)]
 
 
+ALSO_SHOWN = ("noise_level", "decoder_guidance_low", "decoder_guidance_high", "decoder_reuse", "super_res_reuse")
+"""Settings that a sweep's table names where they are not the defaults."""
+
+
 def _settings(settings: Mapping[str, Any]) -> str:
     scales = "-".join(f"{settings[f'{stage}_guidance_scale']:g}" for stage in ("prior", "decoder"))
     steps = "-".join(str(settings[f"{stage}_num_inference_steps"]) for stage in ("prior", "decoder", "super_res"))
-    return f"{scales} / {steps} / {settings['sampler']}"
+    more = [
+        f" / {row.label} {settings[name]:g}"
+        for name, row in SETTINGS.items()
+        if name in ALSO_SHOWN and settings.get(name, row.default) != row.default
+    ]
+    return f"{scales} / {steps} / {settings['sampler']}{''.join(more)}"
 
 
 def _distances(found: Mapping[str, Any], group: str) -> dict[str, str]:

@@ -17,6 +17,7 @@ from unclip.checkpoints.loading_arguments import accepted_arguments, weights_typ
 from unclip.checkpoints.weights import load_into, open_weights, save_weights, state_of, stored_type
 from unclip.errors import CheckpointError, ConfigError, InputError, UnsafeFileError
 from unclip.limits import Range, check_fields
+from unclip.models.kernels import automatic_type
 from unclip.models.layers import set_slicing
 
 MAX_CHANNELS = 16_384
@@ -244,9 +245,9 @@ class Component(nn.Module, Generic[C]):
 
         The layers are built on the meta device, and the weights of the file are then assigned to them.
 
-        Only safetensors are read, whether `use_safetensors` is None or True. `torch_dtype` may be a type's name, or
-        "auto" for the type in the file; `dtype` is another name for it. `others` are arguments of diffusers' method:
-        they are ignored with one warning, or refused.
+        Only safetensors are read, whether `use_safetensors` is None or True. `torch_dtype` may be a type's name,
+        "auto" for the CPU's fastest type, or "stored" for the type in the file; `dtype` is another name for it.
+        `others` are arguments of diffusers' method: they are ignored with one warning, or refused.
 
         Raises:
             InputError: `torch_dtype` is not a floating type, or an argument is unknown or refused.
@@ -274,7 +275,10 @@ class Component(nn.Module, Generic[C]):
         with torch.device("meta"):
             model = cls.from_config(settings)
         if isinstance(requested, str):
-            requested = stored_type(open_weights(folder, stem=cls.weights_stem, variant=variant))
+            if requested == "auto":
+                requested = automatic_type(torch.device("cpu"))
+            else:
+                requested = stored_type(open_weights(folder, stem=cls.weights_stem, variant=variant))
         dtype = requested or torch.float32  # not torch's default type
         load_into(model, folder, stem=cls.weights_stem, variant=variant, dtype=dtype, skipped=cls.tables)
         return model.eval()

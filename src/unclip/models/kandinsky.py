@@ -14,7 +14,7 @@ from unclip.errors import InputError
 from unclip.models.component import WideWidth, check_shape
 from unclip.models.entry import entry_point, routes_entry_points
 from unclip.models.kernels import Linear
-from unclip.models.unet import UNet2DConditionModel, UNet2DConditionOutput, UNetContext
+from unclip.models.unet import DeepOutput, UNet2DConditionModel, UNet2DConditionOutput, UNetContext
 from unclip.models.unet_config import UNet2DConditionConfig
 
 NUM_IMAGE_TOKENS = {"image_proj": 32, "text_image_proj": 10}
@@ -156,12 +156,14 @@ class KandinskyUNet(UNet2DConditionModel):
         return_dict: bool = True,
         *,
         context: UNetContext | None = None,
+        deep: Tensor | None = None,
+        keep_deep: bool = False,
         added_cond_kwargs: dict[str, Any] | None = None,
-    ) -> UNet2DConditionOutput | tuple[Tensor]:
+    ) -> UNet2DConditionOutput | DeepOutput | tuple[Tensor]:
         """One step's raw output [batch, out_channels, height, width].
 
         Args:
-            sample, timestep, return_dict, context: as in `UNet2DConditionModel`.
+            sample, timestep, return_dict, context, deep, keep_deep: as in `UNet2DConditionModel`.
             encoder_hidden_states: with `added_cond_kwargs`, the text's hidden states (2.1) or None (2.2).
             class_labels: with `context`, the addition from `project`.
             attention_mask, encoder_attention_mask: as in `UNet2DConditionModel`; Kandinsky's pipelines use none.
@@ -184,4 +186,6 @@ class KandinskyUNet(UNet2DConditionModel):
             encoder_attention_mask,
             return_dict,
             context=context,
+            deep=deep,
+            keep_deep=keep_deep,
         )

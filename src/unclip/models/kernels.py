@@ -36,6 +36,13 @@ def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and not _cpu_computes(dtype)
 
 
+def automatic_type(device: torch.device) -> torch.dtype:
+    """The fastest type on `device`: float16, or on a CPU bfloat16 if it computes that, else float32."""
+    if device.type != "cpu":
+        return torch.float16
+    return torch.float32 if is_emulated(torch.bfloat16, device) else torch.bfloat16
+
+
 def _is_half_on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
 
@@ -138,6 +145,10 @@ class Linear(nn.Linear):
         bias = None if self.bias is None else self.bias.float()
         return F.linear(input.float(), self.weight.float(), bias).to(input.dtype)
 
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # the weights of a file follow
+            super().reset_parameters()
+
     def pack(self, packed: _Packed, input: Tensor) -> Run | None:
         """How to compute inputs of this shape with packed weights; None if that does not save time."""
         if not packed.pays("linear") or input.dtype != torch.float32:
@@ -190,6 +201,10 @@ class Conv2d(nn.Conv2d):
             return torch.ops.mkldnn._convolution_pointwise(x, own, bias, *how, "none", [], "")
 
         return run
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
     def _pads_zeros(self) -> bool:
         return self.padding_mode == "zeros" and not isinstance(self.padding, str)

@@ -72,15 +72,20 @@ class DownBlock(Level):
         self.downsamplers = _list(lambda _: resnet(out_channels, out_channels, "down"), int(halve))
 
     @routes_entry_points
-    def forward(self, x: Tensor, embedding: Tensor, added: AddedTokens, bias: Tensor | None) -> list[Tensor]:
-        """The outputs for the skip connections, in order; the last one is the input of the next level."""
+    def forward(
+        self, x: Tensor, embedding: Tensor, added: AddedTokens, bias: Tensor | None, *, halve: bool = True
+    ) -> list[Tensor]:
+        """The outputs for the skip connections, in order; the last one is the input of the next level.
+
+        Without `halve`, the level below is not needed, and its input is not computed.
+        """
         outputs = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, embedding)
             if len(self.attentions):
                 x = self.attentions[i](x, next(added), bias)
             outputs.append(x)
-        for downsampler in self.downsamplers:
+        for downsampler in self.downsamplers if halve else ():
             outputs.append(downsampler(x, embedding))
         return outputs
 
@@ -143,7 +148,25 @@ class UNet2DOutput(NamedTuple):
     sample: Tensor
 
 
+class DeepOutput(NamedTuple):
+    """Output of the U-Nets with `keep_deep`.
+
+    Attributes:
+        sample: [batch, out_channels, height, width].
+        deep: what the deep levels computed, [batch, channels, height, width].
+    """
+
+    sample: Tensor
+    deep: Tensor
+
+
 UNet2DConditionOutput = UNet2DOutput
+
+
+def _result(output: DeepOutput, *, keep_deep: bool, return_dict: bool) -> UNet2DOutput | DeepOutput | tuple[Tensor]:
+    if keep_deep:
+        return output
+    return UNet2DOutput(output.sample) if return_dict else (output.sample,)
 
 
 @dataclass(frozen=True)
@@ -233,24 +256,35 @@ class _UNet(Component[C]):
             embedding = embedding + class_labels.to(embedding.dtype)
         return self.embedding_act(embedding)
 
-    def _run(self, sample: Tensor, embedding: Tensor, context: UNetContext) -> Tensor:
-        """Run the network; `embedding` is after its activation."""
+    def _run(self, sample: Tensor, embedding: Tensor, context: UNetContext, deep: Tensor | None) -> DeepOutput:
+        """Run the network, or with `deep` only its first level; `embedding` is after its activation.
+
+        Returns: the output, and the input of the last level on the upward path.
+        """
         config = self.config
         check_shape("the sample", sample, "batch", config.in_channels, "height", "width")
         if sample.shape[2] % config.multiple or sample.shape[3] % config.multiple:
             raise InputError(f"the sample is {tuple(sample.shape)}; its sides must be a multiple of {config.multiple}")
-        added, bias = iter(context.layers), context.bias
+        bias = context.bias
         x = self.conv_in(sample)
         skips = [x]
-        for down_block in self.down_blocks:
-            skips += down_block(skips[-1], embedding, added, bias)
-        x = self.mid_block(skips[-1], embedding, added, bias)
-        for up_block in self.up_blocks:
-            # The block gets only its own part, because a hook may pass it a copy, which it would empty instead of ours.
-            count = len(up_block.resnets)  # pyright: ignore[reportArgumentType]
-            skips, taken = skips[:-count], skips[-count:]
-            x = up_block(x, taken, embedding, added, bias)
-        return self.conv_out(self.conv_act(self.conv_norm_out(x)))
+        first, last = self.down_blocks[0], self.up_blocks[-1]
+        if deep is not None:
+            layers, num_last = context.layers, len(last.attentions)  # pyright: ignore[reportArgumentType]
+            skips += first(x, embedding, iter(layers), bias, halve=False)
+            x, added = deep, iter(layers[len(layers) - num_last :])
+        else:
+            added = iter(context.layers)
+            for down_block in self.down_blocks:
+                skips += down_block(skips[-1], embedding, added, bias)
+            x = self.mid_block(skips[-1], embedding, added, bias)
+            for up_block in self.up_blocks[:-1]:
+                # The block gets only its own part: a hook may pass it a copy, which it would empty instead of ours.
+                count = len(up_block.resnets)  # pyright: ignore[reportArgumentType]
+                skips, taken = skips[:-count], skips[-count:]
+                x = up_block(x, taken, embedding, added, bias)
+        output = last(x, skips, embedding, added, bias)
+        return DeepOutput(self.conv_out(self.conv_act(self.conv_norm_out(output))), x)
 
 
 class UNet2DConditionModel(_UNet[UNet2DConditionConfig]):
@@ -300,7 +334,9 @@ class UNet2DConditionModel(_UNet[UNet2DConditionConfig]):
         return_dict: bool = True,
         *,
         context: UNetContext | None = None,
-    ) -> UNet2DConditionOutput | tuple[Tensor]:
+        deep: Tensor | None = None,
+        keep_deep: bool = False,
+    ) -> UNet2DConditionOutput | DeepOutput | tuple[Tensor]:
         """One step's raw output [batch, out_channels, height, width].
 
         Args:
@@ -311,6 +347,9 @@ class UNet2DConditionModel(_UNet[UNet2DConditionConfig]):
             attention_mask, encoder_attention_mask: [batch, tokens] over the context; the first one given is used.
             return_dict: whether the result is a `UNet2DConditionOutput` or a plain tuple.
             context: the result of `prepare` for the same batch, instead of the tokens and their mask.
+            deep: what the deep levels computed for the same batch at a neighbouring timestep. Only the first level is
+                then computed (DeepCache, Ma et al. 2312.00858).
+            keep_deep: the output also has `deep`: it is a `DeepOutput`.
 
         Raises:
             InputError: a shape is wrong, class_labels are missing, or not exactly one of tokens and context is given.
@@ -321,8 +360,8 @@ class UNet2DConditionModel(_UNet[UNet2DConditionConfig]):
             mask = encoder_attention_mask if attention_mask is None else attention_mask
             context = self._read_context(encoder_hidden_states, mask)
         assert context is not None
-        output = self._run(sample, self._embed(sample, timestep, class_labels), context)
-        return UNet2DConditionOutput(output) if return_dict else (output,)
+        output = self._run(sample, self._embed(sample, timestep, class_labels), context, deep)
+        return _result(output, keep_deep=keep_deep, return_dict=return_dict)
 
 
 class UNet2DModel(_UNet[UNet2DConfig]):
@@ -339,18 +378,22 @@ class UNet2DModel(_UNet[UNet2DConfig]):
         timestep: Tensor | float,
         class_labels: Tensor | None = None,
         return_dict: bool = True,
-    ) -> UNet2DOutput | tuple[Tensor]:
+        *,
+        deep: Tensor | None = None,
+        keep_deep: bool = False,
+    ) -> UNet2DOutput | DeepOutput | tuple[Tensor]:
         """One step's raw output [batch, out_channels, height, width].
 
         Args:
             sample: [batch, in_channels, height, width], sizes multiples of 2 ** (levels - 1).
             timestep: a number, or a tensor [] or [batch].
             class_labels: only with class_embed_type "identity": [batch, time embedding width].
+            deep, keep_deep: as in `UNet2DConditionModel`.
 
         Raises:
             InputError: a shape is wrong, or class_labels are missing or not supported.
         """
         if class_labels is not None and self.config.class_embed_type is None:
             raise InputError("class_labels are given to a network without class_embed_type; leave them out")
-        output = self._run(sample, self._embed(sample, timestep, class_labels), NO_CONTEXT)
-        return UNet2DOutput(output) if return_dict else (output,)
+        output = self._run(sample, self._embed(sample, timestep, class_labels), NO_CONTEXT, deep)
+        return _result(output, keep_deep=keep_deep, return_dict=return_dict)

@@ -1,19 +1,24 @@
 """The checks of a pipeline call's arguments, and the form of its output."""
 
+import copy
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from unclip.checkpoints.recommended import SAMPLER, chosen_preset
 from unclip.clip.encoders import TextEmbedding, check_prompt
 from unclip.diffusion.loop import NoiseSource, generators_from_seed
 from unclip.errors import InputError
 from unclip.images import to_numpy, to_pil, to_unit
 from unclip.numbers import whole
+from unclip.pipelines.session import sampler_switch
 
 MAX_PICTURES = 1000
 
@@ -23,6 +28,34 @@ Callback = Callable[[Any, int, int, dict[str, Any]], Mapping[str, Any] | None]
 Images = list[Image.Image] | np.ndarray | Tensor
 FORMS: Mapping[str, Callable[[Tensor], Images]] = {"pil": to_pil, "np": to_numpy, "pt": lambda x: to_unit(x).cpu()}
 """Output types: from float [batch, 3, height, width] in [-1, 1] to the pictures of a call's output."""
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def takes_preset(call: Callable[P, R]) -> Callable[P, R]:
+    """Let a pipeline's call take the settings that are not given from the model's preset that its `preset` names.
+
+    The sampler of the preset holds for this call. Raises (in the call): InputError for an unknown preset.
+    """
+    signature = inspect.signature(call)
+
+    @functools.wraps(call)
+    def of_preset(*given: Any, **named: Any) -> R:
+        name = named.pop("preset", None)
+        if name is None:
+            return call(*given, **named)
+        pipe = given[0]
+        settings = dict(chosen_preset(pipe.presets, name))
+        if (sampler := settings.pop(SAMPLER, None)) is not None:
+            pipe = copy.copy(pipe)
+            sampler_switch(pipe)(str(sampler))
+        known = signature.bind_partial(*given, **named).arguments
+        settings = {key: value for key, value in settings.items() if key not in known}
+        return call(pipe, *given[1:], **named, **settings)  # pyright: ignore[reportCallIssue]
+
+    return of_preset  # pyright: ignore[reportReturnType]
 
 
 class PipelineOutput:

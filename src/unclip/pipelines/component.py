@@ -69,7 +69,7 @@ def read_component(
     Args:
         folder, name: the model's folder, and the component's folder inside it.
         class_name: the class, as model_index.json names it.
-        torch_dtype: dtype of the weights; None for float32, "auto" for the dtype in the file.
+        torch_dtype: dtype of the weights; None for float32, "stored" for the dtype in the file.
         variant: the variant of the weights, for example "fp16".
         own_clip: read a part of CLIP by unclip's own class where that implements it; its import is faster.
 

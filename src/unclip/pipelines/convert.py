@@ -19,7 +19,7 @@ from unclip.checkpoints import karlo, layout
 from unclip.checkpoints.files import atomic_folder, file_size, read_json, safe_join, write_json
 from unclip.checkpoints.hub import resolve
 from unclip.checkpoints.layout import ProbeFile
-from unclip.checkpoints.recommended import OF_VARIATIONS, read_recommended, write_recommended
+from unclip.checkpoints.recommended import OF_VARIATIONS, SAMPLER, read_presets, read_recommended, write_recommended
 from unclip.checkpoints.weights import (
     DEFAULT_STEM,
     TRANSFORMERS_STEM,
@@ -207,8 +207,13 @@ def convert_text_to_image_to_variation(
         probe = ProbeFile.read(source)
         if probe is not None and probe.image_encoder and probe.may_be_of(state):
             probe.write(draft)
-        recommended = read_recommended(source)
-        write_recommended(draft, {key: value for key, value in recommended.items() if key in OF_VARIATIONS})
+        kept = {SAMPLER, *OF_VARIATIONS}
+        presets = {
+            name: {key: value for key, value in preset.items() if key in kept}
+            for name, preset in read_presets(source).items()
+        }
+        recommended = {key: value for key, value in read_recommended(source).items() if key in kept}
+        write_recommended(draft, recommended, presets)
         sub = clip_folder / "feature_extractor"
         settings = read_image_processor_settings(sub if sub.is_dir() else clip_folder)
         settings = {**settings, "image_processor_type": "CLIPImageProcessor"}

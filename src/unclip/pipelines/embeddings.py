@@ -78,7 +78,7 @@ class EmbeddingWork:
         from unclip.pipelines.session import silence_later
 
         silence_later(downloads=True)
-        device, dtype = pick_device(self.compute.device), getattr(torch, str(self.compute.dtype))
+        device, dtype = pick_device(self.compute.device), getattr(torch, self.compute.weights_type)
         names = ("text_encoder", "tokenizer") if self.captions else ("image_encoder", "feature_extractor")
         if is_whole_clip(self.folder):
             parts = read_parts(self.folder)[0]

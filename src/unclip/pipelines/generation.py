@@ -29,7 +29,7 @@ from unclip.pipelines.pipeline import Pipeline
 from unclip.pipelines.steps import Call, StageRun, decode, decoder_conditions, encode, enlarge, finish, noised
 from unclip.settings import SETTINGS
 from unclip.stages.decoder import DecoderStage
-from unclip.stages.stage import DecoderCondition, Size, Stage, SuperResCondition
+from unclip.stages.stage import ALWAYS, DecoderCondition, Size, Stage, SuperResCondition
 from unclip.stages.super_res import SuperResStage, Tiling
 
 if TYPE_CHECKING:
@@ -206,15 +206,24 @@ class GenerationPipeline(Pipeline):
         noise_level: int = 0,
         callback_on_step_end: Callback | None = None,
         return_intermediates: bool = False,
+        decoder_guidance_low: float = 0.0,
+        decoder_guidance_high: float = 1.0,
+        decoder_reuse: int = 1,
+        super_res_reuse: int = 1,
     ) -> ImagePipelineOutput | tuple[Any, ...]:
         """A call of `UnCLIPImageVariationPipeline` with the embeddings [batch, embedding_dim] that `embed` returns."""
         self.check()
         check_output_type(output_type)
         sizes = self.sizes(height, width)
         decoder = self.decoder_run(
-            decoder_num_inference_steps, decoder_guidance_scale, decoder_latents, sizes["decoder"]
+            decoder_num_inference_steps,
+            decoder_guidance_scale,
+            decoder_latents,
+            sizes["decoder"],
+            guidance_interval=(decoder_guidance_low, decoder_guidance_high),
+            reuse=decoder_reuse,
         )
-        super_res = self.super_res_runs(super_res_num_inference_steps, super_res_latents, sizes)
+        super_res = self.super_res_runs(super_res_num_inference_steps, super_res_latents, sizes, reuse=super_res_reuse)
         statistics = self.noise_statistics(noise_level)
         embeddings = embed()
         rows = len(embeddings)
@@ -257,15 +266,20 @@ class GenerationPipeline(Pipeline):
         """
         return cascade.picture_sizes(self.decoder, self.cascade, height, width)
 
-    def decoder_stage(self, size: Size | None = None) -> Stage[DecoderCondition]:
+    def decoder_stage(self, size: Size | None = None, reuse: int = 1) -> Stage[DecoderCondition]:
         """The decoder as a stage; without a size it makes its own squares."""
-        return DecoderStage(self.decoder, self.text_proj, self.decoder_scheduler.process, size)
+        return DecoderStage(self.decoder, self.text_proj, self.decoder_scheduler.process, size, reuse)
 
-    def super_res_stages(self, sizes: Mapping[str, Size] | None = None) -> dict[str, SuperResStage]:
+    def super_res_stages(self, sizes: Mapping[str, Size] | None = None, reuse: int = 1) -> dict[str, SuperResStage]:
         """The super-resolution stages, in order; without `sizes` they make their own squares."""
         return {
             name: SuperResStage(
-                part.first, part.last, part.scheduler.process, None if sizes is None else sizes[name], self._tiling
+                part.first,
+                part.last,
+                part.scheduler.process,
+                None if sizes is None else sizes[name],
+                self._tiling,
+                reuse,
             )
             for name, part in self.cascade.items()
         }
@@ -276,16 +290,25 @@ class GenerationPipeline(Pipeline):
         guidance_scale: float = 1.0,
         latents: Tensor | None = None,
         size: Size | None = None,
+        *,
+        guidance_interval: tuple[float, float] = ALWAYS,
+        reuse: int = 1,
     ) -> StageRun[DecoderCondition]:
         """The decoder with its scheduler's sampler and a call's settings. Raises: InputError for a wrong setting."""
         scheduler = self.decoder_scheduler
+        low, high = guidance_interval
+        low = float(SETTINGS["decoder_guidance_low"].check(low))
+        high = float(SETTINGS["decoder_guidance_high"].check(high))
+        if low > high:
+            raise InputError(f"decoder_guidance_low is {low:g}; it must not be above decoder_guidance_high, {high:g}")
         return StageRun(
             "decoder",
-            self.decoder_stage(size),
+            self.decoder_stage(size, int(SETTINGS["decoder_reuse"].check(reuse))),
             scheduler.sampler(),
             scheduler.spaced_timesteps(num_steps),
             float(SETTINGS["decoder_guidance_scale"].check(guidance_scale)),
             latents,
+            guidance_interval=(low, high),
         )
 
     def conditions(
@@ -308,6 +331,8 @@ class GenerationPipeline(Pipeline):
         num_steps: int | Sequence[int],
         latents: Tensor | Sequence[Tensor | None] | None = None,
         sizes: Mapping[str, Size] | None = None,
+        *,
+        reuse: int = 1,
     ) -> list[StageRun[SuperResCondition]]:
         """The super-resolution stages, in order, as in `decoder_run`.
 
@@ -315,10 +340,12 @@ class GenerationPipeline(Pipeline):
             num_steps: one number for all stages, or one for each.
             latents: x_T of the first stage, or one or None for each.
             sizes: as in `super_res_stages`.
+            reuse: of the deep levels, for all stages.
 
         Raises: InputError for a wrong setting, or another number of them than of stages.
         """
-        stages, schedulers = self.super_res_stages(sizes), [part.scheduler for part in self.cascade.values()]
+        reuse = int(SETTINGS["super_res_reuse"].check(reuse))
+        stages, schedulers = self.super_res_stages(sizes, reuse), [part.scheduler for part in self.cascade.values()]
         steps = cascade.per_stage(num_steps, len(stages), "super_res_num_inference_steps")
         noise: list[Tensor | None]
         if isinstance(latents, Tensor):

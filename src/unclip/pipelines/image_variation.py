@@ -14,6 +14,7 @@ from unclip.pipelines.arguments import (
     Callback,
     ImagePipelineOutput,
     check_embeddings,
+    takes_preset,
 )
 from unclip.pipelines.generation import GenerationPipeline
 
@@ -48,6 +49,7 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
         super().check()
         ImageEncoder(self.image_encoder, self.feature_extractor).check()
 
+    @takes_preset
     @torch.no_grad()
     def __call__(
         self,
@@ -69,6 +71,11 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
         height: int | None = None,
         width: int | None = None,
         noise_level: int = 0,
+        decoder_guidance_low: float = 0.0,
+        decoder_guidance_high: float = 1.0,
+        decoder_reuse: int = 1,
+        super_res_reuse: int = 1,
+        preset: str | None = None,
         callback_on_step_end: Callback | None = None,
         return_intermediates: bool = False,
     ) -> ImagePipelineOutput | tuple[Any, ...]:
@@ -93,7 +100,8 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
                 differ. As in Stable unCLIP, embeddings are whitened by the model's `statistics`, noised by the cosine
                 schedule of 1000 steps and un-whitened; only level 0, which there adds a little noise, adds none here.
                 The noise is drawn first, from the noise of each picture.
-            negative_prompt, seed, height, width, callback_on_step_end, return_intermediates: as in `UnCLIPPipeline`.
+            negative_prompt, seed, height, width, decoder_guidance_low, decoder_guidance_high, decoder_reuse,
+                super_res_reuse, preset, callback_on_step_end, return_intermediates: as in `UnCLIPPipeline`.
 
         Raises:
             InputError: an argument is wrong (ImageError: a picture is); no stage has run.
@@ -120,6 +128,10 @@ class UnCLIPImageVariationPipeline(GenerationPipeline):
             noise_level,
             callback_on_step_end,
             return_intermediates,
+            decoder_guidance_low,
+            decoder_guidance_high,
+            decoder_reuse,
+            super_res_reuse,
         )
 
     def embed_images(self, image: Pictures | Tensor | None, image_embeddings: Tensor | None = None) -> Tensor:

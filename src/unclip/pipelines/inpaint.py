@@ -23,6 +23,7 @@ from unclip.pipelines.arguments import (
     check_embeddings,
     check_output_type,
     noise_source,
+    takes_preset,
 )
 from unclip.pipelines.masks import MaskedPictures, read_pictures
 from unclip.pipelines.steps import Call, StageRun, decode, embed, encode, enlarge, finish
@@ -61,6 +62,7 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
         if (self.image_encoder is None) != (self.feature_extractor is None):
             raise ConfigError("image_encoder and feature_extractor belong together; give both, or neither")
 
+    @takes_preset
     @torch.no_grad()
     def __call__(  # type: ignore[override]
         self,
@@ -87,6 +89,11 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
         num_prior_candidates: int = 1,
         prior_temperature: float = 1.0,
         prior_top_p: float = 1.0,
+        decoder_guidance_low: float = 0.0,
+        decoder_guidance_high: float = 1.0,
+        decoder_reuse: int = 1,
+        super_res_reuse: int = 1,
+        preset: str | None = None,
         height: int | None = None,
         width: int | None = None,
         callback_on_step_end: Callback | None = None,
@@ -119,6 +126,7 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
             image_embeddings: [batch, embedding_dim] in place of both, for example an interpolation of the two.
             negative_prompt, seed, callback_on_step_end, return_intermediates: as in `UnCLIPPipeline`.
             num_prior_candidates, prior_temperature, prior_top_p: as in `UnCLIPPipeline`, for a prompt's embedding.
+            decoder_guidance_low, decoder_guidance_high, decoder_reuse, super_res_reuse, preset: as in `UnCLIPPipeline`.
             height, width: size of the result; give both or neither. By default the result has the picture's shape and
                 about as many pixels as the model's own square.
 
@@ -147,8 +155,15 @@ class UnCLIPInpaintPipeline(UnCLIPPipeline):
             top_p=prior_top_p,
         )
         sizes = self.sizes(*given.x0.shape[2:])
-        decoder = self.decoder_run(decoder_num_inference_steps, decoder_guidance_scale, None, sizes["decoder"])
-        super_res = self.super_res_runs(super_res_num_inference_steps, None, sizes)
+        decoder = self.decoder_run(
+            decoder_num_inference_steps,
+            decoder_guidance_scale,
+            None,
+            sizes["decoder"],
+            guidance_interval=(decoder_guidance_low, decoder_guidance_high),
+            reuse=decoder_reuse,
+        )
+        super_res = self.super_res_runs(super_res_num_inference_steps, None, sizes, reuse=super_res_reuse)
         call = Call(self, noise_source(generator, seed, count * rows), callback_on_step_end)
 
         known = given.repeat(rows, count, self.device)

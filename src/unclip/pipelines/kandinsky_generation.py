@@ -117,7 +117,7 @@ class _KandinskyGeneration(GenerationPipeline):
     def save_pretrained(self, folder: str | Path, *arguments: Any, **named: Any) -> None:
         """Write the folder of the combined pipeline; arguments and errors as in `UnCLIPPipeline`."""
         made = COMBINED[self.folder_class](**{NAMES[name]: part for name, part in self.components.items()})
-        made._recommended, made._probe = dict(self._recommended), self._probe
+        made._presets, made._probe = dict(self._presets), self._probe
         made.concepts, made._statistics = self.concepts, self._statistics
         made.save_pretrained(folder, *arguments, **named)
 
@@ -171,7 +171,9 @@ class _KandinskyGeneration(GenerationPipeline):
             sides.append(side)
         return {"decoder": (sides[0], sides[1])}
 
-    def decoder_stage(self, size: Size | None = None) -> Stage[DecoderCondition]:
+    def decoder_stage(self, size: Size | None = None, reuse: int = 1) -> Stage[DecoderCondition]:
+        if reuse != 1:
+            raise InputError(f"decoder_reuse is {reuse}; Kandinsky's decoder has only 1, which is exact")
         height, width = size or self.sizes()["decoder"]
         cells = (height // self.movq.factor, width // self.movq.factor)
         return LatentStage(self._denoiser, self.movq, self.decoder_scheduler.process, cells)

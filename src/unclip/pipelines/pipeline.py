@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from unclip.checkpoints.files import atomic_folder, read_json, safe_join, write_
 from unclip.checkpoints.hub import resolve
 from unclip.checkpoints.layout import API_VERSION, CLASSES, CONCEPTS_FILE, FAMILIES, FURTHER, STATISTICS_FILE, ProbeFile
 from unclip.checkpoints.loading_arguments import accepted_arguments, weights_type
-from unclip.checkpoints.recommended import Recommended, read_recommended, write_recommended
+from unclip.checkpoints.recommended import EXACT, SAMPLER, Preset, Recommended, read_presets, write_recommended
 from unclip.checkpoints.weights import WeightsIndex, offload_hooks, open_weights, original, read_tensors, state_of
 from unclip.clip.concepts import Concepts
 from unclip.clip.statistics import EmbeddingStatistics
@@ -36,6 +36,7 @@ from unclip.models import (
     UNet2DModel,
     VQModel,
 )
+from unclip.models.kernels import automatic_type
 from unclip.numbers import whole
 from unclip.pipelines.component import index_entry, parts_with_variant, read_component, write_component
 
@@ -76,7 +77,7 @@ class Pipeline:
                 raise InputError(f"{type(self).__name__} needs the component {name!r}")
             setattr(self, name, components.get(name))
         self._progress: dict[str, Any] = {}
-        self._recommended: dict[str, Recommended] = {}
+        self._presets: dict[str, Preset] = {EXACT: {}}
         self._probe: ProbeFile | None = None
         self._source: Source | None = None
         self.concepts: Concepts | None = None
@@ -145,8 +146,19 @@ class Pipeline:
         It has only arguments of this pipeline's call, and is empty for a model without recommendations. The defaults of
         a call do not depend on the model.
         """
-        arguments = inspect.signature(type(self).__call__).parameters
-        return {name: value for name, value in {**self.DEFAULTS, **self._recommended}.items() if name in arguments}
+        return cast("dict[str, Recommended]", self.presets[EXACT])
+
+    @property
+    def presets(self) -> dict[str, Preset]:
+        """The settings of each preset of the model: `pipe(prompt, preset="fast")`.
+
+        The preset "exact" is `recommended`. Besides arguments of this pipeline's call, a preset may have "sampler".
+        """
+        arguments = {SAMPLER, *inspect.signature(type(self).__call__).parameters}
+        return {
+            name: {key: value for key, value in {**self.DEFAULTS, **preset}.items() if key in arguments}
+            for name, preset in self._presets.items()
+        }
 
     @property
     def statistics(self) -> EmbeddingStatistics | None:
@@ -209,8 +221,9 @@ class Pipeline:
 
         Args:
             name_or_folder: a folder, a hub repository (`owner/name`), or the built-in model's name.
-            torch_dtype: the type of all weights, or its name; float32 by default. "auto" keeps the type of each
-                component's file. A mapping has types by component, and "default" for the others.
+            torch_dtype: the type of all weights, or its name; float32 by default. "auto" is the fastest type on
+                the device: bfloat16 on a CPU that computes it, float16 on other devices, else float32. "stored" keeps
+                the type of each component's file. A mapping has types by component, and "default" for the others.
             dtype: another name for `torch_dtype`.
             variant: "fp16" for example reads `diffusion_pytorch_model.fp16.safetensors` of the components that have
                 this file, and the plain weights of the others.
@@ -229,8 +242,9 @@ class Pipeline:
             ConfigError: a component is of an unknown class, or does not fit the others.
         """
         parts = accepted_arguments(components, cls.from_pretrained, cls.component_names())
-        types = _types(torch_dtype if dtype is None else dtype, use_safetensors, cls.component_names())
         device = _one_device(device_map)
+        requested, where = torch_dtype if dtype is None else dtype, device or torch.device("cpu")
+        types = _types(requested, where, use_safetensors, cls.component_names())
         folder = resolve(
             name_or_folder,
             revision=revision,
@@ -244,7 +258,7 @@ class Pipeline:
         to_read = [name for name in cls.component_names() if name not in parts]
         pipeline = cls(**parts, **cls._read(source, to_read, types))
         pipeline._source = source
-        pipeline._recommended = read_recommended(folder)
+        pipeline._presets = read_presets(folder)
         pipeline._probe = ProbeFile.read(folder)
         if not {"text_encoder", "tokenizer"} & parts.keys():
             pipeline._set_concepts(Concepts.read(folder), folder)
@@ -329,7 +343,7 @@ class Pipeline:
             )
         made = cls(**shared | read | components)
         made._source = pipeline._source
-        made._recommended = dict(pipeline._recommended)
+        made._presets = dict(pipeline._presets)
         made._probe = pipeline._probe
         if all(made.components.get(name) is shared.get(name) for name in ("text_encoder", "tokenizer")):
             made.concepts = pipeline.concepts
@@ -363,7 +377,7 @@ class Pipeline:
                 write_component(part, draft / name, variant=variant)
                 index[name] = index_entry(part)
             write_json(draft / "model_index.json", index)
-            write_recommended(draft, self._recommended)
+            write_recommended(draft, cast("dict[str, Recommended]", self._presets[EXACT]), self._presets)
             if self.concepts is not None:
                 self.concepts.write(draft)
             if self._statistics is not None:
@@ -545,7 +559,9 @@ def _class_name(index: Mapping[str, Any], name: str, pipeline: str, folder: Path
     return entry[1]
 
 
-def _types(torch_dtype: Any, use_safetensors: bool | None, own: Sequence[str]) -> dict[str, torch.dtype | str | None]:
+def _types(
+    torch_dtype: Any, device: torch.device, use_safetensors: bool | None, own: Sequence[str]
+) -> dict[str, torch.dtype | str | None]:
     """The types of the weights by component, and "default" for all others."""
     given = torch_dtype if isinstance(torch_dtype, Mapping) else {"default": torch_dtype}
     for name in given:
@@ -554,7 +570,8 @@ def _types(torch_dtype: Any, use_safetensors: bool | None, own: Sequence[str]) -
                 f"torch_dtype has a type for {name!r}, but no pipeline has this component; use 'default' for all others"
             )
     weights_type(None, use_safetensors)
-    return {name: weights_type(one) for name, one in given.items()}
+    types = {name: weights_type(one) for name, one in given.items()}
+    return {name: automatic_type(device) if one == "auto" else one for name, one in types.items()}
 
 
 def _one_device(device_map: Any) -> torch.device | None:

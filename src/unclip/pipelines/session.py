@@ -19,7 +19,7 @@ from unclip import __version__
 from unclip.checkpoints.files import read_json, safe_join
 from unclip.checkpoints.hub import resolve
 from unclip.checkpoints.layout import FURTHER_SUPER_RES
-from unclip.checkpoints.recommended import read_recommended
+from unclip.checkpoints.recommended import EXACT, SAMPLER, Preset, chosen_preset, read_presets
 from unclip.checkpoints.tensor_file import TILE
 from unclip.errors import InputError
 from unclip.settings import SAMPLERS, SETTINGS
@@ -38,7 +38,9 @@ log = logging.getLogger(__name__)
 STAGES = ("prior", "decoder", "super_res", *FURTHER_SUPER_RES)
 PRIOR_SAMPLING = ("num_prior_candidates", "prior_temperature", "prior_top_p")
 """Settings of how the prior chooses among its samples."""
-RARE = (*PRIOR_SAMPLING, "noise_level")
+FASTER = ("decoder_guidance_low", "decoder_guidance_high", "decoder_reuse", "super_res_reuse")
+"""Settings that leave out a part of the computation."""
+RARE = (*PRIOR_SAMPLING, "noise_level", *FASTER)
 """Settings that a call receives only if they are given or recommended, since most models do not use them."""
 MADE_WITH = "made_with"
 """The PNG text that records the software, the device and the weights."""
@@ -51,7 +53,7 @@ class Compute:
     """The device and the precision of the computation.
 
     Attributes:
-        dtype: type of the weights: "float32", "bfloat16" or "float16".
+        dtype: type of the weights: "float32", "bfloat16", "float16" or "auto", the fastest one on the device.
         device: "cpu", "cuda", "cuda:1", "mps" or "xpu"; "auto" is the accelerator if there is one.
         cpu_offload: whether only the active network is on the accelerator.
         tile: side of super-resolution's tiles, in pixels; None: no tiles.
@@ -70,7 +72,16 @@ class Compute:
     @property
     def facts(self) -> dict[str, Any]:
         """The device and the precision in the metadata of pictures."""
-        return {**self.tile_fact, "dtype": str(self.dtype)}
+        return {**self.tile_fact, "dtype": self.weights_type}
+
+    @property
+    def weights_type(self) -> str:
+        """The type of the weights; for "auto" that of this machine. Raises: InputError as `pick_device`."""
+        if self.dtype != "auto":
+            return str(self.dtype)
+        from unclip.models.kernels import automatic_type
+
+        return str(automatic_type(pick_device(self.device))).removeprefix("torch.")
 
 
 class Session:
@@ -83,7 +94,8 @@ class Session:
     Args:
         model: a folder, a hub id, or a built-in name.
         compute: device and precision.
-        sampler: a name in `unclip.settings.SAMPLERS`; None: each stage's own sampler.
+        sampler: a name in `unclip.settings.SAMPLERS`; None: the preset's, or each stage's own sampler.
+        preset: the name of a preset of the model; None: the recommended settings.
         progress: whether to show progress bars (only on a terminal).
 
     Attributes:
@@ -92,7 +104,8 @@ class Session:
         index: the content of its model_index.json.
         parts: the names of its components, as unCLIP's pipelines name them.
 
-    Raises: MissingFileError or another CheckpointError as `resolve` and `read_json`.
+    Raises: MissingFileError or another CheckpointError as `resolve` and `read_json`; InputError for a preset that the
+        model does not have.
     """
 
     def __init__(
@@ -101,6 +114,7 @@ class Session:
         compute: Compute | None = None,
         *,
         sampler: str | None = None,
+        preset: str | None = None,
         progress: bool = True,
     ) -> None:
         silence_later(downloads=not progress)
@@ -109,7 +123,8 @@ class Session:
         log.info("model: %s", self.folder)
         self.index: dict[str, Any] = read_json(safe_join(self.folder, "model_index.json"))
         self.parts = _parts(self.index)
-        self.compute, self.sampler, self.progress = compute or Compute(), sampler, progress
+        self.compute, self.preset, self.progress = compute or Compute(), preset, progress
+        self.sampler = sampler or self.sampler_of(preset)
         self._pipelines: dict[type, GenerationPipeline] = {}
         self._lock = threading.Lock()
 
@@ -136,22 +151,33 @@ class Session:
         variation = self.pipeline(UnCLIPImageVariationPipeline)
         return Manipulator(variation, self.pipeline(UnCLIPPipeline) if captions else None)
 
-    def settings(self, kind: "type[Pipeline]", given: Mapping[str, Any]) -> dict[str, Any]:
+    def sampler_of(self, preset: str | None) -> str | None:
+        """The sampler of a preset; None if it has none. Raises: InputError for an unknown preset."""
+        return cast("str | None", self._recommended(preset).get(SAMPLER))
+
+    def _recommended(self, preset: str | None) -> Preset:
+        return chosen_preset(read_presets(self.folder), preset or EXACT)
+
+    def settings(self, kind: "type[Pipeline]", given: Mapping[str, Any], preset: str | None = None) -> dict[str, Any]:
         """The arguments of a pipeline's call: given values, else recommended ones, else the call's defaults.
 
         Args:
             kind: the pipeline's class.
             given: by the names of the call's arguments; None: not given. Those in `RARE` are left out when
                 they are neither given nor recommended.
+            preset: the name of a preset in place of the session's.
 
-        Raises: InputError for a value that is outside the limits in `unclip.settings.SETTINGS`.
+        Raises: InputError for a value that is outside the limits in `unclip.settings.SETTINGS`, or an unknown preset.
         """
         defaults = inspect.signature(kind.__call__).parameters
-        recommended = {**kind.class_for(self.index).DEFAULTS, **read_recommended(self.folder)}
+        recommended = {**kind.class_for(self.index).DEFAULTS, **self._recommended(preset or self.preset)}
         own = {name: recommended.get(name) for name in RARE}
         own |= {name: recommended.get(name, one.default) for name, one in defaults.items() if name not in own}
         settings = {name: own[name] if value is None else value for name, value in given.items()}
         settings = {name: value for name, value in settings.items() if value is not None or name not in RARE}
+        supported = inspect.signature(kind.class_for(self.index).__call__).parameters
+        if lacking := [name for name in FASTER if name in settings and name not in supported]:
+            raise InputError(f"the pipelines of {self.name} do not have {', '.join(lacking)}: leave them out")
         for name, value in settings.items():
             for number in value if isinstance(value, list | tuple) else [value]:
                 if name in SETTINGS:
@@ -179,7 +205,7 @@ class Session:
             parts = {name: part for pipe in others for name, part in pipe.components.items()}
             pipe = kind.from_pipe(others[0], **{name: parts[name] for name in kind.component_names() if name in parts})
         else:
-            pipe = kind.from_pretrained(self.folder, torch_dtype=str(self.compute.dtype), own_clip=True)
+            pipe = kind.from_pretrained(self.folder, torch_dtype=self.compute.weights_type, own_clip=True)
         if self.sampler is not None:
             sampler_switch(pipe)(self.sampler)
         if self.compute.tile is not None:
@@ -189,7 +215,7 @@ class Session:
         else:
             pipe.to(where)
         pipe.set_progress_bar_config(disable=None if self.progress else True, leave=False)  # None: only on a terminal
-        log.info("device: %s, weights: %s, sampler: %s", pipe.device, self.compute.dtype, sampler_name(pipe))
+        log.info("device: %s, weights: %s, sampler: %s", pipe.device, self.compute.weights_type, sampler_name(pipe))
         return pipe
 
 

@@ -75,12 +75,17 @@ class _Unified(StableUnCLIPBase):
         """Raises: InputError, as there is no super-resolution."""
         raise InputError("this model has no super-resolution, so its pictures cannot be computed in tiles")
 
-    def super_res_stages(self, sizes: Mapping[str, Size] | None = None) -> dict[str, Stage[Any]]:
+    def super_res_stages(self, sizes: Mapping[str, Size] | None = None, reuse: int = 1) -> dict[str, Stage[Any]]:
         """The super-resolution stages: none."""
         return {}
 
     def super_res_runs(
-        self, num_steps: int | Sequence[int], latents: Any = None, sizes: Mapping[str, Size] | None = None
+        self,
+        num_steps: int | Sequence[int],
+        latents: Any = None,
+        sizes: Mapping[str, Size] | None = None,
+        *,
+        reuse: int = 1,
     ) -> list[StageRun[Any]]:
         """The super-resolution stages: none. Raises: InputError for settings of several stages."""
         per_stage(num_steps, 0, "super_res_num_inference_steps")

@@ -30,7 +30,15 @@ from unclip.stages import stage as stages
 from unclip.stages.latent import LatentStage
 from unclip.stages.prior import AutoregressivePriorStage, OneCallPriorStage, PriorStage, sample_best
 from unclip.stages.prior_dalle2 import TextPriorStage
-from unclip.stages.stage import Condition, DecoderCondition, PriorCondition, Stage, SuperResCondition
+from unclip.stages.stage import (
+    ALWAYS,
+    Condition,
+    DecoderCondition,
+    Interval,
+    PriorCondition,
+    Stage,
+    SuperResCondition,
+)
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,7 @@ class StageRun(Generic[Condition]):
         guidance_scale: guidance is on above 1.
         latents: x_T; None: random.
         origin: a clean sample that is noised to the first timestep, where the path starts; None: it starts from x_T.
+        guidance_interval: the noise levels with guidance.
     """
 
     name: str
@@ -130,6 +139,7 @@ class StageRun(Generic[Condition]):
     guidance_scale: float = 1.0
     latents: Tensor | None = None
     origin: Tensor | None = None
+    guidance_interval: Interval = ALWAYS
 
     @property
     def guided(self) -> bool:
@@ -151,6 +161,7 @@ class StageRun(Generic[Condition]):
                 noise=call.noise,
                 null=null,
                 guidance_scale=self.guidance_scale,
+                guidance_interval=self.guidance_interval,
                 latents=self.latents,
                 origin=self.origin,
                 progress=call.pipe.progress(self.name),

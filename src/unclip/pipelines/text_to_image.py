@@ -24,6 +24,7 @@ from unclip.pipelines.arguments import (
     check_output_type,
     given_text,
     noise_source,
+    takes_preset,
 )
 from unclip.pipelines.cascade import Fact, check_fits
 from unclip.pipelines.generation import GenerationPipeline
@@ -69,6 +70,7 @@ class UnCLIPPipeline(GenerationPipeline):
             raise InputError("UnCLIPPipeline needs the component 'prior_scheduler': its prior is a diffusion prior")
         check_fits(prior_facts(self.text_encoder.config, prior))
 
+    @takes_preset
     @torch.no_grad()
     def __call__(
         self,
@@ -97,6 +99,11 @@ class UnCLIPPipeline(GenerationPipeline):
         height: int | None = None,
         width: int | None = None,
         noise_level: int = 0,
+        decoder_guidance_low: float = 0.0,
+        decoder_guidance_high: float = 1.0,
+        decoder_reuse: int = 1,
+        super_res_reuse: int = 1,
+        preset: str | None = None,
         callback_on_step_end: Callback | None = None,
         return_intermediates: bool = False,
     ) -> ImagePipelineOutput | tuple[Any, ...]:
@@ -132,6 +139,14 @@ class UnCLIPPipeline(GenerationPipeline):
                 size that they were trained on.
             noise_level: noise that is added to the image embeddings, from 0 (none) to 999; see
                 `UnCLIPImageVariationPipeline`.
+            decoder_guidance_low, decoder_guidance_high: the decoder is guided only in steps whose noise is between
+                these two, from 0 (none) to 1 (pure noise): a timestep's share of the last one. The other steps take
+                half of the time (Kynkäänniemi et al. 2404.07724).
+            decoder_reuse, super_res_reuse: the deep levels of the network are computed in every n-th step only, and
+                reused in between (DeepCache, Ma et al. 2312.00858); 1 is exact. With tiles, super-resolution is always
+                exact.
+            preset: the name of a preset of the model (`presets`), which sets what is not given here, and the sampler.
+                "exact" is the recommended settings. Without a preset, the defaults are those of this call.
             callback_on_step_end: called as (pipeline, step, timestep, {"stage", "num_steps", "latents", "x0"}). It may
                 return {"latents": tensor} to replace the latents, or {"stop": True}.
             return_intermediates: the output also has `image_embeddings` and `small_images`.
@@ -154,9 +169,14 @@ class UnCLIPPipeline(GenerationPipeline):
         )
         sizes = self.sizes(height, width)
         decoder = self.decoder_run(
-            decoder_num_inference_steps, decoder_guidance_scale, decoder_latents, sizes["decoder"]
+            decoder_num_inference_steps,
+            decoder_guidance_scale,
+            decoder_latents,
+            sizes["decoder"],
+            guidance_interval=(decoder_guidance_low, decoder_guidance_high),
+            reuse=decoder_reuse,
         )
-        super_res = self.super_res_runs(super_res_num_inference_steps, super_res_latents, sizes)
+        super_res = self.super_res_runs(super_res_num_inference_steps, super_res_latents, sizes, reuse=super_res_reuse)
         statistics = self.noise_statistics(noise_level)
         if image_embeddings is not None:
             check_embeddings(image_embeddings, self.embedding_dim)

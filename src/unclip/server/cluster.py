@@ -15,6 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ class Replicas:
     def __init__(self, settings: ServerSettings, folders: Mapping[str, str], compute: Compute) -> None:
         self._low, high = settings.num_replicas
         self._stall_s = settings.ray_stall_s
-        self.computes, self.num_running = [compute] * high, 0
+        self.num_running = 0
         self._is_local = settings.ray == "local"
         options: dict[str, Any] = {"configure_logging": False, "log_to_driver": False}
         if self._is_local:  # enough logical CPUs, since Ray waits for missing ones without an end
@@ -138,6 +139,9 @@ class Replicas:
         gpus = settings.replica_gpus
         if gpus is None:
             gpus = float(compute.device in ("auto", "cuda") and ray.cluster_resources().get("GPU", 0) > 0)
+        if compute.dtype == "auto":  # one type for all replicas, so that they make the same picture
+            compute = replace(compute, dtype="float16" if gpus else compute.weights_type)
+        self.computes = [compute] * high
         here = {name: str(Path(each).absolute()) if Path(each).is_dir() else each for name, each in folders.items()}
         max_bytes = None if settings.memory_mb is None else settings.memory_mb * 1e6
         # A server that was killed leaves its replicas behind; the same name takes them over.

@@ -18,6 +18,7 @@ from unclip.clip.encoders import check_prompt
 from unclip.errors import ImageError, InputError, NonFiniteError, OutputError, UnclipError
 from unclip.images import open_image
 from unclip.numbers import shown
+from unclip.pipelines.session import FASTER
 from unclip.server.engine import ClosedError, MemoryExhaustedError, QueueFullError, ReplicaError
 from unclip.settings import SAMPLERS, SETTINGS
 
@@ -145,12 +146,6 @@ def _sampler(name: str) -> str:
     return name
 
 
-def _preset(name: str) -> str:
-    if name not in ("default", "exact"):
-        raise InputError(f"preset is {name!r:.40}; it must be default or exact, which are the model's own settings")
-    return name
-
-
 def _noise_level(value: Any) -> Any:
     raise InputError("noise_level: no model here decodes noisy embeddings; leave the field out")
 
@@ -197,7 +192,7 @@ class PictureRequest(BaseModel):
         Annotated[int, AfterValidator(_limited("super_res_num_inference_steps", "super_res_steps"))] | None
     ) = None
     sampler: Annotated[str, AfterValidator(_sampler)] | None = None
-    preset: Annotated[str, AfterValidator(_preset)] | None = None
+    preset: str | None = None
     noise_level: Annotated[float, BeforeValidator(_noise_level)] | None = None
     negative_prompt: Caption | None = None
     enlarge: bool | None = None
@@ -209,6 +204,7 @@ class PictureRequest(BaseModel):
             "decoder_num_inference_steps": self.steps,
             "decoder_guidance_scale": self.guidance,
             "super_res_num_inference_steps": self.super_res_steps,
+            **dict.fromkeys(FASTER),
         }
 
     @property

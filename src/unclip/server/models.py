@@ -239,14 +239,15 @@ class Model:
             pipe.report_unknown([caption], pipe.caption_encoder.encode([caption], pipe.device))
         return tuple(str(each.message) for each in caught if issubclass(each.category, UserWarning))
 
-    def prior_settings(self, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def prior_settings(self, given: Mapping[str, Any] | None = None, preset: str | None = None) -> dict[str, Any]:
         """The arguments of `embed_captions`: given ones, else recommended ones, else defaults.
 
         Args:
             given: by the names of the pipeline's call.
+            preset: of the model.
         """
         given = dict.fromkeys(PRIOR_SETTINGS) | {k: v for k, v in (given or {}).items() if k in PRIOR_SETTINGS}
-        settings = self.session.settings(KINDS["generate"], given)
+        settings = self.session.settings(KINDS["generate"], given, preset)
         return {PRIOR_SETTINGS[name]: value for name, value in settings.items()}
 
     def _embeddings(self, pipe: UnCLIPImageVariationPipeline, rows: Sequence[Row]) -> torch.Tensor:

@@ -57,7 +57,7 @@ class ServerSettings(BaseSettings):
 
     models: Annotated[list[str], NoDecode] = ["unclip-emoji"]
     devices: Annotated[list[str], NoDecode] = ["auto"]
-    dtype: str = "float32"
+    dtype: str = "auto"
     ray: str | None = None
     replicas: str = Field("1", pattern=r"^[1-9]\d{0,3}(:[1-9]\d{0,3})?$")
     replica_cpus: float = Field(1, ge=0)

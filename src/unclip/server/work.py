@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from unclip.diffusion.loop import following_seed
+from unclip.errors import InputError
 from unclip.images import rgb
 from unclip.pipelines.masks import drawn_region
 from unclip.pipelines.session import sampler_name
@@ -104,16 +105,17 @@ class Requests:
         ends = [_picture_of(text) if text.startswith("data:") else text for text in request.input]
         captions = [end for end in ends if isinstance(end, str)]
         model = self.capable(request.model, "decode", *(["generate"] if captions else []))
-        settings = model.session.settings(
-            KINDS["decode"], {name: value for name, value in request.settings.items() if name not in PRIOR_SETTINGS}
-        )
-        of_prior = model.prior_settings(request.settings) if captions else {}
+        preset = _preset(request, model)
+        given = {name: value for name, value in request.settings.items() if name not in PRIOR_SETTINGS}
+        settings = model.session.settings(KINDS["decode"], given, preset)
+        sampler = request.sampler or model.session.sampler_of(preset)
+        of_prior = model.prior_settings(request.settings, preset) if captions else {}
         seed, count, size = _seeds(request, 1)[0], request.frames or 9, self.engine.max_batch
 
         @torch.no_grad()
         def interpolate(model: Model, on_step: Callable[..., Any]) -> list[Made]:
             notes: tuple[str, ...] = ()
-            with model.sampled_by("decode", request.sampler) as pipe:
+            with model.sampled_by("decode", sampler) as pipe:
                 rows: list[torch.Tensor] = []
                 for end in ends:
                     if isinstance(end, str):
@@ -181,9 +183,9 @@ class Requests:
         more: Mapping[str, Any] | None = None,
     ) -> Work:
         model = self.capable(request.model, kind)
-        given = {**request.settings, **(more or {})}
-        settings = model.session.settings(KINDS[kind], given)
-        return Work(model.name, kind, rows, settings, request.sampler, shape)
+        given, preset = {**request.settings, **(more or {})}, _preset(request, model)
+        settings = model.session.settings(KINDS[kind], given, preset)
+        return Work(model.name, kind, rows, settings, request.sampler or model.session.sampler_of(preset), shape)
 
     def _combination(
         self, request: EditRequest, images: Sequence[Image.Image], mask: Image.Image | None, *, drawn: bool
@@ -310,6 +312,17 @@ def read_pictures(fields: Mapping[str, Any], most: int = 1) -> tuple[list[Image.
     if not images:
         raise ApiError(400, "image is missing", param="image", code="missing_required_parameter")
     return images, next(iter(pictures(fields.get("mask"), "mask")), None)
+
+
+def _preset(request: PictureRequest, model: Model) -> str | None:
+    """The request's preset; "default" is the model's own settings. Raises: ApiError for one that it does not have."""
+    if request.preset in (None, "default"):
+        return None
+    try:
+        model.session.sampler_of(request.preset)
+    except InputError as error:
+        raise ApiError(400, str(error), param="preset", code="invalid_value") from None
+    return request.preset
 
 
 def _seeds(request: PictureRequest, count: int | None = None) -> list[int]:

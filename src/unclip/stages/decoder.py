@@ -10,7 +10,7 @@ from unclip.diffusion.process import DiffusionProcess
 from unclip.models.layers import timestep_rows
 from unclip.models.text_proj import UnCLIPTextProjModel
 from unclip.models.unet import UNet2DConditionModel
-from unclip.stages.stage import DecoderCondition, Size, size_px
+from unclip.stages.stage import DecoderCondition, Size, reusing, size_px
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,14 @@ class DecoderStage:
 
     Attributes:
         size: height and width; None: a square of the network's `sample_size`.
+        reuse: the deep levels are computed in every `reuse`-th step; see `reusing`.
     """
 
     decoder: UNet2DConditionModel
     text_proj: UnCLIPTextProjModel
     process: DiffusionProcess
     size: Size | None = None
+    reuse: int = 1
 
     def prepare(self, condition: DecoderCondition) -> Denoiser:
         """Compute the context tokens, and their keys and values in every cross-attention, once."""
@@ -39,10 +41,11 @@ class DecoderStage:
         mask = F.pad(text.mask, (self.text_proj.config.clip_extra_context_tokens, 0), value=True)
         context = self.decoder.prepare(tokens.to(dtype), mask)
         added = time_embedding.to(dtype)
+        network = reusing(self.decoder, self.reuse)
 
         def denoise(x_t: Tensor, t: int | Tensor) -> Tensor:
             rows = timestep_rows(t, x_t)
-            return self.decoder(x_t.to(dtype), rows, class_labels=added, context=context).sample.float()
+            return network(x_t.to(dtype), rows, class_labels=added, context=context).float()
 
         return denoise
 

@@ -1,7 +1,8 @@
 """The interface of a stage, its conditions, and how it is sampled and inverted."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,6 +59,11 @@ class SuperResCondition(Batched):
 
 Condition = TypeVar("Condition", bound=Batched, contravariant=True)
 
+Interval = tuple[float, float]
+"""The lowest and the highest noise level, both included: a timestep's share of the last one, from 0 to 1."""
+ALWAYS: Interval = (0.0, 1.0)
+"""All noise levels."""
+
 
 class Stage(Protocol[Condition]):
     """One diffusion model: the prior, the decoder, or a stage of super-resolution."""
@@ -89,6 +95,7 @@ def sample(
     noise: NoiseSource,
     null: Condition | None = None,
     guidance_scale: float = 1.0,
+    guidance_interval: Interval = ALWAYS,
     latents: Tensor | None = None,
     origin: Tensor | None = None,
     progress: Progress | None = None,
@@ -104,6 +111,7 @@ def sample(
         noise: the source of x_T (unless given) and of the steps' noise, in this order.
         null: the condition that guidance moves away from, with as many rows; needed for a scale above 1.
         guidance_scale: 1 or less evaluates the network once for each step, without guidance.
+        guidance_interval: the noise levels with guidance.
         latents: x_T, of `stage.sample_shape`.
         origin: a clean sample of that shape, which is noised with x_T to the first timestep (SDEdit, Meng et al.
             2108.01073). Without it, the path starts from x_T itself.
@@ -116,7 +124,7 @@ def sample(
         x = latents.to(condition.device).float()
     if origin is not None:
         x = stage.process.add_noise(origin.to(condition.device), x, timesteps[0])
-    denoiser = _denoiser(stage, condition, null, guidance_scale)
+    denoiser = _denoiser(stage, condition, null, guidance_scale, guidance_interval)
     with packed_weights(len(timesteps)):
         x = run(denoiser, sampler, timesteps, x, noise=noise, progress=progress, on_step=on_step)
     return stage.finish(x)
@@ -158,11 +166,39 @@ def invert(
     )
 
 
-def _denoiser(stage: Stage[Condition], condition: Condition, null: Condition | None, guidance_scale: float) -> Denoiser:
+def _denoiser(
+    stage: Stage[Condition],
+    condition: Condition,
+    null: Condition | None,
+    guidance_scale: float,
+    guidance_interval: Interval = ALWAYS,
+) -> Denoiser:
     if guidance_scale <= 1:
         return stage.prepare(condition)
     assert null is not None
-    return guided(stage.prepare(null.join(condition)), guidance_scale)
+    mixed = guided(stage.prepare(null.join(condition)), guidance_scale)
+    if guidance_interval == ALWAYS:
+        return mixed
+    given, (low, high), last = stage.prepare(condition), guidance_interval, stage.process.num_timesteps - 1
+    return lambda x_t, t: mixed(x_t, t) if low <= t / last <= high else given(x_t, t)
+
+
+def reusing(network: Callable[..., Any], every: int) -> Callable[..., Tensor]:
+    """A U-Net's `sample` for successive steps of one batch, with the deep levels computed in every `every`-th call.
+
+    The others reuse what the deep levels computed last (DeepCache, Ma et al. 2312.00858). With 1, every call is exact.
+    """
+    if every == 1:
+        return lambda *given, **named: network(*given, **named).sample
+    num_calls, deep = 0, None
+
+    def call(*given: Any, **named: Any) -> Tensor:
+        nonlocal num_calls, deep
+        output = network(*given, **named, deep=deep if num_calls % every else None, keep_deep=True)
+        num_calls, deep = num_calls + 1, output.deep
+        return output.sample
+
+    return call
 
 
 Size = tuple[int, int]

@@ -14,7 +14,7 @@ from unclip.errors import InputError
 from unclip.models.layers import timestep_rows
 from unclip.models.unet import UNet2DModel
 from unclip.numbers import whole
-from unclip.stages.stage import Size, SuperResCondition, size_px
+from unclip.stages.stage import Size, SuperResCondition, reusing, size_px
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,8 @@ class SuperResStage:
             it. A path without timestep 0 (of one step, or DPM-Solver's) uses only the first network.
         size: height and width; None: a square of the first network's `sample_size`.
         tiling: the tiles of the networks' inputs; None: whole pictures.
+        reuse: the first network's deep levels are computed in every `reuse`-th step; see `reusing`. With tiles, in
+            every step.
     """
 
     first: UNet2DModel
@@ -112,19 +114,22 @@ class SuperResStage:
     process: DiffusionProcess
     size: Size | None = None
     tiling: Tiling | None = None
+    reuse: int = 1
 
     def prepare(self, condition: SuperResCondition) -> Denoiser:
         """Enlarge the small picture once."""
         enlarged = enlarge(condition.low_res.float(), self._size())
         per_dtype = {net.dtype: enlarged.to(net.dtype) for net in (self.first, self.last)}
+        first, last = reusing(self.first, self.reuse if self.tiling is None else 1), reusing(self.last, 1)
 
         def denoise(x_t: Tensor, t: int | Tensor) -> Tensor:
-            network = self.last if isinstance(t, int) and t == 0 else self.first
-            dtype, rows = network.dtype, timestep_rows(t, x_t)
+            is_last = isinstance(t, int) and t == 0
+            network, dtype = (last, self.last.dtype) if is_last else (first, self.first.dtype)
+            rows = timestep_rows(t, x_t)
             both = torch.cat([x_t.to(dtype), per_dtype[dtype]], dim=1)
             if self.tiling is None:
-                return network(both, rows).sample.float()
-            return tiled(lambda part: network(part, rows).sample.float(), both, self.tiling)
+                return network(both, rows).float()
+            return tiled(lambda part: network(part, rows).float(), both, self.tiling)
 
         return denoise
 
