@@ -32,10 +32,11 @@ class Done:
 
 @pytest.fixture(autouse=True)
 def no_defaults_of_a_person(monkeypatch):
-    """Neither variables nor the file of whoever runs the tests."""
+    """Neither variables nor the file of whoever runs the tests; float32, whatever type this machine computes fast."""
     for name in [name for name in os.environ if name.startswith("UNCLIP_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("UNCLIP_CONFIG", os.devnull)
+    monkeypatch.setenv("UNCLIP_DTYPE", "float32")
 
 
 @pytest.fixture

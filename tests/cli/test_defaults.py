@@ -63,7 +63,8 @@ def test_every_kind_of_value(unclip, text_to_image, tmp_path, configure):
         ("steps = 0", "Invalid value for '--decoder-steps' / '--steps': 0 is too small; it must be 1 or more (from "),
     ],
 )
-def test_mistakes_in_the_file(unclip, configure, text, why):
+def test_mistakes_in_the_file(unclip, configure, monkeypatch, text, why):
+    monkeypatch.delenv("UNCLIP_DTYPE")
     path = configure(text)
     done = unclip("generate", "a cat")
     assert done.code in (1, 2)

@@ -96,6 +96,7 @@ def test_a_row_of_a_latent(again, unclip, model, files):
 
 
 def test_the_type_is_that_of_the_picture(again, unclip, model, files, monkeypatch):
+    monkeypatch.delenv("UNCLIP_DTYPE")
     monkeypatch.setattr(kernels, "_cpu_computes", lambda dtype: True)
     picture = again(0, "generate", "a cat", "--seed", 3, *FEW_STEPS)
     assert '"dtype": "bfloat16"' in Image.open(picture).text["settings"]

@@ -51,11 +51,12 @@ def own_log_handlers():
 
 @pytest.fixture(scope="session", autouse=True)
 def no_variables_of_a_person() -> Iterator[None]:
-    """The variables of whoever runs the tests do not count."""
+    """The variables of whoever runs the tests do not count; float32, whatever type this machine computes fast."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(("UNCLIP_SERVER_", "OPENAI_"))]:
             patch.delenv(name)
         patch.setenv("UNCLIP_CONFIG", os.devnull)
+        patch.setenv("UNCLIP_SERVER_DTYPE", "float32")
         yield
 
 
