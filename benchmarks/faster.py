@@ -23,7 +23,7 @@ import torch
 from unclip import UnCLIPPipeline
 from unclip.checkpoints.hub import BUILT_IN_JUDGE, resolve
 from unclip.evaluation.retrieval import Judge
-from unclip.pipelines.session import sampler_switch
+from unclip.pipelines.samplers import sampler_switch
 
 CAPTIONS = ("red apple", "dog face", "house", "automobile", "grinning face", "deciduous tree", "fish", "star")
 

@@ -13,7 +13,7 @@ from unclip import EmbeddingPrior, EmbeddingPriorNetwork, PriorTransformer, Vect
 from unclip.checkpoints import hub
 from unclip.evaluation import retrieval as measured
 from unclip.pipelines.component import write_component
-from unclip.pipelines.session import sampler_name, sampler_switch
+from unclip.pipelines.samplers import sampler_name, sampler_switch
 from unclip.pipelines.vector_prior import vector_model
 
 FEW = ["--prior-steps", "2", "--decoder-steps", "2", "--super-res-steps", "2"]

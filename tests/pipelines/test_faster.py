@@ -8,7 +8,8 @@ import torch
 
 from unclip import UnCLIPImageVariationPipeline, UnCLIPInpaintPipeline, UnCLIPPipeline
 from unclip.errors import ConfigError, InputError
-from unclip.pipelines.session import FASTER, Compute, Session, sampler_name, sampler_switch
+from unclip.pipelines.samplers import sampler_name, sampler_switch
+from unclip.pipelines.session import FASTER, Compute, Session
 from unclip.settings import SETTINGS
 
 

@@ -10,7 +10,8 @@ from PIL import Image
 from unclip import CheckpointError, EmbeddingScaleWarning, InputError, Manipulator, edit, interpolate
 from unclip.images import to_square
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
-from unclip.pipelines.session import Compute, Session, sampler_name
+from unclip.pipelines.samplers import sampler_name
+from unclip.pipelines.session import Compute, Session
 from unclip.pipelines.stable_unclip_generation import StableTextToImage, StableVariation
 from unclip.pipelines.text_to_image import UnCLIPPipeline
 

@@ -15,7 +15,8 @@ from unclip.cli.options import argument, flag, option
 from unclip.cli.output import Job, PictureWriter, slug
 from unclip.cli.provenance import metadata, replay
 from unclip.errors import InputError, OutputExistsError
-from unclip.pipelines.session import Session, read_texts, sampler_name
+from unclip.pipelines.samplers import sampler_name
+from unclip.pipelines.session import Session, read_texts
 
 if TYPE_CHECKING:
     from PIL.Image import Image

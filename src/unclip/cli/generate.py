@@ -13,7 +13,8 @@ from unclip.cli.inputs import check_has_prior, plain, read_prompts, usable
 from unclip.cli.options import argument, option
 from unclip.cli.output import Job, PictureWriter, slug
 from unclip.cli.provenance import metadata
-from unclip.pipelines.session import Compute, Session, sampler_name
+from unclip.pipelines.samplers import sampler_name
+from unclip.pipelines.session import Compute, Session
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -13,7 +13,8 @@ from unclip.cli.options import argument, option
 from unclip.cli.output import Job, PictureWriter, slug
 from unclip.cli.provenance import metadata
 from unclip.errors import InputError
-from unclip.pipelines.session import PRIOR_SAMPLING, Session, sampler_name
+from unclip.pipelines.samplers import sampler_name
+from unclip.pipelines.session import PRIOR_SAMPLING, Session
 
 if TYPE_CHECKING:
     from PIL.Image import Image

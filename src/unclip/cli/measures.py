@@ -19,13 +19,12 @@ from unclip.cli.messages import bar, warn
 from unclip.cli.options import flag, option
 from unclip.cli.output import check_free
 from unclip.errors import CheckpointError, InputError, MissingFileError, OutputExistsError
+from unclip.pipelines.samplers import sampler_name, sampler_switch
 from unclip.pipelines.session import (
     PRIOR_SAMPLING,
     Session,
     model_name,
     pick_device,
-    sampler_name,
-    sampler_switch,
 )
 from unclip.settings import SAMPLERS, SETTINGS
 

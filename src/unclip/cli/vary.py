@@ -14,7 +14,8 @@ from unclip.cli.inputs import check_can_vary, is_latent, opened, plain
 from unclip.cli.options import argument, flag, option
 from unclip.cli.output import Job, PictureWriter, slug
 from unclip.cli.provenance import metadata
-from unclip.pipelines.session import FASTER, Session, sampler_name
+from unclip.pipelines.samplers import sampler_name
+from unclip.pipelines.session import FASTER, Session
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -18,7 +18,7 @@ from unclip.diffusion.loop import NoiseSource, generators_from_seed
 from unclip.errors import InputError
 from unclip.images import to_numpy, to_pil, to_unit
 from unclip.numbers import whole
-from unclip.pipelines.session import sampler_switch
+from unclip.pipelines.samplers import sampler_switch
 
 MAX_PICTURES = 1000
 

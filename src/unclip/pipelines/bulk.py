@@ -20,7 +20,8 @@ from unclip.checkpoints.files import TEMPORARY_PREFIX, atomic_file, locked, outp
 from unclip.data.tables import write_parquet
 from unclip.errors import DataError, InputError, MissingDependencyError, OutputExistsError
 from unclip.numbers import whole
-from unclip.pipelines.session import MADE_WITH, Compute, Session, png_texts, sampler_name
+from unclip.pipelines.samplers import sampler_name
+from unclip.pipelines.session import MADE_WITH, Compute, Session, png_texts
 from unclip.pipelines.workers import Failed, Made, Make, Row
 from unclip.settings import SETTINGS
 

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
@@ -18,24 +18,22 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 from unclip import __version__
 from unclip.checkpoints.files import read_json, safe_join
 from unclip.checkpoints.hub import resolve
-from unclip.checkpoints.layout import FURTHER_SUPER_RES
 from unclip.checkpoints.recommended import EXACT, SAMPLER, Preset, chosen_preset, read_presets
 from unclip.checkpoints.tensor_file import TILE
 from unclip.errors import InputError
-from unclip.settings import SAMPLERS, SETTINGS
+from unclip.pipelines.samplers import sampler_name, sampler_switch
+from unclip.settings import SETTINGS
 
 if TYPE_CHECKING:
     import torch
     from PIL.PngImagePlugin import PngInfo
 
-    from unclip.diffusion.scheduler import Scheduler
     from unclip.pipelines.generation import GenerationPipeline
     from unclip.pipelines.manipulation import Manipulator
     from unclip.pipelines.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
 
-STAGES = ("prior", "decoder", "super_res", *FURTHER_SUPER_RES)
 PRIOR_SAMPLING = ("num_prior_candidates", "prior_temperature", "prior_top_p")
 """Settings of how the prior chooses among its samples."""
 FASTER = ("decoder_guidance_low", "decoder_guidance_high", "decoder_reuse", "super_res_reuse")
@@ -250,45 +248,6 @@ def pick_device(name: str) -> "torch.device":
     if name not in has:
         raise InputError(f"the device is {name!r}; available devices: {', '.join(has)}")
     return torch.device(name)
-
-
-def sampler_switch(pipe: "Pipeline") -> Callable[[str], None]:
-    """A function that gives all stages of a pipeline the sampler of a name, or their own ones (`sampler_name`) again.
-
-    It raises: InputError for an unknown name.
-    """
-    own_name, own = sampler_name(pipe), _schedulers(pipe)
-
-    def use(name: str) -> None:
-        kind = None if name == own_name else _scheduler_class(name)
-        for component, scheduler in own.items():
-            setattr(pipe, component, scheduler if kind is None else kind.from_config(scheduler.config))
-
-    return use
-
-
-def sampler_name(pipe: "Pipeline") -> str:
-    """The sampler of the pipeline's stages: one name where they agree, else one for each stage."""
-    names = [_short_name(scheduler) for scheduler in _schedulers(pipe).values()]
-    return names[0] if len(set(names)) == 1 else ", ".join(names)
-
-
-def _schedulers(pipe: "Pipeline") -> dict[str, "Scheduler"]:
-    names = (*(f"{stage}_scheduler" for stage in STAGES), "scheduler")
-    return {name: part for name in names if (part := pipe.components.get(name)) is not None}
-
-
-def _scheduler_class(name: str) -> "type[Scheduler]":
-    from unclip.diffusion import scheduler
-
-    if name not in SAMPLERS:
-        raise InputError(f"the sampler is {name!r}; it must be one of {', '.join(SAMPLERS)}")
-    return getattr(scheduler, SAMPLERS[name].scheduler)
-
-
-def _short_name(scheduler: "Scheduler") -> str:
-    own = type(scheduler).__name__
-    return next((name for name, row in SAMPLERS.items() if own in row.equivalents), own)
 
 
 def environment(pipe: "Pipeline") -> dict[str, str]:

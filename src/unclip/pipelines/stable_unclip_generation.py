@@ -72,7 +72,7 @@ class _Unified(StableUnCLIPBase):
         self.scheduler = value
 
     def enable_super_res_tiling(self, tile_px: int = 256, overlap_px: int = 32) -> None:
-        """Raises: InputError, as there is no super-resolution."""
+        """Raises: InputError, because these pipelines have no super-resolution."""
         raise InputError("this model has no super-resolution, so its pictures cannot be computed in tiles")
 
     def super_res_stages(self, sizes: Mapping[str, Size] | None = None, reuse: int = 1) -> dict[str, Stage[Any]]:

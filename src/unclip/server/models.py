@@ -18,7 +18,8 @@ from unclip.pipelines import cascade
 from unclip.pipelines.generation import GenerationPipeline
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 from unclip.pipelines.inpaint import UnCLIPInpaintPipeline
-from unclip.pipelines.session import MADE_WITH, Compute, Session, sampler_name, sampler_switch
+from unclip.pipelines.samplers import sampler_name, sampler_switch
+from unclip.pipelines.session import MADE_WITH, Compute, Session
 from unclip.pipelines.text_to_image import UnCLIPPipeline
 from unclip.stages.stage import Size
 

@@ -11,7 +11,7 @@ from unclip.diffusion.loop import following_seed
 from unclip.errors import InputError
 from unclip.images import rgb
 from unclip.pipelines.masks import drawn_region
-from unclip.pipelines.session import sampler_name
+from unclip.pipelines.samplers import sampler_name
 from unclip.server.contract import (
     ApiError,
     DecodeRequest,
