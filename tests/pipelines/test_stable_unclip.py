@@ -154,7 +154,7 @@ def test_types(folder, embeds, tmp_path):
     settings = {"image_embeds": embeds, "seed": 2, "guidance_scale": 1, **FEW}
     assert (pipe(**settings).images - exact(**settings).images).abs().mean() < 0.05
     pipe.save_pretrained(tmp_path / "half", variant="bf16")
-    again = StableUnCLIPImg2ImgPipeline.from_pretrained(tmp_path / "half", variant="bf16", torch_dtype="auto")
+    again = StableUnCLIPImg2ImgPipeline.from_pretrained(tmp_path / "half", variant="bf16", torch_dtype="stored")
     assert (again.unet.dtype, again.vae.dtype) == (torch.bfloat16, torch.float32)
 
 
