@@ -545,7 +545,12 @@ def test_wrong_arguments(tool, pictures, arguments, words):
 
 def test_an_inversion_that_gives_nan(tool, pictures, monkeypatch):
     run = UNet2DConditionModel._run
-    monkeypatch.setattr(UNet2DConditionModel, "_run", lambda *given: (run(*given)[0] * float("nan"), None))
+
+    def broken(*given):
+        output = run(*given)
+        return output._replace(sample=output.sample * float("nan"))
+
+    monkeypatch.setattr(UNet2DConditionModel, "_run", broken)
     with pytest.raises(NonFiniteError, match="decoder's noise: the result is NaN"):
         tool.invert(pictures)
 
