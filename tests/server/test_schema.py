@@ -34,9 +34,9 @@ def described(serve):
     """The document of a server that takes one step for every picture."""
     own = Session.settings
 
-    def short(self, kind, given):
+    def short(self, *given):
         few = ("num_inference_steps", "num_prior_candidates")
-        return {name: 1 if name.endswith(few) else value for name, value in own(self, kind, given).items()}
+        return {name: 1 if name.endswith(few) else value for name, value in own(self, *given).items()}
 
     with pytest.MonkeyPatch.context() as patch, serve() as live:
         patch.setattr(Session, "settings", short)
