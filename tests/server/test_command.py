@@ -105,14 +105,14 @@ def test_sigterm_finishes_the_running_request(model_folder, tmp_path):
     url = next(line["url"] for line in lines if line["message"] == "listening")
     wait_until(lambda: httpx2.get(f"{url}/readyz").is_success, 60)
     found = []
-    body = {"prompt": "a cat", "steps": 500}
+    body = {"prompt": "a cat", "steps": 200}
     thread = threading.Thread(
-        target=lambda: found.append(httpx2.post(f"{url}/v1/images/generations", json=body, timeout=60))
+        target=lambda: found.append(httpx2.post(f"{url}/v1/images/generations", json=body, timeout=180))
     )
     thread.start()
     wait_until(lambda: "unclip_queue_pictures 1.0" in httpx2.get(f"{url}/metrics").text)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=180) == 0
     thread.join(timeout=5)
     assert found[0].status_code == 200
     process.stderr.close()  # type: ignore[union-attr]
