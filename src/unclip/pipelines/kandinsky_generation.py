@@ -23,6 +23,7 @@ from unclip.pipelines.generation import GenerationPipeline
 from unclip.pipelines.image_variation import UnCLIPImageVariationPipeline
 from unclip.pipelines.kandinsky import KandinskyPipeline, check_decoder
 from unclip.pipelines.kandinsky_combined import KandinskyCombinedPipeline, KandinskyV22CombinedPipeline
+from unclip.pipelines.kandinsky_prior import zero_embedding
 from unclip.pipelines.pipeline import Kind, Pipeline, Source
 from unclip.pipelines.text_to_image import UnCLIPPipeline, prior_facts
 from unclip.stages.kandinsky import KandinskyCondition, kandinsky_denoiser
@@ -187,9 +188,7 @@ class _KandinskyGeneration(GenerationPipeline):
         """The embedding of a picture of the mean colour, [1, embedding_dim]; not computed where it is not used."""
         if bool(condition.given.all()):
             return condition.image_embedding[:1]
-        size: Any = self.image_encoder.config.image_size
-        encoder = ImageEncoder(self.image_encoder, self.feature_extractor)
-        return encoder.encode(torch.zeros(1, 3, size, size), self.device).float()
+        return zero_embedding(ImageEncoder(self.image_encoder, self.feature_extractor), self.device)
 
 
 class KandinskyTextToImage(_KandinskyGeneration, UnCLIPPipeline):  # pyright: ignore[reportIncompatibleVariableOverride]

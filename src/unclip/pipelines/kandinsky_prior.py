@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,9 +28,6 @@ from unclip.pipelines.cascade import check_fits
 from unclip.pipelines.pipeline import Pipeline
 from unclip.pipelines.steps import Call, PriorRun, embed, encode
 from unclip.pipelines.text_to_image import prior_facts
-from unclip.settings import SETTINGS
-from unclip.stages.prior import OneCallPriorStage, PriorStage
-from unclip.stages.stage import sample
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
@@ -129,7 +125,8 @@ class KandinskyPriorPipeline(Pipeline):
             captions, nulls = [*prompts, *negative], [*negative, *negative]
         count = check_count(num_images_per_prompt, len(captions))
         rows = count * len(captions)
-        run = self._run(num_inference_steps, guidance_scale, latents)
+        self.scheduler.spaced_timesteps(num_inference_steps)  # a wrong number is refused for ECLIPSE's priors too
+        run = PriorRun.of(self.prior, self.scheduler, num_inference_steps, guidance_scale, latents)
         check_latents(latents, "latents", run.stage.sample_shape(rows))
         call = Call(self, self._noise(generator, seed, rows, count * len(prompts)), callback_on_step_end)
 
@@ -148,16 +145,6 @@ class KandinskyPriorPipeline(Pipeline):
         output = KandinskyPriorPipelineOutput(*given)
         return output if return_dict else output.to_tuple()
 
-    def _run(self, num_steps: int, guidance_scale: float, latents: Tensor | None) -> PriorRun:
-        scale = float(SETTINGS["prior_guidance_scale"].check(guidance_scale))
-        steps = self.scheduler.spaced_timesteps(num_steps)
-        if not self.prior.config.takes_timestep:  # ECLIPSE
-            one_call = OneCallPriorStage(self.prior)
-            return PriorRun(one_call, one_call.sample, latents=latents)
-        stage = PriorStage(self.prior, self.scheduler.process)
-        draw = partial(sample, stage, sampler=self.scheduler.sampler(), timesteps=steps)
-        return PriorRun(stage, draw, scale, latents)
-
     @staticmethod
     def _noise(generator: Generators, seed: int | Sequence[int] | None, rows: int, num_positive: int) -> NoiseSource:
         if seed is None or rows == num_positive or generator is not None:
@@ -167,9 +154,8 @@ class KandinskyPriorPipeline(Pipeline):
     @torch.no_grad()
     def get_zero_embed(self, batch_size: int = 1, device: torch.device | None = None) -> Tensor:
         """The embedding of a picture of the mean colour, float32 [batch_size, embedding_dim]."""
-        size: Any = self.image_encoder.config.image_size
         encoder = ImageEncoder(self.image_encoder, self.image_processor)
-        return encoder.encode(torch.zeros(1, 3, size, size), device or self.device).float().repeat(batch_size, 1)
+        return zero_embedding(encoder, device or self.device).repeat(batch_size, 1)
 
     @torch.no_grad()
     def interpolate(
@@ -239,6 +225,12 @@ class KandinskyPriorPipeline(Pipeline):
 
 class KandinskyV22PriorPipeline(KandinskyPriorPipeline):
     """Samples image embeddings for captions with Kandinsky 2.2's prior; as `KandinskyPriorPipeline`."""
+
+
+def zero_embedding(encoder: ImageEncoder, device: torch.device) -> Tensor:
+    """The embedding of a picture of the mean colour, float32 [1, embedding_dim]."""
+    size: Any = encoder.image_encoder.config.image_size
+    return encoder.encode(torch.zeros(1, 3, size, size), device).float()
 
 
 def check_tensor_inputs(names: Sequence[str]) -> None:

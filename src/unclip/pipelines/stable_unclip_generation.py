@@ -15,13 +15,8 @@ from unclip.images import Pictures
 from unclip.pipelines.arguments import Callback, ImagePipelineOutput, as_captions, check_output_type
 from unclip.pipelines.cascade import SuperResParts, per_stage
 from unclip.pipelines.generation import GenerationPipeline
-from unclip.pipelines.stable_unclip import (
-    Generators,
-    Seed,
-    StableUnCLIPBase,
-    StableUnCLIPImg2ImgPipeline,
-    StableUnCLIPPipeline,
-)
+from unclip.pipelines.stable_unclip import StableUnCLIPImg2ImgPipeline, StableUnCLIPPipeline
+from unclip.pipelines.stable_unclip_decoder import Generators, Seed, StableUnCLIPBase
 from unclip.pipelines.steps import PriorRun, StageRun
 from unclip.pipelines.text_to_image import UnCLIPPipeline
 from unclip.stages.latent import LatentStage
